@@ -1,0 +1,1 @@
+"""The reference: what quantized transformer arithmetic means, in NumPy and SciPy alone."""

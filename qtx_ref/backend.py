@@ -1,0 +1,207 @@
+"""The reference behind the interface that both backends share: a `Model` and a `Trainer`.
+
+Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from . import models, stats
+from .models import opt
+from .models.initial import init_params, shapes
+from .numerics import Calibrate, FakeQuant, Float, Record
+from .optim import AdamW
+from .spec import Family, Granularity, ModelSpec, OptimSpec, QuantSpec, Range, SpecError
+from .tape import Var, backward, const, leaf
+
+Batch = Mapping[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
+DTYPES = ("float32", "float64")
+
+
+class Model:
+    """A model with its parameters, in float or, after `bind`, under fake quantization."""
+
+    def __init__(self, spec: ModelSpec, params: Mapping[str, np.ndarray], *, device: str = "cpu", dtype: str = "float32"):
+        """params: every array of `shapes(spec)`.
+
+        Raises:
+            SpecError: a device other than cpu, or a dtype that the reference does not compute in.
+        """
+        if device != "cpu":
+            raise SpecError(f"device is {device!r}: the reference runs on cpu; use --backend torch for others")
+        if dtype not in DTYPES:
+            raise SpecError(f"dtype is {dtype!r}: the reference computes in {' or '.join(DTYPES)}")
+        self.spec = spec
+        self.weights = {name: np.array(params[name], dtype) for name in shapes(spec)}
+        self.quants: dict[str, QuantSpec] = {}
+        self.fixed: dict[str, Range] = {}
+        self.learned: Arrays = {}
+        self.masked_scores = False
+
+    def params(self) -> Arrays:
+        """Parameters by name, copied."""
+        return {name: value.copy() for name, value in self.weights.items()}
+
+    def trainable(self) -> Arrays:
+        """What an optimizer updates, in place: parameters, and scale and zero point of learned ranges."""
+        return self.weights | self.learned
+
+    def bind(self, quants: Mapping[str, QuantSpec], ranges: Mapping[str, Range], *, masked_scores: bool = False) -> None:
+        """From now on quantize-dequantize the sites of `quants`; none: plain float.
+
+        Raises SpecError for a static site without a range.
+        """
+        for site, spec in quants.items():
+            if not spec.dynamic and site not in ranges:
+                raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
+        self.quants, self.fixed, self.masked_scores = dict(quants), dict(ranges), masked_scores
+        self.learned = {}
+        for site, spec in quants.items():
+            if spec.learned:
+                self.learned[f"{site}.scale"] = np.array(ranges[site].scale, np.float32)
+                self.learned[f"{site}.zero_point"] = np.array(ranges[site].zero_point, np.float32)
+
+    def ranges(self) -> dict[str, Range]:
+        """The static ranges in force, learned ones as they now stand."""
+        found = dict(self.fixed)
+        for site, spec in self.quants.items():
+            if spec.learned:
+                scale = np.abs(self.learned[f"{site}.scale"])
+                zero = np.clip(np.rint(self.learned[f"{site}.zero_point"]), spec.code_min, spec.code_max).astype(np.int32)
+                found[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
+        return found
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Logits, or hidden states of a model without head."""
+        return self._run(self._numerics(), batch).value
+
+    def evaluate(self, batch: Batch) -> tuple[float, int, int]:
+        """Summed negative log-likelihood in nats (float64), number of targets, number predicted right."""
+        logits = self._run(self._numerics(), batch)
+        targets = batch["targets"] if "targets" in batch else batch["labels"]
+        count = int((targets >= 0).sum())
+        right = int(((logits.value.argmax(axis=-1) == targets) & (targets >= 0)).sum())
+        return float(models.loss(logits, batch).value) * count, count, right
+
+    def gradients(self, batch: Batch, *, training: bool = False, seed: int = 0, step: int = 0) -> tuple[float, Arrays]:
+        """The loss and its gradient by every trainable array."""
+        leaves = {name: leaf(value) for name, value in self.trainable().items()}
+        nx = self._numerics(leaves, training=training, seed=seed, step=step)
+        loss = models.loss(models.forward(nx, leaves, self.spec, batch), batch)
+        return float(loss.value), dict(zip(leaves, backward(loss, leaves.values()), strict=True))
+
+    def record(self, batch: Batch, sites: Iterable[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+        """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
+        found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        show = Record(lambda site, x, where: found.__setitem__(site, (x, where)), None if sites is None else set(sites))
+        self._run(show, batch)
+        return found
+
+    def statistics(
+        self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS
+    ) -> dict[str, Arrays]:
+        """`stats.describe` of each site of `units` (site -> "sequence" or "token") in a float forward pass."""
+        found: dict[str, Arrays] = {}
+
+        def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
+            found[site] = stats.describe(x, where, units[site], names)
+
+        self._run(Record(show, set(units)), batch)
+        return found
+
+    def attention_mass(self, batch: Batch, marks: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
+        """Mean probability given to the keys of each mark (B, T), per `probs` site and mark, by head (H,)."""
+        found: dict[str, Arrays] = {}
+
+        def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
+            found[site] = {mark: stats.attention_mass(x, where, keys) for mark, keys in marks.items()}
+
+        sites = {f"layer.{i}.attn.probs" for i in range(self.spec.layers)}
+        self._run(Record(show, sites), batch)
+        return found
+
+    def calibrate(
+        self,
+        batches: Iterable[Batch],
+        quants: Mapping[str, QuantSpec],
+        *,
+        quantize: bool = False,
+        masked_scores: bool = False,
+    ) -> dict[str, Range]:
+        """Static ranges of `quants` from batches. Raises ValueError naming a site without finite values."""
+        nx = Calibrate(quants, quantize=quantize, masked_scores=masked_scores)
+        for batch in batches:
+            self._run(nx, batch)
+        return nx.ranges()
+
+    def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """`count` further tokens after tokens (B, T), each chosen from logits (B, V) -> (B,); keys and values are cached.
+
+        Raises:
+            SpecError: the model is not causal, the text would outgrow it, or a quantizer would see the future.
+        """
+        check_generation(self.spec, self.quants, tokens.shape[1] + count)
+        cache: list = []
+        fresh, nx = tokens, self._numerics()
+        weights = {name: const(value) for name, value in self.weights.items()}
+        for _ in range(count):
+            logits = opt.forward(nx, weights, self.spec, {"tokens": fresh}, cache)
+            fresh = choose(logits.value[:, -1])[:, None]
+            tokens = np.concatenate([tokens, fresh], axis=1)
+        return tokens
+
+    def _numerics(self, leaves: Mapping[str, Var] | None = None, **context: int) -> Float:
+        if not self.quants:
+            return Float(**context)
+        learned = leaves or {name: const(value) for name, value in self.learned.items()}
+        return FakeQuant(self.quants, self.fixed, learned, masked_scores=self.masked_scores, **context)
+
+    def _run(self, nx: Float, batch: Batch) -> Var:
+        return models.forward(nx, {name: const(value) for name, value in self.weights.items()}, self.spec, batch)
+
+
+def check_generation(spec: ModelSpec, quants: Mapping[str, QuantSpec], length: int) -> None:
+    """Raises SpecError where a model cannot generate `length` tokens in all under these quantizers."""
+    if spec.family is not Family.OPT:
+        raise SpecError(f"model family is {spec.family}: only a causal model (opt) generates")
+    if length > spec.length:
+        raise SpecError(f"text of {length} tokens: the model's length is {spec.length}; ask for fewer tokens")
+    for site, quant in quants.items():
+        if quant.dynamic and quant.granularity is not Granularity.TOKEN and not site.endswith(".weight"):
+            raise SpecError(
+                f"site {site} has a dynamic range over more than one token: it would see the future; use a static range or one per token"
+            )
+
+
+class Trainer:
+    """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
+
+    def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0) -> None:
+        self.model = model
+        self.seed = seed
+        self.adam = AdamW(model.trainable(), optim)
+
+    def step(self, batch: Batch) -> tuple[float, float]:
+        """One update; the loss before it and the gradient norm before clipping."""
+        loss, grads = self.model.gradients(batch, training=True, seed=self.seed, step=self.adam.count)
+        return loss, self.adam.step(grads)
+
+    def state(self) -> Arrays:
+        """The optimizer's tensors: `optim.m.<name>`, `optim.v.<name>` and `optim.step`."""
+        tensors = {f"optim.m.{name}": value.copy() for name, value in self.adam.m.items()}
+        tensors |= {f"optim.v.{name}": value.copy() for name, value in self.adam.v.items()}
+        return tensors | {"optim.step": np.array(self.adam.count, np.int64)}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `state` gave."""
+        self.adam.count = int(state["optim.step"])
+        for name in self.adam.params:
+            self.adam.m[name][...] = state[f"optim.m.{name}"]
+            self.adam.v[name][...] = state[f"optim.v.{name}"]
+
+
+__all__ = ["Batch", "Model", "Trainer", "check_generation", "init_params", "shapes"]

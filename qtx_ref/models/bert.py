@@ -1,0 +1,38 @@
+"""BERT (Devlin et al. 2019): post-norm encoder with token types, a masked-language-model head or a classifier."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import ops
+from ..attention import Params, attention_mask, boolean_mask
+from ..numerics import Float
+from ..spec import Head, ModelSpec
+from ..tape import Var
+from .block import block
+
+
+def forward(nx: Float, p: Params, spec: ModelSpec, batch: dict[str, np.ndarray]) -> Var:
+    """tokens, mask and types (B, T) -> hidden states (B, T, D), MLM logits (B, T, V) or class logits (B, C)."""
+    tokens, rows = batch["tokens"], boolean_mask(batch["mask"])
+    length = tokens.shape[1]
+    nx.begin(rows)
+    x = nx.embedding("embed.token", tokens, p)  # (B, T) -> (B, T, D)
+    x = nx.add("embed.pair", x, nx.embedding("embed.type", batch["types"], p))
+    x = nx.add("embed.sum", x, nx.embedding("embed.position", np.arange(length), p))
+    x = nx.dropout("embed.norm", nx.norm("embed.norm", x, p, spec.norm_eps), spec.dropout)
+    mask = attention_mask(rows, length, length, causal=False)
+    for i in range(spec.layers):
+        x, _ = block(nx, p, x, mask, spec, i)
+    return head(nx, p, spec, x)
+
+
+def head(nx: Float, p: Params, spec: ModelSpec, x: Var) -> Var:
+    if spec.head is Head.MLM:
+        h = nx.activation("head.activation", nx.linear("head.transform", x, p), "gelu")
+        h = nx.norm("head.norm", h, p, spec.norm_eps)
+        return nx.linear("head.decoder", h, p, weight="embed.token.weight")  # (B, T, D) -> (B, T, V)
+    if spec.head is Head.CLASSIFY:
+        h = nx.activation("head.activation", nx.linear("head.pool", ops.token(x, 0), p), "tanh")  # (B, T, D) -> (B, D)
+        return nx.linear("head.classifier", nx.dropout("head.activation", h, spec.dropout), p)  # (B, D) -> (B, C)
+    return x

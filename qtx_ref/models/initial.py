@@ -1,0 +1,119 @@
+"""Parameter names, shapes and first values, the same for every backend: drawn in NumPy, one stream per name.
+
+BERT and OPT: normal(0, init_std), biases 0, norms 1 and 0 (Devlin et al. 2019, Zhang et al. 2022; OPT's output weights
+by 1 / sqrt(2 layers)). ViT: the same cut at two deviations, its class token at 1e-6 (Dosovitskiy et al. 2021 as in timm).
+Gates: weights as torch draws a new linear layer, uniform within 1 / sqrt(inputs), as in the code of Bondarenko et al.;
+biases 0, or logit(pi) for the linear form.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy import stats
+
+from ..random import stream
+from ..spec import Family, Gate, Head, ModelSpec, Softmax
+
+
+def gate_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Parameters that the gate adds to one layer, by site within `attn`."""
+    h, k, d, m = spec.heads, spec.head_width, spec.width, spec.gate_hidden
+    return {
+        Gate.NONE: {},
+        Gate.HEAD: {"gate_logit.bias": (h,)},
+        Gate.HEAD_CONDITIONAL: {"gate_logit.weight": (h, 1, k), "gate_logit.bias": (h, 1)},
+        Gate.LINEAR: {"gate_logit.weight": (h, 1, k), "gate_logit.bias": (h, 1)},
+        Gate.MLP: {
+            "gate_hidden.weight": (h, m, k),
+            "gate_hidden.bias": (h, m),
+            "gate_logit.weight": (h, 1, m),
+            "gate_logit.bias": (h, 1),
+        },
+        Gate.ALL_FEATURES: {"gate_logit.weight": (h, d), "gate_logit.bias": (h,)},
+        Gate.ELEMENTWISE: {"gate_logit.weight": (d, d)},
+    }[spec.attention.gate]
+
+
+def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every parameter's name and shape, in the order of the forward pass."""
+    d, f, e = spec.width, spec.hidden, spec.embed_width or spec.width
+    found: dict[str, tuple[int, ...]] = {}
+
+    def linear(site: str, outputs: int, inputs: int, bias: bool = True) -> None:
+        found[f"{site}.weight"] = (outputs, inputs)
+        if bias:
+            found[f"{site}.bias"] = (outputs,)
+
+    def norm(site: str, width: int) -> None:
+        found[f"{site}.weight"] = (width,)
+        found[f"{site}.bias"] = (width,)
+
+    if spec.family is Family.VIT:
+        linear("embed.patch", d, spec.channels * spec.patch_size**2)
+        if spec.patch_norm:
+            norm("embed.norm", d)
+        found["embed.cls.weight"] = (d,)
+    else:
+        found["embed.token.weight"] = (spec.vocab, e)
+    if spec.embed_width:
+        linear("embed.project", d, e, bias=False)
+    if spec.family is Family.BERT:
+        found["embed.type.weight"] = (spec.types, d)
+    found["embed.position.weight"] = (spec.length + spec.position_offset, d)
+    if spec.family is Family.BERT:
+        norm("embed.norm", d)
+    for i in range(spec.layers):
+        attn, ffn = f"layer.{i}.attn", f"layer.{i}.ffn"
+        norm(f"{attn}.norm", d)
+        for part in ("query", "key", "value", "output"):
+            linear(f"{attn}.{part}", d, d)
+        if spec.attention.softmax is Softmax.SINK:
+            found[f"{attn}.probs.sink"] = (spec.heads,)
+        found.update({f"{attn}.{name}": shape for name, shape in gate_shapes(spec).items()})
+        norm(f"{ffn}.norm", d)
+        linear(f"{ffn}.hidden", f, d)
+        linear(f"{ffn}.output", d, f)
+    if spec.final_norm:
+        norm("final.norm", d)
+    if spec.embed_width:
+        linear("final.project", e, d, bias=False)
+    if spec.head is Head.MLM:
+        linear("head.transform", d, d)
+        norm("head.norm", d)
+        found["head.decoder.bias"] = (spec.vocab,)
+    if spec.head is Head.CLASSIFY:
+        if spec.family is Family.BERT:
+            linear("head.pool", d, d)
+        linear("head.classifier", spec.classes, d)
+    return found
+
+
+def init_params(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:
+    """First values, float32, of every parameter of `shapes`."""
+    return {name: first_value(spec, name, shape, seed) for name, shape in shapes(spec).items()}
+
+
+def first_value(spec: ModelSpec, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    rng = stream(seed, "init", name)
+    site, _, kind = name.rpartition(".")
+    if kind == "sink":
+        value = np.zeros(shape)
+    elif kind == "bias":
+        pi = spec.attention.pi if site.endswith("gate_logit") else None
+        value = np.full(shape, math.log(pi / (1 - pi)) if pi else 0.0)
+    elif site.endswith("norm"):
+        value = np.ones(shape)
+    elif ".gate_" in name:
+        value = rng.uniform(-1, 1, shape) / math.sqrt(shape[-1])
+    elif name == "embed.cls.weight":
+        value = rng.normal(0, 1e-6, shape)
+    elif spec.family is Family.VIT:
+        value = spec.init_std * stats.truncnorm.ppf(rng.uniform(size=shape), -2, 2)
+    else:
+        last = spec.init_output_scaled and site.endswith((".attn.output", ".ffn.output"))
+        value = rng.normal(0, spec.init_std / (math.sqrt(2 * spec.layers) if last else 1), shape)
+    if spec.family is Family.BERT and name == "embed.token.weight":
+        value[0] = 0  # the padding token
+    return value.astype(np.float32)

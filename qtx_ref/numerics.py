@@ -1,0 +1,277 @@
+"""Numerics: the arithmetic that a model asks for.
+
+A model is wiring. It hands every computation to one of these objects together with the name of the tensor that comes
+out (its site). `Float` computes; its three hooks see each operand of a matmul, each weight and each named result, and
+what they return is what the model goes on with:
+
+    Record     shows tensors to a callback
+    Calibrate  feeds them to observers, with or without quantizing them
+    FakeQuant  quantizes and dequantizes them, with a straight-through gradient
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from . import affine, ops, random
+from .attention import probabilities
+from .observers import Observer
+from .spec import AttentionSpec, Granularity, QuantSpec, Range
+from .tape import Var, const, node
+
+Params = Mapping[str, Var]
+ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh": ops.tanh}
+
+
+class Float:
+    """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element)."""
+
+    def __init__(self, *, training: bool = False, seed: int = 0, step: int = 0) -> None:
+        self.training = training
+        self.seed = seed
+        self.step = step
+        self.rows: np.ndarray | None = None
+
+    def begin(self, rows: np.ndarray | None) -> None:
+        """Starts a forward pass. rows (B, T) is true at real tokens, None where all are."""
+        self.rows = rows
+
+    # hooks ------------------------------------------------------------------------------------------------------------
+
+    def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
+        """Sees an operand as it enters a matmul: `<site>.input`, or `.lhs` and `.rhs`."""
+        return x
+
+    def weight(self, site: str, w: Var) -> Var:
+        """Sees a weight, `<site>.weight`, as it is used."""
+        return w
+
+    def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
+        """Sees a result. `where` is true at elements that belong to real tokens; None where all do."""
+        return y
+
+    def _where(self, y: Var) -> np.ndarray | None:
+        """The rows that are real, as a mask for (B, T, ...) tensors."""
+        if self.rows is None or y.ndim != 3 or y.shape[:2] != self.rows.shape:
+            return None
+        return self.rows[:, :, None]
+
+    def _named(self, site: str, y: Var) -> Var:
+        return self.named(site, y, self._where(y))
+
+    # ops --------------------------------------------------------------------------------------------------------------
+
+    def parameter(self, site: str, value: Var | np.ndarray) -> Var:
+        """A parameter or an input that is itself a tensor of the model."""
+        return self._named(site, const(value))
+
+    def linear(self, site: str, x: Var, p: Params, *, weight: str | None = None, named: bool = True) -> Var:
+        """x W^T + b with `<site>.weight` (or the tied parameter `weight`) and `<site>.bias`, if there is one."""
+        x = self.operand(f"{site}.input", x, self._where(x))
+        w = self.weight(f"{site}.weight", p[weight or f"{site}.weight"])
+        y = ops.linear(x, w, p.get(f"{site}.bias"))
+        return self._named(site, y) if named else y
+
+    def embedding(self, site: str, index: np.ndarray, p: Params) -> Var:
+        """Rows of `<site>.weight`."""
+        return self._named(site, ops.embedding(self.weight(f"{site}.weight", p[f"{site}.weight"]), index))
+
+    def norm(self, site: str, x: Var, p: Params, eps: float) -> Var:
+        gain = self.weight(f"{site}.weight", p[f"{site}.weight"])
+        return self._named(site, ops.layer_norm(x, gain, p[f"{site}.bias"], eps))
+
+    def add(self, site: str, a: Var, b: Var) -> Var:
+        return self._named(site, ops.add(a, b))
+
+    def mul(self, site: str, a: Var, b: Var) -> Var:
+        return self._named(site, ops.mul(a, b))
+
+    def mean(self, site: str, x: Var) -> Var:
+        """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
+        return self._named(site, ops.mean(x, axis=1, where=self._where(x)))
+
+    def concat(self, site: str, parts: list[Var], axis: int) -> Var:
+        return self._named(site, ops.concat(parts, axis))
+
+    def activation(self, site: str, x: Var, kind: str) -> Var:
+        """gelu, relu, sigmoid or tanh."""
+        return self._named(site, ACTIVATIONS[kind](x))
+
+    def dropout(self, site: str, x: Var, rate: float) -> Var:
+        """While training: zero with probability `rate`, else x / (1 - rate)."""
+        if not self.training or rate == 0:
+            return x
+        keep = random.keep_mask(self.seed, self.step, site, x.shape, rate)
+        return ops.mul(x, const((keep / (1 - rate)).astype(x.value.dtype)))
+
+    def softmax(self, site: str, scores: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var | None) -> Var:
+        return self.named(site, probabilities(scores, mask, spec, sink), self._pairs(mask))
+
+    def matmul(self, site: str, a: Var, b: Var) -> Var:
+        """a b over the last two axes, operands seen as `<site>.lhs` and `<site>.rhs`; the result is not named."""
+        return ops.matmul(self.operand(f"{site}.lhs", a), self.operand(f"{site}.rhs", b))
+
+    def attention(
+        self, site: str, q: Var, k: Var, v: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var | None, rate: float
+    ) -> Var:
+        """softmax(q k^T / sqrt(K)) v: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, Tq, H K).
+
+        Sites `scores` (scaled, before the mask), `probs`, `context`. Dropout follows the clip.
+        """
+        kt = ops.swap_last(self.operand(f"{site}.scores.rhs", k))
+        scores = ops.scale(ops.matmul(self.operand(f"{site}.scores.lhs", q), kt), q.shape[-1] ** -0.5)
+        scores = self.named(f"{site}.scores", scores, self._pairs(mask))
+        probs = self.softmax(f"{site}.probs", scores, mask, spec, sink)
+        probs = self.dropout(f"{site}.probs", probs, rate)
+        context = self.matmul(f"{site}.context", probs, v)  # (B, H, Tq, K)
+        return self._named(f"{site}.context", ops.merge_heads(context))
+
+    def _pairs(self, mask: np.ndarray) -> np.ndarray:
+        """The (query, key) pairs that count: allowed by the mask, from a real query."""
+        return mask if self.rows is None else mask & self.rows[:, None, -mask.shape[-2] :, None]
+
+
+class Record(Float):
+    """Shows each named tensor among `sites` (None: all) to `callback(site, value, where)`."""
+
+    def __init__(self, callback: Callable[[str, np.ndarray, np.ndarray | None], None], sites: set[str] | None = None) -> None:
+        super().__init__()
+        self.callback = callback
+        self.sites = sites
+
+    def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
+        if self.sites is None or site in self.sites:
+            self.callback(site, y.value, where)
+        return y
+
+
+class Quantizers(Float):
+    """The three hooks as one: `apply(site, x, where)` for every site that has a `QuantSpec`."""
+
+    def __init__(self, specs: Mapping[str, QuantSpec], *, masked_scores: bool = False, **context: int) -> None:
+        super().__init__(**context)
+        self.specs = specs
+        self.masked_scores = masked_scores
+
+    def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        raise AssertionError("a Quantizers numerics says what happens at a site")
+
+    def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
+        return self.apply(site, x, where) if site in self.specs else x
+
+    def weight(self, site: str, w: Var) -> Var:
+        return self.apply(site, w, None) if site in self.specs else w
+
+    def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
+        if site not in self.specs:
+            return y
+        return self.apply(site, y, None if self.masked_scores and site.endswith(".scores") else where)
+
+
+class Calibrate(Quantizers):
+    """Feeds one observer per static site; `quantize` passes on what the range so far makes of the tensor."""
+
+    def __init__(self, specs: Mapping[str, QuantSpec], *, quantize: bool = False, masked_scores: bool = False) -> None:
+        super().__init__(specs, masked_scores=masked_scores)
+        self.quantize = quantize
+        self.observers: dict[str, Observer] = {}
+
+    def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        spec = self.specs[site]
+        if spec.dynamic:
+            return fake_quantize(x, *dynamic_scale(x.value, spec, where, is_weight(site)), spec) if self.quantize else x
+        observer = self.observers.setdefault(site, Observer(spec, is_weight(site)))
+        if not (is_weight(site) and observer.shape):  # a weight is the same in every batch
+            try:
+                observer.update(x.value, where)
+            except ValueError as error:
+                raise ValueError(f"site {site}: {error}") from None
+        if not self.quantize:
+            return x
+        return fake_quantize(x, *affine.scale_zero(*observer.range(), spec), spec)
+
+    def ranges(self) -> dict[str, Range]:
+        """The ranges found. Raises ValueError naming a static site that no batch has reached."""
+        found = {}
+        for site, spec in self.specs.items():
+            if spec.dynamic:
+                continue
+            if site not in self.observers:
+                raise ValueError(f"site {site} was not reached in calibration; is it a site of this model?")
+            low, high = self.observers[site].range()
+            found[site] = Range(low, high, *affine.scale_zero(low, high, spec))
+        return found
+
+
+class FakeQuant(Quantizers):
+    """Quantize-dequantize at every site of `specs`: static sites by `ranges`, dynamic ones by the tensor itself.
+
+    `learned` holds `<site>.scale` and `<site>.zero_point` of learned ranges as leaves of the tape.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, QuantSpec],
+        ranges: Mapping[str, Range],
+        learned: Params | None = None,
+        *,
+        masked_scores: bool = False,
+        **context: int,
+    ) -> None:
+        super().__init__(specs, masked_scores=masked_scores, **context)
+        self.ranges = ranges
+        self.learned = learned or {}
+
+    def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        spec = self.specs[site]
+        if spec.dynamic:
+            return fake_quantize(x, *dynamic_scale(x.value, spec, where, is_weight(site)), spec)
+        if spec.learned and f"{site}.scale" in self.learned:
+            return learned_quantize(x, self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec)
+        return fake_quantize(x, self.ranges[site].scale, self.ranges[site].zero_point, spec)
+
+
+def is_weight(site: str) -> bool:
+    return site.endswith(".weight")
+
+
+def dynamic_scale(
+    x: np.ndarray, spec: QuantSpec, where: np.ndarray | None, weight: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point from the tensor's own minimum and maximum."""
+    if spec.granularity is Granularity.TOKEN:
+        where = None  # a row of padding has a range of its own and touches no other
+    return affine.scale_zero(*affine.min_max(x, affine.range_axes(spec, x.ndim, weight), where), spec)
+
+
+def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: QuantSpec) -> Var:
+    """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
+    y, inside = affine.fake_quantize(x.value, scale, zero_point, spec)
+    return node(y, (x, lambda g: g * inside))
+
+
+def learned_quantize(x: Var, scale: Var, zero_point: Var, spec: QuantSpec) -> Var:
+    """Learned step size (Esser et al. 2020, eq. 3 and 5) with a learned zero point (Bhalgat et al. 2020).
+
+    With v = x / s and z the rounded zero point: dx = g inside; ds = g (round(v) - v) inside and g (limit - z) outside;
+    dz = -g s outside and 0 inside. ds and dz are multiplied by 1 / sqrt(elements per range * code_max).
+    """
+    z = np.clip(np.rint(zero_point.value), spec.code_min, spec.code_max).astype(np.int32)
+    s = np.maximum(np.abs(scale.value), affine.TINY)
+    y, inside = affine.fake_quantize(x.value, s, z, spec)
+    v = x.value / s
+    level = affine.rounded(x.value, s, z)
+    outside = np.clip(level, spec.code_min, spec.code_max) - z
+    slope = np.where(inside, level - z - v, outside)
+    factor = 1 / np.sqrt(x.value.size / scale.value.size * spec.code_max)
+
+    def gather(g: np.ndarray) -> np.ndarray:
+        axes = tuple(i for i in range(g.ndim) if scale.shape[i] == 1)
+        return g.sum(axis=axes, dtype=np.float64, keepdims=True) * factor
+
+    edges = [(x, lambda g: g * inside), (scale, lambda g: gather(g * slope) * np.where(scale.value < 0, -1, 1))]
+    if not spec.symmetric:
+        edges.append((zero_point, lambda g: gather(np.where(inside, 0, -g * s))))
+    return node(y, *edges)

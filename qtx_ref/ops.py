@@ -1,0 +1,265 @@
+"""Every differentiable op of the reference: the equation, the forward and its vector-Jacobian product, side by side.
+
+Ops take and return `Var`. They compute in the dtype of their input (float32 or float64); norms, softmax, means and
+losses sum in float64 and round once at the end, matmuls stay in the input's dtype. Letters: B batch, T tokens,
+D width, H heads, K = D / H, V classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import special
+
+from .tape import Var, node, unbroadcast
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def linear(x: Var, weight: Var, bias: Var | None = None) -> Var:
+    """y = x W^T + b: x (..., I), W (O, I), b (O,) -> (..., O).
+
+    Or one matrix per head: x (..., H I), W (H, O, I), b (H, O) -> (..., H O), head h reading and writing its own slice.
+    dx = g W, dW = g^T x, db = sum g.
+    """
+    w = weight.value
+    heads = w.shape[0] if w.ndim == 3 else 1
+
+    def split(v: np.ndarray) -> np.ndarray:  # (..., H n) -> (H, N, n)
+        return v.reshape(-1, heads, v.shape[-1] // heads).swapaxes(0, 1)
+
+    def merge(v: np.ndarray) -> np.ndarray:  # (H, N, n) -> (..., H n)
+        return v.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+
+    w3 = w.reshape(heads, *w.shape[-2:])  # (H, O, I)
+    y = merge(split(x.value) @ w3.swapaxes(1, 2))
+    edges = [
+        (x, lambda g: merge(split(g) @ w3)),
+        (weight, lambda g: (split(g).swapaxes(1, 2) @ split(x.value)).reshape(w.shape)),
+    ]
+    if bias is not None:
+        y = y + bias.value.reshape(-1)
+        edges.append((bias, lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0, dtype=np.float64).reshape(bias.shape)))
+    return node(y, *edges)
+
+
+def matmul(a: Var, b: Var) -> Var:
+    """y = a b over the last two axes; leading axes agree. da = g b^T, db = a^T g."""
+    return node(
+        a.value @ b.value,
+        (a, lambda g: g @ np.swapaxes(b.value, -1, -2)),
+        (b, lambda g: np.swapaxes(a.value, -1, -2) @ g),
+    )
+
+
+def add(a: Var, b: Var) -> Var:
+    """y = a + b, broadcast. da = g, db = g."""
+    return node(a.value + b.value, (a, lambda g: unbroadcast(g, a.shape)), (b, lambda g: unbroadcast(g, b.shape)))
+
+
+def mul(a: Var, b: Var) -> Var:
+    """y = a b, broadcast. da = g b, db = g a."""
+    return node(
+        a.value * b.value,
+        (a, lambda g: unbroadcast(g * b.value, a.shape)),
+        (b, lambda g: unbroadcast(g * a.value, b.shape)),
+    )
+
+
+def scale(x: Var, factor: float) -> Var:
+    """y = factor x, the factor rounded to x's dtype first. dx = factor g."""
+    f = x.value.dtype.type(factor)
+    return node(x.value * f, (x, lambda g: g * f))
+
+
+def mean(x: Var, axis: int, where: np.ndarray | None = None) -> Var:
+    """Mean over one axis, kept, of the elements where `where` (broadcast) is true; 0 where there are none. dx = g / n."""
+    keep = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
+    n = np.maximum(keep.sum(axis=axis, keepdims=True), 1)
+    y = (x.value.sum(axis=axis, where=keep, dtype=np.float64, keepdims=True) / n).astype(x.value.dtype)
+    return node(y, (x, lambda g: (g / n) * keep))
+
+
+def total(x: Var) -> Var:
+    """The sum of all elements, in float64. dx = g."""
+    return node(x.value.sum(dtype=np.float64), (x, lambda g: np.broadcast_to(g, x.shape)))
+
+
+# --- nonlinear --------------------------------------------------------------------------------------------------------
+
+
+def layer_norm(x: Var, weight: Var, bias: Var, eps: float) -> Var:
+    """y = (x - mean) / sqrt(var + eps) * w + b over the last axis, var biased (Ba et al. 2016).
+
+    With n = (x - mean) / sigma and u = g w: dx = (u - mean(u) - n mean(u n)) / sigma.
+    """
+    v = x.value.astype(np.float64)
+    centred = v - v.mean(axis=-1, keepdims=True)
+    sigma = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
+    n = centred / sigma
+    y = (n * weight.value + bias.value).astype(x.value.dtype)
+
+    def dx(g: np.ndarray) -> np.ndarray:
+        u = g.astype(np.float64) * weight.value
+        return (u - u.mean(axis=-1, keepdims=True) - n * (u * n).mean(axis=-1, keepdims=True)) / sigma
+
+    return node(y, (x, dx), (weight, lambda g: unbroadcast(g * n, weight.shape)), (bias, lambda g: unbroadcast(g, bias.shape)))
+
+
+def softmax(x: Var, mask: np.ndarray | None = None, sink: Var | None = None) -> Var:
+    """p_i = exp(x_i - m) / (sum_j exp(x_j - m) + exp(s - m)) over the last axis, m the largest exponent.
+
+    mask, boolean and broadcast, is true where a key may be attended to. Masked keys get 0, and so does a row without
+    keys: its sum is empty, and 0 / 0 is read as 0 (attending to nothing adds nothing).
+    sink s, broadcast to (..., 1), takes probability that no key receives: 0 for softmax1, learned for a sink per head.
+    dx = p (g - sum_j g_j p_j), ds = -(1 - sum p) sum_j g_j p_j.
+    """
+    v = x.value.astype(np.float64)
+    keep = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)
+    top = np.max(v, axis=-1, keepdims=True, where=keep, initial=-np.inf)
+    if sink is not None:
+        top = np.maximum(top, sink.value)
+    top = np.where(np.isfinite(top), top, 0.0)
+    e = np.where(keep, np.exp(np.where(keep, v, top) - top), 0.0)
+    rest = 0.0 if sink is None else np.exp(sink.value - top)
+    denominator = e.sum(axis=-1, keepdims=True) + rest
+    p = e / np.where(denominator == 0, 1.0, denominator)
+
+    def inner(g: np.ndarray) -> np.ndarray:
+        return (g * p).sum(axis=-1, keepdims=True)
+
+    edges = [(x, lambda g: p * (g - inner(g)))]
+    if sink is not None:
+        left = rest / denominator  # the sink's share, 1 - sum p
+        edges.append((sink, lambda g: unbroadcast(-left * inner(g), sink.shape)))
+    return node(p.astype(x.value.dtype), *edges)
+
+
+def clip_stretch(p: Var, gamma: np.ndarray | float, zeta: float) -> Var:
+    """y = clip((zeta - gamma) p + gamma, 0, 1) (Bondarenko et al. 2023, eq. 4). dp = g (zeta - gamma) inside [0, 1].
+
+    gamma is a number or broadcasts against p (one per row). At the ends themselves the gradient passes.
+    """
+    dtype = p.value.dtype
+    low = np.asarray(gamma, dtype)
+    span = np.asarray(zeta - np.asarray(gamma, np.float64), dtype)
+    stretched = span * p.value + low
+    inside = (stretched >= 0) & (stretched <= 1)
+    return node(np.clip(stretched, 0, 1).astype(dtype), (p, lambda g: np.where(inside, g * span, 0)))
+
+
+def gelu(x: Var) -> Var:
+    """y = x Phi(x), Phi the normal distribution function (Hendrycks and Gimpel 2016). dx = g (Phi(x) + x phi(x))."""
+    v = x.value.astype(np.float64)
+    cdf = special.ndtr(v)
+    pdf = np.exp(-0.5 * v * v) / np.sqrt(2 * np.pi)
+    return node((v * cdf).astype(x.value.dtype), (x, lambda g: g * (cdf + v * pdf)))
+
+
+def relu(x: Var) -> Var:
+    """y = max(x, 0). dx = g where x > 0."""
+    return node(np.maximum(x.value, 0), (x, lambda g: np.where(x.value > 0, g, 0)))
+
+
+def sigmoid(x: Var) -> Var:
+    """y = 1 / (1 + exp(-x)). dx = g y (1 - y)."""
+    y = special.expit(x.value)
+    return node(y, (x, lambda g: g * y * (1 - y)))
+
+
+def tanh(x: Var) -> Var:
+    """y = tanh(x). dx = g (1 - y^2)."""
+    y = np.tanh(x.value)
+    return node(y, (x, lambda g: g * (1 - y * y)))
+
+
+def cross_entropy(logits: Var, targets: np.ndarray) -> Var:
+    """sum over targets >= 0 of -log softmax(logits)[target], divided by their number; float64. Targets < 0 do not count.
+
+    logits (..., V), targets (...) integers. dlogits = g (softmax - onehot) / n. Raises ValueError without any target.
+    """
+    flat = logits.value.reshape(-1, logits.shape[-1]).astype(np.float64)
+    flat_targets = targets.reshape(-1)
+    rows = np.flatnonzero(flat_targets >= 0)
+    if rows.size == 0:
+        raise ValueError("cross entropy has no target: every target is negative")
+    picked, labels = flat[rows], flat_targets[rows]
+    log_p = picked - special.logsumexp(picked, axis=-1, keepdims=True)
+    loss = -log_p[np.arange(rows.size), labels].sum() / rows.size
+
+    def dlogits(g: np.ndarray) -> np.ndarray:
+        d = np.exp(log_p)
+        d[np.arange(rows.size), labels] -= 1
+        out = np.zeros_like(flat)
+        out[rows] = d * (g / rows.size)
+        return out.reshape(logits.shape)
+
+    return node(np.asarray(loss), (logits, dlogits))
+
+
+# --- wiring: moves values, changes none -------------------------------------------------------------------------------
+
+
+def embedding(table: Var, index: np.ndarray) -> Var:
+    """y[...] = table[index[...]], (V, D) -> (..., D). dtable adds g up by row."""
+
+    def dtable(g: np.ndarray) -> np.ndarray:
+        out = np.zeros(table.shape, np.float64)
+        np.add.at(out, index.reshape(-1), g.reshape(-1, g.shape[-1]))
+        return out
+
+    return node(table.value[index], (table, dtable))
+
+
+def split_heads(x: Var, heads: int) -> Var:
+    """(B, T, D) -> (B, H, T, K)."""
+    b, t, d = x.shape
+    y = x.value.reshape(b, t, heads, d // heads).transpose(0, 2, 1, 3)
+    return node(y, (x, lambda g: g.transpose(0, 2, 1, 3).reshape(b, t, d)))
+
+
+def merge_heads(x: Var) -> Var:
+    """(B, H, T, K) -> (B, T, H K)."""
+    b, h, t, k = x.shape
+    y = x.value.transpose(0, 2, 1, 3).reshape(b, t, h * k)
+    return node(y, (x, lambda g: g.reshape(b, t, h, k).transpose(0, 2, 1, 3)))
+
+
+def spread_heads(x: Var, width: int) -> Var:
+    """(..., H) -> (..., H K): each head's value K times. dx sums each group of K."""
+    y = np.repeat(x.value, width, axis=-1)
+    return node(y, (x, lambda g: g.reshape(*x.shape, width).sum(axis=-1)))
+
+
+def swap_last(x: Var) -> Var:
+    """(..., M, N) -> (..., N, M)."""
+    return node(np.swapaxes(x.value, -1, -2), (x, lambda g: np.swapaxes(g, -1, -2)))
+
+
+def reshape(x: Var, shape: tuple[int, ...]) -> Var:
+    return node(x.value.reshape(shape), (x, lambda g: g.reshape(x.shape)))
+
+
+def concat(parts: list[Var], axis: int) -> Var:
+    """Joins along one axis; the gradient is cut at the same places."""
+    cuts = np.cumsum([p.shape[axis] for p in parts])[:-1]
+    edges = [(p, lambda g, i=i: np.split(g, cuts, axis=axis)[i]) for i, p in enumerate(parts)]
+    return node(np.concatenate([p.value for p in parts], axis=axis), *edges)
+
+
+def token(x: Var, position: int) -> Var:
+    """(B, T, D) -> (B, D): one token of every sequence."""
+
+    def dx(g: np.ndarray) -> np.ndarray:
+        out = np.zeros(x.shape, g.dtype)
+        out[:, position] = g
+        return out
+
+    return node(x.value[:, position], (x, dx))
+
+
+def patches(image: np.ndarray, size: int) -> np.ndarray:
+    """(B, C, S, S) -> (B, N, C size size), row by row; a patch's values in the order of a convolution's weight."""
+    b, c, s, _ = image.shape
+    n = s // size
+    cut = image.reshape(b, c, n, size, n, size).transpose(0, 2, 4, 1, 3, 5)
+    return np.ascontiguousarray(cut).reshape(b, n * n, c * size * size)

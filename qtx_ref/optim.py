@@ -1,0 +1,62 @@
+"""AdamW with decoupled decay, clipping by global norm, and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .spec import OptimSpec, Schedule, decays
+
+
+def learning_rate(spec: OptimSpec, step: int) -> float:
+    """The rate of step 0, 1, ...: linear warm-up from lr / warmup, then the schedule, reaching 0 after the last step."""
+    if step < spec.warmup:
+        return spec.lr * (step + 1) / spec.warmup
+    done = (step - spec.warmup) / max(1, spec.steps - spec.warmup)
+    if spec.schedule is Schedule.LINEAR:
+        return spec.lr * max(0.0, 1 - done)
+    if spec.schedule is Schedule.COSINE:
+        return spec.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return spec.lr
+
+
+def clip_by_norm(grads: dict[str, np.ndarray], limit: float) -> tuple[dict[str, np.ndarray], float]:
+    """Gradients scaled so that their joint 2-norm is at most `limit` (0: as they are), and the norm before; float64 sums."""
+    norm = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in grads.values()))
+    if limit == 0 or norm <= limit:
+        return grads, norm
+    factor = limit / (norm + 1e-6)
+    return {name: g * g.dtype.type(factor) for name, g in grads.items()}, norm
+
+
+class AdamW:
+    """m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w = w (1 - lr d) - lr m' / (sqrt(v') + eps)
+
+    with m' = m / (1 - b1^t) and v' = v / (1 - b2^t) (Kingma and Ba 2015; decay d as in Loshchilov and Hutter 2019).
+    `params` are updated in place; `m` and `v` have their dtype.
+    """
+
+    def __init__(self, params: dict[str, np.ndarray], spec: OptimSpec) -> None:
+        self.params = params
+        self.spec = spec
+        self.count = 0  # t
+        self.m = {name: np.zeros_like(value) for name, value in params.items()}
+        self.v = {name: np.zeros_like(value) for name, value in params.items()}
+
+    def step(self, grads: dict[str, np.ndarray]) -> float:
+        """One update with gradients by name; returns the gradients' norm before clipping."""
+        s, lr = self.spec, learning_rate(self.spec, self.count)
+        grads, norm = clip_by_norm(grads, s.clip_norm)
+        self.count += 1
+        first, second = 1 - s.beta1**self.count, 1 - s.beta2**self.count
+        for name, w in self.params.items():
+            kind, g = w.dtype.type, grads[name]
+            m, v = self.m[name], self.v[name]
+            m += (g - m) * kind(1 - s.beta1)
+            v *= kind(s.beta2)
+            v += g * g * kind(1 - s.beta2)
+            if decays(name, s):
+                w *= kind(1 - lr * s.weight_decay)
+            w -= kind(lr / first) * m / (np.sqrt(v) / kind(math.sqrt(second)) + kind(s.eps))
+        return norm

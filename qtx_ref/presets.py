@@ -1,0 +1,123 @@
+"""Named model shapes and attentions.
+
+Published shapes: BERT-base (Devlin et al. 2019), OPT (Zhang et al. 2022, as released), ViT-S/16 (Dosovitskiy et al. 2021,
+Touvron et al. 2021). The `-tiny` ones train on two cores; their data set fixes vocabulary or image size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .spec import Activation, AttentionSpec, Family, Gate, Head, ModelSpec, Softmax, SpecError
+
+BERT_BASE = ModelSpec(
+    family=Family.BERT,
+    layers=12,
+    width=768,
+    heads=12,
+    hidden=3072,
+    head=Head.MLM,
+    vocab=30522,
+    length=512,
+    types=2,
+    norm_eps=1e-12,
+    dropout=0.1,
+    attention_dropout=0.1,
+)
+OPT_125M = ModelSpec(
+    family=Family.OPT,
+    layers=12,
+    width=768,
+    heads=12,
+    hidden=3072,
+    head=Head.CAUSAL,
+    activation=Activation.RELU,
+    pre_norm=True,
+    final_norm=True,
+    dropout=0.1,
+    init_std=0.006,
+    init_output_scaled=True,
+    vocab=50272,
+    length=2048,
+    position_offset=2,
+)
+VIT_S16 = ModelSpec(
+    family=Family.VIT,
+    layers=12,
+    width=384,
+    heads=6,
+    hidden=1536,
+    head=Head.CLASSIFY,
+    pre_norm=True,
+    final_norm=True,
+    norm_eps=1e-6,
+    classes=1000,
+    image_size=224,
+    patch_size=16,
+    channels=3,
+    patch_norm=True,
+)
+TINY_TEXT = {"layers": 4, "width": 128, "heads": 4, "hidden": 512, "vocab": 2048, "length": 128, "dropout": 0.0}
+
+PRESETS: dict[str, ModelSpec] = {
+    "bert-base": BERT_BASE,
+    "bert-6l": replace(BERT_BASE, layers=6),
+    "opt-125m": OPT_125M,
+    "opt-350m": replace(
+        OPT_125M, layers=24, width=1024, heads=16, hidden=4096, embed_width=512, pre_norm=False, final_norm=False
+    ),
+    "opt-1.3b": replace(OPT_125M, layers=24, width=2048, heads=32, hidden=8192),
+    "vit-s16": VIT_S16,
+    "bert-tiny": replace(BERT_BASE, **TINY_TEXT, attention_dropout=0.0),
+    "opt-tiny": replace(OPT_125M, **TINY_TEXT, init_std=0.02, init_output_scaled=False),
+    "vit-tiny": replace(
+        VIT_S16, layers=4, width=64, heads=4, hidden=256, classes=10, image_size=8, patch_size=2, channels=1
+    ),
+}
+
+SOFTMAXES: dict[str, AttentionSpec] = {
+    "vanilla": AttentionSpec(),
+    "clipped": AttentionSpec(softmax=Softmax.CLIPPED, alpha=4.0),
+    "clipped_row": AttentionSpec(softmax=Softmax.CLIPPED_ROW, alpha=4.0),
+    "softmax1": AttentionSpec(softmax=Softmax.PLUS_ONE),
+    "sink": AttentionSpec(softmax=Softmax.SINK),
+}
+GATES: dict[str, Gate] = {"gated": Gate.LINEAR} | {str(gate): gate for gate in Gate if gate is not Gate.NONE}
+NUMBERS = {"gamma": float, "zeta": float, "alpha": float, "pi": float, "gate_hidden": int}
+
+
+def preset(name: str) -> ModelSpec:
+    """The model shape of that name. Raises SpecError for an unknown one."""
+    if name not in PRESETS:
+        raise SpecError(f"unknown model {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def attention(text: str) -> AttentionSpec:
+    """The attention that a text such as `clipped:gamma=-0.025`, `mlp:gate_hidden=16` or `clipped+gated:pi=0.25` names.
+
+    Parts are joined by `+`: at most one softmax and one gate, each followed by `:key=value` settings. `clipped` alone has
+    alpha = 4 (the paper's range is 2 to 4), `gated` is the linear gate. Raises SpecError naming the part it cannot read.
+    """
+    fields: dict[str, object] = {}
+    for part in text.split("+"):
+        name, *settings = part.strip().split(":")
+        if name in SOFTMAXES and "softmax" not in fields:
+            given = SOFTMAXES[name]
+            fields |= {"softmax": given.softmax}
+            if given.alpha is not None and not any(s.startswith("gamma=") for s in settings):
+                fields |= {"alpha": given.alpha}
+        elif name in GATES and "gate" not in fields:
+            fields |= {"gate": GATES[name]}
+        else:
+            known = ", ".join([*SOFTMAXES, *GATES])
+            raise SpecError(f"attention {text!r} has part {part!r}: name one softmax and one gate at most, from {known}")
+        for setting in settings:
+            key, _, value = setting.partition("=")
+            if key not in NUMBERS:
+                raise SpecError(f"attention {text!r} sets {key!r}: known settings are {', '.join(NUMBERS)}")
+            try:
+                fields[key] = NUMBERS[key](value)
+            except ValueError:
+                raise SpecError(f"attention {text!r} sets {key} to {value!r}: give a number") from None
+    return AttentionSpec(**fields)
