@@ -5,6 +5,7 @@ Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -191,9 +192,11 @@ class Trainer:
         return loss, self.adam.step(grads)
 
     def state(self) -> Arrays:
-        """The optimizer's tensors: `optim.m.<name>`, `optim.v.<name>` and `optim.step`."""
+        """All that a resumed run needs beside the parameters: `optim.m.<name>`, `optim.v.<name>`, `optim.step`, and
+        `learned.<site>.scale` and `.zero_point` of learned ranges."""
         tensors = {f"optim.m.{name}": value.copy() for name, value in self.adam.m.items()}
         tensors |= {f"optim.v.{name}": value.copy() for name, value in self.adam.v.items()}
+        tensors |= {f"learned.{name}": value.copy() for name, value in self.model.learned.items()}
         return tensors | {"optim.step": np.array(self.adam.count, np.int64)}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -202,6 +205,16 @@ class Trainer:
         for name in self.adam.params:
             self.adam.m[name][...] = state[f"optim.m.{name}"]
             self.adam.v[name][...] = state[f"optim.v.{name}"]
+        for name, value in self.model.learned.items():
+            value[...] = state[f"learned.{name}"]
 
 
-__all__ = ["Batch", "Model", "Trainer", "check_generation", "init_params", "shapes"]
+def threads() -> int:
+    """How many threads BLAS may use: its sums, and so the last bits, depend on it."""
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    return os.cpu_count() or 1
+
+
+__all__ = ["Batch", "Model", "Trainer", "check_generation", "init_params", "shapes", "threads"]

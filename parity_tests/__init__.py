@@ -1,0 +1,1 @@
+"""The proof that the two backends agree, and that both agree with the outside world."""

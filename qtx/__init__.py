@@ -1,0 +1,1 @@
+"""qtx: train transformers that survive integers, quantize them, and prove that what runs is what was measured."""

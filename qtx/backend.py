@@ -1,0 +1,37 @@
+"""The backends by name, and the errors of qtx that a user can mend.
+
+A backend is a module with `Model`, `Trainer`, `check_generation` and `threads`; the two have the same signatures, which a
+test compares. Everything in `qtx` works through it and holds NumPy arrays only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from qtx_ref.spec import SpecError
+
+BACKENDS = {"ref": "qtx_ref.backend", "torch": "qtx_torch.backend"}
+
+
+class MissingExtra(ImportError):
+    """An optional package is not installed. The message says which extra brings it."""
+
+
+def need(package: str, extra: str, what: str) -> ModuleType:
+    """The imported package. Raises MissingExtra with the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package.partition(".")[0]:
+            raise
+        raise MissingExtra(f'{what} needs {package}, which is not installed: pip install "qtx[{extra}]"') from None
+
+
+def backend(name: str) -> ModuleType:
+    """The backend module `ref` or `torch`. Raises SpecError for another name, MissingExtra without torch."""
+    if name not in BACKENDS:
+        raise SpecError(f"backend is {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name == "torch":
+        need("torch", "torch", "--backend torch")
+    return importlib.import_module(BACKENDS[name])

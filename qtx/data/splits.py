@@ -1,0 +1,44 @@
+"""What text and images share: the three splits, how many items each gets, and how items are identified."""
+
+from __future__ import annotations
+
+import hashlib
+
+SPLITS = ("train", "calibration", "evaluation")
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message is one line: it names the value and the remedy."""
+
+
+def digest(data: bytes) -> str:
+    """The identity of a section, an image or a tokenizer: sha256, 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def fingerprint(hashes: list[str]) -> str:
+    """One hash over the hashes of a split, in order."""
+    return digest("\n".join(hashes).encode())
+
+
+def split_names(count: int) -> list[str]:
+    """The split of each of `count` >= 3 items in order: the last tenth evaluates, the tenth before it calibrates.
+
+    A tenth is rounded and at least one item.
+    """
+    held = max(1, round(count / 10))
+    return ["train"] * (count - 2 * held) + ["calibration"] * held + ["evaluation"] * held
+
+
+def check_split(split: str) -> None:
+    """Refuses a name that is not one of `SPLITS`."""
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} does not exist: choose one of {', '.join(SPLITS)}")
+
+
+def check_batch(batch_size: int, available: int, what: str) -> None:
+    """Refuses a batch size below 1, or above the `available` items; `what` says what they are."""
+    if batch_size < 1:
+        raise DataError(f"batch size is {batch_size}: give at least 1")
+    if available < batch_size:
+        raise DataError(f"{available} {what} do not fill one batch of {batch_size}: give more data or a smaller batch")

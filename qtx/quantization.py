@@ -1,0 +1,106 @@
+"""Float and quantized evaluation of a model, calibration, and the rule that their data never overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qtx_ref.spec import ModelSpec, Range, Recipe, SpecError
+
+from .progress import Progress
+from .recipes import resolve
+from .sites import paper_sites
+
+BATCH = 16  # sequences or images of an evaluation or calibration batch
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean negative log-likelihood in nats over all targets, perplexity (its exponential) and accuracy in percent."""
+
+    loss: float
+    perplexity: float
+    accuracy: float
+    targets: int
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The published metrics: the largest over sites of the mean inf norm, where, and the kurtosis averaged over sites."""
+
+    max_inf_norm: float
+    max_inf_norm_site: str
+    average_kurtosis: float
+    max_kurtosis: float
+    max_kurtosis_site: str
+
+
+def metric(spec: ModelSpec) -> str:
+    """The field of `Score` that a family is judged by."""
+    return "accuracy" if spec.classes else "perplexity"
+
+
+def refuse_overlap(meta: Mapping[str, Any], data: Any, split: str) -> None:
+    """Raises SpecError where a section of `split` is among those that the model was trained or calibrated on."""
+    for use in ("train", "calibration"):
+        seen = set(meta.get("data", {}).get("hashes", {}).get(use, ()))
+        if use != split and (shared := seen & set(data.hashes(split))):
+            raise SpecError(
+                f"{len(shared)} section(s) of the {split} data are this model's {use} data (first hash "
+                f"{sorted(shared)[0][:12]}): evaluate on other data"
+            )
+
+
+def evaluate(model: Any, batches: Iterable[Mapping[str, Any]], label: str = "evaluate", total: int = 0) -> Score:
+    """The score of a model, float or bound, over batches. Raises SpecError without a target."""
+    loss, count, right = 0.0, 0, 0
+    with Progress(label, total) as bar:
+        for batch in batches:
+            part = model.evaluate(batch)
+            loss, count, right = loss + part[0], count + part[1], right + part[2]
+            bar.advance()
+    if count == 0:
+        raise SpecError("evaluation found no target: the data are empty")
+    mean = loss / count
+    return Score(mean, math.exp(mean) if mean < 700 else math.inf, 100 * right / count, count)
+
+
+def outliers(model: Any, batches: Iterable[Mapping[str, Any]]) -> Outliers:
+    """The published metrics of a float model: per site the mean over units of all batches, then over sites."""
+    chosen = paper_sites(model.spec)
+    sums: dict[str, dict[str, tuple[float, int]]] = {"inf_norm": {}, "kurtosis_published": {}}
+    for batch in batches:
+        for site, found in model.statistics(batch, chosen.inf_norm, tuple(sums)).items():
+            for name, values in found.items():
+                total, count = sums[name].get(site, (0.0, 0))
+                sums[name][site] = (total + float(values.sum()), count + values.size)
+    mean = {name: {site: total / count for site, (total, count) in found.items()} for name, found in sums.items()}
+    norms = mean["inf_norm"]
+    kurtoses = {site: mean["kurtosis_published"][site] for site in chosen.kurtosis}
+    largest, peak = max(norms, key=norms.__getitem__), max(kurtoses, key=kurtoses.__getitem__)
+    return Outliers(norms[largest], largest, sum(kurtoses.values()) / len(kurtoses), kurtoses[peak], peak)
+
+
+def calibrate(model: Any, data: Any, recipe: Recipe, seed: int) -> dict[str, Range]:
+    """Static ranges of a recipe, from its number of batches of the calibration split."""
+    batches = data.split_batches("calibration", model.spec, BATCH, seed, limit=recipe.batches)
+    return model.calibrate(
+        batches,
+        resolve(recipe, model.spec),
+        quantize=recipe.quantize_while_calibrating,
+        masked_scores=recipe.masked_scores,
+    )
+
+
+def bind(model: Any, recipe: Recipe, ranges: Mapping[str, Range]) -> None:
+    """Puts a model under a recipe's fake quantization."""
+    model.bind(resolve(recipe, model.spec), ranges, masked_scores=recipe.masked_scores)
+
+
+def as_json(record: Any) -> dict[str, Any]:
+    """A score or an outlier record as JSON values; numbers that are not finite become null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asdict(record).items()
+    }

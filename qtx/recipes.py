@@ -1,0 +1,146 @@
+"""Recipes: which site is quantized and how, as data. `recipe(name, spec)` makes one, `resolve` fits it to a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from qtx_ref.spec import (
+    Family,
+    Gate,
+    Granularity,
+    ModelSpec,
+    ObserverKind,
+    ObserverSpec,
+    QuantSpec,
+    Recipe,
+    Rule,
+    SpecError,
+    from_dict,
+)
+
+from .sites import sites
+
+SIM = "published simulator (code of arXiv 2306.12929)"
+TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
+LOOKUPS = ("embed.token", "embed.type", "embed.position")
+LM_HEAD = ("head.decoder", "head.decoder.weight")
+OPERANDS = ("*.input", "*.lhs", "*.rhs")
+RUNNING = ObserverSpec(kind=ObserverKind.RUNNING, momentum=0.9)
+NAMES = "wXaY (w8a8, w6a6, w4a8, ...), lsq-wXaY, train-wXaY, paper-bert, paper-opt, paper-vit, or a .json file"
+
+
+def post_training(weight_bits: int, activation_bits: int, learned: bool = False) -> Recipe:
+    """Static per-tensor ranges everywhere: symmetric weights, asymmetric activations, running min-max over 16 batches."""
+    weights = QuantSpec(bits=weight_bits, symmetric=True, learned=learned)
+    activations = QuantSpec(bits=activation_bits, observer=RUNNING, learned=learned)
+    bits = f"w{weight_bits}a{activation_bits}"
+    return Recipe(
+        name=f"lsq-{bits}" if learned else bits,
+        rules=(
+            Rule(("*",), activations, "arXiv 2306.12929, section 5: asymmetric activations, static ranges"),
+            Rule(("*.weight",), weights, "arXiv 2306.12929, section 5: symmetric weights"),
+            Rule(OPERANDS, None, "a tensor is quantized once, where it is produced"),
+            Rule(LOOKUPS, None, "a row of a quantized table is quantized already"),
+            Rule(LM_HEAD, None, "arXiv 2306.12929, section 5: the final linear layer of BERT and OPT stays in float"),
+        ),
+        batches=16,
+    )
+
+
+def training(weight_bits: int, activation_bits: int) -> Recipe:
+    """Both operands of every matmul, dynamic and symmetric: a scale per token, or per output channel of a weight."""
+    source = "blog 2025: every matmul of the forward pass, per token, absmax / 127"
+    rows = QuantSpec(bits=activation_bits, symmetric=True, granularity=Granularity.TOKEN, dynamic=True)
+    channels = QuantSpec(bits=weight_bits, symmetric=True, granularity=Granularity.CHANNEL, dynamic=True)
+    return Recipe(
+        name=f"train-w{weight_bits}a{activation_bits}",
+        rules=(
+            Rule(OPERANDS, rows, source),
+            Rule(("*.weight",), channels, "assumed: one scale per output channel"),
+            Rule(("*norm.weight", *TABLES), None, "not an operand of a matmul"),
+        ),
+    )
+
+
+def paper(family: Family, spec: ModelSpec) -> Recipe:
+    """The published simulator site by site (BERT, OPT); for ViT, which has no published code, the paper's text."""
+    if family is not spec.family:
+        raise SpecError(f"recipe paper-{family} for a model of family {spec.family}: use paper-{spec.family}")
+    if family is Family.VIT:
+        base = post_training(8, 8)
+        rules = (
+            Rule(("*",), base.rules[0].quant, "section 5: all activations, asymmetric, static; running min-max assumed"),
+            Rule(("*.weight",), base.rules[1].quant, "section 5: all weights, symmetric; min-max assumed"),
+            Rule((*OPERANDS, *LOOKUPS), None, "assumed as in the BERT simulator"),
+        )
+        return Recipe("paper-vit", rules, batches=16, quantize_while_calibrating=True, masked_scores=True)
+    gated = spec.attention.gate is not Gate.NONE
+    if family is Family.BERT:
+        weights = QuantSpec(symmetric=True)
+        activations = QuantSpec(observer=RUNNING)
+        context, other = ("gated", "context") if gated else ("context", "gated")
+        context_source = f"{SIM}: the context is quantized after the gate"
+        head = Rule(("head.*",), None, f"{SIM}: the whole MLM head stays in float")
+        batches = 16
+    else:
+        grid = ObserverSpec(kind=ObserverKind.MSE_GRID, candidates=100, margin=0.5)
+        weights = QuantSpec(symmetric=True, observer=grid)
+        tails = ObserverSpec(kind=ObserverKind.RUNNING_PERCENTILE, momentum=0.9, percentile=99.999)
+        activations = QuantSpec(observer=tails)
+        context, other = "context", "gated"
+        context_source = f"{SIM}: the context is quantized before the gate, the gated output not at all"
+        head = Rule(LM_HEAD, None, f"{SIM}: quant_setup fp32_head, the README's command")
+        batches = 4
+    rules = (
+        Rule(("*",), activations, f"{SIM}: asymmetric activations"),
+        Rule(("*.weight",), weights, f"{SIM}: symmetric weights per tensor, tables included"),
+        Rule(
+            ("*norm.weight",),
+            replace(weights, symmetric=False),
+            f"{SIM}: its symmetric quantizer turns unsigned for a gain without negatives, which is this one",
+        ),
+        Rule((*OPERANDS, *LOOKUPS), None, f"{SIM}: lookups have no activation quantizer"),
+        Rule(("*.ffn.hidden",), None, f"{SIM}: the FFN's first linear and its activation share one quantizer"),
+        Rule(("*.gate*",), None, f"{SIM}: the gate's predictor stays in float, weights included"),
+        Rule((f"*.attn.{other}",), None, context_source),
+        Rule((f"*.attn.{context}",), activations, context_source),
+        head,
+    )
+    return Recipe(f"paper-{family}", rules, batches=batches, quantize_while_calibrating=True, masked_scores=True)
+
+
+def recipe(name: str, spec: ModelSpec) -> Recipe:
+    """The recipe of that name for a model, or that of a JSON file.
+
+    Raises:
+        SpecError: an unknown name, bits outside 2 to 16, or a file that is no recipe.
+    """
+    if name.endswith(".json"):
+        try:
+            return from_dict(Recipe, json.loads(Path(name).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise SpecError(f"recipe file {name}: {error}") from None
+    if match := re.fullmatch(r"(|lsq-|train-)w(\d+)a(\d+)", name):
+        kind, weight_bits, activation_bits = match[1], int(match[2]), int(match[3])
+        if kind == "train-":
+            return training(weight_bits, activation_bits)
+        return post_training(weight_bits, activation_bits, learned=kind == "lsq-")
+    if name in ("paper-bert", "paper-opt", "paper-vit"):
+        return paper(Family(name.removeprefix("paper-")), spec)
+    raise SpecError(f"recipe {name!r} is not known: choose {NAMES}")
+
+
+def training_recipe(name: str, spec: ModelSpec) -> Recipe:
+    """The recipe of `--train-quant`: `w8a8` stands for `train-w8a8`, quantized matmuls with dynamic ranges."""
+    return recipe(f"train-{name}" if re.fullmatch(r"w\d+a\d+", name) else name, spec)
+
+
+def resolve(chosen: Recipe, spec: ModelSpec) -> dict[str, QuantSpec]:
+    """The quantizer of each site of a model. Raises SpecError where the recipe touches none."""
+    found = {site: quant for site in sites(spec).all if (quant := chosen.quant(site)) is not None}
+    if not found:
+        raise SpecError(f"recipe {chosen.name} matches no site of this model: see `qtx recipes` for site names")
+    return found

@@ -1,0 +1,1 @@
+"""What results look like: tables on the terminal and, with matplotlib, pictures."""

@@ -1,0 +1,213 @@
+"""Training: steps, curves, a checkpoint now and then, and resuming to the bit."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qtx_ref.models.initial import init_params
+from qtx_ref.spec import ModelSpec, OptimSpec, SpecError, to_dict
+
+from .backend import backend
+from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from .progress import Progress
+from .quantization import BATCH, bind, calibrate
+from .recipes import training_recipe
+from .sites import paper_sites
+
+SAVE_SECONDS = 30  # a kill loses at most this much
+WATCHES = 50  # points of the inf-norm curve
+
+
+class Interrupted(Exception):
+    """Ctrl-C came; everything up to the step under way is saved."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a model runs."""
+
+    backend: str = "torch"
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def model(self, spec: ModelSpec, params: dict[str, np.ndarray]) -> Any:
+        return backend(self.backend).Model(spec, params, device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """One run: equal specs and data give equal runs."""
+
+    model: ModelSpec
+    optim: OptimSpec
+    batch: int  # sequences or images per step
+    seed: int
+    train_quant: str | None = None  # recipe of the forward pass while training; w8a8 stands for train-w8a8
+
+
+@dataclass
+class History:
+    """Per step the loss in nats; now and then the largest inf norm over the paper's sites, on one fixed batch."""
+
+    loss: list[float]
+    watch_step: list[int]
+    inf_norm: list[float]
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return {
+            "history.loss": np.array(self.loss, np.float64),
+            "history.watch_step": np.array(self.watch_step, np.int64),
+            "history.inf_norm": np.array(self.inf_norm, np.float64),
+        }
+
+    @classmethod
+    def of(cls, extra: dict[str, np.ndarray]) -> History:
+        return cls(*(extra[f"history.{name}"].tolist() for name in ("loss", "watch_step", "inf_norm")))
+
+
+@contextmanager
+def interrupt_flag() -> Iterator[list[bool]]:
+    """Turns the first Ctrl-C into a flag, so that no step is cut in two; a second one interrupts at once."""
+    flag = [False]
+
+    def handle(number: int, frame: Any) -> None:
+        if flag[0]:
+            raise KeyboardInterrupt
+        flag[0] = True
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread: leave Ctrl-C to whoever has it
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def identity(run: TrainSpec, data: Any, machine: Machine) -> dict[str, Any]:
+    """What must be equal for a resumed run to give the bits of an uninterrupted one."""
+    return {
+        "train": to_dict(run),
+        "machine": to_dict(machine),
+        "threads": backend(machine.backend).threads(),
+        "data": data.describe(),
+    }
+
+
+def train(run: TrainSpec, data: Any, path: Path, machine: Machine, *, resume: bool = False, label: str = "") -> Checkpoint:
+    """Trains a model and leaves it, with optimizer and curves, at `path`; returns what is there.
+
+    A loss that is not finite ends the run, marked `meta["diverged"]`. With `resume`, goes on from `path` if it exists.
+
+    Raises:
+        CheckpointError: `path` exists without `resume`, or holds another run.
+        Interrupted: Ctrl-C; `path` is up to date.
+    """
+    label = label or path.parent.name
+    wanted = identity(run, data, machine)
+    model, trainer, history, checkpoint = begin(run, data, path, machine, wanted, resume)
+    if checkpoint is not None and checkpoint.meta["done"]:
+        return checkpoint
+    step = len(history.loss)
+    every = max(1, run.optim.steps // WATCHES)
+    fixed = next(data.split_batches("calibration", run.model, BATCH, 0, limit=1))
+    batches = data.train_batches(run.model, run.batch, run.seed, start=step)
+    saved = time.monotonic()
+
+    def keep(done: bool) -> Checkpoint:
+        recipe = training_recipe(run.train_quant, run.model) if run.train_quant else None
+        meta = {**wanted, "done": done, "diverged": not math.isfinite(history.loss[-1])}
+        if data.describe()["kind"] == "text":
+            meta["tokenizer"] = data.tokenizer_json
+        found = Checkpoint(run.model, model.params(), history.tensors() | trainer.state(), recipe, model.ranges(), meta)
+        save_checkpoint(path, found)
+        return found
+
+    with interrupt_flag() as interrupted, Progress(label, run.optim.steps, step) as bar:
+        while step < run.optim.steps:
+            loss, _ = trainer.step(next(batches))
+            history.loss.append(loss)
+            step += 1
+            if not math.isfinite(loss):
+                return diverge(path, run, history, wanted)
+            if step % every == 0 or step == run.optim.steps:
+                history.watch_step.append(step)
+                history.inf_norm.append(inf_norm(model, fixed))
+            bar.advance(note=f"loss {np.mean(history.loss[-20:]):.3f}")
+            if interrupted[0] or time.monotonic() - saved > SAVE_SECONDS:
+                keep(done=step == run.optim.steps)
+                saved = time.monotonic()
+                if interrupted[0]:
+                    raise Interrupted(f"stopped at step {step} of {run.optim.steps}, saved in {path}")
+    return keep(done=True)
+
+
+def begin(
+    run: TrainSpec, data: Any, path: Path, machine: Machine, wanted: dict[str, Any], resume: bool
+) -> tuple[Any, Any, History, Checkpoint | None]:
+    """Model, trainer and curves at the start of a run, or where `path` left it."""
+    checkpoint = None
+    if path.exists():
+        if not resume:
+            raise CheckpointError(f"{path} exists: go on with --resume, or choose another --out")
+        checkpoint = load_checkpoint(path)
+        for key, value in wanted.items():
+            if checkpoint.meta.get(key) != value:
+                raise CheckpointError(f"{path} is another run: {difference(key, checkpoint.meta.get(key), value)}")
+    model = machine.model(run.model, checkpoint.params if checkpoint else init_params(run.model, run.seed))
+    if run.train_quant:
+        recipe = training_recipe(run.train_quant, run.model)
+        static = any(rule.quant is not None and not rule.quant.dynamic for rule in recipe.rules)
+        ranges = checkpoint.ranges if checkpoint else calibrate(model, data, recipe, run.seed) if static else {}
+        bind(model, recipe, ranges)
+    trainer = backend(machine.backend).Trainer(model, run.optim, seed=run.seed)
+    if checkpoint is None:
+        return model, trainer, History([], [], []), None
+    if not checkpoint.meta["diverged"]:
+        trainer.load_state(checkpoint.extra)
+    return model, trainer, History.of(checkpoint.extra), checkpoint
+
+
+def diverge(path: Path, run: TrainSpec, history: History, wanted: dict[str, Any]) -> Checkpoint:
+    """Leaves the first parameters and the curves of a run whose loss is no number any more."""
+    last = [loss for loss in history.loss if math.isfinite(loss)]
+    curves = History(last, history.watch_step, history.inf_norm)
+    meta = {**wanted, "done": True, "diverged": True, "diverged_at": len(history.loss)}
+    found = Checkpoint(run.model, init_params(run.model, run.seed), curves.tensors(), None, {}, meta)
+    save_checkpoint(path, found)
+    return found
+
+
+def inf_norm(model: Any, batch: dict[str, np.ndarray]) -> float:
+    """The published max inf norm of a float forward pass over one batch."""
+    found = model.statistics(batch, paper_sites(model.spec).inf_norm, ("inf_norm",))
+    return max(float(statistics["inf_norm"].mean()) for statistics in found.values())
+
+
+def difference(key: str, was: Any, now: Any) -> str:
+    """The first place where two JSON values differ, in words."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in now:
+            if was.get(name) != now[name]:
+                return difference(f"{key}.{name}", was.get(name), now[name])
+    remedy = " (set OMP_NUM_THREADS)" if key == "threads" else ""
+    return f"{key} was {was!r} and is {now!r}{remedy}; choose another --out or the same settings"
+
+
+def default_optim(spec: ModelSpec, steps: int, lr: float | None = None) -> OptimSpec:
+    """AdamW with a tenth of the steps, at most 10,000, as warm-up; 1e-3 for widths up to 256, 1e-4 above."""
+    if steps < 1:
+        raise SpecError(f"steps is {steps}: give at least 1")
+    rate = lr if lr is not None else 1e-3 if spec.width <= 256 else 1e-4
+    return OptimSpec(lr=rate, weight_decay=0.01, clip_norm=1.0, warmup=min(steps // 10, 10_000), steps=steps)
