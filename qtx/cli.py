@@ -111,7 +111,9 @@ def as_evaluated(checkpoint: Checkpoint, model: Any, data: Any, recipe_name: str
 @main.command()
 @click.option("--model", default="opt-tiny", show_default=True, help=f"One of {', '.join(PRESETS)}.")
 @DATA
-@click.option("--steps", type=click.IntRange(1), default=StudySpec.steps, show_default=True, help="Training steps of each run.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=StudySpec.steps, show_default=True, help="Training steps of each run."
+)
 @click.option("--batch", type=click.IntRange(1), default=StudySpec.batch, show_default=True, help="Sequences per step.")
 @click.option("--lr", type=float, help="Peak learning rate; default 1e-3 for the tiny models, 1e-4 for larger ones.")
 @click.option("--attention", "attentions", default="vanilla,clipped,gated", show_default=True,
@@ -157,7 +159,9 @@ def study(model, data, tokenizer, steps, batch, lr, attentions, recipe_name, bit
 @click.option("--steps", type=click.IntRange(1), default=StudySpec.steps, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=StudySpec.batch, show_default=True)
 @click.option("--lr", type=float, help="Peak learning rate; default 1e-3 for the tiny models, 1e-4 for larger ones.")
-@click.option("--train-quant", help="Quantize while training: w8a8 (matmuls, per token), lsq-w8a8 (learned ranges), ...")
+@click.option(
+    "--train-quant", help="Quantize while training: w8a8 (matmuls, per token), lsq-w8a8 (learned ranges), ..."
+)
 @MACHINE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True)
@@ -172,15 +176,17 @@ def train_command(model, data, tokenizer, attention_name, steps, batch, lr, trai
     path = out / "model.safetensors"
     checkpoint = train(run, load(data, spec, tokenizer=tokenizer), path, machine, resume=resume, label=attention_name)
     curve = checkpoint.extra["history.loss"]
-    state = f"diverged at step {checkpoint.meta['diverged_at']}" if checkpoint.meta["diverged"] else f"loss {curve[-20:].mean():.4f}"
-    say(f"{path}: {len(curve)} steps, {state}", json_path)
+    state = " (diverged)" if checkpoint.meta["diverged"] else ""
+    say(f"{path}: {len(curve)} steps, loss {curve[-20:].mean():.4f}{state}", json_path)
     write_json(json_path, {"checkpoint": str(path), "diverged": checkpoint.meta["diverged"], "loss": curve.tolist()})
 
 
 @main.command()
 @CHECKPOINT
 @DATA
-@click.option("--recipe", "recipe_name", help="float, or a recipe to calibrate and apply; default: the checkpoint's own.")
+@click.option(
+    "--recipe", "recipe_name", help="float, or a recipe to calibrate and apply; default: the checkpoint's own."
+)
 @LIMIT
 @MACHINE
 @JSON
@@ -196,7 +202,7 @@ def evaluate(checkpoint, data, tokenizer, recipe_name, batches, backend_name, de
 
     score = quantization.evaluate(model, evaluation(), f"evaluate {numerics}", sum(1 for _ in evaluation()))
     result = {"numerics": numerics, **quantization.as_json(score)}
-    rows = [[key, value if isinstance(value, str) else number(value, 4)] for key, value in result.items()]
+    rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
     say(table(["", str(checkpoint)], rows), json_path)
     write_json(json_path, result)
 
@@ -246,20 +252,39 @@ def analyze(checkpoint, data, tokenizer, batches, backend_name, device, dtype, j
         for s in statistics
     ]  # fmt: skip
     say(table(header, rows), json_path)
+    say("\nby depth, the residual stream and what is added to it\n" + depth_table(statistics), json_path)
     if masses:
         heads = [[m.site, m.mark, *(f"{100 * h:.1f}" for h in m.heads)] for m in masses]
         names = [f"head {i}" for i in range(found.spec.heads)]
-        say("\nmean attention probability on marked keys, percent\n" + table(["site", "keys", *names], heads), json_path)
+        say(
+            "\nmean attention probability on marked keys, percent\n" + table(["site", "keys", *names], heads), json_path
+        )
     write_json(json_path, {"sites": [asdict(s) for s in statistics], "attention": [asdict(m) for m in masses]})
+
+
+def depth_table(statistics: Sequence[analysis.SiteStatistics]) -> str:
+    by_site = {s.site: s for s in statistics}
+    parts = ("attn.output", "attn.residual", "ffn.output", "ffn.residual")
+    layers = sum(site.endswith(".ffn.output") for site in by_site)
+    rows = []
+    for i in range(layers):
+        found = [by_site[f"layer.{i}.{part}"] for part in parts]
+        rows.append([f"layer {i}", *(number(s.inf_norm, 2) for s in found), *(number(s.kurtosis, 2) for s in found)])
+    header = ["", *(f"{part} inf" for part in parts), *(f"{part} kurt" for part in parts)]
+    return table(header, rows)
 
 
 @main.command()
 @CHECKPOINT
 @click.option("--prompt", required=True, help="Text to go on from.")
 @click.option("--tokens", type=click.IntRange(1), default=40, show_default=True, help="Number of new tokens.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--recipe", "recipe_name", help="float, or a recipe to calibrate and apply; default: the checkpoint's own.")
+@click.option(
+    "--recipe", "recipe_name", help="float, or a recipe to calibrate and apply; default: the checkpoint's own."
+)
 @DATA
 @MACHINE
 @JSON

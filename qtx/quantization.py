@@ -102,5 +102,6 @@ def bind(model: Any, recipe: Recipe, ranges: Mapping[str, Range]) -> None:
 def as_json(record: Any) -> dict[str, Any]:
     """A score or an outlier record as JSON values; numbers that are not finite become null."""
     return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asdict(record).items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(record).items()
     }

@@ -72,7 +72,9 @@ def paper(family: Family, spec: ModelSpec) -> Recipe:
     if family is Family.VIT:
         base = post_training(8, 8)
         rules = (
-            Rule(("*",), base.rules[0].quant, "section 5: all activations, asymmetric, static; running min-max assumed"),
+            Rule(
+                ("*",), base.rules[0].quant, "section 5: all activations, asymmetric, static; running min-max assumed"
+            ),
             Rule(("*.weight",), base.rules[1].quant, "section 5: all weights, symmetric; min-max assumed"),
             Rule((*OPERANDS, *LOOKUPS), None, "assumed as in the BERT simulator"),
         )

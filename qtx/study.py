@@ -158,21 +158,19 @@ class Study:
             "trained": None,
             "recipes": {},
         }
-        if not result["diverged"]:
+        if "diverged_at" not in checkpoint.meta:
             self._measure(result, checkpoint, f"{name} evaluate")
         return result
 
     def _measure(self, result: dict[str, Any], checkpoint: Checkpoint, label: str) -> None:
         model = self.spec.machine.model(checkpoint.spec, checkpoint.params)
         total = sum(1 for _ in self._evaluation(checkpoint.spec))
-        score = evaluate(model, self._evaluation(checkpoint.spec), label, total)
-        result["float"] = as_json(score)
+        result["float"] = as_json(evaluate(model, self._evaluation(checkpoint.spec), label, total))
         result["outliers"] = as_json(outliers(model, self._evaluation(checkpoint.spec, OUTLIER_BATCHES)))
         if result["train_quant"]:
             bind(model, checkpoint.recipe, checkpoint.ranges)
-            score = evaluate(model, self._evaluation(checkpoint.spec), f"{label} as trained", total)
-            result["trained"] = as_json(score)
-        result["diverged"] = self.unigram is not None and not score.perplexity < self.unigram
+            trained = evaluate(model, self._evaluation(checkpoint.spec), f"{label} as trained", total)
+            result["trained"] = as_json(trained)
         for name in self.spec.recipes:
             chosen = recipe(name, checkpoint.spec)
             model.bind({}, {})
@@ -194,9 +192,13 @@ class Study:
             was = from_dict(StudySpec, known["spec"])
             runs = known["runs"]
         except (ValueError, KeyError, TypeError, SpecError) as error:
-            raise CheckpointError(f"{self.path} is not a study that qtx wrote ({error}); choose another --out") from None
+            raise CheckpointError(
+                f"{self.path} is not a study that qtx wrote ({error}); choose another --out"
+            ) from None
         if was != self.spec:
-            raise CheckpointError(f"{self.path} is another study: {difference('study', to_dict(was), to_dict(self.spec))}")
+            raise CheckpointError(
+                f"{self.path} is another study: {difference('study', to_dict(was), to_dict(self.spec))}"
+            )
         return runs
 
 

@@ -23,6 +23,7 @@ from .quantization import BATCH, bind, calibrate
 from .recipes import training_recipe
 from .sites import paper_sites
 
+BUNDLED = ("books", "digits")  # data that bring their own tokenizer, or need none
 SAVE_SECONDS = 30  # a kill loses at most this much
 WATCHES = 50  # points of the inf-norm curve
 
@@ -105,10 +106,12 @@ def identity(run: TrainSpec, data: Any, machine: Machine) -> dict[str, Any]:
     }
 
 
-def train(run: TrainSpec, data: Any, path: Path, machine: Machine, *, resume: bool = False, label: str = "") -> Checkpoint:
+def train(
+    run: TrainSpec, data: Any, path: Path, machine: Machine, *, resume: bool = False, label: str = ""
+) -> Checkpoint:
     """Trains a model and leaves it, with optimizer and curves, at `path`; returns what is there.
 
-    A loss that is not finite ends the run, marked `meta["diverged"]`. With `resume`, goes on from `path` if it exists.
+    A run whose loss is not finite (it ends there) or has risen (see `risen`) is marked `meta["diverged"]`. With `resume`, goes on from `path` if it exists.
 
     Raises:
         CheckpointError: `path` exists without `resume`, or holds another run.
@@ -127,8 +130,8 @@ def train(run: TrainSpec, data: Any, path: Path, machine: Machine, *, resume: bo
 
     def keep(done: bool) -> Checkpoint:
         recipe = training_recipe(run.train_quant, run.model) if run.train_quant else None
-        meta = {**wanted, "done": done, "diverged": not math.isfinite(history.loss[-1])}
-        if data.describe()["kind"] == "text":
+        meta = {**wanted, "done": done, "diverged": done and risen(history.loss)}
+        if wanted["data"]["source"] not in BUNDLED:
             meta["tokenizer"] = data.tokenizer_json
         found = Checkpoint(run.model, model.params(), history.tensors() | trainer.state(), recipe, model.ranges(), meta)
         save_checkpoint(path, found)
@@ -174,7 +177,7 @@ def begin(
     trainer = backend(machine.backend).Trainer(model, run.optim, seed=run.seed)
     if checkpoint is None:
         return model, trainer, History([], [], []), None
-    if not checkpoint.meta["diverged"]:
+    if "diverged_at" not in checkpoint.meta:
         trainer.load_state(checkpoint.extra)
     return model, trainer, History.of(checkpoint.extra), checkpoint
 
@@ -187,6 +190,13 @@ def diverge(path: Path, run: TrainSpec, history: History, wanted: dict[str, Any]
     found = Checkpoint(run.model, init_params(run.model, run.seed), curves.tensors(), None, {}, meta)
     save_checkpoint(path, found)
     return found
+
+
+def risen(loss: list[float]) -> bool:
+    """Whether training ended more than half a nat above its best, both as means over a twentieth of the steps."""
+    window = max(1, len(loss) // 20)
+    means = np.convolve(loss, np.ones(window) / window, mode="valid")
+    return bool(means[-1] > means.min() + 0.5)
 
 
 def inf_norm(model: Any, batch: dict[str, np.ndarray]) -> float:

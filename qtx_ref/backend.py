@@ -26,7 +26,9 @@ DTYPES = ("float32", "float64")
 class Model:
     """A model with its parameters, in float or, after `bind`, under fake quantization."""
 
-    def __init__(self, spec: ModelSpec, params: Mapping[str, np.ndarray], *, device: str = "cpu", dtype: str = "float32"):
+    def __init__(
+        self, spec: ModelSpec, params: Mapping[str, np.ndarray], *, device: str = "cpu", dtype: str = "float32"
+    ):
         """params: every array of `shapes(spec)`.
 
         Raises:
@@ -51,7 +53,9 @@ class Model:
         """What an optimizer updates, in place: parameters, and scale and zero point of learned ranges."""
         return self.weights | self.learned
 
-    def bind(self, quants: Mapping[str, QuantSpec], ranges: Mapping[str, Range], *, masked_scores: bool = False) -> None:
+    def bind(
+        self, quants: Mapping[str, QuantSpec], ranges: Mapping[str, Range], *, masked_scores: bool = False
+    ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float.
 
         Raises SpecError for a static site without a range.
@@ -72,7 +76,9 @@ class Model:
         for site, spec in self.quants.items():
             if spec.learned:
                 scale = np.abs(self.learned[f"{site}.scale"])
-                zero = np.clip(np.rint(self.learned[f"{site}.zero_point"]), spec.code_min, spec.code_max).astype(np.int32)
+                zero = np.clip(np.rint(self.learned[f"{site}.zero_point"]), spec.code_min, spec.code_max).astype(
+                    np.int32
+                )
                 found[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
         return found
 
@@ -95,7 +101,9 @@ class Model:
         loss = models.loss(models.forward(nx, leaves, self.spec, batch), batch)
         return float(loss.value), dict(zip(leaves, backward(loss, leaves.values()), strict=True))
 
-    def record(self, batch: Batch, sites: Iterable[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    def record(
+        self, batch: Batch, sites: Iterable[str] | None = None
+    ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
         found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         show = Record(lambda site, x, where: found.__setitem__(site, (x, where)), None if sites is None else set(sites))

@@ -136,7 +136,9 @@ class Float:
 class Record(Float):
     """Shows each named tensor among `sites` (None: all) to `callback(site, value, where)`."""
 
-    def __init__(self, callback: Callable[[str, np.ndarray, np.ndarray | None], None], sites: set[str] | None = None) -> None:
+    def __init__(
+        self, callback: Callable[[str, np.ndarray, np.ndarray | None], None], sites: set[str] | None = None
+    ) -> None:
         super().__init__()
         self.callback = callback
         self.sites = sites

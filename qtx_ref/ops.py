@@ -102,7 +102,9 @@ def layer_norm(x: Var, weight: Var, bias: Var, eps: float) -> Var:
         u = g.astype(np.float64) * weight.value
         return (u - u.mean(axis=-1, keepdims=True) - n * (u * n).mean(axis=-1, keepdims=True)) / sigma
 
-    return node(y, (x, dx), (weight, lambda g: unbroadcast(g * n, weight.shape)), (bias, lambda g: unbroadcast(g, bias.shape)))
+    return node(
+        y, (x, dx), (weight, lambda g: unbroadcast(g * n, weight.shape)), (bias, lambda g: unbroadcast(g, bias.shape))
+    )
 
 
 def softmax(x: Var, mask: np.ndarray | None = None, sink: Var | None = None) -> Var:

@@ -111,7 +111,9 @@ def attention(text: str) -> AttentionSpec:
             fields |= {"gate": GATES[name]}
         else:
             known = ", ".join([*SOFTMAXES, *GATES])
-            raise SpecError(f"attention {text!r} has part {part!r}: name one softmax and one gate at most, from {known}")
+            raise SpecError(
+                f"attention {text!r} has part {part!r}: name one softmax and one gate at most, from {known}"
+            )
         for setting in settings:
             key, _, value = setting.partition("=")
             if key not in NUMBERS:

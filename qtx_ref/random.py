@@ -20,7 +20,9 @@ LOW = np.uint64(0xFFFFFFFF)
 def stream(seed: int, *names: object) -> np.random.Generator:
     """A generator of its own for (seed, names)."""
     text = "/".join(str(part) for part in (seed, *names))
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")))
+    return np.random.Generator(
+        np.random.Philox(key=int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little"))
+    )
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

@@ -17,7 +17,7 @@ def load(
     source: str | None,
     spec: ModelSpec,
     *,
-    tokenizer: Path | None = None,
+    tokenizer: Path | str | None = None,
     vocab: int | None = None,
     seed: int = 0,
 ) -> TextData | ImageData:

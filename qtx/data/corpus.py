@@ -194,16 +194,16 @@ def bundled_books() -> TextData:
     return TextData("books", sections, tokenizer_json, about["vocab"], specials)
 
 
-def load_text(source: str | None, tokenizer: Path | None, vocab: int | None, model_vocab: int) -> TextData:
+def load_text(source: str | None, tokenizer: Path | str | None, vocab: int | None, model_vocab: int) -> TextData:
     """See `qtx.data.load`. `model_vocab` bounds a tokenizer trained here when `vocab` is not given."""
     if tokenizer is not None and vocab is not None:
-        raise DataError(f"vocab {vocab} and tokenizer {tokenizer} exclude each other: give one")
+        raise DataError(f"vocab {vocab} and a tokenizer exclude each other: give one")
     books = source in (None, "books")
     if books and tokenizer is None and vocab in (None, BUNDLED_VOCAB):
         return bundled_books()
     passages, dropped = (read_books(), 0) if books else read_source(Path(source))
     if tokenizer is not None:
-        tokenizer_json = read_text(Path(tokenizer))
+        tokenizer_json = tokenizer if isinstance(tokenizer, str) else read_text(tokenizer)
     else:
         tokenizer_json = train_tokenizer([p.text for p in passages if p.split == "train"], vocab or model_vocab)
     return tokenize("books" if books else str(source), passages, tokenizer_json, dropped)

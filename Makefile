@@ -1,0 +1,23 @@
+# make demo: the main job on the bundled data.  make test: the whole suite.  Both create .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/all
+	$(BIN)/qtx study --out runs/demo --resume
+
+test: .venv/dev
+	$(BIN)/pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/all .venv/dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable ".[$(notdir $@)]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
