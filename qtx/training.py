@@ -111,7 +111,8 @@ def train(
 ) -> Checkpoint:
     """Trains a model and leaves it, with optimizer and curves, at `path`; returns what is there.
 
-    A run whose loss is not finite (it ends there) or has risen (see `risen`) is marked `meta["diverged"]`. With `resume`, goes on from `path` if it exists.
+    A run whose loss is not finite (it ends there) or has risen (see `risen`) is marked `meta["diverged"]`. With
+    `resume`, goes on from `path` if it exists.
 
     Raises:
         CheckpointError: `path` exists without `resume`, or holds another run.

@@ -182,7 +182,8 @@ def check_generation(spec: ModelSpec, quants: Mapping[str, QuantSpec], length: i
     for site, quant in quants.items():
         if quant.dynamic and quant.granularity is not Granularity.TOKEN and not site.endswith(".weight"):
             raise SpecError(
-                f"site {site} has a dynamic range over more than one token: it would see the future; use a static range or one per token"
+                f"site {site} has a dynamic range over more than one token, so it would see the future: "
+                "use a static range or one per token"
             )
 
 
