@@ -72,7 +72,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "recipe": to_dict(checkpoint.recipe),
         "meta": checkpoint.meta,
     }
-    write_beside(path, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"qtx": json.dumps(header)}))
+    write_beside(path, save({k: np.asarray(v, order="C") for k, v in tensors.items()}, {"qtx": json.dumps(header)}))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -1,0 +1,224 @@
+"""The commands as a user types them: what they write, what they refuse, and that Ctrl-C loses nothing."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file
+
+from qtx.cli import main
+from qtx_ref.backend import Trainer
+
+TRAIN = ["train", "--backend", "ref", "--model", "vit-tiny", "--batch", "8", "--steps", "8"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def good(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    good(*TRAIN, "--out", out, "--attention", "clipped+gated")
+    return out / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A small trained opt."""
+    out = tmp_path_factory.mktemp("writer")
+    good("train", "--backend", "ref", "--model", "opt-tiny", "--batch", "2", "--steps", "2", "--out", out)
+    return out / "model.safetensors"
+
+
+def test_evaluate_quantize_and_analyze(trained, tmp_path):
+    float_score = json.loads(good("evaluate", trained, "--backend", "ref", "--json", "-").stdout)
+    assert float_score["numerics"] == "float"
+    assert float_score["targets"] == 180
+    file = tmp_path / "q.safetensors"
+    good("quantize", trained, "--backend", "ref", "--recipe", "w8a8", "--out", file)
+    stored = json.loads(good("evaluate", file, "--backend", "ref", "--json", "-").stdout)
+    fresh = json.loads(good("evaluate", trained, "--backend", "ref", "--recipe", "w8a8", "--json", "-").stdout)
+    assert stored == fresh  # the file's ranges are those of the same calibration
+    assert stored["loss"] != float_score["loss"]
+    sites = json.loads(good("analyze", trained, "--backend", "ref", "--batches", 1, "--json", "-").stdout)
+    assert {"embed.image", "layer.3.attn.gated", "head.classifier"} <= {s["site"] for s in sites["sites"]}
+    assert len(sites["attention"]) == 4  # the first token's mass, per layer
+
+
+def test_generate(writer):
+    pytest.importorskip("tokenizers", reason="the extra text is not installed")
+    command = ["generate", writer, "--backend", "ref", "--prompt", "It was the best", "--tokens", 5, "--json", "-"]
+    first = json.loads(good(*command).stdout)
+    assert len(first["tokens"]) == first["prompt_tokens"] + 5
+    assert json.loads(good(*command, "--recipe", "w8a8").stdout)["prompt_tokens"] == first["prompt_tokens"]
+    sampled = [json.loads(good(*command, "--temperature", 1, "--seed", s).stdout)["tokens"] for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_learned_ranges_train_and_resume(tmp_path):
+    good(*TRAIN, "--train-quant", "lsq-w4a8", "--out", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["learned.layer.0.ffn.hidden.weight.scale"].shape == (1, 1)
+    score = json.loads(good("evaluate", tmp_path, "--backend", "ref", "--json", "-").stdout)
+    assert score["numerics"] == "lsq-w4a8"
+
+
+@pytest.mark.parametrize("extra", [[], ["--train-quant", "lsq-w4a8"]], ids=["float", "learned"])
+def test_interrupt_and_resume_give_the_same_bits(tmp_path, monkeypatch, extra):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    good(*TRAIN, *extra, "--out", whole)
+    step = Trainer.step
+
+    def interrupted(self, batch):
+        if self.adam.count == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        stopped = call(*TRAIN, *extra, "--out", broken)
+    assert stopped.exit_code == 130
+    assert "--resume goes on" in stopped.output
+    assert load_file(broken / "model.safetensors")["history.loss"].shape == (4,)
+    good(*TRAIN, *extra, "--out", broken, "--resume")
+    one, other = load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors")
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+STUDY = [
+    "study",
+    "--backend",
+    "ref",
+    "--model",
+    "vit-tiny",
+    "--batch",
+    "8",
+    "--steps",
+    "4",
+    "--attention",
+    "vanilla,gated",
+]
+
+
+def test_study(tmp_path):
+    out = tmp_path / "study"
+    command = [*STUDY, "--bits", "w8a8,w4a8", "--train-quant", "w8a8", "--seeds", 2, "--out", out]
+    table = good(*command).stdout
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
+    assert rows == ["vanilla", "gated", "vanilla-FQ", "gated-FQ"]
+    result = json.loads((out / "study.json").read_text())
+    assert len(result["runs"]) == 8  # two attentions, with and without quantized training, two seeds
+    for run in result["runs"].values():
+        assert (out / run["checkpoint"]).is_file()
+        assert run["recipes"].keys() == {"w8a8", "w4a8"}
+        assert (run["trained"] is None) == (run["train_quant"] is None)
+    assert good(*command, "--resume").stdout == table  # finished runs are not trained again
+    refused = call(*command)
+    assert refused.exit_code == 1
+    assert "go on with --resume, or choose another --out" in refused.output
+    other = call(*STUDY, "--bits", "w6a6", "--out", out, "--resume")
+    assert other.exit_code == 1
+    assert "is another study" in other.output
+    assert json.loads((out / "study.json").read_text()) == result
+
+
+def test_a_diverged_run_is_marked_and_does_not_stop_the_others(tmp_path, monkeypatch):
+    step = Trainer.step
+
+    def broken(self, batch):
+        loss, norm = step(self, batch)
+        gated = "layer.0.attn.gate_logit.weight" in self.model.weights
+        return (float("nan") if gated and self.adam.count == 3 else loss), norm
+
+    monkeypatch.setattr(Trainer, "step", broken)
+    out = tmp_path / "study"
+    table = good(*STUDY[:-1], "gated,vanilla", "--out", out).stdout
+    assert "gated (diverged)" in table
+    runs = json.loads((out / "study.json").read_text())["runs"]
+    assert runs["gated-seed0"]["diverged"] and runs["gated-seed0"]["float"] is None
+    assert not runs["vanilla-seed0"]["diverged"] and runs["vanilla-seed0"]["float"] is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--model", "gpt-5"], "unknown model 'gpt-5'"),
+        (["train", "--attention", "clipped:gamma=0.1"], "gamma is 0.1: clipped softmax needs gamma <= 0"),
+        (["train", "--attention", "clipped:gamma=abc"], "gamma to 'abc': give a number"),
+        (["train", "--attention", "head_conditional"], "would see its future"),
+        (["train", "--attention", "vanilla+vanilla"], "has part 'vanilla'"),
+        (["train", "--backend", "jax"], "backend is 'jax': choose one of ref, torch"),
+        (["train", "--backend", "ref", "--device", "cuda"], "device is 'cuda': the reference runs on cpu"),
+        (["train", "--backend", "ref", "--dtype", "bfloat16"], "dtype is 'bfloat16'"),
+        (["train", "--data", "no/such/place"], "no/such/place"),
+        (["train", "--backend", "ref", "--steps", "2", "--train-quant", "w1a8"], "bits is 1: give a whole number from 2 to 16"),
+        (["study", "--bits", "w8a17"], "bits is 17: give a whole number from 2 to 16"),
+        (["study", "--bits", "w0a8"], "bits is 0: give a whole number from 2 to 16"),
+        (["study", "--recipe", "w8a8", "--bits", "w6a6"], "give one of them"),
+        (["study", "--recipe", "int8"], "recipe 'int8' is not known"),
+        (["study", "--recipe", "paper-bert"], "use paper-opt"),
+        (["study", "--recipe", "nowhere.json"], "recipe file nowhere.json"),
+        (["evaluate", "nowhere"], "nowhere: no such checkpoint"),
+        (["recipes", "w3"], "recipe 'w3' is not known"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert result.output.startswith("Error: ") and result.output.count("\n") == 1
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_nothing_is_overwritten(trained, tmp_path):
+    before = trained.read_bytes()
+    for command in ([*TRAIN, "--out", trained.parent], ["quantize", trained, "--backend", "ref", "--out", trained]):
+        result = call(*command)
+        assert result.exit_code == 1
+        assert "exists" in result.output
+    other = call(*TRAIN[:-1], "9", "--out", trained.parent, "--resume", "--attention", "clipped+gated")
+    assert other.exit_code == 1
+    assert "train.optim.warmup" in other.output or "train.optim.steps was 8 and is 9" in other.output
+    assert trained.read_bytes() == before
+
+
+def test_evaluation_refuses_training_data(writer, tmp_path):
+    pytest.importorskip("tokenizers", reason="the extra text is not installed")
+    from qtx.data.corpus import BUNDLED, chapters
+
+    alice = (BUNDLED / "text" / "alice.txt").read_bytes().decode()
+    book = tmp_path / "book.txt"  # backwards, so that a chapter trained on is now for evaluation
+    book.write_bytes("\n\n".join(text for _, text in reversed(chapters(alice))).encode())
+    result = call("evaluate", writer, "--backend", "ref", "--data", book, "--tokenizer", BUNDLED / "tokenizer.json")
+    assert result.exit_code == 1
+    assert "this model's" in result.output and "evaluate on other data" in result.output
+
+
+def test_missing_extra_names_itself(tmp_path, monkeypatch):
+    import importlib
+
+    real = importlib.import_module
+
+    def without_torch(name, *rest):
+        if name.startswith("torch"):
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", without_torch)
+    monkeypatch.chdir(tmp_path)
+    result = call("study", "--steps", 2)
+    assert result.exit_code == 1
+    assert 'pip install "qtx[torch]"' in result.output
