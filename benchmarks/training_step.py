@@ -117,7 +117,7 @@ def plain_step(spec: ModelSpec, params: dict[str, np.ndarray], batch: dict[str, 
 
     def step() -> None:
         adam.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(tokens).view(-1, spec.vocab), targets.view(-1), ignore_index=-1)
+        loss = F.cross_entropy(model(tokens).reshape(-1, spec.vocab), targets.reshape(-1), ignore_index=-1)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
         adam.step()
