@@ -69,13 +69,13 @@ class Plain(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(spec) for _ in range(spec.layers))
         self.norm = nn.LayerNorm(d, spec.norm_eps)
         if self.bert:
-            self.type, self.transform = nn.Embedding(spec.types, d), nn.Linear(d, d)
+            self.kinds, self.transform = nn.Embedding(spec.types, d), nn.Linear(d, d)
             self.head_norm, self.bias = nn.LayerNorm(d, spec.norm_eps), nn.Parameter(torch.zeros(spec.vocab))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token(tokens) + self.position(torch.arange(tokens.shape[1]) + self.offset)
         if self.bert:
-            x = self.norm(x + self.type(torch.zeros_like(tokens)))
+            x = self.norm(x + self.kinds(torch.zeros_like(tokens)))
         for block in self.blocks:
             x = block(x)
         if self.bert:
@@ -88,7 +88,7 @@ class Plain(nn.Module):
         norm = "embed.norm" if self.bert else "final.norm"
         names |= {f"norm.{kind}": f"{norm}.{kind}" for kind in ("weight", "bias")}
         if self.bert:
-            names |= {"type.weight": "embed.type.weight", "bias": "head.decoder.bias"}
+            names |= {"kinds.weight": "embed.type.weight", "bias": "head.decoder.bias"}
             for mine, theirs in (("transform", "head.transform"), ("head_norm", "head.norm")):
                 names |= {f"{mine}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
         parts = {"up": "ffn.hidden", "down": "ffn.output", "norm1": "attn.norm", "norm2": "ffn.norm"}

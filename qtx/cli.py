@@ -19,6 +19,7 @@ from . import analysis, quantization, recipes
 from .backend import MissingExtra, backend, need
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint, write_beside
 from .data import DataError, load
+from .progress import Progress, clock
 from .report.tables import number, table
 from .study import Study, StudySpec
 from .training import Interrupted, Machine, TrainSpec, default_optim, train
@@ -338,10 +339,15 @@ def recipes_command(name, model, attention_name):
 @JSON
 def parity(checkpoint, backend_name, device, dtype, only, json_path):
     """Prove that the backends agree, by case or on your own CHECKPOINT. Exit status 1 if anything fails."""
-    from parity_tests import runner
+    from parity_tests import runner  # only here: the proof is not needed to use qtx
 
     report = run_parity(runner, checkpoint, backend_name, device, dtype, only)
-    say(report.text(), json_path)
+    say(table(runner.HEADER, runner.report_rows(report)), json_path)
+    groups = ", ".join(f"{group} {count}" for group, count in report.counts.items())
+    failed = sum(not row.ok for row in report.rows)
+    say(f"{len(report.rows)} cases ({groups}): {failed} failed, {clock(report.seconds)}", json_path)
+    if report.first:
+        say(f"the backends part first at site {report.first}", json_path)
     write_json(json_path, report.as_json())
     if not report.ok:
         sys.exit(1)
@@ -349,8 +355,27 @@ def parity(checkpoint, backend_name, device, dtype, only, json_path):
 
 def run_parity(runner: Any, path: Path | None, backend_name: str, device: str, dtype: str, only: str | None) -> Any:
     backend(backend_name)
-    if path is None:
-        return runner.run(backend=backend_name, device=device, dtype=dtype, only=only)
+    with Progress("parity", 0) as bar:
+
+        def seen(done: int, total: int, row: Any) -> None:
+            bar.total = total
+            bar.advance(note=row.name)
+
+        if path is None:
+            return runner.run(backend=backend_name, device=device, dtype=dtype, only=only, progress=seen)
+        return parity_of(runner, path, backend_name, device, dtype, only, seen)
+
+
+def parity_of(runner: Any, path: Path, backend_name: str, device: str, dtype: str, only: str | None, seen: Any) -> Any:
+    for name, value, accepted in (("--backend", backend_name, "torch"), ("--dtype", dtype, "float32")):
+        if value != accepted:
+            raise SpecError(f"{name} is {value!r}: a checkpoint is compared between ref and {accepted}")
+    if only:
+        raise SpecError(f"--only {only}: a checkpoint has no table of cases; leave it out")
     found, _, source = open_checkpoint(path, Machine("ref"), None, None)
-    batches = list(source.split_batches("evaluation", found.spec, 4, 0, limit=2))
-    return runner.check_checkpoint(found, batches, device=device, dtype=dtype)
+    batches = list(source.split_batches("evaluation", found.spec, 4, 0, limit=1))
+    quants = recipes.resolve(found.recipe, found.spec) if found.recipe else {}
+    masked = found.recipe.masked_scores if found.recipe else False
+    return runner.check_checkpoint(
+        found.spec, found.params, batches, quants, found.ranges, masked_scores=masked, device=device, progress=seen
+    )

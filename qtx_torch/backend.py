@@ -1,0 +1,292 @@
+"""torch behind the interface that both backends share: a `Model` and a `Trainer`.
+
+Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qtx_ref.spec import Family, Granularity, ModelSpec, OptimSpec, QuantSpec, Range, SpecError
+
+from . import models, stats
+from .attention import boolean_mask
+from .numerics import Calibrate, FakeQuant, Float, Record
+from .optim import AdamW
+from .sites import attach, attached, slots
+
+Batch = Mapping[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
+DTYPES = ("float32", "float64", "bfloat16")
+
+
+class Model:
+    """A model with its parameters, in float or, after `bind`, under fake quantization."""
+
+    def __init__(
+        self, spec: ModelSpec, params: Mapping[str, np.ndarray], *, device: str = "cpu", dtype: str = "float32"
+    ):
+        """params: every parameter of the model. bfloat16: parameters and quantizers float32, matmuls under autocast.
+
+        Raises:
+            SpecError: a device that is not there, or a dtype that is not one of DTYPES.
+        """
+        if dtype not in DTYPES:
+            raise SpecError(f"dtype is {dtype!r}: torch computes in {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+        self.spec = spec
+        self.device = find_device(device)
+        self.dtype = dtype
+        self.net = models.build(spec).to(self.device, torch.float64 if dtype == "float64" else torch.float32)
+        self.weights = dict(self.net.named_parameters())
+        with torch.no_grad():
+            for name, value in self.weights.items():
+                value.copy_(torch.tensor(params[name]))
+        self.quants: dict[str, QuantSpec] = {}
+        self.fixed: dict[str, Range] = {}
+        self.learned: dict[str, nn.Parameter] = {}
+
+    def params(self) -> Arrays:
+        """Parameters by name, copied."""
+        return {name: to_numpy(value) for name, value in self.weights.items()}
+
+    def trainable(self) -> Arrays:
+        """What an optimizer updates: parameters, and scale and zero point of learned ranges; copied."""
+        return {name: to_numpy(value) for name, value in self.leaves().items()}
+
+    def leaves(self) -> dict[str, nn.Parameter]:
+        """`trainable` as the tensors themselves."""
+        return self.weights | self.learned
+
+    def bind(
+        self, quants: Mapping[str, QuantSpec], ranges: Mapping[str, Range], *, masked_scores: bool = False
+    ) -> None:
+        """From now on quantize-dequantize the sites of `quants`; none: plain float.
+
+        Raises SpecError for a static site without a range, and for a site that the model does not have.
+        """
+        hooks = {}
+        for site, spec in quants.items():
+            if not spec.dynamic and site not in ranges:
+                raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
+            tensors = None if spec.dynamic else Range(*(torch.tensor(np.asarray(part)) for part in ranges[site]))
+            hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores).to(self.device)
+        attach(self.net, hooks)
+        self.quants, self.fixed = dict(quants), dict(ranges)
+        self.learned = {
+            f"{site}.{name}": value for site, hook in hooks.items() for name, value in hook.named_parameters()
+        }
+
+    def ranges(self) -> dict[str, Range]:
+        """The static ranges in force, learned ones as they now stand."""
+        found = dict(self.fixed)
+        for site, spec in self.quants.items():
+            if spec.learned:
+                scale, zero = (to_numpy(self.learned[f"{site}.{name}"]) for name in ("scale", "zero_point"))
+                scale, zero = np.abs(scale), np.clip(np.rint(zero), spec.code_min, spec.code_max).astype(np.int32)
+                found[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
+        return found
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Logits, or hidden states of a model without head."""
+        return to_numpy(self._run(Float(), self._inputs(batch)))
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[float, int, int]:
+        """Summed negative log-likelihood in nats (float64), number of targets, number predicted right."""
+        inputs = self._inputs(batch)
+        logits = self._run(Float(), inputs)
+        targets = inputs["targets"] if "targets" in inputs else inputs["labels"]
+        count = int((targets >= 0).sum())
+        right = int(((logits.argmax(dim=-1) == targets) & (targets >= 0)).sum())
+        return float(models.loss(logits, inputs)) * count, count, right
+
+    def gradients(self, batch: Batch, *, training: bool = False, seed: int = 0, step: int = 0) -> tuple[float, Arrays]:
+        """The loss and its gradient by every trainable array."""
+        loss, grads = self.backward(batch, Float(training=training, seed=seed, step=step))
+        return loss, {name: to_numpy(grad) for name, grad in grads.items()}
+
+    def backward(self, batch: Batch, nx: Float) -> tuple[float, dict[str, Tensor]]:
+        """`gradients` under a numerics, as tensors; zeros where the loss does not depend on a parameter."""
+        leaves, inputs = self.leaves(), self._inputs(batch)
+        loss = models.loss(self._run(nx, inputs), inputs)
+        for value in leaves.values():
+            value.grad = None
+        loss.backward()
+        grads = {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in leaves.items()}
+        return loss.item(), grads
+
+    def record(
+        self, batch: Batch, sites: Iterable[str] | None = None
+    ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+        """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
+        found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+
+        def show(site: str, x: Tensor, where: Tensor | None) -> None:
+            found[site] = (to_numpy(x), None if where is None else to_numpy(where))
+
+        self._watch(batch, self._results() if sites is None else sites, show)
+        return found
+
+    def statistics(
+        self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS
+    ) -> dict[str, Arrays]:
+        """`stats.describe` of each site of `units` (site -> "sequence" or "token") in a float forward pass."""
+        found: dict[str, Arrays] = {}
+
+        def show(site: str, x: Tensor, where: Tensor | None) -> None:
+            found[site] = {k: to_numpy(v) for k, v in stats.describe(x, where, units[site], names).items()}
+
+        self._watch(batch, units, show)
+        return found
+
+    def attention_mass(self, batch: Batch, marks: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
+        """Mean probability given to the keys of each mark (B, T), per `probs` site and mark, by head (H,)."""
+        keys = {mark: torch.tensor(value, device=self.device) for mark, value in marks.items()}
+        found: dict[str, Arrays] = {}
+
+        def show(site: str, x: Tensor, where: Tensor) -> None:
+            found[site] = {mark: to_numpy(stats.attention_mass(x, where, value)) for mark, value in keys.items()}
+
+        self._watch(batch, [f"layer.{i}.attn.probs" for i in range(self.spec.layers)], show)
+        return found
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        batches: Iterable[Batch],
+        quants: Mapping[str, QuantSpec],
+        *,
+        quantize: bool = False,
+        masked_scores: bool = False,
+    ) -> dict[str, Range]:
+        """Static ranges of `quants` from batches. Raises ValueError naming a site without finite values."""
+        hooks = {k: Calibrate(k, q, quantize=quantize, masked_scores=masked_scores) for k, q in quants.items()}
+        with attached(self.net, hooks):
+            for batch in batches:
+                self._run(Float(), self._inputs(batch))
+        return {k: Range(*map(to_numpy, hooks[k].range())) for k, q in quants.items() if not q.dynamic}
+
+    @torch.no_grad()
+    def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """`count` further tokens after tokens (B, T), each chosen from logits (B, V) -> (B,); keys and values are cached.
+
+        Raises:
+            SpecError: the model is not causal, the text would outgrow it, or a quantizer would see the future.
+        """
+        check_generation(self.spec, self.quants, tokens.shape[1] + count)
+        cache: list = []
+        fresh, nx = tokens, Float()
+        for _ in range(count):
+            with self._arithmetic():
+                logits = self.net(nx, {"tokens": torch.tensor(fresh, device=self.device)}, cache)
+            fresh = choose(to_numpy(logits[:, -1]))[:, None]
+            tokens = np.concatenate([tokens, fresh], axis=1)
+        return tokens
+
+    def _arithmetic(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def _run(self, nx: Float, inputs: Mapping[str, Tensor | None]) -> Tensor:
+        with self._arithmetic():
+            return self.net(nx, inputs)
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor | None]:
+        """The batch on the device; a mask without padding becomes None, which spares the kernels a mask."""
+        found: dict[str, Tensor | None] = {name: torch.tensor(value) for name, value in batch.items()}
+        if "mask" in found:
+            rows = boolean_mask(found["mask"])
+            found["mask"] = None if rows.all() else rows
+        return {name: None if value is None else value.to(self.device) for name, value in found.items()}
+
+    def _results(self) -> list[str]:
+        """The sites' own keys, without operands and weights."""
+        return [key for key, (_, slot) in slots(self.net).items() if slot == "on_output"]
+
+    @torch.no_grad()
+    def _watch(self, batch: Batch, sites: Iterable[str], show: Callable[[str, Tensor, Tensor | None], None]) -> None:
+        """A float forward pass that shows the results of `sites`."""
+        with attached(self.net, {site: Record(site, show) for site in sites}):
+            self._run(Float(), self._inputs(batch))
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name. Raises SpecError where torch cannot compute on it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SpecError(f"device is {name!r}: torch knows no such device; use --device cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise SpecError(f"device is {name!r}: this backend runs on cpu and cuda; use one of them")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SpecError(f"device is {name!r} but torch finds no CUDA device; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise SpecError(f"device is {name!r} but torch finds {torch.cuda.device_count()}; use --device cuda:0")
+        torch.set_float32_matmul_precision("highest")  # no TF32: float32 means float32
+    return device
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """A copy; bfloat16, which NumPy does not have, as float32."""
+    x = x.detach()
+    return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy().copy()
+
+
+def check_generation(spec: ModelSpec, quants: Mapping[str, QuantSpec], length: int) -> None:
+    """Raises SpecError where a model cannot generate `length` tokens in all under these quantizers."""
+    if spec.family is not Family.OPT:
+        raise SpecError(f"model family is {spec.family}: only a causal model (opt) generates")
+    if length > spec.length:
+        raise SpecError(f"text of {length} tokens: the model's length is {spec.length}; ask for fewer tokens")
+    for site, quant in quants.items():
+        if quant.dynamic and quant.granularity is not Granularity.TOKEN and not site.endswith(".weight"):
+            raise SpecError(
+                f"site {site} has a dynamic range over more than one token: it would see the future; "
+                "use a static range or one per token"
+            )
+
+
+class Trainer:
+    """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
+
+    def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0) -> None:
+        self.model = model
+        self.seed = seed
+        self.adam = AdamW(model.leaves(), optim)
+
+    def step(self, batch: Batch) -> tuple[float, float]:
+        """One update; the loss before it and the gradient norm before clipping."""
+        loss, grads = self.model.backward(batch, Float(training=True, seed=self.seed, step=self.adam.count))
+        return loss, self.adam.step(grads)
+
+    def state(self) -> Arrays:
+        """All that a resumed run needs beside the parameters: `optim.m.<name>`, `optim.v.<name>`, `optim.step`, and
+        `learned.<site>.scale` and `.zero_point` of learned ranges."""
+        tensors = {f"optim.m.{name}": to_numpy(value) for name, value in self.adam.m.items()}
+        tensors |= {f"optim.v.{name}": to_numpy(value) for name, value in self.adam.v.items()}
+        tensors |= {f"learned.{name}": to_numpy(value) for name, value in self.model.learned.items()}
+        return tensors | {"optim.step": np.array(self.adam.count, np.int64)}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `state` gave."""
+        for name in self.adam.params:
+            self.adam.m[name].copy_(torch.tensor(state[f"optim.m.{name}"]))
+            self.adam.v[name].copy_(torch.tensor(state[f"optim.v.{name}"]))
+        with torch.no_grad():
+            for name, value in self.model.learned.items():
+                value.copy_(torch.tensor(state[f"learned.{name}"]))
+        self.adam.count = int(state["optim.step"])
+
+
+def threads() -> int:
+    """How many threads an op may use: its sums, and so the last bits, depend on it."""
+    return torch.get_num_threads()
+
+
+__all__ = ["DTYPES", "Batch", "Model", "Trainer", "check_generation", "threads"]

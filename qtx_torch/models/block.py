@@ -1,0 +1,81 @@
+"""One transformer block, shared by BERT (post-norm), OPT (pre- or post-norm) and ViT (pre-norm)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from qtx_ref.spec import Gate, ModelSpec, Softmax
+
+from .. import ops
+from ..attention import Mask, gate, gate_sites
+from ..numerics import Float
+from ..sites import Linear, Norm, Product, Site
+
+Cache = tuple[Tensor, Tensor]  # keys and values, (B, H, T, K)
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm = Norm(spec.width)
+        for part in ("query", "key", "value", "output"):
+            self.add_module(part, Linear(spec.width, spec.width))
+        self.scores = Product()
+        self.probs = Site(sink=(spec.heads,)) if spec.attention.softmax is Softmax.SINK else Site()
+        self.context = Product()
+        for name, site in gate_sites(spec).items():
+            self.add_module(name, site)
+        self.residual = Site()
+
+    def forward(self, nx: Float, x: Tensor, mask: Mask, past: Cache | None) -> tuple[Tensor, Cache]:
+        """x (B, T, D) -> (B, T, D), and the keys and values so far."""
+        spec = self.spec
+        q = ops.split_heads(nx.linear(self.query, x), spec.heads)  # (B, T, D) -> (B, H, T, K)
+        k = ops.split_heads(nx.linear(self.key, x), spec.heads)
+        v = ops.split_heads(nx.linear(self.value, x), spec.heads)
+        if past is not None:
+            k, v = ops.concat([past[0], k], axis=2), ops.concat([past[1], v], axis=2)
+        context = nx.attention(self, q, k, v, mask, spec.attention, spec.attention_dropout)  # (B, T, D)
+        if spec.attention.gate is not Gate.NONE:
+            context = gate(nx, self, x, context, spec)
+        return nx.linear(self.output, context), (k, v)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.kind = str(spec.activation)
+        self.norm = Norm(spec.width)
+        self.hidden = Linear(spec.hidden, spec.width)
+        self.activation = Site()
+        self.output = Linear(spec.width, spec.hidden)
+        self.residual = Site()
+
+    def forward(self, nx: Float, x: Tensor) -> Tensor:
+        h = nx.linear(self.hidden, x)  # (B, T, D) -> (B, T, F)
+        h = nx.activation(self.activation, h, self.kind)
+        return nx.linear(self.output, h)  # (B, T, F) -> (B, T, D)
+
+
+class Block(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.attn = Attention(spec)
+        self.ffn = FeedForward(spec)
+
+    def forward(self, nx: Float, x: Tensor, mask: Mask, past: Cache | None = None) -> tuple[Tensor, Cache]:
+        """Pre-norm: x + f(norm(x)), twice. Post-norm: norm(x + f(x)), twice."""
+        spec, attn, ffn = self.spec, self.attn, self.ffn
+        h = nx.norm(attn.norm, x, spec.norm_eps) if spec.pre_norm else x
+        h, present = attn(nx, h, mask, past)
+        x = nx.add(attn.residual, x, nx.dropout(attn.output, h, spec.dropout))
+        if not spec.pre_norm:
+            x = nx.norm(attn.norm, x, spec.norm_eps)
+        h = nx.norm(ffn.norm, x, spec.norm_eps) if spec.pre_norm else x
+        h = ffn(nx, h)
+        x = nx.add(ffn.residual, x, nx.dropout(ffn.output, h, spec.dropout))
+        if not spec.pre_norm:
+            x = nx.norm(ffn.norm, x, spec.norm_eps)
+        return x, present

@@ -1,0 +1,288 @@
+"""Numerics: the arithmetic that a model asks for.
+
+A model is wiring. It hands every computation to one of these objects together with the site that comes out. `Float`
+computes. What a site's slots hold sees operands, weights and results, and the model goes on with what it returns:
+
+    Record     shows a tensor to a callback
+    Calibrate  feeds it to an observer, with or without quantizing it
+    FakeQuant  quantizes and dequantizes it, with a straight-through gradient
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qtx_ref.spec import AttentionSpec, Granularity, QuantSpec, Range, Softmax
+
+from . import affine, ops, random
+from .attention import Mask, fused, masked_probabilities
+from .observers import Observer
+from .sites import Site
+
+ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh": ops.tanh}
+
+
+class Float:
+    """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element)."""
+
+    def __init__(self, *, training: bool = False, seed: int = 0, step: int = 0) -> None:
+        self.training = training
+        self.seed = seed
+        self.step = step
+        self.rows: Tensor | None = None
+
+    def begin(self, rows: Tensor | None) -> None:
+        """Starts a forward pass. rows (B, T) is true at real tokens, None where all are."""
+        self.rows = rows
+
+    def _where(self, y: Tensor) -> Tensor | None:
+        """The rows that are real, as a mask for (B, T, ...) tensors."""
+        if self.rows is None or y.ndim != 3 or y.shape[:2] != self.rows.shape:
+            return None
+        return self.rows[:, :, None]
+
+    def _pairs(self, mask: Mask) -> Tensor:
+        """The (query, key) pairs that count: allowed by the mask, from a real query."""
+        allowed = mask.allowed
+        return allowed if self.rows is None else allowed & self.rows[:, None, -allowed.shape[-2] :, None]
+
+    def _named(self, site: Site, y: Tensor) -> Tensor:
+        return y if site.on_output is None else site.on_output(y, self._where(y))
+
+    # ops --------------------------------------------------------------------------------------------------------------
+
+    def parameter(self, site: Site, value: Tensor) -> Tensor:
+        """A parameter or an input that is itself a tensor of the model."""
+        return self._named(site, value)
+
+    def linear(self, site: Site, x: Tensor, *, weight: Tensor | None = None, named: bool = True) -> Tensor:
+        """x W^T + b with the site's weight (or the tied parameter `weight`) and its bias, if there is one."""
+        if site.on_input is not None:
+            x = site.on_input(x, self._where(x))
+        y = ops.linear(x, self._weight(site, site.weight if weight is None else weight), site.bias)
+        return self._named(site, y) if named else y
+
+    def _weight(self, site: Site, w: Tensor) -> Tensor:
+        return w if site.on_weight is None else site.on_weight(w, None)
+
+    def embedding(self, site: Site, index: Tensor) -> Tensor:
+        """Rows of the site's weight."""
+        return self._named(site, ops.embedding(self._weight(site, site.weight), index))
+
+    def norm(self, site: Site, x: Tensor, eps: float) -> Tensor:
+        return self._named(site, ops.layer_norm(x, self._weight(site, site.weight), site.bias, eps))
+
+    def add(self, site: Site, a: Tensor, b: Tensor) -> Tensor:
+        return self._named(site, ops.add(a, b))
+
+    def mul(self, site: Site, a: Tensor, b: Tensor) -> Tensor:
+        return self._named(site, ops.mul(a, b))
+
+    def mean(self, site: Site, x: Tensor) -> Tensor:
+        """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
+        return self._named(site, ops.mean(x, axis=1, where=self._where(x)))
+
+    def concat(self, site: Site, parts: list[Tensor], axis: int) -> Tensor:
+        return self._named(site, ops.concat(parts, axis))
+
+    def activation(self, site: Site, x: Tensor, kind: str) -> Tensor:
+        """gelu, relu, sigmoid or tanh."""
+        return self._named(site, ACTIVATIONS[kind](x))
+
+    def dropout(self, site: Site, x: Tensor, rate: float) -> Tensor:
+        """While training: zero with probability `rate`, else x / (1 - rate)."""
+        if not self.training or rate == 0:
+            return x
+        with x.device:
+            keep = random.keep_mask(self.seed, self.step, site.name, tuple(x.shape), rate)
+        return ops.mul(x, keep.to(x.dtype).mul_(1 / (1 - rate)))
+
+    def softmax(self, site: Site, scores: Tensor, mask: Mask, spec: AttentionSpec) -> Tensor:
+        """Probabilities of scores to which the mask's bias has been added; the site has the sink, if there is one."""
+        probs = masked_probabilities(scores, mask, spec, getattr(site, "sink", None))
+        return probs if site.on_output is None else site.on_output(probs, self._pairs(mask))
+
+    def matmul(self, site: Site, a: Tensor, b: Tensor) -> Tensor:
+        """a b over the last two axes; the result is not named."""
+        a = a if site.on_lhs is None else site.on_lhs(a, None)
+        b = b if site.on_rhs is None else site.on_rhs(b, None)
+        return ops.matmul(a, b)
+
+    def attention(
+        self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Mask, spec: AttentionSpec, rate: float
+    ) -> Tensor:
+        """softmax(q k^T / sqrt(K)) v: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, Tq, H K).
+
+        Sites `scores` (scaled, before the mask), `probs`, `context`. Dropout follows the clip. One fused kernel where
+        nobody wants to see or change what lies between q, k, v and the context.
+        """
+        s, p, c = attn.scores, attn.probs, attn.context
+        unseen = all(slot is None for slot in (s.on_lhs, s.on_rhs, s.on_output, p.on_output, c.on_lhs, c.on_rhs))
+        if unseen and spec.softmax is Softmax.PLAIN and not (self.training and rate):
+            context = fused(q, k, v, mask)
+        else:
+            context = self.matmul(attn.context, self._probs(attn, q, k, mask, spec, rate), v)  # (B, H, Tq, K)
+        return self._named(attn.context, ops.merge_heads(context))
+
+    def _probs(self, attn: nn.Module, q: Tensor, k: Tensor, mask: Mask, spec: AttentionSpec, rate: float) -> Tensor:
+        site = attn.scores
+        q = q if site.on_lhs is None else site.on_lhs(q, None)
+        k = k if site.on_rhs is None else site.on_rhs(k, None)
+        scores = ops.scores(q, k, q.shape[-1] ** -0.5)
+        if site.on_output is not None:
+            scores = site.on_output(scores, self._pairs(mask))
+            scores = scores if mask.bias is None else scores + mask.bias
+        elif mask.bias is not None:
+            scores = scores.add_(mask.bias)  # nobody else holds them
+        return self.dropout(attn.probs, self.softmax(attn.probs, scores, mask, spec), rate)
+
+
+class Record(nn.Module):
+    """Shows a site's result to `callback(site, value, where)`."""
+
+    def __init__(self, site: str, callback: Callable[[str, Tensor, Tensor | None], None]) -> None:
+        super().__init__()
+        self.site = site
+        self.callback = callback
+
+    def forward(self, x: Tensor, where: Tensor | None) -> Tensor:
+        self.callback(self.site, x.detach(), where)
+        return x
+
+
+class Quantizer(nn.Module):
+    """What `Calibrate` and `FakeQuant` share: a slot's key and its `QuantSpec`. Their `apply_to` is what happens there."""
+
+    def __init__(self, key: str, spec: QuantSpec, *, masked_scores: bool = False) -> None:
+        super().__init__()
+        self.key = key
+        self.spec = spec
+        self.is_weight = key.endswith(".weight")
+        self.everywhere = masked_scores and key.endswith(".scores")
+
+    def forward(self, x: Tensor, where: Tensor | None) -> Tensor:
+        return self.apply_to(x, None if self.everywhere else where)
+
+    def dynamic(self, x: Tensor, where: Tensor | None) -> Tensor:
+        return fake_quantize(x, *dynamic_scale(x.detach(), self.spec, where, self.is_weight), self.spec)
+
+
+class Calibrate(Quantizer):
+    """Feeds an observer, if the range is static; `quantize` passes on what the range so far makes of the tensor."""
+
+    def __init__(self, key: str, spec: QuantSpec, *, quantize: bool = False, masked_scores: bool = False) -> None:
+        super().__init__(key, spec, masked_scores=masked_scores)
+        self.quantize = quantize
+        self.observer = Observer(spec, self.is_weight)
+
+    def apply_to(self, x: Tensor, where: Tensor | None) -> Tensor:
+        if self.spec.dynamic:
+            return self.dynamic(x, where) if self.quantize else x
+        if not (self.is_weight and self.observer.shape):  # a weight is the same in every batch
+            try:
+                self.observer.update(x, where)
+            except ValueError as error:
+                raise ValueError(f"site {self.key}: {error}") from None
+        if not self.quantize:
+            return x
+        return fake_quantize(x, *affine.scale_zero(*self.observer.range(), self.spec), self.spec)
+
+    def range(self) -> Range:
+        """The range found. Raises ValueError naming the site where no batch has reached it."""
+        if not self.observer.shape:
+            raise ValueError(f"site {self.key} was not reached in calibration; is it a site of this model?")
+        low, high = self.observer.range()
+        return Range(low, high, *affine.scale_zero(low, high, self.spec))
+
+
+class FakeQuant(Quantizer):
+    """Quantize-dequantize: a static site by its range, a dynamic one by the tensor itself, a learned one by parameters."""
+
+    def __init__(self, key: str, spec: QuantSpec, range: Range | None, *, masked_scores: bool = False) -> None:
+        """range: tensors; None where the spec is dynamic."""
+        super().__init__(key, spec, masked_scores=masked_scores)
+        if spec.learned:
+            self.scale = nn.Parameter(range.scale.float())
+            self.zero_point = nn.Parameter(range.zero_point.float())
+        elif not spec.dynamic:
+            self.register_buffer("scale", range.scale)
+            self.register_buffer("zero_point", range.zero_point)
+
+    def apply_to(self, x: Tensor, where: Tensor | None) -> Tensor:
+        if self.spec.dynamic:
+            return self.dynamic(x, where)
+        quantize = learned_quantize if self.spec.learned else fake_quantize
+        return quantize(x, self.scale, self.zero_point, self.spec)
+
+
+def dynamic_scale(x: Tensor, spec: QuantSpec, where: Tensor | None, weight: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point from the tensor's own minimum and maximum."""
+    if spec.granularity is Granularity.TOKEN:
+        where = None  # a row of padding has a range of its own and touches no other
+    return affine.scale_zero(*affine.min_max(x, affine.range_axes(spec, x.ndim, weight), where), spec)
+
+
+class StraightThrough(torch.autograd.Function):
+    """One node where `x + (q - x).detach()` takes many; keeps the levels before the clamp."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+        level = affine.rounded(x, scale, zero_point)
+        ctx.save_for_backward(level)
+        ctx.ends = (spec.code_min - 0.5, spec.code_max + 0.5)  # the kernel below excludes its limits; levels are whole
+        return affine.dequantize(level.clamp(spec.code_min, spec.code_max), scale, zero_point).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
+        (level,) = ctx.saved_tensors
+        wide = torch.promote_types(g.dtype, level.dtype)  # bfloat16 cannot tell 32767 from 32768
+        dx = torch.ops.aten.hardtanh_backward(g.to(wide), level.to(wide), *ctx.ends)
+        return dx.to(g.dtype), None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
+    return StraightThrough.apply(x, scale, zero_point, spec)
+
+
+class LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+        z = zero_point.round().clamp(spec.code_min, spec.code_max)
+        s = scale.abs().clamp(min=affine.TINY)
+        y, inside = affine.fake_quantize(x, s, z, spec)
+        ctx.save_for_backward(x, scale, s, z, inside)
+        ctx.spec = spec
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, scale, s, z, inside = ctx.saved_tensors
+        spec = ctx.spec
+        level = affine.rounded(x, s, z)
+        slope = torch.where(inside, level - z - x / s, level.clamp(spec.code_min, spec.code_max) - z)
+        axes = [i for i in range(x.ndim) if scale.shape[i] == 1]
+        factor = 1 / math.sqrt(x.numel() / scale.numel() * spec.code_max)
+
+        def gather(terms: Tensor) -> Tensor:
+            return (terms.sum(dim=axes, keepdim=True, dtype=torch.float64) * factor).float()
+
+        ds = torch.where(scale < 0, -1, 1) * gather(g * slope)
+        dz = None if spec.symmetric else gather(torch.where(inside, 0, -g * s))
+        return g * inside, ds, dz, None
+
+
+def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Learned step size (Esser et al. 2020, eq. 3 and 5) with a learned zero point (Bhalgat et al. 2020).
+
+    With v = x / s and z the rounded zero point: dx = g inside; ds = g (round(v) - v) inside and g (limit - z) outside;
+    dz = -g s outside and 0 inside. ds and dz are multiplied by 1 / sqrt(elements per range * code_max).
+    """
+    return LearnedStep.apply(x, scale, zero_point, spec)

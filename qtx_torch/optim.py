@@ -1,0 +1,78 @@
+"""AdamW with decoupled decay, clipping by global norm, and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qtx_ref.spec import OptimSpec, Schedule, decays
+
+
+def learning_rate(spec: OptimSpec, step: int) -> float:
+    """The rate of step 0, 1, ...: linear warm-up from lr / warmup, then the schedule, reaching 0 after the last step."""
+    if step < spec.warmup:
+        return spec.lr * (step + 1) / spec.warmup
+    done = (step - spec.warmup) / max(1, spec.steps - spec.warmup)
+    if spec.schedule is Schedule.LINEAR:
+        return spec.lr * max(0.0, 1 - done)
+    if spec.schedule is Schedule.COSINE:
+        return spec.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return spec.lr
+
+
+def clip_by_norm(grads: dict[str, Tensor], limit: float) -> tuple[dict[str, Tensor], float]:
+    """Gradients scaled so that their joint 2-norm is at most `limit` (0: as they are), and the norm before; float64 sums."""
+    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads.values()]
+    norm = math.sqrt(float(torch.stack(squares).sum()))
+    if limit == 0 or norm <= limit:
+        return grads, norm
+    scaled = torch._foreach_mul(list(grads.values()), limit / (norm + 1e-6))
+    return dict(zip(grads, scaled, strict=True)), norm
+
+
+class AdamW:
+    """m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w = w (1 - lr d) - lr m' / (sqrt(v') + eps)
+
+    with m' = m / (1 - b1^t) and v' = v / (1 - b2^t) (Kingma and Ba 2015; decay d as in Loshchilov and Hutter 2019),
+    by torch's fused kernel. `params` are updated in place; `m` and `v` have their dtype.
+    """
+
+    def __init__(self, params: dict[str, Tensor], spec: OptimSpec) -> None:
+        self.params = params
+        self.spec = spec
+        self.m = {name: torch.zeros_like(value) for name, value in params.items()}
+        self.v = {name: torch.zeros_like(value) for name, value in params.items()}
+        groups = [
+            {"params": [w for name, w in params.items() if decays(name, spec) is wanted], "weight_decay": decay}
+            for wanted, decay in ((True, spec.weight_decay), (False, 0.0))
+        ]
+        self.inner = torch.optim.AdamW(
+            [group for group in groups if group["params"]], betas=(spec.beta1, spec.beta2), eps=spec.eps, fused=True
+        )
+        self.count = 0  # t
+
+    @property
+    def count(self) -> int:
+        """Steps taken. Setting it is how a resumed run goes on."""
+        return self._count
+
+    @count.setter
+    def count(self, value: int) -> None:
+        self._count = value
+        for name, w in self.params.items():  # torch's own state, over our m and v
+            step = torch.tensor(float(value), device=w.device)
+            self.inner.state[w] = {"step": step, "exp_avg": self.m[name], "exp_avg_sq": self.v[name]}
+
+    def step(self, grads: dict[str, Tensor]) -> float:
+        """One update with gradients by name; returns the gradients' norm before clipping."""
+        grads, norm = clip_by_norm(grads, self.spec.clip_norm)
+        for group in self.inner.param_groups:
+            group["lr"] = learning_rate(self.spec, self._count)
+        for name, w in self.params.items():
+            w.grad = grads[name]
+        self.inner.step()
+        self.inner.zero_grad()
+        self._count += 1
+        return norm
