@@ -1,0 +1,167 @@
+"""Whole models under fake quantization: teacher-forced to the bit, free-running with the share of codes that flip."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+
+import numpy as np
+import torch
+from torch import nn
+
+from parity_tests import small_models, teacher
+from parity_tests.case import Case, Context
+from parity_tests.compare import Verdict, exact, relative, relative_rms, reported
+from parity_tests.evaluate_torch import array
+from parity_tests.trained import ATTENTIONS, PRESETS, trained
+from qtx import recipes
+from qtx_ref.backend import Model as RefModel
+from qtx_ref.spec import Head, ModelSpec, QuantSpec, Range, Recipe
+from qtx_torch import numerics
+from qtx_torch.backend import Model
+from qtx_torch.sites import attached
+
+SMALL = ("bert_gate_mlp", "opt_plain", "opt_gate_linear", "opt_post_norm_projected", "vit_clipped_row", "bert_classify")
+RECIPES = ("w8a8", "w4a8", "train-w8a8", "lsq-w4a6", "paper")
+Batch = dict[str, np.ndarray]
+Subject = tuple[ModelSpec, dict[str, np.ndarray], list[Batch]]
+
+
+def subject(name: str, kind: str, context: Context) -> Subject:
+    """A small preset after 50 steps (two sequences or images a batch), or a small model (with padding)."""
+    if name in PRESETS:
+        t = trained(name, kind, context)
+        return t.spec, t.params, [{key: value[:2] for key, value in batch.items()} for batch in t.batches[:3]]
+    small = small_models.build(name)
+    return (
+        small.spec,
+        small.params,
+        [small.batch, small_models.make_batch(small.spec, 2), small_models.make_batch(small.spec, 4)],
+    )
+
+
+def named_recipe(name: str, spec: ModelSpec) -> tuple[Recipe, dict[str, QuantSpec]]:
+    recipe = recipes.recipe(f"paper-{spec.family}" if name == "paper" else name, spec)
+    return recipe, recipes.resolve(recipe, spec)
+
+
+def forced_case(name: str, kind: str, recipe_name: str, context: Context) -> list[Verdict]:
+    """Calibration on two batches, then a forward pass of a third, each op and quantizer fed the reference's tensors."""
+    spec, params, batches = subject(name, kind, context)
+    recipe, quants = named_recipe(recipe_name, spec)
+    ref, model = RefModel(spec, params), Model(spec, params, device=context.device)
+    options = {"quantize": recipe.quantize_while_calibrating, "masked_scores": recipe.masked_scores}
+    nx = teacher.Calibrate(quants, **options)
+    hooks: dict[str, nn.Module] = {key: numerics.Calibrate(key, quant, **options) for key, quant in quants.items()}
+    verdicts = []
+    for batch in batches[:2]:
+        with torch.no_grad():
+            verdicts += teacher.forced(model, batch, teacher.watch(nx, ref, batch), hooks, context)
+    ranges = nx.ranges()
+    for key, want in ranges.items():
+        for part, a, b in zip(Range._fields, hooks[key].range(), want, strict=True):
+            verdicts.append(exact(f"{key}: {part}", array(a), b))
+    shown = teacher.watch(teacher.FakeQuant(quants, ranges, masked_scores=recipe.masked_scores), ref, batches[2])
+    model.bind(quants, ranges, masked_scores=recipe.masked_scores)
+    return verdicts + teacher.forced(model, batches[2], shown, bound(model), context)
+
+
+def bound(model: Model) -> dict[str, nn.Module]:
+    """The quantizers of a bound model, by key; none where it is in float."""
+    return {hook.key: hook for hook in model.net.modules() if isinstance(hook, numerics.FakeQuant)}
+
+
+class Keep(nn.Module):
+    """A quantizer that keeps what it passes on."""
+
+    def __init__(self, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+        self.value = self.quantizer(x, where)
+        return self.value
+
+
+def free_case(name: str, kind: str, recipe_name: str, context: Context) -> list[Verdict]:
+    """The same ranges, each backend on its own: noise of float32 flips codes near ties, and the flips add up."""
+    spec, params, batches = subject(name, kind, context)
+    recipe, quants = named_recipe(recipe_name, spec)
+    ref, model = RefModel(spec, params), Model(spec, params, device=context.device)
+    options = {"masked_scores": recipe.masked_scores}
+    ranges = ref.calibrate(batches[:2], quants, quantize=recipe.quantize_while_calibrating, **options)
+    for each in (ref, model):
+        each.bind(quants, ranges, **options)
+    return flips(ref, model, batches[2], recipe.masked_scores)
+
+
+def flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool) -> list[Verdict]:
+    """Of two bound models that run freely: the share of each site's codes that differ, and the loss."""
+    shown = teacher.watch(teacher.FakeQuant(ref.quants, ref.fixed, masked_scores=masked_scores), ref, batch)
+    keepers = {key: Keep(hook) for key, hook in bound(model).items()}
+    with attached(model.net, keepers):
+        model.forward(batch)
+    verdicts = []
+    for key in (key for key in shown if key in keepers):
+        rate = float((array(keepers[key].value) != shown[key].after).mean())
+        verdicts.append(reported(key, "flip rate", rate, "float noise near ties; reported, not bounded"))
+    if model.spec.head is not Head.NONE:
+        losses = [each.evaluate(batch)[0] for each in (model, ref)]
+        verdicts.append(reported("loss", "relative", abs(losses[0] / losses[1] - 1), "follows from the flips"))
+    return verdicts
+
+
+def calibration_case(name: str, context: Context) -> list[Verdict]:
+    """Float calibration, each backend on its own: the extremes of float32 tensors differ by their noise alone."""
+    spec, params, batches = subject(name, "", context)
+    verdicts = []
+    for recipe_name in ("w8a8", "w4a8"):
+        _, quants = named_recipe(recipe_name, spec)
+        want = RefModel(spec, params).calibrate(batches, quants)
+        got = Model(spec, params, device=context.device).calibrate(batches, quants)
+        for key, range in want.items():
+            reason = "float32 noise of an element, through two layers"
+            verdicts.append(relative(f"{key}: low and high", np.stack(got[key][:2]), np.stack(range[:2]), 1e-5, reason))
+    return verdicts
+
+
+def learned_case(context: Context) -> list[Verdict]:
+    """Gradients of learned scales and zero points, through whole models and from the same operands."""
+    verdicts = []
+    for name in ("bert_gate_mlp", "opt_plain", "vit_clipped_row"):
+        spec, params, batches = subject(name, "", context)
+        recipe, quants = named_recipe("lsq-w8a8", spec)
+        ref, model = RefModel(spec, params), Model(spec, params, device=context.device)
+        ranges = ref.calibrate(batches[:2], quants)
+        for each in (ref, model):
+            each.bind(quants, ranges)
+        want_loss, want = ref.gradients(batches[2])
+        got_loss, got = model.gradients(batches[2])
+        verdicts.append(relative(f"{name}: loss", got_loss, want_loss, 1e-3, "a flipped code changes it"))
+        for key, g in want.items():
+            if key.endswith((".scale", ".zero_point")) and np.abs(g).max() > 0:
+                verdicts.append(
+                    relative_rms(f"{name}: gradient of {key}", got[key], g, 5e-2, "flipped codes near ties")
+                )
+    return verdicts
+
+
+def cases() -> list[Case]:
+    def rows(what: str, run: object, names: tuple, kinds: tuple, recipe_names: tuple) -> list[Case]:
+        return [
+            Case(
+                "fakequant",
+                "_".join(filter(None, (name, kind, recipe, what))),
+                "torch",
+                partial(run, name, kind, recipe),
+            )
+            for name, kind, recipe in product(names, kinds, recipe_names)
+        ]
+
+    return [
+        *rows("forced", forced_case, SMALL, ("",), RECIPES),
+        *rows("forced", forced_case, PRESETS, tuple(ATTENTIONS), ("w8a8", "paper")),
+        *rows("free", free_case, PRESETS, tuple(ATTENTIONS), ("w8a8", "paper")),
+        *[Case("fakequant", f"{name}_calibration", "torch", partial(calibration_case, name)) for name in SMALL],
+        Case("fakequant", "learned_gradients", "torch", learned_case),
+    ]

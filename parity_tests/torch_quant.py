@@ -1,0 +1,169 @@
+"""torch's quantizers and observers against the reference's, to the bit: codes, ranges, gradient masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from parity_tests.case import Case, Context
+from parity_tests.compare import Verdict, equal, exact
+from parity_tests.evaluate_torch import array, tensor
+from qtx_ref import affine as ref_affine
+from qtx_ref import observers as ref_observers
+from qtx_ref.random import stream
+from qtx_ref.spec import Granularity, ObserverKind, ObserverSpec, QuantSpec
+from qtx_torch import affine, observers
+
+BITS = (2, 3, 4, 6, 8, 12, 16)
+
+
+def twins(names: tuple[str, ...], got: tuple, want: tuple) -> list[Verdict]:
+    """What torch gave and what the reference gave, one by one, to the bit."""
+    return [exact(*three) for three in zip(names, map(array, got), map(np.asarray, want), strict=True)]
+
+
+def _ties(rng: np.random.Generator) -> np.ndarray:
+    """Halves of a scale of 1 or a power of two, the numbers just above and below them, and the limits themselves."""
+    halves = np.arange(-140, 140, dtype=np.float32).reshape(2, 10, 14) + np.float32(0.5)
+    near = [
+        halves,
+        np.nextafter(halves, np.float32(np.inf)),
+        np.nextafter(halves, np.float32(-np.inf)),
+        np.rint(halves),
+    ]
+    return np.concatenate(near, axis=1)
+
+
+def _extremes(rng: np.random.Generator) -> np.ndarray:
+    """Around every power of two that float32 has, both zeros, subnormal numbers and the largest."""
+    powers = np.ldexp(np.float32(1), np.arange(-149, 126)).astype(np.float32)
+    ends = np.float32([0.0, -0.0, 1e-45, 1.7e38, -1.7e38])
+    below, above = np.nextafter(powers, np.float32(0)), np.nextafter(powers, np.float32(np.inf))
+    x = np.concatenate([powers, below, -powers, -above, ends])
+    return np.resize(x, (2, 40, 14)).astype(np.float32)
+
+
+DATA: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+    "normal": lambda rng: rng.normal(size=(2, 40, 14)),
+    "tails": lambda rng: rng.standard_t(1.5, size=(2, 40, 14)),
+    "positive": lambda rng: rng.gamma(0.5, size=(2, 40, 14)),
+    "negative": lambda rng: -1 - rng.gamma(0.5, size=(2, 40, 14)),
+    "zeros": lambda rng: np.zeros((2, 40, 14)),
+    "ties": _ties,
+    "extremes": _extremes,
+}
+
+
+def chain(m: Any, x: Any, where: Any, spec: QuantSpec, weight: bool) -> tuple:
+    """From a tensor to its range, scale, zero point, codes, dequantized values and gradient mask, by module `m`."""
+    low, high = m.min_max(x, m.range_axes(spec, 3, weight), where)
+    scale, zero = m.scale_zero(low, high, spec)
+    codes = m.quantize(x, scale, zero, spec)
+    return low, high, scale, zero, codes, m.dequantize(codes, scale, zero), *m.fake_quantize(x, scale, zero, spec)
+
+
+CHAIN = ("low", "high", "scale", "zero point", "codes", "dequantized", "fake-quantized", "gradient passes")
+
+
+def affine_case(data: str, granularity: Granularity, context: Context) -> list[Verdict]:
+    rng = stream(0, "affine", data, granularity)
+    x = DATA[data](rng).astype(np.float32)
+    where = rng.uniform(size=(*x.shape[:-1], 1)) < 0.8
+    given = tensor(x, context), tensor(where, context)
+    verdicts = []
+    for bits, symmetric, kind in product(BITS, (False, True), ("all", "masked", "weight")):
+        if kind == "weight" and granularity is Granularity.TOKEN:
+            continue
+        spec, masked, weight = QuantSpec(bits, symmetric, granularity, dynamic=True), kind == "masked", kind == "weight"
+        names = tuple(f"{bits} bits, symmetric {symmetric}, {kind}: {name}" for name in CHAIN)
+        got = chain(affine, given[0], given[1] if masked else None, spec, weight)
+        verdicts += twins(names, got, chain(ref_affine, x, where if masked else None, spec, weight))
+    return verdicts
+
+
+def ties_case(context: Context) -> list[Verdict]:
+    """Ties and their neighbours, with zero points at both ends and in the middle.
+
+    Where the scale is a power of two, x / scale is a tie to the bit; elsewhere x is the float nearest to one, and
+    multiplying by the reciprocal, which rounds twice, ends on the other side.
+    """
+    x, verdicts = _ties(stream(0)), []
+    scales = [np.ldexp(np.float32(1), power) for power in (-126, -8, 0, 8, 100)]
+    scales += list(stream(0, "scales").uniform(0.01, 0.1, 8).astype(np.float32))
+    for bits, symmetric, scale in product(BITS, (False, True), scales):
+        spec = QuantSpec(bits, symmetric)
+        for zero in (0,) if symmetric else (0, spec.code_max // 2, spec.code_max):
+            given = x * scale, scale, np.int32(zero)
+            moved = [tensor(value, context) for value in given]
+            got = affine.quantize(*moved, spec), *affine.fake_quantize(*moved, spec)
+            want = ref_affine.quantize(*given, spec), *ref_affine.fake_quantize(*given, spec)
+            kind = f"{bits} bits, scale {scale:.4g}, zero point {zero}"
+            verdicts += twins(tuple(f"{kind}: {name}" for name in (CHAIN[4], *CHAIN[6:])), got, want)
+    return verdicts
+
+
+def refusals_case(context: Context) -> list[Verdict]:
+    """NaN has no code; infinity saturates but makes no range."""
+    one, zero = torch.ones((), device=context.device), torch.zeros((), dtype=torch.int32, device=context.device)
+    spec = QuantSpec(symmetric=True)
+    ends = torch.tensor([torch.inf, -torch.inf], device=context.device)
+    verdicts = [exact("infinity", array(affine.quantize(ends, one, zero, spec)), np.int32([127, -128]))]
+    attempts = {
+        "NaN": lambda: affine.quantize(one * torch.nan, one, zero, spec),
+        "infinite range": lambda: affine.scale_zero(-one, one * torch.inf, spec),
+        "NaN range": lambda: affine.scale_zero(-one, one * torch.nan, spec),
+        "NaN observed": lambda: observers.Observer(spec).update(ends * torch.nan),
+    }
+    for what, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError:
+            verdicts.append(equal(f"{what} is refused", True, True))
+        else:
+            verdicts.append(equal(f"{what} is refused", False, True))
+    return verdicts
+
+
+def observed(m: Any, batches: Any, where: Any, spec: QuantSpec, weight: bool) -> tuple:
+    """Low and high after each batch."""
+    observer, found = m.Observer(spec, weight), []
+    for batch, keep in zip(batches, where, strict=True):
+        observer.update(batch, keep)
+        found += observer.range()
+    return tuple(found)
+
+
+def observer_case(kind: ObserverKind, context: Context) -> list[Verdict]:
+    """The range after each of three batches, masked and not, over tensors and channels, of activations and weights."""
+    verdicts = []
+    for symmetric, granularity, part in product((False, True), list(Granularity)[:2], ("all", "masked", "weight")):
+        rng = stream(0, "observer", kind, symmetric, granularity, part)
+        observer = ObserverSpec(kind, percentile=97.0, candidates=40, margin=0.25)
+        spec = QuantSpec(4, symmetric, granularity, observer=observer)
+        batches = rng.standard_t(3, size=(3, 2, 20, 6)).astype(np.float32)
+        where = rng.uniform(size=(3, 2, 20, 1)) < 0.7
+        keep = (where, tensor(where, context)) if part == "masked" else ([None] * 3, [None] * 3)
+        want = observed(ref_observers, batches, keep[0], spec, part == "weight")
+        got = observed(observers, tensor(batches, context), keep[1], spec, part == "weight")
+        ends = tuple(
+            f"{granularity}, symmetric {symmetric}, {part}: {end} after {n}" for n in (1, 2, 3) for end in CHAIN[:2]
+        )
+        verdicts += twins(ends, got, want)
+    return verdicts
+
+
+def cases() -> list[Case]:
+    rows = [
+        Case("quant", f"{data}_{granularity}", "torch", partial(affine_case, data, granularity))
+        for data, granularity in product(DATA, Granularity)
+    ]
+    rows += [
+        Case("quant", "ties", "torch", ties_case),
+        Case("quant", "refusals", "torch", refusals_case),
+    ]
+    return rows + [Case("quant", f"observer_{kind}", "torch", partial(observer_case, kind)) for kind in ObserverKind]
