@@ -75,10 +75,12 @@ PRESETS: dict[str, ModelSpec] = {
     ),
 }
 
+# alpha = 1 clips about half of a uniform row. A tiny model's attention begins uniform, and under the paper's alpha of 2 to 4
+# every probability of a bidirectional row would be clipped to 0, where no gradient reaches query and key, for ever.
 SOFTMAXES: dict[str, AttentionSpec] = {
     "vanilla": AttentionSpec(),
-    "clipped": AttentionSpec(softmax=Softmax.CLIPPED, alpha=4.0),
-    "clipped_row": AttentionSpec(softmax=Softmax.CLIPPED_ROW, alpha=4.0),
+    "clipped": AttentionSpec(softmax=Softmax.CLIPPED, alpha=1.0),
+    "clipped_row": AttentionSpec(softmax=Softmax.CLIPPED_ROW, alpha=1.0),
     "softmax1": AttentionSpec(softmax=Softmax.PLUS_ONE),
     "sink": AttentionSpec(softmax=Softmax.SINK),
 }
@@ -97,7 +99,7 @@ def attention(text: str) -> AttentionSpec:
     """The attention that a text such as `clipped:gamma=-0.025`, `mlp:gate_hidden=16` or `clipped+gated:pi=0.25` names.
 
     Parts are joined by `+`: at most one softmax and one gate, each followed by `:key=value` settings. `clipped` alone has
-    alpha = 4 (the paper's range is 2 to 4), `gated` is the linear gate. Raises SpecError naming the part it cannot read.
+    alpha = 1, `gated` is the linear gate. Raises SpecError naming the part it cannot read.
     """
     fields: dict[str, object] = {}
     for part in text.split("+"):
