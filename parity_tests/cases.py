@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from parity_tests.case import Case
+from qtx.backend import backend as find_backend
 from qtx_ref.spec import SpecError
 
 MODULES = {
@@ -30,9 +31,9 @@ def table(backend: str, dtype: str = "float32") -> list[Case]:
 
     Raises:
         SpecError: an unknown backend, or a dtype that it has no cases for.
+        MissingExtra: the backend is torch and torch is not installed.
     """
-    if backend not in MODULES:
-        raise SpecError(f"backend is {backend!r}: choose one of {', '.join(MODULES)}")
+    find_backend(backend)
     if dtype not in DTYPES[backend]:
         raise SpecError(f"dtype is {dtype!r}: parity of {backend} has cases for {' and '.join(DTYPES[backend])}")
     modules = [import_module(f"parity_tests.{name}") for name in MODULES[backend]]

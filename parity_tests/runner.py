@@ -142,6 +142,7 @@ def run(
 
     Raises:
         SpecError: an unknown backend, dtype or pattern, or a device that is not there.
+        MissingExtra: the backend is torch and torch is not installed.
     """
     cases = select(table(backend, dtype), only)
     if backend == "ref" and device != "cpu":
