@@ -1,6 +1,8 @@
 # make demo: the main job on the bundled data.  make test: the whole suite.  Both create .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+# threads that sleep while they wait, so that a busy machine is no disaster
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint clean
 

@@ -21,7 +21,7 @@ from qtx_torch.models.block import Attention
 from qtx_torch.numerics import Float, Record
 from qtx_torch.sites import name_sites
 
-BOUND = 8.0, "two products of n <= 64 with a softmax between; a sink's gradient adds up rows that cancel"
+BOUND = 16.0, "two products of n <= 64 with a softmax between; a sink's gradient adds up rows that cancel"
 
 
 def module(spec: ModelSpec, context: Context) -> Attention:

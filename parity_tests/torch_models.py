@@ -17,7 +17,7 @@ from qtx_torch import backend
 FLOAT64 = 1e-12, "the same sums in another order in float64, through two layers"
 OUTPUT = 4.0, "float32 through two layers, a dozen sums and norms: 2x plain torch, or c = 4"
 LOSS = 4.0, "differences of float32 logits, of size 4 beside a loss of 1: 2x plain torch, or c = 4"
-GRADIENT = 16.0, "an entry sums terms of all positions and units, which cancel: 2x plain torch, or c = 16"
+GRADIENT = 32.0, "an entry sums terms of all positions and units, which cancel: 2x plain torch, or c = 32"
 NOTHING = "moving all keys moves a query's scores as a whole: (nearly) 0 by theory, and noise as of the key's weight"
 
 

@@ -79,7 +79,7 @@ def gradient_verdicts(step: str, t: Trained, got: Arrays, want: Arrays) -> list[
     verdicts = []
     for key, g in want.items():
         if no_gradient(key, t.spec):
-            noise = 256 * EPS["float32"] * largest(want[key.replace("bias", "weight")])
+            noise = 1024 * EPS["float32"] * largest(want[key.replace("bias", "weight")])
             zero = np.zeros_like(g)
             verdicts += [
                 within(f"{who} gradient of {key}, {step}", x, zero, noise, NOTHING)

@@ -35,7 +35,7 @@ class StudySpec:
     model: str = "opt-tiny"
     data: str | None = None  # None: the bundled books, or digits for images
     tokenizer: str | None = None
-    steps: int = 500
+    steps: int = 400
     batch: int = 16
     lr: float | None = None  # None: the preset's
     attention: tuple[str, ...] = ("vanilla", "clipped", "gated")
