@@ -89,7 +89,19 @@ def damage_version(tensors, header):
 
 
 def damage_dtype(tensors, header):
-    tensors["embed.cls.weight"] = tensors["embed.cls.weight"].astype(np.float64)
+    tensors["embed.cls.weight"] = tensors["embed.cls.weight"].astype(np.float16)
+
+
+def damage_scale(tensors, header):
+    tensors["range.embed.patch.scale"][...] = 0
+
+
+def damage_zero_point(tensors, header):
+    tensors["range.embed.patch.zero_point"][...] = 300
+
+
+def damage_meta(tensors, header):
+    header["meta"] = ["data"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +115,10 @@ def damage_dtype(tensors, header):
         (damage_gamma, "gamma is 0.5"),
         (damage_bits, "bits is 17"),
         (damage_version, "version 1"),
-        (damage_dtype, "embed.cls.weight is float64"),
+        (damage_dtype, "embed.cls.weight is float16"),
+        (damage_scale, "scale of site embed.patch must be positive"),
+        (damage_zero_point, "zero point of site embed.patch is no code"),
+        (damage_meta, "'meta' and its 'data' must be objects"),
     ],
 )
 def test_damaged(path, damage, message):

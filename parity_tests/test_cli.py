@@ -151,6 +151,63 @@ def test_a_diverged_run_is_marked_and_does_not_stop_the_others(tmp_path, monkeyp
     assert not runs["vanilla-seed0"]["diverged"] and runs["vanilla-seed0"]["float"] is not None
 
 
+@pytest.mark.parametrize("rate", ["1e3", "1e39"])
+def test_a_rate_that_breaks_everything_stops_nothing(tmp_path, rate):
+    table = good(*STUDY[:-1], "vanilla", "--lr", rate, "--out", tmp_path / "s").stdout
+    assert "vanilla" in table
+    if "diverged_at" in (tmp_path / "s/vanilla-seed0/model.safetensors").read_bytes()[:20000].decode("utf-8", "ignore"):
+        refused = call("evaluate", tmp_path / "s/vanilla-seed0", "--backend", "ref")
+        assert refused.exit_code == 1
+        assert "no model is left to use" in refused.output
+
+
+def test_float64_is_trained_evaluated_and_resumed(tmp_path):
+    wide = [*TRAIN[:-1], "2", "--dtype", "float64", "--out", tmp_path]
+    good(*wide)
+    good("evaluate", tmp_path, "--backend", "ref", "--dtype", "float64")
+    good(*wide, "--resume")
+
+
+def test_a_changed_text_is_another_study(tmp_path):
+    pytest.importorskip("tokenizers", reason="the extra text is not installed")
+    from qtx.data.corpus import BUNDLED
+
+    book = tmp_path / "book.txt"
+    text = (BUNDLED / "text" / "alice.txt").read_bytes().decode()
+    book.write_text(text, encoding="utf-8")
+    command = ["study", "--backend", "ref", "--steps", 1, "--batch", 1, "--attention", "vanilla", "--data", book]
+    command += ["--vocab", 300, "--out", tmp_path / "s"]
+    good(*command)
+    assert good("evaluate", tmp_path / "s/vanilla-seed0", "--backend", "ref", "--batches", 1)  # with its own tokenizer
+    book.write_text(text.replace("Alice", "Anna"), encoding="utf-8")
+    result = call(*command, "--resume")
+    assert result.exit_code == 1
+    assert "is another study" in result.output
+
+
+def test_places_are_tried_before_the_work(trained, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for command in (
+        [*TRAIN, "--out", file],
+        [*STUDY, "--out", file],
+        ["evaluate", trained, "--backend", "ref", "--json", file],
+        ["evaluate", trained, "--backend", "ref", "--json", trained],
+        ["quantize", trained, "--backend", "ref", "--out", file / "q.safetensors"],
+    ):
+        result = call(*command)
+        assert result.exit_code == 1, command
+        assert result.output.startswith("Error: ") and result.output.count("\n") == 1, result.output
+    assert file.read_text() == "mine"
+
+
+def test_a_recipe_is_printed_and_written(tmp_path):
+    printed = json.loads(good("recipes", "paper-opt", "--model", "opt-tiny").stdout)
+    good("recipes", "paper-opt", "--model", "opt-tiny", "--json", tmp_path / "mine.json")
+    assert json.loads((tmp_path / "mine.json").read_text()) == printed
+    assert all(rule["source"] for rule in printed["recipe"]["rules"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -170,6 +227,10 @@ def test_a_diverged_run_is_marked_and_does_not_stop_the_others(tmp_path, monkeyp
         (["study", "--recipe", "int8"], "recipe 'int8' is not known"),
         (["study", "--recipe", "paper-bert"], "use paper-opt"),
         (["study", "--recipe", "nowhere.json"], "recipe file nowhere.json"),
+        (["study", "--attention", ""], "name at least one"),
+        (["study", "--attention", "vanilla,vanilla"], "each once"),
+        (["train", "--attention", "clipped:gamma=-0.1:gamma=-0.2"], "gives a setting twice"),
+        (["train", "--data", ""], "data is ''"),
         (["evaluate", "nowhere"], "nowhere: no such checkpoint"),
         (["recipes", "w3"], "recipe 'w3' is not known"),
     ],

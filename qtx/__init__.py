@@ -1,1 +1,3 @@
 """qtx: train transformers that survive integers, quantize them, and prove that what runs is what was measured."""
+
+__version__ = "0.1.0"

@@ -59,16 +59,21 @@ def analyze(
     units = dict.fromkeys(sites(model.spec).results, "sequence")
     parts: dict[str, list[dict[str, np.ndarray]]] = {site: [] for site in units}
     masses: dict[tuple[str, str], list[np.ndarray]] = {}
+    sizes: list[int] = []
     with Progress("analyze", total) as bar:
         for batch in batches:
             for site, found in model.statistics(batch, units).items():
                 parts[site].append(found)
             chosen = marks(data, batch) if model.spec.vocab else {"first": first_token(batch, model.spec.length)}
+            sizes.append(len(next(iter(batch.values()))))
             for site, by_mark in model.attention_mass(batch, chosen).items():
                 for mark, heads in by_mark.items():
                     masses.setdefault((site, mark), []).append(heads)
             bar.advance()
-    means = [HeadMass(site, mark, tuple(np.mean(found, axis=0).tolist())) for (site, mark), found in masses.items()]
+    means = [
+        HeadMass(site, mark, tuple(np.average(found, axis=0, weights=sizes).tolist()))
+        for (site, mark), found in masses.items()
+    ]
     return [combine(site, found) for site, found in parts.items()], means
 
 

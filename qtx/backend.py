@@ -26,7 +26,9 @@ def need(package: str, extra: str, what: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != package.partition(".")[0]:
             raise
-        raise MissingExtra(f'{what} needs {package}, which is not installed: pip install "qtx[{extra}]"') from None
+        raise MissingExtra(
+            f'{what} needs {package}, which is not installed: pip install "qtx[{extra}]", or ".[{extra}]" in a checkout'
+        ) from None
 
 
 def backend(name: str) -> ModuleType:

@@ -43,6 +43,19 @@ class Checkpoint:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+def check_writable(path: Path) -> None:
+    """Raises CheckpointError where a file of that name could not be written, before any work is done for it."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error.strerror}): choose another place") from None
+
+
 def write_beside(path: Path, content: bytes) -> None:
     """Writes a file so that at any moment either the old or the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +72,10 @@ def write_beside(path: Path, content: bytes) -> None:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes the file. Raises CheckpointError where a parameter is not finite, naming it; an old file stays."""
-    for name, value in checkpoint.params.items():
-        if not np.isfinite(value).all():
-            raise CheckpointError(f"{path}: parameter {name} holds NaN or infinity; not saved")
     tensors = checkpoint.params | checkpoint.extra
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity; not saved")
     for site, found in checkpoint.ranges.items():
         tensors |= {f"range.{site}.{key}": np.asarray(value) for key, value in found._asdict().items()}
     header = {
@@ -99,8 +112,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity; train again or take an earlier file")
     for name, value in params.items():
-        if value.dtype != np.float32:
-            raise CheckpointError(f"{path}: parameter {name} is {value.dtype}; expected float32")
+        if value.dtype not in (np.float32, np.float64):
+            raise CheckpointError(f"{path}: parameter {name} is {value.dtype}; expected float32 or float64")
     try:
         recipe = None if header["recipe"] is None else from_dict(Recipe, header["recipe"])
     except SpecError as error:
@@ -110,6 +123,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ranges = {site: Range(*(tensors[f"range.{site}.{key}"] for key in Range._fields)) for site in sites}
     except KeyError as error:
         raise CheckpointError(f"{path}: tensor {error} is missing") from None
+    for site, found in ranges.items():
+        quant = recipe.quant(site) if recipe else None
+        zeros = found.zero_point
+        if not (found.scale > 0).all() or found.scale.shape != zeros.shape:
+            raise CheckpointError(f"{path}: the scale of site {site} must be positive and of its zero point's shape")
+        if quant is None or zeros.dtype.kind != "i" or zeros.min() < quant.code_min or zeros.max() > quant.code_max:
+            raise CheckpointError(f"{path}: the zero point of site {site} is no code of the recipe's quantizer")
     extra = {name: value for name, value in tensors.items() if name.startswith(APART) and not name.startswith("range.")}
     return Checkpoint(spec, params, extra, recipe, ranges, header["meta"])
 
@@ -122,6 +142,9 @@ def read_header(path: Path, metadata: Mapping[str, str] | None) -> tuple[ModelSp
         raise CheckpointError(f"{path}: a safetensors file without qtx's metadata; was it made by qtx?") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise CheckpointError(f"{path}: format is not {FORMAT} version {VERSION}; use the qtx that wrote it")
+    meta = header.get("meta", {})
+    if not isinstance(meta, dict) or not isinstance(meta.get("data", {}), dict):
+        raise CheckpointError(f"{path}: metadata is damaged: 'meta' and its 'data' must be objects")
     if missing := {"spec", "recipe", "meta"} - header.keys():
         raise CheckpointError(f"{path}: metadata lacks {sorted(missing)[0]!r}")
     try:

@@ -15,14 +15,21 @@ import numpy as np
 from qtx_ref.presets import PRESETS, attention, preset
 from qtx_ref.spec import SpecError, to_dict
 
-from . import analysis, quantization, recipes
+from . import __version__, analysis, quantization, recipes
 from .backend import MissingExtra, backend, need
-from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint, write_beside
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_writable,
+    load_checkpoint,
+    save_checkpoint,
+    write_beside,
+)
 from .data import DataError, load
 from .progress import Progress, clock
 from .report.tables import number, table
 from .study import Study, StudySpec
-from .training import Interrupted, Machine, TrainSpec, default_optim, train
+from .training import Interrupted, Machine, TrainSpec, default_optim, train, widened
 
 MENDABLE = (SpecError, DataError, CheckpointError, MissingExtra, OSError)
 
@@ -36,14 +43,27 @@ class Commands(click.Group):
         except Interrupted as stop:
             click.echo(f"\n{stop}; the same command with --resume goes on", err=True)
             ctx.exit(130)
+        except KeyboardInterrupt:
+            resumes = ctx.invoked_subcommand in ("study", "train")
+            click.echo("\nstopped" + ("; the same command with --resume goes on" if resumes else ""), err=True)
+            ctx.exit(130)
         except MENDABLE as error:
             raise click.ClickException(" ".join(str(error).split())) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="qtx")
+@click.version_option(__version__)
 def main() -> None:
     """Quantized transformers: train without outliers, quantize, and prove what the integers mean."""
+
+
+def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Refuses a place that cannot be written, or a file that is no JSON, before any work."""
+    if path is not None and path != "-":
+        if Path(path).exists() and Path(path).suffix != ".json":
+            raise CheckpointError(f"--json {path} exists and is no .json file: choose another")
+        check_writable(Path(path))
+    return path
 
 
 def options(*chosen: Any) -> Any:
@@ -60,11 +80,12 @@ MACHINE = options(
     click.option("--device", default="cpu", show_default=True, help="cpu, or cuda with --backend torch."),
     click.option("--dtype", default="float32", show_default=True, help="float32, float64; bfloat16 with torch."),
 )
-JSON = click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write JSON there; - is stdout.")
+JSON = click.option("--json", "json_path", callback=check_json, help="Also write JSON there; - is stdout.")
 DATA = options(
     click.option("--data", help="books, digits, a text file or a folder of .txt; default: the model's own."),
     click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json for your own text."),
 )
+VOCAB = click.option("--vocab", type=click.IntRange(1), help="Entries of the tokenizer trained on your own text.")
 CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
 LIMIT = click.option("--batches", type=click.IntRange(1), help="At most this many evaluation batches.")
 
@@ -89,10 +110,20 @@ def split_list(text: str) -> tuple[str, ...]:
 
 
 def open_checkpoint(path: Path, machine: Machine, data_name: str | None, tokenizer: Path | None):
-    """A checkpoint, its model in float, and data to evaluate it on: its own unless said otherwise."""
+    """A checkpoint, its model in float, and data to evaluate it on: its own unless said otherwise, its own tokenizer."""
     checkpoint = load_checkpoint(path)
-    source = data_name or checkpoint.meta.get("data", {}).get("source")
+    if "diverged_at" in checkpoint.meta:
+        raise CheckpointError(
+            f"{path}: training diverged at step {checkpoint.meta['diverged_at']}; no model is left to use"
+        )
+    about = checkpoint.meta.get("data", {})
+    source = about.get("source") if data_name is None else data_name
     data = load(source, checkpoint.spec, tokenizer=tokenizer or checkpoint.meta.get("tokenizer"))
+    trained_with, given = about.get("tokenizer_sha256"), data.describe().get("tokenizer_sha256")
+    if trained_with != given:
+        raise SpecError(
+            f"tokenizer {given and given[:12]} is not the one of {path} ({trained_with and trained_with[:12]})"
+        )
     return checkpoint, machine.model(checkpoint.spec, checkpoint.params), data
 
 
@@ -112,6 +143,7 @@ def as_evaluated(checkpoint: Checkpoint, model: Any, data: Any, recipe_name: str
 @main.command()
 @click.option("--model", default="opt-tiny", show_default=True, help=f"One of {', '.join(PRESETS)}.")
 @DATA
+@VOCAB
 @click.option(
     "--steps", type=click.IntRange(1), default=StudySpec.steps, show_default=True, help="Training steps of each run."
 )
@@ -128,7 +160,7 @@ def as_evaluated(checkpoint: Checkpoint, model: Any, data: Any, recipe_name: str
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the study in --out, if there is one.")
 @JSON
-def study(model, data, tokenizer, steps, batch, lr, attentions, recipe_name, bits, train_quant, backend_name, device,
+def study(model, data, tokenizer, vocab, steps, batch, lr, attentions, recipe_name, bits, train_quant, backend_name, device,
           dtype, seed, seeds, out, resume, json_path):  # fmt: skip
     """Train, quantize and compare attentions: the paper's table."""
     if recipe_name and bits:
@@ -137,6 +169,7 @@ def study(model, data, tokenizer, steps, batch, lr, attentions, recipe_name, bit
         model=model,
         data=data,
         tokenizer=None if tokenizer is None else str(tokenizer),
+        vocab=vocab,
         steps=steps,
         batch=batch,
         lr=lr,
@@ -149,13 +182,14 @@ def study(model, data, tokenizer, steps, batch, lr, attentions, recipe_name, bit
     job = Study(spec, out, resume=resume)
     job.run()
     say(job.table(), json_path)
-    say(f"written: {out}/study.json, curves.png and a checkpoint per run", json_path)
+    say(f"written to {out}: {', '.join(job.written)}", json_path)
     write_json(json_path, json.loads(job.path.read_text(encoding="utf-8")))
 
 
 @main.command(name="train")
 @click.option("--model", default="opt-tiny", show_default=True, help=f"One of {', '.join(PRESETS)}.")
 @DATA
+@VOCAB
 @click.option("--attention", "attention_name", default="vanilla", show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=StudySpec.steps, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=StudySpec.batch, show_default=True)
@@ -168,14 +202,15 @@ def study(model, data, tokenizer, steps, batch, lr, attentions, recipe_name, bit
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 @JSON
-def train_command(model, data, tokenizer, attention_name, steps, batch, lr, train_quant, backend_name, device, dtype,
+def train_command(model, data, tokenizer, vocab, attention_name, steps, batch, lr, train_quant, backend_name, device, dtype,
                   seed, out, resume, json_path):  # fmt: skip
     """Train one model; leaves OUT/model.safetensors."""
     spec = replace(preset(model), attention=attention(attention_name))
     machine = Machine(backend_name, device, dtype)
-    run = TrainSpec(spec, default_optim(spec, steps, lr), batch, seed, train_quant)
+    source = load(data, spec, tokenizer=tokenizer, vocab=vocab)
+    run = TrainSpec(widened(spec, source), default_optim(spec, steps, lr), batch, seed, train_quant)
     path = out / "model.safetensors"
-    checkpoint = train(run, load(data, spec, tokenizer=tokenizer), path, machine, resume=resume, label=attention_name)
+    checkpoint = train(run, source, path, machine, resume=resume, label=attention_name)
     curve = checkpoint.extra["history.loss"]
     state = " (diverged)" if checkpoint.meta["diverged"] else ""
     say(f"{path}: {len(curve)} steps, loss {curve[-20:].mean():.4f}{state}", json_path)
@@ -219,12 +254,13 @@ def quantize(checkpoint, data, tokenizer, recipe_name, out, backend_name, device
     """Calibrate a recipe's ranges and write parameters, ranges and recipe to one file."""
     if out.exists():
         raise CheckpointError(f"{out} exists: choose another --out")
+    check_writable(out)
     machine = Machine(backend_name, device, dtype)
     found, model, source = open_checkpoint(checkpoint, machine, data, tokenizer)
     chosen = recipes.recipe(recipe_name, found.spec)
     quantization.refuse_overlap(found.meta, source, "calibration")
     ranges = quantization.calibrate(model, source, chosen, 0)
-    meta = {**found.meta, "quantized_from": str(checkpoint), "calibration": source.fingerprint("calibration")}
+    meta = {**found.meta, "quantized_from": str(checkpoint), "calibration": source.hashes("calibration")}
     save_checkpoint(out, Checkpoint(found.spec, found.params, {}, chosen, ranges, meta))
     say(f"{out}: recipe {chosen.name}, {len(ranges)} static ranges; run it with qtx evaluate {out}", json_path)
     scales = {site: np.asarray(r.scale).ravel().tolist() for site, r in ranges.items()}
@@ -318,7 +354,8 @@ def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, t
 @click.argument("name", required=False)
 @click.option("--model", default="opt-tiny", show_default=True, help="The model that the recipe is for.")
 @click.option("--attention", "attention_name", default="vanilla", show_default=True)
-def recipes_command(name, model, attention_name):
+@JSON
+def recipes_command(name, model, attention_name, json_path):
     """Print a recipe as JSON, each rule with its source, and the sites it quantizes in a model."""
     if name is None:
         click.echo(f"recipes: {recipes.NAMES}")
@@ -326,7 +363,7 @@ def recipes_command(name, model, attention_name):
     spec = replace(preset(model), attention=attention(attention_name))
     chosen = recipes.recipe(name, spec)
     resolved = {site: to_dict(quant) for site, quant in recipes.resolve(chosen, spec).items()}
-    click.echo(json.dumps({"recipe": to_dict(chosen), "sites": resolved}, indent=1))
+    write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
 @main.command()

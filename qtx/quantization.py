@@ -44,8 +44,10 @@ def metric(spec: ModelSpec) -> str:
 
 def refuse_overlap(meta: Mapping[str, Any], data: Any, split: str) -> None:
     """Raises SpecError where a section of `split` is among those that the model was trained or calibrated on."""
-    for use in ("train", "calibration"):
-        seen = set(meta.get("data", {}).get("hashes", {}).get(use, ()))
+    hashes = meta.get("data", {}).get("hashes", {})
+    known = {"train": hashes.get("train", []), "calibration": meta.get("calibration", hashes.get("calibration", []))}
+    for use in known:
+        seen = set(known[use])
         if use != split and (shared := seen & set(data.hashes(split))):
             raise SpecError(
                 f"{len(shared)} section(s) of the {split} data are this model's {use} data (first hash "
@@ -86,12 +88,12 @@ def outliers(model: Any, batches: Iterable[Mapping[str, Any]]) -> Outliers:
 def calibrate(model: Any, data: Any, recipe: Recipe, seed: int) -> dict[str, Range]:
     """Static ranges of a recipe, from its number of batches of the calibration split."""
     batches = data.split_batches("calibration", model.spec, BATCH, seed, limit=recipe.batches)
-    return model.calibrate(
-        batches,
-        resolve(recipe, model.spec),
-        quantize=recipe.quantize_while_calibrating,
-        masked_scores=recipe.masked_scores,
-    )
+    quants = resolve(recipe, model.spec)
+    quantize, masked = recipe.quantize_while_calibrating, recipe.masked_scores
+    try:
+        return model.calibrate(batches, quants, quantize=quantize, masked_scores=masked)
+    except ValueError as error:
+        raise SpecError(f"recipe {recipe.name} cannot be calibrated: {error}") from None
 
 
 def bind(model: Any, recipe: Recipe, ranges: Mapping[str, Range]) -> None:

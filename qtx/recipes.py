@@ -143,6 +143,11 @@ def training_recipe(name: str, spec: ModelSpec) -> Recipe:
 def resolve(chosen: Recipe, spec: ModelSpec) -> dict[str, QuantSpec]:
     """The quantizer of each site of a model. Raises SpecError where the recipe touches none."""
     found = {site: quant for site in sites(spec).all if (quant := chosen.quant(site)) is not None}
+    for site, quant in found.items():
+        if quant.granularity is Granularity.CHANNEL and site.endswith((".scores", ".probs", ".context.lhs")):
+            raise SpecError(
+                f"recipe {chosen.name} has a range per channel at {site}, whose last axis is the keys: use tensor"
+            )
     if not found:
         raise SpecError(f"recipe {chosen.name} matches no site of this model: see `qtx recipes` for site names")
     return found

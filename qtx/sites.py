@@ -88,7 +88,8 @@ def paper_sites(spec: ModelSpec) -> PaperSites:
             units |= {f"{ffn}.output": "sequence", f"{ffn}.residual": "sequence"}
         else:
             units |= {f"{attn}.norm": "sequence", f"{attn}.output": "sequence"}
-            units |= {f"{ffn}.norm": "token", f"{ffn}.output": "token"}
+            # the published code flattens to tokens before a norm that precedes the FFN, and back before one that follows
+            units |= {f"{ffn}.norm": "token" if spec.pre_norm else "sequence", f"{ffn}.output": "token"}
             if spec.pre_norm:
                 units |= {f"{ffn}.residual": "sequence"}
     if spec.final_norm:

@@ -17,13 +17,13 @@ from qtx_ref.presets import attention, preset
 from qtx_ref.spec import ModelSpec, SpecError, from_dict, to_dict
 
 from .backend import MissingExtra, backend
-from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, write_beside
+from .checkpoint import Checkpoint, CheckpointError, check_writable, load_checkpoint, write_beside
 from .data import load, unigram_perplexity
 from .quantization import BATCH, as_json, bind, calibrate, evaluate, metric, outliers
 from .recipes import recipe, training_recipe
 from .report.plots import curves
 from .report.tables import number, spread, table
-from .training import History, Machine, TrainSpec, default_optim, difference, train
+from .training import History, Machine, TrainSpec, default_optim, difference, train, widened
 
 OUTLIER_BATCHES = 16  # evaluation batches behind inf norm and kurtosis
 
@@ -35,7 +35,8 @@ class StudySpec:
     model: str = "opt-tiny"
     data: str | None = None  # None: the bundled books, or digits for images
     tokenizer: str | None = None
-    steps: int = 400
+    vocab: int | None = None  # of a tokenizer trained here
+    steps: int = 350
     batch: int = 16
     lr: float | None = None  # None: the preset's
     attention: tuple[str, ...] = ("vanilla", "clipped", "gated")
@@ -60,6 +61,9 @@ class Study:
             CheckpointError: `out` holds a study, and `resume` is not set or it is another one.
         """
         self.spec, self.out, self.resume = spec, out, resume
+        for name, given in (("--attention", spec.attention), ("--bits", spec.recipes)):
+            if not given or len(set(given)) < len(given):
+                raise SpecError(f"{name} is {','.join(given)!r}: name at least one, each once")
         base = preset(spec.model)
         self.models = {kind: replace(base, attention=attention(kind)) for kind in spec.attention}
         for model in self.models.values():
@@ -68,15 +72,18 @@ class Study:
             if spec.train_quant:
                 training_recipe(spec.train_quant, model)
         self.optim = default_optim(base, spec.steps, spec.lr)
-        self.data = load(spec.data, base, tokenizer=Path(spec.tokenizer) if spec.tokenizer else None)
-        backend(spec.machine.backend)
-        self.unigram = None if base.classes else unigram_perplexity(self.data, base, 0, BATCH)
+        self.data = load(spec.data, base, tokenizer=Path(spec.tokenizer) if spec.tokenizer else None, vocab=spec.vocab)
+        self.models = {kind: widened(model, self.data) for kind, model in self.models.items()}
+        self.conditions = {"data": self.data.describe(), "threads": backend(spec.machine.backend).threads()}
+        first = self.models[spec.attention[0]]
+        self.unigram = None if base.classes else unigram_perplexity(self.data, first, 0, BATCH)
         self.runs: dict[str, dict[str, Any]] = {}
         self.path = out / "study.json"
         if self.path.exists():
             self.runs = self._known()
         elif out.is_dir() and any(out.iterdir()) and not resume:
             raise CheckpointError(f"{out} is not empty: go on with --resume, or choose another --out")
+        check_writable(self.path)
 
     def run(self) -> None:
         """Trains and evaluates every run that is not finished. `study.json` is written after each."""
@@ -88,13 +95,16 @@ class Study:
                         self.runs[name] = self._one(name, kind, model, seed, quant)
                         self.save()
         self.save()
+        self.written = ["study.json", "a checkpoint per run"]
         try:
+            self.written.append("curves.png")
             curves(self.out / "curves.png", {name: self._history(name) for name in self.runs})
         except MissingExtra as error:
+            self.written.remove("curves.png")
             print(f"no picture: {error}", file=sys.stderr)
 
     def save(self) -> None:
-        result = {"spec": to_dict(self.spec), "unigram_perplexity": self.unigram, "runs": self.runs}
+        result = {"spec": to_dict(self.spec), **self.conditions, "unigram_perplexity": self.unigram, "runs": self.runs}
         write_beside(self.path, json.dumps(result, indent=1, allow_nan=False).encode())
 
     def table(self) -> str:
@@ -174,7 +184,11 @@ class Study:
         for name in self.spec.recipes:
             chosen = recipe(name, checkpoint.spec)
             model.bind({}, {})
-            bind(model, chosen, calibrate(model, self.data, chosen, result["seed"]))
+            try:
+                bind(model, chosen, calibrate(model, self.data, chosen, result["seed"]))
+            except SpecError as error:  # a model near divergence must not stop the others
+                print(f"{label}: {error}", file=sys.stderr)
+                continue
             quantized = evaluate(model, self._evaluation(checkpoint.spec), f"{label} {name}", total)
             result["recipes"][name] = as_json(quantized)
 
@@ -199,6 +213,9 @@ class Study:
             raise CheckpointError(
                 f"{self.path} is another study: {difference('study', to_dict(was), to_dict(self.spec))}"
             )
+        for key, value in self.conditions.items():
+            if known.get(key) != value:
+                raise CheckpointError(f"{self.path} is another study: {difference(key, known.get(key), value)}")
         return runs
 
 

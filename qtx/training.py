@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,12 @@ from qtx_ref.models.initial import init_params
 from qtx_ref.spec import ModelSpec, OptimSpec, SpecError, to_dict
 
 from .backend import backend
-from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, check_writable, load_checkpoint, save_checkpoint
 from .progress import Progress
 from .quantization import BATCH, bind, calibrate
 from .recipes import training_recipe
 from .sites import paper_sites
 
-BUNDLED = ("books", "digits")  # data that bring their own tokenizer, or need none
 SAVE_SECONDS = 30  # a kill loses at most this much
 WATCHES = 50  # points of the inf-norm curve
 
@@ -84,6 +84,7 @@ def interrupt_flag() -> Iterator[list[bool]]:
         if flag[0]:
             raise KeyboardInterrupt
         flag[0] = True
+        sys.stderr.write("\nstopping after this step\n")
 
     try:
         before = signal.signal(signal.SIGINT, handle)
@@ -119,6 +120,7 @@ def train(
         Interrupted: Ctrl-C; `path` is up to date.
     """
     label = label or path.parent.name
+    check_writable(path)
     wanted = identity(run, data, machine)
     model, trainer, history, checkpoint = begin(run, data, path, machine, wanted, resume)
     if checkpoint is not None and checkpoint.meta["done"]:
@@ -132,9 +134,12 @@ def train(
     def keep(done: bool) -> Checkpoint:
         recipe = training_recipe(run.train_quant, run.model) if run.train_quant else None
         meta = {**wanted, "done": done, "diverged": done and risen(history.loss)}
-        if wanted["data"]["source"] not in BUNDLED:
+        if wanted["data"]["kind"] == "text":
             meta["tokenizer"] = data.tokenizer_json
-        found = Checkpoint(run.model, model.params(), history.tensors() | trainer.state(), recipe, model.ranges(), meta)
+        params, extra = model.params(), history.tensors() | trainer.state()
+        if not all(np.isfinite(value).all() for value in (params | extra).values()):
+            return diverge(path, run, history, wanted)
+        found = Checkpoint(run.model, params, extra, recipe, model.ranges(), meta)
         save_checkpoint(path, found)
         return found
 
@@ -145,16 +150,22 @@ def train(
             step += 1
             if not math.isfinite(loss):
                 return diverge(path, run, history, wanted)
-            if step % every == 0 or step == run.optim.steps:
+            if (step % every == 0 or step == run.optim.steps) and math.isfinite(norm := inf_norm(model, fixed)):
                 history.watch_step.append(step)
-                history.inf_norm.append(inf_norm(model, fixed))
+                history.inf_norm.append(norm)
             bar.advance(note=f"loss {np.mean(history.loss[-20:]):.3f}")
             if interrupted[0] or time.monotonic() - saved > SAVE_SECONDS:
-                keep(done=step == run.optim.steps)
+                if keep(done=False).meta["done"]:
+                    break  # it has diverged
                 saved = time.monotonic()
                 if interrupted[0]:
                     raise Interrupted(f"stopped at step {step} of {run.optim.steps}, saved in {path}")
     return keep(done=True)
+
+
+def widened(model: ModelSpec, data: Any) -> ModelSpec:
+    """The model with a vocabulary that holds all of the data's tokens."""
+    return replace(model, vocab=max(model.vocab, data.vocab)) if model.vocab else model
 
 
 def begin(
@@ -166,6 +177,8 @@ def begin(
         if not resume:
             raise CheckpointError(f"{path} exists: go on with --resume, or choose another --out")
         checkpoint = load_checkpoint(path)
+        if checkpoint.ranges and not run.train_quant:
+            raise CheckpointError(f"{path} is a quantized model, not a run of qtx train; choose another --out")
         for key, value in wanted.items():
             if checkpoint.meta.get(key) != value:
                 raise CheckpointError(f"{path} is another run: {difference(key, checkpoint.meta.get(key), value)}")
@@ -178,13 +191,20 @@ def begin(
     trainer = backend(machine.backend).Trainer(model, run.optim, seed=run.seed)
     if checkpoint is None:
         return model, trainer, History([], [], []), None
-    if "diverged_at" not in checkpoint.meta:
-        trainer.load_state(checkpoint.extra)
-    return model, trainer, History.of(checkpoint.extra), checkpoint
+    try:
+        if "diverged_at" not in checkpoint.meta:
+            trainer.load_state(checkpoint.extra)
+            if int(checkpoint.extra["optim.step"]) != checkpoint.extra["history.loss"].size:
+                raise CheckpointError(f"{path}: its curves and its optimizer are at different steps")
+        if not {"done", "diverged"} <= checkpoint.meta.keys():
+            raise KeyError("done")
+        return model, trainer, History.of(checkpoint.extra), checkpoint
+    except KeyError as error:
+        raise CheckpointError(f"{path} cannot be resumed: {error} is missing; choose another --out") from None
 
 
 def diverge(path: Path, run: TrainSpec, history: History, wanted: dict[str, Any]) -> Checkpoint:
-    """Leaves the first parameters and the curves of a run whose loss is no number any more."""
+    """Leaves the first parameters and the curves of a run whose numbers are finite no more; nothing evaluates it."""
     last = [loss for loss in history.loss if math.isfinite(loss)]
     curves = History(last, history.watch_step, history.inf_norm)
     meta = {**wanted, "done": True, "diverged": True, "diverged_at": len(history.loss)}

@@ -66,9 +66,10 @@ def attention_mask(rows: np.ndarray | None, queries: int, keys: int, causal: boo
 
 
 def gate(nx: Float, p: Params, x: Var, context: Var, spec: ModelSpec, name: str) -> Var:
-    """sigmoid(logit) * context, the logit made from the attention's input x (B, T, D) as the spec's gate says.
+    """sigmoid(logit) * context (times 1 / pi where rescaled), as the spec's gate says.
 
-    context (B, T, D) has its heads side by side. Every form but ELEMENTWISE has one logit per head.
+    The logit is made from the attention's input x (B, T, D). context (B, T, D) has its heads side by side. Every form
+    but ELEMENTWISE has one logit per head.
     """
     kind, hidden, logit = spec.attention.gate, f"{name}.gate_hidden", f"{name}.gate_logit"
     if kind is Gate.NONE:
@@ -83,6 +84,8 @@ def gate(nx: Float, p: Params, x: Var, context: Var, spec: ModelSpec, name: str)
     else:
         z = nx.linear(logit, x, p)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
     g = nx.activation(f"{name}.gate", z, "sigmoid")
+    if spec.attention.rescaled:
+        g = ops.scale(g, 1 / spec.attention.pi)
     if kind is not Gate.ELEMENTWISE:
         g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)
     return nx.mul(f"{name}.gated", context, g)

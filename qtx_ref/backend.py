@@ -21,6 +21,7 @@ from .tape import Var, backward, const, leaf
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
 DTYPES = ("float32", "float64")
+quiet = np.errstate(over="ignore", invalid="ignore")  # what overflows is seen in the result, and said there
 
 
 class Model:
@@ -86,6 +87,7 @@ class Model:
         """Logits, or hidden states of a model without head."""
         return self._run(self._numerics(), batch).value
 
+    @quiet
     def evaluate(self, batch: Batch) -> tuple[float, int, int]:
         """Summed negative log-likelihood in nats (float64), number of targets, number predicted right."""
         logits = self._run(self._numerics(), batch)
@@ -94,6 +96,7 @@ class Model:
         right = int(((logits.value.argmax(axis=-1) == targets) & (targets >= 0)).sum())
         return float(models.loss(logits, batch).value) * count, count, right
 
+    @quiet
     def gradients(self, batch: Batch, *, training: bool = False, seed: int = 0, step: int = 0) -> tuple[float, Arrays]:
         """The loss and its gradient by every trainable array."""
         leaves = {name: leaf(value) for name, value in self.trainable().items()}
@@ -169,6 +172,7 @@ class Model:
         learned = leaves or {name: const(value) for name, value in self.learned.items()}
         return FakeQuant(self.quants, self.fixed, learned, masked_scores=self.masked_scores, **context)
 
+    @quiet
     def _run(self, nx: Float, batch: Batch) -> Var:
         return models.forward(nx, {name: const(value) for name, value in self.weights.items()}, self.spec, batch)
 
@@ -195,6 +199,7 @@ class Trainer:
         self.seed = seed
         self.adam = AdamW(model.trainable(), optim)
 
+    @quiet
     def step(self, batch: Batch) -> tuple[float, float]:
         """One update; the loss before it and the gradient norm before clipping."""
         loss, grads = self.model.gradients(batch, training=True, seed=self.seed, step=self.adam.count)

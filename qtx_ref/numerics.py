@@ -109,10 +109,6 @@ class Float:
     def softmax(self, site: str, scores: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var | None) -> Var:
         return self.named(site, probabilities(scores, mask, spec, sink), self._pairs(mask))
 
-    def matmul(self, site: str, a: Var, b: Var) -> Var:
-        """a b over the last two axes, operands seen as `<site>.lhs` and `<site>.rhs`; the result is not named."""
-        return ops.matmul(self.operand(f"{site}.lhs", a), self.operand(f"{site}.rhs", b))
-
     def attention(
         self, site: str, q: Var, k: Var, v: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var | None, rate: float
     ) -> Var:
@@ -120,12 +116,14 @@ class Float:
 
         Sites `scores` (scaled, before the mask), `probs`, `context`. Dropout follows the clip.
         """
-        kt = ops.swap_last(self.operand(f"{site}.scores.rhs", k))
-        scores = ops.scale(ops.matmul(self.operand(f"{site}.scores.lhs", q), kt), q.shape[-1] ** -0.5)
+        heads = None if self.rows is None else self.rows[:, None, :, None]
+        kt = ops.swap_last(self.operand(f"{site}.scores.rhs", k, heads))
+        scores = ops.scale(ops.matmul(self.operand(f"{site}.scores.lhs", q, heads), kt), q.shape[-1] ** -0.5)
         scores = self.named(f"{site}.scores", scores, self._pairs(mask))
         probs = self.softmax(f"{site}.probs", scores, mask, spec, sink)
         probs = self.dropout(f"{site}.probs", probs, rate)
-        context = self.matmul(f"{site}.context", probs, v)  # (B, H, Tq, K)
+        probs = self.operand(f"{site}.context.lhs", probs, self._pairs(mask))
+        context = ops.matmul(probs, self.operand(f"{site}.context.rhs", v, heads))  # (B, H, Tq, K)
         return self._named(f"{site}.context", ops.merge_heads(context))
 
     def _pairs(self, mask: np.ndarray) -> np.ndarray:
@@ -179,20 +177,24 @@ class Calibrate(Quantizers):
         super().__init__(specs, masked_scores=masked_scores)
         self.quantize = quantize
         self.observers: dict[str, Observer] = {}
+        self.weights: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}  # scales of those seen
 
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
         spec = self.specs[site]
         if spec.dynamic:
             return fake_quantize(x, *dynamic_scale(x.value, spec, where, is_weight(site)), spec) if self.quantize else x
         observer = self.observers.setdefault(site, Observer(spec, is_weight(site)))
-        if not (is_weight(site) and observer.shape):  # a weight is the same in every batch
+        if site not in self.weights:
             try:
                 observer.update(x.value, where)
+                scale = affine.scale_zero(*observer.range(), spec) if self.quantize else None
             except ValueError as error:
                 raise ValueError(f"site {site}: {error}") from None
-        if not self.quantize:
-            return x
-        return fake_quantize(x, *affine.scale_zero(*observer.range(), spec), spec)
+            if is_weight(site):  # the same in every batch
+                self.weights[site] = scale
+        else:
+            scale = self.weights[site]
+        return x if scale is None else fake_quantize(x, *scale, spec)
 
     def ranges(self) -> dict[str, Range]:
         """The ranges found. Raises ValueError naming a static site that no batch has reached."""

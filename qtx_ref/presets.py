@@ -116,6 +116,8 @@ def attention(text: str) -> AttentionSpec:
             raise SpecError(
                 f"attention {text!r} has part {part!r}: name one softmax and one gate at most, from {known}"
             )
+        if len({setting.partition("=")[0] for setting in settings}) < len(settings):
+            raise SpecError(f"attention {text!r} gives a setting twice: give each once")
         for setting in settings:
             key, _, value = setting.partition("=")
             if key not in NUMBERS:

@@ -91,6 +91,7 @@ class AttentionSpec:
     gate: Gate = Gate.NONE
     gate_hidden: int | None = None  # hidden units of the MLP gate; None: K/4, at least 1
     pi: float | None = None  # opening probability of a new LINEAR gate: its bias starts at logit(pi); None: bias 0
+    rescaled: bool = False  # the gate is multiplied by 1 / pi: for one added to a trained model (paper, appendix B.6)
 
     def __post_init__(self) -> None:
         for key in ("gamma", "zeta"):
@@ -115,6 +116,8 @@ class AttentionSpec:
             _refuse("attention gate_hidden", self.gate_hidden, "give at least 1")
         if self.pi is not None and self.gate is not Gate.LINEAR:
             _refuse("attention pi", self.pi, "an opening probability belongs to the linear gate")
+        if self.rescaled and self.pi is None:
+            _refuse("attention rescaled", True, "the factor 1 / pi needs pi")
         if self.pi is not None and not (_number(self.pi) and 0 < self.pi < 1):
             _refuse("attention pi", self.pi, "give a probability between 0 and 1, both excluded")
 

@@ -143,9 +143,10 @@ def gate_sites(spec: ModelSpec) -> dict[str, Site]:
 
 
 def gate(nx: Float, attn: nn.Module, x: Tensor, context: Tensor, spec: ModelSpec) -> Tensor:
-    """sigmoid(logit) * context, the logit made from the attention's input x (B, T, D) as the spec's gate says.
+    """sigmoid(logit) * context (times 1 / pi where rescaled), as the spec's gate says.
 
-    context (B, T, D) has its heads side by side. Every form but ELEMENTWISE has one logit per head.
+    The logit is made from the attention's input x (B, T, D). context (B, T, D) has its heads side by side. Every form
+    but ELEMENTWISE has one logit per head.
     """
     kind = spec.attention.gate
     if kind is Gate.NONE:
@@ -162,6 +163,8 @@ def gate(nx: Float, attn: nn.Module, x: Tensor, context: Tensor, spec: ModelSpec
     else:
         z = nx.linear(attn.gate_logit, x)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
     g = nx.activation(attn.gate, z, "sigmoid")
+    if spec.attention.rescaled:
+        g = ops.scale(g, 1 / spec.attention.pi)
     if kind is not Gate.ELEMENTWISE:
         g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)
     return nx.mul(attn.gated, context, g)

@@ -51,6 +51,10 @@ class Float:
         allowed = mask.allowed
         return allowed if self.rows is None else allowed & self.rows[:, None, -allowed.shape[-2] :, None]
 
+    def _heads(self) -> Tensor | None:
+        """The rows that are real, as a mask for (B, H, T, K) tensors."""
+        return None if self.rows is None else self.rows[:, None, :, None]
+
     def _named(self, site: Site, y: Tensor) -> Tensor:
         return y if site.on_output is None else site.on_output(y, self._where(y))
 
@@ -107,12 +111,6 @@ class Float:
         probs = masked_probabilities(scores, mask, spec, getattr(site, "sink", None))
         return probs if site.on_output is None else site.on_output(probs, self._pairs(mask))
 
-    def matmul(self, site: Site, a: Tensor, b: Tensor) -> Tensor:
-        """a b over the last two axes; the result is not named."""
-        a = a if site.on_lhs is None else site.on_lhs(a, None)
-        b = b if site.on_rhs is None else site.on_rhs(b, None)
-        return ops.matmul(a, b)
-
     def attention(
         self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Mask, spec: AttentionSpec, rate: float
     ) -> Tensor:
@@ -126,13 +124,16 @@ class Float:
         if unseen and spec.softmax is Softmax.PLAIN and not (self.training and rate):
             context = fused(q, k, v, mask)
         else:
-            context = self.matmul(attn.context, self._probs(attn, q, k, mask, spec, rate), v)  # (B, H, Tq, K)
+            probs = self._probs(attn, q, k, mask, spec, rate)
+            probs = probs if c.on_lhs is None else c.on_lhs(probs, self._pairs(mask))
+            v = v if c.on_rhs is None else c.on_rhs(v, self._heads())
+            context = ops.matmul(probs, v)  # (B, H, Tq, K)
         return self._named(attn.context, ops.merge_heads(context))
 
     def _probs(self, attn: nn.Module, q: Tensor, k: Tensor, mask: Mask, spec: AttentionSpec, rate: float) -> Tensor:
         site = attn.scores
-        q = q if site.on_lhs is None else site.on_lhs(q, None)
-        k = k if site.on_rhs is None else site.on_rhs(k, None)
+        q = q if site.on_lhs is None else site.on_lhs(q, self._heads())
+        k = k if site.on_rhs is None else site.on_rhs(k, self._heads())
         scores = ops.scores(q, k, q.shape[-1] ** -0.5)
         if site.on_output is not None:
             scores = site.on_output(scores, self._pairs(mask))
@@ -179,18 +180,22 @@ class Calibrate(Quantizer):
         super().__init__(key, spec, masked_scores=masked_scores)
         self.quantize = quantize
         self.observer = Observer(spec, self.is_weight)
+        self.scale: tuple[Tensor, ...] | None = None  # of a weight, once seen; empty where nothing is quantized
 
     def apply_to(self, x: Tensor, where: Tensor | None) -> Tensor:
         if self.spec.dynamic:
             return self.dynamic(x, where) if self.quantize else x
-        if not (self.is_weight and self.observer.shape):  # a weight is the same in every batch
+        if self.scale is None:
             try:
                 self.observer.update(x, where)
+                scale = affine.scale_zero(*self.observer.range(), self.spec) if self.quantize else ()
             except ValueError as error:
                 raise ValueError(f"site {self.key}: {error}") from None
-        if not self.quantize:
-            return x
-        return fake_quantize(x, *affine.scale_zero(*self.observer.range(), self.spec), self.spec)
+            if self.is_weight:  # the same in every batch
+                self.scale = scale
+        else:
+            scale = self.scale
+        return fake_quantize(x, *scale, self.spec) if scale else x
 
     def range(self) -> Range:
         """The range found. Raises ValueError naming the site where no batch has reached it."""

@@ -65,13 +65,15 @@ def least_error(values: Tensor, spec: QuantSpec) -> tuple[float, float]:
         low, high = -max(-low, high), max(-low, high)
 
     def error(fraction: float) -> float:
-        return squared_error(values, low * fraction, high * fraction, spec) if 0.01 <= fraction <= 1 else math.inf
+        return squared_error(values, low * fraction, high * fraction, spec)
 
     if spec.observer.kind is ObserverKind.MSE_GRID:
         count = spec.observer.candidates
         best = min(((i + 1) / count for i in range(count)), key=error)
     else:
-        best = optimize.minimize_scalar(error, bracket=(0.01, 1.0), method="golden", tol=1e-3).x
+        best = optimize.minimize_scalar(
+            lambda f: error(f) if 0.01 <= f <= 1 else math.inf, bracket=(0.01, 1.0), method="golden", tol=1e-3
+        ).x
     return low * best, high * best
 
 
@@ -88,7 +90,9 @@ class Observer:
         self.held: list[Tensor] = []
 
     def update(self, x: Tensor, where: Tensor | None = None) -> None:
-        """Takes one batch's tensor. Raises ValueError on NaN or infinity among the elements that count."""
+        """Takes one batch's tensor. Raises ValueError on NaN or infinity that counts; without elements nothing changes."""
+        if where is not None and not where.any():
+            return
         x = x.detach()
         low, high = min_max(x, range_axes(self.spec, x.ndim, self.weight), where)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):

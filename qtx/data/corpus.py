@@ -49,7 +49,7 @@ def read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give a text file or a folder of *.txt") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}): give a file of text that can be read") from None
     if b"\0" in raw:
         raise DataError(f"{path} holds NUL bytes, so it is not text: give plain UTF-8 text")
     try:
@@ -190,16 +190,22 @@ def bundled_books() -> TextData:
         for c, (low, high) in zip(about["chapters"], pairwise(starts), strict=True)
     ]
     specials = Specials(**{**about["specials"], "ids": tuple(about["specials"]["ids"])})
-    tokenizer_json = (BUNDLED / "tokenizer.json").read_bytes().decode()
-    return TextData("books", sections, tokenizer_json, about["vocab"], specials)
+    return TextData("books", sections, bundled_tokenizer(), about["vocab"], specials)
+
+
+def bundled_tokenizer() -> str:
+    """The text of the bundled tokenizer.json."""
+    return (BUNDLED / "tokenizer.json").read_bytes().decode()
 
 
 def load_text(source: str | None, tokenizer: Path | str | None, vocab: int | None, model_vocab: int) -> TextData:
     """See `qtx.data.load`. `model_vocab` bounds a tokenizer trained here when `vocab` is not given."""
     if tokenizer is not None and vocab is not None:
         raise DataError(f"vocab {vocab} and a tokenizer exclude each other: give one")
+    if source == "":
+        raise DataError("data is '': give books, a text file or a folder of *.txt")
     books = source in (None, "books")
-    if books and tokenizer is None and vocab in (None, BUNDLED_VOCAB):
+    if books and vocab in (None, BUNDLED_VOCAB) and (tokenizer is None or tokenizer == bundled_tokenizer()):
         return bundled_books()
     passages, dropped = (read_books(), 0) if books else read_source(Path(source))
     if tokenizer is not None:

@@ -51,6 +51,7 @@ class ImageData:
             "source": self.source,
             "classes": self.classes,
             "seed": self.seed,
+            "hashes": {split: self.hashes(split) for split in SPLITS},
             "fingerprints": {split: self.fingerprint(split) for split in SPLITS},
         }
 
@@ -88,7 +89,7 @@ class ImageData:
         self.check(spec)
         check_split(split)
         rows = self._rows[split]
-        check_batch(batch_size, len(rows), f"{split} images")
+        check_batch(batch_size, max(len(rows), batch_size), f"{split} images")
         rows = rows if limit is None else rows[: limit * batch_size]
         return (self._batch(rows[low : low + batch_size]) for low in range(0, len(rows), batch_size))
 

@@ -149,7 +149,7 @@ class TextData:
         BERT's masks come from the stream (seed, split, window index): the same at any batch size.
         """
         first, end = self._starts(split, spec)
-        check_batch(batch_size, len(first), f"{split} windows of {spec.length} tokens")
+        check_batch(batch_size, max(len(first), batch_size), f"{split} windows")
         count = len(first) if limit is None else min(len(first), limit * batch_size)
 
         def batches() -> Iterator[Batch]:

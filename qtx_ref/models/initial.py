@@ -9,12 +9,13 @@ biases 0, or logit(pi) for the linear form.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from scipy import stats
 
 from ..random import stream
-from ..spec import Family, Gate, Head, ModelSpec, Softmax
+from ..spec import Family, Gate, Head, ModelSpec, Softmax, SpecError
 
 
 def gate_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -93,6 +94,28 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def init_params(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:
     """First values, float32, of every parameter of `shapes`."""
     return {name: first_value(spec, name, shape, seed) for name, shape in shapes(spec).items()}
+
+
+def add_gate(
+    params: dict[str, np.ndarray], spec: ModelSpec, pi: float, seed: int
+) -> tuple[dict[str, np.ndarray], ModelSpec]:
+    """A trained model with a linear gate that changes little at first: weights normal(0, 0.01), bias logit(pi), and the
+    gate multiplied by 1 / pi (Bondarenko et al. 2023, appendix B.6). Returns parameters and spec.
+
+    Raises SpecError where the model has a gate already, or pi is not between 0 and 1.
+    """
+    if spec.attention.gate is not Gate.NONE:
+        raise SpecError(f"the model has the gate {spec.attention.gate}: a gate is added to a model without one")
+    gated = replace(spec, attention=replace(spec.attention, gate=Gate.LINEAR, pi=pi, rescaled=True))
+    found = {}
+    for name, shape in shapes(gated).items():
+        if name in params:
+            found[name] = params[name]
+        elif name.endswith(".weight"):
+            found[name] = stream(seed, "gate", name).normal(0, 0.01, shape).astype(np.float32)
+        else:
+            found[name] = first_value(gated, name, shape, seed)
+    return found, gated
 
 
 def first_value(spec: ModelSpec, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
