@@ -49,7 +49,7 @@ def steps_case(name: str, kind: str, context: Context) -> list[Verdict]:
         free_loss, _ = trainer.step(batch)
         pairs.append((free_loss if spec.smooth else forced_loss, loss))
         verdicts += gradient_verdicts(f"step {step}", t, forced_grads, grads)
-        fed_trainer.adam.step({key: torch.from_numpy(g).to(context.device) for key, g in grads.items()})
+        fed_trainer.adam.step({key: torch.tensor(g, device=context.device) for key, g in grads.items()})
         ref_trainer.adam.step(grads)
     at = max(range(len(pairs)), key=lambda i: abs(pairs[i][0] - pairs[i][1]))
     verdicts.insert(0, relative(f"loss of step {at}", *pairs[at], *LOSS))

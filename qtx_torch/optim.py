@@ -23,13 +23,14 @@ def learning_rate(spec: OptimSpec, step: int) -> float:
 
 
 def clip_by_norm(grads: dict[str, Tensor], limit: float) -> tuple[dict[str, Tensor], float]:
-    """Gradients scaled so that their joint 2-norm is at most `limit` (0: as they are), and the norm before; float64 sums."""
+    """Gradients scaled, in place, so that their joint 2-norm is at most `limit` (0: as they are), and the norm before;
+    float64 sums."""
     squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads.values()]
     norm = math.sqrt(float(torch.stack(squares).sum()))
     if limit == 0 or norm <= limit:
         return grads, norm
-    scaled = torch._foreach_mul(list(grads.values()), limit / (norm + 1e-6))
-    return dict(zip(grads, scaled, strict=True)), norm
+    torch._foreach_mul_(list(grads.values()), limit / (norm + 1e-6))
+    return grads, norm
 
 
 class AdamW:
