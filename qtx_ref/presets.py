@@ -75,8 +75,8 @@ PRESETS: dict[str, ModelSpec] = {
     ),
 }
 
-# alpha = 1 clips about half of a uniform row. A tiny model's attention begins uniform, and under the paper's alpha of 2 to 4
-# every probability of a bidirectional row would be clipped to 0, where no gradient reaches query and key, for ever.
+# alpha = 1 clips about half of a uniform row. A tiny model's attention begins uniform, and from alpha = 2 on (the published
+# commands have 3.2 and 12) every probability of a bidirectional row is clipped to 0: no gradient reaches query and key.
 SOFTMAXES: dict[str, AttentionSpec] = {
     "vanilla": AttentionSpec(),
     "clipped": AttentionSpec(softmax=Softmax.CLIPPED, alpha=1.0),
