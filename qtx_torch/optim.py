@@ -23,11 +23,10 @@ def learning_rate(spec: OptimSpec, step: int) -> float:
 
 
 def clip_by_norm(grads: dict[str, Tensor], limit: float) -> tuple[dict[str, Tensor], float]:
-    """Gradients scaled, in place, so that their joint 2-norm is at most `limit` (0: as they are), and the norm before.
-
-    Each tensor's norm is in its dtype, their joint one in float64.
-    """
-    norm = float(torch.stack(torch._foreach_norm(list(grads.values()))).double().norm())
+    """Gradients scaled, in place, so that their joint 2-norm is at most `limit` (0: as they are), and the norm before;
+    float64 sums."""
+    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads.values()]
+    norm = math.sqrt(float(torch.stack(squares).sum()))
     if limit == 0 or norm <= limit:
         return grads, norm
     torch._foreach_mul_(list(grads.values()), limit / (norm + 1e-6))
