@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from qtx.cli import main
+from qtx.progress import Progress
 from qtx_ref.backend import Trainer
 
 TRAIN = ["train", "--backend", "ref", "--model", "vit-tiny", "--batch", "8", "--steps", "8"]
@@ -95,6 +96,21 @@ def test_interrupt_and_resume_give_the_same_bits(tmp_path, monkeypatch, extra):
     assert one.keys() == other.keys()
     for name, value in one.items():
         np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+def test_an_interrupt_after_the_last_step_is_not_swallowed(tmp_path, monkeypatch):
+    leave = Progress.__exit__
+
+    def interrupted(self, *error):
+        os.kill(os.getpid(), signal.SIGINT)
+        leave(self, *error)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "__exit__", interrupted)
+        stopped = call(*TRAIN, "--out", tmp_path)
+    assert stopped.exit_code == 130
+    assert "after the last step" in stopped.output
+    assert "8 steps" in good(*TRAIN, "--out", tmp_path, "--resume").output  # all of it was saved
 
 
 STUDY = [

@@ -97,10 +97,9 @@ class Study:
         self.save()
         self.written = ["study.json", "a checkpoint per run"]
         try:
-            self.written.append("curves.png")
             curves(self.out / "curves.png", {name: self._history(name) for name in self.runs})
+            self.written.append("curves.png")
         except MissingExtra as error:
-            self.written.remove("curves.png")
             print(f"no picture: {error}", file=sys.stderr)
 
     def save(self) -> None:

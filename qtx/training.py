@@ -160,7 +160,10 @@ def train(
                 saved = time.monotonic()
                 if interrupted[0]:
                     raise Interrupted(f"stopped at step {step} of {run.optim.steps}, saved in {path}")
-    return keep(done=True)
+    kept = keep(done=True)
+    if interrupted[0]:  # after the last step's check
+        raise Interrupted(f"stopped after the last step, saved in {path}")
+    return kept
 
 
 def widened(model: ModelSpec, data: Any) -> ModelSpec:
