@@ -245,9 +245,9 @@ def dynamic_scale(
     x: np.ndarray, spec: QuantSpec, where: np.ndarray | None, weight: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point from the tensor's own minimum and maximum."""
-    if spec.granularity is Granularity.TOKEN:
-        where = None  # a row of padding has a range of its own and touches no other
-    return affine.scale_zero(*affine.min_max(x, affine.range_axes(spec, x.ndim, weight), where), spec)
+    if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
+        where = None  # a row of padding has ranges of its own and touches no other
+    return affine.scale_zero(*affine.ranges(x, spec, weight, where), spec)
 
 
 def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: QuantSpec) -> Var:

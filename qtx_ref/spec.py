@@ -224,6 +224,8 @@ class Granularity(Name):
     TENSOR = "tensor"  # one scale
     CHANNEL = "channel"  # one per channel: the last axis of an activation, the output axis of a weight
     TOKEN = "token"  # one per row: every axis but the last
+    GROUP = "group"  # `groups` groups of channels (per-embedding-group, Bondarenko et al. 2021), each of one scale
+    BLOCK = "block"  # one per `block` neighbours along the last axis
 
 
 class ObserverKind(Name):
@@ -262,7 +264,8 @@ class QuantSpec:
 
     Codes of a symmetric quantizer are signed with zero point 0 and scale absmax / (2^(bits-1) - 1); those of an
     asymmetric one run from 0 to 2^bits - 1 with scale (high - low) / (2^bits - 1), where low <= 0 <= high. Quantizing
-    divides by the scale (IEEE), rounds half to even, adds the zero point and clamps, in float32.
+    divides by the scale (IEEE), rounds half to even, adds the zero point and clamps, in float32. That is profile `QTX`;
+    another `Profile` may choose otherwise.
     """
 
     bits: int = 8
@@ -271,18 +274,33 @@ class QuantSpec:
     dynamic: bool = False  # the range is taken from the tensor itself, each time
     observer: ObserverSpec = ObserverSpec()  # of a static range
     learned: bool = False  # scale (and zero point) trained, Esser et al. 2020; starts from the observed range
+    narrow: bool = False  # the lowest code is not used: -127..127, 1..255
+    groups: int | None = None  # of GROUP; it divides the number of channels
+    permute: bool = False  # GROUP: channels are sorted by high - low before they are grouped
+    block: int | None = None  # elements per block of BLOCK; it divides the last axis
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
             _refuse("quantizer bits", self.bits, "give a whole number from 2 to 16")
-        if self.granularity is Granularity.TOKEN and not self.dynamic:
-            _refuse("quantizer granularity", "token", "a range per token is dynamic; set dynamic")
+        if self.granularity in (Granularity.TOKEN, Granularity.BLOCK) and not self.dynamic:
+            kind = str(self.granularity)
+            _refuse("quantizer granularity", kind, f"a range per {kind} is dynamic; set dynamic")
+        for key, owner in (("groups", Granularity.GROUP), ("block", Granularity.BLOCK)):
+            value, needed = getattr(self, key), self.granularity is owner
+            if needed and not (isinstance(value, int) and value >= 1):
+                _refuse(f"quantizer {key}", value, f"granularity {owner} needs a whole number, at least 1")
+            if not needed and value is not None:
+                _refuse(f"quantizer {key}", value, f"it belongs to granularity {owner}")
+        if self.permute and self.granularity is not Granularity.GROUP:
+            _refuse("quantizer permute", True, "it belongs to granularity group")
+        if self.learned and self.granularity is Granularity.GROUP:
+            _refuse("quantizer learned", True, "the channels of a group share a scale, and learning would part them")
         if self.learned and self.dynamic:
             _refuse("quantizer learned", True, "a dynamic range cannot be learned; choose one")
 
     @property
     def code_min(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return (-(2 ** (self.bits - 1)) if self.symmetric else 0) + self.narrow
 
     @property
     def code_max(self) -> int:
@@ -332,6 +350,129 @@ class Recipe:
             if any(fnmatchcase(site, pattern) for pattern in rule.sites):
                 return rule.quant
         return None
+
+
+class Rounding(Name):
+    """From a real number to an integer."""
+
+    HALF_EVEN = "half_even"  # nearest, ties to even: IEEE 754, NumPy's rint
+    HALF_AWAY = "half_away"  # nearest, ties away from zero: C's round
+    HALF_UP = "half_up"  # floor(x + 1/2)
+    TOWARD_ZERO = "toward_zero"
+    FLOOR = "floor"
+    STOCHASTIC = "stochastic"  # up with the probability of the fraction, by a Philox word per element
+
+
+class Dtype(Name):
+    """bfloat16 and float16 are emulated: each operation in float32, its result rounded to nearest even."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class ScaleRule(Name):
+    """Scale of a symmetric quantizer. An asymmetric one has (high - low) / (code_max - code_min)."""
+
+    ABSMAX = "absmax"  # absmax / code_max: 127 for 8 bits
+    ABSMAX_HALF = "absmax_half"  # absmax / ((2^bits - 1) / 2): 127.5 for 8 bits
+    TWO_SIDED = "two_sided"  # max(|low| / |code_min|, high / code_max): 128 and 127 for 8 bits
+
+
+class Nudging(Name):
+    """Which real zero point is rounded to a code; the rounding moves the range so that 0 stays exact."""
+
+    FROM_LOW = "from_low"  # code_min - low / scale
+    CLOSER_END = "closer_end"  # that, or code_max - high / scale where |code_max| + |high / scale| is not larger
+
+
+class NanPolicy(Name):
+    RAISE = "raise"  # ValueError; fake quantization lets NaN through
+    ZERO = "zero"  # the code of real 0
+    CODE_MIN = "code_min"  # what x86's float-to-integer conversion ends in
+
+
+class InfinityPolicy(Name):
+    SATURATE = "saturate"
+    RAISE = "raise"
+
+
+class Requantization(Name):
+    """From accumulator a to a real multiple M a, rounded to an integer. M = 2^shift * multiplier / 2^31."""
+
+    FLOAT32 = "float32"  # float32(a) * float32(M), half to even
+    FLOAT_HALF_AWAY = "float_half_away"  # the same product, ties away from zero
+    FIXED_ONE = "fixed_one"  # 64-bit product, one rounding shift, half up: ruy, TFLite with single rounding
+    FIXED_TWO = "fixed_two"  # rounding doubling high multiply, then rounding shift, half away: gemmlowp, TFLite
+    HIGH_HALF_UP = "high_half_up"  # truncating doubling high multiply, then rounding shift, half up: XNNPACK rndnu
+
+
+class Overflow(Name):
+    """An accumulator that does not fit its width."""
+
+    REPORT = "report"  # ValueError naming the value
+    WRAP = "wrap"  # two's complement, as the hardware adds
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What an engine's numbers mean. No field has a default: engines differ in every one of them."""
+
+    name: str
+    version: int  # raised whenever a field changes
+    rounding: Rounding  # of x / scale
+    zero_point_before_rounding: bool  # round(x / scale + zero_point) instead of round(x / scale) + zero_point
+    reciprocal: bool  # x * (1 / scale) instead of x / scale
+    scale_rule: ScaleRule
+    nudging: Nudging
+    zero_point_rounding: Rounding
+    scale_dtype: Dtype  # what a scale is stored in
+    arithmetic: Dtype  # of every operation of quantizing and dequantizing
+    nan: NanPolicy
+    infinity: InfinityPolicy
+    requantization: Requantization
+    overflow: Overflow
+
+    def __post_init__(self) -> None:
+        if self.zero_point_rounding is Rounding.STOCHASTIC:
+            _refuse("profile zero_point_rounding", "stochastic", "a zero point is rounded the same each time")
+        if self.version < 1:
+            _refuse("profile version", self.version, "give a whole number, at least 1")
+
+
+QTX = Profile(
+    name="qtx",
+    version=1,
+    rounding=Rounding.HALF_EVEN,
+    zero_point_before_rounding=False,
+    reciprocal=False,
+    scale_rule=ScaleRule.ABSMAX,
+    nudging=Nudging.FROM_LOW,
+    zero_point_rounding=Rounding.HALF_EVEN,
+    scale_dtype=Dtype.FLOAT32,
+    arithmetic=Dtype.FLOAT32,
+    nan=NanPolicy.RAISE,
+    infinity=InfinityPolicy.SATURATE,
+    requantization=Requantization.FIXED_ONE,
+    overflow=Overflow.REPORT,
+)
+
+
+class FloatFormat(Name):
+    """Small floats (OCP 8-bit floating point, 2023; OCP microscaling formats, 2023)."""
+
+    E4M3 = "e4m3"  # 4 exponent bits, 3 of mantissa; largest 448, no infinity, one NaN per sign ("fn")
+    E5M2 = "e5m2"  # IEEE style; largest 57344
+    E2M1 = "e2m1"  # 0, 0.5, 1, 1.5, 2, 3, 4, 6; neither infinity nor NaN
+
+
+class SharedScale(Name):
+    """Exponent of an MX block's scale from its largest magnitude; emax is the element's largest exponent."""
+
+    FLOOR = "floor"  # floor(log2(absmax)) - emax: the OCP text
+    CEIL = "ceil"  # ceil(log2(absmax)) - emax
+    EVEN = "even"  # absmax rounded to the element's mantissa first (ties up), then floor
 
 
 class Schedule(Name):

@@ -1,0 +1,217 @@
+"""Matrix products of integer codes, exact.
+
+    acc[m, n] = sum_k (a[m, k] - za) (b[k, n] - zb) [+ bias[n]]
+
+**Through float BLAS.** A float32 holds every integer up to 2^24, so a float32 product of integers is exact, in whatever
+order and with whatever fused steps it is summed, while K max|a| max|b| <= 2^24 (float64: 2^53). K is cut into blocks
+that long and the blocks are added as integers: 1024 for int8. Never float32 on CUDA, which may round to TF32 first;
+float64 there. A CPU with byte instructions multiplies int8 itself.
+
+**Zero points.** Unsigned codes are recentred, c = 2^(bits - 1) taken from code and zero point, which halves the largest
+magnitude. With A = a - c and so on, the sum is A B - za colsum(B) - zb rowsum(A) + K za zb: one pass over the result
+instead of wider operands. So za may differ by row of a (shape (M, 1)) and zb by column of b ((N,)), never along k.
+
+**Overflow** is that of the exact sum: an accumulator that wraps and returns holds the right bits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from qtx_ref.spec import QTX, Overflow, Profile, QuantSpec
+
+FLOAT_BITS = {torch.float32: 24, torch.float64: 53}
+SHORTEST = 256  # float32 blocks shorter than this cost more in additions than float64 does
+
+
+@functools.cache
+def byte_instructions(device: str) -> bool:
+    """Whether `torch._int_mm` is the fast way: on an x86 with VNNI it took 0.6 times the time of a float32 product,
+    without it 50 times (benchmarks/integer_matmul.py)."""
+    return device == "cpu" and getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+
+
+def plain_float32(device: str) -> bool:
+    """Whether a float32 product keeps 24 bits. TF32, reduced matmul precision and autocast do not; then float64 carries."""
+    return device == "cpu" and torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+
+
+def centre(spec: QuantSpec) -> int:
+    """What is taken from unsigned codes to make them signed."""
+    return 0 if spec.symmetric else 2 ** (spec.bits - 1)
+
+
+def block_length(a_spec: QuantSpec, b_spec: QuantSpec) -> tuple[int, torch.dtype]:
+    """The longest exact block of recentred codes, and the float type that carries it."""
+    product = 2 ** (a_spec.bits + b_spec.bits - 2)  # max|A| max|B|
+    length = 2 ** FLOAT_BITS[torch.float32] // product
+    return (length, torch.float32) if length >= SHORTEST else (2 ** FLOAT_BITS[torch.float64] // product, torch.float64)
+
+
+def check_codes(what: str, code: Tensor, spec: QuantSpec) -> None:
+    """Raises ValueError where codes are not integers of the spec. A dtype that cannot hold others is not searched."""
+    if code.is_floating_point() or code.dtype is torch.bool:
+        raise ValueError(f"{what} has dtype {str(code.dtype).removeprefix('torch.')}: codes are integers")
+    limits = torch.iinfo(code.dtype)
+    if code.numel() == 0 or (limits.min >= spec.code_min and limits.max <= spec.code_max):
+        return
+    low, high = code.min().item(), code.max().item()
+    if low < spec.code_min or high > spec.code_max:
+        raise ValueError(f"{what} runs from {low} to {high}, outside {spec.code_min} to {spec.code_max}: check its spec")
+
+
+def recentred_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor:
+    """A zero point moved with its codes, int64. Raises ValueError where it is no code, or varies along k."""
+    if zero is None:
+        return torch.tensor(-centre(spec))
+    check_codes("zero point", zero, spec)
+    if zero.ndim >= -along_k and zero.shape[along_k] != 1:
+        raise ValueError(f"zero points of shape {tuple(zero.shape)} vary along the sum: give one per row or column")
+    return zero.long() - centre(spec)
+
+
+def float_product(a: Tensor, b: Tensor, length: int, wide: torch.dtype) -> Tensor:
+    """a @ b of integers held in float arrays, in exact blocks of `length` along k; summed in `wide`."""
+    total = (a[..., :length] @ b[..., :length, :]).to(wide)
+    for start in range(length, a.shape[-1], length):
+        stop = start + length
+        total += (a[..., start:stop] @ b[..., start:stop, :]).to(wide)
+    return total
+
+
+def fit(total: Tensor, bits: int, profile: Profile) -> Tensor:
+    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile wraps."""
+    if bits == 64:
+        return total
+    if profile.overflow is Overflow.REPORT:
+        low, high = (min(int(total.min()), 0), max(int(total.max()), 0)) if total.numel() else (0, 0)
+        if low < -(2**31) or high >= 2**31:
+            raise ValueError(f"accumulators run from {low} to {high}, beyond int32: use 64 bits, or smaller scales")
+    return total.to(torch.int32)  # keeps the lower 32 bits
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    a_spec: QuantSpec,
+    b_spec: QuantSpec,
+    a_zero: Tensor | None = None,
+    b_zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    accumulator: int = 32,
+    profile: Profile = QTX,
+    integers: bool = False,
+) -> Tensor:
+    """Codes a (..., M, K) and b (..., K, N) -> accumulators (..., M, N), int32 or int64.
+
+    Args:
+        a_zero: zero point of a: one, or (..., M, 1); None is 0.
+        b_zero: zero point of b: one, or (N,); None is 0.
+        bias: whole numbers in units of a's scale times b's, (N,).
+        accumulator: 32 or 64 bits. Codes of more than 8 bits want 64.
+        integers: multiply in integers, without float carriers: slow, the same result, CPU only.
+
+    Raises:
+        ValueError: codes outside their spec, or accumulators beyond their width where the profile reports.
+    """
+    check_codes("left operand", a, a_spec)
+    check_codes("right operand", b, b_spec)
+    if accumulator not in (32, 64):
+        raise ValueError(f"accumulator is {accumulator}: give 32 or 64 bits")
+    depth = a.shape[-1]
+    a_zero, b_zero = recentred_zero(a_zero, a_spec, -1), recentred_zero(b_zero, b_spec, -2)
+    # |each of the four terms| <= depth max|A| max|B|: below 2^29 they and their sum stay in int32
+    bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
+    largest_bias = 0 if bias is None else int(bias.long().abs().max())
+    wide = torch.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else torch.int64
+    if integers:
+        a, b = recentred(a, a_spec, wide), recentred(b, b_spec, wide)
+        total = a @ b
+    elif byte_instructions(a.device.type) and max(a_spec.bits, b_spec.bits) <= 8 and b.ndim == 2 and bound < 2**31:
+        a, b = recentred(a, a_spec, torch.int16).to(torch.int8), recentred(b, b_spec, torch.int16).to(torch.int8)
+        total = torch._int_mm(a.reshape(-1, depth), b).reshape(*a.shape[:-1], -1).to(wide)
+    else:
+        length, carrier = block_length(a_spec, b_spec)
+        carrier = carrier if plain_float32(a.device.type) else torch.float64
+        a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
+        total = float_product(a, b, length, wide)
+    if a_zero.any():
+        total -= (a_zero * sums(b, -2)).to(wide)
+    if b_zero.any():
+        total -= (b_zero * sums(a, -1)).to(wide)
+        total += (depth * a_zero * b_zero).to(wide)
+    if bias is not None:
+        total += bias.to(wide)
+    return total if total.dtype == torch.int32 else fit(total, accumulator, profile)
+
+
+def recentred(code: Tensor, spec: QuantSpec, carrier: torch.dtype) -> Tensor:
+    code = code.to(carrier)
+    return code - centre(spec) if centre(spec) else code
+
+
+def sums(code: Tensor, axis: int) -> Tensor:
+    """Sum over k, kept as length 1, int64."""
+    return code.sum(axis, dtype=torch.float64 if code.is_floating_point() else torch.int64, keepdim=True).long()
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    x_spec: QuantSpec,
+    w_spec: QuantSpec,
+    x_zero: Tensor | None = None,
+    w_zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    accumulator: int = 32,
+    profile: Profile = QTX,
+    integers: bool = False,
+) -> Tensor:
+    """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1) or one -> (..., O)."""
+    w_zero = None if w_zero is None else w_zero.mT if w_zero.ndim > 1 else w_zero
+    return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, profile, integers)
+
+
+def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
+    """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (K, N) -> int32, saturating on the way.
+
+    `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 = 64770
+    becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and int32
+    is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K and a
+    last, shorter run are padded with 0, as packed operands are.
+    """
+    if a.dtype != torch.uint8 or b.dtype != torch.int8:
+        raise ValueError(f"operands are {str(a.dtype).removeprefix('torch.')} and {str(b.dtype).removeprefix('torch.')}: the instruction multiplies uint8 by int8")
+    missing = -a.shape[-1] % (2 * pairs)
+    a = torch.nn.functional.pad(a.int(), (0, missing))
+    b = torch.nn.functional.pad(b.int(), (0, 0, 0, missing))
+    pair = a[..., 0::2, None] * b[0::2] + a[..., 1::2, None] * b[1::2]  # (..., M, K / 2, N)
+    pair = pair.clamp(-(2**15), 2**15 - 1)
+    runs = pair.reshape(*pair.shape[:-2], -1, pairs, pair.shape[-1])
+    run = runs[..., 0, :]
+    for step in range(1, pairs):
+        run = (run + runs[..., step, :]).clamp(-(2**15), 2**15 - 1)
+    return run.sum(-2, dtype=torch.int32)
+
+
+def pack_int4(code: Tensor) -> Tensor:
+    """Codes of 4 bits, signed or not, two per byte along the last axis, the first in the low half: (..., D) ->
+    (..., ceil(D / 2)) uint8. An odd D is padded with 0."""
+    low, high = (min(int(code.min()), 0), max(int(code.max()), 0)) if code.numel() else (0, 0)
+    if low < -8 or high > 15 or high - low > 15:
+        raise ValueError(f"codes run from {low} to {high}: 4 bits hold -8 to 7, or 0 to 15")
+    half = (code.int() & 15).to(torch.uint8)
+    if half.shape[-1] % 2:
+        half = torch.nn.functional.pad(half, (0, 1))
+    return half[..., 0::2] | (half[..., 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, length: int, signed: bool) -> Tensor:
+    """What `pack_int4` packed: (..., ceil(length / 2)) uint8 -> (..., length), int8 if signed, else uint8."""
+    if packed.dtype != torch.uint8 or packed.shape[-1] != -(-length // 2):
+        raise ValueError(f"{packed.shape[-1]} {str(packed.dtype).removeprefix('torch.')} do not hold {length} codes of 4 bits: check the shape")
+    half = torch.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)[..., :length]
+    return ((half ^ 8).to(torch.int8) - 8) if signed else half
