@@ -48,11 +48,12 @@ def quantize_multiplier(real: Tensor) -> tuple[Tensor, Tensor]:
     The mantissa is rounded half away from zero; where it reaches 2^31 it is halved and the shift raised.
     """
     check_real(real)
-    mantissa, shift = torch.frexp(real.double())
-    multiplier = round_integer(mantissa * 2.0**31, Rounding.HALF_AWAY).long()
+    bits = real.double().view(torch.int64)  # torch.frexp of float64 does not compile on AVX-512 (torch 2.13)
+    shift = (bits >> 52) - 1022
+    multiplier = ((bits & (2**52 - 1) | 2**52) + 2**21) >> 22  # from 53 bits of mantissa to 31
     carried = multiplier == 2**31
     multiplier, shift = torch.where(carried, 2**30, multiplier), shift + carried
-    tiny = (shift < -31) | (multiplier == 0)
+    tiny = shift < -31  # 0 too: its exponent bits are 0
     return multiplier.masked_fill(tiny, 0).int(), shift.masked_fill(tiny, 0).int()
 
 
