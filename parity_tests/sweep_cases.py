@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qtx_ref.formats import values
 from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
@@ -174,7 +175,13 @@ def fixed_case(index: int, codes: int) -> Case:
     kind = axes["requantization"]
     wide = axes["accumulator"] is np.int64 and kind not in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP)
     columns = 16 if axes["per_channel"] else 1
-    exponent = {"tiny": (-45, -30), "below one": (-20, 0), "above one": (0, 7), "power of two": (-12, 4), "zero": (0, 1)}
+    exponent = {
+        "tiny": (-45, -30),
+        "below one": (-20, 0),
+        "above one": (0, 7),
+        "power of two": (-12, 4),
+        "zero": (0, 1),
+    }
     real = np.ldexp(rng.uniform(0.5, 1, columns), rng.integers(*exponent[axes["multiplier"]], columns))
     if axes["multiplier"] == "power of two":
         real = np.exp2(np.rint(np.log2(real)))
@@ -202,8 +209,8 @@ def fixed_case(index: int, codes: int) -> Case:
 
 
 INTEGER = {
-    "bits_a": (4, 8, 16),
-    "bits_b": (4, 8, 16),
+    "bits_a": (4, 8, 8, 9, 16),
+    "bits_b": (2, 4, 8, 8, 16),
     "signed_a": BOTH,
     "signed_b": BOTH,
     "depth": (1, 2, 7, 64, 255, 259, 768, 1024, 1025, 2500),  # K: either side of a block's end
@@ -243,7 +250,11 @@ def integer_case(index: int, codes: int) -> Case:
 
     def draw(spec: QuantSpec, *shape: int) -> np.ndarray:
         kind = np.int8 if spec.bits <= 8 and spec.symmetric else np.uint8 if spec.bits <= 8 else np.int32
-        ends = {"lowest": (spec.code_min,) * 2, "highest": (spec.code_max,) * 2, "random": (spec.code_min, spec.code_max)}
+        ends = {
+            "lowest": (spec.code_min,) * 2,
+            "highest": (spec.code_max,) * 2,
+            "random": (spec.code_min, spec.code_max),
+        }
         low, high = ends[axes["values"]]
         return rng.integers(low, high + 1, shape).astype(kind if index % 3 else np.int32)
 
@@ -298,8 +309,6 @@ def formats_chain(m, x, kind, saturate, rule, block):
 
 
 def formats_case(index: int, codes: int) -> Case:
-    from qtx_ref.formats import values
-
     rng, axes = stream(0, "formats", index), pick(FORMATS, index)
     count = max(4, codes // 9 // 64)
     x = (rng.standard_normal((count, 64)) * 2.0 ** rng.integers(-20, 20, (count, 1))).astype(F32)
@@ -307,7 +316,9 @@ def formats_case(index: int, codes: int) -> Case:
         x = rng.integers(0, 2**32, x.shape, dtype=np.uint32).view(F32)
     elif axes["data"] == "ties":
         known = np.sort(values(axes["kind"])[np.isfinite(values(axes["kind"]))])
-        pool = np.concatenate([neighbours(known), neighbours((known[1:] + known[:-1]) / 2), neighbours(powers_of_two())])
+        pool = np.concatenate(
+            [neighbours(known), neighbours((known[1:] + known[:-1]) / 2), neighbours(powers_of_two())]
+        )
         x = rng.choice(pool, x.shape)
     elif axes["data"] == "zero blocks":
         x[::2] = rng.choice(F32([0, -0.0]), x[::2].shape)

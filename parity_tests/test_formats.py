@@ -78,8 +78,14 @@ def test_named_differences():
     NaN in E5M2: torch's code 0x7F here, 0x7E in ml_dtypes."""
     x = F32([464, 465, np.nan])
     assert codes(x, E4M3, True).tolist() == [0x7E, 0x7E, 0x7F]
-    assert codes(x, E4M3, False).tolist() == x.astype(ml_dtypes.float8_e4m3fn).view(np.uint8).tolist() == [0x7E, 0x7F, 0x7F]
-    assert codes(x[2:], E5M2, False).tolist() == [0x7F] and torch.tensor(np.nan).to(TORCH[E5M2]).view(torch.uint8) == 0x7F
+    assert (
+        codes(x, E4M3, False).tolist()
+        == x.astype(ml_dtypes.float8_e4m3fn).view(np.uint8).tolist()
+        == [0x7E, 0x7F, 0x7F]
+    )
+    assert (
+        codes(x[2:], E5M2, False).tolist() == [0x7F] and torch.tensor(np.nan).to(TORCH[E5M2]).view(torch.uint8) == 0x7F
+    )
     assert x[2:].astype(ml_dtypes.float8_e5m2).view(np.uint8).tolist() == [0x7E]
 
 

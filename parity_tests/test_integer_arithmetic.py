@@ -39,7 +39,9 @@ def call(request):
     def run(name, *values):
         module, function = name.split(".")
         tensor = request.param == "qtx_torch"
-        given = [torch.from_numpy(np.array(v)) if tensor and isinstance(v, (np.ndarray, np.generic)) else v for v in values]
+        given = [
+            torch.from_numpy(np.array(v)) if tensor and isinstance(v, (np.ndarray, np.generic)) else v for v in values
+        ]
         result = getattr(importlib.import_module(f"{request.param}.{module}"), function)(*given)
         return tuple(map(np.asarray, result)) if isinstance(result, tuple) else np.asarray(result)
 
@@ -87,7 +89,11 @@ def test_reciprocal_moves_a_code(call):
 
 @pytest.mark.parametrize(
     "rule, scale",
-    [(ScaleRule.ABSMAX, F32(2) / F32(127)), (ScaleRule.ABSMAX_HALF, F32(2) / F32(127.5)), (ScaleRule.TWO_SIDED, F32(2) / F32(128))],
+    [
+        (ScaleRule.ABSMAX, F32(2) / F32(127)),
+        (ScaleRule.ABSMAX_HALF, F32(2) / F32(127.5)),
+        (ScaleRule.TWO_SIDED, F32(2) / F32(128)),
+    ],
 )
 def test_scale_rules(call, rule, scale):
     got, zero = call("affine.scale_zero", F32([-2]), F32([1]), S8, replace(QTX, scale_rule=rule))
@@ -167,13 +173,36 @@ def test_high_multiplies(call):
     b = I32([INT_MIN, INT_MAX, 2**30, 2**30, 2**30, 2**30, 3, INT_MAX])
     rounding = call("fixed_point.rounding_doubling_high_multiply", a, b).tolist()
     assert rounding == [INT_MAX, -INT_MAX, 1, 0, 2, -1, -1, INT_MAX - 1]
-    assert call("fixed_point.doubling_high_multiply", a, b).tolist() == [INT_MAX, -INT_MAX, 0, -1, 1, -2, -2, INT_MAX - 1]
+    assert call("fixed_point.doubling_high_multiply", a, b).tolist() == [
+        INT_MAX,
+        -INT_MAX,
+        0,
+        -1,
+        1,
+        -2,
+        -2,
+        INT_MAX - 1,
+    ]
 
 
 def test_rounding_shifts(call):
     """RoundingDivideByPOT, gemmlowp's test_fixedpoint: ties away from zero; the plain shift: ties up."""
     x, e = I32([0, 1, 2, 3, -1, -2, -3, 5, -5, 6, -6, INT_MAX, INT_MIN]), I32([1] * 7 + [2] * 4 + [31, 31])
-    assert call("fixed_point.rounding_divide_by_power_of_two", x, e).tolist() == [0, 1, 1, 2, -1, -1, -2, 1, -1, 2, -2, 1, -1]
+    assert call("fixed_point.rounding_divide_by_power_of_two", x, e).tolist() == [
+        0,
+        1,
+        1,
+        2,
+        -1,
+        -1,
+        -2,
+        1,
+        -1,
+        2,
+        -2,
+        1,
+        -1,
+    ]
     assert call("fixed_point.rounding_shift_right", x, e).tolist() == [0, 1, 1, 2, 0, -1, -1, 1, -1, 2, -1, 1, -1]
     with pytest.raises(ValueError, match="exponent 32 is outside 0 to 31"):
         call("fixed_point.rounding_divide_by_power_of_two", x, I32([32] * 13))
@@ -200,7 +229,9 @@ def test_requantizations_at_ties(call, kind, codes):
 def test_one_and_two_roundings_part(call):
     """5 * 0.2999 = 1.4995 = 2.999 / 2: the high multiply rounds to 3, whose half rounds to 2; one rounding gives 1."""
     a, real = I32([5]), np.float64(0.2999)
-    one, two = (call("fixed_point.round_by", a, real, k).tolist() for k in (Requantization.FIXED_ONE, Requantization.FIXED_TWO))
+    one, two = (
+        call("fixed_point.round_by", a, real, k).tolist() for k in (Requantization.FIXED_ONE, Requantization.FIXED_TWO)
+    )
     assert (one, two) == ([1], [2])
 
 
@@ -239,7 +270,9 @@ def test_overflow_is_reported_or_wraps(call):
     with pytest.raises(ValueError, match="accumulators run from 0 to 3221225472, beyond int32"):
         call("integer.matmul", a, a.T.copy(), spec, spec)
     wraps = replace(QTX, overflow=Overflow.WRAP)
-    assert call("integer.matmul", a, a.T.copy(), spec, spec, None, None, None, 32, wraps).tolist() == [[3 * 2**30 - 2**32]]
+    assert call("integer.matmul", a, a.T.copy(), spec, spec, None, None, None, 32, wraps).tolist() == [
+        [3 * 2**30 - 2**32]
+    ]
     eight = np.full((1, 2), 127, np.int8)
     with pytest.raises(ValueError, match="beyond int32"):  # the bias alone takes it over
         call("integer.matmul", eight, eight.T.copy(), S8, S8, None, None, I32([INT_MAX]))
@@ -290,7 +323,10 @@ def test_profiles_name_their_sources():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20), st.sampled_from([Dtype.FLOAT16, Dtype.BFLOAT16]))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20),
+    st.sampled_from([Dtype.FLOAT16, Dtype.BFLOAT16]),
+)
 def test_sixteen_bit_rounding_is_a_cast(values, dtype):
     """By bits, as both backends round, and by torch's own cast."""
     x = F32(values)

@@ -15,7 +15,12 @@ from qtx_torch import affine, fixed_point, formats, integer
 from . import sweep_cases
 from .sweep import Tally, compare, differing, outcome, sweep, tensors
 
-AXES = {"affine": sweep_cases.AFFINE, "fixed_point": sweep_cases.FIXED, "integer": sweep_cases.INTEGER, "formats": sweep_cases.FORMATS}
+AXES = {
+    "affine": sweep_cases.AFFINE,
+    "fixed_point": sweep_cases.FIXED,
+    "integer": sweep_cases.INTEGER,
+    "formats": sweep_cases.FORMATS,
+}
 
 
 @pytest.mark.parametrize("module", AXES)

@@ -122,7 +122,9 @@ def scale_zero(
     zero = number(first - number(low / divisor))
     if profile.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
-        nearer_low = first + number(-low / divisor) < last + up  # the two ends' rounding errors, as gemmlowp bounds them
+        nearer_low = (
+            first + number(-low / divisor) < last + up
+        )  # the two ends' rounding errors, as gemmlowp bounds them
         zero = np.where(nearer_low, zero, number(last - up))
     zero = round_integer(zero, profile.zero_point_rounding)
     return scale, np.clip(zero, spec.code_min, spec.code_max).astype(np.int32)

@@ -125,7 +125,9 @@ def multiply_high_half_up(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarr
     return rounding_shift_right(doubling_high_multiply(raised, multiplier), right)
 
 
-def real_multiplier(x_scale: np.ndarray, w_scale: np.ndarray, y_scale: np.ndarray, profile: Profile = QTX) -> np.ndarray:
+def real_multiplier(
+    x_scale: np.ndarray, w_scale: np.ndarray, y_scale: np.ndarray, profile: Profile = QTX
+) -> np.ndarray:
     """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step."""
     exact = profile.requantization in (Requantization.FIXED_ONE, Requantization.FIXED_TWO)
     kind = np.float64 if exact else np.float32

@@ -44,7 +44,9 @@ def check_codes(what: str, code: np.ndarray, spec: QuantSpec) -> None:
         return
     low, high = int(code.min()), int(code.max())
     if low < spec.code_min or high > spec.code_max:
-        raise ValueError(f"{what} runs from {low} to {high}, outside {spec.code_min} to {spec.code_max}: check its spec")
+        raise ValueError(
+            f"{what} runs from {low} to {high}, outside {spec.code_min} to {spec.code_max}: check its spec"
+        )
 
 
 def recentred_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np.ndarray:
@@ -56,8 +58,8 @@ def recentred_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np
     return zero.astype(np.int64) - centre(spec)
 
 
-def float_product(a: np.ndarray, b: np.ndarray, length: int, wide: type) -> np.ndarray:
-    """a @ b of integers held in float arrays, in exact blocks of `length` along k; summed in `wide`."""
+def block_product(a: np.ndarray, b: np.ndarray, length: int, wide: type) -> np.ndarray:
+    """a @ b of integers, whatever type carries them, in blocks of `length` along k; summed in `wide`."""
     total = (a[..., :length] @ b[..., :length, :]).astype(wide)
     for start in range(length, a.shape[-1], length):
         stop = start + length
@@ -110,15 +112,14 @@ def matmul(
     bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
     largest_bias = 0 if bias is None else int(np.abs(bias).max(initial=0))
     wide = np.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else np.int64
-    length, carrier = block_length(a_spec, b_spec)
-    if integers:
-        length, carrier = depth, wide
+    length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
     a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
-    total = a @ b if integers else float_product(a, b, length, wide)
+    total = block_product(a, b, length, wide)
+    ones = np.ones((depth, 1), carrier)  # sums along k are products with it, and as exact
     if a_zero.any():
-        total -= (a_zero * sums(b, -2)).astype(wide)
+        total -= (a_zero * block_product(ones.T, b, length, wide)).astype(wide)
     if b_zero.any():
-        total -= (b_zero * sums(a, -1)).astype(wide)
+        total -= (b_zero * block_product(a, ones, length, wide)).astype(wide)
         total += (depth * a_zero * b_zero).astype(wide)
     if bias is not None:
         total += bias.astype(wide)
@@ -126,14 +127,10 @@ def matmul(
 
 
 def recentred(code: np.ndarray, spec: QuantSpec, carrier: type) -> np.ndarray:
+    """Codes less their centre, as `carrier`."""
     code = code.astype(carrier)
     code -= carrier(centre(spec))
     return code
-
-
-def sums(code: np.ndarray, axis: int) -> np.ndarray:
-    """Sum over k, kept as length 1, int64."""
-    return code.sum(axis, dtype=np.int64 if code.dtype.kind == "i" else np.float64, keepdims=True).astype(np.int64)
 
 
 def linear(

@@ -19,7 +19,9 @@ def _read(name: str) -> dict:
 
 def profile(name: str) -> Profile:
     """The profile of that name. Raises SpecError for an unknown one, naming those there are."""
-    return from_dict(Profile, {key: field["value"] if isinstance(field, dict) else field for key, field in _read(name).items()})
+    return from_dict(
+        Profile, {key: field["value"] if isinstance(field, dict) else field for key, field in _read(name).items()}
+    )
 
 
 def sources(name: str) -> dict[str, str]:

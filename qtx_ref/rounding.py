@@ -1,13 +1,13 @@
 """The two roundings that everything rests on: to an integer (`Rounding`) and to a floating-point width (`Dtype`).
 
-    >>> x = np.float32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
-    >>> for rule in list(Rounding)[:5]:
-    ...     print(f"{rule:12}", (round_integer(x, rule) + 0).tolist())
-    half_even    [-2.0, -2.0, 0.0, 0.0, 2.0, 2.0]
-    half_away    [-3.0, -2.0, -1.0, 1.0, 2.0, 3.0]
-    half_up      [-2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
-    toward_zero  [-2.0, -1.0, 0.0, 0.0, 1.0, 2.0]
-    floor        [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]
+>>> x = np.float32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+>>> for rule in list(Rounding)[:5]:
+...     print(f"{rule:12}", (round_integer(x, rule) + 0).tolist())
+half_even    [-2.0, -2.0, 0.0, 0.0, 2.0, 2.0]
+half_away    [-3.0, -2.0, -1.0, 1.0, 2.0, 3.0]
+half_up      [-2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
+toward_zero  [-2.0, -1.0, 0.0, 0.0, 1.0, 2.0]
+floor        [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]
 """
 
 from __future__ import annotations

@@ -57,9 +57,7 @@ def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tu
     return low.masked_fill(empty, 0).float(), high.masked_fill(empty, 0).float()
 
 
-def ranges(
-    x: Tensor, spec: QuantSpec, weight: bool = False, where: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def ranges(x: Tensor, spec: QuantSpec, weight: bool = False, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape)."""
     if spec.granularity is not Granularity.BLOCK:
         return min_max(x, range_axes(spec, x.ndim, weight), where)
@@ -133,7 +131,9 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
     zero = number(first - number(low / divisor))
     if profile.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
-        nearer_low = first + number(-low / divisor) < last + up  # the two ends' rounding errors, as gemmlowp bounds them
+        nearer_low = (
+            first + number(-low / divisor) < last + up
+        )  # the two ends' rounding errors, as gemmlowp bounds them
         zero = torch.where(nearer_low, zero, number(last - up))
     zero = round_integer(zero, profile.zero_point_rounding)
     return scale, zero.clamp(spec.code_min, spec.code_max).to(torch.int32)

@@ -39,7 +39,9 @@ def check_range(what: str, value: Tensor, low: int, high: int, remedy: str) -> N
 def check_real(real: Tensor) -> None:
     """Raises ValueError where M is not a number in [0, 2^30)."""
     if not ((real >= 0) & (real < 2**30)).all():
-        raise ValueError(f"multiplier {real.min().item()} to {real.max().item()} is outside 0 to 2^30: look at the scales")
+        raise ValueError(
+            f"multiplier {real.min().item()} to {real.max().item()} is outside 0 to 2^30: look at the scales"
+        )
 
 
 def quantize_multiplier(real: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +153,7 @@ def round_by(a: Tensor, real: Tensor, requantization: Requantization) -> Tensor:
     return multiply(a, *quantize_multiplier(real)).clamp(INT32_MIN, INT32_MAX).long()
 
 
-def requantize(
-    a: Tensor, real: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX
-) -> Tensor:
+def requantize(a: Tensor, real: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX) -> Tensor:
     """Accumulators -> codes (int32): round(real * a) + zero_point, clamped. `real` (from `real_multiplier`) and
     `zero_point` broadcast against a."""
     level = round_by(a, real, profile.requantization) + zero_point

@@ -36,7 +36,9 @@ def byte_instructions(device: str) -> bool:
 
 def plain_float32(device: str) -> bool:
     """Whether a float32 product keeps 24 bits. TF32, reduced matmul precision and autocast do not; then float64 carries."""
-    return device == "cpu" and torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+    return (
+        device == "cpu" and torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def centre(spec: QuantSpec) -> int:
@@ -51,16 +53,23 @@ def block_length(a_spec: QuantSpec, b_spec: QuantSpec) -> tuple[int, torch.dtype
     return (length, torch.float32) if length >= SHORTEST else (2 ** FLOAT_BITS[torch.float64] // product, torch.float64)
 
 
+def name(dtype: torch.dtype) -> str:
+    """As NumPy calls it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_codes(what: str, code: Tensor, spec: QuantSpec) -> None:
     """Raises ValueError where codes are not integers of the spec. A dtype that cannot hold others is not searched."""
     if code.is_floating_point() or code.dtype is torch.bool:
-        raise ValueError(f"{what} has dtype {str(code.dtype).removeprefix('torch.')}: codes are integers")
+        raise ValueError(f"{what} has dtype {name(code.dtype)}: codes are integers")
     limits = torch.iinfo(code.dtype)
     if code.numel() == 0 or (limits.min >= spec.code_min and limits.max <= spec.code_max):
         return
     low, high = code.min().item(), code.max().item()
     if low < spec.code_min or high > spec.code_max:
-        raise ValueError(f"{what} runs from {low} to {high}, outside {spec.code_min} to {spec.code_max}: check its spec")
+        raise ValueError(
+            f"{what} runs from {low} to {high}, outside {spec.code_min} to {spec.code_max}: check its spec"
+        )
 
 
 def recentred_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor:
@@ -73,13 +82,18 @@ def recentred_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor
     return zero.long() - centre(spec)
 
 
-def float_product(a: Tensor, b: Tensor, length: int, wide: torch.dtype) -> Tensor:
-    """a @ b of integers held in float arrays, in exact blocks of `length` along k; summed in `wide`."""
+def block_product(a: Tensor, b: Tensor, length: int, wide: torch.dtype) -> Tensor:
+    """a @ b of integers, whatever type carries them, in blocks of `length` along k; summed in `wide`."""
     total = (a[..., :length] @ b[..., :length, :]).to(wide)
     for start in range(length, a.shape[-1], length):
         stop = start + length
         total += (a[..., start:stop] @ b[..., start:stop, :]).to(wide)
     return total
+
+
+def byte_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a @ b of int8, b (K, N), summed in int32 by byte instructions."""
+    return torch._int_mm(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], -1).to(wide)
 
 
 def fit(total: Tensor, bits: int, profile: Profile) -> Tensor:
@@ -127,21 +141,20 @@ def matmul(
     bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
     largest_bias = 0 if bias is None else int(bias.long().abs().max())
     wide = torch.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else torch.int64
-    if integers:
-        a, b = recentred(a, a_spec, wide), recentred(b, b_spec, wide)
-        total = a @ b
-    elif byte_instructions(a.device.type) and max(a_spec.bits, b_spec.bits) <= 8 and b.ndim == 2 and bound < 2**31:
-        a, b = recentred(a, a_spec, torch.int16).to(torch.int8), recentred(b, b_spec, torch.int16).to(torch.int8)
-        total = torch._int_mm(a.reshape(-1, depth), b).reshape(*a.shape[:-1], -1).to(wide)
-    else:
-        length, carrier = block_length(a_spec, b_spec)
-        carrier = carrier if plain_float32(a.device.type) else torch.float64
-        a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
-        total = float_product(a, b, length, wide)
+    length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
+    product = functools.partial(block_product, length=length, wide=wide)
+    narrow = max(a_spec.bits, b_spec.bits) <= 8 and b.ndim == 2 and bound < 2**31
+    if narrow and not integers and byte_instructions(a.device.type):
+        product, carrier = functools.partial(byte_product, wide=wide), torch.int8
+    elif carrier is torch.float32 and not plain_float32(a.device.type):
+        carrier = torch.float64
+    a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
+    total = product(a, b)
+    ones = torch.ones(depth, 1, dtype=carrier, device=b.device)  # sums along k are products with it, and as exact
     if a_zero.any():
-        total -= (a_zero * sums(b, -2)).to(wide)
+        total -= (a_zero * product(ones.mT, b)).to(wide)
     if b_zero.any():
-        total -= (b_zero * sums(a, -1)).to(wide)
+        total -= (b_zero * product(a, ones)).to(wide)
         total += (depth * a_zero * b_zero).to(wide)
     if bias is not None:
         total += bias.to(wide)
@@ -149,13 +162,11 @@ def matmul(
 
 
 def recentred(code: Tensor, spec: QuantSpec, carrier: torch.dtype) -> Tensor:
+    """Codes less their centre, as `carrier`. In int8, 128 less is the top bit flipped."""
     code = code.to(carrier)
-    return code - centre(spec) if centre(spec) else code
-
-
-def sums(code: Tensor, axis: int) -> Tensor:
-    """Sum over k, kept as length 1, int64."""
-    return code.sum(axis, dtype=torch.float64 if code.is_floating_point() else torch.int64, keepdim=True).long()
+    if centre(spec) == 0:
+        return code
+    return code ^ -128 if carrier is torch.int8 and spec.bits == 8 else code - centre(spec)
 
 
 def linear(
@@ -184,7 +195,7 @@ def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
     last, shorter run are padded with 0, as packed operands are.
     """
     if a.dtype != torch.uint8 or b.dtype != torch.int8:
-        raise ValueError(f"operands are {str(a.dtype).removeprefix('torch.')} and {str(b.dtype).removeprefix('torch.')}: the instruction multiplies uint8 by int8")
+        raise ValueError(f"operands are {name(a.dtype)} and {name(b.dtype)}: the instruction multiplies uint8 by int8")
     missing = -a.shape[-1] % (2 * pairs)
     a = torch.nn.functional.pad(a.int(), (0, missing))
     b = torch.nn.functional.pad(b.int(), (0, 0, 0, missing))
@@ -212,6 +223,8 @@ def pack_int4(code: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor, length: int, signed: bool) -> Tensor:
     """What `pack_int4` packed: (..., ceil(length / 2)) uint8 -> (..., length), int8 if signed, else uint8."""
     if packed.dtype != torch.uint8 or packed.shape[-1] != -(-length // 2):
-        raise ValueError(f"{packed.shape[-1]} {str(packed.dtype).removeprefix('torch.')} do not hold {length} codes of 4 bits: check the shape")
+        raise ValueError(
+            f"{packed.shape[-1]} {name(packed.dtype)} do not hold {length} codes of 4 bits: check the shape"
+        )
     half = torch.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)[..., :length]
     return ((half ^ 8).to(torch.int8) - 8) if signed else half
