@@ -88,7 +88,7 @@ def settled(case: Case) -> Any:
 def sweep(module: str, codes: int, configurations: int, compiled: bool = False) -> Tally:
     """At least `codes` codes in at least `configurations` configurations (at most twice as many), eager or compiled."""
     reference, accelerated = (importlib.import_module(f"{package}.{module}") for package in ("qtx_ref", "qtx_torch"))
-    tally, index, size = Tally(), 0, max(64, codes // configurations)
+    tally, index, size = Tally(), 0, max(3000, codes // configurations)  # long enough for vector instructions
     while index < configurations or (tally.codes < codes and index < 2 * configurations):
         case = CASES[module](index, size)
         chain = case.chain

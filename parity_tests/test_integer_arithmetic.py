@@ -40,7 +40,7 @@ def call(request):
         module, function = name.split(".")
         tensor = request.param == "qtx_torch"
         given = [
-            torch.from_numpy(np.array(v)) if tensor and isinstance(v, (np.ndarray, np.generic)) else v for v in values
+            torch.from_numpy(np.asarray(v)) if tensor and isinstance(v, (np.ndarray, np.generic)) else v for v in values
         ]
         result = getattr(importlib.import_module(f"{request.param}.{module}"), function)(*given)
         return tuple(map(np.asarray, result)) if isinstance(result, tuple) else np.asarray(result)
@@ -262,6 +262,16 @@ def test_extreme_codes_stay_exact_across_blocks(call, depth, bits):
     a[1] = spec.code_max
     want = a.astype(np.int64) @ a.T.astype(np.int64)
     np.testing.assert_array_equal(call("integer.matmul", a, a.T.copy(), spec, spec, None, None, None, 64), want)
+
+
+def test_one_row_or_one_deep_with_ambiguous_strides(call):
+    """Strides (1, 1), which torch._int_mm misreads."""
+    column, depth_one = np.arange(-60, 60, dtype=np.int8)[:, None], np.arange(50, dtype=np.int8)[:, None]
+    b = np.arange(-120, 120, dtype=np.int8).reshape(120, 2)
+    want = column.T.astype(int) @ b.astype(int)
+    np.testing.assert_array_equal(call("integer.matmul", column.T, b, S8, S8), want)
+    got = call("integer.linear", column, depth_one, S8, S8)
+    np.testing.assert_array_equal(got, column.astype(int) @ depth_one.T.astype(int))
 
 
 def test_overflow_is_reported_or_wraps(call):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from unittest import mock
 
 import numpy as np
@@ -84,3 +85,16 @@ def test_differing_counts_bits():
     tally = Tally()
     compare(tally, "words", "no", "yes")
     assert tally.differing == 1
+
+
+@pytest.mark.parametrize("module", ["affine", "rounding", "fixed_point", "integer", "formats"])
+def test_the_two_backends_have_the_same_functions(module):
+    """Name and parameters of every function of the reference."""
+
+    def functions(package: str) -> dict[str, list[str]]:
+        found = vars(importlib.import_module(f"{package}.{module}"))
+        return {n: list(inspect.signature(f).parameters) for n, f in found.items() if inspect.isfunction(f)}
+
+    accelerated = functions("qtx_torch")
+    for name, parameters in functions("qtx_ref").items():
+        assert accelerated.get(name) == parameters, name

@@ -115,11 +115,11 @@ def matmul(
     length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
     a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
     total = block_product(a, b, length, wide)
-    ones = np.ones((depth, 1), carrier)  # sums along k are products with it, and as exact
+    ones = np.ones(depth, carrier)  # sums along k are products with it, and as exact
     if a_zero.any():
-        total -= (a_zero * block_product(ones.T, b, length, wide)).astype(wide)
+        total -= (a_zero * block_product(ones[None], b, length, wide)).astype(wide)
     if b_zero.any():
-        total -= (b_zero * block_product(a, ones, length, wide)).astype(wide)
+        total -= (b_zero * block_product(a, ones[:, None], length, wide)).astype(wide)
         total += (depth * a_zero * b_zero).astype(wide)
     if bias is not None:
         total += bias.astype(wide)

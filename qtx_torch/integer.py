@@ -144,17 +144,19 @@ def matmul(
     length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
     product = functools.partial(block_product, length=length, wide=wide)
     narrow = max(a_spec.bits, b_spec.bits) <= 8 and b.ndim == 2 and bound < 2**31
+    # _int_mm (torch 2.13) misreads a matrix of one row whose strides are (1, 1), as a transposed column's are
+    narrow = narrow and depth > 1 and a.numel() > depth
     if narrow and not integers and byte_instructions(a.device.type):
         product, carrier = functools.partial(byte_product, wide=wide), torch.int8
     elif carrier is torch.float32 and not plain_float32(a.device.type):
         carrier = torch.float64
     a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
     total = product(a, b)
-    ones = torch.ones(depth, 1, dtype=carrier, device=b.device)  # sums along k are products with it, and as exact
+    ones = torch.ones(depth, dtype=carrier, device=b.device)  # sums along k are products with it, and as exact
     if a_zero.any():
-        total -= (a_zero * product(ones.mT, b)).to(wide)
+        total -= (a_zero * product(ones[None], b)).to(wide)
     if b_zero.any():
-        total -= (b_zero * product(a, ones)).to(wide)
+        total -= (b_zero * product(a, ones[:, None])).to(wide)
         total += (depth * a_zero * b_zero).to(wide)
     if bias is not None:
         total += bias.to(wide)
