@@ -227,9 +227,9 @@ class FakeQuant(Quantizer):
 
 def dynamic_scale(x: Tensor, spec: QuantSpec, where: Tensor | None, weight: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point from the tensor's own minimum and maximum."""
-    if spec.granularity is Granularity.TOKEN:
-        where = None  # a row of padding has a range of its own and touches no other
-    return affine.scale_zero(*affine.min_max(x, affine.range_axes(spec, x.ndim, weight), where), spec)
+    if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
+        where = None  # a row of padding has ranges of its own and touches no other
+    return affine.scale_zero(*affine.ranges(x, spec, weight, where), spec)
 
 
 class StraightThrough(torch.autograd.Function):
