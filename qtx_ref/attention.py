@@ -75,7 +75,7 @@ def gate(nx: Float, p: Params, x: Var, context: Var, spec: ModelSpec, name: str)
     if kind is Gate.NONE:
         return context
     if kind is Gate.HEAD:
-        z = nx.parameter(logit, p[f"{logit}.bias"])  # (H,)
+        z = nx.parameter(logit, p)  # (H,)
     elif kind is Gate.MLP:
         h = nx.activation(hidden, nx.linear(hidden, x, p, named=False), "relu")  # (B, T, D) -> (B, T, H m)
         z = nx.linear(logit, h, p)  # (B, T, H m) -> (B, T, H)
@@ -85,7 +85,7 @@ def gate(nx: Float, p: Params, x: Var, context: Var, spec: ModelSpec, name: str)
         z = nx.linear(logit, x, p)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
     g = nx.activation(f"{name}.gate", z, "sigmoid")
     if spec.attention.rescaled:
-        g = ops.scale(g, 1 / spec.attention.pi)
+        g = nx.scale(g, 1 / spec.attention.pi)
     if kind is not Gate.ELEMENTWISE:
         g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)
     return nx.mul(f"{name}.gated", context, g)

@@ -101,7 +101,7 @@ class Model:
         """The loss and its gradient by every trainable array."""
         leaves = {name: leaf(value) for name, value in self.trainable().items()}
         nx = self._numerics(leaves, training=training, seed=seed, step=step)
-        loss = models.loss(models.forward(nx, leaves, self.spec, batch), batch)
+        loss = models.loss(models.forward(nx, leaves, self.spec, self._inputs(batch)), batch)
         return float(loss.value), dict(zip(leaves, backward(loss, leaves.values()), strict=True))
 
     def record(
@@ -174,7 +174,13 @@ class Model:
 
     @quiet
     def _run(self, nx: Float, batch: Batch) -> Var:
-        return models.forward(nx, {name: const(value) for name, value in self.weights.items()}, self.spec, batch)
+        weights = {name: const(value) for name, value in self.weights.items()}
+        return models.forward(nx, weights, self.spec, self._inputs(batch))
+
+    def _inputs(self, batch: Batch) -> Batch:
+        """The batch, its images in the parameters' dtype."""
+        dtype = next(iter(self.weights.values())).dtype
+        return {name: value.astype(dtype) if name == "images" else value for name, value in batch.items()}
 
 
 def check_generation(spec: ModelSpec, quants: Mapping[str, QuantSpec], length: int) -> None:

@@ -63,9 +63,13 @@ class Float:
 
     # ops --------------------------------------------------------------------------------------------------------------
 
-    def parameter(self, site: str, value: Var | np.ndarray) -> Var:
-        """A parameter or an input that is itself a tensor of the model."""
+    def input(self, site: str, value: np.ndarray) -> Var:
+        """An input that is itself a tensor of the model."""
         return self._named(site, const(value))
+
+    def parameter(self, site: str, p: Params) -> Var:
+        """`<site>.bias`, where a parameter is itself a tensor of the model."""
+        return self._named(site, p[f"{site}.bias"])
 
     def linear(self, site: str, x: Var, p: Params, *, weight: str | None = None, named: bool = True) -> Var:
         """x W^T + b with `<site>.weight` (or the tied parameter `weight`) and `<site>.bias`, if there is one."""
@@ -92,8 +96,14 @@ class Float:
         """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
         return self._named(site, ops.mean(x, axis=1, where=self._where(x)))
 
-    def concat(self, site: str, parts: list[Var], axis: int) -> Var:
-        return self._named(site, ops.concat(parts, axis))
+    def scale(self, x: Var, factor: float) -> Var:
+        """factor x. No site: what it scales has one."""
+        return ops.scale(x, factor)
+
+    def prepend(self, site: str, x: Var, p: Params) -> Var:
+        """`<site>.weight` (D,) as one more token in front: (B, N, D) -> (B, N + 1, D)."""
+        first = ops.add(p[f"{site}.weight"], const(np.zeros((x.shape[0], 1, 1), x.value.dtype)))  # (B, 1, D)
+        return self._named(site, ops.concat([first, x], axis=1))
 
     def activation(self, site: str, x: Var, kind: str) -> Var:
         """gelu, relu, sigmoid or tanh."""

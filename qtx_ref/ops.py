@@ -214,22 +214,29 @@ def embedding(table: Var, index: np.ndarray) -> Var:
 
 def split_heads(x: Var, heads: int) -> Var:
     """(B, T, D) -> (B, H, T, K)."""
-    b, t, d = x.shape
-    y = x.value.reshape(b, t, heads, d // heads).transpose(0, 2, 1, 3)
-    return node(y, (x, lambda g: g.transpose(0, 2, 1, 3).reshape(b, t, d)))
+
+    def move(v: np.ndarray) -> np.ndarray:
+        parts = min(heads, v.shape[-1])  # a scale per token has one channel, whatever the heads
+        return v.reshape(*v.shape[:2], parts, -1).transpose(0, 2, 1, 3)
+
+    return x.arranged(move, [x], (x, lambda g: g.transpose(0, 2, 1, 3).reshape(x.shape)))
 
 
 def merge_heads(x: Var) -> Var:
     """(B, H, T, K) -> (B, T, H K)."""
     b, h, t, k = x.shape
-    y = x.value.transpose(0, 2, 1, 3).reshape(b, t, h * k)
-    return node(y, (x, lambda g: g.reshape(b, t, h, k).transpose(0, 2, 1, 3)))
+
+    def move(v: np.ndarray) -> np.ndarray:
+        return v.transpose(0, 2, 1, 3).reshape(v.shape[0], v.shape[2], -1)
+
+    return x.arranged(move, [x], (x, lambda g: g.reshape(b, t, h, k).transpose(0, 2, 1, 3)))
 
 
 def spread_heads(x: Var, width: int) -> Var:
     """(..., H) -> (..., H K): each head's value K times. dx sums each group of K."""
-    y = np.repeat(x.value, width, axis=-1)
-    return node(y, (x, lambda g: g.reshape(*x.shape, width).sum(axis=-1)))
+    return x.arranged(
+        lambda v: np.repeat(v, width, axis=-1), [x], (x, lambda g: g.reshape(*x.shape, width).sum(axis=-1))
+    )
 
 
 def swap_last(x: Var) -> Var:
@@ -245,7 +252,7 @@ def concat(parts: list[Var], axis: int) -> Var:
     """Joins along one axis; the gradient is cut at the same places."""
     cuts = np.cumsum([p.shape[axis] for p in parts])[:-1]
     edges = [(p, lambda g, i=i: np.split(g, cuts, axis=axis)[i]) for i, p in enumerate(parts)]
-    return node(np.concatenate([p.value for p in parts], axis=axis), *edges)
+    return parts[0].arranged(lambda *v: np.concatenate(v, axis=axis), parts, *edges)
 
 
 def token(x: Var, position: int) -> Var:
@@ -256,7 +263,7 @@ def token(x: Var, position: int) -> Var:
         out[:, position] = g
         return out
 
-    return node(x.value[:, position], (x, dx))
+    return x.arranged(lambda v: v[:, position], [x], (x, dx))
 
 
 def patches(image: np.ndarray, size: int) -> np.ndarray:

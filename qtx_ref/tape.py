@@ -10,7 +10,7 @@ vector-Jacobian product):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -34,6 +34,12 @@ class Var:
     @property
     def ndim(self) -> int:
         return self.value.ndim
+
+    @staticmethod
+    def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Var], *edges: tuple[Var, Vjp]) -> Var:
+        """The values of `inputs` in another arrangement: `move` changes none of them. Integer codes take their scale
+        along (`integer_numerics.Code`)."""
+        return node(move(*(x.value for x in inputs)), *edges)
 
 
 def leaf(value: np.ndarray) -> Var:

@@ -152,7 +152,7 @@ def gate(nx: Float, attn: nn.Module, x: Tensor, context: Tensor, spec: ModelSpec
     if kind is Gate.NONE:
         return context
     if kind is Gate.HEAD:
-        z = nx.parameter(attn.gate_logit, attn.gate_logit.bias)  # (H,)
+        z = nx.parameter(attn.gate_logit)  # (H,)
     elif kind is Gate.MLP:
         h = nx.activation(
             attn.gate_hidden, nx.linear(attn.gate_hidden, x, named=False), "relu"
@@ -164,7 +164,7 @@ def gate(nx: Float, attn: nn.Module, x: Tensor, context: Tensor, spec: ModelSpec
         z = nx.linear(attn.gate_logit, x)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
     g = nx.activation(attn.gate, z, "sigmoid")
     if spec.attention.rescaled:
-        g = ops.scale(g, 1 / spec.attention.pi)
+        g = nx.scale(g, 1 / spec.attention.pi)
     if kind is not Gate.ELEMENTWISE:
         g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)
     return nx.mul(attn.gated, context, g)

@@ -60,9 +60,13 @@ class Float:
 
     # ops --------------------------------------------------------------------------------------------------------------
 
-    def parameter(self, site: Site, value: Tensor) -> Tensor:
-        """A parameter or an input that is itself a tensor of the model."""
+    def input(self, site: Site, value: Tensor) -> Tensor:
+        """An input that is itself a tensor of the model."""
         return self._named(site, value)
+
+    def parameter(self, site: Site) -> Tensor:
+        """The site's bias, where a parameter is itself a tensor of the model."""
+        return self._named(site, site.bias)
 
     def linear(self, site: Site, x: Tensor, *, weight: Tensor | None = None, named: bool = True) -> Tensor:
         """x W^T + b with the site's weight (or the tied parameter `weight`) and its bias, if there is one."""
@@ -91,8 +95,14 @@ class Float:
         """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
         return self._named(site, ops.mean(x, axis=1, where=self._where(x)))
 
-    def concat(self, site: Site, parts: list[Tensor], axis: int) -> Tensor:
-        return self._named(site, ops.concat(parts, axis))
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """factor x. No site: what it scales has one."""
+        return ops.scale(x, factor)
+
+    def prepend(self, site: Site, x: Tensor) -> Tensor:
+        """The site's weight (D,) as one more token in front: (B, N, D) -> (B, N + 1, D)."""
+        first = site.weight.to(x.dtype).expand(x.shape[0], 1, -1)  # (D,) -> (B, 1, D)
+        return self._named(site, ops.concat([first, x], axis=1))
 
     def activation(self, site: Site, x: Tensor, kind: str) -> Tensor:
         """gelu, relu, sigmoid or tanh."""

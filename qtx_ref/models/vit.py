@@ -11,20 +11,18 @@ from .. import ops
 from ..attention import Params, attention_mask
 from ..numerics import Float
 from ..spec import Head, ModelSpec
-from ..tape import Var, const
+from ..tape import Var
 from .block import block
 
 
 def forward(nx: Float, p: Params, spec: ModelSpec, batch: dict[str, np.ndarray]) -> Var:
-    """images (B, C, S, S) -> hidden states (B, T, D) or class logits (B, classes)."""
+    """images (B, C, S, S), in the parameters' dtype -> hidden states (B, T, D) or class logits (B, classes)."""
     nx.begin(None)
-    images = batch["images"].astype(p["embed.patch.weight"].value.dtype)
-    x = nx.parameter("embed.image", ops.patches(images, spec.patch_size))  # (B, C, S, S) -> (B, N, C P P)
+    x = nx.input("embed.image", ops.patches(batch["images"], spec.patch_size))  # (B, C, S, S) -> (B, N, C P P)
     x = nx.linear("embed.patch", x, p)  # (B, N, C P P) -> (B, N, D)
     if spec.patch_norm:
         x = nx.norm("embed.norm", x, p, spec.norm_eps)
-    cls = ops.add(p["embed.cls.weight"], const(np.zeros((x.shape[0], 1, 1), x.value.dtype)))  # (D,) -> (B, 1, D)
-    x = nx.concat("embed.cls", [cls, x], axis=1)  # (B, T, D)
+    x = nx.prepend("embed.cls", x, p)  # (B, N, D) -> (B, T, D)
     x = nx.add("embed.sum", x, nx.embedding("embed.position", np.arange(spec.length), p))
     x = nx.dropout("embed.sum", x, spec.dropout)
     mask = attention_mask(None, spec.length, spec.length, causal=False)

@@ -44,12 +44,11 @@ class Vit(nn.Module):
         embed, spec = self.embed, self.spec
         nx.begin(None)
         images = batch["images"].to(embed.patch.weight.dtype)
-        x = nx.parameter(embed.image, ops.patches(images, spec.patch_size))  # (B, C, S, S) -> (B, N, C P P)
+        x = nx.input(embed.image, ops.patches(images, spec.patch_size))  # (B, C, S, S) -> (B, N, C P P)
         x = nx.linear(embed.patch, x)  # (B, N, C P P) -> (B, N, D)
         if spec.patch_norm:
             x = nx.norm(embed.norm, x, spec.norm_eps)
-        cls = embed.cls.weight.to(x.dtype).expand(x.shape[0], 1, -1)  # (D,) -> (B, 1, D)
-        x = nx.concat(embed.cls, [cls, x], axis=1)  # (B, T, D)
+        x = nx.prepend(embed.cls, x)  # (B, N, D) -> (B, T, D)
         x = nx.add(embed.sum, x, nx.embedding(embed.position, torch.arange(spec.length, device=x.device)))
         x = nx.dropout(embed.sum, x, spec.dropout)
         mask = make_mask(None, spec.length, spec.length, causal=False, like=x)
