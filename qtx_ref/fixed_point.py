@@ -17,6 +17,8 @@ Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPAC
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .rounding import round_integer
@@ -28,7 +30,7 @@ FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_
 
 def check_range(what: str, value: np.ndarray, low: int, high: int, remedy: str) -> None:
     """Raises ValueError naming the first value outside [low, high]."""
-    value = np.asarray(value)
+    value = np.asanyarray(value)
     bad = (value < low) | (value > high)
     if bad.any():
         raise ValueError(f"{what} {value[bad][0]} is outside {low} to {high}: {remedy}")
@@ -36,7 +38,7 @@ def check_range(what: str, value: np.ndarray, low: int, high: int, remedy: str) 
 
 def check_real(real: np.ndarray) -> None:
     """Raises ValueError where M is not a number in [0, 2^30)."""
-    real = np.asarray(real)
+    real = np.asanyarray(real)
     if not ((real >= 0) & (real < 2**30)).all():
         raise ValueError(f"multiplier {real.min()} to {real.max()} is outside 0 to 2^30: look at the scales")
 
@@ -47,7 +49,7 @@ def quantize_multiplier(real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The mantissa is rounded half away from zero; where it reaches 2^31 it is halved and the shift raised.
     """
     check_real(real)
-    mantissa, shift = np.frexp(np.asarray(real, np.float64))
+    mantissa, shift = np.frexp(np.asanyarray(real, np.float64))
     multiplier = round_integer(mantissa * 2.0**31, Rounding.HALF_AWAY).astype(np.int64)
     carried = multiplier == 2**31
     multiplier, shift = np.where(carried, 2**30, multiplier), shift + carried
@@ -62,7 +64,7 @@ def rounding_doubling_high_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     check_range("factor", a, INT32_MIN, INT32_MAX, "give int32 values")
     check_range("factor", b, INT32_MIN, INT32_MAX, "give int32 values")
-    product = np.asarray(a, np.int64) * np.asarray(b, np.int64)
+    product = np.asanyarray(a, np.int64) * np.asanyarray(b, np.int64)
     return np.minimum((product + 2**30) >> 31, INT32_MAX).astype(np.int32)
 
 
@@ -70,7 +72,7 @@ def doubling_high_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """floor(2 a b / 2^32) of int32, saturating: ARM's SQDMULH."""
     check_range("factor", a, INT32_MIN, INT32_MAX, "give int32 values")
     check_range("factor", b, INT32_MIN, INT32_MAX, "give int32 values")
-    product = np.asarray(a, np.int64) * np.asarray(b, np.int64)
+    product = np.asanyarray(a, np.int64) * np.asanyarray(b, np.int64)
     return np.minimum(product >> 31, INT32_MAX).astype(np.int32)
 
 
@@ -78,7 +80,7 @@ def rounding_divide_by_power_of_two(x: np.ndarray, exponent: np.ndarray) -> np.n
     """round(x / 2^exponent) of int32, half away from zero. exponent in [0, 31]."""
     check_range("value", x, INT32_MIN, INT32_MAX, "give int32 values")
     check_range("exponent", exponent, 0, 31, "an int32 has no more bits to shift out")
-    x, exponent = np.asarray(x, np.int64), np.asarray(exponent, np.int64)
+    x, exponent = np.asanyarray(x, np.int64), np.asanyarray(exponent, np.int64)
     half = (np.int64(1) << exponent) >> 1
     magnitude = (np.abs(x) + half) >> exponent
     return np.where(x < 0, -magnitude, magnitude).astype(np.int32)
@@ -88,7 +90,7 @@ def rounding_shift_right(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
     """floor(x / 2^exponent + 1/2): half up. int64, |x| < 2^62; exponent in [0, 62]."""
     check_range("value", x, -(2**62), 2**62, "the rounding would leave int64")
     check_range("exponent", exponent, 0, 62, "an int64 has no more bits to shift out")
-    x, exponent = np.asarray(x, np.int64), np.asarray(exponent, np.int64)
+    x, exponent = np.asanyarray(x, np.int64), np.asanyarray(exponent, np.int64)
     return (x + ((np.int64(1) << exponent) >> 1)) >> exponent
 
 
@@ -96,11 +98,11 @@ def multiply_one_rounding(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarr
     """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its multiplier is rounded to
     15 and its shift lies in [-31, 7], as in TFLite's 16x8 kernels."""
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
-    multiplier, shift = np.asarray(multiplier, np.int64), np.asarray(shift, np.int64)
-    if np.asarray(a).dtype != np.int64:
+    multiplier, shift = np.asanyarray(multiplier, np.int64), np.asanyarray(shift, np.int64)
+    if np.asanyarray(a).dtype != np.int64:
         check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
         check_range("shift", shift, -31, 30, "use quantize_multiplier")
-        return rounding_shift_right(np.asarray(a, np.int64) * multiplier, 31 - shift)
+        return rounding_shift_right(np.asanyarray(a, np.int64) * multiplier, 31 - shift)
     check_range("accumulator", a, -(2**47), 2**47 - 1, "a 64-bit accumulator is requantized from 48 bits")
     check_range("shift", shift, -31, 7, "a 64-bit accumulator is scaled by less than 128")
     reduced = np.where(multiplier < 0x7FFF0000, (multiplier + 2**15) >> 16, 0x7FFF)
@@ -109,19 +111,19 @@ def multiply_one_rounding(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarr
 
 def multiply_two_roundings(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """FIXED_TWO -> int32. a * 2^left must fit int32; engines leave it undefined."""
-    shift = np.asarray(shift, np.int64)
+    shift = np.asanyarray(shift, np.int64)
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
-    raised = np.asarray(a, np.int64) << np.maximum(shift, 0)
+    raised = np.asanyarray(a, np.int64) << np.maximum(shift, 0)
     check_range("shifted accumulator", raised, INT32_MIN, INT32_MAX, "two roundings need a * 2^shift in int32")
     return rounding_divide_by_power_of_two(rounding_doubling_high_multiply(raised, multiplier), np.maximum(-shift, 0))
 
 
 def multiply_high_half_up(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates."""
-    shift = np.asarray(shift, np.int64)
+    shift = np.asanyarray(shift, np.int64)
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
     right = np.maximum(-shift, 1)
-    raised = np.clip(np.asarray(a, np.int64) << (shift + right), INT32_MIN, INT32_MAX)
+    raised = np.clip(np.asanyarray(a, np.int64) << (shift + right), INT32_MIN, INT32_MAX)
     return rounding_shift_right(doubling_high_multiply(raised, multiplier), right)
 
 
@@ -131,25 +133,48 @@ def real_multiplier(
     """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step."""
     exact = profile.requantization in (Requantization.FIXED_ONE, Requantization.FIXED_TWO)
     kind = np.float64 if exact else np.float32
-    return np.asarray(x_scale, kind) * np.asarray(w_scale, kind) / np.asarray(y_scale, kind)
+    return np.asanyarray(x_scale, kind) * np.asanyarray(w_scale, kind) / np.asanyarray(y_scale, kind)
 
 
-def round_by(a: np.ndarray, real: np.ndarray, requantization: Requantization) -> np.ndarray:
-    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where FIXED_ONE or a float."""
-    a = np.asarray(a)
-    if a.dtype == np.int64 and requantization in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP):
+def multiply(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, requantization: Requantization) -> np.ndarray:
+    """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
+
+    a: int32, or int64 where FIXED_ONE.
+    """
+    if np.asanyarray(a).dtype == np.int64 and requantization is not Requantization.FIXED_ONE:
         raise ValueError(f"requantization {requantization} is not defined for 64-bit accumulators: use fixed_one")
-    if requantization in FLOATS:
-        check_real(real)
-        product = a.astype(np.float32) * np.asarray(real, np.float32)
-        level = round_integer(product, FLOATS[requantization]).astype(np.float64)  # float32 has no 2^31 - 1
-        return np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
-    multiply = {
+    rule = {
         Requantization.FIXED_ONE: multiply_one_rounding,
         Requantization.FIXED_TWO: multiply_two_roundings,
         Requantization.HIGH_HALF_UP: multiply_high_half_up,
     }[requantization]
-    return np.clip(multiply(a, *quantize_multiplier(real)), INT32_MIN, INT32_MAX).astype(np.int64)
+    return np.clip(rule(a, multiplier, shift), INT32_MIN, INT32_MAX).astype(np.int64)
+
+
+def round_float(x: np.ndarray, requantization: Requantization) -> np.ndarray:
+    """float32 -> int64, saturated to int32, ties as a float requantization has them."""
+    level = round_integer(x, FLOATS[requantization]).astype(np.float64)  # float32 has no 2^31 - 1
+    return np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
+
+
+def round_by(a: np.ndarray, real: np.ndarray, requantization: Requantization) -> np.ndarray:
+    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where FIXED_ONE or a float."""
+    if requantization not in FLOATS:
+        return multiply(a, *quantize_multiplier(real), requantization)
+    check_real(real)
+    return round_float(np.asanyarray(a).astype(np.float32) * np.asanyarray(real, np.float32), requantization)
+
+
+def common_shift(reals: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Multipliers m_i and one shift: real_i = m_i / 2^shift, the largest m in [2^29, 2^30]; int64.
+
+    For a sum that is rounded once. Reals lie in [2^-32, 2^29]; what is 2^31 times smaller than the largest becomes 0.
+    """
+    largest = np.maximum.reduce(np.broadcast_arrays(*(np.asarray(real, np.float64) for real in reals)))
+    check_real(largest)
+    _, exponent = np.frexp(np.maximum(largest, 2.0**-32))
+    shift = 30 - exponent.astype(np.int64)
+    return [np.rint(np.asarray(real, np.float64) * np.exp2(shift)).astype(np.int64) for real in reals], shift
 
 
 def requantize(

@@ -51,7 +51,7 @@ def check_codes(what: str, code: np.ndarray, spec: QuantSpec) -> None:
 
 def recentred_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np.ndarray:
     """A zero point moved with its codes, int64. Raises ValueError where it is no code, or varies along k."""
-    zero = np.asarray(0 if zero is None else zero)
+    zero = np.asanyarray(0 if zero is None else zero)
     check_codes("zero point", zero, spec)
     if zero.ndim >= -along_k and zero.shape[along_k] != 1:
         raise ValueError(f"zero points of shape {tuple(zero.shape)} vary along the sum: give one per row or column")
@@ -146,7 +146,7 @@ def linear(
     integers: bool = False,
 ) -> np.ndarray:
     """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1) or one -> (..., O)."""
-    w_zero = None if w_zero is None else np.asarray(w_zero).T
+    w_zero = None if w_zero is None else np.asanyarray(w_zero).T
     return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, profile, integers)
 
 

@@ -1,0 +1,328 @@
+"""`Integer`: a whole model in integer codes, as a device computes it.
+
+Every value is a `Code`, `real = unit * (value - zero_point)`. A matmul of codes gives an int32 accumulator (int64 where
+a factor has more than 8 bits), whose unit is the product of its factors' scales; requantization by the profile makes it
+the code of the site it is named after. A site that the recipe leaves alone keeps the accumulator, for the next op that
+can take one. All constants were made by `lowering` and are stored in the artifact by these names:
+
+    <site>.scale .zero_point     of a static quantizer, and of each weight
+    <site>.weight .bias          codes; integers in units of the accumulator
+    <site>.multiplier .shift     real multiplier 2^shift * multiplier / 2^31 of the requantization (float32 profiles: the
+                                 multiplier alone); of a sum, one multiplier per operand in units of 2^-shift
+    <site>.table                 gelu, sigmoid, tanh: one code per code; softmax: exponentials, Q24
+    <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `integer_ops` takes them
+    <site>.input_multiplier .input_shift                  from a code to the argument of a polynomial
+
+Floats appear where the design lets them: blocks of a matmul in float BLAS, which are exact; requantization by a float
+profile; scales taken from the data (one per token). `strict` leaves no float at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from . import affine, fixed_point, integer, integer_ops, ops
+from .numerics import Float, Params
+from .spec import AttentionSpec, Profile, QuantSpec, Requantization, Softmax
+from .tape import Var, Vjp
+
+Constants = Mapping[str, np.ndarray]
+ZERO = np.zeros((), np.int32)
+
+
+class Code(Var):
+    """Integers with their meaning. `unit` is None under `strict`; `spec` is None for an accumulator, whose zero is 0.
+
+    `measured`: the unit is known only as the model runs (a scale per token, or one looked up with a row).
+    """
+
+    __slots__ = ("unit", "zero_point", "spec", "measured")
+
+    def __init__(
+        self,
+        value: np.ndarray,
+        unit: np.ndarray | None,
+        zero_point: np.ndarray = ZERO,
+        spec: QuantSpec | None = None,
+        measured: bool = False,
+    ) -> None:
+        super().__init__(value)
+        self.unit = unit
+        self.zero_point = zero_point
+        self.spec = spec
+        self.measured = measured
+
+    @staticmethod
+    def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Var], *edges: tuple[Var, Vjp]) -> Var:
+        """The same, with scale and zero point where there is more than one of them."""
+        first = inputs[0]
+
+        def follow(parts: list[np.ndarray | None]) -> np.ndarray | None:
+            single = parts[0] is None or (np.size(parts[0]) == 1 and not first.measured)
+            return parts[0] if single else move(*parts)
+
+        units, zeros = follow([x.unit for x in inputs]), follow([x.zero_point for x in inputs])
+        return Code(move(*(x.value for x in inputs)), units, zeros, first.spec, first.measured)
+
+    def centred(self) -> np.ndarray:
+        """value - zero_point: int32, or int64 for an accumulator of that width."""
+        return self.value if self.spec is None else self.value.astype(np.int32) - self.zero_point
+
+
+class Whole(np.ndarray):
+    """An array of integers that no float can come out of: `strict` makes every constant and input one.
+
+    Whatever NumPy computes from it is one too, and is refused with TypeError, in the op that made it, where its dtype is
+    neither integer nor boolean.
+    """
+
+    def __array_finalize__(self, other: object) -> None:
+        if self.dtype.kind not in "biu":
+            raise TypeError(f"strict integer arithmetic came upon {self.dtype}")
+
+    def __array_function__(self, function: Callable, types: object, arguments: tuple, keywords: dict) -> object:
+        result = super().__array_function__(function, types, arguments, keywords)
+        return result.view(Whole) if isinstance(result, np.ndarray) else result
+
+
+def code_dtype(spec: QuantSpec) -> type:
+    """The narrowest dtype of a spec's codes that both backends have (torch computes nothing in uint16)."""
+    if spec.bits <= 8:
+        return np.int8 if spec.symmetric else np.uint8
+    return np.int16 if spec.symmetric or spec.bits < 16 else np.int32
+
+
+def unit(*parts: np.ndarray | float | None) -> np.ndarray | None:
+    """The product of scales, float64: two float32 factors fit exactly. None where one is not known."""
+    if any(part is None for part in parts):
+        return None
+    product = np.float64(1)
+    for part in parts:
+        product = product * np.asarray(part, np.float64)
+    return product
+
+
+class Integer(Float):
+    """See the module. `watch(name, value)` sees every site's codes, and each matmul's `<site>.accumulator`."""
+
+    def __init__(
+        self,
+        constants: Constants,
+        quants: Mapping[str, QuantSpec],
+        profile: Profile,
+        *,
+        strict: bool = False,
+        watch: Callable[[str, np.ndarray], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.entry = constants
+        if strict:
+            constants = {name: c.view(Whole) for name, c in constants.items() if c.dtype.kind in "iu"}
+        self.constants = constants
+        self.quants = quants
+        self.profile = profile
+        self.strict = strict
+        self.watch = watch
+
+    # from accumulators to codes ---------------------------------------------------------------------------------------
+
+    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+        """The result of an op, whatever its unit, as the code of its site."""
+        spec = self.quants.get(site)
+        if spec is None:
+            return self.seen(site, x)
+        if spec.dynamic:
+            real = x.centred().astype(np.float32) * np.asarray(x.unit, np.float32)
+            return self.seen(site, self.measured(spec, real))
+        return self.seen(site, self.requantized(site, spec, x))
+
+    def seen(self, site: str, x: Code) -> Code:
+        if self.watch is not None:
+            self.watch(site, x.value)
+        return x
+
+    def operand(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+        """An operand for which the recipe has a quantizer of its own."""
+        return self.named(site, x) if site in self.quants else x
+
+    def measured(self, spec: QuantSpec, real: np.ndarray) -> Code:
+        """Codes of float32 values, their scales taken from them."""
+        scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile)
+        code = affine.quantize(real, scale, zero, spec, self.profile)
+        return Code(code.astype(code_dtype(spec)), scale, zero, spec, True)
+
+    def requantized(self, site: str, spec: QuantSpec, x: Code) -> Code:
+        kind, multiplier = self.profile.requantization, self.constants.get(f"{site}.multiplier")
+        if multiplier is None:  # the unit is known only now
+            real = fixed_point.real_multiplier(x.unit, 1, self.constants[f"{site}.scale"], self.profile)
+            level = fixed_point.round_by(x.centred(), real, kind)
+        elif kind in fixed_point.FLOATS:
+            level = fixed_point.round_by(x.centred(), multiplier, kind)
+        else:
+            level = fixed_point.multiply(x.centred(), multiplier, self.constants[f"{site}.shift"], kind)
+        return self.clamped(site, spec, level)
+
+    def clamped(self, site: str, spec: QuantSpec, level: np.ndarray) -> Code:
+        """Whole multiples of the site's scale as its codes."""
+        zero = self.constants[f"{site}.zero_point"]
+        code = np.clip(level + zero, spec.code_min, spec.code_max).astype(code_dtype(spec))
+        return Code(code, self.step(site), zero, spec)
+
+    def step(self, site: str) -> np.ndarray | None:
+        """The scale of a static site; None under strict."""
+        return self.constants.get(f"{site}.scale")
+
+    def weight(self, site: str, w: Var | None = None) -> Code:
+        """The codes of a weight."""
+        return Code(self.constants[site], self.step(site), self.constants[f"{site}.zero_point"], self.quants[site])
+
+    def matmul(self, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
+        """Accumulators of a b."""
+        zeros, bits = (a.zero_point, b.zero_point), accumulator_bits(a.spec, b.spec)
+        return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
+
+    def shown(self, site: str, acc: np.ndarray) -> np.ndarray:
+        if self.watch is not None:
+            self.watch(f"{site}.accumulator", acc)
+        return acc
+
+    # ops --------------------------------------------------------------------------------------------------------------
+
+    def input(self, site: str, value: np.ndarray) -> Code:
+        """Quantized by the profile, on the way in: the one step before the integers."""
+        spec, zero = self.quants[site], self.constants[f"{site}.zero_point"]
+        code = affine.quantize(value, self.entry[f"{site}.scale"], self.entry[f"{site}.zero_point"], spec, self.profile)
+        return self.seen(site, Code(code.astype(code_dtype(spec)).view(type(zero)), self.step(site), zero, spec))
+
+    def parameter(self, site: str, p: Params) -> Code:
+        """The codes of `<site>.bias`, made with the site's own scale."""
+        zero = self.constants[f"{site}.zero_point"]
+        return self.seen(site, Code(self.constants[f"{site}.bias"], self.step(site), zero, self.quants[site]))
+
+    def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
+        """x W^T + b: one matrix (O, I), or one per head (H, O, I) on the head's own slice of x."""
+        x = self.operand(f"{site}.input", x)
+        w = self.weight(f"{site}.weight" if f"{site}.weight" in self.quants else weight)
+        heads = w.shape[0] if w.ndim == 3 else 1
+
+        def split(v: np.ndarray) -> np.ndarray:  # (..., H n) -> (H, N, n)
+            return v.reshape(-1, heads, v.shape[-1] // heads).swapaxes(0, 1)
+
+        wt = w.value.reshape(heads, *w.shape[-2:]).swapaxes(1, 2)  # (H, I, O)
+        w_zero = w.zero_point if np.size(w.zero_point) == 1 else w.zero_point.reshape(heads, 1, -1)
+        x_zero = x.zero_point if np.size(x.zero_point) == 1 else x.zero_point.reshape(1, -1, 1)
+        w_unit = w.unit if np.size(w.unit) == 1 else w.unit.reshape(-1)
+        y_unit = unit(x.unit, w_unit)
+        bias = self.constants.get(f"{site}.bias")
+        if bias is not None:
+            if bias.dtype.kind == "f":  # a unit per token: as many integers
+                bias = np.rint(np.broadcast_to(bias.reshape(-1) / y_unit, (*x.shape[:-1], bias.size)))
+            bias = split(bias.reshape(-1, wt.shape[-1] * heads)).astype(np.int64)  # (H, 1 or N, O)
+        acc = self.matmul(Code(split(x.value), None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), bias)
+        acc = self.shown(site, acc.swapaxes(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
+        y = Code(acc, y_unit, measured=x.measured)
+        return self.named(site, y) if named else y
+
+    def embedding(self, site: str, index: np.ndarray, p: Params) -> Code:
+        """Rows of the codes of `<site>.weight`; their own scales, where each row has one."""
+        table = self.weight(f"{site}.weight")
+        pick = [part if np.size(part) == 1 else part[index] for part in (table.unit, table.zero_point)]
+        return self.named(site, Code(table.value[index], *pick, table.spec, np.size(table.unit) > 1))
+
+    def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
+        gain, eps_code = self.weight(f"{site}.weight"), self.constants.get(f"{site}.eps")
+        if eps_code is None:  # a unit per token
+            eps_code = np.rint(eps * np.square(x.shape[-1] / np.asarray(x.unit, np.float64))).astype(np.int64)
+        acc = integer_ops.normalize(x.value, eps_code) * gain.centred() + self.constants[f"{site}.bias"]
+        acc = self.shown(site, integer.fit(acc, accumulator_bits(gain.spec), self.profile))
+        return self.named(site, Code(acc, unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
+
+    def add(self, site: str, a: Code, b: Code) -> Code:
+        """Both operands in one fine unit, their sum rounded once."""
+        parts = [a, b]
+        spec, kind = self.quants[site], self.profile.requantization
+        if spec.dynamic:
+            real = sum(x.centred().astype(np.float32) * np.asarray(x.unit, np.float32) for x in parts)
+            return self.seen(site, self.measured(spec, real))
+        multiplier = self.constants.get(f"{site}.multiplier")
+        if multiplier is not None:
+            multipliers, shift = list(multiplier), self.constants.get(f"{site}.shift")
+        else:
+            reals = [fixed_point.real_multiplier(x.unit, 1, self.step(site), self.profile) for x in parts]
+            multipliers, shift = (reals, None) if kind in fixed_point.FLOATS else fixed_point.common_shift(reals)
+        centred = [x.centred() for x in parts]
+        if kind in fixed_point.FLOATS:
+            level = fixed_point.round_float(sum(c.astype(np.float32) * m for c, m in zip(centred, multipliers)), kind)
+        else:
+            level = integer_ops.weighted_sum(centred, multipliers, shift, kind)
+        return self.seen(site, self.clamped(site, spec, level))
+
+    def mul(self, site: str, a: Code, b: Code) -> Code:
+        wide = np.int64 if accumulator_bits(a.spec, b.spec) == 64 else np.int32
+        return self.named(site, Code(a.centred().astype(wide) * b.centred(), unit(a.unit, b.unit), measured=a.measured or b.measured))
+
+    def scale(self, x: Code, factor: float) -> Code:
+        """Only the unit changes."""
+        return Code(x.value, unit(x.unit, factor), x.zero_point, x.spec, x.measured)
+
+    def mean(self, site: str, x: Code) -> Code:
+        """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
+        total = integer_ops.mean(x.centred(), self._where(x)).astype(x.centred().dtype)
+        return self.named(site, Code(total, x.unit, measured=x.measured))
+
+    def prepend(self, site: str, x: Code, p: Params) -> Code:
+        """The codes of `<site>.weight`, made with the site's own scale, and x requantized to it."""
+        x = self.requantized(site, self.quants[site], x)
+        first = np.broadcast_to(self.constants[f"{site}.weight"], (x.shape[0], 1, x.shape[2]))
+        return self.seen(site, Code(np.concatenate([first, x.value], axis=1), x.unit, x.zero_point, x.spec))
+
+    def activation(self, site: str, x: Code, kind: str) -> Code:
+        """relu: max(x, 0). Others: a table, or a polynomial of I-BERT."""
+        if kind == "relu":
+            return self.named(site, Code(np.maximum(x.centred(), 0), x.unit, measured=x.measured))
+        table = self.constants.get(f"{site}.table")
+        if table is not None:
+            code = table[x.value.astype(np.int32) - x.spec.code_min]
+            return self.seen(site, Code(code, self.step(site), self.constants[f"{site}.zero_point"], self.quants[site]))
+        polynomial, bits = integer_ops.POLYNOMIALS[kind]
+        argument = fixed_point.multiply(
+            x.centred(), *(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift")), Requantization.FIXED_ONE
+        )
+        y = np.clip(polynomial(argument), fixed_point.INT32_MIN, fixed_point.INT32_MAX).astype(np.int32)
+        return self.named(site, Code(y, unit(2.0**-bits)))
+
+    def attention(
+        self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, sink: object, rate: float
+    ) -> Code:
+        """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
+        q, k = self.operand(f"{site}.scores.lhs", q), self.operand(f"{site}.scores.rhs", k)
+        kt = k.arranged(lambda x: x.swapaxes(-1, -2), [k])
+        acc = self.shown(f"{site}.scores", self.matmul(q, kt))
+        step, measured = unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
+        scores = self.named(f"{site}.scores", Code(acc, step, measured=measured))
+        probs = self.operand(f"{site}.context.lhs", self.softmax(f"{site}.probs", scores, mask, spec, None))
+        v = self.operand(f"{site}.context.rhs", v)
+        context = Code(self.matmul(probs, v), unit(probs.unit, v.unit), measured=probs.measured)
+        context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
+        self.shown(f"{site}.context", context.value)
+        return self.named(f"{site}.context", context)
+
+    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: object) -> Code:
+        find = self.constants.get
+        exponential = find(f"{site}.table")
+        if exponential is None:
+            exponential = tuple(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
+        extra = (find(f"{site}.sink"), find(f"{site}.sink_factor")) if f"{site}.sink" in self.constants else None
+        p = integer_ops.softmax(scores.value, mask, exponential, extra)
+        if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
+            row = spec.softmax is Softmax.CLIPPED_ROW
+            gamma = integer_ops.row_gamma(find(f"{site}.alpha"), mask) if row else find(f"{site}.gamma")
+            p = integer_ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
+        return self.named(site, Code(p.astype(np.int32), unit(2.0**-integer_ops.PROBABILITY_BITS)))
+
+
+def accumulator_bits(*specs: QuantSpec | None) -> int:
+    """32, or 64 where a factor has more than 8 bits (an accumulator, of which there is no spec, has 32)."""
+    return 64 if any(spec is None or spec.bits > 8 for spec in specs) else 32

@@ -1,0 +1,342 @@
+"""From float parameters and calibrated ranges to the constants that `Integer` computes with.
+
+`lower` runs the model once under `Lowering`, an `Integer` that makes each op's constants, in float64, just before the op
+needs them. What cannot run in integers is refused, naming the site and the reason. `float_params` goes back: the
+parameters that the codes stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from scipy import special
+
+from . import affine, fixed_point, integer_ops, models
+from .integer_numerics import Code, Integer, accumulator_bits, code_dtype, unit
+from .models.initial import shapes
+from .numerics import Params
+from .spec import (
+    QTX,
+    AttentionSpec,
+    Family,
+    Granularity,
+    ModelSpec,
+    Nonlinear,
+    Profile,
+    QuantSpec,
+    Range,
+    Requantization,
+    Softmax,
+    SpecError,
+)
+from .tape import Var, const
+
+SCALE_FIELDS = ("scale_rule", "nudging", "zero_point_rounding", "scale_dtype", "arithmetic")
+GAMMA_LIMIT = 64  # |gamma| that integer_ops.clip_stretch has bits for
+
+
+def check_integer(quants: Mapping[str, QuantSpec], profile: Profile, *, strict: bool = False) -> None:
+    """Raises SpecError naming the first site that cannot run in integers, or under `strict` needs a float.
+
+    Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or block.
+    """
+    if strict and profile.requantization in fixed_point.FLOATS:
+        raise SpecError(
+            f"profile {profile.name} requantizes by {profile.requantization}, a float: strict needs a fixed-point one (qtx)"
+        )
+    for site, spec in quants.items():
+        weight = site.endswith(".weight")
+        if spec.granularity in (Granularity.GROUP, Granularity.BLOCK):
+            refuse(site, f"a scale per {spec.granularity} varies along the axis that is summed over")
+        if spec.granularity is Granularity.CHANNEL and not weight and not site.endswith((".value", ".context.rhs")):
+            refuse(site, "a scale per channel varies along the axis that the next product sums over")
+        if spec.dynamic and not weight:
+            if strict:
+                refuse(site, "its scale is taken from the data, in floats: strict needs a static range")
+            if spec.granularity is not Granularity.TOKEN:
+                refuse(site, f"a dynamic range per {spec.granularity} spans tokens: use a static range, or one per token")
+        if strict and spec.granularity is Granularity.CHANNEL and site in TABLES:
+            refuse(site, "a scale per row would have to be looked up in floats: strict needs one per tensor")
+        bits64 = spec.bits > 8 and profile.requantization in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP)
+        if bits64:
+            refuse(
+                site,
+                f"{spec.bits} bits need 64-bit accumulators, which profile {profile.name}'s {profile.requantization} has not",
+            )
+
+
+TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
+
+
+def refuse(site: str, reason: str) -> None:
+    raise SpecError(f"site {site} cannot run in integers: {reason}")
+
+
+def lower(
+    spec: ModelSpec,
+    params: Mapping[str, np.ndarray],
+    quants: Mapping[str, QuantSpec],
+    ranges: Mapping[str, Range],
+    profile: Profile = QTX,
+    nonlinear: Nonlinear = Nonlinear.TABLE,
+) -> dict[str, np.ndarray]:
+    """The constants of an integer model, by the names of `integer_numerics`; and `output.scale`, `output.zero_point`.
+
+    Raises SpecError where a site cannot run in integers, naming it and why.
+    """
+    check_integer(quants, profile)
+    nx = Lowering(quants, ranges, profile, nonlinear)
+    weights = {name: const(params[name]) for name in shapes(spec)}
+    if spec.family is Family.VIT:
+        batch = {"images": np.zeros((1, spec.channels, spec.image_size, spec.image_size), np.float32)}
+    else:
+        token = np.zeros((1, 1), np.int64)
+        batch = {"tokens": token, "types": token, "mask": token == 0}
+    output = models.forward(nx, weights, spec, batch)
+    if output.spec is None or not output.spec.dynamic:
+        nx.constants["output.scale"] = np.asarray(output.unit, np.float64)
+        nx.constants["output.zero_point"] = np.asarray(output.zero_point, np.int32)
+    return nx.constants
+
+
+class Lowering(Integer):
+    """Makes constants, then computes with them."""
+
+    constants: dict[str, np.ndarray]
+
+    def __init__(
+        self, quants: Mapping[str, QuantSpec], ranges: Mapping[str, Range], profile: Profile, nonlinear: Nonlinear
+    ) -> None:
+        super().__init__({}, quants, profile)
+        self.ranges = ranges
+        self.nonlinear = nonlinear
+
+    # scales -----------------------------------------------------------------------------------------------------------
+
+    def target(self, site: str, why: str) -> QuantSpec:
+        """The quantizer of a site that must have one; its scale and zero point, if static, become constants."""
+        spec = self.quants.get(site)
+        if spec is None:
+            refuse(site, f"{why}, and the recipe leaves it in float")
+        if not spec.dynamic and f"{site}.scale" not in self.constants:
+            self.put_scale(site, *self.scale_zero(self.ranges[site], spec))
+        return spec
+
+    def scale_zero(self, found: Range, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
+        """As calibrated, which was by QTX; anew where the profile makes scales in another way."""
+        if all(getattr(self.profile, key) == getattr(QTX, key) for key in SCALE_FIELDS):
+            return found.scale, found.zero_point
+        return affine.scale_zero(found.low, found.high, spec, self.profile)
+
+    def put_scale(self, site: str, scale: np.ndarray, zero: np.ndarray) -> None:
+        self.constants[f"{site}.scale"], self.constants[f"{site}.zero_point"] = np.asarray(scale), np.asarray(zero)
+
+    def put_multiplier(self, site: str, name: str, real: np.ndarray) -> None:
+        try:
+            found = fixed_point.quantize_multiplier(real)
+        except ValueError as error:
+            refuse(site, str(error))
+        self.constants[f"{site}.{name}multiplier"], self.constants[f"{site}.{name}shift"] = found
+
+    def put_weight(self, site: str, value: np.ndarray) -> None:
+        """The codes of a weight."""
+        spec = self.quants.get(site)
+        if spec is None:
+            refuse(site, "a weight is multiplied as codes, and the recipe leaves it in float")
+        if site in self.constants:
+            return
+        if spec.dynamic:
+            scale, zero = affine.scale_zero(*affine.ranges(value, spec, True), spec, self.profile)
+        else:
+            scale, zero = self.scale_zero(self.ranges[site], spec)
+        self.put_scale(site, scale, zero)
+        self.constants[site] = affine.quantize(value, scale, zero, spec, self.profile).astype(code_dtype(spec))
+
+    def put_own_codes(self, site: str, key: str, value: np.ndarray) -> None:
+        """A parameter that is part of a site's tensor, in the codes of that site."""
+        spec = self.target(site, "it holds a parameter")
+        if spec.dynamic:
+            refuse(site, "its parameter is quantized once, which needs a static range")
+        code = affine.quantize(value, *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")), spec, self.profile)
+        self.constants[f"{site}.{key}"] = code.astype(code_dtype(spec))
+
+    def put_bias(self, site: str, bias: np.ndarray, step: np.ndarray, bits: int) -> None:
+        """In units of the accumulator."""
+        code = np.rint(bias.astype(np.float64) / np.reshape(step, -1).reshape(bias.shape if np.size(step) > 1 else ()))
+        if np.abs(code).max(initial=0) >= 2 ** (bits - 2):
+            refuse(site, f"its bias, {np.abs(bias).max()}, is {np.abs(code).max():.3g} units of an accumulator of {bits} bits")
+        self.constants[f"{site}.bias"] = code.astype(np.int32 if bits == 32 else np.int64)
+
+    def check_codes(self, site: str, *operands: Code) -> None:
+        for x in operands:
+            if x.spec is None:
+                refuse(site, "an accumulator reaches it: give the tensor before it a quantizer")
+
+    # ops --------------------------------------------------------------------------------------------------------------
+
+    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+        spec = self.quants.get(site)
+        if spec is not None and not spec.dynamic:
+            self.target(site, "")
+            self.put_requantization(site, x)
+        return super().named(site, x)
+
+    def put_requantization(self, site: str, x: Code) -> None:
+        if x.measured:
+            return  # made as it runs
+        real = fixed_point.real_multiplier(x.unit, 1, self.constants[f"{site}.scale"], self.profile)
+        if self.profile.requantization in fixed_point.FLOATS:
+            self.constants[f"{site}.multiplier"] = real
+        else:
+            self.put_multiplier(site, "", real)
+
+    def input(self, site: str, value: np.ndarray) -> Code:
+        if self.target(site, "it is the model's input").dynamic:
+            refuse(site, "the model's input needs a static range")
+        return super().input(site, value)
+
+    def parameter(self, site: str, p: Params) -> Code:
+        self.put_own_codes(site, "bias", p[f"{site}.bias"].value)
+        return super().parameter(site, p)
+
+    def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
+        name = f"{site}.weight" if f"{site}.weight" in self.quants else weight or f"{site}.weight"
+        self.put_weight(name, p[weight or name].value)
+        x = self.operand(f"{site}.input", x)
+        self.check_codes(site, x)
+        w = self.weight(name)
+        bias = p.get(f"{site}.bias")
+        if bias is not None and x.measured:
+            self.constants[f"{site}.bias"] = bias.value.astype(np.float32)
+        elif bias is not None:
+            self.put_bias(site, bias.value, unit(x.unit, w.unit), accumulator_bits(x.spec, w.spec))
+        return super().linear(site, x, p, weight=weight, named=named)
+
+    def embedding(self, site: str, index: np.ndarray, p: Params) -> Code:
+        self.put_weight(f"{site}.weight", p[f"{site}.weight"].value)
+        return super().embedding(site, index, p)
+
+    def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
+        self.check_codes(site, x)
+        self.target(site, "a norm's result")
+        self.put_weight(f"{site}.weight", p[f"{site}.weight"].value)
+        gain = self.weight(f"{site}.weight")
+        if not x.measured:
+            self.constants[f"{site}.eps"] = np.rint(eps * np.square(x.shape[-1] / unit(x.unit))).astype(np.int64)
+        step = unit(gain.unit, 2.0**-integer_ops.NORM_BITS)
+        self.put_bias(site, p[f"{site}.bias"].value, step, accumulator_bits(gain.spec))
+        return super().norm(site, x, p, eps)
+
+    def add(self, site: str, a: Code, b: Code) -> Code:
+        spec = self.target(site, "a sum is rounded to its codes")
+        if not (spec.dynamic or a.measured or b.measured):
+            step = self.constants[f"{site}.scale"]
+            reals = [fixed_point.real_multiplier(x.unit, 1, step, self.profile) for x in (a, b)]
+            if self.profile.requantization in fixed_point.FLOATS:
+                self.constants[f"{site}.multiplier"] = np.stack(reals)
+            else:
+                multipliers, self.constants[f"{site}.shift"] = fixed_point.common_shift(reals)
+                self.constants[f"{site}.multiplier"] = np.stack(multipliers).astype(np.int32)
+        return super().add(site, a, b)
+
+    def prepend(self, site: str, x: Code, p: Params) -> Code:
+        self.put_own_codes(site, "weight", p[f"{site}.weight"].value)
+        self.put_requantization(site, x)
+        return super().prepend(site, x, p)
+
+    def activation(self, site: str, x: Code, kind: str) -> Code:
+        if kind == "relu":
+            return super().activation(site, x, kind)
+        self.check_codes(site, x)
+        if x.measured:
+            refuse(site, f"{kind} of codes needs one static scale, and its input has one per token")
+        if self.nonlinear is Nonlinear.POLYNOMIAL:
+            self.put_multiplier(site, "input_", unit(x.unit, 2.0**integer_ops.INPUT_BITS))
+            return super().activation(site, x, kind)
+        spec = self.target(site, f"{kind} is a table of its codes")
+        if spec.dynamic:
+            refuse(site, f"{kind} is a table of codes, which needs a static range")
+        real = self.decoded(x)
+        scale, zero = (self.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
+        level = np.rint(ACTIVATIONS[kind](real) / np.asarray(scale, np.float64).reshape(-1)) + zero.reshape(-1)
+        self.constants[f"{site}.table"] = np.clip(level, spec.code_min, spec.code_max).astype(code_dtype(spec))
+        return super().activation(site, x, kind)
+
+    def decoded(self, x: Code) -> np.ndarray:
+        """The real value of each code, float64, from the lowest."""
+        codes = np.arange(x.spec.code_min, x.spec.code_max + 1)
+        return (codes - x.zero_point.reshape(-1)) * np.reshape(x.unit, -1).astype(np.float64)
+
+    def attention(
+        self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None, rate: float
+    ) -> Code:
+        self.check_codes(f"{site}.scores", q, k)
+        self.check_codes(f"{site}.context", v)
+        if v.measured or self.quants.get(f"{site}.context.rhs", v.spec).dynamic:
+            refuse(f"{site}.context", "its values have a scale per token, which varies along the sum: use a static range")
+        self.sink = sink
+        return super().attention(site, q, k, v, mask, spec, sink, rate)
+
+    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: object) -> Code:
+        self.check_codes(site, scores)
+        if scores.measured:
+            refuse(site, "a table of exponentials needs one static scale, and its scores have several")
+        self.target(site, "probabilities are rounded to its codes")
+        self.put_softmax(site, scores, spec)
+        return super().softmax(site, scores, mask, spec, sink)
+
+    def put_softmax(self, site: str, scores: Code, spec: AttentionSpec) -> None:
+        """Exponentials of the distances between codes; sinks; the clip's numbers."""
+        step, zero = float(np.reshape(scores.unit, -1)[0]), int(np.reshape(scores.zero_point, -1)[0])
+        highest = scores.spec.code_max
+        if spec.softmax in (Softmax.SINK, Softmax.PLUS_ONE):
+            logit = np.zeros(1) if self.sink is None else self.sink.value.astype(np.float64)
+            below = np.floor(logit / step)
+            factor = np.rint(np.exp(logit - below * step) * 2.0**integer_ops.SINK_BITS)
+            highest = max(highest, int(below.max()) + zero)
+            self.constants[f"{site}.sink"] = (below + zero).astype(np.int32)
+            self.constants[f"{site}.sink_factor"] = factor.astype(np.int64)
+        if self.nonlinear is Nonlinear.POLYNOMIAL:
+            self.put_multiplier(site, "input_", np.float64(step * 2.0**integer_ops.INPUT_BITS))
+        else:
+            last = int(min(highest - scores.spec.code_min, np.ceil((integer_ops.EXP_BITS + 2) * np.log(2) / step)))
+            table = np.rint(np.exp(-step * np.arange(last + 1)) * 2.0**integer_ops.EXP_BITS)
+            self.constants[f"{site}.table"] = table.astype(np.int32)
+        if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
+            row = spec.softmax is Softmax.CLIPPED_ROW
+            stretch = spec.alpha if row else spec.gamma
+            if abs(stretch) > GAMMA_LIMIT:
+                refuse(site, f"its {'alpha' if row else 'gamma'}, {stretch}, is beyond {GAMMA_LIMIT}")
+            self.constants[f"{site}.zeta"] = np.asarray(np.rint(spec.zeta * 2.0**integer_ops.ZETA_BITS), np.int64)
+            name, one = "alpha" if row else "gamma", 2.0**integer_ops.PROBABILITY_BITS
+            self.constants[f"{site}.{name}"] = np.asarray(np.rint(stretch * one), np.int64)
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: x * special.ndtr(x),
+    "sigmoid": special.expit,
+    "tanh": np.tanh,
+}
+
+
+def float_params(
+    spec: ModelSpec, constants: Mapping[str, np.ndarray], quants: Mapping[str, QuantSpec]
+) -> dict[str, np.ndarray]:
+    """The float32 parameters that the constants of an integer model stand for, for the same model under FakeQuant."""
+    found = {}
+    for name, shape in shapes(spec).items():
+        site, _, kind = name.rpartition(".")
+        code = constants.get(name)
+        if kind == "sink":
+            found[name] = sink_logits(constants, site)
+        elif f"{name}.scale" in constants:  # a weight
+            found[name] = affine.dequantize(code, constants[f"{name}.scale"], constants[f"{name}.zero_point"])
+        elif code.dtype.kind == "f":
+            found[name] = code
+        elif f"{name}_unit" in constants:  # a bias
+            found[name] = (code * constants[f"{name}_unit"]).astype(np.float32)
+        else:  # in the codes of its site
+            found[name] = affine.dequantize(code, constants[f"{site}.scale"], constants[f"{site}.zero_point"])
+        found[name] = found[name].reshape(shape).astype(np.float32)
+    return found
