@@ -16,7 +16,7 @@ import qtx_ref
 
 ROOT = Path(qtx_ref.__file__).parent.parent
 REF = ["qtx_ref", *(module.name for module in pkgutil.walk_packages(qtx_ref.__path__, "qtx_ref."))]
-PURE = ("affine", "observers", "stats", "random", "ops", "optim")
+PURE = ("affine", "fixed_point", "integer", "formats", "quantizers", "observers", "stats", "random", "ops", "optim")
 ONLY_REF = {"random": {"stream"}}  # weights, masking and batch order are drawn in NumPy whichever the backend
 FUSED = ("ops",)  # torch may have more of these: several of the reference's in one
 

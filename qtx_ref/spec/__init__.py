@@ -23,7 +23,7 @@ from .profile import (
     Rounding,
     ScaleRule,
 )
-from .quant import Granularity, ObserverKind, ObserverSpec, QuantSpec, Range, Recipe, Rule
+from .quant import FloatQuantSpec, Granularity, ObserverKind, ObserverSpec, Quant, QuantSpec, Range, Recipe, Rule
 
 __all__ = [
     "Activation",
@@ -31,6 +31,7 @@ __all__ = [
     "Dtype",
     "Family",
     "FloatFormat",
+    "FloatQuantSpec",
     "Gate",
     "Granularity",
     "Head",
@@ -45,6 +46,7 @@ __all__ = [
     "Overflow",
     "Profile",
     "QTX",
+    "Quant",
     "QuantSpec",
     "Range",
     "Recipe",

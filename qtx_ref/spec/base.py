@@ -44,6 +44,11 @@ def to_dict(spec: Any) -> Any:
     return spec
 
 
+def required(kind: Any) -> list[str]:
+    """Keys without a default."""
+    return [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+
+
 def from_dict(kind: Any, data: Any, where: str = "") -> Any:
     """The spec of type `kind` that `to_dict` wrote. Unknown keys, missing keys and wrong types raise `SpecError`."""
     where = where or getattr(kind, "__name__", str(kind))
@@ -54,8 +59,7 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
         for key in data:
             if key not in hints:
                 refuse(f"unknown key in {where}", key, f"known keys are {', '.join(hints)}")
-        required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
-        for key in required:
+        for key in required(kind):
             if key not in data:
                 refuse(f"missing key in {where}", key, "add it")
         return kind(**{key: from_dict(hints[key], value, f"{where}.{key}") for key, value in data.items()})
@@ -63,7 +67,11 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
     if origin in (typing.Union, types.UnionType):
         if data is None and type(None) in arguments:
             return None
-        return from_dict(next(a for a in arguments if a is not type(None)), data, where)
+        kinds = [a for a in arguments if a is not type(None)]
+        if kinds[1:]:  # of several, the one whose required keys are there
+            given = set(data) if isinstance(data, dict) else set()
+            kinds.sort(key=lambda one: len(given & set(required(one))), reverse=True)
+        return from_dict(kinds[0], data, where)
     if origin is tuple:
         if not isinstance(data, (list, tuple)):
             refuse(where, data, "expected a list")

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from .base import Name, is_number, refuse
+from .formats import FloatFormat, SharedScale
 
 
 class Granularity(Name):
@@ -47,6 +48,12 @@ class ObserverSpec:
             refuse("observer margin", self.margin, "give a number >= 0")
 
 
+def refuse_static(granularity: Granularity, dynamic: bool) -> None:
+    """What differs from one tensor to the next in shape has no static range."""
+    if granularity in (Granularity.TOKEN, Granularity.BLOCK) and not dynamic:
+        refuse("quantizer granularity", str(granularity), f"a range per {granularity} is dynamic; set dynamic")
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """A uniform quantizer: `real = scale * (code - zero_point)`.
@@ -71,9 +78,7 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
             refuse("quantizer bits", self.bits, "give a whole number from 2 to 16")
-        if self.granularity in (Granularity.TOKEN, Granularity.BLOCK) and not self.dynamic:
-            kind = str(self.granularity)
-            refuse("quantizer granularity", kind, f"a range per {kind} is dynamic; set dynamic")
+        refuse_static(self.granularity, self.dynamic)
         for key, owner in (("groups", Granularity.GROUP), ("block", Granularity.BLOCK)):
             value, needed = getattr(self, key), self.granularity is owner
             if needed and not (isinstance(value, int) and value >= 1):
@@ -96,6 +101,61 @@ class QuantSpec:
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
 
+@dataclass(frozen=True)
+class FloatQuantSpec:
+    """A quantizer to a small float: `real = scale * value`, the value nearest to x / scale, ties to even.
+
+    A scale is float32, absmax / the format's largest finite value (1 where absmax is 0). With BLOCK it is the power of
+    two of an MX block (OCP microscaling formats, 2023), by the rule `shared`.
+    """
+
+    format: FloatFormat
+    saturate: bool = True  # beyond the largest value: that value; False: infinity, or NaN where there is none
+    granularity: Granularity = Granularity.TENSOR
+    dynamic: bool = False
+    observer: ObserverSpec = ObserverSpec()
+    block: int | None = None  # elements per block of BLOCK, 32 unless said otherwise; it divides the last axis
+    shared: SharedScale | None = None  # of BLOCK, FLOOR unless said otherwise
+
+    def __post_init__(self) -> None:
+        blocks = self.granularity is Granularity.BLOCK
+        if self.granularity is Granularity.GROUP:
+            refuse("float quantizer granularity", "group", "a small float has tensor, channel, token or block")
+        refuse_static(self.granularity, self.dynamic)
+        if blocks and self.block is None:
+            object.__setattr__(self, "block", 32)
+        if blocks and self.shared is None:
+            object.__setattr__(self, "shared", SharedScale.FLOOR)
+        if not blocks and (self.block, self.shared) != (None, None):
+            refuse("float quantizer block and shared", (self.block, self.shared), "they belong to granularity block")
+        if blocks and not (isinstance(self.block, int) and self.block >= 1):
+            refuse("float quantizer block", self.block, "give a whole number, at least 1")
+        if not self.saturate and (blocks or self.format is FloatFormat.E2M1):
+            refuse("float quantizer saturate", False, "MX blocks and e2m1 always saturate")
+
+    @property
+    def symmetric(self) -> bool:
+        """There is no zero point."""
+        return True
+
+    @property
+    def learned(self) -> bool:
+        """No scale of a small float is trained."""
+        return False
+
+    @property
+    def code_min(self) -> int:
+        """Of the zero point, which is 0."""
+        return 0
+
+    @property
+    def code_max(self) -> int:
+        return 0
+
+
+Quant = QuantSpec | FloatQuantSpec
+
+
 class Range(NamedTuple):
     """A static quantizer's state: arrays that broadcast against the tensor. `zero_point` has an integer dtype."""
 
@@ -110,7 +170,7 @@ class Rule:
     """Sites that match one of `sites` (shell patterns) get `quant`; None leaves them in float."""
 
     sites: tuple[str, ...]
-    quant: QuantSpec | None
+    quant: Quant | None
     source: str  # where the choice comes from, or "assumed"
 
 
@@ -133,7 +193,7 @@ class Recipe:
         if self.batches < 1:
             refuse("recipe batches", self.batches, "calibration needs at least 1")
 
-    def quant(self, site: str) -> QuantSpec | None:
+    def quant(self, site: str) -> Quant | None:
         """The quantizer of `site`, or None."""
         for rule in reversed(self.rules):
             if any(fnmatchcase(site, pattern) for pattern in rule.sites):
