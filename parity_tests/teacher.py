@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from parity_tests.case import Context
 from parity_tests.compare import EPS, Verdict, against_truth, exact
 from parity_tests.evaluate_torch import array, tensor
-from qtx_ref import affine as ref_affine
 from qtx_ref import models as ref_models
 from qtx_ref import numerics as ref_numerics
+from qtx_ref import quantizers as ref_quantizers
 from qtx_ref.backend import Model as RefModel
 from qtx_ref.tape import Var, const
-from qtx_torch import affine, numerics
+from qtx_torch import numerics, quantizers
 from qtx_torch.backend import Model
 from qtx_torch.sites import attached
 
@@ -112,8 +112,8 @@ class Quantized(Pupil):
         spec, given = quantizer.spec, tensor(x, self.context).requires_grad_()
         if spec.dynamic:
             kept = None if quantizer.everywhere else self.shown.where
-            scale, zero = ref_numerics.dynamic_scale(x, spec, kept, quantizer.is_weight)
-            got = numerics.dynamic_scale(
+            scale, zero = ref_quantizers.dynamic_scale(x, spec, kept, quantizer.is_weight)
+            got = quantizers.dynamic_scale(
                 given.detach(), spec, None if quantizer.everywhere else where, quantizer.is_weight
             )
             self.verdicts += [
@@ -123,11 +123,11 @@ class Quantized(Pupil):
         else:
             scale, zero = array(quantizer.scale), array(quantizer.zero_point)
         moved = tensor(scale, self.context), tensor(zero, self.context)
-        codes = affine.quantize(given.detach(), *moved, spec)
-        self.verdicts.append(exact(f"{key}: codes", array(codes), ref_affine.quantize(x, scale, zero, spec)))
+        codes = quantizers.quantize(given.detach(), *moved, spec)
+        self.verdicts.append(exact(f"{key}: codes", array(codes), ref_quantizers.quantize(x, scale, zero, spec)))
         with torch.enable_grad():
             passes = torch.autograd.grad(quantizer(given, where).sum(), given)[0] != 0
-        inside = ref_affine.fake_quantize(x, scale, zero, spec)[1]
+        inside = ref_quantizers.fake_quantize(x, scale, zero, spec)[1]
         self.verdicts.append(exact(f"{key}: gradient passes", array(passes), inside))
 
 

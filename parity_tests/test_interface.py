@@ -16,7 +16,7 @@ import qtx_ref
 
 ROOT = Path(qtx_ref.__file__).parent.parent
 REF = ["qtx_ref", *(module.name for module in pkgutil.walk_packages(qtx_ref.__path__, "qtx_ref."))]
-PURE = ("affine", "observers", "stats", "random", "ops", "optim")
+PURE = ("affine", "fixed_point", "integer", "formats", "quantizers", "observers", "stats", "random", "ops", "optim")
 ONLY_REF = {"random": {"stream"}}  # weights, masking and batch order are drawn in NumPy whichever the backend
 FUSED = ("ops",)  # torch may have more of these: several of the reference's in one
 
@@ -128,4 +128,8 @@ def test_the_reference_knows_numpy_and_scipy_alone() -> None:
 
 
 def test_the_vocabulary_is_standard_library_alone() -> None:
-    assert {name.partition(".")[0] for name in imports(ROOT / "qtx_ref" / "spec.py")} <= sys.stdlib_module_names
+    files = sorted((ROOT / "qtx_ref" / "spec").glob("*.py"))
+    assert len(files) > 1
+    for path in files:
+        known = {name for name in imports(path) if name.partition(".")[0] not in sys.stdlib_module_names}
+        assert all(name.startswith("qtx_ref.spec.") for name in known), f"{path.name} imports {known}"

@@ -9,11 +9,14 @@ from pathlib import Path
 
 from qtx_ref.spec import (
     Family,
+    FloatFormat,
+    FloatQuantSpec,
     Gate,
     Granularity,
     ModelSpec,
     ObserverKind,
     ObserverSpec,
+    Quant,
     QuantSpec,
     Recipe,
     Rule,
@@ -21,7 +24,7 @@ from qtx_ref.spec import (
     from_dict,
 )
 
-from .sites import sites
+from .sites import KEYS, extents, sites
 
 SIM = "published simulator (code of arXiv 2306.12929)"
 TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
@@ -29,7 +32,20 @@ LOOKUPS = ("embed.token", "embed.type", "embed.position")
 LM_HEAD = ("head.decoder", "head.decoder.weight")
 OPERANDS = ("*.input", "*.lhs", "*.rhs")
 RUNNING = ObserverSpec(kind=ObserverKind.RUNNING, momentum=0.9)
-NAMES = "wXaY (w8a8, w6a6, w4a8, ...), lsq-wXaY, train-wXaY, paper-bert, paper-opt, paper-vit, or a .json file"
+MX_BLOCK = 32
+MX_TEXT = "OCP microscaling formats 1.0: blocks of 32 along the summed axis, a power of two each"
+FP8_TEXT = "arXiv 2209.05433, section 3: one scale per tensor that takes the largest magnitude to the largest value"
+FLOATS = {
+    "fp8-e4m3": FloatFormat.E4M3,
+    "fp8-e5m2": FloatFormat.E5M2,
+    "mxfp8": FloatFormat.E4M3,
+    "mxfp8-e5m2": FloatFormat.E5M2,
+    "mxfp4": FloatFormat.E2M1,
+}
+NAMES = (
+    f"wXaY (w8a8, w6a6, w4a8, ...), lsq-wXaY, train-wXaY, {', '.join(FLOATS)}, paper-bert, paper-opt, paper-vit, "
+    "or a .json file"
+)
 
 
 def post_training(weight_bits: int, activation_bits: int, learned: bool = False) -> Recipe:
@@ -37,16 +53,56 @@ def post_training(weight_bits: int, activation_bits: int, learned: bool = False)
     weights = QuantSpec(bits=weight_bits, symmetric=True, learned=learned)
     activations = QuantSpec(bits=activation_bits, observer=RUNNING, learned=learned)
     bits = f"w{weight_bits}a{activation_bits}"
+    return everywhere(
+        f"lsq-{bits}" if learned else bits,
+        Rule(("*",), activations, "arXiv 2306.12929, section 5: asymmetric activations, static ranges"),
+        Rule(("*.weight",), weights, "arXiv 2306.12929, section 5: symmetric weights"),
+    )
+
+
+def everywhere(name: str, *rules: Rule) -> Recipe:
+    """Static ranges of every tensor where it is produced, and of every weight, but for the language-model head."""
     return Recipe(
-        name=f"lsq-{bits}" if learned else bits,
+        name=name,
         rules=(
-            Rule(("*",), activations, "arXiv 2306.12929, section 5: asymmetric activations, static ranges"),
-            Rule(("*.weight",), weights, "arXiv 2306.12929, section 5: symmetric weights"),
+            *rules,
             Rule(OPERANDS, None, "a tensor is quantized once, where it is produced"),
             Rule(LOOKUPS, None, "a row of a quantized table is quantized already"),
             Rule(LM_HEAD, None, "arXiv 2306.12929, section 5: the final linear layer of BERT and OPT stays in float"),
         ),
         batches=16,
+    )
+
+
+def small_float(name: str) -> Recipe:
+    """FP8 with a static scale per tensor, running min-max over 16 batches."""
+    activations = FloatQuantSpec(FLOATS[name], observer=RUNNING)
+    return everywhere(
+        name,
+        Rule(("*",), activations, FP8_TEXT),
+        Rule(("*.weight",), FloatQuantSpec(FLOATS[name]), FP8_TEXT),
+    )
+
+
+def microscaling(name: str, spec: ModelSpec) -> Recipe:
+    """MX blocks in both operands of every linear and of the scores, whose last axis is the one summed over.
+
+    The other product of attention sums over the keys, and stays in float.
+    """
+    blocks = FloatQuantSpec(FLOATS[name], granularity=Granularity.BLOCK, dynamic=True, block=MX_BLOCK)
+    undivided = tuple(site for site, (_, last) in extents(spec).items() if last % MX_BLOCK)
+    return Recipe(
+        name=name,
+        rules=(
+            Rule(("*.input", "*.weight", "*.scores.lhs", "*.scores.rhs"), blocks, MX_TEXT),
+            Rule(("*norm.weight", *TABLES), None, "not an operand of a matmul"),
+            Rule(
+                ("head.decoder.input", "head.decoder.weight"),
+                None,
+                "arXiv 2306.12929, section 5: the final linear layer of BERT and OPT stays in float",
+            ),
+            Rule(undivided, None, f"the last axis has no whole number of blocks of {MX_BLOCK}"),
+        ),
     )
 
 
@@ -130,6 +186,8 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
         if kind == "train-":
             return training(weight_bits, activation_bits)
         return post_training(weight_bits, activation_bits, learned=kind == "lsq-")
+    if name in FLOATS:
+        return microscaling(name, spec) if name.startswith("mx") else small_float(name)
     if name in ("paper-bert", "paper-opt", "paper-vit"):
         return paper(Family(name.removeprefix("paper-")), spec)
     raise SpecError(f"recipe {name!r} is not known: choose {NAMES}")
@@ -140,13 +198,23 @@ def training_recipe(name: str, spec: ModelSpec) -> Recipe:
     return recipe(f"train-{name}" if re.fullmatch(r"w\d+a\d+", name) else name, spec)
 
 
-def resolve(chosen: Recipe, spec: ModelSpec) -> dict[str, QuantSpec]:
-    """The quantizer of each site of a model. Raises SpecError where the recipe touches none."""
+def resolve(chosen: Recipe, spec: ModelSpec) -> dict[str, Quant]:
+    """The quantizer of each site of a model. Raises SpecError where the recipe touches none, and for channels, groups and
+    blocks that a site does not have."""
     found = {site: quant for site in sites(spec).all if (quant := chosen.quant(site)) is not None}
     for site, quant in found.items():
-        if quant.granularity is Granularity.CHANNEL and site.endswith((".scores", ".probs", ".context.lhs")):
+        kind = quant.granularity
+        if kind in (Granularity.CHANNEL, Granularity.GROUP, Granularity.BLOCK) and site.endswith(KEYS):
             raise SpecError(
-                f"recipe {chosen.name} has a range per channel at {site}, whose last axis is the keys: use tensor"
+                f"recipe {chosen.name} has a range per {kind} at {site}, whose last axis is the keys: use tensor"
+            )
+        if kind is Granularity.GROUP and (channels := extents(spec)[site][0]) % quant.groups:
+            raise SpecError(
+                f"recipe {chosen.name} has groups {quant.groups} at {site}, which do not divide its {channels} channels"
+            )
+        if kind is Granularity.BLOCK and (last := extents(spec)[site][1]) % quant.block:
+            raise SpecError(
+                f"recipe {chosen.name} has block {quant.block} at {site}, which does not divide its last axis of {last}"
             )
     if not found:
         raise SpecError(f"recipe {chosen.name} matches no site of this model: see `qtx recipes` for site names")

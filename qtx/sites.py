@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 
 import numpy as np
 
 from qtx_ref.models import forward
-from qtx_ref.models.initial import init_params
+from qtx_ref.models.initial import shapes
 from qtx_ref.numerics import Float
 from qtx_ref.spec import Family, ModelSpec
 from qtx_ref.tape import Var, const
+
+KEYS = (".scores", ".probs", ".context.lhs")  # sites whose last axis is the keys
 
 
 @dataclass(frozen=True)
@@ -33,35 +36,62 @@ class Trace(Float):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[str, dict[str, None]] = {"results": {}, "operands": {}, "weights": {}}
+        self.seen: dict[str, dict[str, tuple[int, ...]]] = {"results": {}, "operands": {}, "weights": {}}  # shapes
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
-        self.seen["operands"][site] = None
+        self.seen["operands"][site] = x.shape
         return x
 
     def weight(self, site: str, w: Var) -> Var:
-        self.seen["weights"][site] = None
+        self.seen["weights"][site] = w.shape
         return w
 
     def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
-        self.seen["results"][site] = None
+        self.seen["results"][site] = y.shape
         return y
 
 
 @cache
 def sites(spec: ModelSpec) -> Sites:
     """The sites of a model, traced on one of the same structure and the smallest size."""
+    shape = replace(spec, width=spec.heads, hidden=1, embed_width=spec.embed_width and 1)
+    return Sites(**{kind: tuple(names) for kind, names in traced(shape).items()})
+
+
+def traced(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+    """What passes the hooks in the forward pass of one short text or small image, by kind and name, with its shape."""
     image = spec.family is Family.VIT
-    small = {"image_size": spec.patch_size} if image else {"vocab": 8, "length": 2}
-    shape = replace(spec, width=spec.heads, hidden=1, embed_width=spec.embed_width and 1, **small)
+    shape = replace(spec, **({"image_size": spec.patch_size} if image else {"vocab": 8, "length": 2}))
     if image:
         batch = {"images": np.zeros((1, spec.channels, spec.patch_size, spec.patch_size), np.float32)}
     else:
         tokens = np.zeros((1, 2), np.int64)
         batch = {"tokens": tokens, "types": tokens, "mask": tokens == 0}
     trace = Trace()
-    forward(trace, {name: const(value) for name, value in init_params(shape, 0).items()}, shape, batch)
-    return Sites(**{kind: tuple(names) for kind, names in trace.seen.items()})
+    forward(trace, {name: const(np.zeros(size, np.float32)) for name, size in shapes(shape).items()}, shape, batch)
+    return trace.seen
+
+
+@cache
+def extents(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """Channels of each site (what GROUP divides: an activation's last axis, a weight's rows) and its last axis (what BLOCK
+    divides). Not of `scores`, `probs` and `context.lhs`, whose last axis is the keys."""
+    sizes = shapes(spec)
+    found = {}
+    for kind, seen in traced(replace(spec, layers=1)).items():
+        for site, size in seen.items():
+            if kind == "weights":  # head.decoder.weight may be the token table
+                size = sizes.get(site, sizes.get("embed.token.weight", size))
+            found[site] = (prod(size[:-1]) if kind == "weights" else size[-1], size[-1])
+    if spec.family is not Family.VIT and "head.decoder" in found:
+        found["head.decoder"] = (spec.vocab, spec.vocab)
+    return {
+        f"layer.{i}.{rest}" if layer else rest: extent
+        for site, extent in found.items()
+        if not site.endswith(KEYS)
+        for layer, rest in [(site.startswith("layer."), site.removeprefix("layer.0."))]
+        for i in range(spec.layers if layer else 1)
+    }
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from .models import opt
 from .models.initial import init_params, shapes
 from .numerics import Calibrate, FakeQuant, Float, Record
 from .optim import AdamW
-from .spec import Family, Granularity, ModelSpec, OptimSpec, QuantSpec, Range, SpecError
+from .spec import Family, Granularity, ModelSpec, OptimSpec, Quant, Range, SpecError
 from .tape import Var, backward, const, leaf
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
+LOCAL = (Granularity.TOKEN, Granularity.BLOCK)  # dynamic ranges that stay within a token
 DTYPES = ("float32", "float64")
 quiet = np.errstate(over="ignore", invalid="ignore")  # what overflows is seen in the result, and said there
 
@@ -41,7 +42,7 @@ class Model:
             raise SpecError(f"dtype is {dtype!r}: the reference computes in {' or '.join(DTYPES)}")
         self.spec = spec
         self.weights = {name: np.array(params[name], dtype) for name in shapes(spec)}
-        self.quants: dict[str, QuantSpec] = {}
+        self.quants: dict[str, Quant] = {}
         self.fixed: dict[str, Range] = {}
         self.learned: Arrays = {}
         self.masked_scores = False
@@ -54,9 +55,7 @@ class Model:
         """What an optimizer updates, in place: parameters, and scale and zero point of learned ranges."""
         return self.weights | self.learned
 
-    def bind(
-        self, quants: Mapping[str, QuantSpec], ranges: Mapping[str, Range], *, masked_scores: bool = False
-    ) -> None:
+    def bind(self, quants: Mapping[str, Quant], ranges: Mapping[str, Range], *, masked_scores: bool = False) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float.
 
         Raises SpecError for a static site without a range.
@@ -139,7 +138,7 @@ class Model:
     def calibrate(
         self,
         batches: Iterable[Batch],
-        quants: Mapping[str, QuantSpec],
+        quants: Mapping[str, Quant],
         *,
         quantize: bool = False,
         masked_scores: bool = False,
@@ -183,17 +182,17 @@ class Model:
         return {name: value.astype(dtype) if name == "images" else value for name, value in batch.items()}
 
 
-def check_generation(spec: ModelSpec, quants: Mapping[str, QuantSpec], length: int) -> None:
+def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:
     """Raises SpecError where a model cannot generate `length` tokens in all under these quantizers."""
     if spec.family is not Family.OPT:
         raise SpecError(f"model family is {spec.family}: only a causal model (opt) generates")
     if length > spec.length:
         raise SpecError(f"text of {length} tokens: the model's length is {spec.length}; ask for fewer tokens")
     for site, quant in quants.items():
-        if quant.dynamic and quant.granularity is not Granularity.TOKEN and not site.endswith(".weight"):
+        if quant.dynamic and quant.granularity not in LOCAL and not site.endswith(".weight"):
             raise SpecError(
                 f"site {site} has a dynamic range over more than one token, so it would see the future: "
-                "use a static range or one per token"
+                "use a static range, or one per token or block"
             )
 
 

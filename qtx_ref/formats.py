@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .spec import FloatFormat, SharedScale
+from .spec import FloatFormat, FloatQuantSpec, SharedScale
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,19 @@ class Layout:
         fraction = (self.largest & (2**self.mantissa - 1)) + 2**self.mantissa
         return fraction * 2.0 ** (self.emax - self.mantissa)
 
+    @property
+    def limit(self) -> float:
+        """The largest float32 that is rounded to `maximum`: the tie with what would come next, or, odd, just below it."""
+        tie = self.maximum + 2.0 ** (self.emax - self.mantissa - 1)
+        return tie - 2.0 ** (self.emax - 23) * (self.largest % 2)
+
 
 LAYOUTS = {
     FloatFormat.E4M3: Layout(3, -6, 8, 0x7E, 0x80, 0x7F, 0x7F),  # NaN takes the place of 480
     FloatFormat.E5M2: Layout(2, -14, 15, 0x7B, 0x80, 0x7C, 0x7F),
     FloatFormat.E2M1: Layout(1, 0, 2, 0x7, 0x8, 0x7, 0x7),
 }
+TINY = np.float32(2.0**-126)  # the smallest normal float32; no scale is below it, but for those of MX blocks
 SCALE_BIAS, SCALE_NAN = 127, 0xFF  # E8M0: 2^(code - 127), and one NaN
 
 
@@ -93,27 +100,56 @@ def decode(code: np.ndarray, kind: FloatFormat) -> np.ndarray:
     return values(kind)[code]
 
 
+def scale_zero(low: np.ndarray, high: np.ndarray, spec: FloatQuantSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (float32) of a range, absmax / largest finite value, and zero point 0. An empty range has scale 1.
+
+    Raises ValueError where the range is not finite.
+    """
+    span = np.maximum(-np.minimum(np.float32(low), 0), np.maximum(np.float32(high), 0))
+    if not np.isfinite(span).all():
+        raise ValueError(f"range {np.min(low)} to {np.max(high)} is not finite; look for NaN or infinity upstream")
+    step = np.maximum(span / np.float32(LAYOUTS[spec.format].maximum), TINY)
+    return np.where(span == 0, np.float32(1), step), np.zeros(span.shape, np.int32)
+
+
+def fake_quantize(
+    x: np.ndarray, kind: FloatFormat, saturate: bool = True, scale: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
+    passes: numbers that are not rounded beyond the largest value. NaN, in x or scale, stays NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        ratio = x.astype(np.float32) if scale is None else x.astype(np.float32) / scale
+        nan = np.isnan(ratio)
+        y = decode(encode(np.where(nan, 0, ratio), kind, saturate), kind)
+        y = np.where(nan, np.float32(np.nan), y if scale is None else y * scale)
+        return y.astype(x.dtype), np.abs(ratio) <= np.float32(LAYOUTS[kind].limit)
+
+
+def mx_exponent(x: np.ndarray, kind: FloatFormat, rule: SharedScale, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """The exponent (int32) of each block's scale, (..., D / block), kept in [-127, 127], and which blocks hold NaN or
+    infinity. A block of zeros has exponent -127. Raises ValueError where blocks do not divide the last axis."""
+    if x.shape[-1] % block:
+        raise ValueError(f"block {block} does not divide the last axis, {x.shape[-1]}; choose one that does")
+    f = LAYOUTS[kind]
+    largest = np.abs(np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, block)).max(-1)  # NaN if the block has one
+    bits = largest.view(np.int32)
+    if rule is SharedScale.CEIL:
+        bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
+    elif rule is SharedScale.EVEN:
+        bits = bits + (1 << (22 - f.mantissa))  # half a unit of the element's last place
+    return np.clip(((bits >> 23) & 0xFF) - 127 - f.emax, -127, 127), ~np.isfinite(largest)
+
+
 def mx_quantize(
     x: np.ndarray, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """Blocks of neighbours along the last axis that share a power of two: x (..., D) -> scale codes (..., D / block) in
     E8M0 and element codes (..., D), both uint8.
 
-    The exponent is `rule`'s, kept in [-127, 127]; elements are x / 2^exponent, saturated. A block of zeros has exponent
-    -127; one with NaN or infinity has the scale NaN and elements 0.
+    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0.
     """
-    if x.shape[-1] % block:
-        raise ValueError(f"block {block} does not divide the last axis, {x.shape[-1]}; choose one that does")
-    f = LAYOUTS[kind]
-    parts = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, block)
-    largest = np.abs(parts).max(-1)  # (..., blocks); NaN if the block has one
-    bits = largest.view(np.int32)
-    if rule is SharedScale.CEIL:
-        bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
-    elif rule is SharedScale.EVEN:
-        bits = bits + (1 << (22 - f.mantissa))  # half a unit of the element's last place
-    exponent = np.clip(((bits >> 23) & 0xFF) - 127 - f.emax, -127, 127)
-    broken = ~np.isfinite(largest)
+    exponent, broken = mx_exponent(x, kind, rule, block)
+    parts = np.asarray(x, np.float32).reshape(*exponent.shape, block)
     ratio = np.where(broken[..., None], 0, parts).astype(np.float64) / power_of_two(exponent)[..., None]
     with np.errstate(under="ignore"):
         elements = encode(ratio.astype(np.float32), kind)
@@ -128,17 +164,14 @@ def mx_dequantize(scale: np.ndarray, code: np.ndarray, kind: FloatFormat) -> np.
         return (parts * power[..., None]).astype(np.float32).reshape(code.shape)
 
 
-def fake_quantize(x: np.ndarray, kind: FloatFormat, saturate: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """decode(encode(x)) in x's dtype, and where the straight-through gradient passes: |x| up to the largest value."""
-    inside = np.abs(x) <= LAYOUTS[kind].maximum
-    return decode(encode(x, kind, saturate), kind).astype(x.dtype), inside
+def mx_scale(x: np.ndarray, kind: FloatFormat, rule: SharedScale, block: int) -> np.ndarray:
+    """The scale of each element's block, float32 in the shape of x; NaN in a block with NaN or infinity."""
+    exponent, broken = mx_exponent(x, kind, rule, block)
+    return np.repeat(np.where(broken, np.nan, power_of_two(exponent)).astype(np.float32), block, -1)
 
 
 def mx_fake_quantize(
     x: np.ndarray, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """mx_dequantize(mx_quantize(x)) in x's dtype, and where the gradient passes: elements that did not saturate."""
-    scale, code = mx_quantize(x, kind, rule, block)
-    y = mx_dequantize(scale, code, kind)
-    limit = mx_dequantize(scale, np.full_like(code, LAYOUTS[kind].largest), kind)
-    return y.astype(x.dtype), np.abs(x) <= limit
+    return fake_quantize(x, kind, True, mx_scale(x, kind, rule, block))

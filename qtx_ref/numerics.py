@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from . import affine, ops, random
+from . import affine, ops, quantizers, random
 from .attention import probabilities
 from .observers import Observer
-from .spec import AttentionSpec, Granularity, QuantSpec, Range
+from .spec import AttentionSpec, Quant, QuantSpec, Range
 from .tape import Var, const, node
 
 Params = Mapping[str, Var]
@@ -158,9 +158,9 @@ class Record(Float):
 
 
 class Quantizers(Float):
-    """The three hooks as one: `apply(site, x, where)` for every site that has a `QuantSpec`."""
+    """The three hooks as one: `apply(site, x, where)` for every site that has a quantizer."""
 
-    def __init__(self, specs: Mapping[str, QuantSpec], *, masked_scores: bool = False, **context: int) -> None:
+    def __init__(self, specs: Mapping[str, Quant], *, masked_scores: bool = False, **context: int) -> None:
         super().__init__(**context)
         self.specs = specs
         self.masked_scores = masked_scores
@@ -183,7 +183,7 @@ class Quantizers(Float):
 class Calibrate(Quantizers):
     """Feeds one observer per static site; `quantize` passes on what the range so far makes of the tensor."""
 
-    def __init__(self, specs: Mapping[str, QuantSpec], *, quantize: bool = False, masked_scores: bool = False) -> None:
+    def __init__(self, specs: Mapping[str, Quant], *, quantize: bool = False, masked_scores: bool = False) -> None:
         super().__init__(specs, masked_scores=masked_scores)
         self.quantize = quantize
         self.observers: dict[str, Observer] = {}
@@ -192,12 +192,16 @@ class Calibrate(Quantizers):
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
         spec = self.specs[site]
         if spec.dynamic:
-            return fake_quantize(x, *dynamic_scale(x.value, spec, where, is_weight(site)), spec) if self.quantize else x
+            return (
+                fake_quantize(x, *quantizers.dynamic_scale(x.value, spec, where, is_weight(site)), spec)
+                if self.quantize
+                else x
+            )
         observer = self.observers.setdefault(site, Observer(spec, is_weight(site)))
         if site not in self.weights:
             try:
                 observer.update(x.value, where)
-                scale = affine.scale_zero(*observer.range(), spec) if self.quantize else None
+                scale = quantizers.scale_zero(*observer.range(), spec) if self.quantize else None
             except ValueError as error:
                 raise ValueError(f"site {site}: {error}") from None
             if is_weight(site):  # the same in every batch
@@ -215,7 +219,7 @@ class Calibrate(Quantizers):
             if site not in self.observers:
                 raise ValueError(f"site {site} was not reached in calibration; is it a site of this model?")
             low, high = self.observers[site].range()
-            found[site] = Range(low, high, *affine.scale_zero(low, high, spec))
+            found[site] = Range(low, high, *quantizers.scale_zero(low, high, spec))
         return found
 
 
@@ -227,7 +231,7 @@ class FakeQuant(Quantizers):
 
     def __init__(
         self,
-        specs: Mapping[str, QuantSpec],
+        specs: Mapping[str, Quant],
         ranges: Mapping[str, Range],
         learned: Params | None = None,
         *,
@@ -241,7 +245,7 @@ class FakeQuant(Quantizers):
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
         spec = self.specs[site]
         if spec.dynamic:
-            return fake_quantize(x, *dynamic_scale(x.value, spec, where, is_weight(site)), spec)
+            return fake_quantize(x, *quantizers.dynamic_scale(x.value, spec, where, is_weight(site)), spec)
         if spec.learned and f"{site}.scale" in self.learned:
             return learned_quantize(x, self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec)
         return fake_quantize(x, self.ranges[site].scale, self.ranges[site].zero_point, spec)
@@ -251,18 +255,9 @@ def is_weight(site: str) -> bool:
     return site.endswith(".weight")
 
 
-def dynamic_scale(
-    x: np.ndarray, spec: QuantSpec, where: np.ndarray | None, weight: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point from the tensor's own minimum and maximum."""
-    if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
-        where = None  # a row of padding has ranges of its own and touches no other
-    return affine.scale_zero(*affine.ranges(x, spec, weight, where), spec)
-
-
-def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: QuantSpec) -> Var:
+def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> Var:
     """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
-    y, inside = affine.fake_quantize(x.value, scale, zero_point, spec)
+    y, inside = quantizers.fake_quantize(x.value, scale, zero_point, spec)
     return node(y, (x, lambda g: g * inside))
 
 

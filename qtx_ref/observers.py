@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 from scipy import optimize
 
-from .affine import fake_quantize, min_max, range_axes, scale_zero
-from .spec import Granularity, ObserverKind, QuantSpec
+from .affine import min_max, range_axes
+from .quantizers import fake_quantize, scale_zero
+from .spec import Granularity, ObserverKind, Quant
 
 
-def groups(x: np.ndarray, spec: QuantSpec, weight: bool, where: np.ndarray | None) -> np.ndarray:
+def groups(x: np.ndarray, spec: Quant, weight: bool, where: np.ndarray | None) -> np.ndarray:
     """The elements that share a range, one row per range: (groups, elements).
 
     Raises:
@@ -42,14 +43,14 @@ def percentile(values: np.ndarray, q: float) -> np.ndarray:
     return (a + (b - a) * t)[:, None].astype(np.float32)
 
 
-def squared_error(values: np.ndarray, low: float, high: float, spec: QuantSpec) -> float:
+def squared_error(values: np.ndarray, low: float, high: float, spec: Quant) -> float:
     """Sum of squared quantization errors of one group under a range; float64."""
     scale, zero = scale_zero(np.float32(low), np.float32(high), spec)
     approximation, _ = fake_quantize(values, scale, zero, spec)
     return float(np.square(values.astype(np.float64) - approximation.astype(np.float64)).sum())
 
 
-def least_error(values: np.ndarray, spec: QuantSpec) -> tuple[float, float]:
+def least_error(values: np.ndarray, spec: Quant) -> tuple[float, float]:
     """The fraction of a group's (widened) range with the least squared error; the smallest of equals.
 
     Symmetric: [-R f, R f] with R the largest magnitude plus the margin. Asymmetric: both ends times f.
@@ -76,7 +77,7 @@ def least_error(values: np.ndarray, spec: QuantSpec) -> tuple[float, float]:
 class Observer:
     """The range of one site. `kind` of the spec's observer decides how batches are combined."""
 
-    def __init__(self, spec: QuantSpec, weight: bool = False) -> None:
+    def __init__(self, spec: Quant, weight: bool = False) -> None:
         self.spec = spec
         self.weight = weight
         self.kind = spec.observer.kind

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qtx_ref.spec import Family, Granularity, ModelSpec, OptimSpec, QuantSpec, Range, SpecError
+from qtx_ref.spec import Family, Granularity, ModelSpec, OptimSpec, Quant, Range, SpecError
 
 from . import models, stats
 from .attention import boolean_mask
@@ -22,6 +22,7 @@ from .sites import attach, attached, slots
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
+LOCAL = (Granularity.TOKEN, Granularity.BLOCK)  # dynamic ranges that stay within a token
 DTYPES = ("float32", "float64", "bfloat16")
 
 
@@ -46,7 +47,7 @@ class Model:
         with torch.no_grad():
             for name, value in self.weights.items():
                 value.copy_(torch.tensor(params[name]))
-        self.quants: dict[str, QuantSpec] = {}
+        self.quants: dict[str, Quant] = {}
         self.fixed: dict[str, Range] = {}
         self.learned: dict[str, nn.Parameter] = {}
 
@@ -62,9 +63,7 @@ class Model:
         """`trainable` as the tensors themselves."""
         return self.weights | self.learned
 
-    def bind(
-        self, quants: Mapping[str, QuantSpec], ranges: Mapping[str, Range], *, masked_scores: bool = False
-    ) -> None:
+    def bind(self, quants: Mapping[str, Quant], ranges: Mapping[str, Range], *, masked_scores: bool = False) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float.
 
         Raises SpecError for a static site without a range, and for a site that the model does not have.
@@ -160,7 +159,7 @@ class Model:
     def calibrate(
         self,
         batches: Iterable[Batch],
-        quants: Mapping[str, QuantSpec],
+        quants: Mapping[str, Quant],
         *,
         quantize: bool = False,
         masked_scores: bool = False,
@@ -238,17 +237,17 @@ def to_numpy(x: Tensor) -> np.ndarray:
     return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy().copy()
 
 
-def check_generation(spec: ModelSpec, quants: Mapping[str, QuantSpec], length: int) -> None:
+def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:
     """Raises SpecError where a model cannot generate `length` tokens in all under these quantizers."""
     if spec.family is not Family.OPT:
         raise SpecError(f"model family is {spec.family}: only a causal model (opt) generates")
     if length > spec.length:
         raise SpecError(f"text of {length} tokens: the model's length is {spec.length}; ask for fewer tokens")
     for site, quant in quants.items():
-        if quant.dynamic and quant.granularity is not Granularity.TOKEN and not site.endswith(".weight"):
+        if quant.dynamic and quant.granularity not in LOCAL and not site.endswith(".weight"):
             raise SpecError(
                 f"site {site} has a dynamic range over more than one token: it would see the future; "
-                "use a static range or one per token"
+                "use a static range, or one per token or block"
             )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import FloatFormat, SharedScale
+from qtx_ref.spec import FloatFormat, FloatQuantSpec, SharedScale
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,19 @@ class Layout:
         fraction = (self.largest & (2**self.mantissa - 1)) + 2**self.mantissa
         return fraction * 2.0 ** (self.emax - self.mantissa)
 
+    @property
+    def limit(self) -> float:
+        """The largest float32 that is rounded to `maximum`: the tie with what would come next, or, odd, just below it."""
+        tie = self.maximum + 2.0 ** (self.emax - self.mantissa - 1)
+        return tie - 2.0 ** (self.emax - 23) * (self.largest % 2)
+
 
 LAYOUTS = {
     FloatFormat.E4M3: Layout(3, -6, 8, 0x7E, 0x80, 0x7F, 0x7F),  # NaN takes the place of 480
     FloatFormat.E5M2: Layout(2, -14, 15, 0x7B, 0x80, 0x7C, 0x7F),
     FloatFormat.E2M1: Layout(1, 0, 2, 0x7, 0x8, 0x7, 0x7),
 }
+TINY = 2.0**-126  # the smallest normal float32; no scale is below it, but for those of MX blocks
 SCALE_BIAS, SCALE_NAN = 127, 0xFF  # E8M0: 2^(code - 127), and one NaN
 
 
@@ -94,27 +101,57 @@ def decode(code: Tensor, kind: FloatFormat) -> Tensor:
     return values(kind).to(code.device)[code.long()]
 
 
+def scale_zero(low: Tensor, high: Tensor, spec: FloatQuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale (float32) of a range, absmax / largest finite value, and zero point 0. An empty range has scale 1.
+
+    Raises ValueError where the range is not finite.
+    """
+    span = torch.maximum(-low.float().clamp(max=0), high.float().clamp(min=0))
+    if not torch.isfinite(span).all():
+        raise ValueError(
+            f"range {low.min().item()} to {high.max().item()} is not finite; look for NaN or infinity upstream"
+        )
+    step = (span / torch.full_like(span, LAYOUTS[spec.format].maximum)).clamp(min=TINY)
+    return step.masked_fill(span == 0, 1), torch.zeros_like(span, dtype=torch.int32)
+
+
+def fake_quantize(
+    x: Tensor, kind: FloatFormat, saturate: bool = True, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
+    passes: numbers that are not rounded beyond the largest value. NaN, in x or scale, stays NaN."""
+    ratio = x.float() if scale is None else x.float() / scale
+    nan = torch.isnan(ratio)
+    y = decode(encode(ratio.masked_fill(nan, 0), kind, saturate), kind)
+    y = (y if scale is None else y * scale).masked_fill(nan, torch.nan)
+    return y.to(x.dtype), ratio.abs() <= LAYOUTS[kind].limit
+
+
+def mx_exponent(x: Tensor, kind: FloatFormat, rule: SharedScale, block: int) -> tuple[Tensor, Tensor]:
+    """The exponent (int32) of each block's scale, (..., D / block), kept in [-127, 127], and which blocks hold NaN or
+    infinity. A block of zeros has exponent -127. Raises ValueError where blocks do not divide the last axis."""
+    if x.shape[-1] % block:
+        raise ValueError(f"block {block} does not divide the last axis, {x.shape[-1]}; choose one that does")
+    f = LAYOUTS[kind]
+    largest = x.float().reshape(*x.shape[:-1], -1, block).abs().amax(-1)  # NaN if the block has one
+    bits = largest.view(torch.int32)
+    if rule is SharedScale.CEIL:
+        bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
+    elif rule is SharedScale.EVEN:
+        bits = bits + (1 << (22 - f.mantissa))  # half a unit of the element's last place
+    return (((bits >> 23) & 0xFF) - 127 - f.emax).clamp(-127, 127), ~torch.isfinite(largest)
+
+
 def mx_quantize(
     x: Tensor, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Blocks of neighbours along the last axis that share a power of two: x (..., D) -> scale codes (..., D / block) in
     E8M0 and element codes (..., D), both uint8.
 
-    The exponent is `rule`'s, kept in [-127, 127]; elements are x / 2^exponent, saturated. A block of zeros has exponent
-    -127; one with NaN or infinity has the scale NaN and elements 0.
+    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0.
     """
-    if x.shape[-1] % block:
-        raise ValueError(f"block {block} does not divide the last axis, {x.shape[-1]}; choose one that does")
-    f = LAYOUTS[kind]
-    parts = x.float().reshape(*x.shape[:-1], -1, block)
-    largest = parts.abs().amax(-1)  # (..., blocks); NaN if the block has one
-    bits = largest.view(torch.int32)
-    if rule is SharedScale.CEIL:
-        bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
-    elif rule is SharedScale.EVEN:
-        bits = bits + (1 << (22 - f.mantissa))  # half a unit of the element's last place
-    exponent = (((bits >> 23) & 0xFF) - 127 - f.emax).clamp(-127, 127)
-    broken = ~torch.isfinite(largest)
+    exponent, broken = mx_exponent(x, kind, rule, block)
+    parts = x.float().reshape(*exponent.shape, block)
     ratio = parts.masked_fill(broken[..., None], 0).double() / power_of_two(exponent)[..., None]
     elements = encode(ratio.float(), kind)
     return (exponent + SCALE_BIAS).masked_fill(broken, SCALE_NAN).to(torch.uint8), elements.reshape(x.shape)
@@ -127,17 +164,14 @@ def mx_dequantize(scale: Tensor, code: Tensor, kind: FloatFormat) -> Tensor:
     return (parts * power[..., None]).float().reshape(code.shape)
 
 
-def fake_quantize(x: Tensor, kind: FloatFormat, saturate: bool = True) -> tuple[Tensor, Tensor]:
-    """decode(encode(x)) in x's dtype, and where the straight-through gradient passes: |x| up to the largest value."""
-    inside = x.abs() <= LAYOUTS[kind].maximum
-    return decode(encode(x, kind, saturate), kind).to(x.dtype), inside
+def mx_scale(x: Tensor, kind: FloatFormat, rule: SharedScale, block: int) -> Tensor:
+    """The scale of each element's block, float32 in the shape of x; NaN in a block with NaN or infinity."""
+    exponent, broken = mx_exponent(x, kind, rule, block)
+    return power_of_two(exponent).float().masked_fill(broken, torch.nan).repeat_interleave(block, -1)
 
 
 def mx_fake_quantize(
     x: Tensor, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[Tensor, Tensor]:
     """mx_dequantize(mx_quantize(x)) in x's dtype, and where the gradient passes: elements that did not saturate."""
-    scale, code = mx_quantize(x, kind, rule, block)
-    y = mx_dequantize(scale, code, kind)
-    limit = mx_dequantize(scale, torch.full_like(code, LAYOUTS[kind].largest), kind)
-    return y.to(x.dtype), x.abs() <= limit
+    return fake_quantize(x, kind, True, mx_scale(x, kind, rule, block))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qtx_ref.spec import AttentionSpec, Granularity, QuantSpec, Range, Softmax
+from qtx_ref.spec import AttentionSpec, FloatQuantSpec, Quant, QuantSpec, Range, Softmax
 
-from . import affine, ops, random
+from . import affine, ops, quantizers, random
 from .attention import Mask, fused, masked_probabilities
 from .observers import Observer
 from .sites import Site
@@ -167,9 +167,9 @@ class Record(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """What `Calibrate` and `FakeQuant` share: a slot's key and its `QuantSpec`. Their `apply_to` is what happens there."""
+    """What `Calibrate` and `FakeQuant` share: a slot's key and its spec. Their `apply_to` is what happens there."""
 
-    def __init__(self, key: str, spec: QuantSpec, *, masked_scores: bool = False) -> None:
+    def __init__(self, key: str, spec: Quant, *, masked_scores: bool = False) -> None:
         super().__init__()
         self.key = key
         self.spec = spec
@@ -180,13 +180,13 @@ class Quantizer(nn.Module):
         return self.apply_to(x, None if self.everywhere else where)
 
     def dynamic(self, x: Tensor, where: Tensor | None) -> Tensor:
-        return fake_quantize(x, *dynamic_scale(x.detach(), self.spec, where, self.is_weight), self.spec)
+        return fake_quantize(x, *quantizers.dynamic_scale(x.detach(), self.spec, where, self.is_weight), self.spec)
 
 
 class Calibrate(Quantizer):
     """Feeds an observer, if the range is static; `quantize` passes on what the range so far makes of the tensor."""
 
-    def __init__(self, key: str, spec: QuantSpec, *, quantize: bool = False, masked_scores: bool = False) -> None:
+    def __init__(self, key: str, spec: Quant, *, quantize: bool = False, masked_scores: bool = False) -> None:
         super().__init__(key, spec, masked_scores=masked_scores)
         self.quantize = quantize
         self.observer = Observer(spec, self.is_weight)
@@ -198,7 +198,7 @@ class Calibrate(Quantizer):
         if self.scale is None:
             try:
                 self.observer.update(x, where)
-                scale = affine.scale_zero(*self.observer.range(), self.spec) if self.quantize else ()
+                scale = quantizers.scale_zero(*self.observer.range(), self.spec) if self.quantize else ()
             except ValueError as error:
                 raise ValueError(f"site {self.key}: {error}") from None
             if self.is_weight:  # the same in every batch
@@ -212,13 +212,13 @@ class Calibrate(Quantizer):
         if not self.observer.shape:
             raise ValueError(f"site {self.key} was not reached in calibration; is it a site of this model?")
         low, high = self.observer.range()
-        return Range(low, high, *affine.scale_zero(low, high, self.spec))
+        return Range(low, high, *quantizers.scale_zero(low, high, self.spec))
 
 
 class FakeQuant(Quantizer):
     """Quantize-dequantize: a static site by its range, a dynamic one by the tensor itself, a learned one by parameters."""
 
-    def __init__(self, key: str, spec: QuantSpec, range: Range | None, *, masked_scores: bool = False) -> None:
+    def __init__(self, key: str, spec: Quant, range: Range | None, *, masked_scores: bool = False) -> None:
         """range: tensors; None where the spec is dynamic."""
         super().__init__(key, spec, masked_scores=masked_scores)
         if spec.learned:
@@ -233,13 +233,6 @@ class FakeQuant(Quantizer):
             return self.dynamic(x, where)
         quantize = learned_quantize if self.spec.learned else fake_quantize
         return quantize(x, self.scale, self.zero_point, self.spec)
-
-
-def dynamic_scale(x: Tensor, spec: QuantSpec, where: Tensor | None, weight: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point from the tensor's own minimum and maximum."""
-    if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
-        where = None  # a row of padding has ranges of its own and touches no other
-    return affine.scale_zero(*affine.ranges(x, spec, weight, where), spec)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -261,8 +254,26 @@ class StraightThrough(torch.autograd.Function):
         return dx.to(g.dtype), None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+class SmallFloat(torch.autograd.Function):
+    """The same for a small float: keeps where the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: FloatQuantSpec) -> Tensor:
+        y, inside = quantizers.fake_quantize(x, scale, zero_point, spec)
+        ctx.save_for_backward(inside)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return g * inside, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
     """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
+    if isinstance(spec, FloatQuantSpec):
+        return SmallFloat.apply(x, scale, zero_point, spec)
     return StraightThrough.apply(x, scale, zero_point, spec)
 
 

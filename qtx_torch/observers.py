@@ -12,12 +12,13 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from qtx_ref.spec import Granularity, ObserverKind, QuantSpec
+from qtx_ref.spec import Granularity, ObserverKind, Quant
 
-from .affine import fake_quantize, min_max, range_axes, scale_zero
+from .affine import min_max, range_axes
+from .quantizers import fake_quantize, scale_zero
 
 
-def groups(x: Tensor, spec: QuantSpec, weight: bool, where: Tensor | None) -> Tensor:
+def groups(x: Tensor, spec: Quant, weight: bool, where: Tensor | None) -> Tensor:
     """The elements that share a range, one row per range: (groups, elements).
 
     Raises:
@@ -46,14 +47,14 @@ def percentile(values: Tensor, q: float) -> Tensor:
     return (a + (b - a) * t)[:, None].float()
 
 
-def squared_error(values: Tensor, low: float, high: float, spec: QuantSpec) -> float:
+def squared_error(values: Tensor, low: float, high: float, spec: Quant) -> float:
     """Sum of squared quantization errors of one group under a range; float64."""
     ends = torch.tensor([low, high], dtype=torch.float32, device=values.device)
     approximation, _ = fake_quantize(values, *scale_zero(ends[0], ends[1], spec), spec)
     return float((values.double() - approximation.double()).square_().sum())
 
 
-def least_error(values: Tensor, spec: QuantSpec) -> tuple[float, float]:
+def least_error(values: Tensor, spec: Quant) -> tuple[float, float]:
     """The fraction of a group's (widened) range with the least squared error; the smallest of equals.
 
     Symmetric: [-R f, R f] with R the largest magnitude plus the margin. Asymmetric: both ends times f.
@@ -80,7 +81,7 @@ def least_error(values: Tensor, spec: QuantSpec) -> tuple[float, float]:
 class Observer:
     """The range of one site. `kind` of the spec's observer decides how batches are combined."""
 
-    def __init__(self, spec: QuantSpec, weight: bool = False) -> None:
+    def __init__(self, spec: Quant, weight: bool = False) -> None:
         self.spec = spec
         self.weight = weight
         self.kind = spec.observer.kind

@@ -1,0 +1,39 @@
+"""A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import affine, formats
+from .spec import FloatQuantSpec, Granularity, Quant
+
+
+def scale_zero(low: np.ndarray, high: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of a range."""
+    return (formats if isinstance(spec, FloatQuantSpec) else affine).scale_zero(low, high, spec)
+
+
+def dynamic_scale(x: np.ndarray, spec: Quant, where: np.ndarray | None, weight: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude)."""
+    if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
+        where = None  # a row of padding has ranges of its own and touches no other
+    if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
+        scale = formats.mx_scale(x, spec.format, spec.shared, spec.block)
+        return scale, np.zeros(scale.shape, np.int32)
+    return scale_zero(*affine.ranges(x, spec, weight, where), spec)
+
+
+def quantize(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> np.ndarray:
+    """Codes of x: int32, or the uint8 of a small float."""
+    if isinstance(spec, FloatQuantSpec):
+        return formats.encode(x.astype(np.float32) / scale, spec.format, spec.saturate)
+    return affine.quantize(x, scale, zero_point, spec)
+
+
+def fake_quantize(
+    x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant
+) -> tuple[np.ndarray, np.ndarray]:
+    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes."""
+    if isinstance(spec, FloatQuantSpec):
+        return formats.fake_quantize(x, spec.format, spec.saturate, scale)
+    return affine.fake_quantize(x, scale, zero_point, spec)

@@ -1,0 +1,64 @@
+"""The vocabulary of qtx: what a model, an attention, a quantizer, a recipe and an optimizer *are*, as data.
+
+Standard library only; both backends read it and it does no arithmetic on tensors. Everything is frozen, checked when
+it is made, and travels as JSON (`to_dict`, `from_dict`). A wrong value raises `SpecError`, one line that names the
+value and what would be accepted.
+"""
+
+from __future__ import annotations
+
+from .base import Name, SpecError, from_dict, to_dict
+from .formats import FloatFormat, SharedScale
+from .model import Activation, AttentionSpec, Family, Gate, Head, ModelSpec, Softmax
+from .optim import OptimSpec, Schedule, decays
+from .profile import (
+    QTX,
+    Dtype,
+    InfinityPolicy,
+    NanPolicy,
+    Nudging,
+    Overflow,
+    Profile,
+    Requantization,
+    Rounding,
+    ScaleRule,
+)
+from .quant import FloatQuantSpec, Granularity, ObserverKind, ObserverSpec, Quant, QuantSpec, Range, Recipe, Rule
+
+__all__ = [
+    "Activation",
+    "AttentionSpec",
+    "Dtype",
+    "Family",
+    "FloatFormat",
+    "FloatQuantSpec",
+    "Gate",
+    "Granularity",
+    "Head",
+    "InfinityPolicy",
+    "ModelSpec",
+    "Name",
+    "NanPolicy",
+    "Nudging",
+    "ObserverKind",
+    "ObserverSpec",
+    "OptimSpec",
+    "Overflow",
+    "Profile",
+    "QTX",
+    "Quant",
+    "QuantSpec",
+    "Range",
+    "Recipe",
+    "Requantization",
+    "Rounding",
+    "Rule",
+    "ScaleRule",
+    "Schedule",
+    "SharedScale",
+    "Softmax",
+    "SpecError",
+    "decays",
+    "from_dict",
+    "to_dict",
+]

@@ -1,0 +1,49 @@
+"""The optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Name, is_number, refuse
+
+
+class Schedule(Name):
+    CONSTANT = "constant"
+    LINEAR = "linear"  # to 0 at the last step
+    COSINE = "cosine"  # half a cosine to 0 at the last step
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW (Loshchilov and Hutter 2019): decoupled decay, on matrices and tables only."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    decay_norm_gains: bool = False  # the paper's switch: norm gains decay too
+    clip_norm: float = 1.0  # global gradient norm; 0 leaves gradients alone
+    schedule: Schedule = Schedule.LINEAR
+    warmup: int = 0  # steps from 0 to lr
+    steps: int = 1  # steps of the whole schedule
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "eps", "weight_decay", "clip_norm"):
+            if not is_number(getattr(self, key)) or getattr(self, key) < 0:
+                refuse(f"optimizer {key}", getattr(self, key), "give a number >= 0")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                refuse(f"optimizer {key}", getattr(self, key), "give a number in [0, 1)")
+        if self.steps < 1:
+            refuse("optimizer steps", self.steps, "give at least 1")
+        if not 0 <= self.warmup <= self.steps:
+            refuse("optimizer warmup", self.warmup, f"give 0 to {self.steps}, the number of steps")
+
+
+def decays(name: str, spec: OptimSpec) -> bool:
+    """Whether AdamW decays the parameter: weights do, biases and sinks do not, norm gains by the spec's switch."""
+    owner, _, kind = name.rpartition(".")
+    if kind != "weight":
+        return False
+    return spec.decay_norm_gains if owner.endswith("norm") else True

@@ -1,0 +1,201 @@
+"""Quantizers: where a range reaches, how it is found, which site gets one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from .base import Name, is_number, refuse
+from .formats import FloatFormat, SharedScale
+
+
+class Granularity(Name):
+    TENSOR = "tensor"  # one scale
+    CHANNEL = "channel"  # one per channel: the last axis of an activation, the output axis of a weight
+    TOKEN = "token"  # one per row: every axis but the last
+    GROUP = "group"  # `groups` groups of channels (per-embedding-group, Bondarenko et al. 2021), each of one scale
+    BLOCK = "block"  # one per `block` neighbours along the last axis
+
+
+class ObserverKind(Name):
+    CURRENT = "current"  # the last batch's minimum and maximum
+    RUNNING = "running"  # momentum * old + (1 - momentum) * new minimum and maximum
+    PERCENTILE = "percentile"  # two-sided, linear interpolation, over every value of all batches
+    RUNNING_PERCENTILE = "running_percentile"  # each batch's two-sided percentile, with momentum
+    MSE_GRID = "mse_grid"  # the range of least squared error among fractions of the extremes
+    MSE_GOLDEN = "mse_golden"  # the same, the fraction in [0.01, 1] by golden section search
+
+
+@dataclass(frozen=True)
+class ObserverSpec:
+    """How a static range is found from calibration batches."""
+
+    kind: ObserverKind = ObserverKind.CURRENT
+    momentum: float = 0.9  # weight of the old range, in [0, 1)
+    percentile: float = 99.999  # in (50, 100]; the lower end is 100 minus it
+    candidates: int = 100  # fractions i / candidates of the range tried by the grid
+    margin: float = 0.0  # the grid's range reaches this far beyond the extremes; the published simulator has 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            refuse("observer momentum", self.momentum, "give the weight of the old range, in [0, 1)")
+        if not 50 < self.percentile <= 100:
+            refuse("observer percentile", self.percentile, "give a percentage in (50, 100]; the lower end mirrors it")
+        if self.candidates < 2:
+            refuse("observer candidates", self.candidates, "give at least 2")
+        if not is_number(self.margin) or self.margin < 0:
+            refuse("observer margin", self.margin, "give a number >= 0")
+
+
+def refuse_static(granularity: Granularity, dynamic: bool) -> None:
+    """What differs from one tensor to the next in shape has no static range."""
+    if granularity in (Granularity.TOKEN, Granularity.BLOCK) and not dynamic:
+        refuse("quantizer granularity", str(granularity), f"a range per {granularity} is dynamic; set dynamic")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A uniform quantizer: `real = scale * (code - zero_point)`.
+
+    Codes of a symmetric quantizer are signed with zero point 0 and scale absmax / (2^(bits-1) - 1); those of an
+    asymmetric one run from 0 to 2^bits - 1 with scale (high - low) / (2^bits - 1), where low <= 0 <= high. Quantizing
+    divides by the scale (IEEE), rounds half to even, adds the zero point and clamps, in float32. That is profile `QTX`;
+    another `Profile` may choose otherwise.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    granularity: Granularity = Granularity.TENSOR
+    dynamic: bool = False  # the range is taken from the tensor itself, each time
+    observer: ObserverSpec = ObserverSpec()  # of a static range
+    learned: bool = False  # scale (and zero point) trained, Esser et al. 2020; starts from the observed range
+    narrow: bool = False  # the lowest code is not used: -127..127, 1..255
+    groups: int | None = None  # of GROUP; it divides the number of channels
+    permute: bool = False  # GROUP: channels are sorted by high - low before they are grouped
+    block: int | None = None  # elements per block of BLOCK; it divides the last axis
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+            refuse("quantizer bits", self.bits, "give a whole number from 2 to 16")
+        refuse_static(self.granularity, self.dynamic)
+        for key, owner in (("groups", Granularity.GROUP), ("block", Granularity.BLOCK)):
+            value, needed = getattr(self, key), self.granularity is owner
+            if needed and not (isinstance(value, int) and value >= 1):
+                refuse(f"quantizer {key}", value, f"granularity {owner} needs a whole number, at least 1")
+            if not needed and value is not None:
+                refuse(f"quantizer {key}", value, f"it belongs to granularity {owner}")
+        if self.permute and self.granularity is not Granularity.GROUP:
+            refuse("quantizer permute", True, "it belongs to granularity group")
+        if self.learned and self.granularity is Granularity.GROUP:
+            refuse("quantizer learned", True, "the channels of a group share a scale, and learning would part them")
+        if self.learned and self.dynamic:
+            refuse("quantizer learned", True, "a dynamic range cannot be learned; choose one")
+
+    @property
+    def code_min(self) -> int:
+        return (-(2 ** (self.bits - 1)) if self.symmetric else 0) + self.narrow
+
+    @property
+    def code_max(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class FloatQuantSpec:
+    """A quantizer to a small float: `real = scale * value`, the value nearest to x / scale, ties to even.
+
+    A scale is float32, absmax / the format's largest finite value (1 where absmax is 0). With BLOCK it is the power of
+    two of an MX block (OCP microscaling formats, 2023), by the rule `shared`.
+    """
+
+    format: FloatFormat
+    saturate: bool = True  # beyond the largest value: that value; False: infinity, or NaN where there is none
+    granularity: Granularity = Granularity.TENSOR
+    dynamic: bool = False
+    observer: ObserverSpec = ObserverSpec()
+    block: int | None = None  # elements per block of BLOCK, 32 unless said otherwise; it divides the last axis
+    shared: SharedScale | None = None  # of BLOCK, FLOOR unless said otherwise
+
+    def __post_init__(self) -> None:
+        blocks = self.granularity is Granularity.BLOCK
+        if self.granularity is Granularity.GROUP:
+            refuse("float quantizer granularity", "group", "a small float has tensor, channel, token or block")
+        refuse_static(self.granularity, self.dynamic)
+        if blocks and self.block is None:
+            object.__setattr__(self, "block", 32)
+        if blocks and self.shared is None:
+            object.__setattr__(self, "shared", SharedScale.FLOOR)
+        if not blocks and (self.block, self.shared) != (None, None):
+            refuse("float quantizer block and shared", (self.block, self.shared), "they belong to granularity block")
+        if blocks and not (isinstance(self.block, int) and self.block >= 1):
+            refuse("float quantizer block", self.block, "give a whole number, at least 1")
+        if not self.saturate and (blocks or self.format is FloatFormat.E2M1):
+            refuse("float quantizer saturate", False, "MX blocks and e2m1 always saturate")
+
+    @property
+    def symmetric(self) -> bool:
+        """There is no zero point."""
+        return True
+
+    @property
+    def learned(self) -> bool:
+        """No scale of a small float is trained."""
+        return False
+
+    @property
+    def code_min(self) -> int:
+        """Of the zero point, which is 0."""
+        return 0
+
+    @property
+    def code_max(self) -> int:
+        return 0
+
+
+Quant = QuantSpec | FloatQuantSpec
+
+
+class Range(NamedTuple):
+    """A static quantizer's state: arrays that broadcast against the tensor. `zero_point` has an integer dtype."""
+
+    low: Any
+    high: Any
+    scale: Any
+    zero_point: Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Sites that match one of `sites` (shell patterns) get `quant`; None leaves them in float."""
+
+    sites: tuple[str, ...]
+    quant: Quant | None
+    source: str  # where the choice comes from, or "assumed"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which site is quantized, and how. The last rule that matches a site decides; a site without one stays in float.
+
+    A static range is calibrated on `batches` batches; `quantize_while_calibrating` feeds each observer tensors that
+    earlier sites have already quantized, as the published simulator does; `masked_scores` lets the scores of keys that
+    the mask will remove enter the range of `scores` (only the paper's recipes do).
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    batches: int = 16
+    quantize_while_calibrating: bool = False
+    masked_scores: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            refuse("recipe batches", self.batches, "calibration needs at least 1")
+
+    def quant(self, site: str) -> Quant | None:
+        """The quantizer of `site`, or None."""
+        for rule in reversed(self.rules):
+            if any(fnmatchcase(site, pattern) for pattern in rule.sites):
+                return rule.quant
+        return None

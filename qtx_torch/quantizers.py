@@ -1,0 +1,39 @@
+"""A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtx_ref.spec import FloatQuantSpec, Granularity, Quant
+
+from . import affine, formats
+
+
+def scale_zero(low: Tensor, high: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a range."""
+    return (formats if isinstance(spec, FloatQuantSpec) else affine).scale_zero(low, high, spec)
+
+
+def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude)."""
+    if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
+        where = None  # a row of padding has ranges of its own and touches no other
+    if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
+        scale = formats.mx_scale(x, spec.format, spec.shared, spec.block)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    return scale_zero(*affine.ranges(x, spec, weight, where), spec)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
+    """Codes of x: int32, or the uint8 of a small float."""
+    if isinstance(spec, FloatQuantSpec):
+        return formats.encode(x.float() / scale, spec.format, spec.saturate)
+    return affine.quantize(x, scale, zero_point, spec)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
+    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes."""
+    if isinstance(spec, FloatQuantSpec):
+        return formats.fake_quantize(x, spec.format, spec.saturate, scale)
+    return affine.fake_quantize(x, scale, zero_point, spec)
