@@ -168,15 +168,15 @@ class Integer(Float):
         """Whole multiples of the site's scale as its codes."""
         zero = self.constants[f"{site}.zero_point"]
         code = np.clip(level + zero, spec.code_min, spec.code_max).astype(code_dtype(spec))
-        return Code(code, self.step(site), zero, spec)
+        return Code(code, self.scale_of(site), zero, spec)
 
-    def step(self, site: str) -> np.ndarray | None:
+    def scale_of(self, site: str) -> np.ndarray | None:
         """The scale of a static site; None under strict."""
         return self.constants.get(f"{site}.scale")
 
     def weight(self, site: str, w: Var | None = None) -> Code:
         """The codes of a weight."""
-        return Code(self.constants[site], self.step(site), self.constants[f"{site}.zero_point"], self.quants[site])
+        return Code(self.constants[site], self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
 
     def matmul(self, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
         """Accumulators of a b."""
@@ -194,12 +194,12 @@ class Integer(Float):
         """Quantized by the profile, on the way in: the one step before the integers."""
         spec, zero = self.quants[site], self.constants[f"{site}.zero_point"]
         code = affine.quantize(value, self.entry[f"{site}.scale"], self.entry[f"{site}.zero_point"], spec, self.profile)
-        return self.seen(site, Code(code.astype(code_dtype(spec)).view(type(zero)), self.step(site), zero, spec))
+        return self.seen(site, Code(code.astype(code_dtype(spec)).view(type(zero)), self.scale_of(site), zero, spec))
 
     def parameter(self, site: str, p: Params) -> Code:
         """The codes of `<site>.bias`, made with the site's own scale."""
         zero = self.constants[f"{site}.zero_point"]
-        return self.seen(site, Code(self.constants[f"{site}.bias"], self.step(site), zero, self.quants[site]))
+        return self.seen(site, Code(self.constants[f"{site}.bias"], self.scale_of(site), zero, self.quants[site]))
 
     def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
         """x W^T + b: one matrix (O, I), or one per head (H, O, I) on the head's own slice of x."""
@@ -250,7 +250,7 @@ class Integer(Float):
         if multiplier is not None:
             multipliers, shift = list(multiplier), self.constants.get(f"{site}.shift")
         else:
-            reals = [fixed_point.real_multiplier(x.unit, 1, self.step(site), self.profile) for x in parts]
+            reals = [fixed_point.real_multiplier(x.unit, 1, self.scale_of(site), self.profile) for x in parts]
             multipliers, shift = (reals, None) if kind in fixed_point.FLOATS else fixed_point.common_shift(reals)
         centred = [x.centred() for x in parts]
         if kind in fixed_point.FLOATS:
@@ -285,7 +285,7 @@ class Integer(Float):
         table = self.constants.get(f"{site}.table")
         if table is not None:
             code = table[x.value.astype(np.int32) - x.spec.code_min]
-            return self.seen(site, Code(code, self.step(site), self.constants[f"{site}.zero_point"], self.quants[site]))
+            return self.seen(site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site]))
         polynomial, bits = integer_ops.POLYNOMIALS[kind]
         argument = fixed_point.multiply(
             x.centred(), *(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift")), Requantization.FIXED_ONE

@@ -20,6 +20,7 @@ from .spec import (
     QTX,
     AttentionSpec,
     Family,
+    FloatQuantSpec,
     Granularity,
     ModelSpec,
     Nonlinear,
@@ -33,6 +34,7 @@ from .spec import (
 from .tape import Var, const
 
 SCALE_FIELDS = ("scale_rule", "nudging", "zero_point_rounding", "scale_dtype", "arithmetic")
+TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
 GAMMA_LIMIT = 64  # |gamma| that integer_ops.clip_stretch has bits for
 
 
@@ -47,6 +49,8 @@ def check_integer(quants: Mapping[str, QuantSpec], profile: Profile, *, strict: 
         )
     for site, spec in quants.items():
         weight = site.endswith(".weight")
+        if isinstance(spec, FloatQuantSpec):
+            refuse(site, f"{spec.format} is a float format")
         if spec.granularity in (Granularity.GROUP, Granularity.BLOCK):
             refuse(site, f"a scale per {spec.granularity} varies along the axis that is summed over")
         if spec.granularity is Granularity.CHANNEL and not weight and not site.endswith((".value", ".context.rhs")):
@@ -66,7 +70,9 @@ def check_integer(quants: Mapping[str, QuantSpec], profile: Profile, *, strict: 
             )
 
 
-TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
+def plain(x: np.ndarray) -> np.ndarray:
+    """One number without axes; several as they are."""
+    return np.reshape(x, ()) if np.size(x) == 1 else np.asarray(x)
 
 
 def refuse(site: str, reason: str) -> None:
@@ -130,7 +136,7 @@ class Lowering(Integer):
         return affine.scale_zero(found.low, found.high, spec, self.profile)
 
     def put_scale(self, site: str, scale: np.ndarray, zero: np.ndarray) -> None:
-        self.constants[f"{site}.scale"], self.constants[f"{site}.zero_point"] = np.asarray(scale), np.asarray(zero)
+        self.constants[f"{site}.scale"], self.constants[f"{site}.zero_point"] = plain(scale), plain(zero)
 
     def put_multiplier(self, site: str, name: str, real: np.ndarray) -> None:
         try:
@@ -160,13 +166,16 @@ class Lowering(Integer):
             refuse(site, "its parameter is quantized once, which needs a static range")
         code = affine.quantize(value, *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")), spec, self.profile)
         self.constants[f"{site}.{key}"] = code.astype(code_dtype(spec))
+        self.put_scale(f"{site}.{key}", *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")))
 
     def put_bias(self, site: str, bias: np.ndarray, step: np.ndarray, bits: int) -> None:
-        """In units of the accumulator."""
-        code = np.rint(bias.astype(np.float64) / np.reshape(step, -1).reshape(bias.shape if np.size(step) > 1 else ()))
+        """In units of the accumulator, which are its scale."""
+        step = plain(step) if np.size(step) == 1 else np.reshape(step, bias.shape)
+        code = np.rint(bias.astype(np.float64) / step)
         if np.abs(code).max(initial=0) >= 2 ** (bits - 2):
             refuse(site, f"its bias, {np.abs(bias).max()}, is {np.abs(code).max():.3g} units of an accumulator of {bits} bits")
         self.constants[f"{site}.bias"] = code.astype(np.int32 if bits == 32 else np.int64)
+        self.constants[f"{site}.bias.scale"] = step
 
     def check_codes(self, site: str, *operands: Code) -> None:
         for x in operands:
@@ -259,14 +268,14 @@ class Lowering(Integer):
             refuse(site, f"{kind} is a table of codes, which needs a static range")
         real = self.decoded(x)
         scale, zero = (self.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
-        level = np.rint(ACTIVATIONS[kind](real) / np.asarray(scale, np.float64).reshape(-1)) + zero.reshape(-1)
+        level = np.rint(ACTIVATIONS[kind](real) / np.float64(scale)) + zero
         self.constants[f"{site}.table"] = np.clip(level, spec.code_min, spec.code_max).astype(code_dtype(spec))
         return super().activation(site, x, kind)
 
     def decoded(self, x: Code) -> np.ndarray:
         """The real value of each code, float64, from the lowest."""
         codes = np.arange(x.spec.code_min, x.spec.code_max + 1)
-        return (codes - x.zero_point.reshape(-1)) * np.reshape(x.unit, -1).astype(np.float64)
+        return (codes - x.zero_point) * np.float64(x.unit)
 
     def attention(
         self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None, rate: float
@@ -288,7 +297,7 @@ class Lowering(Integer):
 
     def put_softmax(self, site: str, scores: Code, spec: AttentionSpec) -> None:
         """Exponentials of the distances between codes; sinks; the clip's numbers."""
-        step, zero = float(np.reshape(scores.unit, -1)[0]), int(np.reshape(scores.zero_point, -1)[0])
+        step, zero = float(scores.unit), int(scores.zero_point)
         highest = scores.spec.code_max
         if spec.softmax in (Softmax.SINK, Softmax.PLUS_ONE):
             logit = np.zeros(1) if self.sink is None else self.sink.value.astype(np.float64)
@@ -320,23 +329,25 @@ ACTIVATIONS = {
 }
 
 
-def float_params(
-    spec: ModelSpec, constants: Mapping[str, np.ndarray], quants: Mapping[str, QuantSpec]
-) -> dict[str, np.ndarray]:
+def float_params(spec: ModelSpec, constants: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The float32 parameters that the constants of an integer model stand for, for the same model under FakeQuant."""
     found = {}
     for name, shape in shapes(spec).items():
-        site, _, kind = name.rpartition(".")
-        code = constants.get(name)
-        if kind == "sink":
-            found[name] = sink_logits(constants, site)
-        elif f"{name}.scale" in constants:  # a weight
-            found[name] = affine.dequantize(code, constants[f"{name}.scale"], constants[f"{name}.zero_point"])
-        elif code.dtype.kind == "f":
-            found[name] = code
-        elif f"{name}_unit" in constants:  # a bias
-            found[name] = (code * constants[f"{name}_unit"]).astype(np.float32)
-        else:  # in the codes of its site
-            found[name] = affine.dequantize(code, constants[f"{site}.scale"], constants[f"{site}.zero_point"])
-        found[name] = found[name].reshape(shape).astype(np.float32)
+        site = name.rpartition(".")[0]
+        if name.endswith(".sink"):
+            value = sink_logits(constants, site)
+        elif constants[name].dtype.kind == "f":
+            value = constants[name]
+        else:
+            scale, zero = constants[f"{name}.scale"], constants.get(f"{name}.zero_point", 0)
+            value = np.asarray(scale, np.float64) * (constants[name].astype(np.int64) - zero)
+        found[name] = value.astype(np.float32).reshape(shape)
     return found
+
+
+def sink_logits(constants: Mapping[str, np.ndarray], site: str) -> np.ndarray:
+    """From the code below each logit and the factor above it."""
+    scores = site.replace(".probs", ".scores")
+    whole = constants[f"{site}.sink"] - constants[f"{scores}.zero_point"]
+    part = np.log(constants[f"{site}.sink_factor"] / 2.0**integer_ops.SINK_BITS)
+    return constants[f"{scores}.scale"].astype(np.float64) * whole + part

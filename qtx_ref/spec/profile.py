@@ -70,6 +70,13 @@ class Overflow(Name):
     WRAP = "wrap"  # two's complement, as the hardware adds
 
 
+class Nonlinear(Name):
+    """How an integer model computes exponentials, GELU, sigmoid and tanh."""
+
+    TABLE = "table"  # one entry per input code, made in float64
+    POLYNOMIAL = "polynomial"  # I-BERT's polynomials (Kim et al. 2021), in integers
+
+
 @dataclass(frozen=True)
 class Profile:
     """What an engine's numbers mean. No field has a default: engines differ in every one of them."""
