@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from . import models, stats
+from .integer_numerics import Code, Integer
+from .lowering import check_integer
 from .models import opt
 from .models.initial import init_params, shapes
 from .numerics import Calibrate, FakeQuant, Float, Record
 from .optim import AdamW
-from .spec import Family, Granularity, ModelSpec, OptimSpec, Quant, Range, SpecError
+from .spec import Family, Granularity, ModelSpec, OptimSpec, Output, Profile, Quant, QuantSpec, Range, SpecError
 from .tape import Var, backward, const, leaf
 
 Batch = Mapping[str, np.ndarray]
@@ -36,8 +38,7 @@ class Model:
         Raises:
             SpecError: a device other than cpu, or a dtype that the reference does not compute in.
         """
-        if device != "cpu":
-            raise SpecError(f"device is {device!r}: the reference runs on cpu; use --backend torch for others")
+        check_device(device)
         if dtype not in DTYPES:
             raise SpecError(f"dtype is {dtype!r}: the reference computes in {' or '.join(DTYPES)}")
         self.spec = spec
@@ -182,6 +183,63 @@ class Model:
         return {name: value.astype(dtype) if name == "images" else value for name, value in batch.items()}
 
 
+class IntegerModel:
+    """A lowered model: codes in, codes or accumulators out."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        constants: Mapping[str, np.ndarray],
+        quants: Mapping[str, QuantSpec],
+        profile: Profile,
+        *,
+        device: str = "cpu",
+        strict: bool = False,
+    ):
+        """constants: what `lowering.lower` made. strict: no float anywhere, at the price of slow matmuls.
+
+        Raises:
+            SpecError: a device other than cpu; under strict, a profile or a quantizer that needs a float.
+        """
+        check_device(device)
+        check_integer(quants, profile, strict=strict)
+        self.spec = spec
+        self.quants = dict(quants)
+        self.constants = dict(constants)
+        self.profile = profile
+        self.strict = strict
+
+    def run(self, batch: Batch, watch: Callable[[str, np.ndarray], None] | None = None) -> Output:
+        """The model's output. `watch(name, value)` is shown every site's codes, and `<site>.accumulator`s."""
+        nx = self._numerics(watch)
+        return self._output(models.forward(nx, {}, self.spec, batch))
+
+    def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """`count` further tokens after tokens (B, T), each chosen from the output's integers (B, V) -> (B,). Keys and
+        values are cached as codes. Raises SpecError as `Model.generate`."""
+        check_generation(self.spec, self.quants, tokens.shape[1] + count)
+        cache: list = []
+        fresh, nx = tokens, self._numerics(None)
+        for _ in range(count):
+            out = opt.forward(nx, {}, self.spec, {"tokens": fresh}, cache)
+            fresh = choose(np.asarray(out.value[:, -1]))[:, None]
+            tokens = np.concatenate([tokens, fresh], axis=1)
+        return tokens
+
+    def _numerics(self, watch: Callable[[str, np.ndarray], None] | None) -> Integer:
+        shown = None if watch is None else lambda name, value: watch(name, np.asarray(value))
+        return Integer(self.constants, self.quants, self.profile, strict=self.strict, watch=shown)
+
+    def _output(self, out: Code) -> Output:
+        scale = out.unit if out.measured else self.constants["output.scale"]
+        return Output(np.asarray(out.value), np.asarray(scale, np.float64), np.asarray(out.zero_point))
+
+
+def check_device(name: str) -> None:
+    if name != "cpu":
+        raise SpecError(f"device is {name!r}: the reference runs on cpu; use --backend torch for others")
+
+
 def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:
     """Raises SpecError where a model cannot generate `length` tokens in all under these quantizers."""
     if spec.family is not Family.OPT:
@@ -236,4 +294,4 @@ def threads() -> int:
     return os.cpu_count() or 1
 
 
-__all__ = ["Batch", "Model", "Trainer", "check_generation", "init_params", "shapes", "threads"]
+__all__ = ["Batch", "IntegerModel", "Model", "Trainer", "check_generation", "init_params", "shapes", "threads"]

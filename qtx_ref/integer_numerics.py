@@ -261,7 +261,9 @@ class Integer(Float):
 
     def mul(self, site: str, a: Code, b: Code) -> Code:
         wide = np.int64 if accumulator_bits(a.spec, b.spec) == 64 else np.int32
-        return self.named(site, Code(a.centred().astype(wide) * b.centred(), unit(a.unit, b.unit), measured=a.measured or b.measured))
+        return self.named(
+            site, Code(a.centred().astype(wide) * b.centred(), unit(a.unit, b.unit), measured=a.measured or b.measured)
+        )
 
     def scale(self, x: Code, factor: float) -> Code:
         """Only the unit changes."""
@@ -285,10 +287,14 @@ class Integer(Float):
         table = self.constants.get(f"{site}.table")
         if table is not None:
             code = table[x.value.astype(np.int32) - x.spec.code_min]
-            return self.seen(site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site]))
+            return self.seen(
+                site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
+            )
         polynomial, bits = integer_ops.POLYNOMIALS[kind]
         argument = fixed_point.multiply(
-            x.centred(), *(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift")), Requantization.FIXED_ONE
+            x.centred(),
+            *(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift")),
+            Requantization.FIXED_ONE,
         )
         y = np.clip(polynomial(argument), fixed_point.INT32_MIN, fixed_point.INT32_MAX).astype(np.int32)
         return self.named(site, Code(y, unit(2.0**-bits)))

@@ -24,6 +24,7 @@ from .spec import (
     Granularity,
     ModelSpec,
     Nonlinear,
+    Output,
     Profile,
     QuantSpec,
     Range,
@@ -59,7 +60,9 @@ def check_integer(quants: Mapping[str, QuantSpec], profile: Profile, *, strict: 
             if strict:
                 refuse(site, "its scale is taken from the data, in floats: strict needs a static range")
             if spec.granularity is not Granularity.TOKEN:
-                refuse(site, f"a dynamic range per {spec.granularity} spans tokens: use a static range, or one per token")
+                refuse(
+                    site, f"a dynamic range per {spec.granularity} spans tokens: use a static range, or one per token"
+                )
         if strict and spec.granularity is Granularity.CHANNEL and site in TABLES:
             refuse(site, "a scale per row would have to be looked up in floats: strict needs one per tensor")
         bits64 = spec.bits > 8 and profile.requantization in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP)
@@ -164,7 +167,9 @@ class Lowering(Integer):
         spec = self.target(site, "it holds a parameter")
         if spec.dynamic:
             refuse(site, "its parameter is quantized once, which needs a static range")
-        code = affine.quantize(value, *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")), spec, self.profile)
+        code = affine.quantize(
+            value, *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")), spec, self.profile
+        )
         self.constants[f"{site}.{key}"] = code.astype(code_dtype(spec))
         self.put_scale(f"{site}.{key}", *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")))
 
@@ -173,7 +178,10 @@ class Lowering(Integer):
         step = plain(step) if np.size(step) == 1 else np.reshape(step, bias.shape)
         code = np.rint(bias.astype(np.float64) / step)
         if np.abs(code).max(initial=0) >= 2 ** (bits - 2):
-            refuse(site, f"its bias, {np.abs(bias).max()}, is {np.abs(code).max():.3g} units of an accumulator of {bits} bits")
+            refuse(
+                site,
+                f"its bias, {np.abs(bias).max()}, is {np.abs(code).max():.3g} units of an accumulator of {bits} bits",
+            )
         self.constants[f"{site}.bias"] = code.astype(np.int32 if bits == 32 else np.int64)
         self.constants[f"{site}.bias.scale"] = step
 
@@ -283,7 +291,9 @@ class Lowering(Integer):
         self.check_codes(f"{site}.scores", q, k)
         self.check_codes(f"{site}.context", v)
         if v.measured or self.quants.get(f"{site}.context.rhs", v.spec).dynamic:
-            refuse(f"{site}.context", "its values have a scale per token, which varies along the sum: use a static range")
+            refuse(
+                f"{site}.context", "its values have a scale per token, which varies along the sum: use a static range"
+            )
         self.sink = sink
         return super().attention(site, q, k, v, mask, spec, sink, rate)
 
@@ -327,6 +337,11 @@ ACTIVATIONS = {
     "sigmoid": special.expit,
     "tanh": np.tanh,
 }
+
+
+def real(output: Output) -> np.ndarray:
+    """The numbers that an integer model's output stands for, float64."""
+    return output.scale * (output.value.astype(np.int64) - output.zero_point)
 
 
 def float_params(spec: ModelSpec, constants: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

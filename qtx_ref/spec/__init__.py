@@ -24,7 +24,18 @@ from .profile import (
     Rounding,
     ScaleRule,
 )
-from .quant import FloatQuantSpec, Granularity, ObserverKind, ObserverSpec, Quant, QuantSpec, Range, Recipe, Rule
+from .quant import (
+    FloatQuantSpec,
+    Granularity,
+    ObserverKind,
+    ObserverSpec,
+    Output,
+    Quant,
+    QuantSpec,
+    Range,
+    Recipe,
+    Rule,
+)
 
 __all__ = [
     "Activation",
@@ -45,6 +56,7 @@ __all__ = [
     "ObserverKind",
     "ObserverSpec",
     "OptimSpec",
+    "Output",
     "Overflow",
     "Profile",
     "QTX",

@@ -165,6 +165,14 @@ class Range(NamedTuple):
     zero_point: Any
 
 
+class Output(NamedTuple):
+    """What an integer model answers: real = scale * (value - zero_point), logits or hidden states."""
+
+    value: Any  # integers
+    scale: Any  # float64
+    zero_point: Any
+
+
 @dataclass(frozen=True)
 class Rule:
     """Sites that match one of `sites` (shell patterns) get `quant`; None leaves them in float."""
