@@ -124,7 +124,7 @@ def load_artifact(path: Path) -> Artifact:
             header = json.loads((file.metadata() or {})["qtx"])
             if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
                 raise CheckpointError(f"{path}: format is not {FORMAT} version {VERSION}; use the qtx that wrote it")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, OSError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged or not an artifact ({error})") from None
     except (KeyError, json.JSONDecodeError):

@@ -88,15 +88,18 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_beside(path, save({k: np.asarray(v, order="C") for k, v in tensors.items()}, {"qtx": json.dumps(header)}))
 
 
+def file_of(path: Path) -> Path:
+    """The checkpoint itself, where its folder was given."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a file that `save_checkpoint` wrote; every shape is compared before a tensor is read.
 
     Raises:
         CheckpointError: missing, empty, truncated, of another format, wrong or missing tensors, NaN.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
+    path = file_of(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; give a .safetensors file that qtx wrote, or its folder")
     try:

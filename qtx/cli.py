@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,21 +11,36 @@ from typing import Any
 import click
 import numpy as np
 
+from qtx_ref.lowering import check_integer
 from qtx_ref.presets import PRESETS, attention, preset
-from qtx_ref.spec import SpecError, to_dict
+from qtx_ref.profiles import NAMES as PROFILES
+from qtx_ref.profiles import profile
+from qtx_ref.spec import Nonlinear, SpecError, to_dict
 
 from . import __version__, analysis, quantization, recipes
+from .artifact import SUFFIX, load_artifact, make_artifact, save_artifact, size
 from .backend import MissingExtra, backend, need
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check_writable,
-    load_checkpoint,
-    save_checkpoint,
-    write_beside,
-)
+from .checkpoint import Checkpoint, CheckpointError, check_writable, file_of, save_checkpoint
+from .cli_artifact import diff, show, size_text, vectors
+from .cli_parity import parity
 from .data import DataError, load
-from .progress import Progress, clock
+from .options import (
+    CHECKPOINT,
+    DATA,
+    JSON,
+    LIMIT,
+    MACHINE,
+    VOCAB,
+    artifact_model,
+    as_evaluated,
+    head_note,
+    is_artifact,
+    open_checkpoint,
+    open_data,
+    say,
+    split_list,
+    write_json,
+)
 from .report.tables import number, table
 from .study import Study, StudySpec
 from .training import Interrupted, Machine, TrainSpec, default_optim, train, widened
@@ -55,89 +69,6 @@ class Commands(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Quantized transformers: train without outliers, quantize, and prove what the integers mean."""
-
-
-def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
-    """Refuses a place that cannot be written, or a file that is no JSON, before any work."""
-    if path is not None and path != "-":
-        if Path(path).exists() and Path(path).suffix != ".json":
-            raise CheckpointError(f"--json {path} exists and is no .json file: choose another")
-        check_writable(Path(path))
-    return path
-
-
-def options(*chosen: Any) -> Any:
-    def decorate(command: Any) -> Any:
-        for option in reversed(chosen):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-MACHINE = options(
-    click.option("--backend", "backend_name", default="torch", show_default=True, help="torch, or ref (NumPy)."),
-    click.option("--device", default="cpu", show_default=True, help="cpu, or cuda with --backend torch."),
-    click.option("--dtype", default="float32", show_default=True, help="float32, float64; bfloat16 with torch."),
-)
-JSON = click.option("--json", "json_path", callback=check_json, help="Also write JSON there; - is stdout.")
-DATA = options(
-    click.option("--data", help="books, digits, a text file or a folder of .txt; default: the model's own."),
-    click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json for your own text."),
-)
-VOCAB = click.option("--vocab", type=click.IntRange(1), help="Entries of the tokenizer trained on your own text.")
-CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
-LIMIT = click.option("--batches", type=click.IntRange(1), help="At most this many evaluation batches.")
-
-
-def write_json(path: str | None, result: Any) -> None:
-    if path is None:
-        return
-    text = json.dumps(result, indent=1, allow_nan=False)
-    if path == "-":
-        click.echo(text)
-    else:
-        write_beside(Path(path), (text + "\n").encode())
-
-
-def say(text: str, json_path: str | None) -> None:
-    """Prints for people: on stderr where stdout carries JSON."""
-    click.echo(text, err=json_path == "-")
-
-
-def split_list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def open_checkpoint(path: Path, machine: Machine, data_name: str | None, tokenizer: Path | None):
-    """A checkpoint, its model in float, and data to evaluate it on: its own unless said otherwise, its own tokenizer."""
-    checkpoint = load_checkpoint(path)
-    if "diverged_at" in checkpoint.meta:
-        raise CheckpointError(
-            f"{path}: training diverged at step {checkpoint.meta['diverged_at']}; no model is left to use"
-        )
-    about = checkpoint.meta.get("data", {})
-    source = about.get("source") if data_name is None else data_name
-    data = load(source, checkpoint.spec, tokenizer=tokenizer or checkpoint.meta.get("tokenizer"))
-    trained_with, given = about.get("tokenizer_sha256"), data.describe().get("tokenizer_sha256")
-    if trained_with != given:
-        raise SpecError(
-            f"tokenizer {given and given[:12]} is not the one of {path} ({trained_with and trained_with[:12]})"
-        )
-    return checkpoint, machine.model(checkpoint.spec, checkpoint.params), data
-
-
-def as_evaluated(checkpoint: Checkpoint, model: Any, data: Any, recipe_name: str | None) -> str:
-    """Binds what a checkpoint is evaluated under, and says it: its own recipe, another, or float."""
-    if recipe_name == "float" or (recipe_name is None and checkpoint.recipe is None):
-        return "float"
-    if recipe_name is None:
-        quantization.bind(model, checkpoint.recipe, checkpoint.ranges)
-        return checkpoint.recipe.name
-    chosen = recipes.recipe(recipe_name, checkpoint.spec)
-    quantization.refuse_overlap(checkpoint.meta, data, "calibration")
-    quantization.bind(model, chosen, quantization.calibrate(model, data, chosen, 0))
-    return chosen.name
 
 
 @main.command()
@@ -223,15 +154,34 @@ def train_command(model, data, tokenizer, vocab, attention_name, steps, batch, l
 @click.option(
     "--recipe", "recipe_name", help="float, or a recipe to calibrate and apply; default: the checkpoint's own."
 )
+@click.option("--numerics", type=click.Choice(["integer", "fake"]), help=f"Of a MODEL{SUFFIX}; default: integer.")
+@click.option("--strict", is_flag=True, help=f"Of a MODEL{SUFFIX}: integer dtypes only, in every op; slow.")
 @LIMIT
 @MACHINE
 @JSON
-def evaluate(checkpoint, data, tokenizer, recipe_name, batches, backend_name, device, dtype, json_path):
-    """Perplexity (or accuracy) of a checkpoint, in float or under fake quantization."""
+def evaluate(
+    checkpoint, data, tokenizer, recipe_name, numerics, strict, batches, backend_name, device, dtype, json_path
+):
+    """Perplexity (or accuracy) of a checkpoint, in float or fake quantization, or of a MODEL.qtx in integers."""
     machine = Machine(backend_name, device, dtype)
-    found, model, source = open_checkpoint(checkpoint, machine, data, tokenizer)
+    note = ""
+    if is_artifact(checkpoint):
+        if recipe_name is not None:
+            raise SpecError(f"--recipe {recipe_name}: {checkpoint} has its own; leave it out")
+        found = load_artifact(checkpoint)
+        source = open_data(checkpoint, found.spec, found.meta, data, tokenizer)
+        kind = numerics or "integer"
+        model = artifact_model(found, machine, kind, strict)
+        model = quantization.IntegerScorer(model) if kind == "integer" else model
+        note = head_note(found)
+        numerics = f"{kind}{', strict' if strict else ''}, {found.recipe.name}, profile {found.profile.name}"
+    else:
+        if numerics or strict:
+            raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
+        found, model, source = open_checkpoint(checkpoint, machine, data, tokenizer)
     quantization.refuse_overlap(found.meta, source, "evaluation")
-    numerics = as_evaluated(found, model, source, recipe_name)
+    if not is_artifact(checkpoint):
+        numerics = as_evaluated(found, model, source, recipe_name)
 
     def evaluation():
         return source.split_batches("evaluation", found.spec, quantization.BATCH, 0, limit=batches)
@@ -239,33 +189,55 @@ def evaluate(checkpoint, data, tokenizer, recipe_name, batches, backend_name, de
     score = quantization.evaluate(model, evaluation(), f"evaluate {numerics}", sum(1 for _ in evaluation()))
     result = {"numerics": numerics, **quantization.as_json(score)}
     rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
-    say(table(["", str(checkpoint)], rows), json_path)
-    write_json(json_path, result)
+    say(table(["", str(checkpoint)], rows) + (f"\n{note}" if note else ""), json_path)
+    write_json(json_path, result | ({"note": note} if note else {}))
 
 
 @main.command()
 @CHECKPOINT
 @DATA
 @click.option("--recipe", "recipe_name", default="w8a8", show_default=True, help=recipes.NAMES)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write, a .safetensors.")
+@click.option("--profile", "profile_name", default="qtx", show_default=True,
+              help=f"Of a MODEL{SUFFIX}: one of {', '.join(PROFILES)}.")  # fmt: skip
+@click.option("--nonlinear", type=click.Choice([str(kind) for kind in Nonlinear]), default="table", show_default=True,
+              help=f"Of a MODEL{SUFFIX}: GELU, sigmoid, tanh and exponentials.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), required=True,
+              help=f"A {SUFFIX} of integers, or a .safetensors with ranges for fake quantization.")  # fmt: skip
 @MACHINE
 @JSON
-def quantize(checkpoint, data, tokenizer, recipe_name, out, backend_name, device, dtype, json_path):
-    """Calibrate a recipe's ranges and write parameters, ranges and recipe to one file."""
+def quantize(
+    checkpoint, data, tokenizer, recipe_name, profile_name, nonlinear, out, backend_name, device, dtype, json_path
+):
+    """Calibrate a recipe's ranges and write the model as integers, or parameters, ranges and recipe, to one file."""
     if out.exists():
         raise CheckpointError(f"{out} exists: choose another --out")
     check_writable(out)
+    if not is_artifact(out) and (profile_name, nonlinear) != ("qtx", "table"):
+        raise SpecError(f"--profile and --nonlinear belong to integers: give --out a name ending in {SUFFIX}")
+    chosen_profile = profile(profile_name)
     machine = Machine(backend_name, device, dtype)
     found, model, source = open_checkpoint(checkpoint, machine, data, tokenizer)
     chosen = recipes.recipe(recipe_name, found.spec)
+    if is_artifact(out):  # refused before any calibration
+        check_integer(recipes.resolve(chosen, found.spec), chosen_profile)
     quantization.refuse_overlap(found.meta, source, "calibration")
     ranges = quantization.calibrate(model, source, chosen, 0)
-    meta = {**found.meta, "quantized_from": str(checkpoint), "calibration": source.hashes("calibration")}
-    save_checkpoint(out, Checkpoint(found.spec, found.params, {}, chosen, ranges, meta))
-    say(f"{out}: recipe {chosen.name}, {len(ranges)} static ranges; run it with qtx evaluate {out}", json_path)
+    calibration = source.hashes("calibration")
     scales = {site: np.asarray(r.scale).ravel().tolist() for site, r in ranges.items()}
     zeros = {site: np.asarray(r.zero_point).ravel().tolist() for site, r in ranges.items()}
-    write_json(json_path, {"checkpoint": str(out), "recipe": to_dict(chosen), "scale": scales, "zero_point": zeros})
+    result = {"checkpoint": str(out), "recipe": to_dict(chosen), "scale": scales, "zero_point": zeros}
+    if is_artifact(out):
+        kind = Nonlinear(nonlinear)
+        made = make_artifact(file_of(checkpoint), found, chosen, ranges, chosen_profile, kind, calibration)
+        save_artifact(out, made)
+        sizes = size(out, made)
+        say(f"{out}: recipe {chosen.name}, profile {profile_name}, {size_text(sizes)}; see qtx show {out}", json_path)
+        result |= {"profile": to_dict(chosen_profile), "bytes": asdict(sizes)}
+    else:
+        meta = {**found.meta, "quantized_from": str(checkpoint), "calibration": calibration}
+        save_checkpoint(out, Checkpoint(found.spec, found.params, {}, chosen, ranges, meta))
+        say(f"{out}: recipe {chosen.name}, {len(ranges)} static ranges; run it with qtx evaluate {out}", json_path)
+    write_json(json_path, result)
 
 
 @main.command()
@@ -331,9 +303,22 @@ def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, t
     from qtx_ref.random import stream
 
     machine = Machine(backend_name, device, dtype)
-    found, model, source = open_checkpoint(checkpoint, machine, data, tokenizer)
-    backend(backend_name).check_generation(found.spec, {}, 1)
-    as_evaluated(found, model, source, recipe_name)
+    factor = 1.0  # from what the model answers to logits
+    if is_artifact(checkpoint):
+        if recipe_name is not None:
+            raise SpecError(f"--recipe {recipe_name}: {checkpoint} has its own; leave it out")
+        found = load_artifact(checkpoint)
+        backend(backend_name).check_generation(found.spec, {}, 1)
+        source = open_data(checkpoint, found.spec, found.meta, data, tokenizer)
+        model = artifact_model(found, machine)
+        factor = found.constants.get("output.scale")
+        if factor is None and temperature:
+            raise SpecError(f"--temperature {temperature}: the logits of {checkpoint} have a scale per token; give 0")
+        factor = 1.0 if factor is None else factor
+    else:
+        found, model, source = open_checkpoint(checkpoint, machine, data, tokenizer)
+        backend(backend_name).check_generation(found.spec, {}, 1)
+        as_evaluated(found, model, source, recipe_name)
     tokenizers = need("tokenizers", "text", "a prompt")
     words = tokenizers.Tokenizer.from_str(source.tokenizer_json)
     start = np.array([words.encode(prompt, add_special_tokens=False).ids], np.int64)
@@ -343,7 +328,7 @@ def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, t
 
     def choose(logits: np.ndarray) -> np.ndarray:  # (B, V) -> (B,); Gumbel: argmax of logits / t + noise is a sample
         noise = rng.gumbel(size=logits.shape) * temperature
-        return (logits + noise).argmax(axis=-1)
+        return (logits * factor + noise).argmax(axis=-1)
 
     text = model.generate(start, tokens, choose)[0].tolist()
     say(words.decode(text), json_path)
@@ -366,53 +351,5 @@ def recipes_command(name, model, attention_name, json_path):
     write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
-@main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
-@click.option("--backend", "backend_name", default="torch", show_default=True,
-              help="torch: held to the reference. ref: the reference held to outside truth.")  # fmt: skip
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
-@click.option("--only", help="Only cases whose group/name contains this text or matches this pattern.")
-@JSON
-def parity(checkpoint, backend_name, device, dtype, only, json_path):
-    """Prove that the backends agree, by case or on your own CHECKPOINT. Exit status 1 if anything fails."""
-    from parity_tests import runner  # only here: the proof is not needed to use qtx
-
-    report = run_parity(runner, checkpoint, backend_name, device, dtype, only)
-    say(table(runner.HEADER, runner.report_rows(report)), json_path)
-    groups = ", ".join(f"{group} {count}" for group, count in report.counts.items())
-    failed = sum(not row.ok for row in report.rows)
-    say(f"{len(report.rows)} cases ({groups}): {failed} failed, {clock(report.seconds)}", json_path)
-    if report.first:
-        say(f"the backends part first at site {report.first}", json_path)
-    write_json(json_path, report.as_json())
-    if not report.ok:
-        sys.exit(1)
-
-
-def run_parity(runner: Any, path: Path | None, backend_name: str, device: str, dtype: str, only: str | None) -> Any:
-    backend(backend_name)
-    with Progress("parity", 0) as bar:
-
-        def seen(done: int, total: int, row: Any) -> None:
-            bar.total = total
-            bar.advance(note=row.name)
-
-        if path is None:
-            return runner.run(backend=backend_name, device=device, dtype=dtype, only=only, progress=seen)
-        return parity_of(runner, path, backend_name, device, dtype, only, seen)
-
-
-def parity_of(runner: Any, path: Path, backend_name: str, device: str, dtype: str, only: str | None, seen: Any) -> Any:
-    for name, value, accepted in (("--backend", backend_name, "torch"), ("--dtype", dtype, "float32")):
-        if value != accepted:
-            raise SpecError(f"{name} is {value!r}: a checkpoint is compared between ref and {accepted}")
-    if only:
-        raise SpecError(f"--only {only}: a checkpoint has no table of cases; leave it out")
-    found, _, source = open_checkpoint(path, Machine("ref"), None, None)
-    batches = list(source.split_batches("evaluation", found.spec, 4, 0, limit=1))
-    quants = recipes.resolve(found.recipe, found.spec) if found.recipe else {}
-    masked = found.recipe.masked_scores if found.recipe else False
-    return runner.check_checkpoint(
-        found.spec, found.params, batches, quants, found.ranges, masked_scores=masked, device=device, progress=seen
-    )
+for command in (parity, show, diff, vectors):
+    main.add_command(command)

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qtx_ref.lowering import real
+from qtx_ref.models import loss
 from qtx_ref.spec import ModelSpec, Range, Recipe, SpecError
+from qtx_ref.tape import const
 
 from .progress import Progress
 from .recipes import resolve
@@ -57,16 +60,31 @@ def refuse_overlap(meta: Mapping[str, Any], data: Any, split: str) -> None:
 
 def evaluate(model: Any, batches: Iterable[Mapping[str, Any]], label: str = "evaluate", total: int = 0) -> Score:
     """The score of a model, float or bound, over batches. Raises SpecError without a target."""
-    loss, count, right = 0.0, 0, 0
+    total_loss, count, right = 0.0, 0, 0
     with Progress(label, total) as bar:
         for batch in batches:
             part = model.evaluate(batch)
-            loss, count, right = loss + part[0], count + part[1], right + part[2]
+            total_loss, count, right = total_loss + part[0], count + part[1], right + part[2]
             bar.advance()
     if count == 0:
         raise SpecError("evaluation found no target: the data are empty")
-    mean = loss / count
+    mean = total_loss / count
     return Score(mean, math.exp(mean) if mean < 700 else math.inf, 100 * right / count, count)
+
+
+class IntegerScorer:
+    """What `evaluate` asks of an integer model: its loss by the reference's float64 code, whichever backend ran it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def evaluate(self, batch: Mapping[str, Any]) -> tuple[float, int, int]:
+        """Summed negative log-likelihood in nats, number of targets, number predicted right."""
+        logits = real(self.model.run(batch))
+        targets = batch["targets"] if "targets" in batch else batch["labels"]
+        count = int((targets >= 0).sum())
+        right = int(((logits.argmax(axis=-1) == targets) & (targets >= 0)).sum())
+        return float(loss(const(logits), batch).value) * count, count, right
 
 
 def outliers(model: Any, batches: Iterable[Mapping[str, Any]]) -> Outliers:
