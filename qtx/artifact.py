@@ -27,6 +27,7 @@ from qtx_ref.spec import ModelSpec, Nonlinear, Profile, QuantSpec, Range, Recipe
 
 from . import __version__
 from .checkpoint import Checkpoint, CheckpointError, write_beside
+from .quantization import SHORT
 from .recipes import resolve
 
 FORMAT = "qtx-artifact"
@@ -81,7 +82,9 @@ def make_artifact(
         "calibration": sha_of(calibration),
     }
     kept = {key: found.meta[key] for key in ("data", "tokenizer") if key in found.meta}
-    meta = {"qtx": __version__, "hashes": hashes, "calibration": calibration, **kept}
+    if hashes_of := kept.get("data", {}).get("hashes"):  # what an evaluation must not meet, in short
+        kept["data"] = kept["data"] | {"hashes": {"train": [h[:SHORT] for h in hashes_of.get("train", [])]}}
+    meta = {"qtx": __version__, "hashes": hashes, "calibration": [h[:SHORT] for h in calibration], **kept}
     return Artifact(found.spec, recipe, profile, nonlinear, constants, meta)
 
 
@@ -168,9 +171,7 @@ def unpack(artifact: Artifact) -> None:
 def stored_bytes(artifact: Artifact) -> dict[str, int]:
     """Bytes of each constant as the file holds it."""
     return {
-        name: value.shape[0] * -(-value.shape[-1] // 2) * (value.size // (value.shape[0] * value.shape[-1]))
-        if artifact.packed(name)
-        else value.nbytes
+        name: value.size // value.shape[-1] * -(-value.shape[-1] // 2) if artifact.packed(name) else value.nbytes
         for name, value in artifact.constants.items()
     }
 

@@ -31,6 +31,7 @@ from .options import (
     LIMIT,
     MACHINE,
     VOCAB,
+    WATCH,
     artifact_model,
     as_evaluated,
     head_note,
@@ -43,7 +44,7 @@ from .options import (
 )
 from .report.tables import number, table
 from .study import Study, StudySpec
-from .training import Interrupted, Machine, TrainSpec, default_optim, train, widened
+from .training import History, Interrupted, Machine, TrainSpec, default_optim, train, widened
 
 MENDABLE = (SpecError, DataError, CheckpointError, MissingExtra, OSError)
 
@@ -85,14 +86,15 @@ def main() -> None:
 @click.option("--recipe", "recipe_name", help="One quantization recipe: the same as --bits with one name.")
 @click.option("--bits", help="Comma list of recipes, a column each: w8a8,w6a6,paper-opt,... (default w8a8)")
 @click.option("--train-quant", help="Train all models again with quantized matmuls, for example w8a8.")
+@WATCH
 @MACHINE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds, from --seed on.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the study in --out, if there is one.")
 @JSON
-def study(model, data, tokenizer, vocab, steps, batch, lr, attentions, recipe_name, bits, train_quant, backend_name, device,
-          dtype, seed, seeds, out, resume, json_path):  # fmt: skip
+def study(model, data, tokenizer, vocab, steps, batch, lr, attentions, recipe_name, bits, train_quant, watch_integer,
+          backend_name, device, dtype, seed, seeds, out, resume, json_path):  # fmt: skip
     """Train, quantize and compare attentions: the paper's table."""
     if recipe_name and bits:
         raise SpecError(f"--recipe {recipe_name} and --bits {bits}: give one of them")
@@ -107,6 +109,7 @@ def study(model, data, tokenizer, vocab, steps, batch, lr, attentions, recipe_na
         attention=split_list(attentions),
         recipes=split_list(recipe_name or bits or "w8a8"),
         train_quant=train_quant,
+        watch_integer=watch_integer,
         seeds=tuple(range(seed, seed + seeds)),
         machine=Machine(backend_name, device, dtype),
     )
@@ -128,24 +131,31 @@ def study(model, data, tokenizer, vocab, steps, batch, lr, attentions, recipe_na
 @click.option(
     "--train-quant", help="Quantize while training: w8a8 (matmuls, per token), lsq-w8a8 (learned ranges), ..."
 )
+@WATCH
 @MACHINE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 @JSON
-def train_command(model, data, tokenizer, vocab, attention_name, steps, batch, lr, train_quant, backend_name, device, dtype,
-                  seed, out, resume, json_path):  # fmt: skip
+def train_command(model, data, tokenizer, vocab, attention_name, steps, batch, lr, train_quant, watch_integer, backend_name,
+                  device, dtype, seed, out, resume, json_path):  # fmt: skip
     """Train one model; leaves OUT/model.safetensors."""
     spec = replace(preset(model), attention=attention(attention_name))
     machine = Machine(backend_name, device, dtype)
     source = load(data, spec, tokenizer=tokenizer, vocab=vocab)
-    run = TrainSpec(widened(spec, source), default_optim(spec, steps, lr), batch, seed, train_quant)
+    run = TrainSpec(widened(spec, source), default_optim(spec, steps, lr), batch, seed, train_quant, watch_integer)
     path = out / "model.safetensors"
     checkpoint = train(run, source, path, machine, resume=resume, label=attention_name)
     curve = checkpoint.extra["history.loss"]
     state = " (diverged)" if checkpoint.meta["diverged"] else ""
+    history = History.of(checkpoint.extra)
+    if watch_integer:
+        points = zip(*history.watched().values(), strict=True)
+        rows = [[str(step), *(number(value) for value in values)] for step, *values in points]
+        say(table(["step", "integer ppl", "float ppl", "avg kurtosis"], rows), json_path)
     say(f"{path}: {len(curve)} steps, loss {curve[-20:].mean():.4f}{state}", json_path)
-    write_json(json_path, {"checkpoint": str(path), "diverged": checkpoint.meta["diverged"], "loss": curve.tolist()})
+    result = {"checkpoint": str(path), "diverged": checkpoint.meta["diverged"], "loss": curve.tolist()}
+    write_json(json_path, result | history.watched() if watch_integer else result)
 
 
 @main.command()

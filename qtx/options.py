@@ -47,6 +47,8 @@ DATA = options(
     click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json for your own text."),
 )
 VOCAB = click.option("--vocab", type=click.IntRange(1), help="Entries of the tokenizer trained on your own text.")
+WATCH = click.option("--watch-integer", type=click.IntRange(1), metavar="N",
+                     help="Every N steps, quantize the model (w8a8) and run it in integers.")  # fmt: skip
 CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
 LIMIT = click.option("--batches", type=click.IntRange(1), help="At most this many evaluation batches.")
 

@@ -16,6 +16,7 @@ from .progress import Progress
 from .recipes import resolve
 from .sites import paper_sites
 
+SHORT = 16  # hexadecimal digits by which sections are told apart
 BATCH = 16  # sequences or images of an evaluation or calibration batch
 
 
@@ -50,8 +51,8 @@ def refuse_overlap(meta: Mapping[str, Any], data: Any, split: str) -> None:
     hashes = meta.get("data", {}).get("hashes", {})
     known = {"train": hashes.get("train", []), "calibration": meta.get("calibration", hashes.get("calibration", []))}
     for use in known:
-        seen = set(known[use])
-        if use != split and (shared := seen & set(data.hashes(split))):
+        seen = {known_hash[:SHORT] for known_hash in known[use]}
+        if use != split and (shared := seen & {found[:SHORT] for found in data.hashes(split)}):
             raise SpecError(
                 f"{len(shared)} section(s) of the {split} data are this model's {use} data (first hash "
                 f"{sorted(shared)[0][:12]}): evaluate on other data"

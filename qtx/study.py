@@ -42,6 +42,7 @@ class StudySpec:
     attention: tuple[str, ...] = ("vanilla", "clipped", "gated")
     recipes: tuple[str, ...] = ("w8a8",)
     train_quant: str | None = None
+    watch_integer: int | None = None  # steps between runs of the current model in integers
     seeds: tuple[int, ...] = (0,)
     machine: Machine = Machine()
 
@@ -154,7 +155,7 @@ class Study:
     def _one(self, name: str, kind: str, model: ModelSpec, seed: int, quant: str | None) -> dict[str, Any]:
         machine = self.spec.machine
         path = self.out / name / "model.safetensors"
-        run = TrainSpec(model, self.optim, self.spec.batch, seed, quant)
+        run = TrainSpec(model, self.optim, self.spec.batch, seed, quant, self.spec.watch_integer)
         checkpoint = train(run, self.data, path, machine, resume=self.resume or path.exists(), label=name)
         result: dict[str, Any] = {
             "attention": kind,
@@ -166,6 +167,7 @@ class Study:
             "outliers": None,
             "trained": None,
             "recipes": {},
+            "watch": History.of(checkpoint.extra).watched(),
         }
         if "diverged_at" not in checkpoint.meta:
             self._measure(result, checkpoint, f"{name} evaluate")

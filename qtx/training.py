@@ -8,24 +8,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qtx_ref.lowering import lower
 from qtx_ref.models.initial import init_params
-from qtx_ref.spec import ModelSpec, OptimSpec, SpecError, to_dict
+from qtx_ref.spec import QTX, ModelSpec, OptimSpec, SpecError, to_dict
 
 from .backend import backend
 from .checkpoint import Checkpoint, CheckpointError, check_writable, load_checkpoint, save_checkpoint
 from .progress import Progress
-from .quantization import BATCH, bind, calibrate
-from .recipes import training_recipe
+from .quantization import BATCH, IntegerScorer, bind, calibrate, outliers
+from .recipes import recipe, resolve, training_recipe
 from .sites import paper_sites
 
 SAVE_SECONDS = 30  # a kill loses at most this much
 WATCHES = 50  # points of the inf-norm curve
+WATCH_BATCHES = 2  # of the integer watch: of calibration, and of the evaluation slice
 
 
 class Interrupted(Exception):
@@ -53,26 +55,37 @@ class TrainSpec:
     batch: int  # sequences or images per step
     seed: int
     train_quant: str | None = None  # recipe of the forward pass while training; w8a8 stands for train-w8a8
+    watch_integer: int | None = None  # every so many steps the model is quantized and run in integers
 
 
 @dataclass
 class History:
-    """Per step the loss in nats; now and then the largest inf norm over the paper's sites, on one fixed batch."""
+    """Per step the loss in nats; now and then the largest inf norm over the paper's sites, on one fixed batch; and where
+    integers are watched, perplexity in float and in integers on a fixed slice, and the published average kurtosis."""
 
-    loss: list[float]
-    watch_step: list[int]
-    inf_norm: list[float]
+    loss: list[float] = field(default_factory=list)
+    watch_step: list[int] = field(default_factory=list)
+    inf_norm: list[float] = field(default_factory=list)
+    integer_step: list[int] = field(default_factory=list)
+    integer_perplexity: list[float] = field(default_factory=list)
+    float_perplexity: list[float] = field(default_factory=list)
+    kurtosis: list[float] = field(default_factory=list)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        return {
-            "history.loss": np.array(self.loss, np.float64),
-            "history.watch_step": np.array(self.watch_step, np.int64),
-            "history.inf_norm": np.array(self.inf_norm, np.float64),
-        }
+        kept = {key: value for key, value in vars(self).items() if value or key not in WATCHED}
+        return {f"history.{k}": np.array(v, np.int64 if k.endswith("step") else np.float64) for k, v in kept.items()}
 
     @classmethod
     def of(cls, extra: dict[str, np.ndarray]) -> History:
-        return cls(*(extra[f"history.{name}"].tolist() for name in ("loss", "watch_step", "inf_norm")))
+        names = [f.name for f in fields(cls) if f.name not in WATCHED or f"history.{f.name}" in extra]
+        return cls(**{name: extra[f"history.{name}"].tolist() for name in names})
+
+    def watched(self) -> dict[str, list]:
+        """The integer watch's curves."""
+        return {name: getattr(self, name) for name in WATCHED}
+
+
+WATCHED = ("integer_step", "integer_perplexity", "float_perplexity", "kurtosis")
 
 
 @contextmanager
@@ -99,8 +112,11 @@ def interrupt_flag() -> Iterator[list[bool]]:
 
 def identity(run: TrainSpec, data: Any, machine: Machine) -> dict[str, Any]:
     """What must be equal for a resumed run to give the bits of an uninterrupted one."""
+    train = to_dict(run)
+    if run.watch_integer is None:
+        del train["watch_integer"]  # as runs before it was an option
     return {
-        "train": to_dict(run),
+        "train": train,
         "machine": to_dict(machine),
         "threads": backend(machine.backend).threads(),
         "data": data.describe(),
@@ -132,18 +148,20 @@ def train(
     saved = time.monotonic()
 
     def keep(done: bool) -> Checkpoint:
-        recipe = training_recipe(run.train_quant, run.model) if run.train_quant else None
+        chosen = training_recipe(run.train_quant, run.model) if run.train_quant else None
         meta = {**wanted, "done": done, "diverged": done and risen(history.loss)}
         if wanted["data"]["kind"] == "text":
             meta["tokenizer"] = data.tokenizer_json
         params, extra = model.params(), history.tensors() | trainer.state()
         if not all(np.isfinite(value).all() for value in (params | extra).values()):
             return diverge(path, run, history, wanted)
-        found = Checkpoint(run.model, params, extra, recipe, model.ranges(), meta)
+        found = Checkpoint(run.model, params, extra, chosen, model.ranges(), meta)
         save_checkpoint(path, found)
         return found
 
     with interrupt_flag() as interrupted, Progress(label, run.optim.steps, step) as bar:
+        if run.watch_integer and step == 0:
+            watch(run, model, data, machine, history, step)  # refuses now what could not run in integers later
         while step < run.optim.steps:
             loss, _ = trainer.step(next(batches))
             history.loss.append(loss)
@@ -153,6 +171,11 @@ def train(
             if (step % every == 0 or step == run.optim.steps) and math.isfinite(norm := inf_norm(model, fixed)):
                 history.watch_step.append(step)
                 history.inf_norm.append(norm)
+            if run.watch_integer and (step % run.watch_integer == 0 or step == run.optim.steps):
+                try:
+                    watch(run, model, data, machine, history, step)
+                except SpecError as error:  # a model near divergence
+                    sys.stderr.write(f"\nstep {step} not watched: {error}\n")
             bar.advance(note=f"loss {np.mean(history.loss[-20:]):.3f}")
             if interrupted[0] or time.monotonic() - saved > SAVE_SECONDS:
                 if keep(done=False).meta["done"]:
@@ -187,13 +210,13 @@ def begin(
                 raise CheckpointError(f"{path} is another run: {difference(key, checkpoint.meta.get(key), value)}")
     model = machine.model(run.model, checkpoint.params if checkpoint else init_params(run.model, run.seed))
     if run.train_quant:
-        recipe = training_recipe(run.train_quant, run.model)
-        static = any(rule.quant is not None and not rule.quant.dynamic for rule in recipe.rules)
-        ranges = checkpoint.ranges if checkpoint else calibrate(model, data, recipe, run.seed) if static else {}
-        bind(model, recipe, ranges)
+        chosen = training_recipe(run.train_quant, run.model)
+        static = any(rule.quant is not None and not rule.quant.dynamic for rule in chosen.rules)
+        ranges = checkpoint.ranges if checkpoint else calibrate(model, data, chosen, run.seed) if static else {}
+        bind(model, chosen, ranges)
     trainer = backend(machine.backend).Trainer(model, run.optim, seed=run.seed)
     if checkpoint is None:
-        return model, trainer, History([], [], []), None
+        return model, trainer, History(), None
     try:
         if "diverged_at" not in checkpoint.meta:
             trainer.load_state(checkpoint.extra)
@@ -209,7 +232,7 @@ def begin(
 def diverge(path: Path, run: TrainSpec, history: History, wanted: dict[str, Any]) -> Checkpoint:
     """Leaves the first parameters and the curves of a run whose numbers are finite no more; nothing evaluates it."""
     last = [loss for loss in history.loss if math.isfinite(loss)]
-    curves = History(last, history.watch_step, history.inf_norm)
+    curves = replace(history, loss=last)
     meta = {**wanted, "done": True, "diverged": True, "diverged_at": len(history.loss)}
     found = Checkpoint(run.model, init_params(run.model, run.seed), curves.tensors(), None, {}, meta)
     save_checkpoint(path, found)
@@ -227,6 +250,36 @@ def inf_norm(model: Any, batch: dict[str, np.ndarray]) -> float:
     """The published max inf norm of a float forward pass over one batch."""
     found = model.statistics(batch, paper_sites(model.spec).inf_norm, ("inf_norm",))
     return max(float(statistics["inf_norm"].mean()) for statistics in found.values())
+
+
+def watch(run: TrainSpec, model: Any, data: Any, machine: Machine, history: History, step: int) -> None:
+    """One point of the integer watch: the parameters as they are, quantized by w8a8 and run in integers."""
+    chosen = replace(recipe("w8a8", run.model), batches=WATCH_BATCHES)
+    params = model.params()
+    plain = machine.model(run.model, params)
+    ranges = calibrate(plain, data, chosen, 0)
+    quants = resolve(chosen, run.model)
+    constants = lower(run.model, params, quants, ranges)
+    integers = IntegerScorer(
+        backend(machine.backend).IntegerModel(run.model, constants, quants, QTX, device=machine.device)
+    )
+
+    def fixed(split: str) -> Any:
+        return data.split_batches(split, run.model, BATCH, 0, limit=WATCH_BATCHES)
+
+    point = [score_of(scored, fixed("evaluation")) for scored in (integers, plain)]
+    point.append(outliers(plain, fixed("calibration")).average_kurtosis)
+    if all(map(math.isfinite, point)):
+        history.integer_step.append(step)
+        for name, value in zip(WATCHED[1:], point, strict=True):
+            getattr(history, name).append(value)
+
+
+def score_of(model: Any, batches: Any) -> float:
+    """Perplexity, without a progress bar of its own."""
+    parts = [model.evaluate(batch) for batch in batches]
+    mean = sum(loss for loss, *_ in parts) / sum(count for _, count, _ in parts)
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def difference(key: str, was: Any, now: Any) -> str:

@@ -254,7 +254,8 @@ class Integer(Float):
             multipliers, shift = (reals, None) if kind in fixed_point.FLOATS else fixed_point.common_shift(reals)
         centred = [x.centred() for x in parts]
         if kind in fixed_point.FLOATS:
-            level = fixed_point.round_float(sum(c.astype(np.float32) * m for c, m in zip(centred, multipliers)), kind)
+            products = [c.astype(np.float32) * m for c, m in zip(centred, multipliers, strict=True)]
+            level = fixed_point.round_float(sum(products), kind)
         else:
             level = integer_ops.weighted_sum(centred, multipliers, shift, kind)
         return self.seen(site, self.clamped(site, spec, level))

@@ -65,12 +65,9 @@ def check_integer(quants: Mapping[str, QuantSpec], profile: Profile, *, strict: 
                 )
         if strict and spec.granularity is Granularity.CHANNEL and site in TABLES:
             refuse(site, "a scale per row would have to be looked up in floats: strict needs one per tensor")
-        bits64 = spec.bits > 8 and profile.requantization in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP)
-        if bits64:
-            refuse(
-                site,
-                f"{spec.bits} bits need 64-bit accumulators, which profile {profile.name}'s {profile.requantization} has not",
-            )
+        kind = profile.requantization
+        if spec.bits > 8 and kind in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP):
+            refuse(site, f"{spec.bits} bits need 64-bit accumulators, and profile {profile.name} ({kind}) has 32")
 
 
 def plain(x: np.ndarray) -> np.ndarray:
