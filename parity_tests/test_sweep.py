@@ -64,12 +64,12 @@ def test_drawn_configurations(module, index):
     [(affine, "quantize"), (fixed_point, "requantize"), (integer, "matmul"), (formats, "encode")],
 )
 def test_a_planted_fault_is_counted(module, function):
-    """One code in one element, off by one."""
+    """One code in one element, in its last bit."""
     right = getattr(module, function)
 
     def wrong(*arguments, **settings):
         result = right(*arguments, **settings).clone()
-        result.view(-1)[0] += 1
+        result.view(-1)[0] ^= 1
         return result
 
     with mock.patch.object(module, function, wrong):
