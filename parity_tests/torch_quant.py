@@ -204,8 +204,8 @@ def observer_case(kind: ObserverKind, context: Context) -> list[Verdict]:
     verdicts = []
     for (index, spec), part in product(enumerate(specs), ("all", "masked", "weight")):
         rng = stream(0, "observer", kind, index, part)
-        batches = rng.standard_t(3, size=(3, 2, 20, 6)).astype(np.float32)
-        where = rng.uniform(size=(3, 2, 20, 1)) < 0.7
+        batches = rng.standard_t(3, size=(3, 2, 8, 6)).astype(np.float32)
+        where = rng.uniform(size=(3, 2, 8, 1)) < 0.7
         keep = (where, tensor(where, context)) if part == "masked" else ([None] * 3, [None] * 3)
         want = observed(ref_observers, batches, keep[0], spec, part == "weight")
         got = observed(observers, tensor(batches, context), keep[1], spec, part == "weight")
