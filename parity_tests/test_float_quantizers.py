@@ -116,6 +116,22 @@ def test_straight_through_gradient_of_both_backends(spec):
     np.testing.assert_array_equal(z.detach().float().numpy(), y.value)  # every value here is one of bfloat16
 
 
+def test_gradient_mask_of_sixteen_bits_in_bfloat16():
+    """32768 is beyond the codes and 32512 is not; bfloat16 has no number between."""
+    x = torch.tensor([32768.0, 32512.0, -32768.0, -33024.0], dtype=torch.bfloat16, requires_grad=True)
+    spec, zero = QuantSpec(16, symmetric=True), torch.tensor(0, dtype=torch.int32)
+    torch_numerics.fake_quantize(x, torch.tensor(1.0), zero, spec).sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(), FloatQuantSpec(E4M3), FloatQuantSpec(E2M1), blocks(E2M1, block=1)])
+def test_nan_stays_nan_in_training(spec):
+    x, scale, zero = F32([np.nan, 1]), F32([1, 1]), np.int32([0, 0])
+    ours = torch_numerics.fake_quantize(*map(torch.tensor, (x, scale, zero)), spec).numpy()
+    for y in (ours, numerics.fake_quantize(leaf(x), scale, zero, spec).value):
+        np.testing.assert_array_equal(y, x)
+
+
 @pytest.mark.parametrize("kind", [ObserverKind.CURRENT, ObserverKind.MSE_GRID])
 def test_a_calibrated_float(kind):
     """Min and max, or the range whose squared error is least: one value far out is cut off where many lie close."""
