@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch._dynamo.utils import counters
 
 from qtx_torch import integer
 
@@ -29,6 +30,7 @@ class Tally:
     refused: int = 0  # configurations that both backends refuse, with the same words
     codes: int = 0
     differing: int = 0
+    graphs: int = 0  # that torch compiled
     first: list[str] = field(default_factory=list)  # a line per differing result
 
 
@@ -85,21 +87,24 @@ def settled(case: Case) -> Any:
     return mock.patch.object(integer, "byte_instructions", lambda device: use)
 
 
-def sweep(module: str, codes: int, configurations: int, compiled: bool = False) -> Tally:
-    """At least `codes` codes in at least `configurations` configurations (at most twice as many), eager or compiled."""
+def sweep(module: str, codes: int, configurations: int, compiled: bool = False, chain: Any = None) -> Tally:
+    """At least `codes` codes in at least `configurations` configurations (at most twice as many), eager or compiled;
+    through `chain` in place of the case's own."""
     reference, accelerated = (importlib.import_module(f"{package}.{module}") for package in ("qtx_ref", "qtx_torch"))
     tally, index, size = Tally(), 0, max(3000, codes // configurations)  # long enough for vector instructions
     while index < configurations or (tally.codes < codes and index < 2 * configurations):
         case = CASES[module](index, size)
-        chain = case.chain
+        run = own = chain or case.chain
         if compiled:
             torch._dynamo.reset()
-            chain = torch.compile(chain, dynamic=False)
-        with settled(case):
-            got = outcome(chain, accelerated, tensors(case.arrays), case.settings)
+            counters.clear()
+            run = torch.compile(own, dynamic=False)
+        with settled(case), torch._dynamo.config.patch(recompile_limit=64):  # a function called often stays compiled
+            got = outcome(run, accelerated, tensors(case.arrays), case.settings)
+        tally.graphs += counters["stats"]["unique_graphs"] if compiled else 0
         mode = "compiled" if compiled else "eager"
         label = f"{module} {index} {mode} { {k: str(v) for k, v in case.axes.items()} }"
-        compare(tally, label, got, outcome(case.chain, reference, case.arrays, case.settings))
+        compare(tally, label, got, outcome(own, reference, case.arrays, case.settings))
         index += 1
     return tally
 
@@ -125,6 +130,7 @@ def main() -> int:
         print(
             f"{options.module} {mode}: {tally.configurations} configurations ({tally.refused} refused by both), "
             f"{tally.codes} codes, {tally.differing} differ, {time.perf_counter() - start:.0f} s"
+            + (f", {tally.graphs} graphs" if tally.graphs else "")
         )
         failed |= tally.differing > 0 or tally.codes < codes
     return int(failed)

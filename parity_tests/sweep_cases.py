@@ -19,6 +19,7 @@ from qtx_ref.spec import (
     QTX,
     Dtype,
     FloatFormat,
+    FloatQuantSpec,
     Granularity,
     InfinityPolicy,
     NanPolicy,
@@ -294,13 +295,15 @@ FORMATS = {
 }
 
 
-def formats_chain(m, x, kind, saturate, rule, block):
+def formats_chain(m, x, given, ends, kind, saturate, rule, block):
     code = m.encode(x, kind, saturate)
     scale, elements = m.mx_quantize(x, kind, rule, block)
     return {
         "codes": code,
         "decoded": m.decode(code, kind),
         "fake": m.fake_quantize(x, kind, saturate),
+        "scale": m.scale_zero(ends[0], ends[1], FloatQuantSpec(kind)),
+        "scaled": m.fake_quantize(x, kind, saturate, given),
         "mx scale": scale,
         "mx codes": elements,
         "mx decoded": m.mx_dequantize(scale, elements, kind),
@@ -327,7 +330,10 @@ def formats_case(index: int, codes: int) -> Case:
     else:
         x = np.where(np.isfinite(x), x, F32(1))
     settings = {key: axes[key] for key in ("kind", "saturate", "rule", "block")}
-    return Case(formats_chain, {"x": x}, settings, axes)
+    given = F32(2.0 ** rng.integers(-140, 120, (count, 1))) if index % 2 else F32(rng.uniform(0.01, 1, (count, 1)))
+    ends = (rng.standard_normal((2, count)) * 2.0 ** rng.integers(-150, 100, count)).astype(F32)
+    ends[:, 0] = 0
+    return Case(formats_chain, {"x": x, "given": given, "ends": ends}, settings, axes)
 
 
 CASES = {"affine": affine_case, "fixed_point": fixed_case, "integer": integer_case, "formats": formats_case}

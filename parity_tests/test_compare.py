@@ -174,15 +174,18 @@ def unclamped_zero_point(sound: Callable) -> Callable:
 
 
 def reciprocal(sound: Callable) -> Callable:
-    return lambda x, scale, zero_point: (x.float() * (1 / scale)).round_().add_(zero_point)
+    return lambda x, scale, zero_point, *rest: (x.float() * (1 / scale)).round_().add_(zero_point)
 
 
 def zero_point_first(sound: Callable) -> Callable:
-    return lambda x, scale, zero_point: (x.float() / scale).add_(zero_point).round_()
+    return lambda x, scale, zero_point, *rest: (x.float() / scale).add_(zero_point).round_()
 
 
 def half_away(sound: Callable) -> Callable:
-    return lambda x, scale, zero_point: ((x.float() / scale).abs() + 0.5).floor_().copysign_(x.float()).add_(zero_point)
+    def rounded(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, *rest: object) -> torch.Tensor:
+        return ((x.float() / scale).abs() + 0.5).floor_().copysign_(x.float()).add_(zero_point)
+
+    return rounded
 
 
 def pass_everything(sound: Callable) -> Callable:
@@ -240,6 +243,21 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         "torch",
         "fakequant/opt_plain_w4a8_forced",
         replaced(qtx_torch.numerics, "fake_quantize", pass_everything),
+    ),
+    "a gradient through saturated floats": (
+        "torch",
+        "fakequant/opt_plain_blocks-e4m3_forced",
+        replaced(qtx_torch.numerics, "fake_quantize", pass_everything),
+    ),
+    "a group of other channels": (
+        "torch",
+        "quant/observer_running",
+        replaced(qtx_torch.affine, "unite_groups", lambda u: lambda low, high, spec: (low, high)),
+    ),
+    "blocks shifted by one": (
+        "torch",
+        "fakequant/bert_gate_mlp_blocks-e2m1_forced",
+        replaced(qtx_torch.formats, "mx_scale", lambda s: lambda x, *given: s(x.roll(1, -1), *given)),
     ),
     "padding in a range": (
         "torch",

@@ -18,7 +18,7 @@ ROOT = Path(qtx_ref.__file__).parent.parent
 REF = ["qtx_ref", *(module.name for module in pkgutil.walk_packages(qtx_ref.__path__, "qtx_ref."))]
 PURE = ("affine", "fixed_point", "integer", "formats", "quantizers", "observers", "stats", "random", "ops", "optim")
 ONLY_REF = {"random": {"stream"}}  # weights, masking and batch order are drawn in NumPy whichever the backend
-FUSED = ("ops",)  # torch may have more of these: several of the reference's in one
+FUSED = ("ops", "integer")  # torch may have more of these: several of the reference's in one, another instruction
 
 
 def public(module: object) -> dict[str, object]:

@@ -22,6 +22,8 @@ from qtx_torch.numerics import Float, Record  # noqa: E402
 from qtx_torch.random import keep_mask  # noqa: E402
 from qtx_torch.sites import attached  # noqa: E402
 
+from .torch_quant import REACH  # noqa: E402
+
 MODELS = ("bert-tiny", "opt-tiny", "vit-tiny")
 VARIANTS = ("vanilla", "clipped", "clipped_row", "softmax1", "sink+all_features", "gated", "mlp", "elementwise+clipped")
 
@@ -171,16 +173,15 @@ def test_calibration_and_fake_quantization(name: str) -> None:
 
 @pytest.mark.parametrize("bits", [2, 8, 16])
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("granularity", list(Granularity))
-def test_the_same_tensor_gives_the_same_codes(bits: int, symmetric: bool, granularity: Granularity) -> None:
-    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, dynamic=True)
+@pytest.mark.parametrize("reach", REACH)
+def test_the_same_tensor_gives_the_same_codes(bits: int, symmetric: bool, reach: str) -> None:
+    spec = QuantSpec(bits=bits, symmetric=symmetric, dynamic=True, **REACH[reach])
     x = (np.random.default_rng(bits).standard_t(3, (3, 7, 16)) * 0.3).astype(np.float32)
     x[0, 0, :6] = np.float32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])  # ties where the scale is a power of two
     where = np.arange(7)[None, :, None] < np.array([7, 5, 2])[:, None, None]
-    axes = reference_affine.range_axes(spec, 3, False)
-    low, high = reference_affine.min_max(x, axes, where)
+    low, high = reference_affine.ranges(x, spec, False, where)
     tx, twhere = torch.tensor(x), torch.tensor(where)
-    tlow, thigh = affine.min_max(tx, axes, twhere)
+    tlow, thigh = affine.ranges(tx, spec, False, twhere)
     np.testing.assert_array_equal(tlow, low)
     np.testing.assert_array_equal(thigh, high)
     scale, zero = reference_affine.scale_zero(low, high, spec)

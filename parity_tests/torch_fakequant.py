@@ -15,14 +15,28 @@ from parity_tests.compare import Verdict, exact, relative, relative_rms, reporte
 from parity_tests.evaluate_torch import array
 from parity_tests.trained import ATTENTIONS, PRESETS, trained
 from qtx import recipes
+from qtx.sites import extents
 from qtx_ref.backend import Model as RefModel
-from qtx_ref.spec import Head, ModelSpec, QuantSpec, Range, Recipe
+from qtx_ref.spec import (
+    FloatFormat,
+    FloatQuantSpec,
+    Granularity,
+    Head,
+    ModelSpec,
+    Quant,
+    QuantSpec,
+    Range,
+    Recipe,
+    Rule,
+    SharedScale,
+)
 from qtx_torch import numerics
 from qtx_torch.backend import Model
 from qtx_torch.sites import attached
 
 SMALL = ("bert_gate_mlp", "opt_plain", "opt_gate_linear", "opt_post_norm_projected", "vit_clipped_row", "bert_classify")
-RECIPES = ("w8a8", "w4a8", "train-w8a8", "lsq-w4a6", "paper")
+BLOCKS = tuple(f"blocks-{form}" for form in FloatFormat)  # as MX, in models too narrow for blocks of 32
+RECIPES = ("w8a8", "w4a8", "train-w8a8", "lsq-w4a6", "paper", "fp8-e4m3", "fp8-e5m2", "groups", "blocks", *BLOCKS)
 Batch = dict[str, np.ndarray]
 Subject = tuple[ModelSpec, dict[str, np.ndarray], list[Batch]]
 
@@ -40,9 +54,32 @@ def subject(name: str, kind: str, context: Context) -> Subject:
     )
 
 
-def named_recipe(name: str, spec: ModelSpec) -> tuple[Recipe, dict[str, QuantSpec]]:
-    recipe = recipes.recipe(f"paper-{spec.family}" if name == "paper" else name, spec)
+def named_recipe(name: str, spec: ModelSpec) -> tuple[Recipe, dict[str, Quant]]:
+    """`paper`: the family's. `groups`, `blocks...`: those at every site that can be divided by 2."""
+    if name.startswith(("groups", "blocks")):
+        recipe = halved(name, spec)
+    else:
+        recipe = recipes.recipe(f"paper-{spec.family}" if name == "paper" else name, spec)
     return recipe, recipes.resolve(recipe, spec)
+
+
+def halved(name: str, spec: ModelSpec) -> Recipe:
+    """Two groups, permuted and static, of operands dynamic; or dynamic blocks of 2, of codes or of small floats."""
+    sizes = {site: extent[name != "groups"] for site, extent in extents(spec).items()}
+    chosen = tuple(site for site, size in sizes.items() if size % 2 == 0)
+    operands = tuple(site for site in chosen if site.endswith((".input", ".weight")))
+    if name == "groups":
+        first: Quant = QuantSpec(8, granularity=Granularity.GROUP, groups=2, permute=True, observer=recipes.RUNNING)
+        second: Quant = QuantSpec(4, True, granularity=Granularity.GROUP, groups=2, dynamic=True)
+    elif name == "blocks":
+        first = second = QuantSpec(4, granularity=Granularity.BLOCK, block=2, dynamic=True)
+    else:
+        form, rules = FloatFormat(name.removeprefix("blocks-")), list(SharedScale)
+        first, second = (
+            FloatQuantSpec(form, granularity=Granularity.BLOCK, block=2, dynamic=True, shared=rule)
+            for rule in rules[:2]
+        )
+    return Recipe(name, (Rule(chosen, first, "every site"), Rule(operands, second, "operands")), batches=2)
 
 
 def forced_case(name: str, kind: str, recipe_name: str, context: Context) -> list[Verdict]:
@@ -161,6 +198,7 @@ def cases() -> list[Case]:
     return [
         *rows("forced", forced_case, SMALL, ("",), RECIPES),
         *rows("forced", forced_case, PRESETS, tuple(ATTENTIONS), ("w8a8", "paper")),
+        *rows("forced", forced_case, PRESETS, ("gated",), ("fp8-e4m3", "mxfp8", "mxfp4")),
         *rows("free", free_case, PRESETS, tuple(ATTENTIONS), ("w8a8", "paper")),
         *[Case("fakequant", f"{name}_calibration", "torch", partial(calibration_case, name)) for name in SMALL],
         Case("fakequant", "learned_gradients", "torch", learned_case),

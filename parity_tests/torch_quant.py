@@ -15,16 +15,35 @@ from parity_tests.compare import Verdict, equal, exact
 from parity_tests.evaluate_torch import array, tensor
 from qtx_ref import affine as ref_affine
 from qtx_ref import observers as ref_observers
+from qtx_ref import quantizers as ref_quantizers
 from qtx_ref.random import stream
-from qtx_ref.spec import Granularity, ObserverKind, ObserverSpec, QuantSpec
-from qtx_torch import affine, observers
+from qtx_ref.spec import (
+    FloatFormat,
+    FloatQuantSpec,
+    Granularity,
+    ObserverKind,
+    ObserverSpec,
+    Quant,
+    QuantSpec,
+    SharedScale,
+)
+from qtx_torch import affine, observers, quantizers
 
 BITS = (2, 3, 4, 6, 8, 12, 16)
+REACH: dict[str, dict[str, Any]] = {
+    "tensor": {},
+    "channel": {"granularity": Granularity.CHANNEL},
+    "token": {"granularity": Granularity.TOKEN},
+    "group": {"granularity": Granularity.GROUP, "groups": 2},
+    "permuted": {"granularity": Granularity.GROUP, "groups": 2, "permute": True},
+    "block": {"granularity": Granularity.BLOCK, "block": 2},
+}
 
 
 def twins(names: tuple[str, ...], got: tuple, want: tuple) -> list[Verdict]:
     """What torch gave and what the reference gave, one by one, to the bit."""
-    return [exact(*three) for three in zip(names, map(array, got), map(np.asarray, want), strict=True)]
+    got = tuple(array(value) if isinstance(value, torch.Tensor) else value for value in got)
+    return [exact(*three) for three in zip(names, got, map(np.asarray, want), strict=True)]
 
 
 def _ties(rng: np.random.Generator) -> np.ndarray:
@@ -61,29 +80,64 @@ DATA: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
 
 def chain(m: Any, x: Any, where: Any, spec: QuantSpec, weight: bool) -> tuple:
     """From a tensor to its range, scale, zero point, codes, dequantized values and gradient mask, by module `m`."""
-    low, high = m.min_max(x, m.range_axes(spec, 3, weight), where)
+    low, high = m.ranges(x, spec, weight, where)
     scale, zero = m.scale_zero(low, high, spec)
     codes = m.quantize(x, scale, zero, spec)
+    low, high = low + 0.0, high + 0.0  # the sign of a zero end is that of whichever zero came last; nothing reads it
     return low, high, scale, zero, codes, m.dequantize(codes, scale, zero), *m.fake_quantize(x, scale, zero, spec)
 
 
 CHAIN = ("low", "high", "scale", "zero point", "codes", "dequantized", "fake-quantized", "gradient passes")
 
 
-def affine_case(data: str, granularity: Granularity, context: Context) -> list[Verdict]:
-    rng = stream(0, "affine", data, granularity)
+def affine_case(data: str, reach: str, context: Context) -> list[Verdict]:
+    rng = stream(0, "affine", data, reach)
     x = DATA[data](rng).astype(np.float32)
     where = rng.uniform(size=(*x.shape[:-1], 1)) < 0.8
     given = tensor(x, context), tensor(where, context)
     verdicts = []
     for bits, symmetric, kind in product(BITS, (False, True), ("all", "masked", "weight")):
-        if kind == "weight" and granularity is Granularity.TOKEN:
+        if kind == "weight" and reach == "token":
             continue
-        spec, masked, weight = QuantSpec(bits, symmetric, granularity, dynamic=True), kind == "masked", kind == "weight"
+        spec, masked, weight = (
+            QuantSpec(bits, symmetric, dynamic=True, **REACH[reach]),
+            kind == "masked",
+            kind == "weight",
+        )
         names = tuple(f"{bits} bits, symmetric {symmetric}, {kind}: {name}" for name in CHAIN)
         got = chain(affine, given[0], given[1] if masked else None, spec, weight)
         verdicts += twins(names, got, chain(ref_affine, x, where if masked else None, spec, weight))
     return verdicts
+
+
+def float_case(form: FloatFormat, context: Context) -> list[Verdict]:
+    """Small floats from a tensor to its scale, codes, values and gradient mask; and beyond the scale, where it saturates."""
+    specs = [
+        FloatQuantSpec(form, form is FloatFormat.E2M1, dynamic=True, **REACH[reach]) for reach in ("tensor", "token")
+    ]
+    specs.append(FloatQuantSpec(form, granularity=Granularity.CHANNEL, dynamic=True))
+    specs += [
+        FloatQuantSpec(form, granularity=Granularity.BLOCK, dynamic=True, block=7, shared=rule) for rule in SharedScale
+    ]
+    verdicts = []
+    for (data, make), spec, factor in product(DATA.items(), specs, (1, 1.5)):
+        x = make(stream(0, "float", form, data)).astype(np.float32)
+        scale, zero = ref_quantizers.dynamic_scale(x, spec, None, False)
+        found = quantizers.dynamic_scale(tensor(x, context), spec, None, False)
+        with np.errstate(over="ignore"):
+            x = x * np.float32(factor)
+        want = ref_quantizers.quantize(x, scale, zero, spec), *ref_quantizers.fake_quantize(x, scale, zero, spec)
+        moved = tensor(x, context), *found
+        got = quantizers.quantize(*moved, spec), *quantizers.fake_quantize(*moved, spec)
+        names = tuple(f"{data} times {factor}, {spec}: {name}" for name in (*CHAIN[2:5], *CHAIN[6:]))
+        verdicts += twins(names, (*found, *map(marked, got)), (scale, zero, *map(marked, want)))
+    return verdicts
+
+
+def marked(values: Any) -> np.ndarray:
+    """NaN, which equals nothing, as a number that no format has."""
+    values = array(values) if isinstance(values, torch.Tensor) else values
+    return np.where(np.isnan(values), 0.123, values).astype(values.dtype)
 
 
 def ties_case(context: Context) -> list[Verdict]:
@@ -129,39 +183,43 @@ def refusals_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def observed(m: Any, batches: Any, where: Any, spec: QuantSpec, weight: bool) -> tuple:
-    """Low and high after each batch."""
+def observed(m: Any, batches: Any, where: Any, spec: Quant, weight: bool) -> tuple:
+    """Low, high, scale and zero point after each batch."""
     observer, found = m.Observer(spec, weight), []
     for batch, keep in zip(batches, where, strict=True):
         observer.update(batch, keep)
-        found += observer.range()
+        found += [*observer.range(), *m.scale_zero(*observer.range(), spec)]
     return tuple(found)
 
 
 def observer_case(kind: ObserverKind, context: Context) -> list[Verdict]:
-    """The range after each of three batches, masked and not, over tensors and channels, of activations and weights."""
+    """The range after each of three batches, masked and not, of activations and weights: of tensors, channels and groups in
+    uniform codes, of tensors and channels in small floats."""
+    observer = ObserverSpec(kind, percentile=97.0, candidates=40, margin=0.25)
+    static = [REACH[reach] for reach in ("tensor", "channel", "group", "permuted")]
+    specs: list[Quant] = [
+        QuantSpec(4, symmetric, observer=observer, **reach) for symmetric, reach in product((False, True), static)
+    ]
+    specs += [FloatQuantSpec(form, observer=observer, **reach) for form, reach in product(FloatFormat, static[:2])]
     verdicts = []
-    for symmetric, granularity, part in product((False, True), list(Granularity)[:2], ("all", "masked", "weight")):
-        rng = stream(0, "observer", kind, symmetric, granularity, part)
-        observer = ObserverSpec(kind, percentile=97.0, candidates=40, margin=0.25)
-        spec = QuantSpec(4, symmetric, granularity, observer=observer)
-        batches = rng.standard_t(3, size=(3, 2, 20, 6)).astype(np.float32)
-        where = rng.uniform(size=(3, 2, 20, 1)) < 0.7
+    for (index, spec), part in product(enumerate(specs), ("all", "masked", "weight")):
+        rng = stream(0, "observer", kind, index, part)
+        batches = rng.standard_t(3, size=(3, 2, 8, 6)).astype(np.float32)
+        where = rng.uniform(size=(3, 2, 8, 1)) < 0.7
         keep = (where, tensor(where, context)) if part == "masked" else ([None] * 3, [None] * 3)
         want = observed(ref_observers, batches, keep[0], spec, part == "weight")
         got = observed(observers, tensor(batches, context), keep[1], spec, part == "weight")
-        ends = tuple(
-            f"{granularity}, symmetric {symmetric}, {part}: {end} after {n}" for n in (1, 2, 3) for end in CHAIN[:2]
-        )
+        ends = tuple(f"{spec}, {part}: {end} after {n}" for n in (1, 2, 3) for end in CHAIN[:4])
         verdicts += twins(ends, got, want)
     return verdicts
 
 
 def cases() -> list[Case]:
     rows = [
-        Case("quant", f"{data}_{granularity}", "torch", partial(affine_case, data, granularity))
-        for data, granularity in product(DATA, Granularity)
+        Case("quant", f"{data}_{reach}", "torch", partial(affine_case, data, reach))
+        for data, reach in product(DATA, REACH)
     ]
+    rows += [Case("quant", f"float_{form}", "torch", partial(float_case, form)) for form in FloatFormat]
     rows += [
         Case("quant", "ties", "torch", ties_case),
         Case("quant", "refusals", "torch", refusals_case),

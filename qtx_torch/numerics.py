@@ -243,7 +243,8 @@ class StraightThrough(torch.autograd.Function):
         level = affine.rounded(x, scale, zero_point)
         ctx.save_for_backward(level)
         ctx.ends = (spec.code_min - 0.5, spec.code_max + 0.5)  # the kernel below excludes its limits; levels are whole
-        return affine.dequantize(level.clamp(spec.code_min, spec.code_max), scale, zero_point).to(x.dtype)
+        code = level.clamp(spec.code_min, spec.code_max)  # a float: NaN stays NaN
+        return code.sub_(zero_point).mul_(scale).to(x.dtype)
 
     @staticmethod
     @once_differentiable
