@@ -21,9 +21,20 @@ from safetensors.numpy import save
 
 from qtx_ref.integer import pack_int4, unpack_int4
 from qtx_ref.integer_numerics import code_dtype
-from qtx_ref.lowering import check_integer, float_params, lower
+from qtx_ref.lowering import float_params, lower
 from qtx_ref.models.initial import shapes
-from qtx_ref.spec import ModelSpec, Nonlinear, Profile, QuantSpec, Range, Recipe, SpecError, from_dict, to_dict
+from qtx_ref.spec import (
+    ModelSpec,
+    Nonlinear,
+    Profile,
+    QuantSpec,
+    Range,
+    Recipe,
+    SpecError,
+    check_integer,
+    from_dict,
+    to_dict,
+)
 
 from . import __version__
 from .checkpoint import Checkpoint, CheckpointError, write_beside

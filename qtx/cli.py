@@ -11,11 +11,10 @@ from typing import Any
 import click
 import numpy as np
 
-from qtx_ref.lowering import check_integer
 from qtx_ref.presets import PRESETS, attention, preset
 from qtx_ref.profiles import NAMES as PROFILES
 from qtx_ref.profiles import profile
-from qtx_ref.spec import Nonlinear, SpecError, to_dict
+from qtx_ref.spec import Nonlinear, SpecError, check_integer, to_dict
 
 from . import __version__, analysis, quantization, recipes
 from .artifact import SUFFIX, load_artifact, make_artifact, save_artifact, size

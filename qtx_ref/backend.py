@@ -12,12 +12,23 @@ import numpy as np
 
 from . import models, stats
 from .integer_numerics import Code, Integer
-from .lowering import check_integer
 from .models import opt
 from .models.initial import init_params, shapes
 from .numerics import Calibrate, FakeQuant, Float, Record
 from .optim import AdamW
-from .spec import Family, Granularity, ModelSpec, OptimSpec, Output, Profile, Quant, QuantSpec, Range, SpecError
+from .spec import (
+    Family,
+    Granularity,
+    ModelSpec,
+    OptimSpec,
+    Output,
+    Profile,
+    Quant,
+    QuantSpec,
+    Range,
+    SpecError,
+    check_integer,
+)
 from .tape import Var, backward, const, leaf
 
 Batch = Mapping[str, np.ndarray]

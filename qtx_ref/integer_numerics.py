@@ -60,8 +60,7 @@ class Code(Var):
         first = inputs[0]
 
         def follow(parts: list[np.ndarray | None]) -> np.ndarray | None:
-            single = parts[0] is None or (np.size(parts[0]) == 1 and not first.measured)
-            return parts[0] if single else move(*parts)
+            return parts[0] if parts[0] is None or np.ndim(parts[0]) == 0 else move(*parts)
 
         units, zeros = follow([x.unit for x in inputs]), follow([x.zero_point for x in inputs])
         return Code(move(*(x.value for x in inputs)), units, zeros, first.spec, first.measured)
@@ -254,7 +253,7 @@ class Integer(Float):
             multipliers, shift = (reals, None) if kind in fixed_point.FLOATS else fixed_point.common_shift(reals)
         centred = [x.centred() for x in parts]
         if kind in fixed_point.FLOATS:
-            products = [c.astype(np.float32) * m for c, m in zip(centred, multipliers, strict=True)]
+            products = (c.astype(np.float32) * m for c, m in zip(centred, multipliers, strict=True))
             level = fixed_point.round_float(sum(products), kind)
         else:
             level = integer_ops.weighted_sum(centred, multipliers, shift, kind)

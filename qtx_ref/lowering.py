@@ -20,63 +20,27 @@ from .spec import (
     QTX,
     AttentionSpec,
     Family,
-    FloatQuantSpec,
-    Granularity,
     ModelSpec,
     Nonlinear,
     Output,
     Profile,
     QuantSpec,
     Range,
-    Requantization,
     Softmax,
-    SpecError,
+    check_integer,
+    refuse_integer,
 )
 from .tape import Var, const
 
 SCALE_FIELDS = ("scale_rule", "nudging", "zero_point_rounding", "scale_dtype", "arithmetic")
-TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
 GAMMA_LIMIT = 64  # |gamma| that integer_ops.clip_stretch has bits for
-
-
-def check_integer(quants: Mapping[str, QuantSpec], profile: Profile, *, strict: bool = False) -> None:
-    """Raises SpecError naming the first site that cannot run in integers, or under `strict` needs a float.
-
-    Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or block.
-    """
-    if strict and profile.requantization in fixed_point.FLOATS:
-        raise SpecError(
-            f"profile {profile.name} requantizes by {profile.requantization}, a float: strict needs a fixed-point one (qtx)"
-        )
-    for site, spec in quants.items():
-        weight = site.endswith(".weight")
-        if isinstance(spec, FloatQuantSpec):
-            refuse(site, f"{spec.format} is a float format")
-        if spec.granularity in (Granularity.GROUP, Granularity.BLOCK):
-            refuse(site, f"a scale per {spec.granularity} varies along the axis that is summed over")
-        if spec.granularity is Granularity.CHANNEL and not weight and not site.endswith((".value", ".context.rhs")):
-            refuse(site, "a scale per channel varies along the axis that the next product sums over")
-        if spec.dynamic and not weight:
-            if strict:
-                refuse(site, "its scale is taken from the data, in floats: strict needs a static range")
-            if spec.granularity is not Granularity.TOKEN:
-                refuse(
-                    site, f"a dynamic range per {spec.granularity} spans tokens: use a static range, or one per token"
-                )
-        if strict and spec.granularity is Granularity.CHANNEL and site in TABLES:
-            refuse(site, "a scale per row would have to be looked up in floats: strict needs one per tensor")
-        kind = profile.requantization
-        if spec.bits > 8 and kind in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP):
-            refuse(site, f"{spec.bits} bits need 64-bit accumulators, and profile {profile.name} ({kind}) has 32")
+FACTOR_BITS = 38  # of a sink's factor: its product with an exponential stays below 2^62
+EPS_BITS = 60  # of eps in units of integer_ops.normalize
 
 
 def plain(x: np.ndarray) -> np.ndarray:
     """One number without axes; several as they are."""
     return np.reshape(x, ()) if np.size(x) == 1 else np.asarray(x)
-
-
-def refuse(site: str, reason: str) -> None:
-    raise SpecError(f"site {site} cannot run in integers: {reason}")
 
 
 def lower(
@@ -124,7 +88,7 @@ class Lowering(Integer):
         """The quantizer of a site that must have one; its scale and zero point, if static, become constants."""
         spec = self.quants.get(site)
         if spec is None:
-            refuse(site, f"{why}, and the recipe leaves it in float")
+            refuse_integer(site, f"{why}, and the recipe leaves it in float")
         if not spec.dynamic and f"{site}.scale" not in self.constants:
             self.put_scale(site, *self.scale_zero(self.ranges[site], spec))
         return spec
@@ -142,14 +106,14 @@ class Lowering(Integer):
         try:
             found = fixed_point.quantize_multiplier(real)
         except ValueError as error:
-            refuse(site, str(error))
+            refuse_integer(site, str(error))
         self.constants[f"{site}.{name}multiplier"], self.constants[f"{site}.{name}shift"] = found
 
     def put_weight(self, site: str, value: np.ndarray) -> None:
         """The codes of a weight."""
         spec = self.quants.get(site)
         if spec is None:
-            refuse(site, "a weight is multiplied as codes, and the recipe leaves it in float")
+            refuse_integer(site, "a weight is multiplied as codes, and the recipe leaves it in float")
         if site in self.constants:
             return
         if spec.dynamic:
@@ -163,7 +127,7 @@ class Lowering(Integer):
         """A parameter that is part of a site's tensor, in the codes of that site."""
         spec = self.target(site, "it holds a parameter")
         if spec.dynamic:
-            refuse(site, "its parameter is quantized once, which needs a static range")
+            refuse_integer(site, "its parameter is quantized once, which needs a static range")
         code = affine.quantize(
             value, *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")), spec, self.profile
         )
@@ -175,7 +139,7 @@ class Lowering(Integer):
         step = plain(step) if np.size(step) == 1 else np.reshape(step, bias.shape)
         code = np.rint(bias.astype(np.float64) / step)
         if np.abs(code).max(initial=0) >= 2 ** (bits - 2):
-            refuse(
+            refuse_integer(
                 site,
                 f"its bias, {np.abs(bias).max()}, is {np.abs(code).max():.3g} units of an accumulator of {bits} bits",
             )
@@ -185,7 +149,7 @@ class Lowering(Integer):
     def check_codes(self, site: str, *operands: Code) -> None:
         for x in operands:
             if x.spec is None:
-                refuse(site, "an accumulator reaches it: give the tensor before it a quantizer")
+                refuse_integer(site, "an accumulator reaches it: give the tensor before it a quantizer")
 
     # ops --------------------------------------------------------------------------------------------------------------
 
@@ -207,7 +171,7 @@ class Lowering(Integer):
 
     def input(self, site: str, value: np.ndarray) -> Code:
         if self.target(site, "it is the model's input").dynamic:
-            refuse(site, "the model's input needs a static range")
+            refuse_integer(site, "the model's input needs a static range")
         return super().input(site, value)
 
     def parameter(self, site: str, p: Params) -> Code:
@@ -237,13 +201,18 @@ class Lowering(Integer):
         self.put_weight(f"{site}.weight", p[f"{site}.weight"].value)
         gain = self.weight(f"{site}.weight")
         if not x.measured:
-            self.constants[f"{site}.eps"] = np.rint(eps * np.square(x.shape[-1] / unit(x.unit))).astype(np.int64)
+            code = np.rint(eps * np.square(x.shape[-1] / unit(x.unit)))
+            if code >= 2.0**EPS_BITS:
+                refuse_integer(site, f"its eps, {eps}, dwarfs values of scale {x.unit}")
+            self.constants[f"{site}.eps"] = code.astype(np.int64)
         step = unit(gain.unit, 2.0**-integer_ops.NORM_BITS)
         self.put_bias(site, p[f"{site}.bias"].value, step, accumulator_bits(gain.spec))
         return super().norm(site, x, p, eps)
 
     def add(self, site: str, a: Code, b: Code) -> Code:
         spec = self.target(site, "a sum is rounded to its codes")
+        if any(x.spec is None and x.value.dtype == np.int64 for x in (a, b)):
+            refuse_integer(site, "a 64-bit accumulator reaches it: give the tensor before it a quantizer")
         if not (spec.dynamic or a.measured or b.measured):
             step = self.constants[f"{site}.scale"]
             reals = [fixed_point.real_multiplier(x.unit, 1, step, self.profile) for x in (a, b)]
@@ -264,13 +233,13 @@ class Lowering(Integer):
             return super().activation(site, x, kind)
         self.check_codes(site, x)
         if x.measured:
-            refuse(site, f"{kind} of codes needs one static scale, and its input has one per token")
+            refuse_integer(site, f"{kind} of codes needs one static scale, and its input has one per token")
         if self.nonlinear is Nonlinear.POLYNOMIAL:
             self.put_multiplier(site, "input_", unit(x.unit, 2.0**integer_ops.INPUT_BITS))
             return super().activation(site, x, kind)
         spec = self.target(site, f"{kind} is a table of its codes")
         if spec.dynamic:
-            refuse(site, f"{kind} is a table of codes, which needs a static range")
+            refuse_integer(site, f"{kind} is a table of codes, which needs a static range")
         real = self.decoded(x)
         scale, zero = (self.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
         level = np.rint(ACTIVATIONS[kind](real) / np.float64(scale)) + zero
@@ -288,7 +257,7 @@ class Lowering(Integer):
         self.check_codes(f"{site}.scores", q, k)
         self.check_codes(f"{site}.context", v)
         if v.measured or self.quants.get(f"{site}.context.rhs", v.spec).dynamic:
-            refuse(
+            refuse_integer(
                 f"{site}.context", "its values have a scale per token, which varies along the sum: use a static range"
             )
         self.sink = sink
@@ -297,7 +266,7 @@ class Lowering(Integer):
     def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: object) -> Code:
         self.check_codes(site, scores)
         if scores.measured:
-            refuse(site, "a table of exponentials needs one static scale, and its scores have several")
+            refuse_integer(site, "a table of exponentials needs one static scale, and its scores have several")
         self.target(site, "probabilities are rounded to its codes")
         self.put_softmax(site, scores, spec)
         return super().softmax(site, scores, mask, spec, sink)
@@ -310,6 +279,8 @@ class Lowering(Integer):
             logit = np.zeros(1) if self.sink is None else self.sink.value.astype(np.float64)
             below = np.floor(logit / step)
             factor = np.rint(np.exp(logit - below * step) * 2.0**integer_ops.SINK_BITS)
+            if factor.max() >= 2**FACTOR_BITS:
+                refuse_integer(site, f"one code of its scores, {step}, is too coarse for a sink")
             highest = max(highest, int(below.max()) + zero)
             self.constants[f"{site}.sink"] = (below + zero).astype(np.int32)
             self.constants[f"{site}.sink_factor"] = factor.astype(np.int64)
@@ -323,7 +294,7 @@ class Lowering(Integer):
             row = spec.softmax is Softmax.CLIPPED_ROW
             stretch = spec.alpha if row else spec.gamma
             if abs(stretch) > GAMMA_LIMIT:
-                refuse(site, f"its {'alpha' if row else 'gamma'}, {stretch}, is beyond {GAMMA_LIMIT}")
+                refuse_integer(site, f"its {'alpha' if row else 'gamma'}, {stretch}, is beyond {GAMMA_LIMIT}")
             self.constants[f"{site}.zeta"] = np.asarray(np.rint(spec.zeta * 2.0**integer_ops.ZETA_BITS), np.int64)
             name, one = "alpha" if row else "gamma", 2.0**integer_ops.PROBABILITY_BITS
             self.constants[f"{site}.{name}"] = np.asarray(np.rint(stretch * one), np.int64)

@@ -6,16 +6,29 @@ Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qtx_ref.spec import Family, Granularity, ModelSpec, OptimSpec, Quant, Range, SpecError
+from qtx_ref.spec import (
+    Family,
+    Granularity,
+    ModelSpec,
+    OptimSpec,
+    Output,
+    Profile,
+    Quant,
+    QuantSpec,
+    Range,
+    SpecError,
+    check_integer,
+)
 
 from . import models, stats
 from .attention import boolean_mask
+from .integer_numerics import Code, Integer, Whole
 from .numerics import Calibrate, FakeQuant, Float, Record
 from .optim import AdamW
 from .sites import attach, attached, slots
@@ -196,12 +209,7 @@ class Model:
             return self.net(nx, inputs)
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor | None]:
-        """The batch on the device; a mask without padding becomes None, which spares the kernels a mask."""
-        found: dict[str, Tensor | None] = {name: torch.tensor(value) for name, value in batch.items()}
-        if "mask" in found:
-            rows = boolean_mask(found["mask"])
-            found["mask"] = None if rows.all() else rows
-        return {name: None if value is None else value.to(self.device) for name, value in found.items()}
+        return to_tensors(batch, self.device)
 
     def _results(self) -> list[str]:
         """The sites' own keys, without operands and weights."""
@@ -212,6 +220,76 @@ class Model:
         """A float forward pass that shows the results of `sites`."""
         with attached(self.net, {site: Record(site, show) for site in sites}):
             self._run(Float(), self._inputs(batch))
+
+
+class IntegerModel:
+    """A lowered model: codes in, codes or accumulators out."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        constants: Mapping[str, np.ndarray],
+        quants: Mapping[str, QuantSpec],
+        profile: Profile,
+        *,
+        device: str = "cpu",
+        strict: bool = False,
+    ):
+        """constants: what the reference's `lowering.lower` made. strict: no float anywhere, at the price of slow matmuls.
+
+        Raises:
+            SpecError: a device that is not there; under strict, one that is not the cpu, and a profile or a quantizer
+                that needs a float.
+        """
+        self.device = find_device(device)
+        if strict and self.device.type != "cpu":
+            raise SpecError(f"device is {device!r}, which multiplies no integers: strict runs on cpu")
+        check_integer(quants, profile, strict=strict)
+        self.spec = spec
+        self.quants = dict(quants)
+        self.constants = {name: torch.tensor(np.asarray(c), device=self.device) for name, c in constants.items()}
+        self.profile = profile
+        self.strict = strict
+        with torch.device("meta"):  # wiring; the numbers are the constants
+            self.net = models.build(spec)
+
+    def run(self, batch: Batch, watch: Callable[[str, np.ndarray], None] | None = None) -> Output:
+        """The model's output. `watch(name, value)` is shown every site's codes, and `<site>.accumulator`s."""
+        out = self._forward(self._numerics(watch), to_tensors(batch, self.device))
+        scale = to_numpy(out.unit) if out.measured else self.constants["output.scale"].cpu().numpy()
+        return Output(to_numpy(out.value), np.asarray(scale, np.float64), to_numpy(out.zero_point))
+
+    def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """`count` further tokens after tokens (B, T), each chosen from the output's integers (B, V) -> (B,). Keys and
+        values are cached as codes. Raises SpecError as `Model.generate`."""
+        check_generation(self.spec, self.quants, tokens.shape[1] + count)
+        cache: list = []
+        fresh, nx = tokens, self._numerics(None)
+        for _ in range(count):
+            out = self._forward(nx, {"tokens": torch.tensor(fresh, device=self.device)}, cache)
+            fresh = choose(to_numpy(out.value[:, -1]))[:, None]
+            tokens = np.concatenate([tokens, fresh], axis=1)
+        return tokens
+
+    @torch.no_grad()
+    def _forward(self, nx: Integer, inputs: Mapping[str, Tensor | None], *cache: list) -> Code:
+        if self.strict:
+            nx.whole = Whole(on="images" not in inputs)
+        with nx.whole or nullcontext():
+            return self.net(nx, inputs, *cache)
+
+    def _numerics(self, watch: Callable[[str, np.ndarray], None] | None) -> Integer:
+        shown = None if watch is None else lambda name, value: watch(name, to_numpy(value))
+        return Integer(self.constants, self.quants, self.profile, strict=self.strict, watch=shown)
+
+
+def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
+    """The batch on the device; a mask without padding becomes None, which spares the kernels a mask."""
+    found: dict[str, Tensor | None] = {name: torch.tensor(value) for name, value in batch.items()}
+    if "mask" in found:
+        rows = boolean_mask(found["mask"])
+        found["mask"] = None if rows.all() else rows
+    return {name: None if value is None else value.to(device) for name, value in found.items()}
 
 
 def find_device(name: str) -> torch.device:
@@ -288,4 +366,4 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-__all__ = ["DTYPES", "Batch", "Model", "Trainer", "check_generation", "threads"]
+__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_generation", "threads"]

@@ -17,6 +17,8 @@ Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPAC
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,9 @@ INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_AWAY: Rounding.HALF_AWAY}
 
 
-def check_range(what: str, value: Tensor, low: int, high: int, remedy: str) -> None:
+def check_range(what: str, value: Tensor | int, low: int, high: int, remedy: str) -> None:
     """Raises ValueError naming the first value outside [low, high]."""
-    value = value.long()  # a bound beyond int32 would wrap
+    value = torch.as_tensor(value).long()  # a bound beyond int32 would wrap
     bad = (value < low) | (value > high)
     if bad.any():
         raise ValueError(f"{what} {value[bad][0].item()} is outside {low} to {high}: {remedy}")
@@ -88,11 +90,11 @@ def rounding_divide_by_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
     return torch.where(x < 0, -magnitude, magnitude).int()
 
 
-def rounding_shift_right(x: Tensor, exponent: Tensor) -> Tensor:
+def rounding_shift_right(x: Tensor, exponent: Tensor | int) -> Tensor:
     """floor(x / 2^exponent + 1/2): half up. int64, |x| < 2^62; exponent in [0, 62]."""
     check_range("value", x, -(2**62), 2**62, "the rounding would leave int64")
     check_range("exponent", exponent, 0, 62, "an int64 has no more bits to shift out")
-    x, exponent = x.long(), exponent.long()
+    x, exponent = x.long(), torch.as_tensor(exponent).long()
     return (x + ((torch.ones_like(exponent) << exponent) >> 1)) >> exponent
 
 
@@ -129,28 +131,54 @@ def multiply_high_half_up(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tenso
     return rounding_shift_right(doubling_high_multiply(raised, multiplier), right)
 
 
-def real_multiplier(x_scale: Tensor, w_scale: Tensor, y_scale: Tensor, profile: Profile = QTX) -> Tensor:
+def real_multiplier(x_scale: Tensor, w_scale: Tensor | int, y_scale: Tensor, profile: Profile = QTX) -> Tensor:
     """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step."""
     exact = profile.requantization in (Requantization.FIXED_ONE, Requantization.FIXED_TWO)
     kind = torch.float64 if exact else torch.float32
-    return x_scale.to(kind) * w_scale.to(kind) / y_scale.to(kind)
+    return x_scale.to(kind) * torch.as_tensor(w_scale).to(kind) / y_scale.to(kind)
 
 
-def round_by(a: Tensor, real: Tensor, requantization: Requantization) -> Tensor:
-    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where FIXED_ONE or a float."""
-    if a.dtype == torch.int64 and requantization in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP):
+def multiply(a: Tensor, multiplier: Tensor, shift: Tensor, requantization: Requantization) -> Tensor:
+    """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
+
+    a: int32, or int64 where FIXED_ONE.
+    """
+    if a.dtype == torch.int64 and requantization is not Requantization.FIXED_ONE:
         raise ValueError(f"requantization {requantization} is not defined for 64-bit accumulators: use fixed_one")
-    if requantization in FLOATS:
-        check_real(real)
-        product = a.float() * real.float()
-        level = round_integer(product, FLOATS[requantization]).double()  # float32 has no 2^31 - 1
-        return level.clamp(INT32_MIN, INT32_MAX).long()
-    multiply = {
+    rule = {
         Requantization.FIXED_ONE: multiply_one_rounding,
         Requantization.FIXED_TWO: multiply_two_roundings,
         Requantization.HIGH_HALF_UP: multiply_high_half_up,
     }[requantization]
-    return multiply(a, *quantize_multiplier(real)).clamp(INT32_MIN, INT32_MAX).long()
+    return rule(a, multiplier, shift).clamp(INT32_MIN, INT32_MAX).long()
+
+
+def round_float(x: Tensor, requantization: Requantization) -> Tensor:
+    """float32 -> int64, saturated to int32, ties as a float requantization has them. It may round x in place."""
+    level = round_integer(x, FLOATS[requantization]).double()  # float32 has no 2^31 - 1
+    return level.clamp(INT32_MIN, INT32_MAX).long()
+
+
+def round_by(a: Tensor, real: Tensor, requantization: Requantization) -> Tensor:
+    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where FIXED_ONE or a float."""
+    if requantization not in FLOATS:
+        return multiply(a, *quantize_multiplier(real), requantization)
+    check_real(real)
+    return round_float(a.float() * real.float(), requantization)
+
+
+def common_shift(reals: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Multipliers m_i and one shift: real_i = m_i / 2^shift, the largest m in [2^29, 2^30]; int64.
+
+    For a sum that is rounded once. Reals lie in [2^-32, 2^29]; what is 2^31 times smaller than the largest becomes 0.
+    """
+    reals = [real.double() for real in reals]
+    largest = torch.stack(torch.broadcast_tensors(*reals)).amax(0)
+    check_real(largest)
+    exponent = (largest.clamp(min=2.0**-32).view(torch.int64) >> 52) - 1022  # as frexp has it, of normal numbers
+    shift = 30 - exponent
+    power = (torch.ones_like(shift) << shift).double()
+    return [torch.round(real * power).long() for real in reals], shift
 
 
 def requantize(a: Tensor, real: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX) -> Tensor:

@@ -7,6 +7,8 @@ chooses); means and losses sum in float64. Letters: B batch, T tokens, D width, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -180,19 +182,26 @@ def embedding(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table)
 
 
+def arranged(move: Callable[..., Tensor], *parts: Any) -> Any:
+    """`parts` in another arrangement: `move` changes no value. Integer codes take their scale and zero point along
+    (`integer_numerics.Code`)."""
+    return move(*parts) if isinstance(parts[0], Tensor) else parts[0].arranged(move, parts)
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, T, D) -> (B, H, T, K)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    # a scale per token has one channel, whatever the heads
+    return arranged(lambda v: v.unflatten(-1, (min(heads, v.shape[-1]), -1)).transpose(1, 2), x)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, T, K) -> (B, T, H K)."""
-    return x.transpose(1, 2).flatten(-2)
+    return arranged(lambda v: v.transpose(1, 2).flatten(-2), x)
 
 
 def spread_heads(x: Tensor, width: int) -> Tensor:
     """(..., H) -> (..., H K): each head's value K times."""
-    return x.unsqueeze(-1).expand(*x.shape, width).flatten(-2)
+    return arranged(lambda v: v.unsqueeze(-1).expand(*v.shape, width).flatten(-2), x)
 
 
 def swap_last(x: Tensor) -> Tensor:
@@ -206,12 +215,12 @@ def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def concat(parts: list[Tensor], axis: int) -> Tensor:
     """Joins along one axis."""
-    return torch.cat(parts, dim=axis)
+    return arranged(lambda *v: torch.cat(v, dim=axis), *parts)
 
 
 def token(x: Tensor, position: int) -> Tensor:
     """(B, T, D) -> (B, D): one token of every sequence."""
-    return x[:, position]
+    return arranged(lambda v: v[:, position], x)
 
 
 def patches(image: Tensor, size: int) -> Tensor:

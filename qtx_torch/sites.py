@@ -32,12 +32,14 @@ class Site(nn.Module):
 
 
 class Linear(Site):
-    """weight (O, I) and bias (O,), or one of each per head: (H, O, I) and (H, O). A tied one has no weight of its own."""
+    """weight (O, I) and bias (O,), or one of each per head: (H, O, I) and (H, O). `tied` names another's weight,
+    where it has none of its own."""
 
-    def __init__(self, outputs: int, inputs: int, *, heads: int = 0, bias: bool = True, tied: bool = False) -> None:
+    def __init__(self, outputs: int, inputs: int, *, heads: int = 0, bias: bool = True, tied: str = "") -> None:
         lead = (heads,) if heads else ()
         shapes = {} if tied else {"weight": (*lead, outputs, inputs)}
         super().__init__("input", "weight", **shapes, **({"bias": (*lead, outputs)} if bias else {}))
+        self.tied = tied
         if not bias:
             self.bias = None
 

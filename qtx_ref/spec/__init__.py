@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .base import Name, SpecError, from_dict, to_dict
 from .formats import FloatFormat, SharedScale
+from .integer import check_integer, refuse_integer
 from .model import Activation, AttentionSpec, Family, Gate, Head, ModelSpec, Softmax
 from .optim import OptimSpec, Schedule, decays
 from .profile import (
@@ -73,6 +74,8 @@ __all__ = [
     "Softmax",
     "SpecError",
     "decays",
+    "check_integer",
     "from_dict",
+    "refuse_integer",
     "to_dict",
 ]

@@ -40,7 +40,7 @@ class Bert(nn.Module):
             self.head.transform = Linear(spec.width, spec.width)
             self.head.activation = Site()
             self.head.norm = Norm(spec.width)
-            self.head.decoder = Linear(spec.vocab, spec.width, tied=True)
+            self.head.decoder = Linear(spec.vocab, spec.width, tied="embed.token.weight")
         if spec.head is Head.CLASSIFY:
             self.head.pool = Linear(spec.width, spec.width)
             self.head.activation = Site()

@@ -38,7 +38,7 @@ class Opt(nn.Module):
             self.final.project = Linear(narrow, spec.width, bias=False)
         self.head = nn.Module()
         if spec.head is Head.CAUSAL:
-            self.head.decoder = Linear(spec.vocab, narrow, bias=False, tied=True)
+            self.head.decoder = Linear(spec.vocab, narrow, bias=False, tied="embed.token.weight")
 
     def forward(self, nx: Float, batch: Mapping[str, Tensor], cache: list[Cache] | None = None) -> Tensor:
         """tokens and mask (B, T) -> hidden states (B, T, D) or next-token logits (B, T, V).

@@ -1,0 +1,49 @@
+"""What can run in integers, and what cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .base import SpecError
+from .profile import Profile, Requantization
+from .quant import FloatQuantSpec, Granularity, Quant
+
+FLOAT_REQUANTIZATIONS = (Requantization.FLOAT32, Requantization.FLOAT_HALF_AWAY)
+TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
+
+
+def refuse_integer(site: str, reason: str) -> None:
+    raise SpecError(f"site {site} cannot run in integers: {reason}")
+
+
+def check_integer(quants: Mapping[str, Quant], profile: Profile, *, strict: bool = False) -> None:
+    """Raises SpecError naming the first site that cannot run in integers, or under `strict` needs a float.
+
+    Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or block.
+    """
+    if strict and profile.requantization in FLOAT_REQUANTIZATIONS:
+        raise SpecError(
+            f"profile {profile.name} requantizes by {profile.requantization}, a float: strict needs a fixed-point one (qtx)"
+        )
+    for site, spec in quants.items():
+        weight = site.endswith(".weight")
+        if isinstance(spec, FloatQuantSpec):
+            refuse_integer(site, f"{spec.format} is a float format")
+        if spec.granularity in (Granularity.GROUP, Granularity.BLOCK):
+            refuse_integer(site, f"a scale per {spec.granularity} varies along the axis that is summed over")
+        if spec.granularity is Granularity.CHANNEL and not weight and not site.endswith((".value", ".context.rhs")):
+            refuse_integer(site, "a scale per channel varies along the axis that the next product sums over")
+        if spec.dynamic and not weight:
+            if strict:
+                refuse_integer(site, "its scale is taken from the data, in floats: strict needs a static range")
+            if spec.granularity is not Granularity.TOKEN:
+                refuse_integer(
+                    site, f"a dynamic range per {spec.granularity} spans tokens: use a static range, or one per token"
+                )
+        if strict and spec.granularity is Granularity.CHANNEL and site in TABLES:
+            refuse_integer(site, "a scale per row would have to be looked up in floats: strict needs one per tensor")
+        if spec.bits > 8 and (kind := profile.requantization) in (
+            Requantization.FIXED_TWO,
+            Requantization.HIGH_HALF_UP,
+        ):
+            refuse_integer(site, f"{spec.bits} bits need 64-bit accumulators, which {profile.name}'s {kind} has not")

@@ -1,0 +1,176 @@
+"""Sums, softmax, LayerNorm and nonlinear functions in integers.
+
+Values are integers in a stated unit: "Q28" counts 2^-28. Everything here is int64 unless said otherwise, so that every
+product below fits; divisions are floors of exact quotients with the half added first, so they round half up.
+
+Tables hold one entry per code and are made once, in float64, by the reference. The polynomials are those of I-BERT (Kim
+et al. 2021, arXiv 2101.01321, sections 3.4 and 3.5) evaluated in integers; its published code evaluates them in floats.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtx_ref.spec import Requantization
+
+from .fixed_point import multiply_one_rounding, rounding_shift_right
+
+EXP_BITS = 24  # an exponential is at most 1
+PROBABILITY_BITS = 28
+SINK_BITS = 20  # the part of a sink's exponential that lies between two codes
+ZETA_BITS = 24
+NORM_BITS = 16  # of a normalized value, |r| <= sqrt(D)
+INPUT_BITS = 16  # of a polynomial's argument
+GELU_BITS = 20
+
+
+def half_up(numerator: Tensor, denominator: Tensor | int) -> Tensor:
+    """floor(numerator / denominator + 1/2), denominator > 0."""
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def weighted_sum(
+    parts: list[Tensor], multipliers: list[Tensor], shift: Tensor, requantization: Requantization
+) -> Tensor:
+    """round(sum_i parts_i multipliers_i / 2^shift), the products and their sum exact, one rounding.
+
+    Half up; half away from zero for FIXED_TWO, as gemmlowp's last shift rounds. Parts are codes less their zero points or
+    int32 accumulators, multipliers below 2^30.
+    """
+    total = sum(part.long() * multiplier.long() for part, multiplier in zip(parts, multipliers, strict=True))
+    if requantization is Requantization.FIXED_TWO:
+        return torch.where(total < 0, -rounding_shift_right(-total, shift), rounding_shift_right(total, shift))
+    return rounding_shift_right(total, shift)
+
+
+def mean(x: Tensor, where: Tensor | None) -> Tensor:
+    """Mean over axis 1 of the rows where `where` (B, T, 1) is true, half up: (B, T, C) -> (B, 1, C); 0 without a row."""
+    x = x.long()
+    if where is None:
+        return half_up(x.sum(dim=1, keepdim=True), x.shape[1])
+    count = where.long().sum(dim=1, keepdim=True).clamp(min=1)
+    return half_up((x * where).sum(dim=1, keepdim=True), count)
+
+
+# --- softmax ----------------------------------------------------------------------------------------------------------
+
+
+def softmax(
+    code: Tensor,
+    mask: Tensor,
+    exponential: Tensor | tuple[Tensor, Tensor],
+    sink: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Probabilities, Q28, of score codes (B, H, Tq, Tk) under a mask that broadcasts against them.
+
+    e_j = exponential[m - code_j] (Q24), m the row's largest code; p_j = e_j / sum e. `exponential` is a table, its last
+    entry standing for all larger distances, or the multiplier and shift that turn a distance into Q16 for the
+    polynomial. `sink` is (code, factor Q20), each (H,) or (1,): a further logit of no key, exp(sink) =
+    exponential[m - code] factor. A row without keys gives zeros.
+    """
+    code = code.long()
+    mask = mask.expand(code.shape)
+    largest = torch.where(mask, code, -(2**31)).amax(dim=-1, keepdim=True)
+    if sink is not None:
+        position, factor = (part.long().reshape(-1, 1, 1) for part in sink)
+        largest = torch.maximum(largest, position)
+
+    def exp(distance: Tensor) -> Tensor:
+        if isinstance(exponential, tuple):
+            return exp_polynomial(multiply_one_rounding(distance.int(), *exponential))
+        return exponential[distance.clamp(max=exponential.numel() - 1)].long()
+
+    e = exp(torch.where(mask, largest - code, 0)) * mask
+    total = e.sum(dim=-1, keepdim=True)
+    if sink is not None:
+        total = total + rounding_shift_right(exp(largest - position) * factor, SINK_BITS)
+    return half_up(e << PROBABILITY_BITS, total.clamp(min=1))
+
+
+def clip_stretch(p: Tensor, zeta: Tensor, gamma: Tensor) -> Tensor:
+    """clip((zeta - gamma) p + gamma, 0, 1) as zeta p + gamma (1 - p): p and gamma <= 0 Q28, zeta Q24 -> Q28."""
+    one = 1 << PROBABILITY_BITS
+    stretched = rounding_shift_right(zeta * p, ZETA_BITS) + rounding_shift_right(gamma * (one - p), PROBABILITY_BITS)
+    return stretched.clamp(0, one)
+
+
+def row_gamma(alpha: Tensor, mask: Tensor) -> Tensor:
+    """-alpha / keys of each row, Q28: alpha Q28, mask (..., Tq, Tk) -> (..., Tq, 1)."""
+    keys = mask.long().sum(dim=-1, keepdim=True).clamp(min=1)
+    return -half_up(alpha, keys)
+
+
+# --- LayerNorm --------------------------------------------------------------------------------------------------------
+
+
+def square_root(x: Tensor) -> Tensor:
+    """floor(sqrt(x)) for x in [2^60, 2^62): Newton's method from above (I-BERT, algorithm 4)."""
+    root = torch.full_like(x, 2**31)
+    for _ in range(6):  # the error, at most 1 at first, is squared and halved each time
+        root = (root + x // root) >> 1
+    return root - (root * root > x).long()
+
+
+def normalize(code: Tensor, eps: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the last axis, Q16, from codes of at most 16 bits; their zero point cancels.
+
+    With n = D c - sum c and W = D sum c^2 - (sum c)^2 + eps', it is n / sqrt(W): eps' = eps (D / scale)^2 as an integer.
+    W is shifted up by an even number of bits into [2^60, 2^62) before its root is taken.
+    """
+    code = code.long()
+    code = code - code[..., :1]  # smaller squares; it cancels too
+    width = code.shape[-1]
+    total = code.sum(dim=-1, keepdim=True)
+    w = (width * (code * code).sum(dim=-1, keepdim=True) - total * total + eps).clamp(min=1)
+    half = torch.zeros_like(w)  # half the number of bits
+    for step in (16, 8, 4, 2, 1):
+        room = w < 1 << (62 - 2 * step)
+        w, half = torch.where(room, w << (2 * step), w), half + room.long() * step
+    n = (width * code - total) << half  # at most sqrt(D) 2^31
+    return half_up(n << NORM_BITS, square_root(w))
+
+
+# --- I-BERT's polynomials ---------------------------------------------------------------------------------------------
+
+LN2 = 45426  # Q16, rounded, as all below
+EXP_A, EXP_B, EXP_C = 23495, 88670, 1477468750  # 0.3585 (p + 1.353)^2 + 0.344; c is Q32
+ERF_A, ERF_B, HALF_ROOT = 18927, 115933, 46341  # 1 - 0.2888 (t - 1.769)^2; 1 / sqrt(2)
+
+
+def exp_polynomial(x: Tensor) -> Tensor:
+    """exp(-x), x >= 0 Q16 -> Q24: 2^-z L(-r) with x = z ln 2 + r (I-BERT, eq. 12 to 14)."""
+    x = x.long()
+    z, r = x // LN2, x % LN2
+    square = (EXP_B - r) ** 2
+    value = rounding_shift_right(square * EXP_A, INPUT_BITS) + EXP_C
+    return rounding_shift_right(value, z.clamp(max=50) + 32 - EXP_BITS)
+
+
+def gelu_polynomial(x: Tensor) -> Tensor:
+    """x / 2 (1 + sign(x) (1 - 0.2888 (min(|t|, 1.769) - 1.769)^2)), t = x / sqrt 2; Q16 -> Q20 (I-BERT, eq. 8)."""
+    x = x.long().clamp(-(2**26), 2**26)
+    t = rounding_shift_right(x.abs() * HALF_ROOT, INPUT_BITS).clamp(max=ERF_B)
+    erf = (1 << 32) - rounding_shift_right((t - ERF_B) ** 2 * ERF_A, INPUT_BITS)  # Q32
+    erf = rounding_shift_right(torch.where(x < 0, -erf, erf), 32 - INPUT_BITS)
+    return rounding_shift_right(x * ((1 << INPUT_BITS) + erf), 2 * INPUT_BITS + 1 - GELU_BITS)
+
+
+def sigmoid_polynomial(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), Q16 -> Q28, the exponential by its polynomial."""
+    x = x.long()
+    e = exp_polynomial(x.abs())
+    top = torch.where(x < 0, e, 1 << EXP_BITS)
+    return half_up(top << PROBABILITY_BITS, e + (1 << EXP_BITS))
+
+
+def tanh_polynomial(x: Tensor) -> Tensor:
+    """2 sigmoid(2 x) - 1, Q16 -> Q28."""
+    return 2 * sigmoid_polynomial(2 * x.long()) - (1 << PROBABILITY_BITS)
+
+
+POLYNOMIALS = {
+    "gelu": (gelu_polynomial, GELU_BITS),
+    "sigmoid": (sigmoid_polynomial, PROBABILITY_BITS),
+    "tanh": (tanh_polynomial, PROBABILITY_BITS),
+}
