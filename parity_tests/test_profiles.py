@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 
 from qtx_ref import profiles
 from qtx_ref.observers import Observer
+from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
     Dtype,
     Granularity,
     NanPolicy,
     Nudging,
+    ObserverKind,
+    ObserverSpec,
     QuantSpec,
     Requantization,
     Rounding,
@@ -147,6 +150,25 @@ def test_a_static_range_of_groups(call):
         observer.update(x)
         scale, _ = call("affine.scale_zero", *observer.range(), spec)
         np.testing.assert_array_equal(scale * F32(127), F32([20, 20, 30, 30]).reshape(x.shape))
+
+
+@pytest.mark.parametrize("kind", ObserverKind)
+@pytest.mark.parametrize("permute", [False, True])
+def test_a_group_unites_what_its_channels_observers_found(call, kind, permute):
+    """Neighbours, or with `permute` neighbours in the order of the calibrated high - low."""
+    by_channel = QuantSpec(4, granularity=Granularity.CHANNEL, observer=ObserverSpec(kind, percentile=90.0))
+    by_group = replace(by_channel, granularity=Granularity.GROUP, groups=3, permute=permute)
+    single, grouped = Observer(by_channel), Observer(by_group)
+    for batch in stream(0, "groups", kind).standard_t(3, (3, 20, 6)).astype(F32) * F32([1, 9, 2, 5, 7, 3]):
+        single.update(batch)
+        grouped.update(batch)
+    low, high = (end.ravel() for end in single.range())
+    order = np.argsort(high - low) if permute else np.arange(6)
+    assert not permute or order.tolist() != list(range(6))
+    scale, zero = call("affine.scale_zero", *grouped.range(), by_group)
+    for pair in order.reshape(3, 2):
+        want = call("affine.scale_zero", low[pair].min(), high[pair].max(), QuantSpec(4))
+        assert {(s, z) for s, z in zip(scale[0, pair], zero[0, pair], strict=True)} == {(want[0][()], want[1][()])}
 
 
 def test_profiles_name_their_sources():
