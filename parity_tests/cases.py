@@ -19,6 +19,7 @@ MODULES = {
         "torch_models",
         "torch_quant",
         "torch_fakequant",
+        "torch_integer",
         "torch_values",
         "torch_steps",
     ),
