@@ -12,7 +12,7 @@ from qtx.backend import backend as find_backend
 from qtx_ref.spec import SpecError
 
 MODULES = {
-    "ref": ("truth_gradients", "truth_forward", "truth_quant", "truth_fakequant", "truth_values"),
+    "ref": ("truth_gradients", "truth_forward", "truth_quant", "truth_fakequant", "truth_integer", "truth_values"),
     "torch": (
         "torch_ops",
         "torch_attention",
