@@ -89,7 +89,8 @@ def alone(run: str, file: Path, size: int, length: int) -> None:
     if run != "None":
         artifact = load_artifact(file)
         runner(run, artifact)(random_batch(artifact.spec, size, length))
-    print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+    status = Path("/proc/self/status").read_text()
+    print(next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 @click.command(help=__doc__)

@@ -12,13 +12,14 @@ from qtx.backend import backend as find_backend
 from qtx_ref.spec import SpecError
 
 MODULES = {
-    "ref": ("truth_gradients", "truth_forward", "truth_quant", "truth_fakequant", "truth_values"),
+    "ref": ("truth_gradients", "truth_forward", "truth_quant", "truth_fakequant", "truth_integer", "truth_values"),
     "torch": (
         "torch_ops",
         "torch_attention",
         "torch_models",
         "torch_quant",
         "torch_fakequant",
+        "torch_integer",
         "torch_values",
         "torch_steps",
     ),

@@ -16,9 +16,12 @@ import qtx_ref
 
 ROOT = Path(qtx_ref.__file__).parent.parent
 REF = ["qtx_ref", *(module.name for module in pkgutil.walk_packages(qtx_ref.__path__, "qtx_ref."))]
-PURE = ("affine", "fixed_point", "integer", "formats", "quantizers", "observers", "stats", "random", "ops", "optim")
+PURE = (
+    "affine", "fixed_point", "integer", "integer_ops", "formats", "quantizers", "observers", "stats", "random", "ops",
+    "optim",
+)  # fmt: skip
 ONLY_REF = {"random": {"stream"}}  # weights, masking and batch order are drawn in NumPy whichever the backend
-FUSED = ("ops", "integer")  # torch may have more of these: several of the reference's in one, another instruction
+FUSED = ("ops", "integer")  # torch may have more of these: several of the reference's in one, or a device's own way
 
 
 def public(module: object) -> dict[str, object]:
@@ -49,7 +52,7 @@ def test_pure_modules_have_the_same_signatures(name: str) -> None:
         assert same(ref[key]) == same(ours[key]), key
 
 
-@pytest.mark.parametrize("name", ["Model", "Trainer"])
+@pytest.mark.parametrize("name", ["Model", "IntegerModel", "Trainer"])
 def test_backends_have_the_same_interface(name: str) -> None:
     pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     ref, ours = (methods(getattr(importlib.import_module(f"{p}.backend"), name)) for p in ("qtx_ref", "qtx_torch"))

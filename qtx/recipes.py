@@ -43,8 +43,8 @@ FLOATS = {
     "mxfp4": FloatFormat.E2M1,
 }
 NAMES = (
-    f"wXaY (w8a8, w6a6, w4a8, ...), lsq-wXaY, train-wXaY, {', '.join(FLOATS)}, paper-bert, paper-opt, paper-vit, "
-    "or a .json file"
+    f"wXaY (w8a8, w6a6, w4a8, ...), wXaY-r16, token-wXaY, lsq-wXaY, train-wXaY, {', '.join(FLOATS)}, paper-bert, "
+    "paper-opt, paper-vit, or a .json file"
 )
 
 
@@ -58,6 +58,27 @@ def post_training(weight_bits: int, activation_bits: int, learned: bool = False)
         Rule(("*",), activations, "arXiv 2306.12929, section 5: asymmetric activations, static ranges"),
         Rule(("*.weight",), weights, "arXiv 2306.12929, section 5: symmetric weights"),
     )
+
+
+def varied(base: Recipe, kind: str, rule: Rule) -> Recipe:
+    """A recipe whose activations are different at some sites."""
+    first, second, *others = base.rules
+    return replace(base, name=kind, rules=(first, rule, second, *others))
+
+
+def wide_residual(base: Recipe) -> Recipe:
+    """The residual stream's sums in 16 bits (Bondarenko et al. 2021, section 4; both backends add them in integers)."""
+    wide = QuantSpec(bits=16, symmetric=True, observer=RUNNING)
+    source = "Bondarenko et al. 2021, section 4: 16 bits for the residual sum"
+    return varied(base, f"{base.name}-r16", Rule(("*.residual", "embed.pair", "embed.sum"), wide, source))
+
+
+def per_token(base: Recipe, bits: int) -> Recipe:
+    """Norms, context and gated output with a scale per token, taken from the data: they feed products that sum over
+    channels. Tables (GELU, sigmoid, softmax) and values need static ranges."""
+    rows = QuantSpec(bits=bits, symmetric=True, granularity=Granularity.TOKEN, dynamic=True)
+    source = "ZeroQuant (Yao et al. 2022), section 4: activations per token where a linear layer takes them"
+    return varied(base, f"token-{base.name}", Rule(("*norm", "*.attn.context", "*.attn.gated"), rows, source))
 
 
 def everywhere(name: str, *rules: Rule) -> Recipe:
@@ -181,11 +202,16 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
             return from_dict(Recipe, json.loads(Path(name).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise SpecError(f"recipe file {name}: {error}") from None
-    if match := re.fullmatch(r"(|lsq-|train-)w(\d+)a(\d+)", name):
-        kind, weight_bits, activation_bits = match[1], int(match[2]), int(match[3])
-        if kind == "train-":
+    if match := re.fullmatch(r"(|lsq-|train-|token-)w(\d+)a(\d+)(|-r16)", name):
+        kind, weight_bits, activation_bits, wide = match[1], int(match[2]), int(match[3]), match[4]
+        if kind == "train-" and not wide:
             return training(weight_bits, activation_bits)
-        return post_training(weight_bits, activation_bits, learned=kind == "lsq-")
+        if kind in ("", "token-"):
+            base = post_training(weight_bits, activation_bits)
+            base = wide_residual(base) if wide else base
+            return per_token(base, activation_bits) if kind else base
+        if not wide:
+            return post_training(weight_bits, activation_bits, learned=True)
     if name in FLOATS:
         return microscaling(name, spec) if name.startswith("mx") else small_float(name)
     if name in ("paper-bert", "paper-opt", "paper-vit"):

@@ -310,7 +310,9 @@ class Integer(Float):
         scores = self.named(f"{site}.scores", Code(acc, step, measured=measured))
         probs = self.operand(f"{site}.context.lhs", self.softmax(f"{site}.probs", scores, mask, spec, None))
         v = self.operand(f"{site}.context.rhs", v)
-        context = Code(self.matmul(probs, v), unit(probs.unit, v.unit), measured=probs.measured)
+        acc, step = self.matmul(probs, v), unit(probs.unit, v.unit)
+        step = np.broadcast_to(step, acc.shape) if probs.measured else step  # a scale per query and head
+        context = Code(acc, step, measured=probs.measured)
         context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
         self.shown(f"{site}.context", context.value)
         return self.named(f"{site}.context", context)

@@ -223,6 +223,11 @@ class Lowering(Integer):
                 self.constants[f"{site}.multiplier"] = np.stack(multipliers).astype(np.int32)
         return super().add(site, a, b)
 
+    def mean(self, site: str, x: Code) -> Code:
+        if x.measured:
+            refuse_integer(site, "it is a mean over tokens, and each has a scale of its own: use a static range")
+        return super().mean(site, x)
+
     def prepend(self, site: str, x: Code, p: Params) -> Code:
         self.put_own_codes(site, "weight", p[f"{site}.weight"].value)
         self.put_requantization(site, x)

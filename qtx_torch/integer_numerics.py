@@ -324,7 +324,9 @@ class Integer(Float):
         scores = self.named(scores_site, Code(acc, step, measured=measured))
         probs = self.operand(f"{context_site}.lhs", self.softmax(attn.probs, scores, mask, spec))
         v = self.operand(f"{context_site}.rhs", v)
-        context = Code(self.matmul(probs, v), self.unit(probs.unit, v.unit), measured=probs.measured)
+        acc, step = self.matmul(probs, v), self.unit(probs.unit, v.unit)
+        step = step.expand(acc.shape) if probs.measured else step  # a scale per query and head
+        context = Code(acc, step, measured=probs.measured)
         context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
         self.shown(context_site, context.value)
         return self.named(context_site, context)
