@@ -14,7 +14,7 @@ import numpy as np
 
 from parity_tests.case import Case, Context
 from parity_tests.cases import table
-from parity_tests.compare import Verdict
+from parity_tests.compare import Verdict, exact
 from qtx_ref.spec import ModelSpec, QuantSpec, Range, SpecError
 
 
@@ -192,3 +192,34 @@ def check_checkpoint(
     failed = (verdict.what for row in report.rows for verdict in row.verdicts if not verdict.ok)
     report.first = next(failed, "")
     return report
+
+
+def check_integers(
+    reference: Any,
+    model: Any,
+    batch: Mapping[str, np.ndarray],
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """An integer model in torch against the reference: every code of every site, and the output."""
+    start = time.perf_counter()
+    report, want = Report("torch", device, "integer"), integer_run(reference, batch)
+    found = integer_run(model, batch)
+    for done, name in enumerate(dict.fromkeys([*want, *found]), 1):
+        if name in want and name in found:
+            row = Row("integer", name, 0.0, (exact(name, found[name], want[name]),))
+        else:
+            row = Row("integer", name, 0.0, failure=f"only {'the reference' if name in want else 'torch'} has it")
+        report.rows.append(row)
+        if progress:
+            progress(done, len(want), row)
+    report.first = next((row.name for row in report.rows if not row.ok), "")
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def integer_run(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    output = model.run(batch, found.__setitem__)
+    return found | {f"output {key}": np.asarray(value) for key, value in output._asdict().items()}

@@ -11,8 +11,9 @@ import click
 from qtx_ref.spec import SpecError
 
 from . import recipes
+from .artifact import load_artifact
 from .backend import backend
-from .options import JSON, open_checkpoint, say, write_json
+from .options import JSON, artifact_model, is_artifact, open_checkpoint, open_data, say, write_json
 from .progress import Progress, clock
 from .report.tables import table
 from .training import Machine
@@ -27,7 +28,7 @@ from .training import Machine
 @click.option("--only", help="Only cases whose group/name contains this text or matches this pattern.")
 @JSON
 def parity(checkpoint, backend_name, device, dtype, only, json_path):
-    """Prove that the backends agree, by case or on your own CHECKPOINT. Exit status 1 if anything fails."""
+    """Prove that the backends agree, by case or on your own CHECKPOINT or MODEL.qtx. Exit status 1 if anything fails."""
     from parity_tests import runner  # only here: the proof is not needed to use qtx
 
     report = run_parity(runner, checkpoint, backend_name, device, dtype, only)
@@ -61,6 +62,12 @@ def parity_of(runner: Any, path: Path, backend_name: str, device: str, dtype: st
             raise SpecError(f"{name} is {value!r}: a checkpoint is compared between ref and {accepted}")
     if only:
         raise SpecError(f"--only {only}: a checkpoint has no table of cases; leave it out")
+    if is_artifact(path):
+        artifact = load_artifact(path)
+        source = open_data(path, artifact.spec, artifact.meta, None, None)
+        batch = next(iter(source.split_batches("evaluation", artifact.spec, 4, 0, limit=1)))
+        models = [artifact_model(artifact, Machine(name, where)) for name, where in (("ref", "cpu"), ("torch", device))]
+        return runner.check_integers(*models, batch, device=device, progress=seen)
     found, _, source = open_checkpoint(path, Machine("ref"), None, None)
     batches = list(source.split_batches("evaluation", found.spec, 4, 0, limit=1))
     quants = recipes.resolve(found.recipe, found.spec) if found.recipe else {}
