@@ -12,8 +12,10 @@ from qtx.artifact import load_artifact, save_artifact, size
 from qtx.checkpoint import CheckpointError
 from qtx.report.plots import curves
 from qtx.training import History
+from qtx_ref.backend import IntegerModel
 from qtx_ref.spec import SpecError
 
+from .runner import check_integers
 from .test_cli import TRAIN, call, good
 
 REF = ("--backend", "ref")
@@ -131,6 +133,24 @@ def test_vectors_find_the_first_site_that_differs(artifact, tmp_path):
     wrong = [name for name in codes if not np.array_equal(codes[name], faulty[name])]
     assert "code.layer.2.ffn.activation" in wrong
     assert not any(name.startswith(("code.layer.0", "code.layer.1", "code.layer.2.attn")) for name in wrong)
+
+
+def test_parity_of_an_artifact(artifact):
+    pytest.importorskip("torch", reason="the extra torch is not installed")
+    found = json.loads(good("parity", artifact, "--json", "-").stdout)
+    assert found["ok"] and found["first"] == ""
+    assert {"embed.image", "layer.3.attn.probs", "output value"} <= {row["name"] for row in found["rows"]}
+
+
+def test_parity_names_the_first_site_that_differs(artifact):
+    made = load_artifact(artifact)
+    batch = {"images": np.random.default_rng(0).normal(size=(2, 1, 8, 8)).astype(np.float32)}
+    model = IntegerModel(made.spec, made.constants, made.quants, made.profile)
+    assert check_integers(model, model, batch).ok
+    name = "layer.2.ffn.activation.table"
+    faulty = made.constants | {name: made.constants[name] + np.uint8(1)}
+    report = check_integers(model, IntegerModel(made.spec, faulty, made.quants, made.profile), batch)
+    assert not report.ok and report.first == "layer.2.ffn.activation"
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "header", "text", "checkpoint"])
