@@ -127,7 +127,8 @@ class FloatQuantSpec:
         if blocks and self.shared is None:
             object.__setattr__(self, "shared", SharedScale.FLOOR)
         if not blocks and (self.block, self.shared) != (None, None):
-            refuse("float quantizer block and shared", (self.block, self.shared), "they belong to granularity block")
+            value = str(self.shared) if self.block is None else self.block
+            refuse("float quantizer block or shared", value, "they belong to granularity block")
         if blocks and not (isinstance(self.block, int) and self.block >= 1):
             refuse("float quantizer block", self.block, "give a whole number, at least 1")
         if not self.saturate and (blocks or self.format is FloatFormat.E2M1):
