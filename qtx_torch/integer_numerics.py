@@ -79,16 +79,23 @@ class Whole(TorchDispatchMode):
     def __init__(self, on: bool) -> None:
         super().__init__()
         self.on = on
+        self.found = ""
 
     def __torch_dispatch__(
         self, function: Callable, types: object, arguments: tuple = (), keywords: dict | None = None
-    ):
+    ) -> object:
         keywords = keywords or {}
         result = function(*arguments, **keywords)
         for x in tree_leaves((arguments, keywords, result)) if self.on else ():
             if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
-                raise TypeError(f"strict integer arithmetic came upon {integer.name(x.dtype)} in {function}")
+                self.found = f"strict integer arithmetic came upon {integer.name(x.dtype)} in {function}"
+                raise TypeError(self.found)
         return result
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        super().__exit__(kind, error, trace)
+        if self.found:  # Python's operators take a TypeError for one of theirs, and lose its words
+            raise TypeError(self.found) from error
 
 
 def code_dtype(spec: QuantSpec) -> torch.dtype:

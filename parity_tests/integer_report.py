@@ -1,0 +1,248 @@
+"""How far integers are from fake quantization: one op at a time, and as they add up through a model.
+
+    python -m parity_tests.integer_report [CHECKPOINT ...] [--recipe w8a8] [--steps 150]
+
+Without a checkpoint the small presets are trained first. Printed per model: the largest difference, in codes, of one
+requantization (an accumulator by integers, and through float32) and of one op on the same input codes, with the share
+that differs at all; the differences at the last residual of two free runs; and the task metric, from the integers, from
+fake quantization and from float.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from parity_tests.integer_models import OPTIM, PRESETS, Arrays, Batch, Lowered, lowered, watched
+from qtx.checkpoint import load_checkpoint
+from qtx.data import load
+from qtx_ref import affine, models
+from qtx_ref.attention import probabilities
+from qtx_ref.backend import IntegerModel, Model
+from qtx_ref.integer_numerics import Code, Integer
+from qtx_ref.lowering import ACTIVATIONS, float_params, real
+from qtx_ref.models.initial import init_params, shapes
+from qtx_ref.numerics import FakeQuant, Params
+from qtx_ref.ops import cross_entropy
+from qtx_ref.presets import preset
+from qtx_ref.spec import AttentionSpec, Family, ModelSpec
+from qtx_ref.tape import Var, const
+
+SPLITS = ("calibration", "evaluation")
+SPANS = {"0": (0, 0), "1": (1, 1), "2": (2, 2), "more": (3, None)}
+
+
+@dataclass
+class Tally:
+    """Differences between codes: how many of each size."""
+
+    counts: dict[int, int] = field(default_factory=dict)
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> None:
+        sizes, counts = np.unique(np.abs(a.astype(np.int64) - b.astype(np.int64)), return_counts=True)
+        for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+            self.counts[size] = self.counts.get(size, 0) + count
+
+    @property
+    def largest(self) -> int:
+        return max(self.counts, default=0)
+
+    def share(self, low: int, high: int | None = None) -> float:
+        """Of all, those from low to high (None: and beyond)."""
+        inside = sum(n for size, n in self.counts.items() if size >= low and (high is None or size <= high))
+        return inside / max(sum(self.counts.values()), 1)
+
+
+def decode(x: Code) -> np.ndarray:
+    """What a code or an accumulator stands for, float64."""
+    return np.asarray(x.unit, np.float64) * np.asarray(x.centred(), np.float64)
+
+
+class Beside(Integer):
+    """Beside each op: the same op in float64 on what its integer inputs stand for, then quantized.
+
+    `single` counts where requantization alone is between the two, `ops` whole ops, by site.
+    """
+
+    def __init__(self, low: Lowered) -> None:
+        super().__init__(low.constants, low.quants, low.profile)
+        self.float = float_params(low.spec, low.constants)
+        self.single = Tally()
+        self.ops: dict[str, Tally] = {}
+
+    def beside(self, tally: Tally, site: str, code: Code, truth: np.ndarray) -> None:
+        if site in self.quants:
+            want = affine.quantize(
+                truth.astype(np.float32), code.unit, code.zero_point, self.quants[site], self.profile
+            )
+            tally.add(code.value, want)
+
+    def op(self, site: str, code: Code, truth: np.ndarray) -> Code:
+        self.beside(self.ops.setdefault(site, Tally()), site, code, truth)
+        return code
+
+    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+        code = super().named(site, x)
+        self.beside(self.single, site, code, decode(x))
+        return code
+
+    def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
+        y = super().linear(site, x, p, weight=weight, named=named)
+        if not named or f"{site}.input" in self.quants:
+            return y
+        name = f"{site}.weight" if f"{site}.weight" in self.quants else weight
+        w = self.float[name].astype(np.float64)
+        w = w if w.ndim == 3 else w[None]
+        rows = decode(x).reshape(-1, len(w), w.shape[2]).swapaxes(0, 1)  # (H, N, I)
+        truth = (rows @ w.swapaxes(1, 2)).swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+        return self.op(site, y, truth + np.ravel(self.float.get(f"{site}.bias", 0)))
+
+    def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
+        r = decode(x)
+        r = r - r.mean(-1, keepdims=True)
+        truth = r / np.sqrt((r * r).mean(-1, keepdims=True) + eps)
+        truth = truth * self.float[f"{site}.weight"] + self.float[f"{site}.bias"]
+        return self.op(site, super().norm(site, x, p, eps), truth)
+
+    def add(self, site: str, a: Code, b: Code) -> Code:
+        return self.op(site, super().add(site, a, b), decode(a) + decode(b))
+
+    def mul(self, site: str, a: Code, b: Code) -> Code:
+        return self.op(site, super().mul(site, a, b), decode(a) * decode(b))
+
+    def activation(self, site: str, x: Code, kind: str) -> Code:
+        truth = np.maximum(decode(x), 0) if kind == "relu" else ACTIVATIONS[kind](decode(x))
+        return self.op(site, super().activation(site, x, kind), truth)
+
+    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: object) -> Code:
+        logit = self.float.get(f"{site}.sink")
+        p = probabilities(const(decode(scores)), mask, spec, None if logit is None else const(logit.astype(np.float64)))
+        return self.op(site, super().softmax(site, scores, mask, spec, sink), p.value)
+
+
+def beside(low: Lowered, batch: Batch) -> Beside:
+    """The model run on a batch with each op held to its float form."""
+    nx = Beside(low)
+    models.forward(nx, {}, low.spec, batch)
+    return nx
+
+
+def integer_metric(low: Lowered, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Mean loss and accuracy from the model's integers."""
+    model, loss, count, right = low.model(IntegerModel), 0.0, 0, 0
+    for batch in batches:
+        logits = real(model.run(batch))
+        targets = batch["targets"] if "targets" in batch else batch["labels"]
+        here = int((targets >= 0).sum())
+        loss += float(cross_entropy(const(logits), targets).value) * here
+        right += int(((logits.argmax(-1) == targets) & (targets >= 0)).sum())
+        count += here
+    return loss / count, right / count
+
+
+def float_metric(model: Model, batches: Sequence[Batch]) -> tuple[float, float]:
+    sums = np.sum([model.evaluate(batch) for batch in batches], axis=0)
+    return sums[0] / sums[1], sums[2] / sums[1]
+
+
+def fake(low: Lowered) -> Model:
+    """The same codes under fake quantization."""
+    model = Model(low.spec, float_params(low.spec, low.constants))
+    model.bind(low.quants, low.ranges)
+    return model
+
+
+class Keep(FakeQuant):
+    """Keeps what it makes of one site."""
+
+    def __init__(self, model: Model, site: str) -> None:
+        super().__init__(model.quants, model.fixed)
+        self.site = site
+
+    def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        y = super().apply(site, x, where)
+        if site == self.site:
+            self.kept = y.value
+        return y
+
+
+def last_residual(low: Lowered, batches: Sequence[Batch]) -> Tally:
+    """Codes of the last residual add: integers against fake quantization, each running freely, at real tokens."""
+    site = f"layer.{low.spec.layers - 1}.ffn.residual"
+    scale, zero = (low.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
+    model, free, tally = low.model(IntegerModel), fake(low), Tally()
+    nx = Keep(free, site)
+    weights = {name: const(value) for name, value in free.weights.items()}
+    for batch in batches:
+        models.forward(nx, weights, low.spec, batch)
+        code, want = dict(watched(model, batch).sites)[site], affine.quantize(nx.kept, scale, zero, low.quants[site])
+        where = batch["mask"] if "mask" in batch else np.ones(code.shape[:2], bool)
+        tally.add(code[where], want[where])
+    return tally
+
+
+def trained(name: str, steps: int) -> tuple[ModelSpec, Arrays]:
+    from qtx_torch.backend import Model as TorchModel
+    from qtx_torch.backend import Trainer
+
+    spec = preset(name)
+    model = TorchModel(spec, init_params(spec, 0))
+    trainer = Trainer(model, replace(OPTIM, steps=steps))
+    size = 64 if spec.family is Family.VIT else 8
+    for batch in islice(load(None, spec).train_batches(spec, size, seed=0), steps):
+        trainer.step(batch)
+    return spec, model.params()
+
+
+def report(name: str, spec: ModelSpec, params: Mapping[str, np.ndarray], recipe: str) -> list[str]:
+    """The lines about one model."""
+    size = 64 if spec.family is Family.VIT else 8
+    data = load(None, spec)
+    calibration, held_out = (list(data.split_batches(split, spec, size, 0, limit=16)) for split in SPLITS)
+    low = lowered(spec, {key: params[key] for key in shapes(spec)}, calibration, held_out[0], recipe)
+    nx = beside(low, held_out[0])
+    worst = max(nx.ops, key=lambda site: (nx.ops[site].largest, nx.ops[site].share(1)))
+    free = last_residual(low, held_out[:2])
+    metrics = {
+        "integer": integer_metric(low, held_out),
+        "fake": float_metric(fake(low), held_out),
+        "float": float_metric(Model(spec, params), held_out),
+    }
+    ratio = metrics["integer"][0] / metrics["fake"][0] - 1
+    shares = ", ".join(f"{label} {free.share(*span):.2%}" for label, span in SPANS.items())
+    total = Tally()
+    for tally in nx.ops.values():
+        for key, count in tally.counts.items():
+            total.counts[key] = total.counts.get(key, 0) + count
+    return [
+        f"{name} ({spec.attention.softmax}, {recipe})",
+        f"  one requantization: at most {nx.single.largest}; {nx.single.share(1):.2e} of codes differ",
+        f"  one op: at most {total.largest} ({worst}); {total.share(1):.2e} of codes differ",
+        f"  last residual, free: {shares}; largest {free.largest}",
+        *(f"  {kind}: loss {loss:.5f}, accuracy {right:.4f}" for kind, (loss, right) in metrics.items()),
+        f"  integer loss {ratio:+.3%} of fake's",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="*")
+    parser.add_argument("--recipe", default="w8a8")
+    parser.add_argument("--steps", type=int, default=150)
+    options = parser.parse_args()
+    for name in options.checkpoint or PRESETS:
+        if options.checkpoint:
+            found = load_checkpoint(Path(name))
+            spec, params = found.spec, found.params
+        else:
+            spec, params = trained(name, options.steps)
+        print("\n".join(report(name, spec, params, options.recipe)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
