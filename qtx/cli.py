@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -61,6 +63,9 @@ class Commands(click.Group):
             resumes = ctx.invoked_subcommand in ("study", "train")
             click.echo("\nstopped" + ("; the same command with --resume goes on" if resumes else ""), err=True)
             ctx.exit(130)
+        except BrokenPipeError:  # whoever read the output has enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # nothing is left to flush at exit
+            ctx.exit(1)
         except MENDABLE as error:
             raise click.ClickException(" ".join(str(error).split())) from None
 

@@ -69,7 +69,10 @@ def site_rows(artifact: Artifact, stored: dict[str, int]) -> list[dict[str, Any]
         owner = owner if owner in artifact.quants else owner.removesuffix(".weight").removesuffix(".bias")
         owners.setdefault(owner, []).append(name)
     rows = []
-    for site, names in owners.items():
+    order = list(artifact.quants)
+    for site, names in sorted(
+        owners.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)
+    ):
         quant = artifact.quants.get(site)
         numbers = [artifact.constants.get(f"{site}.{key}") for key in ("scale", "zero_point")]
         short = [name.removeprefix(f"{site}.") if name != site else "codes" for name in names]
