@@ -20,11 +20,13 @@ torch = pytest.importorskip("torch", reason="the torch backend needs the extra t
 
 import torch.nn.functional as F  # noqa: E402
 
+import qtx_ref.integer_ops  # noqa: E402
 import qtx_ref.observers  # noqa: E402
 import qtx_ref.ops  # noqa: E402
 import qtx_ref.optim  # noqa: E402
 import qtx_torch.affine  # noqa: E402
 import qtx_torch.attention  # noqa: E402
+import qtx_torch.integer_ops  # noqa: E402
 import qtx_torch.models  # noqa: E402
 import qtx_torch.numerics  # noqa: E402
 import qtx_torch.ops  # noqa: E402
@@ -174,15 +176,17 @@ def unclamped_zero_point(sound: Callable) -> Callable:
 
 
 def reciprocal(sound: Callable) -> Callable:
-    return lambda x, scale, zero_point: (x.float() * (1 / scale)).round_().add_(zero_point)
+    return lambda x, scale, zero_point, *rest: (x.float() * (1 / scale)).round_().add_(zero_point)
 
 
 def zero_point_first(sound: Callable) -> Callable:
-    return lambda x, scale, zero_point: (x.float() / scale).add_(zero_point).round_()
+    return lambda x, scale, zero_point, *rest: (x.float() / scale).add_(zero_point).round_()
 
 
 def half_away(sound: Callable) -> Callable:
-    return lambda x, scale, zero_point: ((x.float() / scale).abs() + 0.5).floor_().copysign_(x.float()).add_(zero_point)
+    return lambda x, scale, zero_point, *rest: (
+        ((x.float() / scale).abs() + 0.5).floor_().copysign_(x.float()).add_(zero_point)
+    )
 
 
 def pass_everything(sound: Callable) -> Callable:
@@ -276,6 +280,18 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         "torch",
         "stats/statistics",
         replaced(qtx_torch.stats, "kurtosis_published", lambda k: qtx_torch.stats.kurtosis),
+    ),
+    "a division that truncates": (
+        "torch",
+        "integer/bert_gate_mlp_w4a8_qtx_table",
+        replaced(
+            qtx_torch.integer_ops, "half_up", lambda h: lambda a, b: torch.div(a + b // 2, b, rounding_mode="trunc")
+        ),
+    ),
+    "an integer root that is one too large": (
+        "ref",
+        "integer/root",
+        replaced(qtx_ref.integer_ops, "square_root", lambda r: lambda x: r(x) + 1),
     ),
     "the reference's tanh GELU": ("ref", "ops/gelu_value", replaced(qtx_ref.ops, "gelu", lambda g: ref_tanh_gelu)),
     "the reference's wrong slope": (
