@@ -48,6 +48,11 @@ def strict_case(nonlinear: Nonlinear, context: Context) -> list[Verdict]:
         want = watched(low.model(ref_backend.IntegerModel), low.batch)
         for model in (ref_backend.IntegerModel, IntegerModel):
             verdicts += same(watched(low.model(model, strict=True), low.batch), want)
+        if low.spec.causal:
+            start, make = low.batch["tokens"][:, :2], low.model(ref_backend.IntegerModel).generate
+            text = make(start, 4, lambda scores: scores.argmax(-1))
+            got = low.model(IntegerModel, strict=True).generate(start, 4, lambda scores: scores.argmax(-1))
+            verdicts.append(exact(f"{name}: text", got, text))
     return verdicts
 
 

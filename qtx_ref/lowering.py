@@ -211,7 +211,8 @@ class Lowering(Integer):
 
     def add(self, site: str, a: Code, b: Code) -> Code:
         spec = self.target(site, "a sum is rounded to its codes")
-        if any(x.spec is None and x.value.dtype == np.int64 for x in (a, b)):
+        fixed = not spec.dynamic and self.profile.requantization not in fixed_point.FLOATS
+        if fixed and any(x.spec is None and x.value.dtype == np.int64 for x in (a, b)):
             refuse_integer(site, "a 64-bit accumulator reaches it: give the tensor before it a quantizer")
         if not (spec.dynamic or a.measured or b.measured):
             step = self.constants[f"{site}.scale"]

@@ -94,7 +94,7 @@ def rounding_shift_right(x: Tensor, exponent: Tensor | int) -> Tensor:
     """floor(x / 2^exponent + 1/2): half up. int64, |x| < 2^62; exponent in [0, 62]."""
     check_range("value", x, -(2**62), 2**62, "the rounding would leave int64")
     check_range("exponent", exponent, 0, 62, "an int64 has no more bits to shift out")
-    x, exponent = x.long(), torch.as_tensor(exponent).long()
+    x, exponent = x.long(), torch.as_tensor(exponent, device=x.device).long()
     return (x + ((torch.ones_like(exponent) << exponent) >> 1)) >> exponent
 
 

@@ -18,25 +18,34 @@ def curves(path: Path, runs: Mapping[str, History]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = 2 if any(history.integer_step for history in runs.values()) else 1
-    figure, axes = pyplot.subplots(rows, 2, figsize=(11, 4 * rows), layout="constrained", squeeze=False)
-    left, right = axes[0]
+    watched = any(history.integer_step for history in runs.values())
+    shape, size = ((2, 3), (15, 8)) if watched else ((1, 2), (11, 4))
+    figure, axes = pyplot.subplots(*shape, figsize=size, layout="constrained")
+    loss, norm, *more = axes.flat
     for name, history in runs.items():
         steps = np.arange(1, len(history.loss) + 1)
         window = max(1, len(steps) // 50)
         smooth = np.convolve(history.loss, np.ones(window) / window, mode="valid") if len(steps) else []
-        left.plot(steps[window - 1 :], smooth, label=name, linewidth=1)
-        right.plot(history.watch_step, history.inf_norm, label=name, linewidth=1)
+        (line,) = loss.plot(steps[window - 1 :], smooth, label=name, linewidth=1)
+        norm.plot(history.watch_step, history.inf_norm, linewidth=1)
         if history.integer_step:
-            (line,) = axes[1, 0].plot(history.integer_step, history.integer_perplexity, label=name, linewidth=1)
-            axes[1, 0].plot(history.integer_step, history.float_perplexity, ":", color=line.get_color(), linewidth=2)
-            axes[1, 1].plot(history.integer_step, history.kurtosis, label=name, linewidth=1)
-    left.set(xlabel="step", ylabel="training loss (nats)")
-    right.set(xlabel="step", ylabel="max inf norm", yscale="log")
-    if rows == 2:
-        axes[1, 0].set(xlabel="step", ylabel="perplexity: integers (line), float (dots)", yscale="log")
-        axes[1, 1].set(xlabel="step", ylabel="average kurtosis")
-    left.legend()
+            kurtosis, perplexity, gap, key = more
+            integers, floats = np.array(history.integer_perplexity), np.array(history.float_perplexity)
+            style = {"color": line.get_color(), "linewidth": 1}
+            kurtosis.plot(history.integer_step, history.kurtosis, **style)
+            perplexity.plot(history.integer_step, integers, **style)
+            perplexity.plot(history.integer_step, floats, ":", color=line.get_color(), linewidth=3)
+            gap.plot(history.integer_step, 100 * (integers / floats - 1), **style)
+    loss.set(xlabel="step", ylabel="training loss (nats)")
+    norm.set(xlabel="step", ylabel="max inf norm", yscale="log")
+    if watched:
+        kurtosis.set(xlabel="step", ylabel="average kurtosis")
+        perplexity.set(xlabel="step", ylabel="perplexity: integers (line), float (dots)", yscale="log")
+        gap.set(xlabel="step", ylabel="integer perplexity above float (%)")
+        key.axis("off")
+        key.legend(*loss.get_legend_handles_labels(), loc="center")
+    else:
+        loss.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
