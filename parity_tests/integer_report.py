@@ -4,8 +4,8 @@
 
 Without a checkpoint the small presets are trained first. Printed per model: the largest difference, in codes, of one
 requantization (an accumulator by integers, and through float32) and of one op on the same input codes, with the share
-that differs at all; the differences at the last residual of two free runs; and the task metric, from the integers, from
-fake quantization and from float.
+that differs at all in brackets; the differences at the last residual of two free runs; and the task metric on the
+evaluation split, from float, from fake quantization and from the integers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from parity_tests.integer_models import OPTIM, PRESETS, Arrays, Batch, Lowered, lowered, watched
-from qtx.checkpoint import load_checkpoint
+from qtx.checkpoint import file_of, load_checkpoint
 from qtx.data import load
+from qtx.quantization import IntegerScorer
+from qtx.report.tables import table
 from qtx_ref import affine, models
 from qtx_ref.attention import probabilities
 from qtx_ref.backend import IntegerModel, Model
 from qtx_ref.integer_numerics import Code, Integer
-from qtx_ref.lowering import ACTIVATIONS, float_params, real
+from qtx_ref.lowering import ACTIVATIONS, float_params
 from qtx_ref.models.initial import init_params, shapes
 from qtx_ref.numerics import FakeQuant, Params
-from qtx_ref.ops import cross_entropy
 from qtx_ref.presets import preset
 from qtx_ref.spec import AttentionSpec, Family, ModelSpec
 from qtx_ref.tape import Var, const
@@ -132,22 +134,10 @@ def beside(low: Lowered, batch: Batch) -> Beside:
     return nx
 
 
-def integer_metric(low: Lowered, batches: Sequence[Batch]) -> tuple[float, float]:
-    """Mean loss and accuracy from the model's integers."""
-    model, loss, count, right = low.model(IntegerModel), 0.0, 0, 0
-    for batch in batches:
-        logits = real(model.run(batch))
-        targets = batch["targets"] if "targets" in batch else batch["labels"]
-        here = int((targets >= 0).sum())
-        loss += float(cross_entropy(const(logits), targets).value) * here
-        right += int(((logits.argmax(-1) == targets) & (targets >= 0)).sum())
-        count += here
+def metric(model: Any, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Mean loss and share of right answers of anything that evaluates a batch."""
+    loss, count, right = np.sum([model.evaluate(batch) for batch in batches], axis=0)
     return loss / count, right / count
-
-
-def float_metric(model: Model, batches: Sequence[Batch]) -> tuple[float, float]:
-    sums = np.sum([model.evaluate(batch) for batch in batches], axis=0)
-    return sums[0] / sums[1], sums[2] / sums[1]
 
 
 def fake(low: Lowered) -> Model:
@@ -199,33 +189,33 @@ def trained(name: str, steps: int) -> tuple[ModelSpec, Arrays]:
     return spec, model.params()
 
 
+SAME = "last residual: same / 1 / 2 / more"
+HEADER = ("model", "one requantization", "one op", SAME, "metric", "float", "fake", "integer", "to fake")
+
+
 def report(name: str, spec: ModelSpec, params: Mapping[str, np.ndarray], recipe: str) -> list[str]:
-    """The lines about one model."""
+    """The table's row of one model."""
     size = 64 if spec.family is Family.VIT else 8
     data = load(None, spec)
-    calibration, held_out = (list(data.split_batches(split, spec, size, 0, limit=16)) for split in SPLITS)
+    calibration = list(data.split_batches("calibration", spec, size, 0, limit=16))
+    held_out = list(data.split_batches("evaluation", spec, size, 0))
     low = lowered(spec, {key: params[key] for key in shapes(spec)}, calibration, held_out[0], recipe)
     nx = beside(low, held_out[0])
-    worst = max(nx.ops, key=lambda site: (nx.ops[site].largest, nx.ops[site].share(1)))
-    free = last_residual(low, held_out[:2])
-    metrics = {
-        "integer": integer_metric(low, held_out),
-        "fake": float_metric(fake(low), held_out),
-        "float": float_metric(Model(spec, params), held_out),
-    }
-    ratio = metrics["integer"][0] / metrics["fake"][0] - 1
-    shares = ", ".join(f"{label} {free.share(*span):.2%}" for label, span in SPANS.items())
-    total = Tally()
+    ops = Tally()
     for tally in nx.ops.values():
         for key, count in tally.counts.items():
-            total.counts[key] = total.counts.get(key, 0) + count
+            ops.counts[key] = ops.counts.get(key, 0) + count
+    free = last_residual(low, held_out[:2])
+    scored = (Model(spec, params), fake(low), IntegerScorer(low.model(IntegerModel)))
+    by_accuracy = spec.family is Family.VIT
+    scores = [100 * right if by_accuracy else np.exp(loss) for loss, right in (metric(m, held_out) for m in scored)]
     return [
-        f"{name} ({spec.attention.softmax}, {recipe})",
-        f"  one requantization: at most {nx.single.largest}; {nx.single.share(1):.2e} of codes differ",
-        f"  one op: at most {total.largest} ({worst}); {total.share(1):.2e} of codes differ",
-        f"  last residual, free: {shares}; largest {free.largest}",
-        *(f"  {kind}: loss {loss:.5f}, accuracy {right:.4f}" for kind, (loss, right) in metrics.items()),
-        f"  integer loss {ratio:+.3%} of fake's",
+        name,
+        *(f"{tally.largest} ({tally.share(1):.1e})" for tally in (nx.single, ops)),
+        " / ".join(f"{free.share(*span):.2%}" for span in SPANS.values()),
+        "accuracy, %" if by_accuracy else "perplexity",
+        *(f"{score:.3f}" for score in scores),
+        f"{scores[2] / scores[1] - 1:+.3%}",
     ]
 
 
@@ -235,13 +225,16 @@ def main() -> None:
     parser.add_argument("--recipe", default="w8a8")
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
+    rows = []
     for name in options.checkpoint or PRESETS:
         if options.checkpoint:
             found = load_checkpoint(Path(name))
             spec, params = found.spec, found.params
+            name = f"{spec.family} {file_of(Path(name)).parent.name}"
         else:
             spec, params = trained(name, options.steps)
-        print("\n".join(report(name, spec, params, options.recipe)), flush=True)
+        rows.append(report(name, spec, params, options.recipe))
+    print(table(HEADER, rows))
 
 
 if __name__ == "__main__":

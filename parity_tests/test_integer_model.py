@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="the torch backend needs the extra t
 
 from parity_tests import integer_models, integer_report, large_integer  # noqa: E402
 from parity_tests.integer_models import Seen, same, watched  # noqa: E402
+from qtx.quantization import IntegerScorer  # noqa: E402
 from qtx_ref import affine, fixed_point, integer_ops  # noqa: E402
 from qtx_ref.backend import IntegerModel as RefModel  # noqa: E402
 from qtx_ref.profiles import NAMES, profile  # noqa: E402
@@ -134,8 +135,10 @@ def test_every_op_on_the_same_codes_is_within_one_of_its_float_form(name: str) -
 
 def test_integers_and_fake_quantization_give_the_same_loss() -> None:
     low = integer_models.small("opt_gate_linear")
-    fake = integer_report.float_metric(integer_report.fake(low), [low.batch])
-    assert integer_report.integer_metric(low, [low.batch])[0] == pytest.approx(fake[0], rel=0.01)
+    fake = integer_report.metric(integer_report.fake(low), [low.batch])
+    assert integer_report.metric(IntegerScorer(low.model(IntegerModel)), [low.batch])[0] == pytest.approx(
+        fake[0], rel=0.01
+    )
 
 
 # --- the checker is checked -------------------------------------------------------------------------------------------
