@@ -200,8 +200,9 @@ class Integer(Float):
         return Code(self.constants[site], self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
 
     def matmul(self, site: str, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
-        """Accumulators of a b."""
-        zeros, bits = (a.zero_point, b.zero_point), accumulator_bits(a.spec, b.spec)
+        """Accumulators of a b: 64 bits where a factor or the bias needs them."""
+        wide = bias is not None and bias.dtype == np.int64
+        zeros, bits = (a.zero_point, b.zero_point), 64 if wide else accumulator_bits(a.spec, b.spec)
         with at(site):
             return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
 
@@ -244,7 +245,7 @@ class Integer(Float):
         w_unit = w.unit if np.size(w.unit) == 1 else w.unit.reshape(-1)
         bias = self.constants.get(f"{site}.bias")
         bias = None if bias is None else bias.reshape(-1)
-        inside = None if bias is None or x.measured else split(bias).astype(np.int64)  # (H, 1, O)
+        inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
         acc = self.matmul(site, Code(split(x.value), None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
         acc = self.shown(site, acc.swapaxes(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
         y_unit = self.unit(x.unit, w_unit)
@@ -259,8 +260,9 @@ class Integer(Float):
     def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
         gain = self.weight(f"{site}.weight")
         acc = integer_ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.centred()
+        bias = self.constants[f"{site}.bias"]
         with at(site):
-            acc = integer.fit(acc + self.constants[f"{site}.bias"], accumulator_bits(gain.spec), self.profile)
+            acc = integer.fit(acc + bias, 64 if bias.dtype == np.int64 else 32, self.profile)
         acc = self.shown(site, acc)
         return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
 

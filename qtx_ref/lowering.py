@@ -157,14 +157,15 @@ class Lowering(Integer):
         self.put_scale(f"{site}.{key}", *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")))
 
     def put_bias(self, site: str, bias: np.ndarray, step: np.ndarray, bits: int) -> None:
-        """In units of the accumulator, which are its scale."""
+        """In units of the accumulator, which are its scale; int64, as the accumulator then is, where int32 would not do:
+        beside a bias that large, what the accumulator adds is small."""
         step = plain(step) if np.size(step) == 1 else np.reshape(step, bias.shape)
         code = np.rint(bias.astype(np.float64) / step)
-        if np.abs(code).max(initial=0) >= (2**30 if bits == 32 else 2**46):  # requantization takes 48 bits
-            refuse_integer(
-                site,
-                f"its bias, {np.abs(bias).max()}, is {np.abs(code).max():.3g} units of an accumulator of {bits} bits",
-            )
+        largest = np.abs(code).max(initial=0)
+        kind = self.profile.requantization
+        bits = 64 if largest >= 2**30 and kind in (*fixed_point.WIDE, *fixed_point.FLOATS) else bits
+        if largest >= (2**30 if bits == 32 else 2**46):  # requantization takes 48 bits
+            refuse_integer(site, f"its bias, {np.abs(bias).max()}, is {largest:.3g} units of a {bits}-bit accumulator")
         self.constants[f"{site}.bias"] = code.astype(np.int32 if bits == 32 else np.int64)
         self.constants[f"{site}.bias.scale"] = step
 
@@ -295,18 +296,18 @@ class Lowering(Integer):
         if x.measured:
             refuse_integer(site, f"{kind} of codes needs one static scale, and its input has one per token")
         spec, real = self.target(site, f"{kind} is rounded to its codes"), self.decoded(x)
-        if spec.dynamic:
-            refuse_integer(site, f"{kind} is rounded to codes of one scale, which needs a static range")
         if self.nonlinear is Nonlinear.POLYNOMIAL:
             if np.abs(real).max() > POLYNOMIAL_LIMIT:
+                reach = f"{np.abs(real).max():.6g}"
                 refuse_integer(
-                    site,
-                    f"its argument reaches {np.abs(real).max():.6g}, the polynomials {POLYNOMIAL_LIMIT}: use tables",
+                    site, f"its argument reaches {reach}, beyond {POLYNOMIAL_LIMIT} of the polynomials: use tables"
                 )
-            if self.constants[f"{site}.scale"] < 2.0**-integer_ops.INPUT_BITS:
+            if not spec.dynamic and self.constants[f"{site}.scale"] < 2.0**-integer_ops.INPUT_BITS:
                 refuse_integer(site, f"its scale is finer than 2^-{integer_ops.INPUT_BITS}, the argument's: use tables")
             self.put_multiplier(site, "input_", self.unit(x.unit, 2.0**integer_ops.INPUT_BITS))
             return super().activation(site, x, kind)
+        if spec.dynamic:
+            refuse_integer(site, f"{kind} is a table of codes of one scale, which needs a static range")
         scale, zero = (self.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
         level = np.rint(ACTIVATIONS[kind](real) / np.float64(scale)) + zero
         self.constants[f"{site}.table"] = np.clip(level, spec.code_min, spec.code_max).astype(code_dtype(spec))
