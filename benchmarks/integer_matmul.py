@@ -4,8 +4,9 @@
     python benchmarks/integer_matmul.py --shape 128 768 768 --rounds 15
 
 Rows: NumPy through float32 blocks, with a zero point of u8 codes too, and by NumPy's integer matmul (int32, timed
-once); torch by `qtx_torch.integer` with and without byte instructions, and `torch._int_mm` alone. Every result is held
-to the exact one before it is timed. Ratios are medians over rounds.
+once); torch by `qtx_torch.integer` with and without byte instructions, and `torch._int_mm` alone, also by its own loop,
+which is what it runs on a CPU without VNNI (timed once). "To integer loops" is to that loop, or NumPy's. Every result is
+held to the exact one before it is timed. Ratios are medians over rounds.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ S8, U8 = QuantSpec(symmetric=True), QuantSpec()
 
 
 def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after one round that warms up. A slow one is timed once."""
+    """Seconds of each call in each round, after one round that warms up. A slow one is timed once. Each round begins with
+    another call, since each finds the caches as the one before left them."""
     found: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls.items())
     for turn in range(rounds + 1):
-        for name, call in calls.items():
+        order = stream(turn, "order").permutation(np.array(order, dtype=object)).tolist()
+        for name, call in order:
             if "once" in name and turn != 1:
                 continue
             start = time.perf_counter()
@@ -40,6 +44,16 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list
             if turn:
                 found[name].append(time.perf_counter() - start)
     return found
+
+
+def without_onednn(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """torch's own loop, which a CPU without VNNI runs."""
+
+    def run() -> torch.Tensor:
+        with torch.backends.mkldnn.flags(enabled=False):
+            return call()
+
+    return run
 
 
 def with_bytes(use: bool, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -73,6 +87,7 @@ def main(shape: tuple[int, int, int], rounds: int) -> None:
         "torch as it chooses, s8 x s8": (lambda: integer.matmul(ta, tb, S8, S8), exact),
         "torch as it chooses, u8 x s8, zero point 100": (lambda: integer.matmul(tu, tb, U8, S8, tzero), moved),
         "torch._int_mm": (lambda: torch._int_mm(ta, tb), exact),
+        "torch._int_mm without oneDNN, once": (without_onednn(lambda: torch._int_mm(ta, tb)), exact),
     }
     for name, (call, want) in integers.items():
         if not np.array_equal(np.asarray(call()), want):
@@ -83,9 +98,9 @@ def main(shape: tuple[int, int, int], rounds: int) -> None:
     rows = []
     for name, seconds in found.items():
         library = name.split()[0].split(".")[0]
-        slow = "NumPy integer matmul, once" if library == "NumPy" else "torch._int_mm"
+        loops = "NumPy integer matmul, once" if library == "NumPy" else "torch._int_mm without oneDNN, once"
         against = []
-        for other in (f"{library} float32 @", slow):
+        for other in (f"{library} float32 @", loops, "torch._int_mm"):
             pairs = zip(seconds, found[other], strict=False)  # one round where either is timed once
             against.append(f"{statistics.median(x / y for x, y in pairs):.4f}")
         rows.append([name, f"{1000 * statistics.median(seconds):.1f}", *against])
@@ -95,7 +110,8 @@ def main(shape: tuple[int, int, int], rounds: int) -> None:
                 f"{m} x {k} x {n}, {torch.get_num_threads()} threads",
                 "ms",
                 "to float32 @",
-                "to integer matmul or _int_mm",
+                "to integer loops",
+                "to _int_mm",
             ],
             rows,
         )

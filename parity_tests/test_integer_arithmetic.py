@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -193,3 +196,17 @@ def test_int4_packing(call):
     for wrong in ([[-9, 0]], [[16, 0]], [[-1, 15]]):
         with pytest.raises(ValueError, match="4 bits hold"):
             call("integer.pack_int4", np.int32(wrong))
+
+
+def test_saturating_byte_products_are_not_used():
+    """oneDNN told to use AVX2 saturates pairs of products in int16, on a CPU that could do better."""
+    pytest.importorskip("torch", reason="the torch backend needs the extra torch")
+    code = (
+        "import torch\nfrom qtx_ref.spec import QuantSpec\nfrom qtx_torch import integer\n"
+        "a, s8 = torch.full((64, 256), 127, dtype=torch.int8), QuantSpec(symmetric=True)\n"
+        "assert (integer.matmul(a, a.T.contiguous(), s8, s8) == 127 * 127 * 256).all()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

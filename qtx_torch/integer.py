@@ -29,9 +29,19 @@ SHORTEST = 256  # float32 blocks shorter than this cost more in additions than f
 
 @functools.cache
 def byte_instructions(device: str) -> bool:
-    """Whether `torch._int_mm` is the fast way: with VNNI it took 0.4 times the time of a float32 product of 512 x 768 x
-    3072 (benchmarks/integer_matmul.py), on an AVX2 machine without it 50 times."""
-    return device == "cpu" and getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+    """Whether `torch._int_mm` is fast and exact: with VNNI it took a tenth of the time of a float32 product of 512 x 768 x
+    3072 (benchmarks/integer_matmul.py); without, torch's own loop took 50 times as much, and oneDNN told to use AVX2
+    (ONEDNN_MAX_CPU_ISA) saturates pairs in int16. So extreme codes are multiplied once, to see."""
+    if device != "cpu" or not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
+        return False
+    ends = torch.tensor([-128, 127], dtype=torch.int8)
+    a, b = (
+        ends.repeat_interleave(32)[:, None].expand(64, 256).contiguous(),
+        ends.repeat(32).expand(256, 64).contiguous(),
+    )
+    return torch.equal(
+        torch._int_mm(a, b).long(), 256 * ends.long().repeat_interleave(32)[:, None] * ends.long().repeat(32)
+    )
 
 
 def plain_float32(device: str) -> bool:
