@@ -13,7 +13,8 @@ from qtx_ref.spec import Head, ModelSpec, SpecError
 from . import quantization, recipes
 from .artifact import SUFFIX, Artifact
 from .backend import backend
-from .checkpoint import Checkpoint, CheckpointError, check_writable, load_checkpoint, write_beside
+from .checkpoint import Checkpoint, load_checkpoint
+from .files import CheckpointError, check_writable, write_beside
 from .data import load
 from .training import Machine
 

@@ -19,7 +19,8 @@ from qtx_ref.models.initial import init_params
 from qtx_ref.spec import QTX, ModelSpec, OptimSpec, SpecError, to_dict
 
 from .backend import backend
-from .checkpoint import Checkpoint, CheckpointError, check_writable, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .files import CheckpointError, check_writable
 from .progress import Progress
 from .quantization import BATCH, IntegerScorer, bind, calibrate, outliers
 from .recipes import recipe, resolve, training_recipe
