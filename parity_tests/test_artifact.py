@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from qtx.artifact import load_artifact, save_artifact, size
-from qtx.checkpoint import CheckpointError
+from qtx.files import CheckpointError
 from qtx.report.plots import curves
 from qtx.training import History
 from qtx_ref.backend import IntegerModel

@@ -140,7 +140,9 @@ def test_damaged(path, damage, message):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["[]", "5", "null", "[" * 100_000, '{"a":' + "9" * 5000 + "}", '{"format":["x"]}', "{"])
+@pytest.mark.parametrize(
+    "text", ["[]", "5", "null", "[" * 100_000, '{"a":' + "9" * 5000 + "}", '{"format":["x"]}', "{"]
+)
 def test_metadata_that_is_none(tmp_path, text):
     save_file({"a": np.zeros(2, np.float32)}, tmp_path / "m.safetensors", {"qtx": text})
     with pytest.raises(CheckpointError, match="without qtx's metadata|format is not qtx-checkpoint"):

@@ -21,10 +21,11 @@ from qtx_ref.spec import Nonlinear, SpecError, check_integer, to_dict
 from . import __version__, analysis, quantization, recipes
 from .artifact import SUFFIX, load_artifact, make_artifact, save_artifact, size
 from .backend import MissingExtra, backend, need
-from .checkpoint import Checkpoint, CheckpointError, check_writable, file_of, save_checkpoint
+from .checkpoint import Checkpoint, file_of, save_checkpoint
 from .cli_artifact import diff, show, size_text, vectors
 from .cli_parity import parity
 from .data import DataError, load
+from .files import CheckpointError, check_writable
 from .options import (
     CHECKPOINT,
     DATA,

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from qtx_ref.spec import SpecError, to_dict
 
 from .artifact import SUFFIX, Artifact, Size, differences, load_artifact, size, stored_bytes
-from .checkpoint import CheckpointError, check_writable, write_beside
+from .files import CheckpointError, check_writable, write_beside
 from .options import DATA, JSON, MACHINE, artifact_model, head_note, open_data, say, write_json
 from .progress import Progress
 from .report.tables import table

@@ -92,7 +92,7 @@ def opened(path: Path, form: str) -> Iterator[tuple[dict[str, Any], Any]]:
             yield read_header(path, form, file.metadata()), file
     except CheckpointError:
         raise
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
@@ -115,7 +115,8 @@ def read_sealed(path: Path, form: str) -> tuple[dict[str, Any], dict[str, np.nda
     """Header and tensors that `write_sealed` wrote. Raises CheckpointError, also where anything has changed."""
     with opened(path, form) as (header, file):
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    if header.pop("sha256", None) != digest(header, tensors):
+        same = header.pop("sha256", None) == digest(header, tensors)
+    if not same:
         raise CheckpointError(f"{path}: its content is not what was written (sha256 differs); make it again")
     return header, tensors
 

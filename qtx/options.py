@@ -14,8 +14,8 @@ from . import quantization, recipes
 from .artifact import SUFFIX, Artifact
 from .backend import backend
 from .checkpoint import Checkpoint, load_checkpoint
-from .files import CheckpointError, check_writable, write_beside
 from .data import load
+from .files import CheckpointError, check_writable, write_beside
 from .training import Machine
 
 
