@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from math import prod
 
 import numpy as np
 
@@ -84,16 +85,21 @@ def pattern(
 ) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...]]], dict[int, set[int]]]:
     """Dtype and shape of every constant of a small model of the same structure, lowered; and what the lengths of its axes
     may be in this one."""
-    small, batch = shortened(narrowed(spec, 3))
-    params = {
-        name: stream(0, "pattern", name).normal(1 if name.endswith("norm.weight") else 0, 0.5, shape).astype(np.float32)
-        for name, shape in shapes(small).items()
-    }
+    small, batch = shortened(narrowed(spec, 8))  # so that no axis but a single head's has length 1
+    params = {name: value(name, shape) for name, shape in shapes(small).items()}
     quants = resolve(recipe, spec)
     ranges = Model(small, params).calibrate([batch], quants)
     constants = lower(small, params, quants, ranges, profile, nonlinear)
     axes: dict[int, set[int]] = {}
     for was, now in zip(shapes(small).values(), shapes(spec).values(), strict=True):
-        for short, long in zip(was, now, strict=True):
+        for short, long in zip((*was, prod(was[:-1])), (*now, prod(now[:-1])), strict=True):  # axes, and all channels
             axes.setdefault(short, set()).add(long)
     return {name: (value.dtype, value.shape) for name, value in constants.items()}, axes
+
+
+def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter of the small model: nothing that a recipe of few bits would refuse."""
+    if name.endswith(".sink"):
+        return np.zeros(shape, np.float32)
+    middle = 1 if name.endswith("norm.weight") else 0
+    return stream(0, "pattern", name).normal(middle, 0.1, shape).astype(np.float32)

@@ -85,8 +85,10 @@ def write_sealed(path: Path, header: Mapping[str, Any], tensors: Mapping[str, np
 def opened(path: Path, form: str) -> Iterator[tuple[dict[str, Any], Any]]:
     """The header of a file of format `form`, and the file open for its tensors.
 
-    Raises CheckpointError: empty, truncated, not of safetensors, of another format or version, a header of other types.
+    Raises CheckpointError: missing, empty, truncated, not of safetensors, of another format or version, a damaged header.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
     try:
         with safe_open(path, framework="np") as file:
             yield read_header(path, form, file.metadata()), file
