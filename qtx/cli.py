@@ -46,8 +46,8 @@ from .study import Study, StudySpec
 from .training import History, Interrupted, Machine, TrainSpec, default_optim, train, widened
 
 PROFILE_HELP = (  # of qtx_ref/profiles, in a line
-    "qtx, fixed point, rounded once; float32, requantization in float32; gemmlowp, fixed point, rounded twice; tflite, "
-    "rounded once, half up; onnx, as QLinearMatMul"
+    "qtx (fixed point, one rounding), float32 (requantizes in float32), gemmlowp (fixed point, two roundings), tflite "
+    "(fixed point, one rounding, ties away from 0) or onnx (QuantizeLinear and QLinearMatMul)"
 )
 MENDABLE = (SpecError, DataError, CheckpointError, MissingExtra, OSError)
 
@@ -204,9 +204,9 @@ def evaluate(
 @CHECKPOINT
 @DATA
 @click.option("--recipe", "recipe_name",
-              help=f"{recipes.NAMES}. Default: the checkpoint's own with the ranges it has, else w8a8. To a "
-              f"MODEL{SUFFIX}: whole numbers only, so not fp8, mxfp, train-wXaY or what leaves a site before a table, a "
-              "norm or a sum in float.")  # fmt: skip
+              help=f"{recipes.NAMES}. Default: the checkpoint's own with the ranges it has, else w8a8. A "
+              f"MODEL{SUFFIX} takes no fp8, mxfp or train-wXaY, and none that leaves a float before a table, norm or sum "
+              "(paper-bert).")  # fmt: skip
 @click.option("--profile", "profile_name", default="qtx", show_default=True,
               help=f"Of a MODEL{SUFFIX}: {PROFILE_HELP}.")  # fmt: skip
 @click.option("--nonlinear", type=click.Choice([str(kind) for kind in Nonlinear]), default="table", show_default=True,

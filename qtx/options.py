@@ -70,7 +70,7 @@ def options(*chosen: Any) -> Any:
 
 
 MACHINE = options(
-    click.option("--backend", "backend_name", default="torch", show_default=True, help="torch, or ref (NumPy alone)."),
+    click.option("--backend", "backend_name", default="torch", show_default=True, help="torch, or ref (NumPy)."),
     click.option("--device", default="cpu", show_default=True, help="cpu, or cuda with --backend torch."),
     click.option("--dtype", default="float32", show_default=True, help="float32, float64; bfloat16 with torch."),
 )

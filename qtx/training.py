@@ -166,7 +166,10 @@ def train(
 
     with interrupt_flag() as interrupted, Progress(label, run.optim.steps, step) as bar:
         if run.watch_integer and step == 0:
-            watch(run, model, data, machine, history, step)  # refuses now what could not run in integers later
+            try:
+                watch(run, model, data, machine, history, step)
+            except ValueError as error:  # now, and not where it would first be needed
+                raise SpecError(f"--watch-integer: {error}") from None
         while step < run.optim.steps:
             loss, _ = trainer.step(next(batches))
             history.loss.append(loss)
