@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from qtx import training
 from qtx.artifact import Artifact, differences, load_artifact, save_artifact, size
-from qtx.checkpoint import load_checkpoint
+from qtx.checkpoint import load_checkpoint, save_checkpoint
 from qtx.constants import check_constants, check_size
 from qtx.files import ARTIFACT, VECTORS, CheckpointError, read_sealed, write_sealed
 from qtx.options import head_note
@@ -26,7 +26,7 @@ from qtx_ref.lowering import lower
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import attention, preset
 from qtx_ref.profiles import profile
-from qtx_ref.spec import QTX, Granularity, Nonlinear, QuantSpec, Rule, SpecError
+from qtx_ref.spec import QTX, Granularity, Head, Nonlinear, QuantSpec, Rule, SpecError
 
 from .runner import check_integers
 from .test_cli import TRAIN, call, good
@@ -310,6 +310,18 @@ def test_whatever_lowers_passes(model, kind):
             constants = lower(short, params, quants, ranges, profile(name), nonlinear)
             check_size(short, constants)
             check_constants(short, chosen, profile(name), nonlinear, constants)
+
+
+def test_a_model_without_a_head_is_not_evaluated(checkpoint, tmp_path):
+    found = load_checkpoint(checkpoint)
+    found.spec = replace(found.spec, head=Head.NONE)
+    found.params = {name: value for name, value in found.params.items() if not name.startswith("head.")}
+    found.extra = {}
+    save_checkpoint(tmp_path / "m.safetensors", found)
+    good("quantize", tmp_path / "m.safetensors", *REF, "--out", tmp_path / "m.qtx")
+    for name in ("m.safetensors", "m.qtx"):
+        result = call("evaluate", tmp_path / name, *REF)
+        assert result.exit_code == 1 and "has no head" in result.output
 
 
 def test_another_of_our_files_is_named(artifact, checkpoint, tmp_path):

@@ -14,17 +14,16 @@ import click
 import numpy as np
 
 from qtx_ref.presets import PRESETS, attention, preset
-from qtx_ref.profiles import profile
-from qtx_ref.spec import Nonlinear, Range, SpecError, check_integer, to_dict
+from qtx_ref.spec import SpecError, to_dict
 
 from . import __version__, analysis, quantization, recipes
-from .artifact import SUFFIX, make_artifact, save_artifact, size
+from .artifact import SUFFIX
 from .backend import MissingExtra, backend, need
-from .checkpoint import Checkpoint, file_of, save_checkpoint
-from .cli_artifact import diff, show, size_text, vectors
+from .cli_artifact import diff, show, vectors
 from .cli_parity import parity
+from .cli_quantize import quantize
 from .data import DataError, load
-from .files import CheckpointError, check_writable
+from .files import CheckpointError
 from .options import (
     CHECKPOINT,
     DATA,
@@ -34,7 +33,7 @@ from .options import (
     MACHINE,
     VOCAB,
     WATCH,
-    is_artifact,
+    need_head,
     open_checkpoint,
     open_model,
     say,
@@ -45,10 +44,6 @@ from .report.tables import number, table
 from .study import Study, StudySpec
 from .training import History, Interrupted, Machine, TrainSpec, default_optim, train, widened
 
-PROFILE_HELP = (  # of qtx_ref/profiles, in a line
-    "qtx (fixed point, one rounding), float32 (requantizes in float32), gemmlowp (fixed point, two roundings), tflite "
-    "(fixed point, one rounding, ties away from 0) or onnx (QuantizeLinear and QLinearMatMul)"
-)
 MENDABLE = (SpecError, DataError, CheckpointError, MissingExtra, OSError)
 
 
@@ -188,6 +183,8 @@ def evaluate(
         strict=strict, split="evaluation",
     )  # fmt: skip
 
+    need_head(checkpoint, opened)
+
     def evaluation():
         return opened.data.split_batches("evaluation", opened.found.spec, quantization.BATCH, 0, limit=batches)
 
@@ -198,79 +195,6 @@ def evaluate(
     note = opened.note
     say(table(["", str(checkpoint)], rows) + (f"\n{note}" if note else ""), json_path)
     write_json(json_path, result | ({"note": note} if note else {}))
-
-
-@main.command()
-@CHECKPOINT
-@DATA
-@click.option("--recipe", "recipe_name",
-              help=f"{recipes.NAMES}. Default: the checkpoint's own with the ranges it has, else w8a8. A "
-              f"MODEL{SUFFIX} takes no fp8, mxfp or train-wXaY, and none that leaves a float before a table, norm or sum "
-              "(paper-bert).")  # fmt: skip
-@click.option("--profile", "profile_name", default="qtx", show_default=True,
-              help=f"Of a MODEL{SUFFIX}: {PROFILE_HELP}.")  # fmt: skip
-@click.option("--nonlinear", type=click.Choice([str(kind) for kind in Nonlinear]), default="table", show_default=True,
-              help=f"Of a MODEL{SUFFIX}: GELU, sigmoid, tanh and exponentials.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), required=True,
-              help=f"A {SUFFIX} of integers, or a .safetensors with ranges for fake quantization.")  # fmt: skip
-@MACHINE
-@JSON
-def quantize(
-    checkpoint, data, tokenizer, recipe_name, profile_name, nonlinear, out, backend_name, device, dtype, json_path
-):
-    """Write a model as integers, or with ranges.
-
-    Calibrates a recipe's ranges, or takes the checkpoint's own, and writes one file: a MODEL.qtx of integers, or a
-    .safetensors of parameters, ranges and recipe for fake quantization.
-    """
-    if out.suffix not in (SUFFIX, ".safetensors"):
-        raise SpecError(f"--out {out}: give a name ending in {SUFFIX} (integers) or .safetensors (ranges)")
-    if out.exists():
-        raise CheckpointError(f"{out} exists: choose another --out")
-    check_writable(out)
-    if not is_artifact(out) and (profile_name, nonlinear) != ("qtx", "table"):
-        raise SpecError(f"--profile and --nonlinear belong to integers: give --out a name ending in {SUFFIX}")
-    chosen_profile, machine = profile(profile_name), Machine(backend_name, device, dtype)
-    found, model, source = open_checkpoint(checkpoint, machine, data, tokenizer)
-    own = bool(found.recipe and found.ranges) and recipe_name in (None, found.recipe.name)
-    chosen = found.recipe if own else recipes.recipe(recipe_name or "w8a8", found.spec)
-    if is_artifact(out):  # refused before any calibration
-        check_integer(recipes.resolve(chosen, found.spec), chosen_profile)
-    if own:
-        ranges, calibration, words = found.ranges, own_calibration(found), "the checkpoint's own ranges"
-    else:
-        quantization.refuse_overlap(found.meta, source, "calibration")
-        ranges = quantization.calibrate(model, source, chosen, 0)
-        calibration, words = source.hashes("calibration"), f"ranges of {chosen.batches} calibration batches"
-    result = {"checkpoint": str(out), "recipe": to_dict(chosen), "ranges": words, **numbers_of(ranges)}
-    if is_artifact(out):
-        kind = Nonlinear(nonlinear)
-        made = make_artifact(file_of(checkpoint), found, chosen, ranges, chosen_profile, kind, calibration)
-        save_artifact(out, made)
-        sizes = size(out, made)
-        say(f"{out}: recipe {chosen.name}, {words}, profile {profile_name}, {size_text(sizes)}; see qtx show {out}",
-            json_path)  # fmt: skip
-        result |= {"profile": to_dict(chosen_profile), "bytes": asdict(sizes)}
-    else:
-        meta = {**found.meta, "quantized_from": str(checkpoint), "calibration": calibration}
-        save_checkpoint(out, Checkpoint(found.spec, found.params, {}, chosen, ranges, meta))
-        say(f"{out}: recipe {chosen.name}, {words} at {len(ranges)} sites; run it with qtx evaluate {out}",
-            json_path)  # fmt: skip
-    write_json(json_path, result)
-
-
-def own_calibration(found: Checkpoint) -> list[str]:
-    """Hashes of the sections that a checkpoint's own ranges come from: `qtx quantize` writes them, training calibrates on
-    the calibration split."""
-    return found.meta.get("calibration", found.meta.get("data", {}).get("hashes", {}).get("calibration", []))
-
-
-def numbers_of(ranges: dict[str, Range]) -> dict[str, dict[str, list]]:
-    """Scales and zero points by site."""
-    return {
-        key: {site: np.asarray(getattr(found, key)).ravel().tolist() for site, found in ranges.items()}
-        for key in ("scale", "zero_point")
-    }
 
 
 @main.command()
@@ -342,6 +266,7 @@ def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, t
         checkpoint, Machine(backend_name, device, dtype), data, tokenizer, recipe_name=recipe_name
     )  # fmt: skip
     backend(backend_name).check_generation(opened.found.spec, {}, 1)
+    need_head(checkpoint, opened)
     model = opened.model
     tokenizers = need("tokenizers", "text", "a prompt")
     words = tokenizers.Tokenizer.from_str(opened.data.tokenizer_json)
@@ -378,5 +303,5 @@ def recipes_command(name, model, attention_name, json_path):
     write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
-for command in (parity, show, diff, vectors):
+for command in (quantize, parity, show, diff, vectors):
     main.add_command(command)

@@ -182,6 +182,12 @@ def open_model(
     return Opened(found, model, data, words, kind == "integer", head_note(found))
 
 
+def need_head(path: Path, opened: Opened) -> None:
+    """Raises SpecError where a model has no head, and so no words or classes to tell."""
+    if opened.found.spec.head is Head.NONE:
+        raise SpecError(f"{path} has no head: it can be analyzed and compared, not evaluated or asked for words")
+
+
 def artifact_model(artifact: Artifact, machine: Machine, numerics: str = "integer", strict: bool = False) -> Any:
     """The model in integers, or under the fake quantization of the same codes."""
     if numerics == "fake":
