@@ -257,6 +257,7 @@ QUERY = "layer.1.attn.query"
         ("layer.1.ffn.activation.table", lambda x: x[:9], "has shape"),
         (f"{QUERY}.scale", lambda x: x * np.float32(np.nan), "holds NaN"),
         (f"{QUERY}.weight.scale", lambda x: -x, "is not positive"),
+        (f"{QUERY}.multiplier", lambda x: -x, "is negative"),
         (f"{QUERY}.zero_point", lambda x: x + 256, "no code from 0 to 255"),
     ],
 )

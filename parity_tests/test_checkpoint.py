@@ -105,6 +105,10 @@ def damage_meta(tensors, header):
     header["meta"] = ["data"]
 
 
+def damage_layers(tensors, header):
+    header["spec"]["layers"] = 10**9
+
+
 def damage_hashes(tensors, header):
     header["meta"]["data"]["hashes"] = {"train": [5]}
 
@@ -128,6 +132,7 @@ def damage_tokenizer(tensors, header):
         (damage_scale, "scale of site embed.patch must be positive"),
         (damage_zero_point, "zero point of site embed.patch is no code"),
         (damage_meta, "metadata is damaged: meta must be an object"),
+        (damage_layers, "its model has 1000000000 layers"),
         (damage_hashes, "meta.data.hashes.train must be a list of texts"),
         (damage_tokenizer, "meta.tokenizer must be a text"),
     ],

@@ -267,6 +267,13 @@ def test_refused_commands_leave_no_folder(trained, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_bar_without_a_total(capsys):
+    for total, lines in ((0, 0), (2, 1)):
+        with Progress("work", total) as bar:
+            bar.advance()
+        assert capsys.readouterr().err.count("\n") == lines
+
+
 def test_every_command_says_what_it_does_in_a_line():
     assert call("--help").output.count("...") == 1  # of the usage line
 

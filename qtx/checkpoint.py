@@ -111,6 +111,8 @@ def read_spec(path: Path, header: Mapping[str, Any]) -> ModelSpec:
 
 def check_shapes(path: Path, spec: ModelSpec, found: Mapping[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError for the first parameter that is missing, unknown or of another shape."""
+    if spec.layers > len(found):  # before as many names are made
+        raise CheckpointError(f"{path}: its model has {spec.layers} layers, and it holds {len(found)} tensors")
     expected = shapes(spec)
     for name, shape in expected.items():
         if name not in found:

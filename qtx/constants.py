@@ -18,6 +18,7 @@ from .recipes import resolve
 from .sites import narrowed, shortened
 
 Constants = Mapping[str, np.ndarray]
+NOT_NEGATIVE = ("multiplier", "input_multiplier", "eps", "zeta", "sink_factor")
 
 
 def check_size(spec: ModelSpec, constants: Constants) -> None:
@@ -64,12 +65,15 @@ def check_constants(
 
 
 def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], constants: Constants) -> None:
-    """Floats are finite, scales positive, codes and zero points among their quantizer's."""
+    """Raises ValueError where floats are not finite, scales not positive, multipliers and other factors negative, or codes
+    and zero points not among their quantizer's."""
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise ValueError(f"constant {name} holds NaN or infinity")
     site, _, kind = name.rpartition(".")
     if kind == "scale" and not (value > 0).all():
         raise ValueError(f"constant {name} is not positive")
+    if (kind in NOT_NEGATIVE or name.endswith(".probs.table")) and not (value >= 0).all():
+        raise ValueError(f"constant {name} is negative")
     quant = quants.get(name)  # of a weight
     if quant is None and (kind == "zero_point" or (kind == "table" and not site.endswith(".probs"))):
         quant = quants.get(site)

@@ -22,7 +22,7 @@ VERSION = 1
 CHECKPOINT, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-artifact", "qtx-vectors"
 USES = {
     CHECKPOINT: "a checkpoint: make integers of it with qtx quantize CHECKPOINT --out MODEL.qtx",
-    ARTIFACT: "an artifact: give it a name ending in .qtx and use qtx evaluate, show, diff, vectors, generate or parity",
+    ARTIFACT: "an artifact: qtx evaluate, show, diff, vectors, generate and parity take it, named MODEL.qtx",
     VECTORS: "golden vectors: hold their model to them with qtx vectors MODEL.qtx --check FILE",
 }
 
