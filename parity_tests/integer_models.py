@@ -108,7 +108,7 @@ def named_recipe(name: str, spec: ModelSpec, nonlinear: Nonlinear = Nonlinear.TA
     """A recipe of `qtx.recipes`, or w8a8 with one of the changes below."""
     base = recipes.recipe("w8a8", spec)
     gated = spec.attention.gate is not Gate.NONE
-    rows = ["*norm", "*.attn.gated" if gated else "*.attn.context"]
+    rows = ["embed.norm", "layer.*norm", "*.attn.gated" if gated else "*.attn.context"]
     if spec.activation is Activation.RELU or nonlinear is Nonlinear.POLYNOMIAL:
         rows.append("*.ffn.activation")
     changes = {

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from qtx_ref.random import stream
 from qtx_ref.spec import QTX, Overflow, QuantSpec, Requantization
 
 I32, F32 = np.int32, np.float32
@@ -94,14 +95,30 @@ def test_one_and_two_roundings_part(call):
 
 
 def test_wide_accumulators(call):
-    """TFLite's 16x8 form: multiplier reduced to 15 bits, and its input contract."""
-    a = np.int64([2**40, -(2**40), 3])
-    real = np.float64(2.0**-31)
-    assert call("fixed_point.round_by", a, real, Requantization.FIXED_ONE).tolist() == [512, -512, 0]
-    with pytest.raises(ValueError, match="140737488355328 is outside"):
-        call("fixed_point.round_by", np.int64([2**47]), real, Requantization.FIXED_ONE)
+    """64-bit accumulators: the whole multiplier, or TFLite's 15 bits of it; and their input contract."""
+    a, real = np.int64([2**40, -(2**40), 3]), np.float64(2.0**-31)
+    for kind in (Requantization.FIXED_ONE, Requantization.FIXED_ONE_NARROW):
+        assert call("fixed_point.round_by", a, real, kind).tolist() == [512, -512, 0]
+        with pytest.raises(ValueError, match="140737488355328 is outside"):
+            call("fixed_point.round_by", np.int64([2**47]), real, kind)
     with pytest.raises(ValueError, match="not defined for 64-bit"):
         call("fixed_point.round_by", a, real, Requantization.FIXED_TWO)
+    near = np.int64([65535 * 2**20])  # times just below 2^-20: 65534.99...; 0x7FFF / 2^15 of it is 65533.0
+    real = np.float64(0.9999999 * 2.0**-20)
+    assert call("fixed_point.round_by", near, real, Requantization.FIXED_ONE).tolist() == [65535]
+    assert call("fixed_point.round_by", near, real, Requantization.FIXED_ONE_NARROW).tolist() == [65533]
+
+
+def test_wide_requantization_is_exact(call):
+    """The product in two halves, against Python's integers."""
+    rng = stream(0, "wide")
+    a = np.concatenate([rng.integers(-(2**47), 2**47, 2000), [2**47 - 1, -(2**47), 0, -1, 65536, -65537]])
+    for real in (*2.0 ** rng.uniform(-31, 6.9, 20), 127.9, 2.0**-31):
+        multiplier, shift = (int(part) for part in call("fixed_point.quantize_multiplier", np.float64(real)))
+        exponent = 31 - shift
+        want = [(int(x) * multiplier + (1 << (exponent - 1))) >> exponent for x in a]
+        got = call("fixed_point.multiply_one_rounding", a, np.int32(multiplier), np.int32(shift))
+        assert got.tolist() == want
 
 
 def test_matmul_by_hand(call):

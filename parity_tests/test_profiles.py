@@ -175,7 +175,7 @@ def test_profiles_name_their_sources():
     assert profiles.profile("qtx") == QTX
     assert profiles.profile("float32") == replace(QTX, name="float32", requantization=Requantization.FLOAT32)
     kinds = {name: profiles.profile(name).requantization for name in profiles.NAMES}
-    assert kinds["gemmlowp"] is Requantization.FIXED_TWO and kinds["tflite"] is Requantization.FIXED_ONE
+    assert kinds["gemmlowp"] is Requantization.FIXED_TWO and kinds["tflite"] is Requantization.FIXED_ONE_NARROW
     for name in profiles.NAMES:
         assert profiles.profile(name).name == name and all(profiles.sources(name).values())
         assert set(profiles.sources(name)) == set(QTX.__dataclass_fields__) - {"name", "version"}

@@ -11,6 +11,7 @@ from parity_tests.case import Case, Context
 from parity_tests.compare import Verdict, exact
 from parity_tests.integer_models import Lowered, same, watched
 from qtx_ref import backend as ref_backend
+from qtx_ref.lowering import real
 from qtx_ref.spec import Nonlinear
 from qtx_torch.backend import IntegerModel
 
@@ -57,7 +58,7 @@ def strict_case(nonlinear: Nonlinear, context: Context) -> list[Verdict]:
 
 
 def generate_case(kind: str, context: Context) -> list[Verdict]:
-    """Ten tokens with keys and values cached as codes: the reference's text and integers, and those without a cache."""
+    """Ten tokens with keys and values cached as codes: the reference's text and logits, and those without a cache."""
     low = trained("opt-tiny", kind, context)
     start, count = low.batch["tokens"][:2, :5], 10
     seen: dict[str, list[np.ndarray]] = {"ref": [], "torch": []}
@@ -72,12 +73,12 @@ def generate_case(kind: str, context: Context) -> list[Verdict]:
             return scores.argmax(-1)
 
         texts[who] = model.generate(start, count, greedy)
-        whole = model.run({"tokens": texts[who], "mask": np.ones(texts[who].shape, bool)}).value
+        whole = real(model.run({"tokens": texts[who], "mask": np.ones(texts[who].shape, bool)}))
         verdict = exact(f"{who}: with and without cache", np.stack(seen[who], 1), whole[:, start.shape[1] - 1 : -1])
         seen[f"{who} verdict"] = [verdict]
     return [
         exact("text", texts["torch"], texts["ref"]),
-        exact("integers", np.stack(seen["torch"]), np.stack(seen["ref"])),
+        exact("logits", np.stack(seen["torch"]), np.stack(seen["ref"])),
         *seen["ref verdict"],
         *seen["torch verdict"],
     ]

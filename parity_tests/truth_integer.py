@@ -11,7 +11,7 @@ from parity_tests import integer_models
 from parity_tests.case import Case, Context
 from parity_tests.compare import Verdict, equal, exact, holds, within
 from parity_tests.integer_models import same, watched
-from qtx_ref import fixed_point, integer_ops
+from qtx_ref import integer_ops, lowering
 from qtx_ref.backend import IntegerModel
 from qtx_ref.random import stream
 from qtx_ref.spec import Requantization
@@ -66,7 +66,7 @@ def literals(context: Context) -> list[Verdict]:
         "gelu(0)": (integer_ops.gelu_polynomial(np.array(0)).item(), 0),
         "sigmoid(0)": (integer_ops.sigmoid_polynomial(np.array(0)).item(), 134198951),
     }
-    multipliers, shift = fixed_point.common_shift([np.array(0.75), np.array(2.0**-30)])
+    multipliers, shift = lowering.common_shift([np.array(0.75), np.array(2.0**-30)])
     found["common_shift"] = ([int(m) for m in multipliers] + [int(shift)], [3 << 28, 1, 30])
     return [equal(name, got, want) for name, (got, want) in found.items()]
 
@@ -171,7 +171,7 @@ def sums_case(context: Context) -> list[Verdict]:
         want[i, 0, c] = half_up(Fraction(sum(rows), max(len(rows), 1)))
     verdicts.append(exact("mean", integer_ops.mean(x, where), want))
     reals = [10.0 ** rng.uniform(-6, 6, 50), 10.0 ** rng.uniform(-6, 6, 50)]
-    multipliers, shift = fixed_point.common_shift([np.array(r) for r in reals])
+    multipliers, shift = lowering.common_shift([np.array(r) for r in reals])
     for m, real in zip(multipliers, reals, strict=True):
         error = np.abs(m * 2.0**-shift - real) / np.maximum(*reals)
         verdicts.append(holds("common_shift", float(error.max()), 2.0**-30, "half of 2^-29 of the larger"))

@@ -74,11 +74,13 @@ def wide_residual(base: Recipe) -> Recipe:
 
 
 def per_token(base: Recipe, bits: int) -> Recipe:
-    """Norms, context and gated output with a scale per token, taken from the data: they feed products that sum over
-    channels. Tables (GELU, sigmoid, softmax) and values need static ranges."""
+    """The layers' norms, context and gated output with a scale per token, taken from the data: they feed products that
+    sum over channels. Tables (GELU, sigmoid, softmax), values and what the head takes need static ranges."""
     rows = QuantSpec(bits=bits, symmetric=True, granularity=Granularity.TOKEN, dynamic=True)
     source = "ZeroQuant (Yao et al. 2022), section 4: activations per token where a linear layer takes them"
-    return varied(base, f"token-{base.name}", Rule(("*norm", "*.attn.context", "*.attn.gated"), rows, source))
+    return varied(
+        base, f"token-{base.name}", Rule(("embed.norm", "layer.*norm", "*.attn.context", "*.attn.gated"), rows, source)
+    )
 
 
 def everywhere(name: str, *rules: Rule) -> Recipe:

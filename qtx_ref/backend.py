@@ -12,6 +12,7 @@ import numpy as np
 
 from . import models, stats
 from .integer_numerics import Code, Integer
+from .lowering import real
 from .models import opt
 from .models.initial import init_params, shapes
 from .numerics import Calibrate, FakeQuant, Float, Record
@@ -226,14 +227,14 @@ class IntegerModel:
         return self._output(models.forward(nx, {}, self.spec, batch))
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """`count` further tokens after tokens (B, T), each chosen from the output's integers (B, V) -> (B,). Keys and
-        values are cached as codes. Raises SpecError as `Model.generate`."""
+        """`count` further tokens after tokens (B, T), each chosen from logits (B, V), float64 -> (B,). Keys and values are
+        cached as codes. Raises SpecError as `Model.generate`."""
         check_generation(self.spec, self.quants, tokens.shape[1] + count)
         cache: list = []
         fresh, nx = tokens, self._numerics(None)
         for _ in range(count):
-            out = opt.forward(nx, {}, self.spec, {"tokens": fresh}, cache)
-            fresh = choose(np.asarray(out.value[:, -1]))[:, None]
+            logits = real(self._output(opt.forward(nx, {}, self.spec, {"tokens": fresh}, cache)))
+            fresh = choose(logits[:, -1])[:, None]
             tokens = np.concatenate([tokens, fresh], axis=1)
         return tokens
 

@@ -8,6 +8,7 @@ Fixed point writes M = 2^shift * multiplier / 2^31 with multiplier in [2^30, 2^3
     HIGH_HALF_UP  round(floor(2^left a multiplier / 2^31) / 2^right)                 truncated, then half up
 
 where left = max(shift, 0), right = max(-shift, 0); HIGH_HALF_UP shifts right by at least 1 so that it always rounds.
+FIXED_ONE_NARROW is FIXED_ONE but for 64-bit accumulators, whose multiplier it rounds to 15 bits.
 Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPACK's rndnu kernels.
 
     >>> M = np.float64(0.25)
@@ -17,14 +18,13 @@ Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPAC
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from .rounding import round_integer
 from .spec import QTX, Profile, QuantSpec, Requantization, Rounding
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+WIDE = (Requantization.FIXED_ONE, Requantization.FIXED_ONE_NARROW)  # defined for int64 accumulators
 FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_AWAY: Rounding.HALF_AWAY}
 
 
@@ -95,18 +95,35 @@ def rounding_shift_right(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
 
 
 def multiply_one_rounding(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its multiplier is rounded to
-    15 and its shift lies in [-31, 7], as in TFLite's 16x8 kernels."""
+    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the product
+    of 79 bits is then taken in two halves."""
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
     multiplier, shift = np.asanyarray(multiplier, np.int64), np.asanyarray(shift, np.int64)
     if np.asanyarray(a).dtype != np.int64:
         check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
         check_range("shift", shift, -31, 30, "use quantize_multiplier")
         return rounding_shift_right(np.asanyarray(a, np.int64) * multiplier, 31 - shift)
-    check_range("accumulator", a, -(2**47), 2**47 - 1, "a 64-bit accumulator is requantized from 48 bits")
-    check_range("shift", shift, -31, 7, "a 64-bit accumulator is scaled by less than 128")
+    check_wide(a, shift)
+    low = (a & 0xFFFF) * multiplier + (np.int64(1) << (30 - shift))  # with the half
+    return ((a >> 16) * multiplier + (low >> 16)) >> (15 - shift)
+
+
+def multiply_one_rounding_narrow(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as in
+    TFLite's 16x8 kernels."""
+    if np.asanyarray(a).dtype != np.int64:
+        return multiply_one_rounding(a, multiplier, shift)
+    check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
+    multiplier, shift = np.asanyarray(multiplier, np.int64), np.asanyarray(shift, np.int64)
+    check_wide(a, shift)
     reduced = np.where(multiplier < 0x7FFF0000, (multiplier + 2**15) >> 16, 0x7FFF)
     return rounding_shift_right(a * reduced, 15 - shift)
+
+
+def check_wide(a: np.ndarray, shift: np.ndarray) -> None:
+    """What an int64 accumulator and its shift must keep to."""
+    check_range("accumulator", a, -(2**47), 2**47 - 1, "a 64-bit accumulator is requantized from 48 bits")
+    check_range("shift", shift, -31, 7, "a 64-bit accumulator is scaled by less than 128")
 
 
 def multiply_two_roundings(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -131,7 +148,7 @@ def real_multiplier(
     x_scale: np.ndarray, w_scale: np.ndarray, y_scale: np.ndarray, profile: Profile = QTX
 ) -> np.ndarray:
     """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step."""
-    exact = profile.requantization in (Requantization.FIXED_ONE, Requantization.FIXED_TWO)
+    exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
     kind = np.float64 if exact else np.float32
     return np.asanyarray(x_scale, kind) * np.asanyarray(w_scale, kind) / np.asanyarray(y_scale, kind)
 
@@ -139,12 +156,13 @@ def real_multiplier(
 def multiply(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, requantization: Requantization) -> np.ndarray:
     """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
 
-    a: int32, or int64 where FIXED_ONE.
+    a: int32, or int64 where one rounding.
     """
-    if np.asanyarray(a).dtype == np.int64 and requantization is not Requantization.FIXED_ONE:
+    if np.asanyarray(a).dtype == np.int64 and requantization not in WIDE:
         raise ValueError(f"requantization {requantization} is not defined for 64-bit accumulators: use fixed_one")
     rule = {
         Requantization.FIXED_ONE: multiply_one_rounding,
+        Requantization.FIXED_ONE_NARROW: multiply_one_rounding_narrow,
         Requantization.FIXED_TWO: multiply_two_roundings,
         Requantization.HIGH_HALF_UP: multiply_high_half_up,
     }[requantization]
@@ -158,23 +176,11 @@ def round_float(x: np.ndarray, requantization: Requantization) -> np.ndarray:
 
 
 def round_by(a: np.ndarray, real: np.ndarray, requantization: Requantization) -> np.ndarray:
-    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where FIXED_ONE or a float."""
+    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float."""
     if requantization not in FLOATS:
         return multiply(a, *quantize_multiplier(real), requantization)
     check_real(real)
     return round_float(np.asanyarray(a).astype(np.float32) * np.asanyarray(real, np.float32), requantization)
-
-
-def common_shift(reals: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Multipliers m_i and one shift: real_i = m_i / 2^shift, the largest m in [2^29, 2^30]; int64.
-
-    For a sum that is rounded once. Reals lie in [2^-32, 2^29]; what is 2^31 times smaller than the largest becomes 0.
-    """
-    largest = np.maximum.reduce(np.broadcast_arrays(*(np.asarray(real, np.float64) for real in reals)))
-    check_real(largest)
-    _, exponent = np.frexp(np.maximum(largest, 2.0**-32))
-    shift = 30 - exponent.astype(np.int64)
-    return [np.rint(np.asarray(real, np.float64) * np.exp2(shift)).astype(np.int64) for real in reals], shift
 
 
 def requantize(

@@ -19,13 +19,14 @@ profile; scales taken from the data (one per token). `strict` leaves no float at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from . import affine, fixed_point, integer, integer_ops, ops
 from .numerics import Float, Params
-from .spec import AttentionSpec, Profile, QuantSpec, Requantization, Softmax
+from .spec import AttentionSpec, Profile, QuantSpec, Requantization, Softmax, SpecError
 from .tape import Var, Vjp
 
 Constants = Mapping[str, np.ndarray]
@@ -35,10 +36,11 @@ ZERO = np.zeros((), np.int32)
 class Code(Var):
     """Integers with their meaning. `unit` is None under `strict`; `spec` is None for an accumulator, whose zero is 0.
 
-    `measured`: the unit is known only as the model runs (a scale per token, or one looked up with a row).
+    `measured`: the unit is known only as the model runs (a scale per token, or one looked up with a row). Such an
+    accumulator has its bias in `offset`, float32.
     """
 
-    __slots__ = ("unit", "zero_point", "spec", "measured")
+    __slots__ = ("unit", "zero_point", "spec", "measured", "offset")
 
     def __init__(
         self,
@@ -47,20 +49,24 @@ class Code(Var):
         zero_point: np.ndarray = ZERO,
         spec: QuantSpec | None = None,
         measured: bool = False,
+        offset: np.ndarray | None = None,
     ) -> None:
         super().__init__(value)
         self.unit = unit
         self.zero_point = zero_point
         self.spec = spec
         self.measured = measured
+        self.offset = offset
 
     @staticmethod
     def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Var], *edges: tuple[Var, Vjp]) -> Var:
-        """The same, with scale and zero point where there is more than one of them."""
+        """The same, with scale and zero point where there is more than one of them; of several inputs, such as the tokens
+        before and a new one, only where each has its own."""
         first = inputs[0]
+        shared = len(inputs) > 1 and not first.measured
 
         def follow(parts: list[np.ndarray | None]) -> np.ndarray | None:
-            return parts[0] if parts[0] is None or np.ndim(parts[0]) == 0 else move(*parts)
+            return parts[0] if shared or parts[0] is None or np.ndim(parts[0]) == 0 else move(*parts)
 
         units, zeros = follow([x.unit for x in inputs]), follow([x.zero_point for x in inputs])
         return Code(move(*(x.value for x in inputs)), units, zeros, first.spec, first.measured)
@@ -69,9 +75,14 @@ class Code(Var):
         """value - zero_point: int32, or int64 for an accumulator of that width."""
         return self.value if self.spec is None else self.value.astype(np.int32) - self.zero_point
 
+    def real(self) -> np.ndarray:
+        """unit * centred (+ offset), float32 at each step."""
+        y = self.centred().astype(np.float32) * np.asarray(self.unit, np.float32)
+        return y if self.offset is None else y + self.offset
+
 
 class Whole(np.ndarray):
-    """An array of integers that no float can come out of: `strict` makes every constant and input one.
+    """An array of integers that no float can come out of: `strict` makes every constant one, and the input's codes.
 
     Whatever NumPy computes from it is one too, and is refused with TypeError, in the op that made it, where its dtype is
     neither integer nor boolean.
@@ -93,14 +104,15 @@ def code_dtype(spec: QuantSpec) -> type:
     return np.int16 if spec.symmetric or spec.bits < 16 else np.int32
 
 
-def unit(*parts: np.ndarray | float | None) -> np.ndarray | None:
-    """The product of scales, float64: two float32 factors fit exactly. None where one is not known."""
-    if any(part is None for part in parts):
-        return None
-    product = np.float64(1)
-    for part in parts:
-        product = product * np.asarray(part, np.float64)
-    return product
+@contextmanager
+def at(site: str) -> Iterator[None]:
+    """A broken contract of the arithmetic, such as an overflow, as SpecError with the site's name."""
+    try:
+        yield
+    except SpecError:
+        raise
+    except ValueError as error:
+        raise SpecError(f"site {site}: {error}") from None
 
 
 class Integer(Float):
@@ -125,6 +137,15 @@ class Integer(Float):
         self.strict = strict
         self.watch = watch
 
+    def unit(self, *parts: np.ndarray | float) -> np.ndarray | None:
+        """The product of scales, float64: two float32 factors fit exactly. None under strict."""
+        if self.strict:
+            return None
+        product = np.float64(1)
+        for part in parts:
+            product = product * np.asarray(part, np.float64)
+        return product
+
     # from accumulators to codes ---------------------------------------------------------------------------------------
 
     def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
@@ -132,10 +153,8 @@ class Integer(Float):
         spec = self.quants.get(site)
         if spec is None:
             return self.seen(site, x)
-        if spec.dynamic:
-            real = x.centred().astype(np.float32) * np.asarray(x.unit, np.float32)
-            return self.seen(site, self.measured(spec, real))
-        return self.seen(site, self.requantized(site, spec, x))
+        whole = not (spec.dynamic or x.measured)
+        return self.seen(site, self.requantized(site, spec, x) if whole else self.quantized(site, spec, x.real()))
 
     def seen(self, site: str, x: Code) -> Code:
         if self.watch is not None:
@@ -146,21 +165,24 @@ class Integer(Float):
         """An operand for which the recipe has a quantizer of its own."""
         return self.named(site, x) if site in self.quants else x
 
-    def measured(self, spec: QuantSpec, real: np.ndarray) -> Code:
-        """Codes of float32 values, their scales taken from them."""
-        scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile)
-        code = affine.quantize(real, scale, zero, spec, self.profile)
-        return Code(code.astype(code_dtype(spec)), scale, zero, spec, True)
+    def quantized(self, site: str, spec: QuantSpec, real: np.ndarray) -> Code:
+        """Codes of float32 values: with the site's scale, or one taken from them."""
+        with at(site):
+            if spec.dynamic:
+                scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile)
+            else:
+                scale, zero = self.scale_of(site), self.constants[f"{site}.zero_point"]
+            code = affine.quantize(real, scale, zero, spec, self.profile)
+        return Code(code.astype(code_dtype(spec)), scale, zero, spec, spec.dynamic)
 
     def requantized(self, site: str, spec: QuantSpec, x: Code) -> Code:
-        kind, multiplier = self.profile.requantization, self.constants.get(f"{site}.multiplier")
-        if multiplier is None:  # the unit is known only now
-            real = fixed_point.real_multiplier(x.unit, 1, self.constants[f"{site}.scale"], self.profile)
-            level = fixed_point.round_by(x.centred(), real, kind)
-        elif kind in fixed_point.FLOATS:
-            level = fixed_point.round_by(x.centred(), multiplier, kind)
-        else:
-            level = fixed_point.multiply(x.centred(), multiplier, self.constants[f"{site}.shift"], kind)
+        """Codes from integers, by the profile's multiplier."""
+        kind, multiplier = self.profile.requantization, self.constants[f"{site}.multiplier"]
+        with at(site):
+            if kind in fixed_point.FLOATS:
+                level = fixed_point.round_by(x.centred(), multiplier, kind)
+            else:
+                level = fixed_point.multiply(x.centred(), multiplier, self.constants[f"{site}.shift"], kind)
         return self.clamped(site, spec, level)
 
     def clamped(self, site: str, spec: QuantSpec, level: np.ndarray) -> Code:
@@ -177,10 +199,12 @@ class Integer(Float):
         """The codes of a weight."""
         return Code(self.constants[site], self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
 
-    def matmul(self, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
-        """Accumulators of a b."""
-        zeros, bits = (a.zero_point, b.zero_point), accumulator_bits(a.spec, b.spec)
-        return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
+    def matmul(self, site: str, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
+        """Accumulators of a b: 64 bits where a factor or the bias needs them."""
+        wide = bias is not None and bias.dtype == np.int64
+        zeros, bits = (a.zero_point, b.zero_point), 64 if wide else accumulator_bits(a.spec, b.spec)
+        with at(site):
+            return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
 
     def shown(self, site: str, acc: np.ndarray) -> np.ndarray:
         if self.watch is not None:
@@ -192,7 +216,9 @@ class Integer(Float):
     def input(self, site: str, value: np.ndarray) -> Code:
         """Quantized by the profile, on the way in: the one step before the integers."""
         spec, zero = self.quants[site], self.constants[f"{site}.zero_point"]
-        code = affine.quantize(value, self.entry[f"{site}.scale"], self.entry[f"{site}.zero_point"], spec, self.profile)
+        with at(site):
+            scale = self.entry[f"{site}.scale"]
+            code = affine.quantize(value, scale, self.entry[f"{site}.zero_point"], spec, self.profile)
         return self.seen(site, Code(code.astype(code_dtype(spec)).view(type(zero)), self.scale_of(site), zero, spec))
 
     def parameter(self, site: str, p: Params) -> Code:
@@ -203,7 +229,11 @@ class Integer(Float):
     def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
         """x W^T + b: one matrix (O, I), or one per head (H, O, I) on the head's own slice of x."""
         x = self.operand(f"{site}.input", x)
-        w = self.weight(f"{site}.weight" if f"{site}.weight" in self.quants else weight)
+        y = self.product(site, x, self.weight(weight or f"{site}.weight"), p)
+        return self.named(site, y) if named else y
+
+    def product(self, site: str, x: Code, w: Code, p: Params) -> Code:
+        """The accumulators of a linear layer; those of a measured unit with their bias beside."""
         heads = w.shape[0] if w.ndim == 3 else 1
 
         def split(v: np.ndarray) -> np.ndarray:  # (..., H n) -> (H, N, n)
@@ -213,16 +243,13 @@ class Integer(Float):
         w_zero = w.zero_point if np.size(w.zero_point) == 1 else w.zero_point.reshape(heads, 1, -1)
         x_zero = x.zero_point if np.size(x.zero_point) == 1 else x.zero_point.reshape(1, -1, 1)
         w_unit = w.unit if np.size(w.unit) == 1 else w.unit.reshape(-1)
-        y_unit = unit(x.unit, w_unit)
         bias = self.constants.get(f"{site}.bias")
-        if bias is not None:
-            if bias.dtype.kind == "f":  # a unit per token: as many integers
-                bias = np.rint(np.broadcast_to(bias.reshape(-1) / y_unit, (*x.shape[:-1], bias.size)))
-            bias = split(bias.reshape(-1, wt.shape[-1] * heads)).astype(np.int64)  # (H, 1 or N, O)
-        acc = self.matmul(Code(split(x.value), None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), bias)
+        bias = None if bias is None else bias.reshape(-1)
+        inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
+        acc = self.matmul(site, Code(split(x.value), None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
         acc = self.shown(site, acc.swapaxes(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
-        y = Code(acc, y_unit, measured=x.measured)
-        return self.named(site, y) if named else y
+        y_unit = self.unit(x.unit, w_unit)
+        return Code(acc, y_unit, measured=x.measured, offset=bias if x.measured else None)
 
     def embedding(self, site: str, index: np.ndarray, p: Params) -> Code:
         """Rows of the codes of `<site>.weight`; their own scales, where each row has one."""
@@ -231,43 +258,38 @@ class Integer(Float):
         return self.named(site, Code(table.value[index], *pick, table.spec, np.size(table.unit) > 1))
 
     def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
-        gain, eps_code = self.weight(f"{site}.weight"), self.constants.get(f"{site}.eps")
-        if eps_code is None:  # a unit per token
-            eps_code = np.rint(eps * np.square(x.shape[-1] / np.asarray(x.unit, np.float64))).astype(np.int64)
-        acc = integer_ops.normalize(x.value, eps_code) * gain.centred() + self.constants[f"{site}.bias"]
-        acc = self.shown(site, integer.fit(acc, accumulator_bits(gain.spec), self.profile))
-        return self.named(site, Code(acc, unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
+        gain = self.weight(f"{site}.weight")
+        acc = integer_ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.centred()
+        bias = self.constants[f"{site}.bias"]
+        with at(site):
+            acc = integer.fit(acc + bias, 64 if bias.dtype == np.int64 else 32, self.profile)
+        acc = self.shown(site, acc)
+        return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
 
     def add(self, site: str, a: Code, b: Code) -> Code:
         """Both operands in one fine unit, their sum rounded once."""
-        parts = [a, b]
         spec, kind = self.quants[site], self.profile.requantization
-        if spec.dynamic:
-            real = sum(x.centred().astype(np.float32) * np.asarray(x.unit, np.float32) for x in parts)
-            return self.seen(site, self.measured(spec, real))
-        multiplier = self.constants.get(f"{site}.multiplier")
-        if multiplier is not None:
-            multipliers, shift = list(multiplier), self.constants.get(f"{site}.shift")
-        else:
-            reals = [fixed_point.real_multiplier(x.unit, 1, self.scale_of(site), self.profile) for x in parts]
-            multipliers, shift = (reals, None) if kind in fixed_point.FLOATS else fixed_point.common_shift(reals)
-        centred = [x.centred() for x in parts]
+        if spec.dynamic or a.measured or b.measured:
+            return self.seen(site, self.quantized(site, spec, a.real() + b.real()))
+        first, second = self.constants[f"{site}.multiplier"]
         if kind in fixed_point.FLOATS:
-            products = (c.astype(np.float32) * m for c, m in zip(centred, multipliers, strict=True))
-            level = fixed_point.round_float(sum(products), kind)
+            total = a.centred().astype(np.float32) * first + b.centred().astype(np.float32) * second
+            level = fixed_point.round_float(total, kind)
         else:
-            level = integer_ops.weighted_sum(centred, multipliers, shift, kind)
+            parts, shift = [a.centred(), b.centred()], self.constants[f"{site}.shift"]
+            level = integer_ops.weighted_sum(parts, [first, second], shift, kind)
         return self.seen(site, self.clamped(site, spec, level))
 
     def mul(self, site: str, a: Code, b: Code) -> Code:
         wide = np.int64 if accumulator_bits(a.spec, b.spec) == 64 else np.int32
         return self.named(
-            site, Code(a.centred().astype(wide) * b.centred(), unit(a.unit, b.unit), measured=a.measured or b.measured)
+            site,
+            Code(a.centred().astype(wide) * b.centred(), self.unit(a.unit, b.unit), measured=a.measured or b.measured),
         )
 
     def scale(self, x: Code, factor: float) -> Code:
         """Only the unit changes."""
-        return Code(x.value, unit(x.unit, factor), x.zero_point, x.spec, x.measured)
+        return Code(x.value, self.unit(x.unit, factor), x.zero_point, x.spec, x.measured)
 
     def mean(self, site: str, x: Code) -> Code:
         """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
@@ -276,14 +298,17 @@ class Integer(Float):
 
     def prepend(self, site: str, x: Code, p: Params) -> Code:
         """The codes of `<site>.weight`, made with the site's own scale, and x requantized to it."""
-        x = self.requantized(site, self.quants[site], x)
+        spec = self.quants[site]
+        x = self.quantized(site, spec, x.real()) if x.measured else self.requantized(site, spec, x)
         first = np.broadcast_to(self.constants[f"{site}.weight"], (x.shape[0], 1, x.shape[2]))
         return self.seen(site, Code(np.concatenate([first, x.value], axis=1), x.unit, x.zero_point, x.spec))
 
     def activation(self, site: str, x: Code, kind: str) -> Code:
         """relu: max(x, 0). Others: a table, or a polynomial of I-BERT."""
+        if kind == "relu" and x.measured:
+            return self.seen(site, self.quantized(site, self.quants[site], np.maximum(x.real(), 0)))
         if kind == "relu":
-            return self.named(site, Code(np.maximum(x.centred(), 0), x.unit, measured=x.measured))
+            return self.named(site, Code(np.maximum(x.centred(), 0), x.unit))
         table = self.constants.get(f"{site}.table")
         if table is not None:
             code = table[x.value.astype(np.int32) - x.spec.code_min]
@@ -297,7 +322,7 @@ class Integer(Float):
             Requantization.FIXED_ONE,
         )
         y = np.clip(polynomial(argument), fixed_point.INT32_MIN, fixed_point.INT32_MAX).astype(np.int32)
-        return self.named(site, Code(y, unit(2.0**-bits)))
+        return self.named(site, Code(y, self.unit(2.0**-bits)))
 
     def attention(
         self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, sink: object, rate: float
@@ -305,13 +330,13 @@ class Integer(Float):
         """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
         q, k = self.operand(f"{site}.scores.lhs", q), self.operand(f"{site}.scores.rhs", k)
         kt = k.arranged(lambda x: x.swapaxes(-1, -2), [k])
-        acc = self.shown(f"{site}.scores", self.matmul(q, kt))
-        step, measured = unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
+        acc = self.shown(f"{site}.scores", self.matmul(f"{site}.scores", q, kt))
+        step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
         scores = self.named(f"{site}.scores", Code(acc, step, measured=measured))
         probs = self.operand(f"{site}.context.lhs", self.softmax(f"{site}.probs", scores, mask, spec, None))
         v = self.operand(f"{site}.context.rhs", v)
-        acc, step = self.matmul(probs, v), unit(probs.unit, v.unit)
-        step = np.broadcast_to(step, acc.shape) if probs.measured else step  # a scale per query and head
+        acc, step = self.matmul(f"{site}.context", probs, v), self.unit(probs.unit, v.unit)
+        step = step if np.ndim(step) == 0 else np.broadcast_to(step, acc.shape)  # per query and head, or per channel
         context = Code(acc, step, measured=probs.measured)
         context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
         self.shown(f"{site}.context", context.value)
@@ -328,7 +353,7 @@ class Integer(Float):
             row = spec.softmax is Softmax.CLIPPED_ROW
             gamma = integer_ops.row_gamma(find(f"{site}.alpha"), mask) if row else find(f"{site}.gamma")
             p = integer_ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
-        return self.named(site, Code(p.astype(np.int32), unit(2.0**-integer_ops.PROBABILITY_BITS)))
+        return self.named(site, Code(p.astype(np.int32), self.unit(2.0**-integer_ops.PROBABILITY_BITS)))
 
 
 def accumulator_bits(*specs: QuantSpec | None) -> int:

@@ -255,21 +255,24 @@ class IntegerModel:
 
     def run(self, batch: Batch, watch: Callable[[str, np.ndarray], None] | None = None) -> Output:
         """The model's output. `watch(name, value)` is shown every site's codes, and `<site>.accumulator`s."""
-        out = self._forward(self._numerics(watch), to_tensors(batch, self.device))
-        scale = to_numpy(out.unit) if out.measured else self.constants["output.scale"].cpu().numpy()
-        return Output(to_numpy(out.value), np.asarray(scale, np.float64), to_numpy(out.zero_point))
+        return self._output(self._forward(self._numerics(watch), to_tensors(batch, self.device)))
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """`count` further tokens after tokens (B, T), each chosen from the output's integers (B, V) -> (B,). Keys and
-        values are cached as codes. Raises SpecError as `Model.generate`."""
+        """`count` further tokens after tokens (B, T), each chosen from logits (B, V), float64 -> (B,). Keys and values are
+        cached as codes. Raises SpecError as `Model.generate`."""
         check_generation(self.spec, self.quants, tokens.shape[1] + count)
         cache: list = []
         fresh, nx = tokens, self._numerics(None)
         for _ in range(count):
-            out = self._forward(nx, {"tokens": torch.tensor(fresh, device=self.device)}, cache)
-            fresh = choose(to_numpy(out.value[:, -1]))[:, None]
+            out = self._output(self._forward(nx, {"tokens": torch.tensor(fresh, device=self.device)}, cache))
+            logits = out.scale * (out.value.astype(np.int64) - out.zero_point)
+            fresh = choose(logits[:, -1])[:, None]
             tokens = np.concatenate([tokens, fresh], axis=1)
         return tokens
+
+    def _output(self, out: Code) -> Output:
+        scale = to_numpy(out.unit) if out.measured else self.constants["output.scale"].cpu().numpy()
+        return Output(to_numpy(out.value), np.asarray(scale, np.float64), to_numpy(out.zero_point))
 
     @torch.no_grad()
     def _forward(self, nx: Integer, inputs: Mapping[str, Tensor | None], *cache: list) -> Code:

@@ -8,6 +8,7 @@ Fixed point writes M = 2^shift * multiplier / 2^31 with multiplier in [2^30, 2^3
     HIGH_HALF_UP  round(floor(2^left a multiplier / 2^31) / 2^right)                 truncated, then half up
 
 where left = max(shift, 0), right = max(-shift, 0); HIGH_HALF_UP shifts right by at least 1 so that it always rounds.
+FIXED_ONE_NARROW is FIXED_ONE but for 64-bit accumulators, whose multiplier it rounds to 15 bits.
 Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPACK's rndnu kernels.
 
     >>> a, M = torch.tensor([-6, -2, 2, 6, 10], dtype=torch.int32), torch.tensor(0.25, dtype=torch.float64)
@@ -17,8 +18,6 @@ Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPAC
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from qtx_ref.spec import QTX, Profile, QuantSpec, Requantization, Rounding
 from .rounding import round_integer
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+WIDE = (Requantization.FIXED_ONE, Requantization.FIXED_ONE_NARROW)  # defined for int64 accumulators
 FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_AWAY: Rounding.HALF_AWAY}
 
 
@@ -99,18 +99,35 @@ def rounding_shift_right(x: Tensor, exponent: Tensor | int) -> Tensor:
 
 
 def multiply_one_rounding(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
-    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its multiplier is rounded to
-    15 and its shift lies in [-31, 7], as in TFLite's 16x8 kernels."""
+    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the product
+    of 79 bits is then taken in two halves."""
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
     multiplier, shift = multiplier.long(), shift.long()
     if a.dtype != torch.int64:
         check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
         check_range("shift", shift, -31, 30, "use quantize_multiplier")
         return rounding_shift_right(a.long() * multiplier, 31 - shift)
-    check_range("accumulator", a, -(2**47), 2**47 - 1, "a 64-bit accumulator is requantized from 48 bits")
-    check_range("shift", shift, -31, 7, "a 64-bit accumulator is scaled by less than 128")
+    check_wide(a, shift)
+    low = (a & 0xFFFF) * multiplier + (torch.ones_like(shift) << (30 - shift))  # with the half
+    return ((a >> 16) * multiplier + (low >> 16)) >> (15 - shift)
+
+
+def multiply_one_rounding_narrow(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
+    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as in
+    TFLite's 16x8 kernels."""
+    if a.dtype != torch.int64:
+        return multiply_one_rounding(a, multiplier, shift)
+    check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
+    multiplier, shift = multiplier.long(), shift.long()
+    check_wide(a, shift)
     reduced = torch.where(multiplier < 0x7FFF0000, (multiplier + 2**15) >> 16, 0x7FFF)
     return rounding_shift_right(a * reduced, 15 - shift)
+
+
+def check_wide(a: Tensor, shift: Tensor) -> None:
+    """What an int64 accumulator and its shift must keep to."""
+    check_range("accumulator", a, -(2**47), 2**47 - 1, "a 64-bit accumulator is requantized from 48 bits")
+    check_range("shift", shift, -31, 7, "a 64-bit accumulator is scaled by less than 128")
 
 
 def multiply_two_roundings(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
@@ -133,7 +150,7 @@ def multiply_high_half_up(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tenso
 
 def real_multiplier(x_scale: Tensor, w_scale: Tensor | int, y_scale: Tensor, profile: Profile = QTX) -> Tensor:
     """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step."""
-    exact = profile.requantization in (Requantization.FIXED_ONE, Requantization.FIXED_TWO)
+    exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
     kind = torch.float64 if exact else torch.float32
     return x_scale.to(kind) * torch.as_tensor(w_scale).to(kind) / y_scale.to(kind)
 
@@ -141,12 +158,13 @@ def real_multiplier(x_scale: Tensor, w_scale: Tensor | int, y_scale: Tensor, pro
 def multiply(a: Tensor, multiplier: Tensor, shift: Tensor, requantization: Requantization) -> Tensor:
     """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
 
-    a: int32, or int64 where FIXED_ONE.
+    a: int32, or int64 where one rounding.
     """
-    if a.dtype == torch.int64 and requantization is not Requantization.FIXED_ONE:
+    if a.dtype == torch.int64 and requantization not in WIDE:
         raise ValueError(f"requantization {requantization} is not defined for 64-bit accumulators: use fixed_one")
     rule = {
         Requantization.FIXED_ONE: multiply_one_rounding,
+        Requantization.FIXED_ONE_NARROW: multiply_one_rounding_narrow,
         Requantization.FIXED_TWO: multiply_two_roundings,
         Requantization.HIGH_HALF_UP: multiply_high_half_up,
     }[requantization]
@@ -160,25 +178,11 @@ def round_float(x: Tensor, requantization: Requantization) -> Tensor:
 
 
 def round_by(a: Tensor, real: Tensor, requantization: Requantization) -> Tensor:
-    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where FIXED_ONE or a float."""
+    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float."""
     if requantization not in FLOATS:
         return multiply(a, *quantize_multiplier(real), requantization)
     check_real(real)
     return round_float(a.float() * real.float(), requantization)
-
-
-def common_shift(reals: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Multipliers m_i and one shift: real_i = m_i / 2^shift, the largest m in [2^29, 2^30]; int64.
-
-    For a sum that is rounded once. Reals lie in [2^-32, 2^29]; what is 2^31 times smaller than the largest becomes 0.
-    """
-    reals = [real.double() for real in reals]
-    largest = torch.stack(torch.broadcast_tensors(*reals)).amax(0)
-    check_real(largest)
-    exponent = (largest.clamp(min=2.0**-32).view(torch.int64) >> 52) - 1022  # as frexp has it, of normal numbers
-    shift = 30 - exponent
-    power = (torch.ones_like(shift) << shift).double()
-    return [torch.round(real * power).long() for real in reals], shift
 
 
 def requantize(a: Tensor, real: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX) -> Tensor:

@@ -11,14 +11,15 @@ profile; scales taken from the data (one per token). `strict` leaves no float at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qtx_ref.spec import AttentionSpec, Profile, QuantSpec, Requantization, Softmax
+from qtx_ref.spec import AttentionSpec, Profile, QuantSpec, Requantization, Softmax, SpecError
 
 from . import affine, fixed_point, integer, integer_ops, ops
 from .attention import Mask
@@ -32,10 +33,11 @@ ZERO = torch.zeros((), dtype=torch.int32)
 class Code:
     """Integers with their meaning. `unit` is None under `strict`; `spec` is None for an accumulator, whose zero is 0.
 
-    `measured`: the unit is known only as the model runs (a scale per token, or one looked up with a row).
+    `measured`: the unit is known only as the model runs (a scale per token, or one looked up with a row). Such an
+    accumulator has its bias in `offset`, float32.
     """
 
-    __slots__ = ("value", "unit", "zero_point", "spec", "measured")
+    __slots__ = ("value", "unit", "zero_point", "spec", "measured", "offset")
 
     def __init__(
         self,
@@ -44,12 +46,14 @@ class Code:
         zero_point: Tensor = ZERO,
         spec: QuantSpec | None = None,
         measured: bool = False,
+        offset: Tensor | None = None,
     ) -> None:
         self.value = value
         self.unit = unit
         self.zero_point = zero_point
         self.spec = spec
         self.measured = measured
+        self.offset = offset
 
     # what the wiring asks of a tensor
     shape = property(lambda self: self.value.shape)
@@ -59,11 +63,13 @@ class Code:
 
     @staticmethod
     def arranged(move: Callable[..., Tensor], parts: tuple[Code, ...]) -> Code:
-        """`ops.arranged`: scale and zero point move too, where there is more than one of them."""
+        """`ops.arranged`: scale and zero point move too, where there is more than one of them; of several parts, such as
+        the tokens before and a new one, only where each has its own."""
         first = parts[0]
+        shared = len(parts) > 1 and not first.measured
 
         def follow(found: list[Tensor | None]) -> Tensor | None:
-            return found[0] if found[0] is None or found[0].ndim == 0 else move(*found)
+            return found[0] if shared or found[0] is None or found[0].ndim == 0 else move(*found)
 
         units, zeros = follow([x.unit for x in parts]), follow([x.zero_point for x in parts])
         return Code(move(*(x.value for x in parts)), units, zeros, first.spec, first.measured)
@@ -71,6 +77,11 @@ class Code:
     def centred(self) -> Tensor:
         """value - zero_point: int32, or int64 for an accumulator of that width."""
         return self.value if self.spec is None else self.value.int() - self.zero_point
+
+    def real(self) -> Tensor:
+        """unit * centred (+ offset), float32 at each step."""
+        y = self.centred().float() * self.unit.float()
+        return y if self.offset is None else y + self.offset
 
 
 class Whole(TorchDispatchMode):
@@ -103,6 +114,17 @@ def code_dtype(spec: QuantSpec) -> torch.dtype:
     if spec.bits <= 8:
         return torch.int8 if spec.symmetric else torch.uint8
     return torch.int16 if spec.symmetric or spec.bits < 16 else torch.int32
+
+
+@contextmanager
+def at(site: str) -> Iterator[None]:
+    """A broken contract of the arithmetic, such as an overflow, as SpecError with the site's name."""
+    try:
+        yield
+    except SpecError:
+        raise
+    except ValueError as error:
+        raise SpecError(f"site {site}: {error}") from None
 
 
 class Integer(Float):
@@ -144,9 +166,8 @@ class Integer(Float):
         spec = self.quants.get(site)
         if spec is None:
             return self.seen(site, x)
-        if spec.dynamic:
-            return self.seen(site, self.measured(spec, x.centred().float() * x.unit.float()))
-        return self.seen(site, self.requantized(site, spec, x))
+        whole = not (spec.dynamic or x.measured)
+        return self.seen(site, self.requantized(site, spec, x) if whole else self.quantized(site, spec, x.real()))
 
     def seen(self, site: str, x: Code) -> Code:
         if self.watch is not None:
@@ -157,21 +178,24 @@ class Integer(Float):
         """An operand for which the recipe has a quantizer of its own."""
         return self.named(site, x) if site in self.quants else x
 
-    def measured(self, spec: QuantSpec, real: Tensor) -> Code:
-        """Codes of float32 values, their scales taken from them."""
-        scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile)
-        code = affine.quantize(real, scale, zero, spec, self.profile)
-        return Code(code.to(code_dtype(spec)), scale, zero, spec, True)
+    def quantized(self, site: str, spec: QuantSpec, real: Tensor) -> Code:
+        """Codes of float32 values: with the site's scale, or one taken from them."""
+        with at(site):
+            if spec.dynamic:
+                scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile)
+            else:
+                scale, zero = self.scale_of(site), self.constants[f"{site}.zero_point"]
+            code = affine.quantize(real, scale, zero, spec, self.profile)
+        return Code(code.to(code_dtype(spec)), scale, zero, spec, spec.dynamic)
 
     def requantized(self, site: str, spec: QuantSpec, x: Code) -> Code:
-        kind, multiplier = self.profile.requantization, self.constants.get(f"{site}.multiplier")
-        if multiplier is None:  # the unit is known only now
-            real = fixed_point.real_multiplier(x.unit, 1, self.constants[f"{site}.scale"], self.profile)
-            level = fixed_point.round_by(x.centred(), real, kind)
-        elif kind in fixed_point.FLOATS:
-            level = fixed_point.round_by(x.centred(), multiplier, kind)
-        else:
-            level = fixed_point.multiply(x.centred(), multiplier, self.constants[f"{site}.shift"], kind)
+        """Codes from integers, by the profile's multiplier."""
+        kind, multiplier = self.profile.requantization, self.constants[f"{site}.multiplier"]
+        with at(site):
+            if kind in fixed_point.FLOATS:
+                level = fixed_point.round_by(x.centred(), multiplier, kind)
+            else:
+                level = fixed_point.multiply(x.centred(), multiplier, self.constants[f"{site}.shift"], kind)
         return self.clamped(site, spec, level)
 
     def clamped(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
@@ -188,10 +212,12 @@ class Integer(Float):
         """The codes of a weight."""
         return Code(self.constants[site], self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
 
-    def matmul(self, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
-        """Accumulators of a b."""
-        zeros, bits = (a.zero_point, b.zero_point), accumulator_bits(a.spec, b.spec)
-        return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
+    def matmul(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
+        """Accumulators of a b: 64 bits where a factor or the bias needs them."""
+        wide = bias is not None and bias.dtype == torch.int64
+        zeros, bits = (a.zero_point, b.zero_point), 64 if wide else accumulator_bits(a.spec, b.spec)
+        with at(site):
+            return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
 
     def shown(self, site: str, acc: Tensor) -> Tensor:
         if self.watch is not None:
@@ -204,7 +230,8 @@ class Integer(Float):
         """Quantized by the profile, on the way in: the one step before the integers."""
         name, spec = site.name, self.quants[site.name]
         zero = self.constants[f"{name}.zero_point"]
-        code = affine.quantize(value, self.entry[f"{name}.scale"], zero, spec, self.profile).to(code_dtype(spec))
+        with at(name):
+            code = affine.quantize(value, self.entry[f"{name}.scale"], zero, spec, self.profile).to(code_dtype(spec))
         if self.whole is not None:
             self.whole.on = True
         return self.seen(name, Code(code, self.scale_of(name), zero, spec))
@@ -219,7 +246,11 @@ class Integer(Float):
         """x W^T + b: one matrix (O, I), or one per head (H, O, I) on the head's own slice of x."""
         name = site.name
         x = self.operand(f"{name}.input", x)
-        w = self.weight(f"{name}.weight" if f"{name}.weight" in self.quants else site.tied)
+        y = self.product(name, x, self.weight(site.tied or f"{name}.weight"))
+        return self.named(name, y) if named else y
+
+    def product(self, name: str, x: Code, w: Code) -> Code:
+        """The accumulators of a linear layer; those of a measured unit with their bias beside."""
         heads = w.shape[0] if w.ndim == 3 else 1
 
         def split(v: Tensor) -> Tensor:  # (..., H n) -> (H, N, n)
@@ -229,21 +260,18 @@ class Integer(Float):
         w_zero = w.zero_point if w.zero_point.numel() == 1 else w.zero_point.reshape(heads, 1, -1)
         x_zero = x.zero_point if x.zero_point.numel() == 1 else x.zero_point.reshape(1, -1, 1)
         w_unit = w.unit if w.unit is None or w.unit.numel() == 1 else w.unit.reshape(-1)
-        y_unit = self.unit(x.unit, w_unit)
         bias = self.constants.get(f"{name}.bias")
-        if bias is not None:
-            if bias.is_floating_point():  # a unit per token: as many integers
-                bias = torch.round((bias.double().reshape(-1) / y_unit).expand(*x.shape[:-1], bias.numel()))
-            bias = split(bias.reshape(-1, wt.shape[-1] * heads)).long()  # (H, 1 or N, O)
+        bias = None if bias is None else bias.reshape(-1)
+        inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
         rows = split(x.value)
         if heads == 1:  # one matrix, without an axis of heads
-            rows, wt, bias = rows[0], wt[0], None if bias is None else bias[0]
+            rows, wt, inside = rows[0], wt[0], None if inside is None else inside[0]
             w_zero, x_zero = (z[0] if z.ndim == 3 else z for z in (w_zero, x_zero))
-        acc = self.matmul(Code(rows, None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), bias)
+        acc = self.matmul(name, Code(rows, None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
         acc = acc if heads > 1 else acc[None]
         acc = self.shown(name, acc.transpose(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
-        y = Code(acc, y_unit, measured=x.measured)
-        return self.named(name, y) if named else y
+        y_unit = self.unit(x.unit, w_unit)
+        return Code(acc, y_unit, measured=x.measured, offset=bias if x.measured else None)
 
     def embedding(self, site: Site, index: Tensor) -> Code:
         """Rows of the codes of the site's weight; their own scales, where each row has one."""
@@ -254,33 +282,26 @@ class Integer(Float):
 
     def norm(self, site: Site, x: Code, eps: float) -> Code:
         name = site.name
-        gain, eps_code = self.weight(f"{name}.weight"), self.constants.get(f"{name}.eps")
-        if eps_code is None:  # a unit per token
-            width = torch.as_tensor(x.shape[-1], dtype=torch.float64, device=x.device)
-            eps_code = torch.round(eps * (width / x.unit.double()).square()).long()
-        acc = integer_ops.normalize(x.value, eps_code) * gain.centred() + self.constants[f"{name}.bias"]
-        acc = self.shown(name, integer.fit(acc, accumulator_bits(gain.spec), self.profile))
+        gain = self.weight(f"{name}.weight")
+        acc = integer_ops.normalize(x.value, self.constants[f"{name}.eps"]) * gain.centred()
+        bias = self.constants[f"{name}.bias"]
+        with at(name):
+            acc = integer.fit(acc + bias, 64 if bias.dtype == torch.int64 else 32, self.profile)
+        acc = self.shown(name, acc)
         return self.named(name, Code(acc, self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
 
     def add(self, site: Site, a: Code, b: Code) -> Code:
         """Both operands in one fine unit, their sum rounded once."""
-        name, parts = site.name, [a, b]
-        spec, kind = self.quants[name], self.profile.requantization
-        if spec.dynamic:
-            real = sum(x.centred().float() * x.unit.float() for x in parts)
-            return self.seen(name, self.measured(spec, real))
-        multiplier = self.constants.get(f"{name}.multiplier")
-        if multiplier is not None:
-            multipliers, shift = list(multiplier), self.constants.get(f"{name}.shift")
-        else:
-            reals = [fixed_point.real_multiplier(x.unit, 1, self.scale_of(name), self.profile) for x in parts]
-            multipliers, shift = (reals, None) if kind in fixed_point.FLOATS else fixed_point.common_shift(reals)
-        centred = [x.centred() for x in parts]
+        name, kind = site.name, self.profile.requantization
+        spec = self.quants[name]
+        if spec.dynamic or a.measured or b.measured:
+            return self.seen(name, self.quantized(name, spec, a.real() + b.real()))
+        first, second = self.constants[f"{name}.multiplier"]
         if kind in fixed_point.FLOATS:
-            products = (c.float() * m for c, m in zip(centred, multipliers, strict=True))
-            level = fixed_point.round_float(sum(products), kind)
+            level = fixed_point.round_float(a.centred().float() * first + b.centred().float() * second, kind)
         else:
-            level = integer_ops.weighted_sum(centred, multipliers, shift, kind)
+            parts, shift = [a.centred(), b.centred()], self.constants[f"{name}.shift"]
+            level = integer_ops.weighted_sum(parts, [first, second], shift, kind)
         return self.seen(name, self.clamped(name, spec, level))
 
     def mul(self, site: Site, a: Code, b: Code) -> Code:
@@ -299,15 +320,18 @@ class Integer(Float):
 
     def prepend(self, site: Site, x: Code) -> Code:
         """The codes of the site's weight, made with its own scale, and x requantized to it."""
-        x = self.requantized(site.name, self.quants[site.name], x)
+        name, spec = site.name, self.quants[site.name]
+        x = self.quantized(name, spec, x.real()) if x.measured else self.requantized(name, spec, x)
         first = self.constants[f"{site.name}.weight"].expand(x.shape[0], 1, x.shape[2])
         return self.seen(site.name, Code(torch.cat([first, x.value], dim=1), x.unit, x.zero_point, x.spec))
 
     def activation(self, site: Site, x: Code, kind: str) -> Code:
         """relu: max(x, 0). Others: a table, or a polynomial of I-BERT."""
         name = site.name
+        if kind == "relu" and x.measured:
+            return self.seen(name, self.quantized(name, self.quants[name], x.real().clamp(min=0)))
         if kind == "relu":
-            return self.named(name, Code(x.centred().clamp(min=0), x.unit, measured=x.measured))
+            return self.named(name, Code(x.centred().clamp(min=0), x.unit))
         table = self.constants.get(f"{name}.table")
         if table is not None:
             code = table[x.value.long() - x.spec.code_min]
@@ -326,13 +350,13 @@ class Integer(Float):
         scores_site, context_site = attn.scores.name, attn.context.name
         q, k = self.operand(f"{scores_site}.lhs", q), self.operand(f"{scores_site}.rhs", k)
         kt = ops.arranged(lambda x: x.transpose(-1, -2), k)
-        acc = self.shown(scores_site, self.matmul(q, kt))
+        acc = self.shown(scores_site, self.matmul(scores_site, q, kt))
         step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
         scores = self.named(scores_site, Code(acc, step, measured=measured))
         probs = self.operand(f"{context_site}.lhs", self.softmax(attn.probs, scores, mask, spec))
         v = self.operand(f"{context_site}.rhs", v)
-        acc, step = self.matmul(probs, v), self.unit(probs.unit, v.unit)
-        step = step.expand(acc.shape) if probs.measured else step  # a scale per query and head
+        acc, step = self.matmul(context_site, probs, v), self.unit(probs.unit, v.unit)
+        step = step if step is None or step.ndim == 0 else step.expand(acc.shape)  # per query and head, or per channel
         context = Code(acc, step, measured=probs.measured)
         context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
         self.shown(context_site, context.value)

@@ -22,9 +22,8 @@ def check_integer(quants: Mapping[str, Quant], profile: Profile, *, strict: bool
     Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or block.
     """
     if strict and profile.requantization in FLOAT_REQUANTIZATIONS:
-        raise SpecError(
-            f"profile {profile.name} requantizes by {profile.requantization}, a float: strict needs a fixed-point one (qtx)"
-        )
+        kind = profile.requantization
+        raise SpecError(f"profile {profile.name} requantizes by {kind}, a float: strict needs qtx, tflite or gemmlowp")
     for site, spec in quants.items():
         weight = site.endswith(".weight")
         if isinstance(spec, FloatQuantSpec):
@@ -40,7 +39,7 @@ def check_integer(quants: Mapping[str, Quant], profile: Profile, *, strict: bool
                 refuse_integer(
                     site, f"a dynamic range per {spec.granularity} spans tokens: use a static range, or one per token"
                 )
-        if strict and spec.granularity is Granularity.CHANNEL and site in TABLES:
+        if strict and spec.granularity is not Granularity.TENSOR and site in TABLES:
             refuse_integer(site, "a scale per row would have to be looked up in floats: strict needs one per tensor")
         if spec.bits > 8 and (kind := profile.requantization) in (
             Requantization.FIXED_TWO,
