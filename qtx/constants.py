@@ -8,16 +8,18 @@ from math import prod
 
 import numpy as np
 
+from qtx_ref.affine import scale_zero
 from qtx_ref.backend import Model
 from qtx_ref.lowering import lower
 from qtx_ref.models.initial import shapes
 from qtx_ref.random import stream
-from qtx_ref.spec import ModelSpec, Nonlinear, Profile, QuantSpec, Recipe
+from qtx_ref.spec import ModelSpec, Nonlinear, Profile, QuantSpec, Range, Recipe, SpecError
 
 from .recipes import resolve
 from .sites import narrowed, shortened
 
 Constants = Mapping[str, np.ndarray]
+SPREADS = (1.0, 4.0, 0.1)  # of the small model's parameters: few bits refuse what is large, many what is small
 NOT_NEGATIVE = ("multiplier", "input_multiplier", "eps", "zeta", "sink_factor")
 
 
@@ -90,10 +92,17 @@ def pattern(
     """Dtype and shape of every constant of a small model of the same structure, lowered; and what the lengths of its axes
     may be in this one."""
     small, batch = shortened(narrowed(spec, 8))  # so that no axis but a single head's has length 1
-    params = {name: value(name, shape) for name, shape in shapes(small).items()}
     quants = resolve(recipe, spec)
-    ranges = Model(small, params).calibrate([batch], quants)
-    constants = lower(small, params, quants, ranges, profile, nonlinear)
+    for spread in SPREADS:
+        params = {name: value(name, shape, spread) for name, shape in shapes(small).items()}
+        found = Model(small, params).calibrate([batch], quants)
+        ranges = {site: reaching_one(one, quants[site]) for site, one in found.items()}
+        try:
+            constants = lower(small, params, quants, ranges, profile, nonlinear)
+            break
+        except SpecError:  # of these values, or of any?
+            if spread == SPREADS[-1]:
+                raise
     axes: dict[int, set[int]] = {}
     for was, now in zip(shapes(small).values(), shapes(spec).values(), strict=True):
         for short, long in zip((*was, prod(was[:-1])), (*now, prod(now[:-1])), strict=True):  # axes, and all channels
@@ -101,9 +110,15 @@ def pattern(
     return {name: (value.dtype, value.shape) for name, value in constants.items()}, axes
 
 
-def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A parameter of the small model: nothing that a recipe of few bits would refuse."""
+def reaching_one(found: Range, quant: QuantSpec) -> Range:
+    """A range that holds 1, so that its scale is not too fine for anything."""
+    high = np.maximum(found.high, 1).astype(found.high.dtype)
+    return Range(found.low, high, *scale_zero(found.low, high, quant))
+
+
+def value(name: str, shape: tuple[int, ...], spread: float) -> np.ndarray:
+    """A parameter of the small model."""
     if name.endswith(".sink"):
         return np.zeros(shape, np.float32)
     middle = 1 if name.endswith("norm.weight") else 0
-    return stream(0, "pattern", name).normal(middle, 0.1, shape).astype(np.float32)
+    return stream(0, "pattern", name).normal(middle, spread, shape).astype(np.float32)
