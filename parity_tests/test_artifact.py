@@ -1,19 +1,32 @@
 """An integer model as a file: written, run, shown, compared, damaged."""
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qtx.artifact import load_artifact, save_artifact, size
-from qtx.checkpoint import CheckpointError
+from qtx import training
+from qtx.artifact import Artifact, differences, load_artifact, save_artifact, size
+from qtx.checkpoint import load_checkpoint, save_checkpoint
+from qtx.constants import check_constants, check_size, reaching_one
+from qtx.files import ARTIFACT, VECTORS, CheckpointError, read_sealed, write_sealed
+from qtx.options import head_note
+from qtx.quantization import Outliers
+from qtx.recipes import recipe, resolve
 from qtx.report.plots import curves
+from qtx.sites import shortened
 from qtx.training import History
-from qtx_ref.backend import IntegerModel
-from qtx_ref.spec import SpecError
+from qtx_ref.backend import IntegerModel, Model
+from qtx_ref.lowering import lower
+from qtx_ref.models.initial import init_params
+from qtx_ref.presets import attention, preset
+from qtx_ref.profiles import profile
+from qtx_ref.spec import QTX, Granularity, Head, Nonlinear, QuantSpec, Rule, SpecError
 
 from .runner import check_integers
 from .test_cli import TRAIN, call, good
@@ -135,11 +148,58 @@ def test_vectors_find_the_first_site_that_differs(artifact, tmp_path):
     assert not any(name.startswith(("code.layer.0", "code.layer.1", "code.layer.2.attn")) for name in wrong)
 
 
+def resealed(file, name, value):
+    """Vectors with one tensor changed (None: taken out), sealed anew."""
+    header, tensors = read_sealed(file, VECTORS)
+    tensors[name] = value
+    tensors = {key: kept for key, kept in tensors.items() if kept is not None}
+    order = [key for key in dict.fromkeys([*header["order"], name]) if key in tensors]
+    write_sealed(file, header | {"order": order}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("input.images", lambda x: None, "input images is missing"),
+        ("input.images", lambda x: x[:, :, :5], "none that this model takes"),
+        ("input.images", lambda x: x * np.nan, "none that this model takes"),
+        ("input.bogus", lambda x: np.zeros(2), "input bogus is unknown"),
+        ("code.layer.1.attn.query", lambda x: x.astype(np.int64), "1 differ, first code.layer.1.attn.query"),
+        ("code.layer.1.attn.query", lambda x: None, "1 differ, first code.layer.1.attn.query"),
+    ],
+)
+def test_vectors_that_do_not_fit(name, change, said, artifact, tmp_path):
+    file = tmp_path / "vectors.safetensors"
+    good("vectors", artifact, *REF, "--out", file, "--count", 1)
+    resealed(file, name, change(load_file(file).get(name)))
+    result = call("vectors", artifact, *REF, "--check", file)
+    assert result.exit_code == 1 and said in result.output and result.output.count("\n") == 1
+
+
+def test_changed_vectors_are_refused_and_the_first_is_in_forward_order(artifact, tmp_path):
+    file = tmp_path / "vectors.safetensors"
+    good("vectors", artifact, *REF, "--out", file)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "v.safetensors").write_bytes(content)
+    assert "sha256 differs" in call("vectors", artifact, *REF, "--check", tmp_path / "v.safetensors").output
+    header, tensors = read_sealed(file, VECTORS)
+    for name in ("code.embed.patch", "code.embed.cls", "code.layer.0.attn.value"):  # by name, cls comes first
+        tensors[name] = tensors[name] ^ 1
+    write_sealed(file, header, tensors)
+    assert "3 differ, first code.embed.patch" in call("vectors", artifact, *REF, "--check", file).output
+
+
 def test_parity_of_an_artifact(artifact):
     pytest.importorskip("torch", reason="the extra torch is not installed")
     found = json.loads(good("parity", artifact, "--json", "-").stdout)
     assert found["ok"] and found["first"] == ""
     assert {"embed.image", "layer.3.attn.probs", "output value"} <= {row["name"] for row in found["rows"]}
+
+
+def test_parity_of_an_artifact_has_no_dtype(artifact):
+    pytest.importorskip("torch", reason="the extra torch is not installed")
+    assert "an integer model has no float dtype" in call("parity", artifact, "--dtype", "float64").output
 
 
 def test_parity_names_the_first_site_that_differs(artifact):
@@ -176,12 +236,157 @@ def test_a_damaged_file_is_one_clear_error(damage, artifact, checkpoint, tmp_pat
     assert file.read_bytes() == new
 
 
-def test_a_missing_constant_is_named(artifact, tmp_path):
+QUERY = "layer.1.attn.query"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("layer.1.ffn.hidden.weight", lambda x: None, "is missing"),
+        (f"{QUERY}.multiplier", lambda x: None, "is missing"),
+        ("layer.3.attn.probs.gamma", lambda x: None, "is missing"),
+        ("output.scale", lambda x: None, "is missing"),
+        ("extra", lambda x: np.zeros(3), "is unknown"),
+        (f"{QUERY}.sink", lambda x: np.zeros(3), "is unknown"),
+        (f"{QUERY}.bias", lambda x: x.astype(np.float32), "is float32; this model's is int32"),
+        (f"{QUERY}.weight", lambda x: x.T[None], "has shape"),
+        (f"{QUERY}.weight", lambda x: x.reshape(-1), "has shape"),
+        (f"{QUERY}.bias", lambda x: x[:1], "has shape"),
+        (f"{QUERY}.scale", lambda x: np.full(3, x), "has shape"),
+        ("embed.sum.multiplier", lambda x: x[:1], "has shape"),
+        ("layer.1.ffn.activation.table", lambda x: x[:9], "has shape"),
+        (f"{QUERY}.scale", lambda x: x * np.float32(np.nan), "holds NaN"),
+        (f"{QUERY}.weight.scale", lambda x: -x, "is not positive"),
+        (f"{QUERY}.multiplier", lambda x: -x, "is negative"),
+        (f"{QUERY}.zero_point", lambda x: x + 256, "no code from 0 to 255"),
+    ],
+)
+def test_a_constant_that_is_not_the_models_is_named(name, change, said, artifact, tmp_path):
     broken = load_artifact(artifact)
-    del broken.constants["layer.1.ffn.hidden.weight"]
+    broken.constants[name] = change(broken.constants.get(name))
+    broken.constants = {key: value for key, value in broken.constants.items() if value is not None}
     save_artifact(tmp_path / "m.qtx", broken)
-    with pytest.raises(CheckpointError, match=r"layer\.1\.ffn\.hidden\.weight"):
+    with pytest.raises(CheckpointError, match=f"constant {name} .*{said}|constant {name} {said}"):
         load_artifact(tmp_path / "m.qtx")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("meta",), [], "meta must be an object"),
+        (("meta", "hashes"), {"recipe": 5}, "meta.hashes.recipe must be a text"),
+        (("meta", "data", "hashes", "train"), "x", "must be a list of texts"),
+        (("meta", "calibration"), [5], "meta.calibration must be a list of texts"),
+        (("meta", "data", "source"), ["digits"], "meta.data.source must be a text"),
+        (("spec", "layers"), 10**7, "its model has 10000000"),
+        (("spec", "heads"), 3, "it must divide the width"),
+        (("nonlinear",), None, "known values are"),
+    ],
+)
+def test_a_header_of_other_types_is_refused(path, value, said, artifact, tmp_path):
+    header, tensors = read_sealed(artifact, ARTIFACT)
+    place = header
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    write_sealed(tmp_path / "m.qtx", header, tensors)
+    result = call("evaluate", tmp_path / "m.qtx", *REF)
+    assert result.exit_code == 1 and said in result.output and result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["chanw", "token-w8a8-r16", "w2a2", "w3a16", "w16a16", "lsq-w4a8"])
+@pytest.mark.parametrize("model", ["bert", "opt", "vit"])
+def test_whatever_lowers_passes(model, kind):
+    spec = replace(preset(f"{model}-tiny"), layers=1, vocab=0 if model == "vit" else 40)
+    spec = replace(spec, attention=attention("sink+mlp" if model == "opt" else "clipped_row+linear"))
+    chosen = recipe("w8a8" if kind == "chanw" else kind, spec)
+    if kind == "chanw":
+        channels = QuantSpec(symmetric=True, granularity=Granularity.CHANNEL)
+        chosen = replace(chosen, rules=(*chosen.rules, Rule(("*.attn.*.weight", "*.ffn.*.weight"), channels, "a test")))
+    short, batch = shortened(spec)
+    params = {name: 8 * value for name, value in init_params(short, 0).items()}  # no scale too fine for a polynomial
+    quants = resolve(chosen, short)
+    found = Model(short, params).calibrate([batch], quants)
+    ranges = {site: reaching_one(one, quants[site]) for site, one in found.items()}
+    for name in ("qtx", "onnx"):
+        for nonlinear in Nonlinear:
+            constants = lower(short, params, quants, ranges, profile(name), nonlinear)
+            check_size(short, constants)
+            check_constants(short, chosen, profile(name), nonlinear, constants)
+
+
+def test_a_model_without_a_head_is_not_evaluated(checkpoint, tmp_path):
+    found = load_checkpoint(checkpoint)
+    found.spec = replace(found.spec, head=Head.NONE)
+    found.params = {name: value for name, value in found.params.items() if not name.startswith("head.")}
+    found.extra = {}
+    save_checkpoint(tmp_path / "m.safetensors", found)
+    good("quantize", tmp_path / "m.safetensors", *REF, "--out", tmp_path / "m.qtx")
+    for name in ("m.safetensors", "m.qtx"):
+        result = call("evaluate", tmp_path / name, *REF)
+        assert result.exit_code == 1 and "has no head" in result.output
+
+
+def test_another_of_our_files_is_named(artifact, checkpoint, tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(artifact.read_bytes())
+    assert "it is an artifact" in call("evaluate", tmp_path / "m.safetensors", *REF).output
+    (tmp_path / "m.qtx").write_bytes(checkpoint.read_bytes())
+    assert "it is a checkpoint: make integers of it" in call("show", tmp_path / "m.qtx").output
+
+
+def test_differences_are_exact(artifact):
+    one, other = load_artifact(artifact), load_artifact(artifact)
+    name = "layer.0.attn.norm.eps"
+    one.constants[name], other.constants[name] = np.array([2**62 + 1, -(2**63)]), np.array([2**62, 2**63 - 1])
+    other.meta = one.meta | {"tokenizer": "x" * 100}
+    found = {d.where: d.what for d in differences(one, other)}
+    assert found == {name: "2 of 2 differ, by 18446744073709551615 at most", "meta.tokenizer": "only in the second"}
+
+
+def test_json_is_no_other_file_of_the_command(artifact, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ("vectors", artifact, *REF, "--out", "a.json", "--json", "a.json"),
+        ("quantize", checkpoint, *REF, "--out", "m.qtx", "--json", "./m.qtx"),
+        (*TRAIN, "--out", "run", "--json", "run/model.safetensors"),
+    ):
+        result = call(*command)
+        assert result.exit_code == 1 and "--json" in result.output and "choose another" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_own_ranges_are_kept(tmp_path):
+    good(*TRAIN, "--train-quant", "lsq-w8a8", "--out", tmp_path)
+    own = good("quantize", tmp_path, *REF, "--out", tmp_path / "own.qtx").output
+    assert "recipe lsq-w8a8, the checkpoint's own ranges" in own
+    ranges = load_checkpoint(tmp_path).ranges
+    found = load_artifact(tmp_path / "own.qtx").ranges()
+    assert ranges.keys() == found.keys()
+    for site, one in ranges.items():
+        assert one.scale == found[site].scale and one.zero_point == found[site].zero_point
+    other = good("quantize", tmp_path, *REF, "--recipe", "w8a8", "--out", tmp_path / "new.qtx").output
+    assert "recipe w8a8, ranges of 16 calibration batches" in other
+
+
+@pytest.mark.parametrize(
+    ("base", "rules", "said"),
+    [
+        ("w8a8", (), "which recipe mine leaves in float, multiplies the int8 codes of embed.token.weight; its int32"),
+        ("w16a16", (), "int16 codes of embed.token.weight; its int64"),
+        ("w8a8", (Rule(("*.weight",), QuantSpec(), "a test"),), "which recipe mine leaves in float, multiplies the uint8"),
+        ("w8a8", (Rule(("head.decoder",), QuantSpec(), "a test"),), "whose weights recipe mine leaves in float"),
+        ("w8a8", (Rule(("head.decoder.weight",), QuantSpec(), "a test"),), "whose result recipe mine leaves in float"),
+        ("w8a8", (Rule(("head.decoder*",), QuantSpec(), "a test"),), ""),
+    ],
+)  # fmt: skip
+def test_the_note_on_a_head_in_float(base, rules, said):
+    spec = preset("opt-tiny")
+    chosen = recipe(base, spec)
+    head = Rule(("head.decoder.weight",), None, "a test")
+    rules = (rules[0], head) if rules and rules[0].sites == ("*.weight",) else rules
+    made = Artifact(spec, replace(chosen, name="mine", rules=(*chosen.rules, *rules)), QTX, Nonlinear.TABLE, {})
+    assert said in head_note(made) if said else head_note(made) == ""
+    assert ("accumulators" in head_note(made)) == ("head.decoder" not in made.quants)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +409,11 @@ def test_what_cannot_run_in_integers_is_refused_by_site(recipe, site, checkpoint
         (("quantize", "CHECKPOINT", "--profile", "onnx", "--out", "x.safetensors"), "ending in .qtx"),
         (("quantize", "CHECKPOINT", "--profile", "nnapi", "--out", "x.qtx"), "known profiles"),
         (("vectors", "MODEL"), "give --out FILE"),
+        (("vectors", "MODEL", "--check", "v.safetensors", "--count", "2"), "belong to --out"),
+        (("vectors", "MODEL", "--out", "v.QTX"), "vectors are no model"),
+        (("quantize", "CHECKPOINT", "--out", "m.QTX"), "give a name ending in .qtx"),
+        (("quantize", "CHECKPOINT", "--out", "a/b/m"), "give a name ending in .qtx"),
+        (("parity", "MODEL"), "is held to the reference in torch"),
         (("generate", "MODEL", "--prompt", "a"), "only a causal model"),
     ],
 )
@@ -241,11 +451,24 @@ def test_training_is_watched_in_integers(tmp_path):
     command = (*TRAIN, "--out", tmp_path, "--watch-integer", 4, "--json", "-")
     found = json.loads(good(*command).stdout)
     assert found["integer_step"] == [0, 4, 8]
+    assert len(found["watched_inf_norm"]) == 3 and min(found["watched_inf_norm"]) > 0
     for integer, floating in zip(found["integer_perplexity"], found["float_perplexity"], strict=True):
         assert integer != floating
         assert abs(integer / floating - 1) < 0.05
     unwatched = json.loads(good(*TRAIN, "--out", tmp_path / "b", "--json", "-").stdout)
     assert unwatched["loss"] == found["loss"]  # watching changes nothing
+
+
+def test_a_run_is_resumed_only_as_it_was_watched(tmp_path):
+    good(*TRAIN, "--out", tmp_path, "--watch-integer", 8)
+    result = call(*TRAIN, "--out", tmp_path, "--resume")
+    assert result.exit_code == 1 and "train.watch_integer was 8 and is None" in result.output
+
+
+def test_a_point_that_is_not_finite_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "outliers", lambda *_: Outliers(1.0, "a", math.inf, 1.0, "a"))
+    result = call(*TRAIN, "--out", tmp_path, "--watch-integer", 4)
+    assert result.exit_code == 1 and "kurtosis not finite" in result.output  # before training; later it goes on
 
 
 def test_the_watch_is_drawn(tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qtx.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from qtx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from qtx.files import CheckpointError, check_writable
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import attention, preset
 from qtx_ref.spec import QuantSpec, Range, Recipe, Rule
@@ -104,6 +105,18 @@ def damage_meta(tensors, header):
     header["meta"] = ["data"]
 
 
+def damage_layers(tensors, header):
+    header["spec"]["layers"] = 10**9
+
+
+def damage_hashes(tensors, header):
+    header["meta"]["data"]["hashes"] = {"train": [5]}
+
+
+def damage_tokenizer(tensors, header):
+    header["meta"]["tokenizer"] = {"model": "WordPiece"}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -118,7 +131,10 @@ def damage_meta(tensors, header):
         (damage_dtype, "embed.cls.weight is float16"),
         (damage_scale, "scale of site embed.patch must be positive"),
         (damage_zero_point, "zero point of site embed.patch is no code"),
-        (damage_meta, "'meta' and its 'data' must be objects"),
+        (damage_meta, "metadata is damaged: meta must be an object"),
+        (damage_layers, "its model has 1000000000 layers"),
+        (damage_hashes, "meta.data.hashes.train must be a list of texts"),
+        (damage_tokenizer, "meta.tokenizer must be a text"),
     ],
 )
 def test_damaged(path, damage, message):
@@ -127,6 +143,23 @@ def test_damaged(path, damage, message):
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", "null", "[" * 100_000, '{"a":' + "9" * 5000 + "}", '{"format":["x"]}', "{"]
+)
+def test_metadata_that_is_none(tmp_path, text):
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "m.safetensors", {"qtx": text})
+    with pytest.raises(CheckpointError, match="without qtx's metadata|format is not qtx-checkpoint"):
+        load_checkpoint(tmp_path / "m.safetensors")
+
+
+def test_a_place_is_tried_without_leaving_folders(tmp_path):
+    check_writable(tmp_path / "a" / "b" / "c.safetensors")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        check_writable(tmp_path / "file" / "b" / "c.safetensors")
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
 
 
 def test_foreign_files(tmp_path):

@@ -260,6 +260,24 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, arguments, message):
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
+def test_refused_commands_leave_no_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call("evaluate", "nowhere", "--json", "a/b/c.json")
+    call("quantize", trained, "--backend", "ref", "--recipe", "w0a8", "--out", "a/b/m.qtx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_bar_without_a_total(capsys):
+    for total, lines in ((0, 0), (2, 1)):
+        with Progress("work", total) as bar:
+            bar.advance()
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_every_command_says_what_it_does_in_a_line():
+    assert call("--help").output.count("...") == 1  # of the usage line
+
+
 def test_nothing_is_overwritten(trained, tmp_path):
     before = trained.read_bytes()
     for command in ([*TRAIN, "--out", trained.parent], ["quantize", trained, "--backend", "ref", "--out", trained]):
@@ -298,4 +316,4 @@ def test_missing_extra_names_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("study", "--steps", 2)
     assert result.exit_code == 1
-    assert 'pip install "qtx[torch]"' in result.output
+    assert 'pip install "qtx[torch]"' in result.output and "--backend ref runs without it" in result.output

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from qtx_ref.integer import pack_int4, unpack_int4
 from qtx_ref.integer_numerics import code_dtype
@@ -30,19 +28,18 @@ from qtx_ref.spec import (
     QuantSpec,
     Range,
     Recipe,
-    SpecError,
     check_integer,
     from_dict,
     to_dict,
 )
 
 from . import __version__
-from .checkpoint import Checkpoint, CheckpointError, write_beside
+from .checkpoint import Checkpoint
+from .constants import check_constants, check_size
+from .files import ARTIFACT, VERSION, CheckpointError, read_sealed, sha_of, write_sealed
 from .quantization import SHORT
 from .recipes import resolve
 
-FORMAT = "qtx-artifact"
-VERSION = 1
 SUFFIX = ".qtx"
 PACKED_BITS = 4
 
@@ -88,9 +85,9 @@ def make_artifact(
     """A checkpoint in integers. Raises SpecError naming a site that cannot be."""
     constants = lower(found.spec, found.params, resolve(recipe, found.spec), ranges, profile, nonlinear)
     hashes = {
-        "checkpoint": hashlib.sha256(source.read_bytes()).hexdigest(),
-        "recipe": sha_of(to_dict(recipe)),
-        "calibration": sha_of(calibration),
+        "checkpoint": sha_of(source),
+        "recipe": sha_of_json(to_dict(recipe)),
+        "calibration": sha_of_json(calibration),
     }
     kept = {key: found.meta[key] for key in ("data", "tokenizer") if key in found.meta}
     if hashes_of := kept.get("data", {}).get("hashes"):  # what an evaluation must not meet, in short
@@ -99,52 +96,27 @@ def make_artifact(
     return Artifact(found.spec, recipe, profile, nonlinear, constants, meta)
 
 
-def sha_of(value: Any) -> str:
+def sha_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def digest(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
-    """One sha256 over the header and every tensor's name, dtype, shape and bytes."""
-    total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        value = np.ascontiguousarray(tensors[name])
-        total.update(f"{name} {value.dtype} {tensors[name].shape} ".encode())
-        total.update(value.data)
-    return total.hexdigest()
 
 
 def save_artifact(path: Path, artifact: Artifact) -> None:
     """Writes the file; an old one stays whole until the new one is."""
-    tensors = {
-        name: pack_int4(value) if artifact.packed(name) else np.asarray(value, order="C")
-        for name, value in artifact.constants.items()
-    }
-    header = {"format": FORMAT, "version": VERSION, "spec": to_dict(artifact.spec), "recipe": to_dict(artifact.recipe),
+    tensors = {name: pack_int4(value) if artifact.packed(name) else value for name, value in artifact.constants.items()}
+    header = {"format": ARTIFACT, "version": VERSION, "spec": to_dict(artifact.spec), "recipe": to_dict(artifact.recipe),
               "profile": to_dict(artifact.profile), "nonlinear": str(artifact.nonlinear), "meta": artifact.meta}  # fmt: skip
-    header["sha256"] = digest(header, tensors)
-    write_beside(path, save(tensors, {"qtx": json.dumps(header)}))
+    write_sealed(path, header, tensors)
 
 
 def load_artifact(path: Path) -> Artifact:
     """Reads a file that `save_artifact` wrote.
 
     Raises:
-        CheckpointError: missing, empty, truncated, changed, or of another format.
+        CheckpointError: missing, empty, truncated, changed, of another format, or not what `lower` makes.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such artifact; make one with qtx quantize CHECKPOINT --out MODEL{SUFFIX}")
-    try:
-        with safe_open(path, framework="np") as file:
-            header = json.loads((file.metadata() or {})["qtx"])
-            if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
-                raise CheckpointError(f"{path}: format is not {FORMAT} version {VERSION}; use the qtx that wrote it")
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (SafetensorError, OSError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged or not an artifact ({error})") from None
-    except (KeyError, json.JSONDecodeError):
-        raise CheckpointError(f"{path}: a safetensors file without qtx's metadata; was it made by qtx?") from None
-    if header.pop("sha256", None) != digest(header, tensors):
-        raise CheckpointError(f"{path}: its content is not what was written (sha256 differs); make it again")
+    header, tensors = read_sealed(path, ARTIFACT)
     try:
         artifact = Artifact(
             from_dict(ModelSpec, header["spec"]),
@@ -154,26 +126,26 @@ def load_artifact(path: Path) -> Artifact:
             tensors,
             header["meta"],
         )
+        check_size(artifact.spec, tensors)
         check_integer(artifact.quants, artifact.profile)
         unpack(artifact)
-    except (SpecError, KeyError, ValueError) as error:
+        check_constants(artifact.spec, artifact.recipe, artifact.profile, artifact.nonlinear, tensors)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: metadata lacks {error}") from None
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return artifact
 
 
 def unpack(artifact: Artifact) -> None:
-    """Codes of at most 4 bits to one a byte, and every parameter's shape compared. Raises ValueError."""
-    constants = artifact.constants
+    """Codes of at most 4 bits to one a byte. Raises ValueError where they are not as many as the model's."""
     for name, shape in shapes(artifact.spec).items():
-        if name.endswith(".sink"):
-            continue
-        if name not in constants:
-            raise ValueError(f"constant {name} is missing")
         if artifact.packed(name):
-            constants[name] = unpack_int4(constants[name], shape[-1], artifact.quants[name].symmetric)
-            constants[name] = constants[name].astype(code_dtype(artifact.quants[name]))
-        if constants[name].size != np.prod(shape, dtype=np.int64):
-            raise ValueError(f"constant {name} has shape {constants[name].shape}; this model's is {shape}")
+            try:
+                codes = unpack_int4(artifact.constants[name], shape[-1], artifact.quants[name].symmetric)
+            except ValueError as error:
+                raise ValueError(f"constant {name}: {error}") from None
+            artifact.constants[name] = codes.astype(code_dtype(artifact.quants[name]))
 
 
 # --- sizes and differences --------------------------------------------------------------------------------------------
@@ -211,12 +183,10 @@ class Difference:
 
 
 def differences(a: Artifact, b: Artifact) -> list[Difference]:
-    """Model, recipe, profile and the rest of the header, then constants: codes that differ and by how much at most."""
+    """The header, then constants: how many numbers differ and by how much at most."""
     found = []
-    for key in ("spec", "recipe", "profile", "nonlinear"):
-        was, now = to_dict(getattr(a, key)), to_dict(getattr(b, key))
-        found += differing_values(key, was, now)
-    found += differing_values("hashes", a.meta.get("hashes", {}), b.meta.get("hashes", {}))
+    for key in ("spec", "recipe", "profile", "nonlinear", "meta"):
+        found += differing_values(key, to_dict(getattr(a, key)), to_dict(getattr(b, key)))
     for name in dict.fromkeys([*a.constants, *b.constants]):
         if name not in a.constants or name not in b.constants:
             found.append(Difference(name, f"only in the {'first' if name in a.constants else 'second'}"))
@@ -225,15 +195,33 @@ def differences(a: Artifact, b: Artifact) -> list[Difference]:
         if x.shape != y.shape or x.dtype != y.dtype:
             found.append(Difference(name, f"{x.dtype} {x.shape} and {y.dtype} {y.shape}"))
         elif not np.array_equal(x, y):
-            gap = np.abs(x.astype(np.float64) - y.astype(np.float64))
-            found.append(Difference(name, f"{np.count_nonzero(gap)} of {x.size} differ, by {gap.max():.6g} at most"))
+            found.append(Difference(name, f"{np.count_nonzero(x != y)} of {x.size} differ, by {gap(x, y)} at most"))
     return found
 
 
+def gap(x: np.ndarray, y: np.ndarray) -> str:
+    """The largest difference; of integers exactly, also where it exceeds their dtype."""
+    if x.dtype.kind == "f":
+        return f"{np.abs(x.astype(np.float64) - y.astype(np.float64)).max():.6g}"
+    high, low = np.maximum(x, y).astype(np.int64), np.minimum(x, y).astype(np.int64)
+    return str((high.view(np.uint64) - low.view(np.uint64)).max())  # modulo 2^64, and below it
+
+
 def differing_values(key: str, was: Any, now: Any) -> list[Difference]:
+    """Where two JSON values differ: by key, by place in lists of equal length, long ones shortened."""
     if isinstance(was, dict) and isinstance(now, dict):
-        names = dict.fromkeys([*was, *now])
-        return [d for name in names for d in differing_values(f"{key}.{name}", was.get(name), now.get(name))]
+        found = []
+        for name in dict.fromkeys([*was, *now]):
+            if name in was and name in now:
+                found += differing_values(f"{key}.{name}", was[name], now[name])
+            else:
+                found.append(Difference(f"{key}.{name}", f"only in the {'first' if name in was else 'second'}"))
+        return found
+    if isinstance(was, list) and isinstance(now, list):
+        if len(was) != len(now):
+            return [Difference(key, f"{len(was)} and {len(now)} entries")]
+        pairs = enumerate(zip(was, now, strict=True))
+        return [d for i, (one, other) in pairs for d in differing_values(f"{key}[{i}]", one, other)]
     if was == now:
         return []
     short = [text if len(text := str(value)) <= 60 else f"{text[:57]}..." for value in (was, now)]

@@ -19,8 +19,8 @@ class MissingExtra(ImportError):
     """An optional package is not installed. The message says which extra brings it."""
 
 
-def need(package: str, extra: str, what: str) -> ModuleType:
-    """The imported package. Raises MissingExtra with the command that installs it."""
+def need(package: str, extra: str, what: str, without: str = "") -> ModuleType:
+    """The imported package. Raises MissingExtra with the command that installs it, and `without`: what works as it is."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -28,6 +28,7 @@ def need(package: str, extra: str, what: str) -> ModuleType:
             raise
         raise MissingExtra(
             f'{what} needs {package}, which is not installed: pip install "qtx[{extra}]", or ".[{extra}]" in a checkout'
+            f"{without and '; '}{without}"
         ) from None
 
 
@@ -38,5 +39,5 @@ def backend(name: str) -> ModuleType:
     if name == "torch":
         # Threads that spin while they wait are a tenth faster on an idle machine and many times slower on a busy one.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        need("torch", "torch", "--backend torch")
+        need("torch", "torch", "--backend torch", "--backend ref runs without it")
     return importlib.import_module(BACKENDS[name])

@@ -7,27 +7,19 @@ written beside its final name and renamed, so that a kill leaves the old one.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from qtx_ref.models.initial import shapes
 from qtx_ref.spec import ModelSpec, Range, Recipe, SpecError, from_dict, to_dict
 
-FORMAT = "qtx-checkpoint"
-VERSION = 1
+from .files import CHECKPOINT, VERSION, CheckpointError, opened, write_tensors
+
 APART = ("optim.", "history.", "range.", "learned.")
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be read as a checkpoint, or that would be overwritten. The message names it and why."""
 
 
 @dataclass
@@ -43,33 +35,6 @@ class Checkpoint:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def check_writable(path: Path) -> None:
-    """Raises CheckpointError where a file of that name could not be written, before any work is done for it."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written ({error.strerror}): choose another place") from None
-
-
-def write_beside(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment either the old or the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes the file. Raises CheckpointError where a parameter is not finite, naming it; an old file stays."""
     tensors = checkpoint.params | checkpoint.extra
@@ -79,13 +44,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     for site, found in checkpoint.ranges.items():
         tensors |= {f"range.{site}.{key}": np.asarray(value) for key, value in found._asdict().items()}
     header = {
-        "format": FORMAT,
+        "format": CHECKPOINT,
         "version": VERSION,
         "spec": to_dict(checkpoint.spec),
         "recipe": to_dict(checkpoint.recipe),
         "meta": checkpoint.meta,
     }
-    write_beside(path, save({k: np.asarray(v, order="C") for k, v in tensors.items()}, {"qtx": json.dumps(header)}))
+    write_tensors(path, header, tensors)
 
 
 def file_of(path: Path) -> Path:
@@ -102,14 +67,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     path = file_of(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; give a .safetensors file that qtx wrote, or its folder")
-    try:
-        with safe_open(path, framework="np") as file:
-            spec, header = read_header(path, file.metadata())
-            names = set(file.keys())
-            check_shapes(path, spec, {name: tuple(file.get_slice(name).get_shape()) for name in names})
-            tensors = {name: file.get_tensor(name) for name in sorted(names)}
-    except (SafetensorError, OSError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+    with opened(path, CHECKPOINT) as (header, file):
+        spec = read_spec(path, header)
+        names = set(file.keys())
+        check_shapes(path, spec, {name: tuple(file.get_slice(name).get_shape()) for name in names})
+        tensors = {name: file.get_tensor(name) for name in sorted(names)}
     params = {name: tensors[name] for name in shapes(spec)}
     for name, value in tensors.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
@@ -137,27 +99,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(spec, params, extra, recipe, ranges, header["meta"])
 
 
-def read_header(path: Path, metadata: Mapping[str, str] | None) -> tuple[ModelSpec, dict[str, Any]]:
-    """The model's spec and the whole header of a file's metadata."""
-    try:
-        header = json.loads((metadata or {})["qtx"])
-    except (KeyError, json.JSONDecodeError):
-        raise CheckpointError(f"{path}: a safetensors file without qtx's metadata; was it made by qtx?") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
-        raise CheckpointError(f"{path}: format is not {FORMAT} version {VERSION}; use the qtx that wrote it")
-    meta = header.get("meta", {})
-    if not isinstance(meta, dict) or not isinstance(meta.get("data", {}), dict):
-        raise CheckpointError(f"{path}: metadata is damaged: 'meta' and its 'data' must be objects")
+def read_spec(path: Path, header: Mapping[str, Any]) -> ModelSpec:
+    """The model's spec. Raises CheckpointError where the header lacks a key or the spec is none."""
     if missing := {"spec", "recipe", "meta"} - header.keys():
         raise CheckpointError(f"{path}: metadata lacks {sorted(missing)[0]!r}")
     try:
-        return from_dict(ModelSpec, header["spec"]), header
+        return from_dict(ModelSpec, header["spec"])
     except SpecError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
 def check_shapes(path: Path, spec: ModelSpec, found: Mapping[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError for the first parameter that is missing, unknown or of another shape."""
+    if spec.layers > len(found):  # before as many names are made
+        raise CheckpointError(f"{path}: its model has {spec.layers} layers, and it holds {len(found)} tensors")
     expected = shapes(spec)
     for name, shape in expected.items():
         if name not in found:

@@ -14,31 +14,28 @@ import click
 import numpy as np
 
 from qtx_ref.presets import PRESETS, attention, preset
-from qtx_ref.profiles import NAMES as PROFILES
-from qtx_ref.profiles import profile
-from qtx_ref.spec import Nonlinear, SpecError, check_integer, to_dict
+from qtx_ref.spec import SpecError, to_dict
 
 from . import __version__, analysis, quantization, recipes
-from .artifact import SUFFIX, load_artifact, make_artifact, save_artifact, size
+from .artifact import SUFFIX
 from .backend import MissingExtra, backend, need
-from .checkpoint import Checkpoint, CheckpointError, check_writable, file_of, save_checkpoint
-from .cli_artifact import diff, show, size_text, vectors
+from .cli_artifact import diff, show, vectors
 from .cli_parity import parity
+from .cli_quantize import quantize
 from .data import DataError, load
+from .files import CheckpointError
 from .options import (
     CHECKPOINT,
     DATA,
+    EITHER,
     JSON,
     LIMIT,
     MACHINE,
     VOCAB,
     WATCH,
-    artifact_model,
-    as_evaluated,
-    head_note,
-    is_artifact,
+    need_head,
     open_checkpoint,
-    open_data,
+    open_model,
     say,
     split_list,
     write_json,
@@ -156,14 +153,14 @@ def train_command(model, data, tokenizer, vocab, attention_name, steps, batch, l
     if watch_integer:
         points = zip(*history.watched().values(), strict=True)
         rows = [[str(step), *(number(value) for value in values)] for step, *values in points]
-        say(table(["step", "integer ppl", "float ppl", "avg kurtosis"], rows), json_path)
+        say(table(["step", "integer ppl", "float ppl", "avg kurtosis", "max inf norm"], rows), json_path)
     say(f"{path}: {len(curve)} steps, loss {curve[-20:].mean():.4f}{state}", json_path)
     result = {"checkpoint": str(path), "diverged": checkpoint.meta["diverged"], "loss": curve.tolist()}
     write_json(json_path, result | history.watched() if watch_integer else result)
 
 
 @main.command()
-@CHECKPOINT
+@EITHER
 @DATA
 @click.option(
     "--recipe", "recipe_name", help="float, or a recipe to calibrate and apply; default: the checkpoint's own."
@@ -176,82 +173,28 @@ def train_command(model, data, tokenizer, vocab, attention_name, steps, batch, l
 def evaluate(
     checkpoint, data, tokenizer, recipe_name, numerics, strict, batches, backend_name, device, dtype, json_path
 ):
-    """Perplexity (or accuracy) of a checkpoint, in float or fake quantization, or of a MODEL.qtx in integers."""
-    machine = Machine(backend_name, device, dtype)
-    note = ""
-    if is_artifact(checkpoint):
-        if recipe_name is not None:
-            raise SpecError(f"--recipe {recipe_name}: {checkpoint} has its own; leave it out")
-        found = load_artifact(checkpoint)
-        source = open_data(checkpoint, found.spec, found.meta, data, tokenizer)
-        kind = numerics or "integer"
-        model = artifact_model(found, machine, kind, strict)
-        model = quantization.IntegerScorer(model) if kind == "integer" else model
-        note = head_note(found)
-        numerics = f"{kind}{', strict' if strict else ''}, {found.recipe.name}, profile {found.profile.name}"
-    else:
-        if numerics or strict:
-            raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
-        found, model, source = open_checkpoint(checkpoint, machine, data, tokenizer)
-    quantization.refuse_overlap(found.meta, source, "evaluation")
-    if not is_artifact(checkpoint):
-        numerics = as_evaluated(found, model, source, recipe_name)
+    """Perplexity or accuracy of a model.
+
+    Of a CHECKPOINT in float or under fake quantization, of a MODEL.qtx in integers or, with --numerics fake, under the fake
+    quantization of the same codes.
+    """
+    opened = open_model(
+        checkpoint, Machine(backend_name, device, dtype), data, tokenizer, recipe_name=recipe_name, numerics=numerics,
+        strict=strict, split="evaluation",
+    )  # fmt: skip
+
+    need_head(checkpoint, opened)
 
     def evaluation():
-        return source.split_batches("evaluation", found.spec, quantization.BATCH, 0, limit=batches)
+        return opened.data.split_batches("evaluation", opened.found.spec, quantization.BATCH, 0, limit=batches)
 
-    score = quantization.evaluate(model, evaluation(), f"evaluate {numerics}", sum(1 for _ in evaluation()))
-    result = {"numerics": numerics, **quantization.as_json(score)}
+    label, total = f"evaluate {opened.numerics}", sum(1 for _ in evaluation())
+    score = quantization.evaluate(opened.scored, evaluation(), label, total)
+    result = {"numerics": opened.numerics, **quantization.as_json(score)}
     rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
+    note = opened.note
     say(table(["", str(checkpoint)], rows) + (f"\n{note}" if note else ""), json_path)
     write_json(json_path, result | ({"note": note} if note else {}))
-
-
-@main.command()
-@CHECKPOINT
-@DATA
-@click.option("--recipe", "recipe_name", default="w8a8", show_default=True, help=recipes.NAMES)
-@click.option("--profile", "profile_name", default="qtx", show_default=True,
-              help=f"Of a MODEL{SUFFIX}: one of {', '.join(PROFILES)}.")  # fmt: skip
-@click.option("--nonlinear", type=click.Choice([str(kind) for kind in Nonlinear]), default="table", show_default=True,
-              help=f"Of a MODEL{SUFFIX}: GELU, sigmoid, tanh and exponentials.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), required=True,
-              help=f"A {SUFFIX} of integers, or a .safetensors with ranges for fake quantization.")  # fmt: skip
-@MACHINE
-@JSON
-def quantize(
-    checkpoint, data, tokenizer, recipe_name, profile_name, nonlinear, out, backend_name, device, dtype, json_path
-):
-    """Calibrate a recipe's ranges and write the model as integers, or parameters, ranges and recipe, to one file."""
-    if out.exists():
-        raise CheckpointError(f"{out} exists: choose another --out")
-    check_writable(out)
-    if not is_artifact(out) and (profile_name, nonlinear) != ("qtx", "table"):
-        raise SpecError(f"--profile and --nonlinear belong to integers: give --out a name ending in {SUFFIX}")
-    chosen_profile = profile(profile_name)
-    machine = Machine(backend_name, device, dtype)
-    found, model, source = open_checkpoint(checkpoint, machine, data, tokenizer)
-    chosen = recipes.recipe(recipe_name, found.spec)
-    if is_artifact(out):  # refused before any calibration
-        check_integer(recipes.resolve(chosen, found.spec), chosen_profile)
-    quantization.refuse_overlap(found.meta, source, "calibration")
-    ranges = quantization.calibrate(model, source, chosen, 0)
-    calibration = source.hashes("calibration")
-    scales = {site: np.asarray(r.scale).ravel().tolist() for site, r in ranges.items()}
-    zeros = {site: np.asarray(r.zero_point).ravel().tolist() for site, r in ranges.items()}
-    result = {"checkpoint": str(out), "recipe": to_dict(chosen), "scale": scales, "zero_point": zeros}
-    if is_artifact(out):
-        kind = Nonlinear(nonlinear)
-        made = make_artifact(file_of(checkpoint), found, chosen, ranges, chosen_profile, kind, calibration)
-        save_artifact(out, made)
-        sizes = size(out, made)
-        say(f"{out}: recipe {chosen.name}, profile {profile_name}, {size_text(sizes)}; see qtx show {out}", json_path)
-        result |= {"profile": to_dict(chosen_profile), "bytes": asdict(sizes)}
-    else:
-        meta = {**found.meta, "quantized_from": str(checkpoint), "calibration": calibration}
-        save_checkpoint(out, Checkpoint(found.spec, found.params, {}, chosen, ranges, meta))
-        say(f"{out}: recipe {chosen.name}, {len(ranges)} static ranges; run it with qtx evaluate {out}", json_path)
-    write_json(json_path, result)
 
 
 @main.command()
@@ -261,7 +204,7 @@ def quantize(
 @MACHINE
 @JSON
 def analyze(checkpoint, data, tokenizer, batches, backend_name, device, dtype, json_path):
-    """Outliers per site and by depth, and where attention goes."""
+    """Outliers per site, and where attention goes."""
     found, model, source = open_checkpoint(checkpoint, Machine(backend_name, device, dtype), data, tokenizer)
 
     def evaluation():
@@ -298,7 +241,7 @@ def depth_table(statistics: Sequence[analysis.SiteStatistics]) -> str:
 
 
 @main.command()
-@CHECKPOINT
+@EITHER
 @click.option("--prompt", required=True, help="Text to go on from.")
 @click.option("--tokens", type=click.IntRange(1), default=40, show_default=True, help="Number of new tokens.")
 @click.option(
@@ -313,28 +256,20 @@ def depth_table(statistics: Sequence[analysis.SiteStatistics]) -> str:
 @JSON
 def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, tokenizer, backend_name, device, dtype,
              json_path):  # fmt: skip
-    """Go on with a text, token by token, with cached keys and values (OPT)."""
+    """Go on with a text (OPT).
+
+    Token by token, with cached keys and values, in float, under a recipe, or from a MODEL.qtx in integers.
+    """
     from qtx_ref.random import stream
 
-    machine = Machine(backend_name, device, dtype)
-    factor = 1.0  # from what the model answers to logits
-    if is_artifact(checkpoint):
-        if recipe_name is not None:
-            raise SpecError(f"--recipe {recipe_name}: {checkpoint} has its own; leave it out")
-        found = load_artifact(checkpoint)
-        backend(backend_name).check_generation(found.spec, {}, 1)
-        source = open_data(checkpoint, found.spec, found.meta, data, tokenizer)
-        model = artifact_model(found, machine)
-        factor = found.constants.get("output.scale")
-        if factor is None and temperature:
-            raise SpecError(f"--temperature {temperature}: the logits of {checkpoint} have a scale per token; give 0")
-        factor = 1.0 if factor is None else factor
-    else:
-        found, model, source = open_checkpoint(checkpoint, machine, data, tokenizer)
-        backend(backend_name).check_generation(found.spec, {}, 1)
-        as_evaluated(found, model, source, recipe_name)
+    opened = open_model(
+        checkpoint, Machine(backend_name, device, dtype), data, tokenizer, recipe_name=recipe_name
+    )  # fmt: skip
+    backend(backend_name).check_generation(opened.found.spec, {}, 1)
+    need_head(checkpoint, opened)
+    model = opened.model
     tokenizers = need("tokenizers", "text", "a prompt")
-    words = tokenizers.Tokenizer.from_str(source.tokenizer_json)
+    words = tokenizers.Tokenizer.from_str(opened.data.tokenizer_json)
     start = np.array([words.encode(prompt, add_special_tokens=False).ids], np.int64)
     if start.size == 0:
         raise SpecError(f"prompt {prompt!r} has no token: give some text")
@@ -342,7 +277,7 @@ def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, t
 
     def choose(logits: np.ndarray) -> np.ndarray:  # (B, V) -> (B,); Gumbel: argmax of logits / t + noise is a sample
         noise = rng.gumbel(size=logits.shape) * temperature
-        return (logits * factor + noise).argmax(axis=-1)
+        return (logits + noise).argmax(axis=-1)
 
     text = model.generate(start, tokens, choose)[0].tolist()
     say(words.decode(text), json_path)
@@ -355,7 +290,10 @@ def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, t
 @click.option("--attention", "attention_name", default="vanilla", show_default=True)
 @JSON
 def recipes_command(name, model, attention_name, json_path):
-    """Print a recipe as JSON, each rule with its source, and the sites it quantizes in a model."""
+    """Print a recipe as JSON.
+
+    Each rule with its source, and the sites it quantizes in a model; without a name, the names.
+    """
     if name is None:
         click.echo(f"recipes: {recipes.NAMES}")
         return
@@ -365,5 +303,5 @@ def recipes_command(name, model, attention_name, json_path):
     write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
-for command in (parity, show, diff, vectors):
+for command in (quantize, parity, show, diff, vectors):
     main.add_command(command)

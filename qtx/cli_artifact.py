@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,17 +9,15 @@ from typing import Any
 
 import click
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from qtx_ref.spec import SpecError, to_dict
 
 from .artifact import SUFFIX, Artifact, Size, differences, load_artifact, size, stored_bytes
-from .checkpoint import CheckpointError, check_writable, write_beside
-from .options import DATA, JSON, MACHINE, artifact_model, head_note, open_data, say, write_json
-from .progress import Progress
+from .files import CheckpointError, check_writable
+from .options import DATA, JSON, MACHINE, artifact_model, head_note, open_model, say, write_json
 from .report.tables import table
 from .training import Machine
+from .vectors import differing, inputs, load_vectors, run_vectors, save_vectors
 
 MODEL = click.argument("model", type=click.Path(path_type=Path), metavar=f"MODEL{SUFFIX}")
 
@@ -37,7 +33,7 @@ def size_text(sizes: Size) -> str:
 @MODEL
 @JSON
 def show(model, json_path):
-    """Print an artifact's sites, scales, zero points, sizes and profile."""
+    """Print an artifact's sites, scales and sizes."""
     artifact = load_artifact(model)
     sizes, stored = size(model, artifact), stored_bytes(artifact)
     facts = [
@@ -98,11 +94,14 @@ def span(values: np.ndarray | None) -> str:
 
 
 @click.command()
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("first", type=click.Path(path_type=Path), metavar=f"FIRST{SUFFIX}")
+@click.argument("second", type=click.Path(path_type=Path), metavar=f"SECOND{SUFFIX}")
 @JSON
 def diff(first, second, json_path):
-    """Compare two artifacts: model, recipe, profile, origin and every constant. Exit status 1 if they differ."""
+    """Compare two artifacts.
+
+    Model, recipe, profile, origin and every constant. Exit status 1 if they differ.
+    """
     found = differences(load_artifact(first), load_artifact(second))
     if found:
         say(table(["differs", f"{first} and {second}"], [[d.where, d.what] for d in found]), json_path)
@@ -117,63 +116,44 @@ def diff(first, second, json_path):
 @DATA
 @click.option("--out", type=click.Path(path_type=Path), help="The .safetensors to write.")
 @click.option("--check", type=click.Path(path_type=Path), help="Vectors to hold this model and backend to instead.")
-@click.option("--count", type=click.IntRange(1), default=2, show_default=True, help="Sequences or images.")
+@click.option("--count", type=click.IntRange(1), help="Sequences or images to write; default 2.")
 @click.option("--strict", is_flag=True, help="Run in integer dtypes only.")
 @MACHINE
 @JSON
 def vectors(model, data, tokenizer, out, check, count, strict, backend_name, device, dtype, json_path):
-    """Golden vectors: inputs, the codes of every site, accumulators and outputs, for porting to a device."""
+    """Write golden vectors, or hold a backend to them.
+
+    Inputs, the codes of every site in the order of the forward pass, accumulators and outputs, for porting to a device.
+    --check runs the file's own inputs again; exit status 1 if anything differs.
+    """
     if (out is None) == (check is None):
         raise SpecError("give --out FILE to write vectors, or --check FILE to compare with them")
-    artifact = load_artifact(model)
-    runner = artifact_model(artifact, Machine(backend_name, device, dtype), strict=strict)
+    if check is not None and (data or tokenizer or count):
+        raise SpecError(f"--data, --tokenizer and --count belong to --out: {check} has its own inputs")
+    machine = Machine(backend_name, device, dtype)
     if check is not None:
-        compare(model, check, runner, json_path)
+        artifact = load_artifact(model)
+        expected = load_vectors(check, model, artifact.spec)
+        compare(expected, artifact_model(artifact, machine, strict=strict), json_path)
         return
+    if out.suffix.lower() == SUFFIX:
+        raise SpecError(f"--out {out}: vectors are no model; give a name ending in .safetensors")
     if out.exists():
         raise CheckpointError(f"{out} exists: choose another --out")
     check_writable(out)
-    source = open_data(model, artifact.spec, artifact.meta, data, tokenizer)
-    batch = next(iter(source.split_batches("evaluation", artifact.spec, count, 0, limit=1)))
-    found = run_vectors(runner, batch)
-    write_beside(out, save(found, {"qtx": json.dumps({"format": "qtx-vectors", "version": 1, "model": sha256(model)})}))
+    opened = open_model(model, machine, data, tokenizer, strict=strict)
+    batch = next(iter(opened.data.split_batches("evaluation", opened.found.spec, count or 2, 0, limit=1)))
+    found = run_vectors(opened.model, batch)
+    save_vectors(out, model, found)
     say(f"{out}: {len(found)} tensors of {len(next(iter(batch.values())))} inputs", json_path)
     write_json(json_path, {"vectors": str(out), "tensors": list(found)})
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def run_vectors(runner: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`input.*`, `code.<site>` in the order of the forward pass, `output.value`, `.scale`, `.zero_point`."""
-    found = {f"input.{name}": np.ascontiguousarray(value) for name, value in batch.items()}
-    with Progress("vectors", 0) as bar:
-
-        def watch(site: str, value: np.ndarray) -> None:
-            found[f"code.{site}"] = np.ascontiguousarray(value)
-            bar.advance(note=site)
-
-        output = runner.run(batch, watch)
-    return found | {f"output.{key}": np.array(value) for key, value in output._asdict().items()}
-
-
-def compare(model: Path, check: Path, runner: Any, json_path: str | None) -> None:
-    """Runs the vectors' inputs again. Exit status 1 at the first site that differs."""
-    try:
-        with safe_open(check, framework="np") as file:
-            header = json.loads((file.metadata() or {})["qtx"])
-            expected = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{check}: damaged or no vectors of qtx ({error})") from None
-    if header.get("format") != "qtx-vectors" or header.get("model") != sha256(model):
-        raise CheckpointError(f"{check}: not the vectors of {model}; write them with qtx vectors {model} --out FILE")
-    batch = {n.removeprefix("input."): value for n, value in expected.items() if n.startswith("input.")}
-    found = run_vectors(runner, batch)
-    missing = sorted(expected.keys() ^ found.keys())
-    wrong = [name for name in found if name in expected and not np.array_equal(found[name], expected[name])]
-    first = wrong[0] if wrong else missing[0] if missing else None
-    say(f"{len(found)} tensors, {len(wrong) + len(missing)} differ" + (f", first {first}" if first else ""), json_path)
-    write_json(json_path, {"tensors": len(found), "differ": wrong + missing})
-    if first:
+def compare(expected: dict[str, np.ndarray], runner: Any, json_path: str | None) -> None:
+    """Runs the vectors' inputs again. Exit status 1 if anything differs; the first in forward order is named."""
+    found = run_vectors(runner, inputs(expected))
+    wrong = differing(expected, found)
+    say(f"{len(found)} tensors, {len(wrong)} differ" + (f", first {wrong[0]}" if wrong else ""), json_path)
+    write_json(json_path, {"tensors": len(found), "differ": wrong})
+    if wrong:
         sys.exit(1)

@@ -11,24 +11,29 @@ import click
 from qtx_ref.spec import SpecError
 
 from . import recipes
-from .artifact import load_artifact
+from .artifact import SUFFIX, Artifact
 from .backend import backend
-from .options import JSON, artifact_model, is_artifact, open_checkpoint, open_data, say, write_json
+from .options import JSON, artifact_model, is_artifact, open_model, say, write_json
 from .progress import Progress, clock
 from .report.tables import table
 from .training import Machine
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False, metavar=f"[CHECKPOINT|MODEL{SUFFIX}]")
 @click.option("--backend", "backend_name", default="torch", show_default=True,
               help="torch: held to the reference. ref: the reference held to outside truth.")  # fmt: skip
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda with --backend torch.")
+@click.option("--dtype", default="float32", show_default=True,
+              help="Of the cases: float32, float64; bfloat16 with torch. A file is compared in its own.")  # fmt: skip
 @click.option("--only", help="Only cases whose group/name contains this text or matches this pattern.")
 @JSON
 def parity(checkpoint, backend_name, device, dtype, only, json_path):
-    """Prove that the backends agree, by case or on your own CHECKPOINT or MODEL.qtx. Exit status 1 if anything fails."""
+    """Prove that the backends agree, by case or on a file.
+
+    Without a file: the table of cases. CHECKPOINT: every site of that model, in float32 and under its recipe. MODEL.qtx:
+    every code of every site. Exit status 1 if anything fails.
+    """
     from parity_tests import runner  # only here: the proof is not needed to use qtx
 
     report = run_parity(runner, checkpoint, backend_name, device, dtype, only)
@@ -57,19 +62,19 @@ def run_parity(runner: Any, path: Path | None, backend_name: str, device: str, d
 
 
 def parity_of(runner: Any, path: Path, backend_name: str, device: str, dtype: str, only: str | None, seen: Any) -> Any:
-    for name, value, accepted in (("--backend", backend_name, "torch"), ("--dtype", dtype, "float32")):
-        if value != accepted:
-            raise SpecError(f"{name} is {value!r}: a checkpoint is compared between ref and {accepted}")
+    """The report on a checkpoint or an artifact. Raises SpecError for an option that belongs to the table of cases."""
+    if backend_name != "torch":
+        raise SpecError(f"--backend {backend_name}: {path} is held to the reference in torch; leave it out")
+    if dtype != "float32":
+        reason = "an integer model has no float dtype" if is_artifact(path) else "a checkpoint is compared in float32"
+        raise SpecError(f"--dtype {dtype}: {reason}; leave it out")
     if only:
-        raise SpecError(f"--only {only}: a checkpoint has no table of cases; leave it out")
-    if is_artifact(path):
-        artifact = load_artifact(path)
-        source = open_data(path, artifact.spec, artifact.meta, None, None)
-        batch = next(iter(source.split_batches("evaluation", artifact.spec, 4, 0, limit=1)))
-        models = [artifact_model(artifact, Machine(name, where)) for name, where in (("ref", "cpu"), ("torch", device))]
-        return runner.check_integers(*models, batch, device=device, progress=seen)
-    found, _, source = open_checkpoint(path, Machine("ref"), None, None)
-    batches = list(source.split_batches("evaluation", found.spec, 4, 0, limit=1))
+        raise SpecError(f"--only {only}: a file has no table of cases; leave it out")
+    opened = open_model(path, Machine("ref"))
+    found, batches = opened.found, list(opened.data.split_batches("evaluation", opened.found.spec, 4, 0, limit=1))
+    if isinstance(found, Artifact):
+        other = artifact_model(found, Machine("torch", device))
+        return runner.check_integers(opened.model, other, batches[0], device=device, progress=seen)
     quants = recipes.resolve(found.recipe, found.spec) if found.recipe else {}
     masked = found.recipe.masked_scores if found.recipe else False
     return runner.check_checkpoint(

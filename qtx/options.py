@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
+from qtx_ref.integer_numerics import accumulator_bits
 from qtx_ref.spec import Head, ModelSpec, SpecError
 
 from . import quantization, recipes
-from .artifact import SUFFIX, Artifact
+from .artifact import SUFFIX, Artifact, load_artifact
 from .backend import backend
-from .checkpoint import Checkpoint, CheckpointError, check_writable, load_checkpoint, write_beside
+from .checkpoint import Checkpoint, load_checkpoint
 from .data import load
+from .files import CheckpointError, check_writable, write_beside
+from .sites import sites
 from .training import Machine
+
+WRITTEN = ("model.safetensors", "study.json", "curves.png")  # in the folders that train and study write
+PLACES = ("checkpoint", "model", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
 
 
 def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
@@ -25,6 +33,31 @@ def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None)
             raise CheckpointError(f"--json {path} exists and is no .json file: choose another")
         check_writable(Path(path))
     return path
+
+
+def refuse_shared(given: dict[str, Any]) -> None:
+    """Raises CheckpointError where --json names a file that the command reads or writes for another purpose."""
+    json_path, out = given["json_path"], given.get("out")
+    if json_path in (None, "-"):
+        return
+    place = Path(json_path).resolve()
+    for name in PLACES:
+        if given.get(name) is not None and Path(given[name]).resolve() == place:
+            raise CheckpointError(f"--json {json_path} is also the command's {name}: choose another file")
+    if out is not None and place.name in WRITTEN and place.is_relative_to(out.resolve()):
+        raise CheckpointError(f"--json {json_path} is a file that the command writes: choose another")
+
+
+def with_json(command: Any) -> Any:
+    """--json FILE, which is no other file of the command."""
+
+    @wraps(command)
+    def checked(**given: Any) -> Any:
+        refuse_shared(given)
+        return command(**given)
+
+    option = click.option("--json", "json_path", callback=check_json, help="Also write JSON there; - is stdout.")
+    return option(checked)
 
 
 def options(*chosen: Any) -> Any:
@@ -41,15 +74,18 @@ MACHINE = options(
     click.option("--device", default="cpu", show_default=True, help="cpu, or cuda with --backend torch."),
     click.option("--dtype", default="float32", show_default=True, help="float32, float64; bfloat16 with torch."),
 )
-JSON = click.option("--json", "json_path", callback=check_json, help="Also write JSON there; - is stdout.")
+JSON = with_json
 DATA = options(
     click.option("--data", help="books, digits, a text file or a folder of .txt; default: the model's own."),
     click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json for your own text."),
 )
 VOCAB = click.option("--vocab", type=click.IntRange(1), help="Entries of the tokenizer trained on your own text.")
 WATCH = click.option("--watch-integer", type=click.IntRange(1), metavar="N",
-                     help="Every N steps, quantize the model (w8a8) and run it in integers.")  # fmt: skip
+                     help="Before training, every N steps and after the last: quantize the model (w8a8), run it in "
+                     "integers and in float on the first 2 evaluation batches; ranges, inf norm and kurtosis are of 2 "
+                     "calibration batches.")  # fmt: skip
 CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
+EITHER = click.argument("checkpoint", type=click.Path(path_type=Path), metavar=f"CHECKPOINT|MODEL{SUFFIX}")
 LIMIT = click.option("--batches", type=click.IntRange(1), help="At most this many evaluation batches.")
 
 
@@ -97,7 +133,59 @@ def open_checkpoint(path: Path, machine: Machine, data_name: str | None, tokeniz
 
 
 def is_artifact(path: Path) -> bool:
+    """Whether a name stands for integers. What the file then is, its content says, and a wrong name is refused."""
     return path.suffix == SUFFIX
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model as a command runs it, where it came from, data to run it on, and what it is in words."""
+
+    found: Checkpoint | Artifact
+    model: Any
+    data: Any
+    numerics: str
+    integer: bool = False
+    note: str = ""
+
+    @property
+    def scored(self) -> Any:
+        """What `quantization.evaluate` takes."""
+        return quantization.IntegerScorer(self.model) if self.integer else self.model
+
+
+def open_model(
+    path: Path, machine: Machine, data_name: str | None = None, tokenizer: Path | None = None, *,
+    recipe_name: str | None = None, numerics: str | None = None, strict: bool = False, split: str | None = None,
+) -> Opened:  # fmt: skip
+    """A checkpoint in float or under a recipe, or an artifact in integers or fake quantization; data of `split` are
+    compared with those it was trained and calibrated on.
+
+    Raises:
+        SpecError, CheckpointError, DataError, MissingExtra: a file, data, or an option that does not belong to it.
+    """
+    if not is_artifact(path):
+        if numerics or strict:
+            raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
+        found, model, data = open_checkpoint(path, machine, data_name, tokenizer)
+        if split:
+            quantization.refuse_overlap(found.meta, data, split)
+        return Opened(found, model, data, as_evaluated(found, model, data, recipe_name))
+    if recipe_name is not None:
+        raise SpecError(f"--recipe {recipe_name}: {path} has its own; leave it out")
+    found, kind = load_artifact(path), numerics or "integer"
+    data = open_data(path, found.spec, found.meta, data_name, tokenizer)
+    model = artifact_model(found, machine, kind, strict)
+    if split:
+        quantization.refuse_overlap(found.meta, data, split)
+    words = f"{kind}{', strict' if strict else ''}, {found.recipe.name}, profile {found.profile.name}"
+    return Opened(found, model, data, words, kind == "integer", head_note(found))
+
+
+def need_head(path: Path, opened: Opened) -> None:
+    """Raises SpecError where a model has no head, and so no words or classes to tell."""
+    if opened.found.spec.head is Head.NONE:
+        raise SpecError(f"{path} has no head: it can be analyzed and compared, not evaluated or asked for words")
 
 
 def artifact_model(artifact: Artifact, machine: Machine, numerics: str = "integer", strict: bool = False) -> Any:
@@ -117,14 +205,20 @@ def artifact_model(artifact: Artifact, machine: Machine, numerics: str = "intege
 
 
 def head_note(artifact: Artifact) -> str:
-    """What becomes of a head that the recipe leaves in float."""
-    if artifact.spec.head not in (Head.MLM, Head.CAUSAL) or "head.decoder.weight" in artifact.quants:
+    """What becomes of a language model's last linear where the recipe leaves its weights or its result in float."""
+    quants, order = artifact.quants, sites(artifact.spec).results
+    own, result = "head.decoder.weight" in quants, "head.decoder" in quants
+    if artifact.spec.head not in (Head.MLM, Head.CAUSAL) or (own and result):
         return ""
-    bits = artifact.quants["embed.token.weight"].bits
-    return (
-        f"head.decoder, which recipe {artifact.recipe.name} leaves in float, multiplies the int{bits} codes of "
-        "embed.token.weight; its int32 accumulators are the output"
-    )
+    name = "head.decoder.weight" if own else "embed.token.weight"
+    weight = quants[name]
+    codes = f"{'int' if weight.symmetric else 'uint'}{weight.bits}"
+    part = "whose result" if own else "whose weights" if result else "which"
+    note = f"head.decoder, {part} recipe {artifact.recipe.name} leaves in float, multiplies the {codes} codes of {name}"
+    if result:
+        return note
+    entering = quants.get("head.decoder.input", quants.get(order[order.index("head.decoder") - 1]))
+    return f"{note}; its int{accumulator_bits(entering, weight)} accumulators are the output"
 
 
 def as_evaluated(checkpoint: Checkpoint, model: Any, data: Any, recipe_name: str | None) -> str:

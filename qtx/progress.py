@@ -15,7 +15,8 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """`with Progress("vanilla", steps) as bar: bar.advance(note="loss 4.3")`. Redrawn at most twice a second."""
+    """`with Progress("vanilla", steps) as bar: bar.advance(note="loss 4.3")`. Redrawn at most twice a second; nothing is
+    drawn while the total is 0."""
 
     def __init__(self, label: str, total: int, done: int = 0) -> None:
         self.label, self.total, self.done, self.first = label, total, done, done
@@ -37,6 +38,8 @@ class Progress:
             self.draw(note)
 
     def draw(self, note: str, end: bool = False) -> None:
+        if not self.total:
+            return
         elapsed = time.monotonic() - self.began
         fresh = self.done - self.first
         left = elapsed / fresh * (self.total - self.done) if fresh else 0

@@ -54,19 +54,26 @@ class Trace(Float):
 @cache
 def sites(spec: ModelSpec) -> Sites:
     """The sites of a model, traced on one of the same structure and the smallest size."""
-    shape = replace(spec, width=spec.heads, hidden=1, embed_width=spec.embed_width and 1)
-    return Sites(**{kind: tuple(names) for kind, names in traced(shape).items()})
+    return Sites(**{kind: tuple(names) for kind, names in traced(narrowed(spec, 1)).items()})
+
+
+def narrowed(spec: ModelSpec, size: int) -> ModelSpec:
+    """A model of the same structure and other widths: of a head, of the FFN, of the token embedding."""
+    return replace(spec, width=size * spec.heads, hidden=size, embed_width=spec.embed_width and size)
+
+
+def shortened(spec: ModelSpec) -> tuple[ModelSpec, dict[str, np.ndarray]]:
+    """A model of the same widths for a short text or a small image, and a batch of one."""
+    if spec.family is Family.VIT:
+        shape = (1, spec.channels, spec.patch_size, spec.patch_size)
+        return replace(spec, image_size=spec.patch_size), {"images": np.linspace(-1, 1, prod(shape)).reshape(shape)}
+    tokens = np.arange(2)[None]
+    return replace(spec, vocab=8, length=2), {"tokens": tokens, "types": 0 * tokens, "mask": tokens >= 0}
 
 
 def traced(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
     """What passes the hooks in the forward pass of one short text or small image, by kind and name, with its shape."""
-    image = spec.family is Family.VIT
-    shape = replace(spec, **({"image_size": spec.patch_size} if image else {"vocab": 8, "length": 2}))
-    if image:
-        batch = {"images": np.zeros((1, spec.channels, spec.patch_size, spec.patch_size), np.float32)}
-    else:
-        tokens = np.zeros((1, 2), np.int64)
-        batch = {"tokens": tokens, "types": tokens, "mask": tokens == 0}
+    shape, batch = shortened(spec)
     trace = Trace()
     forward(trace, {name: const(np.zeros(size, np.float32)) for name, size in shapes(shape).items()}, shape, batch)
     return trace.seen

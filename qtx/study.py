@@ -17,8 +17,9 @@ from qtx_ref.presets import attention, preset
 from qtx_ref.spec import ModelSpec, SpecError, from_dict, to_dict
 
 from .backend import MissingExtra, backend
-from .checkpoint import Checkpoint, CheckpointError, check_writable, load_checkpoint, write_beside
+from .checkpoint import Checkpoint, load_checkpoint
 from .data import load, unigram_perplexity
+from .files import CheckpointError, check_writable, write_beside
 from .quantization import BATCH, as_json, bind, calibrate, evaluate, metric, outliers
 from .recipes import recipe, training_recipe
 from .report.plots import curves

@@ -19,9 +19,10 @@ from qtx_ref.models.initial import init_params
 from qtx_ref.spec import QTX, ModelSpec, OptimSpec, SpecError, to_dict
 
 from .backend import backend
-from .checkpoint import Checkpoint, CheckpointError, check_writable, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .files import CheckpointError, check_writable
 from .progress import Progress
-from .quantization import BATCH, IntegerScorer, bind, calibrate, outliers
+from .quantization import BATCH, IntegerScorer, bind, calibrate, evaluate, outliers
 from .recipes import recipe, resolve, training_recipe
 from .sites import paper_sites
 
@@ -60,8 +61,11 @@ class TrainSpec:
 
 @dataclass
 class History:
-    """Per step the loss in nats; now and then the largest inf norm over the paper's sites, on one fixed batch; and where
-    integers are watched, perplexity in float and in integers on a fixed slice, and the published average kurtosis."""
+    """Per step the loss in nats; now and then the largest inf norm over the paper's sites, on one fixed batch.
+
+    Where integers are watched, also perplexity in integers and in float on a fixed slice, and the float model's published
+    average kurtosis and max inf norm on another.
+    """
 
     loss: list[float] = field(default_factory=list)
     watch_step: list[int] = field(default_factory=list)
@@ -70,6 +74,7 @@ class History:
     integer_perplexity: list[float] = field(default_factory=list)
     float_perplexity: list[float] = field(default_factory=list)
     kurtosis: list[float] = field(default_factory=list)
+    watched_inf_norm: list[float] = field(default_factory=list)
 
     def tensors(self) -> dict[str, np.ndarray]:
         kept = {key: value for key, value in vars(self).items() if value or key not in WATCHED}
@@ -85,7 +90,7 @@ class History:
         return {name: getattr(self, name) for name in WATCHED}
 
 
-WATCHED = ("integer_step", "integer_perplexity", "float_perplexity", "kurtosis")
+WATCHED = ("integer_step", "integer_perplexity", "float_perplexity", "kurtosis", "watched_inf_norm")
 
 
 @contextmanager
@@ -161,7 +166,10 @@ def train(
 
     with interrupt_flag() as interrupted, Progress(label, run.optim.steps, step) as bar:
         if run.watch_integer and step == 0:
-            watch(run, model, data, machine, history, step)  # refuses now what could not run in integers later
+            try:
+                watch(run, model, data, machine, history, step)
+            except ValueError as error:  # now, and not where it would first be needed
+                raise SpecError(f"--watch-integer: {error}") from None
         while step < run.optim.steps:
             loss, _ = trainer.step(next(batches))
             history.loss.append(loss)
@@ -174,7 +182,7 @@ def train(
             if run.watch_integer and (step % run.watch_integer == 0 or step == run.optim.steps):
                 try:
                     watch(run, model, data, machine, history, step)
-                except SpecError as error:  # a model near divergence
+                except ValueError as error:  # a model near divergence
                     sys.stderr.write(f"\nstep {step} not watched: {error}\n")
             bar.advance(note=f"loss {np.mean(history.loss[-20:]):.3f}")
             if interrupted[0] or time.monotonic() - saved > SAVE_SECONDS:
@@ -253,7 +261,10 @@ def inf_norm(model: Any, batch: dict[str, np.ndarray]) -> float:
 
 
 def watch(run: TrainSpec, model: Any, data: Any, machine: Machine, history: History, step: int) -> None:
-    """One point of the integer watch: the parameters as they are, quantized by w8a8 and run in integers."""
+    """One point of the integer watch: the parameters as they are, quantized by w8a8 and run in integers.
+
+    Raises ValueError where they cannot be.
+    """
     chosen = replace(recipe("w8a8", run.model), batches=WATCH_BATCHES)
     params = model.params()
     plain = machine.model(run.model, params)
@@ -267,27 +278,22 @@ def watch(run: TrainSpec, model: Any, data: Any, machine: Machine, history: Hist
     def fixed(split: str) -> Any:
         return data.split_batches(split, run.model, BATCH, 0, limit=WATCH_BATCHES)
 
-    point = [score_of(scored, fixed("evaluation")) for scored in (integers, plain)]
-    point.append(outliers(plain, fixed("calibration")).average_kurtosis)
-    if all(map(math.isfinite, point)):
-        history.integer_step.append(step)
-        for name, value in zip(WATCHED[1:], point, strict=True):
-            getattr(history, name).append(value)
-
-
-def score_of(model: Any, batches: Any) -> float:
-    """Perplexity, without a progress bar of its own."""
-    parts = [model.evaluate(batch) for batch in batches]
-    mean = sum(loss for loss, *_ in parts) / sum(count for _, count, _ in parts)
-    return math.exp(mean) if mean < 700 else math.inf
+    point = [evaluate(scored, fixed("evaluation")).perplexity for scored in (integers, plain)]
+    found = outliers(plain, fixed("calibration"))
+    point += [found.average_kurtosis, found.max_inf_norm]
+    if strange := [name for name, value in zip(WATCHED[1:], point, strict=True) if not math.isfinite(value)]:
+        raise ValueError(f"{', '.join(strange)} not finite")
+    history.integer_step.append(step)
+    for name, value in zip(WATCHED[1:], point, strict=True):
+        getattr(history, name).append(value)
 
 
 def difference(key: str, was: Any, now: Any) -> str:
     """The first place where two JSON values differ, in words."""
     if isinstance(was, dict) and isinstance(now, dict):
-        for name in now:
-            if was.get(name) != now[name]:
-                return difference(f"{key}.{name}", was.get(name), now[name])
+        for name in dict.fromkeys([*now, *was]):
+            if was.get(name) != now.get(name):
+                return difference(f"{key}.{name}", was.get(name), now.get(name))
     remedy = " (set OMP_NUM_THREADS)" if key == "threads" else ""
     return f"{key} was {was!r} and is {now!r}{remedy}; choose another --out or the same settings"
 
