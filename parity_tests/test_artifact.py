@@ -484,3 +484,17 @@ def test_a_watch_that_could_not_run_is_refused_before_training(tmp_path):
     assert result.exit_code == 1
     assert "gamma" in result.output and "cannot run in integers" in result.output
     assert isinstance(result.exception, SystemExit) and not isinstance(result.exception, SpecError)
+
+
+def test_a_bias_beyond_int32_is_read_back(checkpoint, tmp_path):
+    """Behind values that are almost nothing a bias takes 64 bits."""
+    found = load_checkpoint(checkpoint)
+    for name, value in found.params.items():
+        if ".attn.value." in name:
+            value *= 1e-4
+        if name.endswith("attn.output.bias"):
+            value += 1
+    save_checkpoint(tmp_path / "c.safetensors", found)
+    good("quantize", tmp_path / "c.safetensors", *REF, "--out", tmp_path / "m.qtx")
+    assert load_artifact(tmp_path / "m.qtx").constants["layer.0.attn.output.bias"].dtype == np.int64
+    assert evaluated(tmp_path / "m.qtx", *REF)["targets"] == 180

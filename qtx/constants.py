@@ -48,7 +48,8 @@ def check_constants(
         if name not in constants:
             raise ValueError(f"constant {name} is missing")
         value = constants[name]
-        if value.dtype != dtype:
+        wide = name.endswith(".bias") and {value.dtype, dtype} == {np.dtype(np.int32), np.dtype(np.int64)}
+        if value.dtype != dtype and not wide:  # a bias is int64 where int32 does not hold it
             raise ValueError(f"constant {name} is {value.dtype}; this model's is {dtype}")
         if name in parameters:
             fits = value.shape == parameters[name]
