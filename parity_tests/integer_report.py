@@ -62,7 +62,8 @@ class Tally:
 
 def decode(x: Code) -> np.ndarray:
     """What a code or an accumulator stands for, float64."""
-    return np.asarray(x.unit, np.float64) * np.asarray(x.centred(), np.float64)
+    y = np.asarray(x.unit, np.float64) * np.asarray(x.centred(), np.float64)
+    return y if x.offset is None else y + x.offset
 
 
 class Beside(Integer):
@@ -97,8 +98,7 @@ class Beside(Integer):
         y = super().linear(site, x, p, weight=weight, named=named)
         if not named or f"{site}.input" in self.quants:
             return y
-        name = f"{site}.weight" if f"{site}.weight" in self.quants else weight
-        w = self.float[name].astype(np.float64)
+        w = self.float[weight or f"{site}.weight"].astype(np.float64)
         w = w if w.ndim == 3 else w[None]
         rows = decode(x).reshape(-1, len(w), w.shape[2]).swapaxes(0, 1)  # (H, N, I)
         truth = (rows @ w.swapaxes(1, 2)).swapaxes(0, 1).reshape(*x.shape[:-1], -1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import special
 
 torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
 
@@ -15,14 +17,15 @@ from parity_tests import integer_models, integer_report, large_integer, small_mo
 from parity_tests.integer_models import Lowered, Seen, same, watched  # noqa: E402
 from qtx import recipes  # noqa: E402
 from qtx.quantization import IntegerScorer  # noqa: E402
-from qtx_ref import affine, fixed_point, integer_ops, lowering  # noqa: E402
+from qtx_ref import affine, fixed_point, integer, integer_ops, lowering  # noqa: E402
 from qtx_ref.backend import IntegerModel as RefModel  # noqa: E402
 from qtx_ref.backend import Model as RefBackend  # noqa: E402
 from qtx_ref.profiles import NAMES, profile  # noqa: E402
 from qtx_ref.random import stream  # noqa: E402
-from qtx_ref.spec import Gate, Granularity, QuantSpec, Requantization, Rule, SpecError  # noqa: E402
+from qtx_ref.spec import Gate, Granularity, Nonlinear, QuantSpec, Requantization, Rule, SpecError  # noqa: E402
 from qtx_torch import backend as torch_backend  # noqa: E402
 from qtx_torch import fixed_point as torch_fixed_point  # noqa: E402
+from qtx_torch import integer as torch_integer  # noqa: E402
 from qtx_torch import integer_ops as torch_integer_ops  # noqa: E402
 from qtx_torch.backend import IntegerModel  # noqa: E402
 
@@ -234,7 +237,13 @@ def test_every_attention_is_in_the_table() -> None:
 # --- corners ----------------------------------------------------------------------------------------------------------
 
 
-def corner(name: str, *rules: tuple[str, QuantSpec | None], profile_name: str = "qtx", **changed: float) -> Lowered:
+def corner(
+    name: str,
+    *rules: tuple[str, QuantSpec | None],
+    profile_name: str = "qtx",
+    nonlinear: Nonlinear = Nonlinear.TABLE,
+    **changed: float,
+) -> Lowered:
     """A small model under w8a8 and further rules; parameters whose name holds a key are multiplied by its value."""
     model = small_models.build(name, batch_size=4)
     params = dict(model.params)
@@ -246,7 +255,7 @@ def corner(name: str, *rules: tuple[str, QuantSpec | None], profile_name: str = 
     more = tuple(Rule((pattern,), quant, "of this test") for pattern, quant in rules)
     quants = recipes.resolve(replace(base, rules=(*base.rules, *more)), model.spec)
     ranges = RefBackend(model.spec, params).calibrate([model.batch], quants)
-    constants = lowering.lower(model.spec, params, quants, ranges, profile(profile_name))
+    constants = lowering.lower(model.spec, params, quants, ranges, profile(profile_name), nonlinear)
     return Lowered(model.spec, params, ranges, constants, quants, profile(profile_name), model.batch)
 
 
@@ -368,3 +377,37 @@ def test_strict_refuses_tables_with_a_scale_per_row() -> None:
     for kind in (RefModel, IntegerModel):
         with pytest.raises(SpecError, match="embed.token.weight .*per row"):
             low.model(kind, strict=True)
+
+
+CHANNELS = QuantSpec(symmetric=True, granularity=Granularity.CHANNEL)
+
+
+@pytest.mark.parametrize("name", ["opt_plain", "bert_plain", "vit_plain"])
+def test_a_head_with_a_scale_per_channel_is_scored_as_its_logits(name: str) -> None:
+    low = corner(name, ("*.weight", CHANNELS))
+    logits = lowering.real(both(low).output)
+    targets = low.batch["targets"] if "targets" in low.batch else low.batch["labels"]
+    picked = targets >= 0
+    want = -special.log_softmax(logits, axis=-1)[picked][np.arange(picked.sum()), targets[picked]].sum()
+    assert IntegerScorer(low.model(RefModel)).evaluate(low.batch)[0] == pytest.approx(float(want), rel=1e-12)
+
+
+def test_accumulators_of_values_per_channel_are_refused_by_site() -> None:
+    with pytest.raises(SpecError, match="layer.0.attn.context .*accumulator"):
+        corner("opt_plain", ("*.weight", CHANNELS), ("*.attn.value", None))
+
+
+@pytest.mark.parametrize("name", ["opt_gate_linear", "bert_gate_head_conditional"])
+def test_a_gate_with_a_scale_per_token(name: str) -> None:
+    low = corner(name, ("*.attn.gate", ROWS), nonlinear=Nonlinear.POLYNOMIAL)
+    assert gap(low) < 0.1
+
+
+@pytest.mark.parametrize("module", [integer, torch_integer])
+def test_the_lowest_bias_overflows_aloud(module: ModuleType) -> None:
+    s8 = QuantSpec(symmetric=True)
+    a, b, bias = np.full((2, 4), -10, np.int8), np.full((4, 1), 10, np.int8), np.array([-(2**31)], np.int32)
+    if module is torch_integer:
+        a, b, bias = map(torch.tensor, (a, b, bias))
+    with pytest.raises(ValueError, match="accumulators run from -2147484048"):
+        module.matmul(a, b, s8, s8, bias=bias)

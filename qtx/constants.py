@@ -56,8 +56,9 @@ def check_constants(
         elif name.endswith(".probs.table"):  # as long as its scores' scale is small
             fits = value.ndim == 1 and value.size > 0
         else:
-            fits = value.ndim == len(shape) and all(
-                now == was or now in axes.get(was, ()) for now, was in zip(value.shape, shape, strict=True)
+            fits = value.ndim == 0 or (  # one number stands for a single channel
+                value.ndim == len(shape)
+                and all(now == was or now in axes.get(was, ()) for now, was in zip(value.shape, shape, strict=True))
             )
         if not fits:
             raise ValueError(f"constant {name} has shape {value.shape}, which is none of this model's")
@@ -104,7 +105,7 @@ def pattern(
         except SpecError:  # of these values, or of any?
             if spread == SPREADS[-1]:
                 raise
-    axes: dict[int, set[int]] = {}
+    axes: dict[int, set[int]] = {small.head_width: {spec.head_width}}
     for was, now in zip(shapes(small).values(), shapes(spec).values(), strict=True):
         for short, long in zip((*was, prod(was[:-1])), (*now, prod(now[:-1])), strict=True):  # axes, and all channels
             axes.setdefault(short, set()).add(long)

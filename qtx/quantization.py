@@ -88,7 +88,7 @@ class IntegerScorer:
             row = slice(i, i + 1)
             some = int((targets[row] >= 0).sum())
             if some:
-                logits = real(Output(*(part[row] if part.ndim else part for part in output)))
+                logits = real(Output(*(part[row] if part.ndim and len(part) > 1 else part for part in output)))
                 total += float(cross_entropy(const(logits), targets[row]).value) * some
                 right += int(((logits.argmax(axis=-1) == targets[row]) & (targets[row] >= 0)).sum())
                 count += some

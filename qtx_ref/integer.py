@@ -110,7 +110,7 @@ def matmul(
     a_zero, b_zero = recentred_zero(a_zero, a_spec, -1), recentred_zero(b_zero, b_spec, -2)
     # |each of the four terms| <= depth max|A| max|B|: below 2^29 they and their sum stay in int32
     bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
-    largest_bias = 0 if bias is None else int(np.abs(bias).max(initial=0))
+    largest_bias = 0 if bias is None else int(np.abs(bias.astype(np.int64)).max(initial=0))
     wide = np.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else np.int64
     length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
     a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)

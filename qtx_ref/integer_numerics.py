@@ -242,7 +242,7 @@ class Integer(Float):
         wt = w.value.reshape(heads, *w.shape[-2:]).swapaxes(1, 2)  # (H, I, O)
         w_zero = w.zero_point if np.size(w.zero_point) == 1 else w.zero_point.reshape(heads, 1, -1)
         x_zero = x.zero_point if np.size(x.zero_point) == 1 else x.zero_point.reshape(1, -1, 1)
-        w_unit = w.unit if np.size(w.unit) == 1 else w.unit.reshape(-1)
+        w_unit = w.unit if np.size(w.unit) == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
         bias = self.constants.get(f"{site}.bias")
         bias = None if bias is None else bias.reshape(-1)
         inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
@@ -316,11 +316,9 @@ class Integer(Float):
                 site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
             )
         polynomial, bits = integer_ops.POLYNOMIALS[kind]
-        argument = fixed_point.multiply(
-            x.centred(),
-            *(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift")),
-            Requantization.FIXED_ONE,
-        )
+        scaling = (self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
+        with at(site):
+            argument = fixed_point.multiply(x.centred(), *scaling, Requantization.FIXED_ONE)
         y = np.clip(polynomial(argument), fixed_point.INT32_MIN, fixed_point.INT32_MAX).astype(np.int32)
         return self.named(site, Code(y, self.unit(2.0**-bits)))
 
@@ -348,11 +346,12 @@ class Integer(Float):
         if exponential is None:
             exponential = tuple(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
         extra = (find(f"{site}.sink"), find(f"{site}.sink_factor")) if f"{site}.sink" in self.constants else None
-        p = integer_ops.softmax(scores.value, mask, exponential, extra)
-        if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
-            row = spec.softmax is Softmax.CLIPPED_ROW
-            gamma = integer_ops.row_gamma(find(f"{site}.alpha"), mask) if row else find(f"{site}.gamma")
-            p = integer_ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
+        with at(site):
+            p = integer_ops.softmax(scores.value, mask, exponential, extra)
+            if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
+                row = spec.softmax is Softmax.CLIPPED_ROW
+                gamma = integer_ops.row_gamma(find(f"{site}.alpha"), mask) if row else find(f"{site}.gamma")
+                p = integer_ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
         return self.named(site, Code(p.astype(np.int32), self.unit(2.0**-integer_ops.PROBABILITY_BITS)))
 
 

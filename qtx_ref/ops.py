@@ -234,9 +234,11 @@ def merge_heads(x: Var) -> Var:
 
 def spread_heads(x: Var, width: int) -> Var:
     """(..., H) -> (..., H K): each head's value K times. dx sums each group of K."""
-    return x.arranged(
-        lambda v: np.repeat(v, width, axis=-1), [x], (x, lambda g: g.reshape(*x.shape, width).sum(axis=-1))
-    )
+
+    def move(v: np.ndarray) -> np.ndarray:
+        return np.repeat(v, width, axis=-1) if v.shape[-1] == x.shape[-1] else v  # a scale per token stays one
+
+    return x.arranged(move, [x], (x, lambda g: g.reshape(*x.shape, width).sum(axis=-1)))
 
 
 def swap_last(x: Var) -> Var:

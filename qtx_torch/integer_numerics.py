@@ -259,7 +259,7 @@ class Integer(Float):
         wt = w.value.reshape(heads, *w.shape[-2:]).mT  # (H, I, O)
         w_zero = w.zero_point if w.zero_point.numel() == 1 else w.zero_point.reshape(heads, 1, -1)
         x_zero = x.zero_point if x.zero_point.numel() == 1 else x.zero_point.reshape(1, -1, 1)
-        w_unit = w.unit if w.unit is None or w.unit.numel() == 1 else w.unit.reshape(-1)
+        w_unit = w.unit if w.unit is None or w.unit.numel() == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
         bias = self.constants.get(f"{name}.bias")
         bias = None if bias is None else bias.reshape(-1)
         inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
@@ -339,7 +339,8 @@ class Integer(Float):
             return self.seen(name, Code(code, self.scale_of(name), zero, self.quants[name]))
         polynomial, bits = integer_ops.POLYNOMIALS[kind]
         scaling = (self.constants[f"{name}.input_{key}"] for key in ("multiplier", "shift"))
-        argument = fixed_point.multiply(x.centred(), *scaling, Requantization.FIXED_ONE)
+        with at(name):
+            argument = fixed_point.multiply(x.centred(), *scaling, Requantization.FIXED_ONE)
         y = polynomial(argument).clamp(fixed_point.INT32_MIN, fixed_point.INT32_MAX).int()
         return self.named(name, Code(y, self.unit(2.0**-bits)))
 
@@ -368,11 +369,12 @@ class Integer(Float):
         if exponential is None:
             exponential = tuple(self.constants[f"{name}.input_{key}"] for key in ("multiplier", "shift"))
         extra = (find(f"{name}.sink"), find(f"{name}.sink_factor")) if f"{name}.sink" in self.constants else None
-        p = integer_ops.softmax(scores.value, mask.allowed, exponential, extra)
-        if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
-            row = spec.softmax is Softmax.CLIPPED_ROW
-            gamma = integer_ops.row_gamma(find(f"{name}.alpha"), mask.allowed) if row else find(f"{name}.gamma")
-            p = integer_ops.clip_stretch(p, find(f"{name}.zeta"), gamma)
+        with at(name):
+            p = integer_ops.softmax(scores.value, mask.allowed, exponential, extra)
+            if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
+                row = spec.softmax is Softmax.CLIPPED_ROW
+                gamma = integer_ops.row_gamma(find(f"{name}.alpha"), mask.allowed) if row else find(f"{name}.gamma")
+                p = integer_ops.clip_stretch(p, find(f"{name}.zeta"), gamma)
         return self.named(name, Code(p.int(), self.unit(2.0**-integer_ops.PROBABILITY_BITS)))
 
 

@@ -201,7 +201,12 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def spread_heads(x: Tensor, width: int) -> Tensor:
     """(..., H) -> (..., H K): each head's value K times."""
-    return arranged(lambda v: v.unsqueeze(-1).expand(*v.shape, width).flatten(-2), x)
+
+    def move(v: Tensor) -> Tensor:
+        one = v.shape[-1] != x.shape[-1]  # a scale per token stays one
+        return v if one else v.unsqueeze(-1).expand(*v.shape, width).flatten(-2)
+
+    return arranged(move, x)
 
 
 def swap_last(x: Tensor) -> Tensor:
