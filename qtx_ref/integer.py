@@ -49,13 +49,17 @@ def check_codes(what: str, code: np.ndarray, spec: QuantSpec) -> None:
         )
 
 
-def recentred_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np.ndarray:
-    """A zero point moved with its codes, int64. Raises ValueError where it is no code, or varies along k."""
-    zero = np.asanyarray(0 if zero is None else zero)
+def recentred_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np.ndarray | None:
+    """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies along
+    k."""
+    if zero is None:
+        return None if spec.symmetric else np.array(-centre(spec))
+    zero = np.asanyarray(zero)
     check_codes("zero point", zero, spec)
     if zero.ndim >= -along_k and zero.shape[along_k] != 1:
         raise ValueError(f"zero points of shape {tuple(zero.shape)} vary along the sum: give one per row or column")
-    return zero.astype(np.int64) - centre(spec)
+    moved = zero.astype(np.int64) - centre(spec)
+    return moved if moved.any() else None
 
 
 def block_product(a: np.ndarray, b: np.ndarray, length: int, wide: type) -> np.ndarray:
@@ -115,12 +119,11 @@ def matmul(
     length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
     a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
     total = block_product(a, b, length, wide)
-    ones = np.ones(depth, carrier)  # sums along k are products with it, and as exact
-    if a_zero.any():
-        total -= (a_zero * block_product(ones[None], b, length, wide)).astype(wide)
-    if b_zero.any():
-        total -= (b_zero * block_product(a, ones[:, None], length, wide)).astype(wide)
-        total += (depth * a_zero * b_zero).astype(wide)
+    if a_zero is not None:  # sums along k are products with ones, and as exact
+        total -= (a_zero * block_product(np.ones((1, depth), carrier), b, length, wide)).astype(wide)
+    if b_zero is not None:
+        total -= (b_zero * block_product(a, np.ones((depth, 1), carrier), length, wide)).astype(wide)
+        total += 0 if a_zero is None else (depth * a_zero * b_zero).astype(wide)
     if bias is not None:
         total += bias.astype(wide)
     return total if total.dtype == np.int32 else fit(total, accumulator, profile)

@@ -82,14 +82,16 @@ def check_codes(what: str, code: Tensor, spec: QuantSpec) -> None:
         )
 
 
-def recentred_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor:
-    """A zero point moved with its codes, int64. Raises ValueError where it is no code, or varies along k."""
+def recentred_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor | None:
+    """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies along
+    k."""
     if zero is None:
-        return torch.tensor(-centre(spec))
+        return None if spec.symmetric else torch.tensor(-centre(spec))
     check_codes("zero point", zero, spec)
     if zero.ndim >= -along_k and zero.shape[along_k] != 1:
         raise ValueError(f"zero points of shape {tuple(zero.shape)} vary along the sum: give one per row or column")
-    return zero.long() - centre(spec)
+    moved = zero.long() - centre(spec)
+    return moved if moved.any() else None
 
 
 def block_product(a: Tensor, b: Tensor, length: int, wide: torch.dtype) -> Tensor:
@@ -162,12 +164,11 @@ def matmul(
         carrier = torch.float64
     a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
     total = product(a, b)
-    ones = torch.ones(depth, dtype=carrier, device=b.device)  # sums along k are products with it, and as exact
-    if a_zero.any():
-        total -= (a_zero * product(ones[None], b)).to(wide)
-    if b_zero.any():
-        total -= (b_zero * product(a, ones[:, None])).to(wide)
-        total += (depth * a_zero * b_zero).to(wide)
+    if a_zero is not None:  # sums along k are products with ones, and as exact
+        total -= (a_zero * product(torch.ones(1, depth, dtype=carrier, device=b.device), b)).to(wide)
+    if b_zero is not None:
+        total -= (b_zero * product(a, torch.ones(depth, 1, dtype=carrier, device=b.device))).to(wide)
+        total += 0 if a_zero is None else (depth * a_zero * b_zero).to(wide)
     if bias is not None:
         total += bias.to(wide)
     return total if total.dtype == torch.int32 else fit(total, accumulator, profile)
