@@ -28,7 +28,8 @@ from qtx_ref import affine, models
 from qtx_ref.attention import probabilities
 from qtx_ref.backend import IntegerModel, Model
 from qtx_ref.integer_numerics import Code, Integer
-from qtx_ref.lowering import ACTIVATIONS, float_params
+from qtx_ref.lifting import float_params
+from qtx_ref.lowering import ACTIVATIONS
 from qtx_ref.models.initial import init_params, shapes
 from qtx_ref.numerics import FakeQuant, Params
 from qtx_ref.presets import preset

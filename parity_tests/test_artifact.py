@@ -1,7 +1,6 @@
 """An integer model as a file: written, run, shown, compared, damaged."""
 
 import json
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,23 +9,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qtx import training
 from qtx.artifact import Artifact, differences, load_artifact, save_artifact, size
 from qtx.checkpoint import load_checkpoint, save_checkpoint
 from qtx.constants import check_constants, check_size, reaching_one
 from qtx.files import ARTIFACT, VECTORS, CheckpointError, read_sealed, write_sealed
 from qtx.options import head_note
-from qtx.quantization import Outliers
 from qtx.recipes import recipe, resolve
-from qtx.report.plots import curves
 from qtx.sites import shortened
-from qtx.training import History
 from qtx_ref.backend import IntegerModel, Model
 from qtx_ref.lowering import lower
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import attention, preset
 from qtx_ref.profiles import profile
-from qtx_ref.spec import QTX, Granularity, Head, Nonlinear, QuantSpec, Rule, SpecError
+from qtx_ref.spec import QTX, Granularity, Head, Nonlinear, QuantSpec, Rule
 
 from .runner import check_integers
 from .test_cli import TRAIN, call, good
@@ -445,45 +440,6 @@ def test_generate_from_codes(tmp_path):
     assert len(found["tokens"]) == found["prompt_tokens"] + 5
     sampled = [json.loads(good(*command, "--temperature", 1, "--seed", s).stdout)["tokens"] for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
-
-
-def test_training_is_watched_in_integers(tmp_path):
-    command = (*TRAIN, "--out", tmp_path, "--watch-integer", 4, "--json", "-")
-    found = json.loads(good(*command).stdout)
-    assert found["integer_step"] == [0, 4, 8]
-    assert len(found["watched_inf_norm"]) == 3 and min(found["watched_inf_norm"]) > 0
-    for integer, floating in zip(found["integer_perplexity"], found["float_perplexity"], strict=True):
-        assert integer != floating
-        assert abs(integer / floating - 1) < 0.05
-    unwatched = json.loads(good(*TRAIN, "--out", tmp_path / "b", "--json", "-").stdout)
-    assert unwatched["loss"] == found["loss"]  # watching changes nothing
-
-
-def test_a_run_is_resumed_only_as_it_was_watched(tmp_path):
-    good(*TRAIN, "--out", tmp_path, "--watch-integer", 8)
-    result = call(*TRAIN, "--out", tmp_path, "--resume")
-    assert result.exit_code == 1 and "train.watch_integer was 8 and is None" in result.output
-
-
-def test_a_point_that_is_not_finite_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "outliers", lambda *_: Outliers(1.0, "a", math.inf, 1.0, "a"))
-    result = call(*TRAIN, "--out", tmp_path, "--watch-integer", 4)
-    assert result.exit_code == 1 and "kurtosis not finite" in result.output  # before training; later it goes on
-
-
-def test_the_watch_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra report is not installed")
-    watched = History([3.0, 2.0], [1, 2], [5.0, 6.0], [1, 2], [20.0, 8.0], [19.0, 7.5], [3.0, 3.1])
-    curves(tmp_path / "a.png", {"plain": History([3.0], [1], [5.0])})
-    curves(tmp_path / "b.png", {"watched": watched})
-    assert (tmp_path / "b.png").stat().st_size > (tmp_path / "a.png").stat().st_size
-
-
-def test_a_watch_that_could_not_run_is_refused_before_training(tmp_path):
-    result = call(*TRAIN, "--attention", "clipped:gamma=-70", "--watch-integer", 4, "--out", tmp_path / "a")
-    assert result.exit_code == 1
-    assert "gamma" in result.output and "cannot run in integers" in result.output
-    assert isinstance(result.exception, SystemExit) and not isinstance(result.exception, SpecError)
 
 
 def test_a_bias_beyond_int32_is_read_back(checkpoint, tmp_path):

@@ -11,7 +11,7 @@ from parity_tests.case import Case, Context
 from parity_tests.compare import Verdict, exact
 from parity_tests.integer_models import Lowered, same, watched
 from qtx_ref import backend as ref_backend
-from qtx_ref.lowering import real
+from qtx_ref.lifting import real
 from qtx_ref.spec import Nonlinear
 from qtx_torch.backend import IntegerModel
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from qtx_ref.integer import pack_int4, unpack_int4
 from qtx_ref.integer_numerics import code_dtype
-from qtx_ref.lowering import float_params, lower
+from qtx_ref.lifting import float_params
+from qtx_ref.lowering import lower
 from qtx_ref.models.initial import shapes
 from qtx_ref.spec import (
     ModelSpec,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qtx_ref.lowering import real
+from qtx_ref.lifting import real
 from qtx_ref.ops import cross_entropy
 from qtx_ref.spec import ModelSpec, Output, Range, Recipe, SpecError
 from qtx_ref.tape import const

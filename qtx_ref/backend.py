@@ -12,7 +12,7 @@ import numpy as np
 
 from . import models, stats
 from .integer_numerics import Code, Integer
-from .lowering import real
+from .lifting import real
 from .models import opt
 from .models.initial import init_params, shapes
 from .numerics import Calibrate, FakeQuant, Float, Record

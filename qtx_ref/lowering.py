@@ -1,8 +1,7 @@
 """From float parameters and calibrated ranges to the constants that `Integer` computes with.
 
 `lower` runs the model once under `Lowering`, an `Integer` that makes each op's constants, in float64, just before the op
-needs them. What cannot run in integers is refused, naming the site and the reason. `float_params` goes back: the
-parameters that the codes stand for.
+needs them. What cannot run in integers is refused, naming the site and the reason. `lifting` goes back.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from .spec import (
     Family,
     ModelSpec,
     Nonlinear,
-    Output,
     Profile,
     QuantSpec,
     Range,
@@ -377,32 +375,3 @@ ACTIVATIONS = {
     "sigmoid": special.expit,
     "tanh": np.tanh,
 }
-
-
-def real(output: Output) -> np.ndarray:
-    """The numbers that an integer model's output stands for, float64."""
-    return output.scale * (output.value.astype(np.int64) - output.zero_point)
-
-
-def float_params(spec: ModelSpec, constants: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The float32 parameters that the constants of an integer model stand for, for the same model under FakeQuant."""
-    found = {}
-    for name, shape in shapes(spec).items():
-        site = name.rpartition(".")[0]
-        if name.endswith(".sink"):
-            value = sink_logits(constants, site)
-        elif constants[name].dtype.kind == "f":
-            value = constants[name]
-        else:
-            scale, zero = constants[f"{name}.scale"], constants.get(f"{name}.zero_point", 0)
-            value = np.asarray(scale, np.float64) * (constants[name].astype(np.int64) - zero)
-        found[name] = value.astype(np.float32).reshape(shape)
-    return found
-
-
-def sink_logits(constants: Mapping[str, np.ndarray], site: str) -> np.ndarray:
-    """From the code below each logit and the factor above it."""
-    scores = site.replace(".probs", ".scores")
-    whole = constants[f"{site}.sink"] - constants[f"{scores}.zero_point"]
-    part = np.log(constants[f"{site}.sink_factor"] / 2.0**integer_ops.SINK_BITS)
-    return constants[f"{scores}.scale"].astype(np.float64) * whole + part
