@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from qtx_ref.lifting import real
 from qtx_ref.ops import cross_entropy
@@ -73,26 +75,43 @@ def evaluate(model: Any, batches: Iterable[Mapping[str, Any]], label: str = "eva
     return Score(mean, math.exp(mean) if mean < 700 else math.inf, 100 * right / count, count)
 
 
+class Answers(NamedTuple):
+    """Of each sequence (or image) of a batch, (B,) each: summed negative log-likelihood in nats, targets, and how many of
+    them were predicted right."""
+
+    loss: np.ndarray
+    count: np.ndarray
+    right: np.ndarray
+
+
+def answers(model: Any, batch: Mapping[str, Any]) -> Answers:
+    """What a model of either kind answers, scored by the reference's float64 code, whichever backend ran it."""
+    integer = not hasattr(model, "forward")
+    output = model.run(batch) if integer else model.forward(batch)
+    targets = batch["targets"] if "targets" in batch else batch["labels"]
+    found = np.zeros((3, len(targets)))
+    for i in range(len(targets)):  # float64 logits of one sequence at a time
+        row = slice(i, i + 1)
+        real_targets = targets[row] >= 0
+        if real_targets.any():
+            one = Output(*(part[row] if part.ndim and len(part) > 1 else part for part in output)) if integer else None
+            logits = real(one) if integer else output[row]
+            right = ((logits.argmax(axis=-1) == targets[row]) & real_targets).sum()
+            some = real_targets.sum()
+            found[:, i] = float(cross_entropy(const(logits), targets[row]).value) * some, some, right
+    return Answers(found[0], found[1].astype(np.int64), found[2].astype(np.int64))
+
+
 class IntegerScorer:
-    """What `evaluate` asks of an integer model: its loss by the reference's float64 code, whichever backend ran it."""
+    """What `evaluate` asks of an integer model."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def evaluate(self, batch: Mapping[str, Any]) -> tuple[float, int, int]:
         """Summed negative log-likelihood in nats, number of targets, number predicted right."""
-        output = self.model.run(batch)
-        targets = batch["targets"] if "targets" in batch else batch["labels"]
-        total, count, right = 0.0, 0, 0
-        for i in range(len(targets)):  # float64 logits of one sequence at a time
-            row = slice(i, i + 1)
-            some = int((targets[row] >= 0).sum())
-            if some:
-                logits = real(Output(*(part[row] if part.ndim and len(part) > 1 else part for part in output)))
-                total += float(cross_entropy(const(logits), targets[row]).value) * some
-                right += int(((logits.argmax(axis=-1) == targets[row]) & (targets[row] >= 0)).sum())
-                count += some
-        return total, count, right
+        loss, count, right = answers(self.model, batch)
+        return math.fsum(loss), int(count.sum()), int(right.sum())
 
 
 def outliers(model: Any, batches: Iterable[Mapping[str, Any]]) -> Outliers:

@@ -24,6 +24,8 @@ from qtx_ref.spec import (
     from_dict,
 )
 
+from . import remedies
+from .remedies import RUNNING, varied
 from .sites import KEYS, extents, sites
 
 SIM = "published simulator (code of arXiv 2306.12929)"
@@ -31,7 +33,7 @@ TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
 LOOKUPS = ("embed.token", "embed.type", "embed.position")
 LM_HEAD = ("head.decoder", "head.decoder.weight")
 OPERANDS = ("*.input", "*.lhs", "*.rhs")
-RUNNING = ObserverSpec(kind=ObserverKind.RUNNING, momentum=0.9)
+BATCHES = 16  # of calibration
 MX_BLOCK = 32
 MX_TEXT = "OCP microscaling formats 1.0: blocks of 32 along the summed axis, a power of two each"
 FP8_TEXT = "arXiv 2209.05433, section 3: one scale per tensor that takes the largest magnitude to the largest value"
@@ -43,8 +45,8 @@ FLOATS = {
     "mxfp4": FloatFormat.E2M1,
 }
 NAMES = (
-    f"wXaY (w8a8, w6a6, w4a8, ...), wXaY-r16, token-wXaY, lsq-wXaY, train-wXaY, {', '.join(FLOATS)}, paper-bert, "
-    "paper-opt, paper-vit, or a .json file"
+    f"wXaY (w8a8, w6a6, w4a8, ...), linear-wXaY, either with remedies (w8a8-p99.9, w8a8-peg4p, ...: {remedies.NAMES}), "
+    f"token-wXaY, lsq-wXaY, train-wXaY, {', '.join(FLOATS)}, paper-bert, paper-opt, paper-vit, or a .json file"
 )
 
 
@@ -60,26 +62,28 @@ def post_training(weight_bits: int, activation_bits: int, learned: bool = False)
     )
 
 
-def varied(base: Recipe, kind: str, rule: Rule) -> Recipe:
-    """A recipe whose activations are different at some sites."""
-    first, second, *others = base.rules
-    return replace(base, name=kind, rules=(first, rule, second, *others))
-
-
-def wide_residual(base: Recipe) -> Recipe:
-    """The residual stream's sums in 16 bits (Bondarenko et al. 2021, section 4; both backends add them in integers)."""
-    wide = QuantSpec(bits=16, symmetric=True, observer=RUNNING)
-    source = "Bondarenko et al. 2021, section 4: 16 bits for the residual sum"
-    return varied(base, f"{base.name}-r16", Rule(("*.residual", "embed.pair", "embed.sum"), wide, source))
-
-
 def per_token(base: Recipe, bits: int) -> Recipe:
     """The layers' norms, context and gated output with a scale per token, taken from the data: they feed products that
     sum over channels. Tables (GELU, sigmoid, softmax), values and what the head takes need static ranges."""
     rows = QuantSpec(bits=bits, symmetric=True, granularity=Granularity.TOKEN, dynamic=True)
     source = "ZeroQuant (Yao et al. 2022), section 4: activations per token where a linear layer takes them"
-    return varied(
-        base, f"token-{base.name}", Rule(("embed.norm", "layer.*norm", "*.attn.context", "*.attn.gated"), rows, source)
+    sites = ("embed.norm", "layer.*norm", "*.attn.context", "*.attn.gated")
+    return replace(varied(base, Rule(sites, rows, source)), name=f"token-{base.name}")
+
+
+def linears(weight_bits: int, activation_bits: int) -> Recipe:
+    """The operands of the linear layers alone, static and per tensor; all else in float, as in GPTQ's, SmoothQuant's and
+    LLM.int8's simulations."""
+    source = "Xiao et al. 2023, section 4: int8 linear layers, norms, softmax and sums in floats"
+    return Recipe(
+        name=f"linear-w{weight_bits}a{activation_bits}",
+        rules=(
+            Rule(("*.input",), QuantSpec(bits=activation_bits, observer=RUNNING), source),
+            Rule(("*.weight",), QuantSpec(bits=weight_bits, symmetric=True), source),
+            Rule(("*norm.weight", *TABLES), None, "not an operand of a linear layer"),
+            Rule(("head.*",), None, "arXiv 2306.12929, section 5: the final linear layer stays in float"),
+        ),
+        batches=BATCHES,
     )
 
 
@@ -93,7 +97,7 @@ def everywhere(name: str, *rules: Rule) -> Recipe:
             Rule(LOOKUPS, None, "a row of a quantized table is quantized already"),
             Rule(LM_HEAD, None, "arXiv 2306.12929, section 5: the final linear layer of BERT and OPT stays in float"),
         ),
-        batches=16,
+        batches=BATCHES,
     )
 
 
@@ -204,16 +208,16 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
             return from_dict(Recipe, json.loads(Path(name).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise SpecError(f"recipe file {name}: {error}") from None
-    if match := re.fullmatch(r"(|lsq-|train-|token-)w(\d+)a(\d+)(|-r16)", name):
-        kind, weight_bits, activation_bits, wide = match[1], int(match[2]), int(match[3]), match[4]
-        if kind == "train-" and not wide:
-            return training(weight_bits, activation_bits)
-        if kind in ("", "token-"):
-            base = post_training(weight_bits, activation_bits)
-            base = wide_residual(base) if wide else base
-            return per_token(base, activation_bits) if kind else base
-        if not wide:
-            return post_training(weight_bits, activation_bits, learned=True)
+    if match := re.fullmatch(r"(|lsq-|train-|token-|linear-)w(\d+)a(\d+)((?:-[a-z0-9.]+)*)", name):
+        kind, bits, more = match[1], (int(match[2]), int(match[3])), match[4].split("-")[1:]
+        if kind == "train-" and not more:
+            return training(*bits)
+        if kind == "lsq-" and not more:
+            return post_training(*bits, learned=True)
+        if kind == "token-" and set(more) <= {"r16"}:
+            return per_token(remedies.remedied(post_training(*bits), spec, more), bits[1])
+        if kind in ("", "linear-"):
+            return remedies.remedied(linears(*bits) if kind else post_training(*bits), spec, more)
     if name in FLOATS:
         return microscaling(name, spec) if name.startswith("mx") else small_float(name)
     if name in ("paper-bert", "paper-opt", "paper-vit"):
