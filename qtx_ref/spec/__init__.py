@@ -28,6 +28,7 @@ from .profile import (
 from .quant import (
     FloatQuantSpec,
     Granularity,
+    InputTransform,
     ObserverKind,
     ObserverSpec,
     Output,
@@ -35,7 +36,10 @@ from .quant import (
     QuantSpec,
     Range,
     Recipe,
+    Rewrite,
     Rule,
+    Transform,
+    TransformKind,
 )
 
 __all__ = [
@@ -49,6 +53,7 @@ __all__ = [
     "Granularity",
     "Head",
     "InfinityPolicy",
+    "InputTransform",
     "ModelSpec",
     "Name",
     "NanPolicy",
@@ -66,6 +71,7 @@ __all__ = [
     "Range",
     "Recipe",
     "Requantization",
+    "Rewrite",
     "Rounding",
     "Rule",
     "ScaleRule",
@@ -73,6 +79,8 @@ __all__ = [
     "SharedScale",
     "Softmax",
     "SpecError",
+    "Transform",
+    "TransformKind",
     "decays",
     "check_integer",
     "from_dict",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from .base import SpecError
 from .profile import Profile, Requantization
-from .quant import FloatQuantSpec, Granularity, Quant
+from .quant import FloatQuantSpec, Granularity, InputTransform, Quant
 
 FLOAT_REQUANTIZATIONS = (Requantization.FLOAT32, Requantization.FLOAT_HALF_AWAY)
 TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
@@ -16,18 +16,28 @@ def refuse_integer(site: str, reason: str) -> None:
     raise SpecError(f"site {site} cannot run in integers: {reason}")
 
 
-def check_integer(quants: Mapping[str, Quant], profile: Profile, *, strict: bool = False) -> None:
-    """Raises SpecError naming the first site that cannot run in integers, or under `strict` needs a float.
+def check_integer(
+    quants: Mapping[str, Quant],
+    profile: Profile,
+    *,
+    strict: bool = False,
+    transforms: Mapping[str, InputTransform] | None = None,
+) -> None:
+    """transforms: those at a linear's input, which no earlier parameter has taken in. Raises SpecError naming the first site that cannot run in integers, or under `strict` needs a float.
 
     Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or block.
     """
     if strict and profile.requantization in FLOAT_REQUANTIZATIONS:
         kind = profile.requantization
         raise SpecError(f"profile {profile.name} requantizes by {kind}, a float: strict needs qtx, tflite or gemmlowp")
+    for site in transforms or ():
+        refuse_integer(site, "a transform of its input is left, which is computed in float: fold it, or leave it out")
     for site, spec in quants.items():
         weight = site.endswith(".weight")
         if isinstance(spec, FloatQuantSpec):
             refuse_integer(site, f"{spec.format} is a float format")
+        if spec.outliers is not None:
+            refuse_integer(site, "its outlier channels stay in float")
         if spec.granularity in (Granularity.GROUP, Granularity.BLOCK):
             refuse_integer(site, f"a scale per {spec.granularity} varies along the axis that is summed over")
         if spec.granularity is Granularity.CHANNEL and not weight and not site.endswith((".value", ".context.rhs")):

@@ -74,6 +74,7 @@ class QuantSpec:
     groups: int | None = None  # of GROUP; it divides the number of channels
     permute: bool = False  # GROUP: channels are sorted by high - low before they are grouped
     block: int | None = None  # elements per block of BLOCK; it divides the last axis
+    outliers: float | None = None  # TOKEN: channels (last axis) with an element of this magnitude or more stay in float
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
@@ -89,6 +90,10 @@ class QuantSpec:
             refuse("quantizer permute", True, "it belongs to granularity group")
         if self.learned and self.granularity is Granularity.GROUP:
             refuse("quantizer learned", True, "the channels of a group share a scale, and learning would part them")
+        if self.outliers is not None and not (is_number(self.outliers) and self.outliers > 0):
+            refuse("quantizer outliers", self.outliers, "give the magnitude, above 0, that makes a channel an outlier")
+        if self.outliers is not None and self.granularity is not Granularity.TOKEN:
+            refuse("quantizer outliers", self.outliers, "channels stay in float beside dynamic ranges per token; use token")
         if self.learned and self.dynamic:
             refuse("quantizer learned", True, "a dynamic range cannot be learned; choose one")
 
@@ -183,9 +188,55 @@ class Rule:
     source: str  # where the choice comes from, or "assumed"
 
 
+class TransformKind(Name):
+    """What happens to a linear's input before its quantizer sees it; the weight is rewritten to match."""
+
+    SMOOTH = "smooth"  # x / s and W s: SmoothQuant (Xiao et al. 2023, eq. 4)
+    HADAMARD = "hadamard"  # x R and W R, R orthonormal, block-diagonal, of Sylvester's Hadamard matrices
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Linear sites that match one of `sites` (shell patterns, such as layer.*.ffn.hidden) get this transform."""
+
+    sites: tuple[str, ...]
+    kind: TransformKind
+    source: str  # where the choice comes from, or "assumed"
+    strength: float | None = None  # SMOOTH: migration strength alpha, in [0, 1]
+    block: int | None = None  # HADAMARD: a power of two that divides the width; None: the largest that does
+
+    def __post_init__(self) -> None:
+        smooth = self.kind is TransformKind.SMOOTH
+        if smooth and not (is_number(self.strength) and 0 <= self.strength <= 1):
+            refuse("transform strength", self.strength, "smooth needs a migration strength in [0, 1], for example 0.5")
+        if not smooth and self.strength is not None:
+            refuse("transform strength", self.strength, "it belongs to smooth")
+        if smooth and self.block is not None:
+            refuse("transform block", self.block, "it belongs to hadamard")
+        power = isinstance(self.block, int) and self.block >= 2 and self.block & (self.block - 1) == 0
+        if self.block is not None and not power:
+            refuse("transform block", self.block, "give a power of two, at least 2")
+
+
+class InputTransform(NamedTuple):
+    """What a linear does to its input x before it quantizes it: (x / divisor) R, R of blocks of `block`."""
+
+    divisor: Any  # float32 (I,), or None
+    block: int  # of the Hadamard rotation, 0 for none
+
+
+class Rewrite(Name):
+    """How weights or biases are changed once, after calibration, for what quantization makes of them."""
+
+    BIAS = "bias_correction"  # b + (W - Q(W)) E[x] (Nagel et al. 2019)
+    GPTQ = "gptq"  # Frantar et al. 2023
+    ADAROUND = "adaround"  # Nagel et al. 2020
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Which site is quantized, and how. The last rule that matches a site decides; a site without one stays in float.
+    So does the last of `transforms` that matches a linear; `rewrite` is done once the ranges stand.
 
     A static range is calibrated on `batches` batches; `quantize_while_calibrating` feeds each observer tensors that
     earlier sites have already quantized, as the published simulator does; `masked_scores` lets the scores of keys that
@@ -197,6 +248,8 @@ class Recipe:
     batches: int = 16
     quantize_while_calibrating: bool = False
     masked_scores: bool = False
+    transforms: tuple[Transform, ...] = ()
+    rewrite: Rewrite | None = None
 
     def __post_init__(self) -> None:
         if self.batches < 1:
@@ -207,4 +260,11 @@ class Recipe:
         for rule in reversed(self.rules):
             if any(fnmatchcase(site, pattern) for pattern in rule.sites):
                 return rule.quant
+        return None
+
+    def transform(self, site: str) -> Transform | None:
+        """The transform at the input of the linear `site`, or None."""
+        for one in reversed(self.transforms):
+            if any(fnmatchcase(site, pattern) for pattern in one.sites):
+                return one
         return None
