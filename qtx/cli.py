@@ -21,6 +21,7 @@ from .artifact import SUFFIX
 from .backend import MissingExtra, backend, need
 from .cli_artifact import diff, show, vectors
 from .cli_parity import parity
+from .cli_ptq import ptq
 from .cli_quantize import quantize
 from .data import DataError, load
 from .files import CheckpointError
@@ -303,5 +304,5 @@ def recipes_command(name, model, attention_name, json_path):
     write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
-for command in (quantize, parity, show, diff, vectors):
+for command in (quantize, ptq, parity, show, diff, vectors):
     main.add_command(command)

@@ -71,13 +71,18 @@ class Measured:
     answers: Answers
     seconds: float
 
-    def value(self, kind: str, times: np.ndarray | None = None) -> np.ndarray:
-        """Accuracy in percent or perplexity; of each resample where `times` (R, N) says how often it drew a sequence."""
-        loss, count, right = (part if times is None else times @ part for part in self.answers)
-        if kind == "accuracy":
-            return 100 * np.sum(right, axis=-1 if times is None else ()) / np.sum(count, axis=-1 if times is None else ())
+    def values(self, kind: str, times: np.ndarray | None = None) -> np.ndarray:
+        """Accuracy in percent, or perplexity, (R,): of resamples where `times` (R, N) says how often each drew a sequence,
+        else of all sequences once, R = 1."""
+        each = np.ones((1, len(self.answers.count))) if times is None else times
+        loss, count, right = (each @ part for part in self.answers)
         with np.errstate(over="ignore"):
-            return np.exp(np.sum(loss, axis=-1 if times is None else ()) / np.sum(count, axis=-1 if times is None else ()))
+            return 100 * right / count if kind == "accuracy" else np.exp(loss / count)
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of a target, nats."""
+        return math.fsum(self.answers.loss) / int(self.answers.count.sum())
 
 
 def measure(model: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> Measured:
@@ -88,15 +93,222 @@ def measure(model: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> Measured
 
 
 def compare(kind: str, quantized: Measured, plain: Measured, seed: int) -> tuple[float, tuple[float, float]]:
-    """Difference to float and its interval by a paired bootstrap over sequences (Efron and Tibshirani 1993, chapter 13):
-    points of accuracy, or percent of perplexity."""
+    """Difference to float, points of accuracy or percent of perplexity, and its interval by a paired bootstrap over
+    sequences (Efron and Tibshirani 1993, chapter 13)."""
     count = len(plain.answers.count)
     times = stream(seed, "bootstrap").multinomial(count, np.full(count, 1 / count), size=RESAMPLES)  # (R, N)
 
     def differ(times: np.ndarray | None) -> np.ndarray:
-        after, before = quantized.value(kind, times), plain.value(kind, times)
+        after, before = quantized.values(kind, times), plain.values(kind, times)
         return after - before if kind == "accuracy" else 100 * (after / before - 1)
 
     tail = (100 - CONFIDENCE) / 2
     low, high = np.percentile(differ(times), [tail, 100 - tail])
-    return float(differ(None)), (float(low), float(high))
+    return float(differ(None)[0]), (float(low), float(high))
+
+
+class Calibrated:
+    """Ranges that several recipes share: what an observer found depends neither on the bits (but for least squares) nor on
+    how channels are grouped."""
+
+    def __init__(self, model: Any, batches: Batches) -> None:
+        self.model = model
+        self.batches = batches
+        self.known: dict[tuple[str, Any], tuple[np.ndarray, np.ndarray]] = {}
+
+    def of(self, chosen: Recipe, quants: Mapping[str, Quant]) -> dict[str, Range] | None:
+        """The static ranges of a recipe; None where they depend on more than the float model."""
+        if chosen.transforms or chosen.quantize_while_calibrating or chosen.masked_scores:
+            return None
+        static = {site: quant for site, quant in quants.items() if not quant.dynamic}
+        missing = {site: quant for site, quant in static.items() if (site, observed(quant)) not in self.known}
+        if missing:
+            for site, found in self.model.calibrate(self.batches(), missing).items():
+                self.known[site, observed(quants[site])] = found.low, found.high
+        ends = {site: self.known[site, observed(quant)] for site, quant in static.items()}
+        return {site: Range(*pair, *quantizers.scale_zero(*pair, quants[site])) for site, pair in ends.items()}
+
+
+def observed(quant: Quant) -> Any:
+    """What the low and high ends of a range depend on, beside the tensor."""
+    if quant.observer.kind in (ObserverKind.MSE_GRID, ObserverKind.MSE_GOLDEN) or isinstance(quant, FloatQuantSpec):
+        return quant
+    grouped = quant.granularity is Granularity.GROUP  # united from the ends of its channels
+    return quant.observer, Granularity.CHANNEL if grouped else quant.granularity
+
+
+def site_errors(
+    model: Any,
+    batch: Mapping[str, np.ndarray],
+    quants: Mapping[str, Quant],
+    found: Prepared,
+) -> dict[str, float]:
+    """Of each quantizer fed the float model's own tensor: squared error over squared tensor, largest first. Codes are the
+    reference's, whichever backend recorded the tensors."""
+    weights = {site for site in quants if is_weight(site)}
+    errors = {}
+    for site, (x, where) in model.record(batch, [site for site in quants if site not in weights]).items():
+        change = found.transforms.get(site.removesuffix(".input")) if site.endswith(".input") else None
+        x = transformed(x, change) if change else x
+        errors[site] = relative_error(x, where, quants[site], found.ranges.get(site))
+    for site in weights:
+        name = site if site in found.params else "embed.token.weight"  # a head tied to the token table
+        errors[site] = relative_error(found.params[name], None, quants[site], found.ranges.get(site), weight=True)
+    return dict(sorted(errors.items(), key=lambda item: -item[1]))
+
+
+def transformed(x: np.ndarray, change: InputTransform) -> np.ndarray:
+    """A linear's input as its quantizer sees it."""
+    x = x if change.divisor is None else x / change.divisor
+    return hadamard(const(x), change.block).value if change.block else x
+
+
+def relative_error(
+    x: np.ndarray, where: np.ndarray | None, quant: Quant, range: Range | None, weight: bool = False
+) -> float:
+    """Squared error over squared tensor of the elements that count; 0 of a tensor of zeros."""
+    ends = quantizers.dynamic_scale(x, quant, where, weight) if range is None else (range.scale, range.zero_point)
+    y, _ = quantizers.fake_quantize(x, *ends, quant)
+    keep = True if where is None else np.broadcast_to(where, x.shape)
+    size = np.square(x, dtype=np.float64).sum(where=keep)
+    return float(np.square(np.subtract(y, x, dtype=np.float64)).sum(where=keep) / size) if size else 0.0
+
+
+def integer_model(spec: ModelSpec, found: Prepared, chosen: Recipe, machine: Machine) -> tuple[Any, int]:
+    """The recipe as an artifact: its model in integers and the bytes of its tensors. Raises ValueError saying what cannot
+    run in integers."""
+    quants = resolve(chosen, spec)
+    check_integer(quants, QTX, transforms=found.transforms)
+    constants = lower(spec, found.params, quants, found.ranges)
+    size = sum(stored_bytes(Artifact(spec, chosen, QTX, Nonlinear.TABLE, constants)).values())
+    return backend(machine.backend).IntegerModel(spec, constants, quants, QTX, device=machine.device), size
+
+
+class Comparison:
+    """A comparison in a folder: `ptq.json`, written after each row, and the models of the rows that are to be kept."""
+
+    def __init__(
+        self, spec: PtqSpec, checkpoint: Checkpoint, data: Any, out: Path, identity: Mapping[str, Any], *, resume: bool
+    ) -> None:
+        """identity: JSON values that tell the model and the data apart from others.
+
+        Raises:
+            SpecError: a recipe that does not exist, or does not fit the model.
+            CheckpointError: `out` holds a comparison, and `resume` is not set or it is another one.
+        """
+        self.spec, self.data, self.out = spec, data, out
+        self.model_spec, self.params, self.meta = checkpoint.spec, checkpoint.params, checkpoint.meta
+        self.kind = metric(self.model_spec)
+        self.recipes = {name: replace(recipe(name, self.model_spec), batches=spec.calibration) for name in spec.recipes}
+        self.quants = {name: resolve(chosen, self.model_spec) for name, chosen in self.recipes.items()}
+        self.identity = {"spec": json.loads(json.dumps(to_dict(spec))), **identity}
+        self.path = out / "ptq.json"
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.sites: dict[str, list[dict[str, Any]]] = {}
+        if self.path.exists():
+            self._resume(resume)
+        check_writable(self.path)
+
+    def _resume(self, resume: bool) -> None:
+        if not resume:
+            raise CheckpointError(f"{self.path} exists: go on with --resume, or choose another --out")
+        try:
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+            was, self.rows, self.sites = known["of"], known["rows"], known["sensitivity"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path} is no comparison that qtx wrote ({error}); choose another") from None
+        if was != self.identity:
+            raise CheckpointError(f"{self.path} is another comparison: {difference('of', was, self.identity)}")
+
+    def save(self) -> None:
+        found = {"of": self.identity, "metric": self.kind, "rows": self.rows, "sensitivity": self.sites}
+        write_beside(self.path, json.dumps(found, indent=1, allow_nan=False).encode())
+
+    def evaluation(self) -> Iterable[Mapping[str, np.ndarray]]:
+        limit = -(-self.spec.sequences // BATCH)
+        left = self.spec.sequences
+        for batch in self.data.split_batches("evaluation", self.model_spec, BATCH, 0, limit=limit):
+            yield {key: value[:left] for key, value in batch.items()}
+            left -= BATCH
+
+    def calibration(self, count: int) -> Iterable[Mapping[str, np.ndarray]]:
+        return self.data.split_batches("calibration", self.model_spec, BATCH, 0, limit=count)
+
+    def start(self) -> None:
+        """The float model, its answers, and a few of its tensors."""
+        self.model = self.spec.machine.model(self.model_spec, self.params)
+        measure(self.model, [next(iter(self.evaluation()))])  # the first pass is slower
+        self.plain = measure(self.model, self.evaluation())
+        self.calibrated = Calibrated(self.model, lambda: self.calibration(self.spec.calibration))
+        self.probe = {key: value[:PROBED] for key, value in next(iter(self.calibration(1))).items()}
+        size = sum(value.nbytes for value in self.params.values())
+        self.rows.setdefault("float", {**self.numbers(self.plain), "runs_as": "float", "bytes": size, "worst": []})
+
+    def run(self, keep: tuple[str, ...] = ()) -> None:
+        """Measures every row that is not known yet; the models of `keep` are left as `<recipe>.safetensors`."""
+        self.start()
+        with Progress("ptq", len(self.recipes), len(self.rows) - 1) as bar:
+            for name in self.recipes:
+                if name not in self.rows or (name in keep and not (self.out / f"{name}.safetensors").exists()):
+                    self.rows[name] = self.row(name, name in keep)
+                    self.save()
+                    bar.advance(note=name)
+        self.save()
+
+    def row(self, name: str, kept: bool) -> dict[str, Any]:
+        chosen, quants = self.recipes[name], self.quants[name]
+        began = time.perf_counter()
+        ranges = self.calibrated.of(chosen, quants)
+        found = prepare(self.spec.machine, self.model_spec, self.params, self.calibration, chosen, ranges=ranges)
+        prepared = time.perf_counter() - began
+        if kept:
+            self.keep(name, chosen, found)
+        model = self.model if found.params is self.params else self.spec.machine.model(self.model_spec, found.params)
+        model.bind(quants, found.ranges, masked_scores=chosen.masked_scores, transforms=found.transforms)
+        simulated = measure(model, self.evaluation())
+        model.bind({}, {})
+        worst = list(site_errors(self.model, self.probe, quants, found).items())[:WORST]
+        size = sum(value.nbytes for value in found.params.values())
+        row = {"simulated": self.numbers(simulated), "worst": worst, "prepare_seconds": prepared}
+        try:
+            integers, size = integer_model(self.model_spec, found, chosen, self.spec.machine)
+            return row | {"runs_as": "integers", "bytes": size, **self.numbers(measure(integers, self.evaluation()))}
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            return row | {"runs_as": "simulation", "why": reason, "bytes": size, **row["simulated"]}
+
+    def numbers(self, found: Measured) -> dict[str, Any]:
+        """A pass as JSON values; what is not finite becomes null."""
+        shift, (low, high) = compare(self.kind, found, self.plain, self.spec.seed)
+        values = {"value": float(found.values(self.kind)[0]), "loss": found.loss, "difference": shift, "low": low,
+                  "high": high, "ms": 1000 * found.seconds / len(found.answers.count)}  # fmt: skip
+        return {key: value if math.isfinite(value) else None for key, value in values.items()}
+
+    def keep(self, name: str, chosen: Recipe, found: Prepared) -> None:
+        """Leaves the row's model as a checkpoint with its ranges."""
+        meta = {**self.meta, "quantized_from": self.identity["checkpoint"],
+                "calibration": self.data.hashes("calibration")}  # fmt: skip
+        whole = Checkpoint(self.model_spec, found.params, {}, chosen, found.ranges, meta, transforms=found.transforms)
+        save_checkpoint(self.out / f"{name}.safetensors", whole)
+
+    def sensitivity(self, name: str) -> None:
+        """Quantizes one site of a recipe at a time; `sites[name]` has what each costs, the dearest first."""
+        self.start()
+        quants, chosen = self.quants[name], self.recipes[name]
+        ranges = self.calibrated.of(chosen, quants) or {}
+        known = {entry["site"]: entry for entry in self.sites.get(name, [])}
+        with Progress("sensitivity", len(quants), len(known)) as bar:
+            for site, quant in quants.items():
+                if site not in known:
+                    self.model.bind({site: quant}, {site: ranges[site]} if site in ranges else {})
+                    known[site] = {"site": site, **self.numbers(measure(self.model, self.evaluation()))}
+                    self.sites[name] = sorted(known.values(), key=lambda entry: cost(entry, self.kind), reverse=True)
+                    self.save()
+                    bar.advance(note=site)
+        self.model.bind({}, {})
+
+
+def cost(entry: Mapping[str, Any], kind: str) -> tuple[float, float]:
+    """What a row is ranked by: the metric lost, then the loss."""
+    lost = entry["difference"] if entry["difference"] is not None else math.inf
+    return (-lost if kind == "accuracy" else lost), entry["loss"] if entry["loss"] is not None else math.inf
