@@ -27,19 +27,23 @@ from .training import Machine
 @CHECKPOINT
 @DATA
 @click.option("--recipes", "names", help="Comma list of recipes in place of the standard ones; see qtx recipes.")
-@click.option("--skip", default="", help="Comma list of patterns; recipes that match one are left out: '*gptq,*adaround'.")
-@click.option("--float-sites", default="", help="Comma list of site patterns: another row, w8a8 with these in float.")
+@click.option(
+    "--skip", default="", help="Comma list of patterns; recipes that match one are left out: '*gptq,*adaround'."
+)
+@click.option("--also", default="", help="Comma list of recipes beside these: 'w8a8-float[layer.*.ffn.residual]'.")
 @click.option("--sequences", type=click.IntRange(2), default=512, show_default=True, help="Of the evaluation split.")
 @click.option("--calibration", type=click.IntRange(1), default=8, show_default=True,
               help=f"Batches of {quantization.BATCH} from the calibration split.")  # fmt: skip
-@click.option("--sensitivity", metavar="RECIPE", help="Quantize one site of RECIPE at a time and rank the sites, instead.")
+@click.option(
+    "--sensitivity", metavar="RECIPE", help="Quantize one site of RECIPE at a time and rank the sites, instead."
+)
 @click.option("--keep", default="", help="Comma list of recipes whose models are left as OUT/RECIPE.safetensors.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
 @MACHINE
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/ptq"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the comparison in --out, if there is one.")
 @JSON
-def ptq(checkpoint, data, tokenizer, names, skip, float_sites, sequences, calibration, sensitivity, keep, seed,
+def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, sensitivity, keep, seed,
         backend_name, device, dtype, out, resume, json_path):  # fmt: skip
     """Compare the remedies of post-training quantization.
 
@@ -54,8 +58,7 @@ def ptq(checkpoint, data, tokenizer, names, skip, float_sites, sequences, calibr
         quantization.refuse_overlap(found.meta, source, split)
     chosen = split_list(sensitivity or names or ",".join(remedies.standard(found.spec)))
     chosen = tuple(name for name in chosen if not any(fnmatch.fnmatch(name, p) for p in split_list(skip)))
-    if float_sites:
-        chosen = (*chosen, f"w8a8-float[{'+'.join(split_list(float_sites))}]")
+    chosen += split_list(also)
     if not chosen or len(set(chosen)) < len(chosen):
         raise SpecError(f"recipes are {','.join(chosen)!r}: name at least one, each once")
     kept = split_list(keep)
@@ -119,5 +122,7 @@ def sensitivity_table(job: Comparison, name: str) -> str:
         for entry in job.sites[name]
     ]  # fmt: skip
     plain = job.rows["float"]
-    title = f"one site of {name} quantized at a time; float: {number(plain['value'], 2)}, loss {number(plain['loss'], 4)}"
+    title = (
+        f"one site of {name} quantized at a time; float: {number(plain['value'], 2)}, loss {number(plain['loss'], 4)}"
+    )
     return f"{title}\n{table(['site', unit, 'to float', 'loss'], rows)}"

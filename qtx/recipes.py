@@ -208,8 +208,9 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
             return from_dict(Recipe, json.loads(Path(name).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise SpecError(f"recipe file {name}: {error}") from None
-    if match := re.fullmatch(r"(|lsq-|train-|token-|linear-)w(\d+)a(\d+)((?:-[a-z0-9.]+)*)", name):
-        kind, bits, more = match[1], (int(match[2]), int(match[3])), match[4].split("-")[1:]
+    if match := re.fullmatch(r"(|lsq-|train-|token-|linear-)w(\d+)a(\d+)((?:-(?:float\[[^\]]+\]|[a-z0-9.]+))*)", name):
+        kind, bits = match[1], (int(match[2]), int(match[3]))
+        more = re.findall(r"-(float\[[^\]]+\]|[a-z0-9.]+)", match[4])
         if kind == "train-" and not more:
             return training(*bits)
         if kind == "lsq-" and not more:

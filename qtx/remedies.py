@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from math import gcd
 
 from qtx_ref.spec import (
@@ -25,6 +26,8 @@ from qtx_ref.spec import (
     Transform,
     TransformKind,
 )
+
+from .sites import sites
 
 RUNNING = ObserverSpec(kind=ObserverKind.RUNNING, momentum=0.9)
 BONDARENKO = "Bondarenko et al. 2021 (arXiv 2109.12948)"
@@ -108,6 +111,16 @@ def float_ffn(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
     return varied(base, Rule(ffn_sites(spec), None, "the same sites in float"))
 
 
+def float_sites(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+    patterns = tuple(name[1].split("+"))
+    for pattern in patterns:
+        if not any(fnmatchcase(site, pattern) for site in sites(spec).all):
+            raise SpecError(
+                f"float[{name[1]}]: {pattern!r} matches no site of this model; see qtx recipes for their names"
+            )
+    return replace(base, rules=(*base.rules, Rule(patterns, None, "chosen by hand")))
+
+
 def llm_int8(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
     source = "LLM.int8 (Dettmers et al. 2022), section 3: vector-wise, channels from magnitude 6 on in float"
     rows = {"granularity": Granularity.TOKEN, "dynamic": True, "symmetric": True, "observer": ObserverSpec()}
@@ -144,6 +157,7 @@ REMEDIES: dict[str, Callable[[Recipe, ModelSpec, re.Match], Recipe]] = {
     r"token": token,
     r"ffn16": wide_ffn,
     r"ffnfloat": float_ffn,
+    r"float\[(.+)\]": float_sites,
     r"llmint8": llm_int8,
     r"peg(\d+)(p?)": groups,
     r"smooth(\d(?:\.\d+)?)": smooth,
@@ -152,7 +166,10 @@ REMEDIES: dict[str, Callable[[Recipe, ModelSpec, re.Match], Recipe]] = {
     r"gptq": rewritten(Rewrite.GPTQ),
     r"adaround": rewritten(Rewrite.ADAROUND),
 }
-NAMES = "r16, p99.9, mse, channel, token, ffn16, ffnfloat, llmint8, peg4, peg4p, smooth0.5, hadamard, bias, gptq, adaround"
+NAMES = (
+    "r16, p99.9, mse, channel, token, ffn16, ffnfloat, float[layer.*.ffn.output+...], llmint8, peg4, "
+    "peg4p, smooth0.5, hadamard, bias, gptq, adaround"
+)
 
 
 def remedied(base: Recipe, spec: ModelSpec, names: list[str]) -> Recipe:
@@ -184,7 +201,9 @@ def standard(spec: ModelSpec) -> tuple[str, ...]:
         "w8a8-ffn16",
         "w8a8-ffnfloat",
         *(f"w8a8-peg{count}" for count in counts),
-        *(f"w8a8-peg{count}p" for count in counts if 1 < count < spec.width),  # of one, or of one each, order is nothing
+        *(
+            f"w8a8-peg{count}p" for count in counts if 1 < count < spec.width
+        ),  # of one, or of one each, order is nothing
         "w8a8-bias",
         "linear-w8a8",
         "linear-w8a8-llmint8",
