@@ -170,7 +170,7 @@ class Record(nn.Module):
 
 
 class Transformed(nn.Module):
-    """A linear's input x as (x / divisor) R, before anything sees it; float32 where x is narrower."""
+    """A linear's input x as (x / divisor) R, before anything sees it."""
 
     def __init__(self, how: InputTransform) -> None:
         super().__init__()
@@ -178,10 +178,9 @@ class Transformed(nn.Module):
         self.register_buffer("divisor", None if how.divisor is None else torch.tensor(np.asarray(how.divisor)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float() if x.dtype == torch.bfloat16 else x
         if self.divisor is not None:
-            y = ops.divide(y, self.divisor)
-        return ops.hadamard(y, self.block) if self.block else y
+            x = ops.divide(x, self.divisor)
+        return ops.hadamard(x, self.block) if self.block else x
 
 
 class Quantizer(nn.Module):
