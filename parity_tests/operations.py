@@ -75,6 +75,10 @@ def operations(n: int) -> dict[str, Operation]:
         "add": Operation(lambda o, x, c: o.add(x["a"], x["b"]), {"a": normal(b, t, d), "b": normal(t, d)}, SUMMED),
         "mul": Operation(lambda o, x, c: o.mul(x["a"], x["b"]), {"a": normal(b, t, d), "b": normal(b, 1, d)}, SUMMED),
         "scale": Operation(lambda o, x, c: o.scale(x["x"], 0.125), {"x": normal(b, t, d)}, MOVED),
+        "divide": Operation(
+            lambda o, x, c: o.divide(x["x"], c["d"]), {"x": normal(b, t, d)}, ROUNDED, {"d": 2.0 ** normal(d)}
+        ),
+        "hadamard": Operation(lambda o, x, c: o.hadamard(x["x"], 2 * n), {"x": normal(b, t, d)}, SUMMED),
         "mean": Operation(lambda o, x, c: o.mean(x["x"], 1), {"x": normal(b, t, d)}, ROUNDED),
         "mean_of_some": Operation(
             lambda o, x, c: o.mean(x["x"], 1, c["where"]), {"x": normal(b, t, d)}, ROUNDED, {"where": rows[:, :, None]}

@@ -15,7 +15,9 @@ from parity_tests.compare import Verdict, exact, relative, relative_rms, reporte
 from parity_tests.evaluate_torch import array
 from parity_tests.trained import ATTENTIONS, PRESETS, trained
 from qtx import recipes
+from qtx.preparation import transform
 from qtx.sites import extents
+from qtx.training import Machine
 from qtx_ref.backend import Model as RefModel
 from qtx_ref.spec import (
     FloatFormat,
@@ -29,6 +31,8 @@ from qtx_ref.spec import (
     Recipe,
     Rule,
     SharedScale,
+    Transform,
+    TransformKind,
 )
 from qtx_torch import numerics
 from qtx_torch.backend import Model
@@ -36,7 +40,9 @@ from qtx_torch.sites import attached
 
 SMALL = ("bert_gate_mlp", "opt_plain", "opt_gate_linear", "opt_post_norm_projected", "vit_clipped_row", "bert_classify")
 BLOCKS = tuple(f"blocks-{form}" for form in FloatFormat)  # as MX, in models too narrow for blocks of 32
-RECIPES = ("w8a8", "w4a8", "train-w8a8", "lsq-w4a6", "paper", "fp8-e4m3", "fp8-e5m2", "groups", "blocks", *BLOCKS)
+TRANSFORMS = ("smooth", "hadamard")
+RECIPES = ("w8a8", "w4a8", "train-w8a8", "lsq-w4a6", "paper", "fp8-e4m3", "fp8-e5m2", "groups", "blocks", *BLOCKS, "outliers",
+           *TRANSFORMS)  # fmt: skip
 Batch = dict[str, np.ndarray]
 Subject = tuple[ModelSpec, dict[str, np.ndarray], list[Batch]]
 
@@ -58,6 +64,8 @@ def named_recipe(name: str, spec: ModelSpec) -> tuple[Recipe, dict[str, Quant]]:
     """`paper`: the family's. `groups`, `blocks...`: those at every site that can be divided by 2."""
     if name.startswith(("groups", "blocks")):
         recipe = halved(name, spec)
+    elif name in ("outliers", *TRANSFORMS):
+        recipe = operands(name)
     else:
         recipe = recipes.recipe(f"paper-{spec.family}" if name == "paper" else name, spec)
     return recipe, recipes.resolve(recipe, spec)
@@ -82,13 +90,32 @@ def halved(name: str, spec: ModelSpec) -> Recipe:
     return Recipe(name, (Rule(chosen, first, "every site"), Rule(operands, second, "operands")), batches=2)
 
 
+def operands(name: str) -> Recipe:
+    """Every linear's weight and operand, with outlier channels in float, or the operand transformed."""
+    rows = QuantSpec(8, True, granularity=Granularity.TOKEN, dynamic=True, outliers=2.0)
+    tensors = QuantSpec(8, observer=recipes.RUNNING)
+    rules = (
+        Rule(("layer.*.weight",), QuantSpec(8, True, granularity=Granularity.CHANNEL), "every linear"),
+        Rule(("*norm.weight",), None, "not an operand"),
+        Rule(("layer.*.input",), rows if name == "outliers" else tensors, "operands"),
+    )
+    made = {
+        "outliers": (),
+        "smooth": (Transform(("layer.*",), TransformKind.SMOOTH, "every linear", strength=0.5),),
+        "hadamard": (Transform(("layer.*",), TransformKind.HADAMARD, "every linear"),),
+    }
+    return Recipe(name, rules, batches=2, transforms=made[name])
+
+
 def forced_case(name: str, kind: str, recipe_name: str, context: Context) -> list[Verdict]:
     """Calibration on two batches, then a forward pass of a third, each op and quantizer fed the reference's tensors."""
     spec, params, batches = subject(name, kind, context)
     recipe, quants = named_recipe(recipe_name, spec)
+    params, transforms = transform(Machine("ref"), spec, params, lambda n: batches[:n], recipe)
     ref, model = RefModel(spec, params), Model(spec, params, device=context.device)
+    model.bind({}, {}, transforms=transforms)
     options = {"quantize": recipe.quantize_while_calibrating, "masked_scores": recipe.masked_scores}
-    nx = teacher.Calibrate(quants, **options)
+    nx = teacher.Calibrate(quants, transforms=transforms, **options)
     hooks: dict[str, nn.Module] = {key: numerics.Calibrate(key, quant, **options) for key, quant in quants.items()}
     verdicts = []
     for batch in batches[:2]:
@@ -98,8 +125,9 @@ def forced_case(name: str, kind: str, recipe_name: str, context: Context) -> lis
     for key, want in ranges.items():
         for part, a, b in zip(Range._fields, hooks[key].range(), want, strict=True):
             verdicts.append(exact(f"{key}: {part}", array(a), b))
-    shown = teacher.watch(teacher.FakeQuant(quants, ranges, masked_scores=recipe.masked_scores), ref, batches[2])
-    model.bind(quants, ranges, masked_scores=recipe.masked_scores)
+    held = {"masked_scores": recipe.masked_scores, "transforms": transforms}
+    shown = teacher.watch(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
+    model.bind(quants, ranges, **held)
     return verdicts + teacher.forced(model, batches[2], shown, bound(model), context)
 
 
@@ -134,7 +162,8 @@ def free_case(name: str, kind: str, recipe_name: str, context: Context) -> list[
 
 def flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool) -> list[Verdict]:
     """Of two bound models that run freely: the share of each site's codes that differ, and the loss."""
-    shown = teacher.watch(teacher.FakeQuant(ref.quants, ref.fixed, masked_scores=masked_scores), ref, batch)
+    held = {"masked_scores": masked_scores, "transforms": ref.transforms}
+    shown = teacher.watch(teacher.FakeQuant(ref.quants, ref.fixed, **held), ref, batch)
     keepers = {key: Keep(hook) for key, hook in bound(model).items()}
     with attached(model.net, keepers):
         model.forward(batch)

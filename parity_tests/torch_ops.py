@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import linalg
 from torch import Tensor
 
 from parity_tests import evaluate_ref
@@ -18,6 +19,8 @@ from parity_tests.evaluate_ref import Leaves
 from parity_tests.evaluate_torch import array, rounded, tensor, value_and_gradients
 from parity_tests.operations import operations
 from qtx_ref import ops as ref_ops
+from qtx_ref.random import stream
+from qtx_ref.tape import const
 from qtx_torch import ops
 
 Tensors = dict[str, Tensor]
@@ -40,6 +43,12 @@ def mean_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
+def sylvester(like: Tensor) -> Tensor:
+    """The orthonormal Hadamard matrix of half the width."""
+    matrix = torch.tensor(linalg.hadamard(like.shape[-1] // 2), dtype=torch.float64)
+    return (matrix * len(matrix) ** -0.5).to(like)
+
+
 PLAIN: dict[str, Callable[[Tensors, Tensors], Tensor]] = {
     "linear": lambda x, c: F.linear(x["x"], x["weight"], x["bias"]),
     "linear_without_bias": lambda x, c: F.linear(x["x"], x["weight"]),
@@ -50,6 +59,8 @@ PLAIN: dict[str, Callable[[Tensors, Tensors], Tensor]] = {
     "add": lambda x, c: x["a"] + x["b"],
     "mul": lambda x, c: x["a"] * x["b"],
     "scale": lambda x, c: x["x"] * 0.125,
+    "divide": lambda x, c: x["x"] / c["d"],
+    "hadamard": lambda x, c: (x["x"].unflatten(-1, (2, -1)) @ sylvester(x["x"])).flatten(-2),
     "mean": lambda x, c: x["x"].mean(1, keepdim=True),
     "mean_of_some": lambda x, c: mean_of_some(x["x"], c["where"]),
     "layer_norm": lambda x, c: F.layer_norm(x["x"], x["x"].shape[-1:], x["weight"], x["bias"], 1e-5),
@@ -138,7 +149,23 @@ def patches_case(context: Context) -> list[Verdict]:
     return [exact("value", array(got), ref_ops.patches(image, 4))]
 
 
+def hadamard_case(context: Context) -> list[Verdict]:
+    """Sums and differences in one order: the same bits, for every block of two widths."""
+    verdicts = []
+    for width, blocks in ((48, (2, 4, 8, 16)), (128, (2, 64, 128))):
+        x = stream(0, "hadamard", width).standard_t(2, size=(2, 5, width)).astype(np.float32)
+        for block in blocks:
+            got = ops.hadamard(torch.from_numpy(x).to(context.device), block)
+            verdicts.append(exact(f"{width} in blocks of {block}", array(got), ref_ops.hadamard(const(x), block).value))
+    return verdicts
+
+
 def cases() -> list[Case]:
     both = ("float32", "bfloat16")
     rows = [Case("ops", name, "torch", partial(op_case, name), both) for name in PLAIN]
-    return [*rows, Case("ops", "total", "torch", total_case, both), Case("ops", "patches", "torch", patches_case)]
+    return [
+        *rows,
+        Case("ops", "total", "torch", total_case, both),
+        Case("ops", "patches", "torch", patches_case),
+        Case("ops", "hadamard_bits", "torch", hadamard_case),
+    ]

@@ -134,6 +134,27 @@ def float_case(form: FloatFormat, context: Context) -> list[Verdict]:
     return verdicts
 
 
+def outliers_case(context: Context) -> list[Verdict]:
+    """LLM.int8: scales of the channels without outliers, values, codes and gradient masks; padding makes no outlier."""
+    verdicts = []
+    for (data, make), symmetric, masked in product(DATA.items(), (False, True), (False, True)):
+        rng = stream(0, "outliers", data)
+        x = make(rng).astype(np.float32)
+        where = rng.uniform(size=(*x.shape[:-1], 1)) < 0.6 if masked else None
+        for threshold in (2.0, float(np.abs(x).max(initial=1e-3)) / 2):
+            spec = QuantSpec(8, symmetric, granularity=Granularity.TOKEN, dynamic=True, outliers=threshold)
+            scale, zero = ref_quantizers.dynamic_scale(x, spec, where, False)
+            kept = None if where is None else tensor(where, context)
+            found = quantizers.dynamic_scale(tensor(x, context), spec, kept, False)
+            moved = tensor(x, context), *found
+            want = ref_quantizers.quantize(x, scale, zero, spec), *ref_quantizers.fake_quantize(x, scale, zero, spec)
+            got = quantizers.quantize(*moved, spec), *quantizers.fake_quantize(*moved, spec)
+            kind = f"{data}, symmetric {symmetric}, masked {masked}, from {threshold:.3g}"
+            names = tuple(f"{kind}: {name}" for name in (*CHAIN[2:5], *CHAIN[6:]))
+            verdicts += twins(names, (*found, *got), (scale, zero, *want))
+    return verdicts
+
+
 def marked(values: Any) -> np.ndarray:
     """NaN, which equals nothing, as a number that no format has."""
     values = array(values) if isinstance(values, torch.Tensor) else values
@@ -221,6 +242,7 @@ def cases() -> list[Case]:
     ]
     rows += [Case("quant", f"float_{form}", "torch", partial(float_case, form)) for form in FloatFormat]
     rows += [
+        Case("quant", "outliers", "torch", outliers_case),
         Case("quant", "ties", "torch", ties_case),
         Case("quant", "refusals", "torch", refusals_case),
     ]

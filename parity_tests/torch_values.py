@@ -132,6 +132,11 @@ def statistics_case(context: Context) -> list[Verdict]:
             got = stats.describe(tensor(x, context), None if kept is None else tensor(kept, context), unit)
             for name, value in ref_stats.describe(x, kept, unit).items():
                 verdicts.append(relative(f"{name}, {kind}, {what}, {unit}", array(got[name]), value, *REORDERED))
+    for what, where in masks.items():
+        kept = None if where is None else np.broadcast_to(where, (3, 11, 1))
+        got = stats.moments(tensor(tails, context), None if kept is None else tensor(kept, context))
+        for name, value in ref_stats.moments(tails, kept).items():
+            verdicts.append(relative(f"{name}, {what}", array(got[name]), value, *REORDERED))
     energy = ref_stats.channel_energy(tails)
     share = stats.top_share(torch.from_numpy(energy).to(context.device), 0.3)
     verdicts.append(relative("top share", share, ref_stats.top_share(energy, 0.3), *REORDERED))

@@ -9,7 +9,7 @@ import numpy as np
 
 from parity_tests.case import Case, Context
 from parity_tests.compare import Verdict, equal, exact, holds, relative
-from qtx_ref import affine, numerics, ops, random
+from qtx_ref import affine, numerics, ops, quantizers, random
 from qtx_ref.observers import Observer, squared_error
 from qtx_ref.spec import Granularity, ObserverKind, ObserverSpec, QuantSpec
 from qtx_ref.tape import backward, const, leaf
@@ -87,6 +87,28 @@ def granularities(context: Context) -> list[Verdict]:
         exact("token", ends(Granularity.TOKEN), [[-2, 3], [1, 4]]),
         exact("channel of a weight", ends(Granularity.CHANNEL, True), [[-2, 3], [1, 4]]),
         exact("without the second token", [side.item() for side in masked], [-2, 1]),
+    ]
+
+
+def outliers(context: Context) -> list[Verdict]:
+    """Magnitudes from 6 on keep a channel in float: the second by -6, not the first and fourth, whose 127 and 9 are padding.
+
+    Row scales are absmax of the other channels / 127: of 2, 5.9, and in the padded row 127.
+    """
+    spec = QuantSpec(symmetric=True, granularity=Granularity.TOKEN, dynamic=True, outliers=6.0)
+    x = F32([[[2, -6, 1, 0.5], [3.2, 0.3, -5.1, 5.9], [127, 50, 0.4, 9]]])
+    where = np.array([[[True], [True], [False]]])
+    scale, zero = quantizers.dynamic_scale(x, spec, where, False)
+    y, inside = quantizers.fake_quantize(x, scale, zero, spec)
+    steps = F32([2, 5.9, 127]) / F32(127)
+    want = steps[:, None] * np.rint(x[0] / steps[:, None])
+    want[:, 1] = x[0, :, 1]
+    return [
+        exact("scale", scale[0], steps[:, None] * F32([1, 0, 1, 1])),
+        exact("zero point", zero, np.zeros(x.shape, I32)),
+        exact("value", y[0], want.astype(F32)),
+        exact("gradient passes", inside, np.ones(x.shape, bool)),
+        exact("codes of an outlier", quantizers.quantize(x, scale, zero, spec)[..., 1], np.zeros((1, 3), I32)),
     ]
 
 
@@ -198,6 +220,7 @@ RUNS = (
     scales,
     limits,
     granularities,
+    outliers,
     learned_symmetric,
     learned_asymmetric,
     running,

@@ -84,6 +84,7 @@ def make_artifact(
     calibration: list[str],
 ) -> Artifact:  # fmt: skip
     """A checkpoint in integers. Raises SpecError naming a site that cannot be."""
+    check_integer(resolve(recipe, found.spec), profile, transforms=found.transforms)
     constants = lower(found.spec, found.params, resolve(recipe, found.spec), ranges, profile, nonlinear)
     hashes = {
         "checkpoint": sha_of(source),

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with JSON in its metadata. Nothing is ever unpickled.
 
 Tensors: parameters by name (tied weights once), `optim.*` of a trainer, `history.*` of its run, and for a quantized model
-`range.<site>.{low,high,scale,zero_point}`. Metadata `qtx`: format, version, model spec, and what made the file. A file is
+`range.<site>.{low,high,scale,zero_point}` and `transform.<site>.divisor`. Metadata `qtx`: format, version, model spec, and what made the file. A file is
 written beside its final name and renamed, so that a kill leaves the old one.
 """
 
@@ -14,18 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from qtx_ref import rewriting
 from qtx_ref.models.initial import shapes
-from qtx_ref.spec import ModelSpec, Range, Recipe, SpecError, from_dict, to_dict
+from qtx_ref.spec import InputTransform, ModelSpec, Range, Recipe, SpecError, TransformKind, from_dict, to_dict
 
 from .files import CHECKPOINT, VERSION, CheckpointError, opened, write_tensors
+from .preparation import left_sites, left_transforms
 
-APART = ("optim.", "history.", "range.", "learned.")
+APART = ("optim.", "history.", "range.", "learned.", "transform.")
+STATE = ("range.", "transform.")  # of these, what `Checkpoint` has fields for
 
 
 @dataclass
 class Checkpoint:
-    """A model's spec and parameters; `extra` holds tensors apart from them, `recipe` and `ranges` a quantizer's state,
-    `meta` JSON values about the run (data, training, metrics)."""
+    """A model's spec and parameters; `extra` holds tensors apart from them, `recipe`, `ranges` and `transforms`
+    (those at linears' inputs, for which the parameters are made) a quantizer's state, `meta` JSON values about the run (data, training, metrics)."""
 
     spec: ModelSpec
     params: dict[str, np.ndarray]
@@ -33,6 +36,7 @@ class Checkpoint:
     recipe: Recipe | None = None
     ranges: dict[str, Range] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    transforms: dict[str, InputTransform] = field(default_factory=dict)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -43,6 +47,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity; not saved")
     for site, found in checkpoint.ranges.items():
         tensors |= {f"range.{site}.{key}": np.asarray(value) for key, value in found._asdict().items()}
+    for site, how in checkpoint.transforms.items():
+        if how.divisor is not None:
+            tensors[f"transform.{site}.divisor"] = how.divisor
     header = {
         "format": CHECKPOINT,
         "version": VERSION,
@@ -95,8 +102,40 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: the scale of site {site} must be positive and of its zero point's shape")
         if quant is None or zeros.dtype.kind != "i" or zeros.min() < quant.code_min or zeros.max() > quant.code_max:
             raise CheckpointError(f"{path}: the zero point of site {site} is no code of the recipe's quantizer")
-    extra = {name: value for name, value in tensors.items() if name.startswith(APART) and not name.startswith("range.")}
-    return Checkpoint(spec, params, extra, recipe, ranges, header["meta"])
+    transforms = read_transforms(path, spec, params, recipe, tensors)
+    extra = {name: value for name, value in tensors.items() if name.startswith(APART) and not name.startswith(STATE)}
+    return Checkpoint(spec, params, extra, recipe, ranges, header["meta"], transforms)
+
+
+def read_transforms(
+    path: Path,
+    spec: ModelSpec,
+    params: Mapping[str, np.ndarray],
+    recipe: Recipe | None,
+    tensors: Mapping[str, np.ndarray],
+) -> dict[str, InputTransform]:
+    """The transforms at linears' inputs: the recipe's rotations, and the file's divisors. Raises CheckpointError for a
+    divisor that is missing, that the recipe has no place for, or that does not fit."""
+    divisors = {
+        name.removeprefix("transform.").removesuffix(".divisor"): value
+        for name, value in tensors.items()
+        if name.startswith("transform.")
+    }
+    if not divisors and not (recipe and recipe.transforms):
+        return {}
+    try:
+        left = left_sites(recipe, spec) if recipe else {}
+        expected = {site for site, how in left.items() if how.kind is TransformKind.SMOOTH}
+        if odd := sorted(expected ^ divisors.keys()):
+            raise CheckpointError(f"{path}: its recipe and tensor transform.{odd[0]}.divisor do not belong together")
+        for site, divisor in divisors.items():
+            weight = rewriting.own_weight(params, site)
+            width = weight.shape[-1] * (len(weight) if weight.ndim == 3 else 1)
+            if divisor.shape != (width,) or divisor.dtype != np.float32 or not (divisor > 0).all():
+                raise CheckpointError(f"{path}: the divisor of {site} must be {width} positive numbers, float32")
+        return left_transforms(recipe, spec, params, divisors) if recipe else {}
+    except SpecError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def read_spec(path: Path, header: Mapping[str, Any]) -> ModelSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import numpy as np
 from qtx_ref.profiles import profile
 from qtx_ref.spec import Nonlinear, Profile, Range, Recipe, SpecError, check_integer, to_dict
 
-from . import quantization, recipes
+from . import recipes
 from .artifact import SUFFIX, make_artifact, save_artifact, size
 from .checkpoint import Checkpoint, file_of, save_checkpoint
 from .cli_artifact import size_text
 from .files import CheckpointError, check_writable
-from .options import CHECKPOINT, DATA, JSON, MACHINE, is_artifact, open_checkpoint, say, write_json
+from .options import CHECKPOINT, DATA, JSON, MACHINE, is_artifact, open_checkpoint, prepared_anew, say, write_json
+from .preparation import left_sites
+from .quantization import Prepared
 from .training import Machine
 
 PROFILE_HELP = (  # of qtx_ref/profiles, in a line
@@ -54,20 +56,30 @@ def quantize(
     if not is_artifact(out) and (profile_name, nonlinear) != ("qtx", "table"):
         raise SpecError(f"--profile and --nonlinear belong to integers: give --out a name ending in {SUFFIX}")
     meaning, kind = profile(profile_name), Nonlinear(nonlinear)
-    found, model, source = open_checkpoint(checkpoint, Machine(backend_name, device, dtype), data, tokenizer)
-    chosen, ranges, calibration, words = ranges_of(
-        found, model, source, recipe_name, meaning if is_artifact(out) else None
+    machine = Machine(backend_name, device, dtype)
+    found, _, source = open_checkpoint(checkpoint, machine, data, tokenizer)
+    chosen, prepared, calibration, words = ranges_of(
+        found, machine, source, recipe_name, meaning if is_artifact(out) else None
     )
+    ranges = prepared.ranges
     result = {"checkpoint": str(out), "recipe": to_dict(chosen), "ranges": words, **numbers_of(ranges)}
     if is_artifact(out):
-        made = make_artifact(file_of(checkpoint), found, chosen, ranges, meaning, kind, calibration)
+        made = make_artifact(
+            file_of(checkpoint),
+            replace(found, params=prepared.params, transforms=prepared.transforms),
+            chosen,
+            ranges,
+            meaning,
+            kind,
+            calibration,
+        )
         save_artifact(out, made)
         sizes = size(out, made)
         rest = f"profile {profile_name}, {size_text(sizes)}; see qtx show {out}"
         result |= {"profile": to_dict(meaning), "bytes": asdict(sizes)}
     else:
         meta = {**found.meta, "quantized_from": str(checkpoint), "calibration": calibration}
-        save_checkpoint(out, Checkpoint(found.spec, found.params, {}, chosen, ranges, meta))
+        save_checkpoint(out, Checkpoint(found.spec, prepared.params, {}, chosen, ranges, meta, prepared.transforms))
         rest = f"{len(ranges)} static ranges; run it with qtx evaluate {out}"
     say(f"{out}: recipe {chosen.name}, {words}, {rest}", json_path)
     write_json(json_path, result)
@@ -83,23 +95,29 @@ def check_out(out: Path) -> None:
 
 
 def ranges_of(
-    found: Checkpoint, model: Any, source: Any, recipe_name: str | None, integers: Profile | None
-) -> tuple[Recipe, dict[str, Range], list[str], str]:
-    """Recipe, static ranges, hashes of the calibration data, and in words where the ranges are from: the checkpoint, where
-    it has some and no other recipe is named, else its calibration data.
+    found: Checkpoint, machine: Machine, source: Any, recipe_name: str | None, integers: Profile | None
+) -> tuple[Recipe, Prepared, list[str], str]:
+    """Recipe, what it makes of the model, hashes of the calibration data, and in words where the ranges are from: the
+    checkpoint, where it has some and no other recipe is named, else its calibration data.
 
     Raises SpecError, before any calibration, for what cannot run in integers under the profile `integers`.
     """
-    own = bool(found.recipe and found.ranges) and recipe_name in (None, found.recipe.name)
+    own = quantized(found) and recipe_name in (None, found.recipe.name)
     chosen = found.recipe if own else recipes.recipe(recipe_name or "w8a8", found.spec)
     if integers is not None:
-        check_integer(recipes.resolve(chosen, found.spec), integers)
+        left = left_sites(chosen, found.spec)
+        check_integer(recipes.resolve(chosen, found.spec), integers, transforms=left)
     if own:  # `qtx quantize` says what they were calibrated on; training takes the calibration split
         seen = found.meta.get("data", {}).get("hashes", {}).get("calibration", [])
-        return chosen, found.ranges, found.meta.get("calibration", seen), "the checkpoint's own ranges"
-    quantization.refuse_overlap(found.meta, source, "calibration")
-    ranges = quantization.calibrate(model, source, chosen, 0)
-    return chosen, ranges, source.hashes("calibration"), f"ranges of {chosen.batches} calibration batches"
+        own_state = Prepared(found.params, found.ranges, found.transforms)
+        return chosen, own_state, found.meta.get("calibration", seen), "the checkpoint's own ranges"
+    prepared = prepared_anew(found, machine, source, chosen)
+    return chosen, prepared, source.hashes("calibration"), f"ranges of {chosen.batches} calibration batches"
+
+
+def quantized(found: Checkpoint) -> bool:
+    """Whether a checkpoint holds what its recipe makes, and not a model that is yet to be quantized by it."""
+    return bool(found.recipe and (found.ranges or found.transforms or found.recipe.rewrite))
 
 
 def numbers_of(ranges: dict[str, Range]) -> dict[str, dict[str, list]]:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from qtx_ref.integer_numerics import accumulator_bits
-from qtx_ref.spec import Head, ModelSpec, SpecError
+from qtx_ref.spec import Head, ModelSpec, Recipe, SpecError
 
 from . import quantization, recipes
 from .artifact import SUFFIX, Artifact, load_artifact
@@ -129,7 +129,9 @@ def open_checkpoint(path: Path, machine: Machine, data_name: str | None, tokeniz
             f"{path}: training diverged at step {checkpoint.meta['diverged_at']}; no model is left to use"
         )
     data = open_data(path, checkpoint.spec, checkpoint.meta, data_name, tokenizer)
-    return checkpoint, machine.model(checkpoint.spec, checkpoint.params), data
+    model = machine.model(checkpoint.spec, checkpoint.params)
+    model.bind({}, {}, transforms=checkpoint.transforms)
+    return checkpoint, model, data
 
 
 def is_artifact(path: Path) -> bool:
@@ -170,7 +172,8 @@ def open_model(
         found, model, data = open_checkpoint(path, machine, data_name, tokenizer)
         if split:
             quantization.refuse_overlap(found.meta, data, split)
-        return Opened(found, model, data, as_evaluated(found, model, data, recipe_name))
+        model, words = as_evaluated(found, machine, model, data, recipe_name)
+        return Opened(found, model, data, words)
     if recipe_name is not None:
         raise SpecError(f"--recipe {recipe_name}: {path} has its own; leave it out")
     found, kind = load_artifact(path), numerics or "integer"
@@ -221,14 +224,29 @@ def head_note(artifact: Artifact) -> str:
     return f"{note}; its int{accumulator_bits(entering, weight)} accumulators are the output"
 
 
-def as_evaluated(checkpoint: Checkpoint, model: Any, data: Any, recipe_name: str | None) -> str:
-    """Binds what a checkpoint is evaluated under, and says it: its own recipe, another, or float."""
+def as_evaluated(
+    checkpoint: Checkpoint, machine: Machine, model: Any, data: Any, recipe_name: str | None
+) -> tuple[Any, str]:
+    """The model that a checkpoint, opened as `model`, is evaluated as, and that in words: under its own recipe, another, or
+    float."""
     if recipe_name == "float" or (recipe_name is None and checkpoint.recipe is None):
-        return "float"
+        return model, "float"
     if recipe_name is None:
-        quantization.bind(model, checkpoint.recipe, checkpoint.ranges)
-        return checkpoint.recipe.name
+        quantization.bind(model, checkpoint.recipe, checkpoint.ranges, checkpoint.transforms)
+        return model, checkpoint.recipe.name
     chosen = recipes.recipe(recipe_name, checkpoint.spec)
+    prepared = prepared_anew(checkpoint, machine, data, chosen)
+    return prepared.model(machine, checkpoint.spec, chosen), chosen.name
+
+
+def prepared_anew(checkpoint: Checkpoint, machine: Machine, data: Any, chosen: Recipe) -> quantization.Prepared:
+    """A checkpoint's parameters under a recipe, from its calibration data. Raises SpecError where the parameters are made
+    for transforms of another recipe, and for data that the checkpoint knows from another split."""
+    if checkpoint.transforms:
+        raise SpecError(
+            f"recipe {chosen.name}: the checkpoint's weights are made for the transforms of {checkpoint.recipe.name}; "
+            "take the float checkpoint that it was made from"
+        )
     quantization.refuse_overlap(checkpoint.meta, data, "calibration")
-    quantization.bind(model, chosen, quantization.calibrate(model, data, chosen, 0))
-    return chosen.name
+    batches = quantization.calibration(data, checkpoint.spec, 0)
+    return quantization.prepare(machine, checkpoint.spec, checkpoint.params, batches, chosen)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+import numpy as np
+
 from qtx_ref.lifting import real
 from qtx_ref.ops import cross_entropy
-from qtx_ref.spec import ModelSpec, Output, Range, Recipe, SpecError
+from qtx_ref.spec import (
+    InputTransform,
+    ModelSpec,
+    Output,
+    Range,
+    Recipe,
+    SpecError,
+)
 from qtx_ref.tape import const
 
+from .preparation import rewrite, transform
 from .progress import Progress
 from .recipes import resolve
 from .sites import paper_sites
@@ -130,20 +140,74 @@ def outliers(model: Any, batches: Iterable[Mapping[str, Any]]) -> Outliers:
     return Outliers(norms[largest], largest, sum(kurtoses.values()) / len(kurtoses), kurtoses[peak], peak)
 
 
+def calibration(data: Any, spec: ModelSpec, seed: int) -> Callable[[int], Iterable[Mapping[str, Any]]]:
+    """What `prepare` takes: the first n batches of the calibration split, anew each time."""
+    return lambda count: data.split_batches("calibration", spec, BATCH, seed, limit=count)
+
+
 def calibrate(model: Any, data: Any, recipe: Recipe, seed: int) -> dict[str, Range]:
     """Static ranges of a recipe, from its number of batches of the calibration split."""
-    batches = data.split_batches("calibration", model.spec, BATCH, seed, limit=recipe.batches)
+    return find_ranges(model, calibration(data, model.spec, seed)(recipe.batches), recipe, {})
+
+
+def find_ranges(
+    model: Any, batches: Iterable[Mapping[str, Any]], recipe: Recipe, transforms: Mapping[str, InputTransform]
+) -> dict[str, Range]:
     quants = resolve(recipe, model.spec)
     quantize, masked = recipe.quantize_while_calibrating, recipe.masked_scores
     try:
-        return model.calibrate(batches, quants, quantize=quantize, masked_scores=masked)
+        return model.calibrate(batches, quants, quantize=quantize, masked_scores=masked, transforms=transforms)
     except ValueError as error:
         raise SpecError(f"recipe {recipe.name} cannot be calibrated: {error}") from None
 
 
-def bind(model: Any, recipe: Recipe, ranges: Mapping[str, Range]) -> None:
+def bind(
+    model: Any, recipe: Recipe, ranges: Mapping[str, Range], transforms: Mapping[str, InputTransform] | None = None
+) -> None:
     """Puts a model under a recipe's fake quantization."""
-    model.bind(resolve(recipe, model.spec), ranges, masked_scores=recipe.masked_scores)
+    quants = resolve(recipe, model.spec)
+    model.bind(quants, ranges, masked_scores=recipe.masked_scores, transforms=transforms)
+
+
+@dataclass
+class Prepared:
+    """A quantized model: parameters, rewritten where the recipe says so, static ranges, and the transforms of linears'
+    inputs that no norm has taken in."""
+
+    params: dict[str, np.ndarray]
+    ranges: dict[str, Range]
+    transforms: dict[str, InputTransform]
+
+    def model(self, machine: Any, spec: ModelSpec, recipe: Recipe) -> Any:
+        """The model under the recipe's fake quantization."""
+        model = machine.model(spec, self.params)
+        bind(model, recipe, self.ranges, self.transforms)
+        return model
+
+
+def prepare(
+    machine: Any,
+    spec: ModelSpec,
+    params: Mapping[str, np.ndarray],
+    batches: Callable[[int], Iterable[Mapping[str, Any]]],
+    recipe: Recipe,
+    *,
+    ranges: Mapping[str, Range] | None = None,
+) -> Prepared:
+    """From a float model to what a recipe makes of it: transforms, then ranges, then rewritten weights.
+
+    batches: the first n calibration batches, anew each time. ranges: already calibrated, on the transformed model.
+    Raises SpecError for what cannot be transformed, calibrated or rewritten, naming the site.
+    """
+    quants = resolve(recipe, spec)
+    params, transforms = transform(machine, spec, params, batches, recipe)
+    model = machine.model(spec, params)
+    if ranges is None:
+        ranges = find_ranges(model, batches(recipe.batches), recipe, transforms)
+    if recipe.rewrite is not None:
+        model.bind({}, {}, transforms=transforms)
+        params = rewrite(model, params, batches, recipe, quants, ranges)
+    return Prepared(params, dict(ranges), transforms)
 
 
 def as_json(record: Any) -> dict[str, Any]:

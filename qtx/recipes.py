@@ -228,7 +228,10 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
 
 def training_recipe(name: str, spec: ModelSpec) -> Recipe:
     """The recipe of `--train-quant`: `w8a8` stands for `train-w8a8`, quantized matmuls with dynamic ranges."""
-    return recipe(f"train-{name}" if re.fullmatch(r"w\d+a\d+", name) else name, spec)
+    found = recipe(f"train-{name}" if re.fullmatch(r"w\d+a\d+", name) else name, spec)
+    if found.transforms or found.rewrite:
+        raise SpecError(f"recipe {found.name} rewrites weights, which training moves: train without it, then quantize")
+    return found
 
 
 def resolve(chosen: Recipe, spec: ModelSpec) -> dict[str, Quant]:

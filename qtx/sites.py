@@ -101,6 +101,11 @@ def extents(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     }
 
 
+def linears(spec: ModelSpec) -> tuple[str, ...]:
+    """The linear layers, each of whose operand is `<linear>.input`, in the order of the forward pass."""
+    return tuple(site.removesuffix(".input") for site in sites(spec).operands if site.endswith(".input"))
+
+
 @dataclass(frozen=True)
 class PaperSites:
     """The published metrics' sites, each with its unit (`sequence` or `token`)."""

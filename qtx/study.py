@@ -20,7 +20,7 @@ from .backend import MissingExtra, backend
 from .checkpoint import Checkpoint, load_checkpoint
 from .data import load, unigram_perplexity
 from .files import CheckpointError, check_writable, write_beside
-from .quantization import BATCH, as_json, bind, calibrate, evaluate, metric, outliers
+from .quantization import BATCH, as_json, bind, calibration, evaluate, metric, outliers, prepare
 from .recipes import recipe, training_recipe
 from .report.plots import curves
 from .report.tables import number, spread, table
@@ -185,12 +185,13 @@ class Study:
             result["trained"] = as_json(trained)
         for name in self.spec.recipes:
             chosen = recipe(name, checkpoint.spec)
-            model.bind({}, {})
+            batches = calibration(self.data, checkpoint.spec, result["seed"])
             try:
-                bind(model, chosen, calibrate(model, self.data, chosen, result["seed"]))
+                prepared = prepare(self.spec.machine, checkpoint.spec, checkpoint.params, batches, chosen)
             except SpecError as error:  # a model near divergence must not stop the others
                 print(f"{label}: {error}", file=sys.stderr)
                 continue
+            model = prepared.model(self.spec.machine, checkpoint.spec, chosen)
             quantized = evaluate(model, self._evaluation(checkpoint.spec), f"{label} {name}", total)
             result["recipes"][name] = as_json(quantized)
 

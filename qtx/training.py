@@ -211,7 +211,7 @@ def begin(
         if not resume:
             raise CheckpointError(f"{path} exists: go on with --resume, or choose another --out")
         checkpoint = load_checkpoint(path)
-        if checkpoint.ranges and not run.train_quant:
+        if (checkpoint.ranges or checkpoint.transforms) and not run.train_quant:
             raise CheckpointError(f"{path} is a quantized model, not a run of qtx train; choose another --out")
         for key, value in wanted.items():
             if checkpoint.meta.get(key) != value:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from .optim import AdamW
 from .spec import (
     Family,
     Granularity,
+    InputTransform,
     ModelSpec,
     OptimSpec,
     Output,
@@ -59,6 +61,7 @@ class Model:
         self.fixed: dict[str, Range] = {}
         self.learned: Arrays = {}
         self.masked_scores = False
+        self.transforms: dict[str, InputTransform] = {}
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
@@ -68,8 +71,16 @@ class Model:
         """What an optimizer updates, in place: parameters, and scale and zero point of learned ranges."""
         return self.weights | self.learned
 
-    def bind(self, quants: Mapping[str, Quant], ranges: Mapping[str, Range], *, masked_scores: bool = False) -> None:
-        """From now on quantize-dequantize the sites of `quants`; none: plain float.
+    def bind(
+        self,
+        quants: Mapping[str, Quant],
+        ranges: Mapping[str, Range],
+        *,
+        masked_scores: bool = False,
+        transforms: Mapping[str, InputTransform] | None = None,
+    ) -> None:
+        """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
+        weights are made for them: float passes (`record`, `statistics`, ...) have them too.
 
         Raises SpecError for a static site without a range.
         """
@@ -77,6 +88,7 @@ class Model:
             if not spec.dynamic and site not in ranges:
                 raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
         self.quants, self.fixed, self.masked_scores = dict(quants), dict(ranges), masked_scores
+        self.transforms = dict(transforms or {})
         self.learned = {}
         for site, spec in quants.items():
             if spec.learned:
@@ -121,8 +133,7 @@ class Model:
     ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
         found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-        show = Record(lambda site, x, where: found.__setitem__(site, (x, where)), None if sites is None else set(sites))
-        self._run(show, batch)
+        self._watch(batch, sites, lambda site, x, where: found.__setitem__(site, (x, where)))
         return found
 
     def statistics(
@@ -134,7 +145,22 @@ class Model:
         def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
             found[site] = stats.describe(x, where, units[site], names)
 
-        self._run(Record(show, set(units)), batch)
+        self._watch(batch, units, show)
+        return found
+
+    def input_moments(
+        self, batch: Batch, sites: Iterable[str], names: tuple[str, ...] = stats.MOMENTS
+    ) -> dict[str, Arrays]:
+        """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward pass."""
+        found: dict[str, Arrays] = {}
+        last: list = [None, {}]  # query, key and value take in one tensor
+
+        def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
+            if x is not last[0]:
+                last[:] = x, stats.moments(x, where, names)
+            found[site.removesuffix(".input")] = last[1]
+
+        self._watch(batch, [f"{site}.input" for site in sites], show)
         return found
 
     def attention_mass(self, batch: Batch, marks: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
@@ -144,8 +170,7 @@ class Model:
         def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
             found[site] = {mark: stats.attention_mass(x, where, keys) for mark, keys in marks.items()}
 
-        sites = {f"layer.{i}.attn.probs" for i in range(self.spec.layers)}
-        self._run(Record(show, sites), batch)
+        self._watch(batch, [f"layer.{i}.attn.probs" for i in range(self.spec.layers)], show)
         return found
 
     def calibrate(
@@ -155,9 +180,11 @@ class Model:
         *,
         quantize: bool = False,
         masked_scores: bool = False,
+        transforms: Mapping[str, InputTransform] | None = None,
     ) -> dict[str, Range]:
-        """Static ranges of `quants` from batches. Raises ValueError naming a site without finite values."""
-        nx = Calibrate(quants, quantize=quantize, masked_scores=masked_scores)
+        """Static ranges of `quants` from batches, under these transforms (not those of `bind`). Raises ValueError naming a
+        site without finite values."""
+        nx = Calibrate(quants, quantize=quantize, masked_scores=masked_scores, transforms=transforms)
         for batch in batches:
             self._run(nx, batch)
         return nx.ranges()
@@ -178,11 +205,21 @@ class Model:
             tokens = np.concatenate([tokens, fresh], axis=1)
         return tokens
 
-    def _numerics(self, leaves: Mapping[str, Var] | None = None, **context: int) -> Float:
+    def _numerics(self, leaves: Mapping[str, Var] | None = None, **context: Any) -> Float:
+        context["transforms"] = self.transforms
         if not self.quants:
             return Float(**context)
         learned = leaves or {name: const(value) for name, value in self.learned.items()}
         return FakeQuant(self.quants, self.fixed, learned, masked_scores=self.masked_scores, **context)
+
+    def _watch(
+        self,
+        batch: Batch,
+        sites: Iterable[str] | None,
+        show: Callable[[str, np.ndarray, np.ndarray | None], None],
+    ) -> None:
+        """A float forward pass that shows the results, or operands, of `sites`."""
+        self._run(Record(show, None if sites is None else set(sites), transforms=self.transforms), batch)
 
     @quiet
     def _run(self, nx: Float, batch: Batch) -> Var:
@@ -259,7 +296,8 @@ def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) 
     if length > spec.length:
         raise SpecError(f"text of {length} tokens: the model's length is {spec.length}; ask for fewer tokens")
     for site, quant in quants.items():
-        if quant.dynamic and quant.granularity not in LOCAL and not site.endswith(".weight"):
+        local = quant.granularity in LOCAL and quant.outliers is None  # a channel of outliers is one for all tokens
+        if quant.dynamic and not local and not site.endswith(".weight"):
             raise SpecError(
                 f"site {site} has a dynamic range over more than one token, so it would see the future: "
                 "use a static range, or one per token or block"

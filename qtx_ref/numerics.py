@@ -12,13 +12,14 @@ what they return is what the model goes on with:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from . import affine, ops, quantizers, random
 from .attention import probabilities
 from .observers import Observer
-from .spec import AttentionSpec, Quant, QuantSpec, Range
+from .spec import AttentionSpec, InputTransform, Quant, QuantSpec, Range
 from .tape import Var, const, node
 
 Params = Mapping[str, Var]
@@ -26,9 +27,18 @@ ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh
 
 
 class Float:
-    """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element)."""
+    """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element). `transforms` are those of
+    linears' inputs, by site; every numerics has them, for the weights are made for what they give."""
 
-    def __init__(self, *, training: bool = False, seed: int = 0, step: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        step: int = 0,
+        transforms: Mapping[str, InputTransform] | None = None,
+    ) -> None:
+        self.transforms = transforms or {}
         self.training = training
         self.seed = seed
         self.step = step
@@ -73,6 +83,8 @@ class Float:
 
     def linear(self, site: str, x: Var, p: Params, *, weight: str | None = None, named: bool = True) -> Var:
         """x W^T + b with `<site>.weight` (or the tied parameter `weight`) and `<site>.bias`, if there is one."""
+        if site in self.transforms:
+            x = transformed(x, self.transforms[site])
         x = self.operand(f"{site}.input", x, self._where(x))
         w = self.weight(f"{site}.weight", p[weight or f"{site}.weight"])
         y = ops.linear(x, w, p.get(f"{site}.bias"))
@@ -142,14 +154,22 @@ class Float:
 
 
 class Record(Float):
-    """Shows each named tensor among `sites` (None: all) to `callback(site, value, where)`."""
+    """Shows each named tensor among `sites` (None: all results) to `callback(site, value, where)`."""
 
     def __init__(
-        self, callback: Callable[[str, np.ndarray, np.ndarray | None], None], sites: set[str] | None = None
+        self,
+        callback: Callable[[str, np.ndarray, np.ndarray | None], None],
+        sites: set[str] | None = None,
+        **context: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**context)
         self.callback = callback
         self.sites = sites
+
+    def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
+        if self.sites is not None and site in self.sites:
+            self.callback(site, x.value, where)
+        return x
 
     def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
         if self.sites is None or site in self.sites:
@@ -160,7 +180,7 @@ class Record(Float):
 class Quantizers(Float):
     """The three hooks as one: `apply(site, x, where)` for every site that has a quantizer."""
 
-    def __init__(self, specs: Mapping[str, Quant], *, masked_scores: bool = False, **context: int) -> None:
+    def __init__(self, specs: Mapping[str, Quant], *, masked_scores: bool = False, **context: Any) -> None:
         super().__init__(**context)
         self.specs = specs
         self.masked_scores = masked_scores
@@ -183,8 +203,10 @@ class Quantizers(Float):
 class Calibrate(Quantizers):
     """Feeds one observer per static site; `quantize` passes on what the range so far makes of the tensor."""
 
-    def __init__(self, specs: Mapping[str, Quant], *, quantize: bool = False, masked_scores: bool = False) -> None:
-        super().__init__(specs, masked_scores=masked_scores)
+    def __init__(
+        self, specs: Mapping[str, Quant], *, quantize: bool = False, masked_scores: bool = False, **context: Any
+    ) -> None:
+        super().__init__(specs, masked_scores=masked_scores, **context)
         self.quantize = quantize
         self.observers: dict[str, Observer] = {}
         self.weights: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}  # scales of those seen
@@ -236,7 +258,7 @@ class FakeQuant(Quantizers):
         learned: Params | None = None,
         *,
         masked_scores: bool = False,
-        **context: int,
+        **context: Any,
     ) -> None:
         super().__init__(specs, masked_scores=masked_scores, **context)
         self.ranges = ranges
@@ -249,6 +271,13 @@ class FakeQuant(Quantizers):
         if spec.learned and f"{site}.scale" in self.learned:
             return learned_quantize(x, self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec)
         return fake_quantize(x, self.ranges[site].scale, self.ranges[site].zero_point, spec)
+
+
+def transformed(x: Var, how: InputTransform) -> Var:
+    """(x / divisor) R."""
+    if how.divisor is not None:
+        x = ops.divide(x, how.divisor)
+    return ops.hadamard(x, how.block) if how.block else x
 
 
 def is_weight(site: str) -> bool:

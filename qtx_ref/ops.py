@@ -71,6 +71,31 @@ def scale(x: Var, factor: float) -> Var:
     return node(x.value * f, (x, lambda g: g * f))
 
 
+def divide(x: Var, divisor: np.ndarray) -> Var:
+    """y = x / d, d of x's last axis, in x's dtype. dx = g / d."""
+    d = divisor.astype(x.value.dtype)
+    return node(x.value / d, (x, lambda g: g / d))
+
+
+def hadamard(x: Var, block: int) -> Var:
+    """y = x R, R block-diagonal of H_n / sqrt(n) with n = `block`, a power of two that divides the last axis.
+
+    H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester). R is symmetric and its own inverse: dx = g R. Computed by log2 n
+    rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits everywhere.
+    """
+
+    def rotate(v: np.ndarray) -> np.ndarray:
+        shape, dtype = v.shape, v.dtype
+        half = 1
+        while half < block:
+            v = v.reshape(-1, 2, half)  # (pairs, 2, half)
+            v = np.stack([v[:, 0] + v[:, 1], v[:, 0] - v[:, 1]], axis=1)
+            half *= 2
+        return v.reshape(shape) * dtype.type(block**-0.5)
+
+    return node(rotate(x.value), (x, rotate))
+
+
 def mean(x: Var, axis: int, where: np.ndarray | None = None) -> Var:
     """Mean over one axis, kept, of the elements where `where` (broadcast) is true; 0 where there are none. dx = g / n."""
     keep = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)

@@ -79,6 +79,23 @@ def attention_mass(probs: np.ndarray, where: np.ndarray, keys: np.ndarray) -> np
     return mass.sum(axis=(0, 2), where=queries) / np.maximum(queries.sum(axis=(0, 2)), 1)
 
 
+MOMENTS = ("count", "sum", "absmax", "gram")
+
+
+def moments(x: np.ndarray, where: np.ndarray | None = None, names: tuple[str, ...] = MOMENTS) -> dict[str, np.ndarray]:
+    """Of the rows of x (..., I) that count: their number (), and in float64 their sum (I,), the largest magnitude (I,) and
+    x^T x (I, I), the Gram matrix."""
+    keep = np.ones((*x.shape[:-1], 1), bool) if where is None else np.broadcast_to(where, (*x.shape[:-1], 1))
+    rows = x.reshape(-1, x.shape[-1])[keep.reshape(-1)].astype(np.float64)
+    make = {
+        "count": lambda: np.array(len(rows)),
+        "sum": lambda: rows.sum(axis=0),
+        "absmax": lambda: np.abs(rows).max(axis=0, initial=0.0),
+        "gram": lambda: rows.T @ rows,
+    }
+    return {name: make[name]() for name in names}
+
+
 STATISTICS = ("inf_norm", "kurtosis_published", "kurtosis", "energy", "beyond", "elements")
 
 

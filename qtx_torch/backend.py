@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qtx_ref.spec import (
     Family,
     Granularity,
+    InputTransform,
     ModelSpec,
     OptimSpec,
     Output,
@@ -29,9 +30,9 @@ from qtx_ref.spec import (
 from . import models, stats
 from .attention import boolean_mask
 from .integer_numerics import Code, Integer, Whole
-from .numerics import Calibrate, FakeQuant, Float, Record
+from .numerics import Calibrate, FakeQuant, Float, Record, Transformed
 from .optim import AdamW
-from .sites import attach, attached, slots
+from .sites import attach, attached, slots, transform, transforming
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
@@ -76,8 +77,16 @@ class Model:
         """`trainable` as the tensors themselves."""
         return self.weights | self.learned
 
-    def bind(self, quants: Mapping[str, Quant], ranges: Mapping[str, Range], *, masked_scores: bool = False) -> None:
-        """From now on quantize-dequantize the sites of `quants`; none: plain float.
+    def bind(
+        self,
+        quants: Mapping[str, Quant],
+        ranges: Mapping[str, Range],
+        *,
+        masked_scores: bool = False,
+        transforms: Mapping[str, InputTransform] | None = None,
+    ) -> None:
+        """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
+        weights are made for them: float passes (`record`, `statistics`, ...) have them too.
 
         Raises SpecError for a static site without a range, and for a site that the model does not have.
         """
@@ -88,6 +97,7 @@ class Model:
             tensors = None if spec.dynamic else Range(*(torch.tensor(np.asarray(part)) for part in ranges[site]))
             hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores).to(self.device)
         attach(self.net, hooks)
+        transform(self.net, self._transforms(transforms))
         self.quants, self.fixed = dict(quants), dict(ranges)
         self.learned = {
             f"{site}.{name}": value for site, hook in hooks.items() for name, value in hook.named_parameters()
@@ -157,6 +167,21 @@ class Model:
         self._watch(batch, units, show)
         return found
 
+    def input_moments(
+        self, batch: Batch, sites: Iterable[str], names: tuple[str, ...] = stats.MOMENTS
+    ) -> dict[str, Arrays]:
+        """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward pass."""
+        found: dict[str, Arrays] = {}
+        last: list = [None, {}]  # query, key and value take in one tensor, which is held so that no other takes its place
+
+        def show(site: str, x: Tensor, where: Tensor | None) -> None:
+            if last[0] is None or (x.data_ptr(), x.shape) != (last[0].data_ptr(), last[0].shape):
+                last[:] = x, {name: to_numpy(value) for name, value in stats.moments(x, where, names).items()}
+            found[site.removesuffix(".input")] = last[1]
+
+        self._watch(batch, [f"{site}.input" for site in sites], show)
+        return found
+
     def attention_mass(self, batch: Batch, marks: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
         """Mean probability given to the keys of each mark (B, T), per `probs` site and mark, by head (H,)."""
         keys = {mark: torch.tensor(value, device=self.device) for mark, value in marks.items()}
@@ -176,10 +201,12 @@ class Model:
         *,
         quantize: bool = False,
         masked_scores: bool = False,
+        transforms: Mapping[str, InputTransform] | None = None,
     ) -> dict[str, Range]:
-        """Static ranges of `quants` from batches. Raises ValueError naming a site without finite values."""
+        """Static ranges of `quants` from batches, under these transforms (not those of `bind`). Raises ValueError naming a
+        site without finite values."""
         hooks = {k: Calibrate(k, q, quantize=quantize, masked_scores=masked_scores) for k, q in quants.items()}
-        with attached(self.net, hooks):
+        with attached(self.net, hooks), transforming(self.net, self._transforms(transforms)):
             for batch in batches:
                 self._run(Float(), self._inputs(batch))
         return {k: Range(*map(to_numpy, hooks[k].range())) for k, q in quants.items() if not q.dynamic}
@@ -211,13 +238,16 @@ class Model:
     def _inputs(self, batch: Batch) -> dict[str, Tensor | None]:
         return to_tensors(batch, self.device)
 
+    def _transforms(self, transforms: Mapping[str, InputTransform] | None) -> dict[str, nn.Module]:
+        return {site: Transformed(how).to(self.device) for site, how in (transforms or {}).items()}
+
     def _results(self) -> list[str]:
         """The sites' own keys, without operands and weights."""
         return [key for key, (_, slot) in slots(self.net).items() if slot == "on_output"]
 
     @torch.no_grad()
     def _watch(self, batch: Batch, sites: Iterable[str], show: Callable[[str, Tensor, Tensor | None], None]) -> None:
-        """A float forward pass that shows the results of `sites`."""
+        """A float forward pass that shows the results, or operands, of `sites`."""
         with attached(self.net, {site: Record(site, show) for site in sites}):
             self._run(Float(), self._inputs(batch))
 
@@ -325,7 +355,8 @@ def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) 
     if length > spec.length:
         raise SpecError(f"text of {length} tokens: the model's length is {spec.length}; ask for fewer tokens")
     for site, quant in quants.items():
-        if quant.dynamic and quant.granularity not in LOCAL and not site.endswith(".weight"):
+        local = quant.granularity in LOCAL and quant.outliers is None  # a channel of outliers is one for all tokens
+        if quant.dynamic and not local and not site.endswith(".weight"):
             raise SpecError(
                 f"site {site} has a dynamic range over more than one token: it would see the future; "
                 "use a static range, or one per token or block"

@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qtx_ref.spec import AttentionSpec, FloatQuantSpec, Quant, QuantSpec, Range, Softmax
+from qtx_ref.spec import AttentionSpec, FloatQuantSpec, InputTransform, Quant, QuantSpec, Range, Softmax
 
 from . import affine, ops, quantizers, random
 from .attention import Mask, fused, masked_probabilities
@@ -70,6 +71,8 @@ class Float:
 
     def linear(self, site: Site, x: Tensor, *, weight: Tensor | None = None, named: bool = True) -> Tensor:
         """x W^T + b with the site's weight (or the tied parameter `weight`) and its bias, if there is one."""
+        if site.transform is not None:
+            x = site.transform(x)
         if site.on_input is not None:
             x = site.on_input(x, self._where(x))
         y = ops.linear(x, self._weight(site, site.weight if weight is None else weight), site.bias)
@@ -166,6 +169,20 @@ class Record(nn.Module):
         return x
 
 
+class Transformed(nn.Module):
+    """A linear's input x as (x / divisor) R, before anything sees it."""
+
+    def __init__(self, how: InputTransform) -> None:
+        super().__init__()
+        self.block = how.block
+        self.register_buffer("divisor", None if how.divisor is None else torch.tensor(np.asarray(how.divisor)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.divisor is not None:
+            x = ops.divide(x, self.divisor)
+        return ops.hadamard(x, self.block) if self.block else x
+
+
 class Quantizer(nn.Module):
     """What `Calibrate` and `FakeQuant` share: a slot's key and its spec. Their `apply_to` is what happens there."""
 
@@ -255,11 +272,11 @@ class StraightThrough(torch.autograd.Function):
         return dx.to(g.dtype), None, None, None
 
 
-class SmallFloat(torch.autograd.Function):
-    """The same for a small float: keeps where the gradient passes."""
+class Selected(torch.autograd.Function):
+    """The same for a small float, and beside outliers: keeps where the gradient passes."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: FloatQuantSpec) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
         y, inside = quantizers.fake_quantize(x, scale, zero_point, spec)
         ctx.save_for_backward(inside)
         return y
@@ -273,8 +290,8 @@ class SmallFloat(torch.autograd.Function):
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
     """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
-    if isinstance(spec, FloatQuantSpec):
-        return SmallFloat.apply(x, scale, zero_point, spec)
+    if isinstance(spec, FloatQuantSpec) or spec.outliers is not None:
+        return Selected.apply(x, scale, zero_point, spec)
     return StraightThrough.apply(x, scale, zero_point, spec)
 
 

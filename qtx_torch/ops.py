@@ -60,6 +60,25 @@ def scale(x: Tensor, factor: float) -> Tensor:
     return x * factor
 
 
+def divide(x: Tensor, divisor: Tensor) -> Tensor:
+    """y = x / d, d of x's last axis, in x's dtype (bfloat16: by the float32 d, then rounded)."""
+    return (x / divisor).to(x.dtype)
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """y = x R, R block-diagonal of H_n / sqrt(n) with n = `block`, a power of two that divides the last axis.
+
+    H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester). R is symmetric and its own inverse: dx = g R. Computed by log2 n
+    rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits everywhere.
+    """
+    y, half = x.float() if x.dtype == torch.bfloat16 else x, 1
+    while half < block:
+        y = y.reshape(-1, 2, half)  # (pairs, 2, half)
+        y = torch.stack([y[:, 0] + y[:, 1], y[:, 0] - y[:, 1]], dim=1)
+        half *= 2
+    return (y.reshape(x.shape) * block**-0.5).to(x.dtype)
+
+
 def mean(x: Tensor, axis: int, where: Tensor | None = None) -> Tensor:
     """Mean over one axis, kept, of the elements where `where` (broadcast) is true; 0 where there are none."""
     keep = torch.ones_like(x, dtype=torch.bool) if where is None else where.expand(x.shape)

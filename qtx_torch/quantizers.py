@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import FloatQuantSpec, Granularity, Quant
+from qtx_ref.spec import FloatQuantSpec, Granularity, Quant, QuantSpec
 
 from . import affine, formats
 
@@ -17,6 +17,8 @@ def scale_zero(low: Tensor, high: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
 
 def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude)."""
+    if spec.outliers is not None:
+        return beside_outliers(x, spec, where)
     if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
         where = None  # a row of padding has ranges of its own and touches no other
     if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
@@ -25,10 +27,25 @@ def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) ->
     return scale_zero(*affine.ranges(x, spec, weight, where), spec)
 
 
+def beside_outliers(x: Tensor, spec: QuantSpec, where: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al. 2022,
+    section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, which leaves it in float.
+    """
+    large = x.abs() >= spec.outliers
+    if where is not None:
+        large &= where
+    kept = large.flatten(0, -2).any(dim=0)  # (C,)
+    scale, zero = affine.scale_zero(*affine.min_max(x, (x.ndim - 1,), ~kept), spec)
+    return torch.where(kept, 0, scale), zero.expand(x.shape)
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
     """Codes of x: int32, or the uint8 of a small float."""
     if isinstance(spec, FloatQuantSpec):
         return formats.encode(x.float() / scale, spec.format, spec.saturate)
+    if spec.outliers is not None:  # what stays in float has the code of 0
+        codes = affine.quantize(torch.where(scale == 0, 0, x), torch.where(scale == 0, 1, scale), zero_point, spec)
+        return torch.where(scale == 0, zero_point, codes)
     return affine.quantize(x, scale, zero_point, spec)
 
 
@@ -36,4 +53,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> 
     """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes."""
     if isinstance(spec, FloatQuantSpec):
         return formats.fake_quantize(x, spec.format, spec.saturate, scale)
+    if spec.outliers is not None:
+        y, inside = affine.fake_quantize(x, torch.where(scale == 0, 1, scale), zero_point, spec)
+        return torch.where(scale == 0, x, y), inside | (scale == 0)
     return affine.fake_quantize(x, scale, zero_point, spec)

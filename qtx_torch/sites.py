@@ -33,13 +33,14 @@ class Site(nn.Module):
 
 class Linear(Site):
     """weight (O, I) and bias (O,), or one of each per head: (H, O, I) and (H, O). `tied` names another's weight,
-    where it has none of its own."""
+    where it has none of its own. `transform`, None or a module, is what happens to its input before any slot sees it."""
 
     def __init__(self, outputs: int, inputs: int, *, heads: int = 0, bias: bool = True, tied: str = "") -> None:
         lead = (heads,) if heads else ()
         shapes = {} if tied else {"weight": (*lead, outputs, inputs)}
         super().__init__("input", "weight", **shapes, **({"bias": (*lead, outputs)} if bias else {}))
         self.tied = tied
+        self.transform = None
         if not bias:
             self.bias = None
 
@@ -99,3 +100,31 @@ def attached(net: nn.Module, hooks: Mapping[str, nn.Module]) -> Iterator[None]:
         yield
     finally:
         attach(net, before)
+
+
+@contextmanager
+def transforming(net: nn.Module, transforms: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`transform` for the length of a `with` block; what was there before comes back."""
+    before = {site.name: site.transform for site in linears(net).values() if site.transform is not None}
+    transform(net, transforms)
+    try:
+        yield
+    finally:
+        transform(net, before)
+
+
+def linears(net: nn.Module) -> dict[str, Linear]:
+    """Every linear of a model by its name."""
+    return {site.name: site for site in net.modules() if isinstance(site, Linear)}
+
+
+def transform(net: nn.Module, transforms: Mapping[str, nn.Module]) -> None:
+    """Puts each transform at the input of its linear and takes all others away. Raises SpecError naming an unknown one."""
+    known = linears(net)
+    for name in transforms:
+        if name not in known:
+            raise SpecError(f"site {name!r} is no linear of this model: they are such as {', '.join(list(known)[:3])}")
+    for name, site in known.items():
+        if site.transform is not None:
+            del site.transform
+        site.transform = transforms.get(name)

@@ -80,6 +80,24 @@ def attention_mass(probs: Tensor, where: Tensor, keys: Tensor) -> Tensor:
     return mass.masked_fill(~queries, 0).sum(dim=(0, 2)) / queries.sum(dim=(0, 2)).clamp(min=1)
 
 
+MOMENTS = ("count", "sum", "absmax", "gram")
+
+
+def moments(x: Tensor, where: Tensor | None = None, names: tuple[str, ...] = MOMENTS) -> dict[str, Tensor]:
+    """Of the rows of x (..., I) that count: their number (), and in float64 their sum (I,), the largest magnitude (I,) and
+    x^T x (I, I), the Gram matrix."""
+    keep = torch.ones((*x.shape[:-1], 1), dtype=torch.bool, device=x.device)
+    keep = keep if where is None else where.expand(keep.shape)
+    rows = x.reshape(-1, x.shape[-1])[keep.reshape(-1)].double()
+    make = {
+        "count": lambda: torch.tensor(len(rows)),
+        "sum": lambda: rows.sum(dim=0),
+        "absmax": lambda: rows.abs().amax(dim=0) if len(rows) else rows.sum(dim=0),
+        "gram": lambda: rows.T @ rows,
+    }
+    return {name: make[name]() for name in names}
+
+
 STATISTICS = ("inf_norm", "kurtosis_published", "kurtosis", "energy", "beyond", "elements")
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .base import SpecError
 from .profile import Profile, Requantization
-from .quant import FloatQuantSpec, Granularity, InputTransform, Quant
+from .quant import FloatQuantSpec, Granularity, Quant
 
 FLOAT_REQUANTIZATIONS = (Requantization.FLOAT32, Requantization.FLOAT_HALF_AWAY)
 TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
@@ -21,16 +21,18 @@ def check_integer(
     profile: Profile,
     *,
     strict: bool = False,
-    transforms: Mapping[str, InputTransform] | None = None,
+    transforms: Iterable[str] = (),
 ) -> None:
-    """transforms: those at a linear's input, which no earlier parameter has taken in. Raises SpecError naming the first site that cannot run in integers, or under `strict` needs a float.
+    """Raises SpecError naming the first site that cannot run in integers, or under `strict` needs a float.
+
+    transforms: the linears at whose input a transform is left, which no norm has taken in.
 
     Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or block.
     """
     if strict and profile.requantization in FLOAT_REQUANTIZATIONS:
         kind = profile.requantization
         raise SpecError(f"profile {profile.name} requantizes by {kind}, a float: strict needs qtx, tflite or gemmlowp")
-    for site in transforms or ():
+    for site in transforms:
         refuse_integer(site, "a transform of its input is left, which is computed in float: fold it, or leave it out")
     for site, spec in quants.items():
         weight = site.endswith(".weight")

@@ -150,6 +150,11 @@ class FloatQuantSpec:
         return False
 
     @property
+    def outliers(self) -> None:
+        """No channel stays apart."""
+        return None
+
+    @property
     def code_min(self) -> int:
         """Of the zero point, which is 0."""
         return 0
