@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from qtx_ref.random import stream
 
 SPLITS = ("train", "calibration", "evaluation")
 
@@ -42,3 +47,16 @@ def check_batch(batch_size: int, available: int, what: str) -> None:
         raise DataError(f"batch size is {batch_size}: give at least 1")
     if available < batch_size:
         raise DataError(f"{available} {what} do not fill one batch of {batch_size}: give more data or a smaller batch")
+
+
+def passes(rows: np.ndarray, batch_size: int, seed: int, start: int) -> Iterator[np.ndarray]:
+    """The rows of batch `start`, `start` + 1, ... without end: every row once per pass, newly shuffled.
+
+    Batch `step` depends on (seed, step) alone.
+    """
+    step = start
+    while True:
+        turn, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(rows))
+        order = {t: stream(seed, "pass", t).permutation(rows) for t in np.unique(turn)}
+        yield np.array([order[t][p] for t, p in zip(turn, place, strict=True)])
+        step += 1
