@@ -76,6 +76,7 @@ class LabelledText:
         tokenizer, self.specials, self.vocab = open_tokenizer(tokenizer_json)
         encoded = tokenizer.encode_batch([row.text for row in rows], add_special_tokens=False)
         self._ids = [np.array(found.ids[: length - 2], np.int64) for found in encoded]
+        self._sizes = np.array([len(ids) for ids in self._ids])
         self._labels = np.array([place[row.label] for row in rows], np.int64)
         self._hashes = [digest(row.text.encode())[:SHORT] for row in rows]
         splits = np.array([row.split for row in rows])
@@ -122,14 +123,15 @@ class LabelledText:
         return min(self.length, spec.length)
 
     def train_batches(self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of the train split, without end, from step `start` on; every text once per pass, newly shuffled.
+        """Batches of the train split, without end, from step `start` on; every text once per pass, newly shuffled, texts of
+        like length together.
 
         Batch `step` depends on (seed, step) alone.
         """
         limit = self.check(spec)
         rows = self._rows["train"]
         check_batch(batch_size, len(rows), "train texts")
-        return (self._batch(chosen, limit) for chosen in passes(rows, batch_size, seed, start))
+        return (self._batch(chosen, limit) for chosen in passes(rows, batch_size, seed, start, self._sizes))
 
     def split_batches(
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
