@@ -8,11 +8,12 @@ import click
 
 from qtx_ref.spec import SpecError
 
-from .checkpoint import save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
 from .files import CheckpointError, check_writable
 from .hub import APART, import_model
+from .hub_export import export_model
 from .hub_files import FLOATS
-from .options import JSON, say, write_json
+from .options import CHECKPOINT, JSON, say, write_json
 from .report.tables import table
 
 
@@ -54,4 +55,24 @@ def import_command(folder, out, json_path):
         [key, ", ".join(value) or "none" if isinstance(value, list) else str(value)] for key, value in shown.items()
     ]
     say(table(["", str(folder)], rows[1:]) + f"\n{out}: see qtx analyze {out}", json_path)
+    write_json(json_path, result)
+
+
+@click.command()
+@CHECKPOINT
+@click.option("--format", "form", default="hf", show_default=True, help="hf: the folder that transformers loads.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write, new or empty.")
+@JSON
+def export(checkpoint, form, out, json_path):
+    """Write a checkpoint for another library.
+
+    A model that was imported and has its structure still gets the same names, dtypes and configuration again; another one
+    the names of today's transformers.
+    """
+    if form != "hf":
+        raise SpecError(f"--format {form}: only hf, a folder that transformers loads, is known")
+    written = export_model(checkpoint, load_checkpoint(checkpoint), out)
+    kind = "as it was imported" if written.as_imported else "under the names of transformers"
+    say(f"{out}: {', '.join(written.files)}; {', '.join(written.dtypes)}, {kind}", json_path)
+    result = {"folder": str(out), "files": written.files, "dtype": written.dtypes, "as_imported": written.as_imported}
     write_json(json_path, result)

@@ -1,4 +1,4 @@
-"""Hugging Face models in and out: BERT, OPT and ViT as a folder of config.json, safetensors and tokenizer.json."""
+"""Hugging Face models in: BERT, OPT and ViT from a folder of config.json, safetensors and tokenizer.json."""
 
 from __future__ import annotations
 
@@ -14,17 +14,7 @@ from qtx_ref.spec.base import is_number
 from .checkpoint import Checkpoint
 from .data.splits import digest
 from .files import CheckpointError
-from .hub_families import (
-    BUFFERS,
-    family_of,
-    find_head,
-    names,
-    plain_name,
-    read_config,
-    their_shapes,
-    tied,
-    unused,
-)
+from .hub_config import family_of, find_head, read_config
 from .hub_files import (
     CONFIG,
     FLOATS,
@@ -37,12 +27,10 @@ from .hub_files import (
     read_json,
     read_tensor,
 )
+from .hub_names import BUFFERS, names, plain_name, their_shapes, tied, unused
 from .progress import Progress
 
 APART = "hub."  # of tensors that are kept and not used
-
-
-# --- in ---------------------------------------------------------------------------------------------------------------
 
 
 def import_model(folder: Path) -> Checkpoint:

@@ -26,6 +26,7 @@ HEADER_BYTES = 100_000_000  # the package's own limit
 MOST = 20_000  # tensors in a file: a thousand layers
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 INTEGERS = {"I64": "int64", "I32": "int32"}
+DTYPES = FLOATS | INTEGERS
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         entries = json.loads(header, object_pairs_hook=unique)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from None
     entries.pop("__metadata__", None)
     found = {}
@@ -161,7 +162,7 @@ def read_tensor(name: str, stored: Stored) -> np.ndarray:
 
     Raises CheckpointError for a dtype that is none of `FLOATS` and `INTEGERS`, and for NaN and infinity.
     """
-    if stored.dtype not in FLOATS | INTEGERS:
+    if stored.dtype not in DTYPES:
         raise CheckpointError(f"{stored.path}: tensor {name} is {stored.dtype}; known are {', '.join(FLOATS)}")
     kind = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4"}[stored.dtype]
     with open(stored.path, "rb") as file:
@@ -180,7 +181,7 @@ def fits(value: np.ndarray, dtype: str) -> bool:
     if dtype == "BF16":
         return value.dtype == np.float32 and not (value.view(np.uint32) & 0xFFFF).any()
     with np.errstate(over="ignore"):
-        return np.array_equal(value.astype(FLOATS | INTEGERS)[dtype], value)
+        return np.array_equal(value.astype(DTYPES[dtype]), value)
 
 
 def write_bytes(tensors: Mapping[str, tuple[np.ndarray, str]]) -> bytes:
@@ -190,6 +191,6 @@ def write_bytes(tensors: Mapping[str, tuple[np.ndarray, str]]) -> bytes:
         if dtype == "BF16":
             data = (np.ascontiguousarray(value).view(np.uint32) >> 16).astype("<u2")
         else:
-            data = value.astype((FLOATS | INTEGERS)[dtype])
-        entries[name] = {"dtype": (FLOATS | INTEGERS)[dtype], "shape": list(value.shape), "data": data.tobytes()}
+            data = value.astype(np.dtype(DTYPES[dtype]).newbyteorder("<"))
+        entries[name] = {"dtype": DTYPES[dtype], "shape": list(value.shape), "data": data.tobytes()}
     return serialize(entries, {"format": "pt"})

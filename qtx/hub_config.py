@@ -1,14 +1,12 @@
-"""BERT, OPT and ViT in the words of Hugging Face: configuration and tensor names, to a `ModelSpec` and back."""
+"""The configuration of Hugging Face's BERT, OPT and ViT: to a `ModelSpec` and back."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qtx_ref.models.initial import shapes
-from qtx_ref.spec import Activation, Family, Head, ModelSpec, SpecError
+from qtx_ref.spec import Activation, AttentionSpec, Family, Head, ModelSpec, SpecError
 from qtx_ref.spec.base import is_number
 
 ARCHITECTURES: dict[Family, dict[str, Head]] = {
@@ -21,147 +19,6 @@ ARCHITECTURES: dict[Family, dict[str, Head]] = {
     Family.OPT: {"OPTModel": Head.NONE, "OPTForCausalLM": Head.CAUSAL},
     Family.VIT: {"ViTModel": Head.NONE, "ViTForImageClassification": Head.CLASSIFY},
 }
-PREFIX = {Family.BERT: "bert.", Family.OPT: "model.decoder.", Family.VIT: "vit."}  # of a model with a head
-LAYER = {Family.BERT: "encoder.layer", Family.OPT: "layers", Family.VIT: "encoder.layer"}
-HEADS = ("cls.", "classifier.", "lm_head.")  # names that take no prefix
-MODULES: dict[Family, dict[str, str]] = {  # ours to theirs: a site, a part of a layer, or a whole name
-    Family.BERT: {
-        "embed.token": "embeddings.word_embeddings",
-        "embed.type": "embeddings.token_type_embeddings",
-        "embed.position": "embeddings.position_embeddings",
-        "embed.norm": "embeddings.LayerNorm",
-        "attn.query": "attention.self.query",
-        "attn.key": "attention.self.key",
-        "attn.value": "attention.self.value",
-        "attn.output": "attention.output.dense",
-        "attn.norm": "attention.output.LayerNorm",
-        "ffn.hidden": "intermediate.dense",
-        "ffn.output": "output.dense",
-        "ffn.norm": "output.LayerNorm",
-        "head.transform": "cls.predictions.transform.dense",
-        "head.norm": "cls.predictions.transform.LayerNorm",
-        "head.decoder": "cls.predictions",
-        "head.pool": "pooler.dense",
-        "head.classifier": "classifier",
-    },
-    Family.OPT: {
-        "embed.token": "embed_tokens",
-        "embed.project": "project_in",
-        "embed.position": "embed_positions",
-        "attn.norm": "self_attn_layer_norm",
-        "attn.query": "self_attn.q_proj",
-        "attn.key": "self_attn.k_proj",
-        "attn.value": "self_attn.v_proj",
-        "attn.output": "self_attn.out_proj",
-        "ffn.norm": "final_layer_norm",
-        "ffn.hidden": "fc1",
-        "ffn.output": "fc2",
-        "final.norm": "final_layer_norm",
-        "final.project": "project_out",
-    },
-    Family.VIT: {
-        "embed.patch": "embeddings.patch_embeddings.projection",
-        "embed.cls.weight": "embeddings.cls_token",
-        "embed.position.weight": "embeddings.position_embeddings",
-        "attn.norm": "layernorm_before",
-        "attn.query": "attention.attention.query",
-        "attn.key": "attention.attention.key",
-        "attn.value": "attention.attention.value",
-        "attn.output": "attention.output.dense",
-        "ffn.norm": "layernorm_after",
-        "ffn.hidden": "intermediate.dense",
-        "ffn.output": "output.dense",
-        "final.norm": "layernorm",
-        "head.classifier": "classifier",
-    },
-}
-VIT_MODULES = {  # as transformers 5 names the modules of a layer in memory
-    "attention.q_proj": "attention.attention.query",
-    "attention.k_proj": "attention.attention.key",
-    "attention.v_proj": "attention.attention.value",
-    "attention.o_proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
-
-
-def plain_name(family: Family, name: str) -> str:
-    """A tensor's name in a file without the model's prefix, and today's word for one of old."""
-    if family is Family.OPT:
-        return name.removeprefix("model.").removeprefix("decoder.")
-    name = name.removeprefix(PREFIX[family])
-    if family is Family.BERT:
-        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    if found := re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name):
-        index, module, kind = found.groups()
-        return f"encoder.layer.{index}.{VIT_MODULES.get(module, module)}.{kind}"
-    return name
-
-
-def names(spec: ModelSpec) -> dict[str, str]:
-    """Their plain name for each parameter of ours."""
-    modules = MODULES[spec.family]
-
-    def name(ours: str) -> str:
-        if ours in modules:
-            return modules[ours]
-        site, _, kind = ours.rpartition(".")
-        if site.startswith("layer."):
-            _, index, part = site.split(".", 2)
-            return f"{LAYER[spec.family]}.{index}.{modules[part]}.{kind}"
-        return f"{modules[site]}.{kind}"
-
-    return {ours: name(ours) for ours in shapes(spec)}
-
-
-def full_name(spec: ModelSpec, plain: str) -> str:
-    """The name under which transformers writes it today."""
-    if plain.startswith(HEADS):
-        return plain
-    prefix = PREFIX[spec.family]
-    return (prefix if spec.head is not Head.NONE else prefix.partition(".")[2]) + plain
-
-
-def their_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Their shape of each parameter of ours: as many values in the same order."""
-    found = shapes(spec)
-    if spec.family is Family.VIT:
-        d, c, p = spec.width, spec.channels, spec.patch_size
-        found |= {
-            "embed.patch.weight": (d, c, p, p),  # a convolution's
-            "embed.cls.weight": (1, 1, d),
-            "embed.position.weight": (1, spec.length, d),
-        }
-    return found
-
-
-def tied(spec: ModelSpec) -> dict[str, str]:
-    """Plain names of copies that a file may hold, with the parameter of ours that each must equal."""
-    if spec.head is Head.CAUSAL:
-        return {"lm_head.weight": "embed.token.weight"}
-    if spec.head is Head.MLM:
-        return {
-            "cls.predictions.decoder.weight": "embed.token.weight",
-            "cls.predictions.decoder.bias": "head.decoder.bias",
-        }
-    return {}
-
-
-def unused(spec: ModelSpec) -> dict[str, list[tuple[int, ...]]]:
-    """Plain names of tensors that a file may hold and our model has no use for, with the shapes they may have."""
-    d, t = spec.width, spec.length
-    pooler: dict[str, list[tuple[int, ...]]] = {"pooler.dense.weight": [(d, d)], "pooler.dense.bias": [(d,)]}
-    if spec.family is Family.BERT:
-        nsp = {"cls.seq_relationship.weight": [(2, d)], "cls.seq_relationship.bias": [(2,)]}
-        buffers = {f"embeddings.{name}": [(1, t), (t,)] for name in BUFFERS}
-        return buffers | (nsp if spec.head is Head.MLM else {}) | ({} if spec.head is Head.CLASSIFY else pooler)
-    return pooler | {"embeddings.mask_token": [(1, 1, d)]} if spec.family is Family.VIT else {}
-
-
-BUFFERS = ("position_ids", "token_type_ids")  # integers that count or are 0
 
 
 def find_head(family: Family, config: Mapping[str, Any], plain: Iterable[str], prefixed: bool) -> Head:
@@ -172,7 +29,7 @@ def find_head(family: Family, config: Mapping[str, Any], plain: Iterable[str], p
     known, given = ARCHITECTURES[family], config.get("architectures")
     head = Head.NONE
     if given:
-        if not isinstance(given, list) or given[0] not in known:
+        if not isinstance(given, list) or not isinstance(given[0], str) or given[0] not in known:
             raise SpecError(f"architectures is {given!r}: known are {', '.join(known)}")
         head = known[given[0]]
     elif family is Family.OPT and prefixed:
@@ -186,9 +43,6 @@ def find_head(family: Family, config: Mapping[str, Any], plain: Iterable[str], p
             if family is not Family.OPT and name == "classifier.weight":
                 return Head.CLASSIFY
     return head
-
-
-# --- configuration ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -217,8 +71,8 @@ class Settings:
 
     def only(self, key: str, allowed: Any) -> None:
         """Refuses another value than the one that the models here have."""
-        value = self.values.get(key, allowed)
-        if value != allowed or type(value) is not type(allowed):
+        value = self.values.get(key)
+        if value is not None and (value != allowed or type(value) is not type(allowed)):
             raise SpecError(f"{key} is {value!r}: only {allowed!r} is supported")
 
     def side(self, key: str, default: int) -> int:
@@ -257,7 +111,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def read_config(config: Mapping[str, Any], head: Head) -> ModelSpec:
     """The spec of a configuration. Raises SpecError for a wrong type and for what the models here do not do."""
     family, given = family_of(config), Settings(config)
-    given.only("tie_encoder_decoder", False)
     given.only("pruned_heads", {})
     classes = given.classes() if head is Head.CLASSIFY else 0
     size = {
@@ -316,3 +169,81 @@ def read_config(config: Mapping[str, Any], head: Head) -> ModelSpec:
         patch_size=given.side("patch_size", 16),
         channels=given.whole("num_channels", 3),
     )
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+def check_expressible(spec: ModelSpec) -> None:
+    """Raises SpecError naming what a model has that no model of transformers has."""
+    given, plain = spec.attention, AttentionSpec()
+    why = None
+    if given.softmax is not plain.softmax:
+        why = f"its attention is {given.softmax}, and theirs has the plain softmax"
+    elif given.gate is not plain.gate:
+        why = f"its attention has the gate {given.gate}, and theirs has none"
+    elif spec.patch_norm:
+        why = "it has a norm after the patch embedding (patch_norm), and theirs has none"
+    elif spec.head is Head.MLM and spec.activation is not Activation.GELU:
+        why = f"its activation is {spec.activation} and its head's is gelu, and theirs are one"
+    elif spec.family is Family.OPT and (spec.norm_eps, spec.position_offset) != (1e-5, 2):
+        why = f"norm_eps {spec.norm_eps} and position_offset {spec.position_offset} are fixed in theirs: 1e-05 and 2"
+    elif spec.family is Family.OPT and spec.final_norm and not spec.pre_norm:
+        why = "it is post-norm with a final norm, and theirs has that before layers only"
+    elif spec.family is not Family.OPT and (spec.position_offset or spec.embed_width):
+        why = "position_offset and embed_width are OPT's"
+    elif spec.family is not Family.OPT and {spec.pre_norm, spec.final_norm} != {spec.family is Family.VIT}:
+        why = f"pre_norm {spec.pre_norm} and final_norm {spec.final_norm} are not as in theirs"
+    if why:
+        raise SpecError(f"transformers has no such {spec.family}: {why}")
+
+
+def write_config(spec: ModelSpec, dtype: str, tokens: Mapping[str, int | None]) -> dict[str, Any]:
+    """The configuration under which transformers builds the model; `tokens` are ids of pad, cls and sep.
+
+    Raises SpecError where it has no such model.
+    """
+    check_expressible(spec)
+    classes = {name: head for name, head in ARCHITECTURES[spec.family].items() if head is spec.head}
+    found: dict[str, Any] = {
+        "architectures": [next(iter(classes))],
+        "model_type": str(spec.family),
+        "dtype": dtype,
+        "hidden_size": spec.width,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+    }
+    if spec.head is Head.CLASSIFY:
+        found["id2label"] = {str(i): f"LABEL_{i}" for i in range(spec.classes)}
+        found["label2id"] = {label: int(i) for i, label in found["id2label"].items()}
+    if spec.family is not Family.VIT:
+        found |= {
+            "vocab_size": spec.vocab,
+            "max_position_embeddings": spec.length,
+            "tie_word_embeddings": True,
+            "pad_token_id": tokens.get("pad"),
+            "bos_token_id": tokens.get("cls"),
+            "eos_token_id": tokens.get("sep"),
+        }
+    if spec.family is Family.OPT:
+        return found | {
+            "ffn_dim": spec.hidden,
+            "activation_function": str(spec.activation),
+            "do_layer_norm_before": spec.pre_norm,
+            "_remove_final_layer_norm": not spec.final_norm,
+            "word_embed_proj_dim": spec.embed_width or spec.width,
+            "dropout": spec.dropout,
+            "attention_dropout": spec.attention_dropout,
+            "init_std": spec.init_std,
+        }
+    found |= {
+        "intermediate_size": spec.hidden,
+        "hidden_act": str(spec.activation),
+        "layer_norm_eps": spec.norm_eps,
+        "hidden_dropout_prob": spec.dropout,
+        "attention_probs_dropout_prob": spec.attention_dropout,
+        "initializer_range": spec.init_std,
+    }
+    if spec.family is Family.BERT:
+        return found | {"type_vocab_size": spec.types}
+    return found | {"image_size": spec.image_size, "patch_size": spec.patch_size, "num_channels": spec.channels}
