@@ -22,7 +22,8 @@ from .files import CheckpointError, check_writable, write_beside
 from .sites import sites
 from .training import Machine
 
-WRITTEN = ("model.safetensors", "study.json", "curves.png")  # in the folders that train and study write
+# in the folders that train, study and export write
+WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "tokenizer.json", "preprocessor_config.json")
 PLACES = ("checkpoint", "model", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
 
 
