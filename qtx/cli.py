@@ -20,11 +20,8 @@ from . import __version__, analysis, quantization, recipes
 from .artifact import SUFFIX
 from .backend import MissingExtra, backend, need
 from .cli_artifact import diff, show, vectors
-<<<<<<< HEAD
 from .cli_finetune import finetune
-=======
 from .cli_hub import export, import_command
->>>>>>> hub
 from .cli_parity import parity
 from .cli_quantize import quantize
 from .data import DataError, load
@@ -308,9 +305,5 @@ def recipes_command(name, model, attention_name, json_path):
     write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
-<<<<<<< HEAD
-for command in (finetune, quantize, parity, show, diff, vectors):
-=======
-for command in (quantize, parity, show, diff, vectors, import_command, export):
->>>>>>> hub
+for command in (quantize, parity, show, diff, vectors, import_command, export, finetune):
     main.add_command(command)

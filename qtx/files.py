@@ -164,17 +164,11 @@ def check_meta(path: Path, meta: Any) -> None:
     for name, kind in (("length", "a whole number"), ("names", "a list of texts")):
         if data.get(name) is not None:
             expect(f"meta.data.{name}", data[name], kind)
-    scaling = meta.get("images")
-    if scaling is not None:
-        expect("meta.images", scaling, "an object")
-        for name in ("mean", "std"):
-            expect(f"meta.images.{name}", scaling.get(name), "a list of numbers")
 
 
 KINDS = {
     "an object": lambda value: isinstance(value, dict),
     "a whole number": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "a list of numbers": lambda value: isinstance(value, list) and all(type(item) in (int, float) for item in value),
     "a text": lambda value: isinstance(value, str),
     "an object of mean and std, numbers by channel": lambda value: (
         isinstance(value, dict)

@@ -11,6 +11,7 @@ from qtx_ref.models.initial import add_gate, first_value, shapes
 from qtx_ref.presets import attention
 from qtx_ref.spec import Family, Gate, Head, ModelSpec, SpecError
 
+from . import hub
 from .checkpoint import Checkpoint, file_of, load_checkpoint
 from .files import CheckpointError, sha_of
 
@@ -56,7 +57,10 @@ def classifier(found: Checkpoint, classes: int, seed: int, dropout: float | None
 
 def pooler(found: Checkpoint) -> Params:
     """BERT's pooler: of a classifier, or kept from an imported encoder; empty where there is none."""
-    return {name: value for name, value in found.params.items() if name.startswith("head.pool.")}
+    own = {name: value for name, value in found.params.items() if name.startswith("head.pool.")}
+    if own or found.spec.family is not Family.BERT or (came := hub.pooler(found)) is None:
+        return own
+    return {"head.pool.weight": came[0].astype(np.float32), "head.pool.bias": came[1].astype(np.float32)}
 
 
 def continued(found: Checkpoint, attention_name: str | None, seed: int) -> tuple[ModelSpec, Params]:
