@@ -251,7 +251,9 @@ def test_resume_goes_on_and_refuses_another(vit, tmp_path, monkeypatch):
     after = json.loads((out / "ptq.json").read_text())["rows"]
     assert list(after) == ["float", "w8a8", "w4a4", "w6a6"]
     assert after["w4a4"] == rows["w4a4"]  # not measured again
-    assert "sequences" in bad("ptq", vit, *SMALL[:3], "50", *SMALL[4:], "--recipes", "w8a8,w4a4,w6a6", "--out", out, "--resume")
+    assert "sequences" in bad(
+        "ptq", vit, *SMALL[:3], "50", *SMALL[4:], "--recipes", "w8a8,w4a4,w6a6", "--out", out, "--resume"
+    )
     (out / "ptq.json").write_text("{}")
     assert "no comparison" in bad(*arguments, "--resume")
 

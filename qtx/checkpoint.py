@@ -21,7 +21,7 @@ from qtx_ref.spec import InputTransform, ModelSpec, Range, Recipe, SpecError, Tr
 from .files import CHECKPOINT, VERSION, CheckpointError, opened, write_tensors
 from .preparation import left_sites, left_transforms
 
-APART = ("optim.", "history.", "range.", "learned.", "transform.")
+APART = ("optim.", "history.", "range.", "learned.", "transform.", "hub.")
 STATE = ("range.", "transform.")  # of these, what `Checkpoint` has fields for
 
 

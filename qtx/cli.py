@@ -20,6 +20,8 @@ from . import __version__, analysis, quantization, recipes
 from .artifact import SUFFIX
 from .backend import MissingExtra, backend, need
 from .cli_artifact import diff, show, vectors
+from .cli_finetune import finetune
+from .cli_hub import export, import_command
 from .cli_parity import parity
 from .cli_ptq import ptq
 from .cli_quantize import quantize
@@ -58,7 +60,7 @@ class Commands(click.Group):
             click.echo(f"\n{stop}; the same command with --resume goes on", err=True)
             ctx.exit(130)
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("study", "train")
+            resumes = ctx.invoked_subcommand in ("finetune", "study", "train")
             click.echo("\nstopped" + ("; the same command with --resume goes on" if resumes else ""), err=True)
             ctx.exit(130)
         except BrokenPipeError:  # whoever read the output has enough
@@ -304,5 +306,5 @@ def recipes_command(name, model, attention_name, json_path):
     write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
-for command in (quantize, ptq, parity, show, diff, vectors):
+for command in (quantize, ptq, parity, show, diff, vectors, import_command, export, finetune):
     main.add_command(command)
