@@ -13,7 +13,7 @@ from parity_tests import small_models
 from qtx import remedies
 from qtx.cli import main
 from qtx.progress import Progress
-from qtx.ptq import Calibrated, Measured, compare, measure, relative_error, site_errors
+from qtx.ptq import Calibrated, Measured, compare, relative_error, site_errors
 from qtx.quantization import Answers, Prepared, answers
 from qtx.recipes import recipe, resolve
 from qtx_ref.backend import Model

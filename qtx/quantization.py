@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import numpy as np
-
 from qtx_ref.lifting import real
 from qtx_ref.ops import cross_entropy
 from qtx_ref.spec import (
@@ -200,7 +198,11 @@ def prepare(
     Raises SpecError for what cannot be transformed, calibrated or rewritten, naming the site.
     """
     quants = resolve(recipe, spec)
-    params, transforms = transform(machine, spec, params, batches, recipe)
+    transforms: dict[str, InputTransform] = {}
+    if recipe.transforms:
+        params, transforms = transform(machine, spec, params, batches, recipe)
+    if ranges is not None and recipe.rewrite is None:
+        return Prepared(params, dict(ranges), transforms)
     model = machine.model(spec, params)
     if ranges is None:
         ranges = find_ranges(model, batches(recipe.batches), recipe, transforms)

@@ -184,9 +184,9 @@ def remedied(base: Recipe, spec: ModelSpec, names: list[str]) -> Recipe:
 
 
 def group_counts(spec: ModelSpec) -> tuple[int, ...]:
-    """The numbers of groups that divide both widths, up to one group per channel."""
-    both = gcd(spec.width, spec.hidden)
-    return (*(count for count in GROUPS if both % count == 0 and count < spec.width), spec.width)
+    """Numbers of groups that divide the model's and the FFN's width, up to the largest."""
+    largest = gcd(spec.width, spec.hidden)
+    return (*(count for count in GROUPS if largest % count == 0 and count < largest), largest)
 
 
 def standard(spec: ModelSpec) -> tuple[str, ...]:
