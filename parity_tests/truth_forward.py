@@ -54,8 +54,9 @@ FORMULAS = {
     "mul": lambda x, c: x["a"] * np.tile(x["b"], (1, x["a"].shape[1], 1)),
     "scale": lambda x, c: x["x"] / 8,
     "divide": lambda x, c: x["x"] * c["d"] ** -1,
-    "hadamard": lambda x, c: x["x"] @ linalg.block_diag(*2 * [linalg.hadamard(x["x"].shape[-1] // 2)])
-    / np.sqrt(x["x"].shape[-1] // 2),
+    "hadamard": lambda x, c: (
+        x["x"] @ linalg.block_diag(*2 * [linalg.hadamard(x["x"].shape[-1] // 2)]) / np.sqrt(x["x"].shape[-1] // 2)
+    ),
     "mean": lambda x, c: np.mean(x["x"], axis=1, keepdims=True),
     "mean_of_some": lambda x, c: np.stack(
         [(v[k[:, 0]].mean(0) if k.any() else 0 * v[0])[None] for v, k in zip(x["x"], c["where"], strict=True)]

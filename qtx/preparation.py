@@ -93,7 +93,9 @@ def transform(
     params, divisors = dict(params), {}
     if smoothed:
         label = f"{recipe.name}: smooth"
-        shown = input_moments(machine.model(spec, params), batches(recipe.batches), smoothed, ("absmax",), label, recipe)
+        shown = input_moments(
+            machine.model(spec, params), batches(recipe.batches), smoothed, ("absmax",), label, recipe
+        )
         absmax = {site: moments["absmax"] for site, moments in shown.items()}
         for strength, groups in smoothed_groups(chosen):
             sites = [site for group in groups for site in group]
@@ -139,7 +141,9 @@ def rewrite(
     linear with a quantized weight of its own is rewritten."""
     sites = [site for site in linears(model.spec) if f"{site}.weight" in params and f"{site}.weight" in quants]
     if not sites:
-        raise SpecError(f"recipe {recipe.name} has rewrite {recipe.rewrite} and quantizes no linear's weight: leave it out")
+        raise SpecError(
+            f"recipe {recipe.name} has rewrite {recipe.rewrite} and quantizes no linear's weight: leave it out"
+        )
     label = f"{recipe.name}: inputs"
     if recipe.rewrite is Rewrite.BIAS:
         found = input_moments(model, batches(recipe.batches), sites, ("count", "sum"), label, recipe)

@@ -36,7 +36,9 @@ def hadamard_block(weight: np.ndarray, block: int | None, site: str) -> int:
     width = weight.shape[-1]
     found = block or width & -width
     if found < 2 or width % found:
-        raise SpecError(f"transform block {found} at {site}, of width {width}: give a power of two that divides it, above 1")
+        raise SpecError(
+            f"transform block {found} at {site}, of width {width}: give a power of two that divides it, above 1"
+        )
     return found
 
 

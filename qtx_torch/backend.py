@@ -172,7 +172,10 @@ class Model:
     ) -> dict[str, Arrays]:
         """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward pass."""
         found: dict[str, Arrays] = {}
-        last: list = [None, {}]  # query, key and value take in one tensor, which is held so that no other takes its place
+        last: list = [
+            None,
+            {},
+        ]  # query, key and value take in one tensor, which is held so that no other takes its place
 
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
             if last[0] is None or (x.data_ptr(), x.shape) != (last[0].data_ptr(), last[0].shape):

@@ -93,7 +93,9 @@ class QuantSpec:
         if self.outliers is not None and not (is_number(self.outliers) and self.outliers > 0):
             refuse("quantizer outliers", self.outliers, "give the magnitude, above 0, that makes a channel an outlier")
         if self.outliers is not None and self.granularity is not Granularity.TOKEN:
-            refuse("quantizer outliers", self.outliers, "channels stay in float beside dynamic ranges per token; use token")
+            refuse(
+                "quantizer outliers", self.outliers, "channels stay in float beside dynamic ranges per token; use token"
+            )
         if self.learned and self.dynamic:
             refuse("quantizer learned", True, "a dynamic range cannot be learned; choose one")
 
