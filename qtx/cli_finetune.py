@@ -27,7 +27,9 @@ EPOCHS = 3.0
               help="A .csv or .jsonl of text, label and, if any, split; a folder of pictures per class; books or digits.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder; the model is model.safetensors.")
 @click.option("--head-only", is_flag=True, help="Train the new head alone; the encoder keeps its bytes.")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), help=f"Passes over the train split; default {EPOCHS:g}.")
+@click.option(
+    "--epochs", type=click.FloatRange(0, min_open=True), help=f"Passes over the train split; default {EPOCHS:g}."
+)
 @click.option("--steps", type=click.IntRange(1), help="Training steps, in place of --epochs.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Texts or images per step.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True),
@@ -72,7 +74,9 @@ def finetune(checkpoint, data, out, head_only, epochs, steps, batch, lr, length,
     result = {"steps": len(loss), **quantization.as_json(score)}
     rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
     say(table(["", str(path)], rows), json_path)
-    write_json(json_path, {"checkpoint": str(path), "diverged": made.meta["diverged"], "curve": loss.tolist(), **result})
+    write_json(
+        json_path, {"checkpoint": str(path), "diverged": made.meta["diverged"], "curve": loss.tolist(), **result}
+    )
 
 
 def labelled(origin: Origin, data: str, length: int | None) -> Any:

@@ -24,7 +24,7 @@ from .training import Machine
 
 # in the folders that train, study and export write
 WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "tokenizer.json", "preprocessor_config.json")
-PLACES = ("checkpoint", "model", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
+PLACES = ("checkpoint", "model", "init", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
 
 
 def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
@@ -77,8 +77,11 @@ MACHINE = options(
 )
 JSON = with_json
 DATA = options(
-    click.option("--data", help="books, digits, a text file or a folder of .txt; of a classifier a .csv or .jsonl of text and label, "
-                 "or a folder of pictures per class; default: the model's own."),
+    click.option(
+        "--data",
+        help="books, digits, a text file or a folder of .txt; of a classifier a .csv or .jsonl of text and label, "
+        "or a folder of pictures per class; default: the model's own.",
+    ),
     click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json for your own text."),
 )
 VOCAB = click.option("--vocab", type=click.IntRange(1), help="Entries of the tokenizer trained on your own text.")

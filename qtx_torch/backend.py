@@ -126,9 +126,7 @@ class Model:
         loss, grads = self.backward(batch, Float(training=training, seed=seed, step=step), only)
         return loss, {name: to_numpy(grad) for name, grad in grads.items()}
 
-    def backward(
-        self, batch: Batch, nx: Float, only: Collection[str] | None = None
-    ) -> tuple[float, dict[str, Tensor]]:
+    def backward(self, batch: Batch, nx: Float, only: Collection[str] | None = None) -> tuple[float, dict[str, Tensor]]:
         """`gradients` under a numerics, as tensors; zeros where the loss does not depend on a parameter."""
         leaves, inputs = self.leaves(), self._inputs(batch)
         for name, value in leaves.items():

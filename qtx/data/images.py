@@ -136,7 +136,9 @@ def folder(
     files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in PICTURES)
     found = sorted({file.parent.name for file in files})
     if len(files) < len(SPLITS) or len(found) < 2:
-        raise DataError(f"{path} has {len(files)} pictures in {len(found)} folders: give a folder per class, two at least")
+        raise DataError(
+            f"{path} has {len(files)} pictures in {len(found)} folders: give a folder per class, two at least"
+        )
     if names is not None and (strange := sorted(set(found) - set(names))):
         raise DataError(f"{path} has the class {strange[0]!r}; the model knows {', '.join(names[:8])}")
     if spec.channels not in MODES:
@@ -148,9 +150,7 @@ def folder(
     for key in ("mean", "std"):
         if len(given[key]) not in (1, spec.channels) or not np.isfinite(given[key]).all():
             raise DataError(f"the model's pixel {key} is {given[key]!r}: give one number or one per channel")
-    return ImageData(
-        str(path), images, labels, seed, names=classes, largest=255, mean=given["mean"], std=given["std"]
-    )
+    return ImageData(str(path), images, labels, seed, names=classes, largest=255, mean=given["mean"], std=given["std"])
 
 
 def picture(file: Path, spec: ModelSpec) -> np.ndarray:
