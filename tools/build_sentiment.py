@@ -101,7 +101,8 @@ def read_sst2(folder: Path) -> list[Text]:
 
 def words(text: str) -> tuple[str, ...]:
     """Lower-case runs of letters and digits, apostrophes left out: `it 's n't` and `It's n't` are `its nt`."""
-    joined = re.sub(r"\s+(?=n't\b|'(?:s|t|re|ve|ll|d|m)\b)", "", text.lower().replace("\u2019", "'"))
+    joined = re.sub(r"\s+(?=n't\b|'\s*(?:s|t|re|ve|ll|d|m)\b)", "", text.lower().replace("\u2019", "'"))
+    joined = re.sub(r"'\s+(?=(?:s|t|re|ve|ll|d|m)\b)", "", joined)  # can' t
     return tuple(re.findall(r"[^\W_]+", joined.replace("'", "")))
 
 
