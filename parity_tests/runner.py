@@ -15,7 +15,7 @@ import numpy as np
 from parity_tests.case import Case, Context
 from parity_tests.cases import table
 from parity_tests.compare import Verdict, exact
-from qtx_ref.spec import ModelSpec, QuantSpec, Range, SpecError
+from qtx_ref.spec import InputTransform, ModelSpec, QuantSpec, Range, SpecError
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,7 @@ def check_checkpoint(
     ranges: Mapping[str, Range] | None = None,
     *,
     masked_scores: bool = False,
+    transforms: Mapping[str, InputTransform] | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Report:
@@ -184,10 +185,10 @@ def check_checkpoint(
     from parity_tests import torch_checkpoint
     from qtx_ref.backend import Model
 
-    quants = dict(quants or {})
+    quants, transforms = dict(quants or {}), dict(transforms or {})
     if quants and not ranges:
-        ranges = Model(spec, params).calibrate(batches, quants, masked_scores=masked_scores)
-    cases = torch_checkpoint.cases(spec, params, batches, quants, ranges or {}, masked_scores)
+        ranges = Model(spec, params).calibrate(batches, quants, masked_scores=masked_scores, transforms=transforms)
+    cases = torch_checkpoint.cases(spec, params, batches, quants, ranges or {}, masked_scores, transforms)
     report = run_all(cases, Report("torch", device, "float32"), progress)
     failed = (verdict.what for row in report.rows for verdict in row.verdicts if not verdict.ok)
     report.first = next(failed, "")

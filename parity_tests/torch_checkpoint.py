@@ -12,7 +12,7 @@ from parity_tests.case import Case, Context
 from parity_tests.compare import Verdict, relative, relative_rms, reported
 from parity_tests.torch_fakequant import bound, flips
 from qtx_ref.backend import Model as RefModel
-from qtx_ref.spec import Head, ModelSpec, QuantSpec, Range
+from qtx_ref.spec import Head, InputTransform, ModelSpec, QuantSpec, Range
 from qtx_torch.backend import Model
 
 Batch = Mapping[str, np.ndarray]
@@ -26,13 +26,17 @@ def cases(
     quants: Mapping[str, QuantSpec],
     ranges: Mapping[str, Range],
     masked_scores: bool,
+    transforms: Mapping[str, InputTransform],
 ) -> list[Case]:
     """In float, and where there are quantizers under them: each op from the reference's operands, then freely."""
 
+    held = {"masked_scores": masked_scores, "transforms": transforms}
+
     def models(context: Context, quantized: bool) -> tuple[RefModel, Model]:
         made = RefModel(spec, params), Model(spec, params, device=context.device)
-        for model in made if quantized else ():
-            model.bind(quants, ranges, masked_scores=masked_scores)
+        for model in made:
+            sites = (quants, ranges) if quantized else ({}, {})
+            model.bind(*sites, **held)
         return made
 
     def forced(context: Context, quantized: bool) -> list[Verdict]:
@@ -40,7 +44,7 @@ def cases(
         hooks: dict[str, nn.Module] = bound(model)
         verdicts = []
         for batch in batches:
-            nx = teacher.FakeQuant(quants, ranges, masked_scores=masked_scores) if quantized else teacher.Float()
+            nx = teacher.FakeQuant(quants, ranges, **held) if quantized else teacher.Float(transforms=transforms)
             verdicts += teacher.forced(model, batch, teacher.watch(nx, ref, batch), hooks, context)
         return verdicts
 

@@ -78,5 +78,13 @@ def parity_of(runner: Any, path: Path, backend_name: str, device: str, dtype: st
     quants = recipes.resolve(found.recipe, found.spec) if found.recipe else {}
     masked = found.recipe.masked_scores if found.recipe else False
     return runner.check_checkpoint(
-        found.spec, found.params, batches, quants, found.ranges, masked_scores=masked, device=device, progress=seen
+        found.spec,
+        found.params,
+        batches,
+        quants,
+        found.ranges,
+        masked_scores=masked,
+        transforms=found.transforms,
+        device=device,
+        progress=seen,
     )

@@ -24,7 +24,7 @@ from .training import Machine
 
 # in the folders that train, study and export write
 WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "tokenizer.json", "preprocessor_config.json")
-PLACES = ("checkpoint", "model", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
+PLACES = ("checkpoint", "model", "init", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
 
 
 def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:

