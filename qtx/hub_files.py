@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open, serialize
+from safetensors import SafetensorError, safe_open
 
 from .files import CheckpointError
 
@@ -27,6 +27,7 @@ MOST = 20_000  # tensors in a file: a thousand layers
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 INTEGERS = {"I64": "int64", "I32": "int32"}
 DTYPES = FLOATS | INTEGERS
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4}
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,16 @@ def fits(value: np.ndarray, dtype: str) -> bool:
 
 def write_bytes(tensors: Mapping[str, tuple[np.ndarray, str]]) -> bytes:
     """A safetensors file of values that fit the dtypes given with them."""
-    entries = {}
-    for name, (value, dtype) in tensors.items():
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
+    parts, place = [], 0
+    for name, (value, dtype) in sorted(tensors.items(), key=lambda item: (-BYTES[item[1][1]], item[0])):  # aligned
         if dtype == "BF16":
-            data = (np.ascontiguousarray(value).view(np.uint32) >> 16).astype("<u2")
+            data = (np.ascontiguousarray(value).view(np.uint32) >> 16).astype("<u2").tobytes()
         else:
-            data = value.astype(np.dtype(DTYPES[dtype]).newbyteorder("<"))
-        entries[name] = {"dtype": DTYPES[dtype], "shape": list(value.shape), "data": data.tobytes()}
-    return serialize(entries, {"format": "pt"})
+            data = value.astype(np.dtype(DTYPES[dtype]).newbyteorder("<")).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [place, place + len(data)]}
+        parts.append(data)
+        place += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
