@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from parity_tests.small_models import BERT, OPT, VIT, make_batch
 from qtx.backend import backend
@@ -16,9 +17,10 @@ from qtx.cli import main
 from qtx.files import CheckpointError
 from qtx.hub import import_model, pooler
 from qtx.hub_export import export_model
+from qtx.hub_files import fits, read_header, read_tensor, write_bytes
 from qtx_ref.models.initial import init_params, shapes
 from qtx_ref.presets import attention
-from qtx_ref.spec import Activation, Head, SpecError
+from qtx_ref.spec import Activation, Head, Recipe, SpecError
 
 transformers = pytest.importorskip("transformers", reason="its models are the expected values")
 transformers.utils.logging.disable_progress_bar()
@@ -161,12 +163,12 @@ def test_a_model_made_here_is_loaded_by_transformers(tmp_path, spec):
     export_model(tmp_path, Checkpoint(spec, params, meta=meta), tmp_path / "out")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     model = getattr(transformers, config.architectures[0]).from_pretrained(tmp_path / "out").eval()
-    batch = make_batch(spec, 3) if not spec.channels else {}
     if spec.channels:
         batch = {"images": draw.normal(size=(2, 3, 4, 4)).astype(np.float32)}
         given = {"pixel_values": torch.from_numpy(batch["images"])}
         assert json.loads((tmp_path / "out/preprocessor_config.json").read_bytes())["image_std"] == [0.2] * 3
     else:
+        batch = make_batch(spec, 3)
         given = words(batch["tokens"], batch["mask"])
         given |= {} if spec.causal else {"token_type_ids": torch.from_numpy(batch["types"])}
         assert (config.pad_token_id, config.eos_token_id) == (0, 3)
@@ -284,8 +286,6 @@ def test_other_commands_say_what_an_imported_model_lacks(tmp_path):
 
 
 def test_a_quantized_model_stays(tmp_path):
-    from qtx_ref.spec import Recipe
-
     found = Checkpoint(BERT, init_params(BERT, 0), recipe=Recipe("w8a8", ()), meta={"quantized_from": "a.safetensors"})
     with pytest.raises(SpecError, match="has quantizers .recipe w8a8.* export a.safetensors"):
         export_model(tmp_path, found, tmp_path / "out")
@@ -294,10 +294,6 @@ def test_a_quantized_model_stays(tmp_path):
 
 
 def test_bfloat16_as_torch_has_it(tmp_path):
-    from safetensors.torch import save_file
-
-    from qtx.hub_files import fits, read_header, read_tensor, write_bytes
-
     value = torch.tensor([1.0, -0.0, 3.140625, 1e-40, -3.38e38, 2.0**-126])
     save_file({"x": value.to(torch.bfloat16)}, tmp_path / "x.safetensors")
     found = read_tensor("x", read_header(tmp_path / "x.safetensors")["x"])

@@ -94,7 +94,10 @@ def read_shards(index: Path) -> dict[str, Stored]:
                 f"{index}: tensor {name} is said to be in {shard!r}; name a .safetensors file beside it"
             )
     found: dict[str, Stored] = {}
-    for shard in sorted(set(where.values())):
+    parts = sorted(set(where.values()))
+    if absent := [shard for shard in parts if not (index.parent / shard).is_file()]:
+        raise CheckpointError(f"{index}: {listed(absent, 'shard')} missing: take the whole folder of the model")
+    for shard in parts:
         for name, stored in read_header(index.parent / shard).items():
             if where.get(name) != shard:
                 raise CheckpointError(f"{index}: {shard} holds tensor {name}, which the index does not say")
@@ -116,10 +119,8 @@ def listed(names: list[str], what: str) -> str:
 def read_header(path: Path) -> dict[str, Stored]:
     """Dtype, shape and place of every tensor of a file; no tensor is read.
 
-    Raises CheckpointError: missing, truncated, a header that lies, tensors named twice, more than `MOST` tensors.
+    Raises CheckpointError: truncated, a header that lies, tensors named twice, more than `MOST` tensors.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
     total = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
