@@ -27,7 +27,7 @@ from .hub_files import (
     read_json,
     read_tensor,
 )
-from .hub_names import BUFFERS, names, plain_name, their_shapes, tied, unused
+from .hub_names import BUFFERS, HEADS, PREFIX, names, plain_name, their_shapes, tied, unused
 from .progress import Progress
 
 APART = "hub."  # of tensors that are kept and not used
@@ -98,12 +98,13 @@ def assign(
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Every tensor's use: file's names of our parameters, copies with our parameter, and those that stay apart.
 
-    Raises CheckpointError with the unknown and the missing ones.
+    ties: tie_word_embeddings of the configuration; where it is false, transformers has a decoder of its own, which must be
+    in the file. Raises CheckpointError with the unknown and the missing ones.
     """
     wanted, copies, known = names(spec), tied(spec), unused(spec)
-    missing = [name for name in wanted.values() if name not in plain]
-    if ties is False:  # then transformers would have a decoder of its own
-        missing += [name for name in copies if name.endswith(".weight") and name not in plain]
+    needed = [*wanted.values(), *(name for name in copies if ties is False and name.endswith(".weight"))]
+    prefix = next((p for p in (PREFIX[spec.family], "decoder.") if any(n.startswith(p) for n in plain.values())), "")
+    missing = [("" if name.startswith(HEADS) else prefix) + name for name in needed if name not in plain]
     unknown = [name for key, name in plain.items() if key not in {*wanted.values(), *copies, *known}]
     faults = [
         f"{listed(found, 'tensor')} {word}" for found, word in ((missing, "missing"), (unknown, "unknown")) if found
