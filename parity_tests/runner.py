@@ -175,12 +175,15 @@ def check_checkpoint(
     *,
     masked_scores: bool = False,
     transforms: Mapping[str, InputTransform] | None = None,
+    calibration: Sequence[Mapping[str, np.ndarray]] = (),
+    quantize: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Report:
     """torch against the reference on a user's own model; `Report.first` names the site where they part, if they do.
 
-    quants, with ranges (from the reference's calibration on these batches where there are none), are checked as well.
+    quants, with ranges (from the reference's calibration on these batches where there are none), are checked as well, and
+    what both choose from the batches of `calibration`; `quantize` quantizes while it calibrates.
     """
     from parity_tests import torch_checkpoint
     from qtx_ref.backend import Model
@@ -188,7 +191,9 @@ def check_checkpoint(
     quants, transforms = dict(quants or {}), dict(transforms or {})
     if quants and not ranges:
         ranges = Model(spec, params).calibrate(batches, quants, masked_scores=masked_scores, transforms=transforms)
-    cases = torch_checkpoint.cases(spec, params, batches, quants, ranges or {}, masked_scores, transforms)
+    cases = torch_checkpoint.cases(
+        spec, params, batches, quants, ranges or {}, masked_scores, transforms, calibration, quantize
+    )
     report = run_all(cases, Report("torch", device, "float32"), progress)
     failed = (verdict.what for row in report.rows for verdict in row.verdicts if not verdict.ok)
     report.first = next(failed, "")

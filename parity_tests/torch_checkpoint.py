@@ -10,7 +10,7 @@ from torch import nn
 from parity_tests import teacher
 from parity_tests.case import Case, Context
 from parity_tests.compare import Verdict, relative, relative_rms, reported
-from parity_tests.torch_fakequant import bound, flips
+from parity_tests.torch_fakequant import bound, calibrated, flips
 from qtx_ref.backend import Model as RefModel
 from qtx_ref.spec import Head, InputTransform, ModelSpec, QuantSpec, Range
 from qtx_torch.backend import Model
@@ -27,8 +27,11 @@ def cases(
     ranges: Mapping[str, Range],
     masked_scores: bool,
     transforms: Mapping[str, InputTransform],
+    calibration: Sequence[Batch],
+    quantize: bool,
 ) -> list[Case]:
-    """In float, and where there are quantizers under them: each op from the reference's operands, then freely."""
+    """In float, and where there are quantizers under them: each op from the reference's operands, then freely. Where there
+    are calibration batches, the ranges that both choose from the reference's tensors."""
 
     held = {"masked_scores": masked_scores, "transforms": transforms}
 
@@ -47,6 +50,10 @@ def cases(
             nx = teacher.FakeQuant(quants, ranges, **held) if quantized else teacher.Float(transforms=transforms)
             verdicts += teacher.forced(model, batch, teacher.watch(nx, ref, batch), hooks, context)
         return verdicts
+
+    def chosen(context: Context) -> list[Verdict]:
+        options = {"quantize": quantize, "masked_scores": masked_scores}
+        return calibrated(*models(context, False), calibration, quants, transforms, options, context)[0]
 
     def free_float(context: Context) -> list[Verdict]:
         ref, model = models(context, False)
@@ -71,6 +78,8 @@ def cases(
         Case("checkpoint", "float_forced", "torch", lambda context: forced(context, False)),
         Case("checkpoint", "float_free", "torch", free_float),
     ]
+    if quants and calibration:
+        rows.append(Case("checkpoint", "ranges_forced", "torch", chosen))
     if quants:
         rows.append(Case("checkpoint", "quantized_forced", "torch", lambda context: forced(context, True)))
         rows.append(Case("checkpoint", "quantized_free", "torch", free_quantized))

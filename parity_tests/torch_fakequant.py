@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 
@@ -24,6 +25,7 @@ from qtx_ref.spec import (
     FloatQuantSpec,
     Granularity,
     Head,
+    InputTransform,
     ModelSpec,
     Quant,
     QuantSpec,
@@ -115,20 +117,34 @@ def forced_case(name: str, kind: str, recipe_name: str, context: Context) -> lis
     ref, model = RefModel(spec, params), Model(spec, params, device=context.device)
     model.bind({}, {}, transforms=transforms)
     options = {"quantize": recipe.quantize_while_calibrating, "masked_scores": recipe.masked_scores}
+    verdicts, ranges = calibrated(ref, model, batches[:2], quants, transforms, options, context)
+    held = {"masked_scores": recipe.masked_scores, "transforms": transforms}
+    shown = teacher.watch(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
+    model.bind(quants, ranges, **held)
+    return verdicts + teacher.forced(model, batches[2], shown, bound(model), context)
+
+
+def calibrated(
+    ref: RefModel,
+    model: Model,
+    batches: Sequence[Batch],
+    quants: Mapping[str, Quant],
+    transforms: Mapping[str, InputTransform],
+    options: Mapping[str, bool],
+    context: Context,
+) -> tuple[list[Verdict], dict[str, Range]]:
+    """Both backends' observers fed the reference's tensors: what they pass on and the ranges they choose, to the bit."""
     nx = teacher.Calibrate(quants, transforms=transforms, **options)
     hooks: dict[str, nn.Module] = {key: numerics.Calibrate(key, quant, **options) for key, quant in quants.items()}
     verdicts = []
-    for batch in batches[:2]:
+    for batch in batches:
         with torch.no_grad():
             verdicts += teacher.forced(model, batch, teacher.watch(nx, ref, batch), hooks, context)
     ranges = nx.ranges()
     for key, want in ranges.items():
         for part, a, b in zip(Range._fields, hooks[key].range(), want, strict=True):
             verdicts.append(exact(f"{key}: {part}", array(a), b))
-    held = {"masked_scores": recipe.masked_scores, "transforms": transforms}
-    shown = teacher.watch(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
-    model.bind(quants, ranges, **held)
-    return verdicts + teacher.forced(model, batches[2], shown, bound(model), context)
+    return verdicts, ranges
 
 
 def bound(model: Model) -> dict[str, nn.Module]:

@@ -18,6 +18,8 @@ from .progress import Progress, clock
 from .report.tables import table
 from .training import Machine
 
+FEW = 4  # sequences of a batch
+
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False, metavar=f"[CHECKPOINT|MODEL{SUFFIX}]")
@@ -71,7 +73,12 @@ def parity_of(runner: Any, path: Path, backend_name: str, device: str, dtype: st
     if only:
         raise SpecError(f"--only {only}: a file has no table of cases; leave it out")
     opened = open_model(path, Machine("ref"))
-    found, batches = opened.found, list(opened.data.split_batches("evaluation", opened.found.spec, 4, 0, limit=1))
+    found = opened.found
+
+    def some(split: str, count: int) -> list:
+        return list(opened.data.split_batches(split, found.spec, FEW, 0, limit=count))
+
+    batches = some("evaluation", 1)
     if isinstance(found, Artifact):
         other = artifact_model(found, Machine("torch", device))
         return runner.check_integers(opened.model, other, batches[0], device=device, progress=seen)
@@ -85,6 +92,8 @@ def parity_of(runner: Any, path: Path, backend_name: str, device: str, dtype: st
         found.ranges,
         masked_scores=masked,
         transforms=found.transforms,
+        calibration=some("calibration", 2) if found.recipe else (),
+        quantize=bool(found.recipe and found.recipe.quantize_while_calibrating),
         device=device,
         progress=seen,
     )
