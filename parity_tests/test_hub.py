@@ -14,6 +14,7 @@ from parity_tests.small_models import BERT, OPT, VIT, make_batch
 from qtx.backend import backend
 from qtx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.cli import main
+from qtx.data.corpus import bundled_books
 from qtx.files import CheckpointError
 from qtx.hub import import_model, pooler
 from qtx.hub_export import export_model
@@ -283,6 +284,34 @@ def test_other_commands_say_what_an_imported_model_lacks(tmp_path):
         found = run(*words)
         assert (found.exit_code, found.output.count("\n")) == (1, 1), found.output
         assert message in found.output
+
+
+def test_other_commands_take_an_imported_model(tmp_path):
+    words = bundled_books()
+    config = BERT_SIZE | {"vocab_size": words.vocab, "max_position_embeddings": 32, "intermediate_size": 32}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**config)).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs/tokenizer.json").write_bytes(words.tokenizer_json.encode())
+    ours, integers = tmp_path / "m.safetensors", tmp_path / "m.qtx"
+    assert run("import", tmp_path / "theirs", "--out", ours).exit_code == 0
+    for command in [
+        ("evaluate", ours, "--batches", 1, "--json", tmp_path / "score.json"),
+        ("analyze", ours, "--data", "books", "--batches", 1),
+        ("quantize", ours, "--out", integers),
+        ("evaluate", integers, "--batches", 1),
+    ]:
+        found = run(*command)
+        assert found.exit_code == 0, found.output
+    batch = next(words.split_batches("evaluation", load_checkpoint(ours).spec, 16, 0))
+    given = {
+        "input_ids": batch["tokens"],
+        "attention_mask": batch["mask"],
+        "labels": np.where(batch["targets"] < 0, -100, batch["targets"]),
+    }
+    with torch.no_grad():
+        loss = model(**{key: torch.from_numpy(value.astype(np.int64)) for key, value in given.items()}).loss.item()
+    # float32 logits in another order of sums
+    assert json.loads((tmp_path / "score.json").read_bytes())["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_quantized_model_stays(tmp_path):

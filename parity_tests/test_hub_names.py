@@ -1,6 +1,5 @@
 """What an import asks of tensors and configurations: each name known, each value one that the models here have."""
 
-
 import numpy as np
 import pytest
 

@@ -105,7 +105,8 @@ def assign(
     needed = [*wanted.values(), *(name for name in copies if ties is False and name.endswith(".weight"))]
     prefix = next((p for p in (PREFIX[spec.family], "decoder.") if any(n.startswith(p) for n in plain.values())), "")
     missing = [("" if name.startswith(HEADS) else prefix) + name for name in needed if name not in plain]
-    unknown = [name for key, name in plain.items() if key not in {*wanted.values(), *copies, *known}]
+    place = {*wanted.values(), *copies, *known}
+    unknown = [name for key, name in plain.items() if key not in place]
     faults = [
         f"{listed(found, 'tensor')} {word}" for found, word in ((missing, "missing"), (unknown, "unknown")) if found
     ]

@@ -13,7 +13,7 @@ from qtx_ref.spec import Family, ModelSpec, SpecError
 
 from .checkpoint import Checkpoint
 from .data.corpus import SAME_AS
-from .files import CheckpointError, write_beside
+from .files import CheckpointError, check_writable, write_beside
 from .hub import APART
 from .hub_config import check_expressible, read_config, write_config
 from .hub_files import CONFIG, DTYPES, FLOATS, PREPROCESSOR, TOKENIZER, WEIGHTS, fits, write_bytes
@@ -49,6 +49,7 @@ def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
             f"{path} has quantizers (recipe {checkpoint.recipe.name}), which transformers lacks: export {origin}"
         )
     check_expressible(spec)
+    check_writable(out / WEIGHTS)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out} exists and is not an empty folder: choose another")
     hub = imported(checkpoint)
@@ -76,17 +77,12 @@ def imported(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         same = read_config(hub["config"], spec.head)
         theirs = [*hub["names"].values(), *hub["tied"]]
-        sound = (
-            len({*theirs}) == len(theirs)
-            and hub["dtypes"].keys() >= {*theirs}
-            and {*hub["tied"].values()} <= {*hub["names"]}
-        )
+        sound = len({*theirs}) == len(theirs) and all(isinstance(hub["dtypes"][name], str) for name in theirs)
+        sound = sound and {*hub["tied"].values()} <= {*hub["names"]} == {*checkpoint.params}
     except (SpecError, KeyError, TypeError, AttributeError):
         return {}
     loose = {"dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.02, "init_output_scaled": False}  # of training
-    sound = (
-        sound and replace(same, **loose) == replace(spec, **loose) and hub["names"].keys() == checkpoint.params.keys()
-    )
+    sound = sound and replace(same, **loose) == replace(spec, **loose)
     return hub if sound else {}
 
 
