@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.models.initial import shapes
-from qtx_ref.spec import Family, ModelSpec, SpecError
+from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 from qtx_ref.spec.base import is_number
 
 from .checkpoint import Checkpoint
 from .data.splits import digest
 from .files import CheckpointError
-from .hub_config import family_of, find_head, read_config
+from .hub_config import family_of, find_head, label_names, read_config
 from .hub_files import (
     CONFIG,
     FLOATS,
@@ -78,7 +78,10 @@ def import_model(folder: Path) -> Checkpoint:
         "tied": copies,
         "dtypes": {name: found.dtype for name, found in stored.items()},
     }
-    return Checkpoint(spec, params, extra, meta={"hub": hub, **about_data(folder, spec, hub)})
+    meta = {"hub": hub, **about_data(folder, spec, hub)}
+    if spec.head is Head.CLASSIFY and (classes := label_names(config)):
+        meta["data"]["names"] = classes
+    return Checkpoint(spec, params, extra, meta=meta)
 
 
 def by_plain_name(folder: Path, family: Family, stored: dict[str, Stored]) -> dict[str, str]:
