@@ -6,14 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from parity_tests.hub_models import MODELS, inputs, make, output, read, transformers, words
 from parity_tests.small_models import BERT, OPT, VIT, make_batch
 from qtx.backend import backend
 from qtx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from qtx.cli import main
 from qtx.files import CheckpointError
 from qtx.hub import import_model, pooler
 from qtx.hub_export import export_model
@@ -22,92 +21,8 @@ from qtx_ref.models.initial import init_params, shapes
 from qtx_ref.presets import attention
 from qtx_ref.spec import Activation, Head, Recipe, SpecError
 
-transformers = pytest.importorskip("transformers", reason="its models are the expected values")
-transformers.utils.logging.disable_progress_bar()
 # 1e-4 is the promise; float32 sums in another order differ by some 1e-6 on outputs of order 1 to 10
 CLOSE = 1e-4
-TEXT = {
-    "vocab_size": 23,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 9,
-}
-BERT_SIZE = TEXT | {"intermediate_size": 24, "num_labels": 3}
-OPT_SIZE = TEXT | {"ffn_dim": 24, "pad_token_id": 1}
-OPT_350M = OPT_SIZE | {"word_embed_proj_dim": 10, "do_layer_norm_before": False, "_remove_final_layer_norm": True}
-VIT_SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8,
-            "patch_size": 4, "num_channels": 3, "num_labels": 3}  # fmt: skip
-MODELS = {
-    "bert": ("BertModel", BERT_SIZE),
-    "bert relu": ("BertModel", BERT_SIZE | {"hidden_act": "relu"}),
-    "bert mlm": ("BertForMaskedLM", BERT_SIZE),
-    "bert pretraining": ("BertForPreTraining", BERT_SIZE),
-    "bert classify": ("BertForSequenceClassification", BERT_SIZE),
-    "opt": ("OPTModel", OPT_SIZE),
-    "opt causal": ("OPTForCausalLM", OPT_SIZE),
-    "opt causal gelu": ("OPTForCausalLM", OPT_SIZE | {"activation_function": "gelu", "_remove_final_layer_norm": True}),
-    "opt-350m": ("OPTModel", OPT_350M),
-    "opt-350m causal": ("OPTForCausalLM", OPT_350M),
-    "vit": ("ViTModel", VIT_SIZE),
-    "vit classify": ("ViTForImageClassification", VIT_SIZE),
-}
-
-
-def make(name, folder, dtype=torch.float32):
-    """A model with every parameter random, far from 0, saved in a folder."""
-    kind, settings = MODELS[name]
-    cls = getattr(transformers, kind)
-    model = cls(cls.config_class(**settings)).eval()
-    draw = torch.Generator().manual_seed(len(name))
-    for key, value in model.named_parameters():
-        norm = "norm" in key.lower() and key.endswith("weight")
-        spread = 0.3 if key.endswith("bias") or norm else 1.5 / value.shape[-1] ** 0.5
-        value.data = float(norm) + spread * torch.randn(value.shape, generator=draw)
-    model = model.to(dtype)
-    model.save_pretrained(folder)
-    return model
-
-
-def inputs(model):
-    """A batch of ours, the same for transformers, and which outputs count."""
-    draw = np.random.default_rng(1)
-    config = model.config
-    if config.model_type == "vit":
-        images = draw.normal(size=(3, 3, 8, 8)).astype(np.float32)
-        return {"images": images}, {"pixel_values": torch.from_numpy(images)}, ...
-    tokens = draw.integers(2, 23, (4, 7))
-    mask = np.arange(7) < np.array([7, 4, 1, 5])[:, None]
-    if config.model_type == "opt":
-        mask[3] = mask[3, ::-1]  # padding on the left: its real tokens still count from 0
-        return {"tokens": tokens, "mask": mask}, words(tokens, mask), mask
-    types = draw.integers(0, 2, tokens.shape)
-    batch = {"tokens": tokens, "mask": mask, "types": types}
-    whole = "Classification" in type(model).__name__  # one output a sequence
-    return batch, words(tokens, mask) | {"token_type_ids": torch.from_numpy(types)}, ... if whole else mask
-
-
-def words(tokens, mask):
-    return {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
-
-
-def output(model, given):
-    with torch.no_grad():
-        found = model.float()(**given)
-    for key in ("logits", "prediction_logits", "last_hidden_state"):
-        if key in found:
-            return found[key].numpy()
-
-
-def read(folder):
-    """Bytes, dtype and shape of each tensor in a folder."""
-    with open(folder / "model.safetensors", "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header, data = json.loads(file.read(size)), file.read()
-    header.pop("__metadata__")
-    return {
-        name: (data[slice(*entry["data_offsets"])], entry["dtype"], entry["shape"]) for name, entry in header.items()
-    }
 
 
 def through_file(checkpoint, path):
@@ -198,6 +113,23 @@ def test_another_structure_is_not_exported_as_it_was_imported(tmp_path):
     assert read(tmp_path / "back")["classifier.weight"][2] == [5, 16]
 
 
+def test_names_of_classes(tmp_path):
+    make("bert classify", tmp_path / "theirs")
+    assert "names" not in import_model(tmp_path / "theirs").meta["data"]  # LABEL_0, LABEL_1, LABEL_2
+    config = json.loads((tmp_path / "theirs/config.json").read_bytes()) | {"id2label": {"0": "no", "2": "ja", "1": "?"}}
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config))
+    found = import_model(tmp_path / "theirs")
+    assert found.meta["data"]["names"] == ["no", "?", "ja"]
+    plain = replace(found, meta={"data": found.meta["data"]})
+    other = replace(found, meta=found.meta | {"data": {"names": ["a", "b", "c"]}})
+    for i, (checkpoint, names) in enumerate(
+        [(found, ["no", "?", "ja"]), (plain, ["no", "?", "ja"]), (other, ["a", "b", "c"])]
+    ):
+        export_model(tmp_path, checkpoint, tmp_path / str(i))
+        read_back = transformers.AutoConfig.from_pretrained(tmp_path / str(i))
+        assert read_back.id2label == dict(enumerate(names))
+
+
 def test_what_is_kept_apart(tmp_path):
     model = make("bert pretraining", tmp_path / "theirs")
     found = through_file(import_model(tmp_path / "theirs"), tmp_path / "m.safetensors")
@@ -237,52 +169,6 @@ def test_models_that_transformers_lacks(tmp_path, spec, message):
     with pytest.raises(SpecError, match=message):
         export_model(tmp_path, Checkpoint(spec, init_params(spec, 0)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def run(*words):
-    return CliRunner().invoke(main, [str(word) for word in words])
-
-
-def test_commands(tmp_path):
-    make("bert mlm", tmp_path / "theirs")
-    (tmp_path / "theirs/tokenizer.json").write_text('{"model": 1}\n')
-    ours, out = tmp_path / "m.safetensors", tmp_path / "out"
-    found = run("import", tmp_path / "theirs", "--out", ours, "--json", tmp_path / "found.json")
-    assert found.exit_code == 0
-    said = json.loads((tmp_path / "found.json").read_bytes())
-    assert (said["family"], said["head"], said["layers"], said["width"], said["heads"]) == ("bert", "mlm", 2, 16, 2)
-    assert said["parameters"] == sum(value.size for value in load_checkpoint(ours).params.values())
-    assert (said["dtype"], said["tokenizer"], said["apart"]) == (["float32"], True, [])
-    again = run("import", tmp_path / "theirs", "--out", ours)
-    assert (again.exit_code, f"{ours} exists" in again.output) == (1, True)
-    assert run("export", ours, "--format", "hf", "--out", out).exit_code == 0
-    assert (out / "tokenizer.json").read_text() == '{"model": 1}\n'
-    before = sorted((path.name, path.read_bytes()) for path in out.iterdir())
-    assert "exists and is not an empty folder" in run("export", ours, "--out", out).output
-    assert "--format onnx: only hf" in run("export", ours, "--format", "onnx", "--out", tmp_path / "x").output
-    json_there = run("export", ours, "--out", tmp_path / "y", "--json", tmp_path / "y/config.json")
-    assert "a file that the command writes" in json_there.output
-    over = run(
-        "import", tmp_path / "theirs", "--out", tmp_path / "z.safetensors", "--json", tmp_path / "theirs/config.json"
-    )
-    assert "in the folder that is read" in over.output
-    assert sorted((path.name, path.read_bytes()) for path in out.iterdir()) == before
-
-
-def test_other_commands_say_what_an_imported_model_lacks(tmp_path):
-    make("bert", tmp_path / "theirs")
-    path = tmp_path / "run" / "model.safetensors"
-    save_checkpoint(path, import_model(tmp_path / "theirs"))
-    for words, message in [
-        (("evaluate", path), "found no tokenizer.json"),
-        (
-            ("train", "--model", "bert-tiny", "--steps", 1, "--resume", "--out", path.parent),
-            "was not made by qtx train",
-        ),
-    ]:
-        found = run(*words)
-        assert (found.exit_code, found.output.count("\n")) == (1, 1), found.output
-        assert message in found.output
 
 
 def test_a_quantized_model_stays(tmp_path):

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.models.initial import shapes
-from qtx_ref.spec import Family, ModelSpec, SpecError
+from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 from qtx_ref.spec.base import is_number
 
 from .checkpoint import Checkpoint
 from .data.splits import digest
 from .files import CheckpointError
-from .hub_config import family_of, find_head, read_config
+from .hub_config import family_of, find_head, label_names, read_config
 from .hub_files import (
     CONFIG,
     FLOATS,
@@ -78,7 +78,10 @@ def import_model(folder: Path) -> Checkpoint:
         "tied": copies,
         "dtypes": {name: found.dtype for name, found in stored.items()},
     }
-    return Checkpoint(spec, params, extra, meta={"hub": hub, **about_data(folder, spec, hub)})
+    meta = {"hub": hub, **about_data(folder, spec, hub)}
+    if spec.head is Head.CLASSIFY and (classes := label_names(config)):
+        meta["data"]["names"] = classes
+    return Checkpoint(spec, params, extra, meta=meta)
 
 
 def by_plain_name(folder: Path, family: Family, stored: dict[str, Stored]) -> dict[str, str]:
@@ -105,7 +108,8 @@ def assign(
     needed = [*wanted.values(), *(name for name in copies if ties is False and name.endswith(".weight"))]
     prefix = next((p for p in (PREFIX[spec.family], "decoder.") if any(n.startswith(p) for n in plain.values())), "")
     missing = [("" if name.startswith(HEADS) else prefix) + name for name in needed if name not in plain]
-    unknown = [name for key, name in plain.items() if key not in {*wanted.values(), *copies, *known}]
+    place = {*wanted.values(), *copies, *known}
+    unknown = [name for key, name in plain.items() if key not in place]
     faults = [
         f"{listed(found, 'tensor')} {word}" for found, word in ((missing, "missing"), (unknown, "unknown")) if found
     ]
