@@ -3,15 +3,19 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
+from qtx.checkpoint import load_checkpoint
 from qtx.cli import main
 from qtx.progress import Progress
+from qtx.recipes import recipe
 from qtx_ref.backend import Trainer
+from qtx_ref.spec import Rewrite, Transform, TransformKind, to_dict
 
 TRAIN = ["train", "--backend", "ref", "--model", "vit-tiny", "--batch", "8", "--steps", "8"]
 
@@ -54,6 +58,30 @@ def test_evaluate_quantize_and_analyze(trained, tmp_path):
     sites = json.loads(good("analyze", trained, "--backend", "ref", "--batches", 1, "--json", "-").stdout)
     assert {"embed.image", "layer.3.attn.gated", "head.classifier"} <= {s["site"] for s in sites["sites"]}
     assert len(sites["attention"]) == 4  # the first token's mass, per layer
+
+
+def test_a_recipe_that_rewrites_weights(trained, tmp_path):
+    """The file holds what was rewritten: it scores as the checkpoint does under the recipe, in float as before."""
+    base = recipe("w4a8", load_checkpoint(trained).spec)
+    rotated = Transform(("*.ffn.output",), TransformKind.HADAMARD, "a test")
+    chosen = replace(base, name="mine", batches=2, transforms=(rotated,), rewrite=Rewrite.GPTQ)
+    named, file = tmp_path / "mine.json", tmp_path / "q.safetensors"
+    named.write_text(json.dumps(to_dict(chosen)))
+    good("quantize", trained, "--backend", "ref", "--recipe", named, "--out", file)
+
+    def score(*arguments):
+        return json.loads(good("evaluate", *arguments, "--backend", "ref", "--json", "-").stdout)
+
+    stored, fresh = score(file), score(trained, "--recipe", named)
+    assert stored["loss"] == fresh["loss"] != score(trained, "--recipe", "w4a8")["loss"]
+    before, after = score(trained)["loss"], score(file, "--recipe", "float")["loss"]
+    assert before != after and abs(before - after) < 0.05  # 4-bit weights, float activations
+    again = call("evaluate", file, "--backend", "ref", "--recipe", "w8a8")
+    assert again.exit_code == 1 and "made for the transforms of mine" in again.output
+    integers = call("quantize", trained, "--backend", "ref", "--recipe", named, "--out", tmp_path / "q.qtx")
+    assert integers.exit_code == 1 and "layer.0.ffn.output cannot run in integers: a transform" in integers.output
+    training = call(*TRAIN, "--train-quant", named, "--out", tmp_path / "run")
+    assert training.exit_code == 1 and "rewrites weights, which training moves" in training.output
 
 
 def test_generate(writer):

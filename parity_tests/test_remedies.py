@@ -1,4 +1,4 @@
-"""Transforms and rewritten weights in whole models: nothing changes in float, files keep them, integers refuse what is left."""
+"""Transforms and rewritten weights in whole models: in float nothing changes, files keep them, integers refuse."""
 
 from __future__ import annotations
 
@@ -101,10 +101,8 @@ def test_a_norm_takes_in_the_divisor_where_it_feeds_nothing_else(name: str) -> N
     spec, found = small_models.specs()[name], prepared(name, weights(8, smooth(*FOLDED)), MACHINES[0])
     hidden = {f"layer.{i}.ffn.hidden" for i in range(2)}
     heads = {f"layer.{i}.attn.{part}" for i in range(2) for part in ("query", "key", "value")}
-    if not spec.pre_norm:
-        left = hidden | heads
-    else:
-        left = heads if spec.attention.gate is Gate.LINEAR else set()
+    read = spec.attention.gate is Gate.LINEAR  # by the gate, which has no divisor
+    left = hidden | heads if not spec.pre_norm else heads if read else set()
     assert set(found.transforms) == left == set(left_sites(weights(8, smooth(*FOLDED)), spec))
     two = weights(8, smooth("*.query", "*.key"))  # the value would get a tensor that it does not expect
     assert set(left_sites(two, spec)) == {site for site in heads if not site.endswith("value")}
@@ -174,7 +172,8 @@ def test_moments_of_inputs_are_those_of_the_tensor_before(machine: Machine) -> N
     """In a post-norm model the tensor that query and hidden take in has a name of its own, and padding does not count."""
     small = small_models.build("bert_plain")
     model = machine.model(small.spec, small.params)
-    sources = {"layer.0.attn.query": "embed.norm", "layer.0.attn.value": "embed.norm", "layer.1.ffn.hidden": "layer.1.attn.norm"}  # fmt: skip
+    sources = {f"layer.0.attn.{part}": "embed.norm" for part in ("query", "value")}
+    sources["layer.1.ffn.hidden"] = "layer.1.attn.norm"
     found = model.input_moments(small.batch, list(sources))
     for site, source in sources.items():
         x = model.record(small.batch, [source])[source][0].astype(np.float64)[small.batch["mask"]]
@@ -367,7 +366,8 @@ def test_outlier_channels_would_see_the_future() -> None:
 def test_percentiles_without_a_sort_are_those_of_a_sort(call: Any) -> None:
     """Of long rows with ties, at both tails, and of rows of one and two values."""
     rng = np.random.default_rng(0)
-    for rows in (rng.standard_t(2, (3, 100_003)), rng.integers(-3, 4, (2, 5000)), rng.normal(size=(2, 1)), rng.normal(size=(2, 2))):  # fmt: skip
+    short = rng.normal(size=(2, 1)), rng.normal(size=(2, 2))
+    for rows in (rng.standard_t(2, (3, 100_003)), rng.integers(-3, 4, (2, 5000)), *short):
         values = rows.astype(np.float32)
         for q in (0.001, 0.1, 50.0, 99.999, 100.0):
             ordered = np.sort(values, axis=-1).astype(np.float64)

@@ -43,8 +43,10 @@ from qtx_torch.sites import attached
 SMALL = ("bert_gate_mlp", "opt_plain", "opt_gate_linear", "opt_post_norm_projected", "vit_clipped_row", "bert_classify")
 BLOCKS = tuple(f"blocks-{form}" for form in FloatFormat)  # as MX, in models too narrow for blocks of 32
 TRANSFORMS = ("smooth", "hadamard")
-RECIPES = ("w8a8", "w4a8", "train-w8a8", "lsq-w4a6", "paper", "fp8-e4m3", "fp8-e5m2", "groups", "blocks", *BLOCKS, "outliers",
-           *TRANSFORMS)  # fmt: skip
+RECIPES = (
+    *("w8a8", "w4a8", "train-w8a8", "lsq-w4a6", "paper", "fp8-e4m3", "fp8-e5m2"),
+    *("groups", "blocks", *BLOCKS, "outliers", *TRANSFORMS),
+)
 Batch = dict[str, np.ndarray]
 Subject = tuple[ModelSpec, dict[str, np.ndarray], list[Batch]]
 

@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file with JSON in its metadata. Nothing is ever unpickled.
 
 Tensors: parameters by name (tied weights once), `optim.*` of a trainer, `history.*` of its run, and for a quantized model
-`range.<site>.{low,high,scale,zero_point}` and `transform.<site>.divisor`. Metadata `qtx`: format, version, model spec, and what made the file. A file is
-written beside its final name and renamed, so that a kill leaves the old one.
+`range.<site>.{low,high,scale,zero_point}` and `transform.<site>.divisor`. Metadata `qtx`: format, version, model spec, and
+what made the file. A file is written beside its final name and renamed, so that a kill leaves the old one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ STATE = ("range.", "transform.")  # of these, what `Checkpoint` has fields for
 
 @dataclass
 class Checkpoint:
-    """A model's spec and parameters; `extra` holds tensors apart from them, `recipe`, `ranges` and `transforms`
-    (those at linears' inputs, for which the parameters are made) a quantizer's state, `meta` JSON values about the run (data, training, metrics)."""
+    """A model's spec and parameters; `extra` holds tensors apart from them, `recipe`, `ranges` and `transforms` (at linears'
+    inputs, for which the parameters are made) a quantizer's state, `meta` JSON values about the run (data, training,
+    metrics)."""
 
     spec: ModelSpec
     params: dict[str, np.ndarray]
