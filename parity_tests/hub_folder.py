@@ -11,7 +11,7 @@ from parity_tests.small_models import BERT, OPT, VIT
 from qtx.checkpoint import Checkpoint
 from qtx.files import CheckpointError
 from qtx.hub import import_model
-from qtx.hub_export import export_model
+from qtx.hub.export import export_model
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import Head
 

@@ -15,8 +15,8 @@ from qtx.backend import backend
 from qtx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files import CheckpointError
 from qtx.hub import import_model, pooler
-from qtx.hub_export import export_model
-from qtx.hub_files import fits, read_header, read_tensor, write_bytes
+from qtx.hub.export import export_model
+from qtx.hub.files import fits, read_header, read_tensor, write_bytes
 from qtx_ref.models.initial import init_params, shapes
 from qtx_ref.presets import attention
 from qtx_ref.spec import Activation, Head, Recipe, SpecError

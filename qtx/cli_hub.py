@@ -11,8 +11,8 @@ from qtx_ref.spec import SpecError
 from .checkpoint import load_checkpoint, save_checkpoint
 from .files import CheckpointError, check_writable
 from .hub import APART, import_model
-from .hub_export import export_model
-from .hub_files import FLOATS
+from .hub.export import export_model
+from .hub.files import FLOATS
 from .options import CHECKPOINT, JSON, say, write_json
 from .report.tables import table
 

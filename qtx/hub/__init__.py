@@ -11,11 +11,12 @@ from qtx_ref.models.initial import shapes
 from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 from qtx_ref.spec.base import is_number
 
-from .checkpoint import Checkpoint
-from .data.splits import digest
-from .files import CheckpointError
-from .hub_config import family_of, find_head, label_names, read_config
-from .hub_files import (
+from ..checkpoint import Checkpoint
+from ..data.splits import digest
+from ..files import CheckpointError
+from ..progress import Progress
+from .config import family_of, find_head, label_names, read_config
+from .files import (
     CONFIG,
     FLOATS,
     INTEGERS,
@@ -27,8 +28,7 @@ from .hub_files import (
     read_json,
     read_tensor,
 )
-from .hub_names import BUFFERS, HEADS, PREFIX, names, plain_name, their_shapes, tied, unused
-from .progress import Progress
+from .names import BUFFERS, HEADS, PREFIX, names, plain_name, their_shapes, tied, unused
 
 APART = "hub."  # of tensors that are kept and not used
 
