@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import linalg
 
 from parity_tests import small_models
 from parity_tests.test_checkpoint import rewrite
@@ -27,6 +28,7 @@ from qtx_ref.spec import (
     FloatQuantSpec,
     Gate,
     Granularity,
+    InputTransform,
     QuantSpec,
     Recipe,
     Rewrite,
@@ -183,6 +185,27 @@ def test_moments_of_inputs_are_those_of_the_tensor_before(machine: Machine) -> N
             np.testing.assert_allclose(found[site][name], value, rtol=1e-12, atol=1e-12, err_msg=name)
             assert name == "count" or found[site][name].dtype == np.float64
     assert list(model.input_moments(small.batch, ["layer.0.attn.query"], ("sum",))["layer.0.attn.query"]) == ["sum"]
+
+
+def test_ranges_are_those_of_the_transformed_input() -> None:
+    """Of x / s and x R, made here from the tensor before, in both backends; a transform does not linger."""
+    small = small_models.build("bert_plain")
+    site, source = "layer.0.ffn.hidden", "layer.0.attn.norm"
+    divisor = np.linspace(0.5, 2, 16, dtype=np.float32)
+    rotation = linalg.block_diag(*4 * [linalg.hadamard(4) / 2])
+    for machine in MACHINES:
+        model = machine.model(small.spec, small.params)
+        x = model.record(small.batch, [source])[source][0][small.batch["mask"]].astype(np.float64)
+        for how, want in (
+            (InputTransform(divisor, 0), x / divisor),
+            (InputTransform(None, 4), x @ rotation),
+            (None, x),
+        ):
+            transforms = {site: how} if how else None
+            found = model.calibrate([small.batch], {f"{site}.input": QuantSpec()}, transforms=transforms)[
+                f"{site}.input"
+            ]
+            np.testing.assert_allclose([found.low.item(), found.high.item()], [want.min(), want.max()], rtol=1e-5)
 
 
 # preparing ----------------------------------------------------------------------------------------------------------------
@@ -367,9 +390,10 @@ def test_percentiles_without_a_sort_are_those_of_a_sort(call: Any) -> None:
     """Of long rows with ties, at both tails, and of rows of one and two values."""
     rng = np.random.default_rng(0)
     short = rng.normal(size=(2, 1)), rng.normal(size=(2, 2))
-    for rows in (rng.standard_t(2, (3, 100_003)), rng.integers(-3, 4, (2, 5000)), *short):
+    some = [rng.normal(size=(1, size)) for size in range(20, 60)]  # where a selection does not happen to be a sort
+    for rows in (rng.standard_t(2, (3, 100_003)), rng.integers(-3, 4, (2, 5000)), *short, *some):
         values = rows.astype(np.float32)
-        for q in (0.001, 0.1, 50.0, 99.999, 100.0):
+        for q in (0.001, 0.1, 30.0, 50.0, 99.999, 100.0):
             ordered = np.sort(values, axis=-1).astype(np.float64)
             position = (ordered.shape[-1] - 1) * (q / 100)
             below = int(position)

@@ -149,11 +149,14 @@ def patches_case(context: Context) -> list[Verdict]:
     return [exact("value", array(got), ref_ops.patches(image, 4))]
 
 
-def hadamard_case(context: Context) -> list[Verdict]:
-    """Sums and differences in one order: the same bits, for every block of two widths."""
+def transform_bits_case(context: Context) -> list[Verdict]:
+    """Sums and differences in one order: the same bits, for every block of two widths; and an IEEE division."""
     verdicts = []
     for width, blocks in ((48, (2, 4, 8, 16)), (128, (2, 64, 128))):
         x = stream(0, "hadamard", width).standard_t(2, size=(2, 5, width)).astype(np.float32)
+        d = stream(0, "divisor", width).lognormal(size=width).astype(np.float32)
+        got = ops.divide(torch.from_numpy(x).to(context.device), torch.from_numpy(d).to(context.device))
+        verdicts.append(exact(f"{width} divided", array(got), x / d))
         for block in blocks:
             got = ops.hadamard(torch.from_numpy(x).to(context.device), block)
             verdicts.append(exact(f"{width} in blocks of {block}", array(got), ref_ops.hadamard(const(x), block).value))
@@ -167,5 +170,5 @@ def cases() -> list[Case]:
         *rows,
         Case("ops", "total", "torch", total_case, both),
         Case("ops", "patches", "torch", patches_case),
-        Case("ops", "hadamard_bits", "torch", hadamard_case),
+        Case("ops", "transform_bits", "torch", transform_bits_case),
     ]
