@@ -80,7 +80,8 @@ class LabelledText:
         self._labels = np.array([place[row.label] for row in rows], np.int64)
         self._hashes = [digest(row.text.encode())[:SHORT] for row in rows]
         splits = np.array([row.split for row in rows])
-        self._rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
+        order = stream(seed, "labelled", "order").permutation(len(rows))  # files are often sorted by label
+        self._rows = {split: order[splits[order] == split] for split in SPLITS}
 
     def hashes(self, split: str) -> list[str]:
         """The sha256 of each of the split's texts, its first 16 digits, in order."""
@@ -136,8 +137,8 @@ class LabelledText:
     def split_batches(
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
     ) -> Iterator[Batch]:
-        """The split once, in the file's order, at most `limit` batches; the last may be smaller. Nothing is drawn from
-        `seed`."""
+        """The split once, in an order drawn when the data were loaded, so that its first batches have every class; at most
+        `limit` batches, the last may be smaller. Nothing is drawn from `seed`."""
         longest = self.check(spec)
         check_split(split)
         rows = self._rows[split]
