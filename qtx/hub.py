@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.models.initial import shapes
-from qtx_ref.spec import Family, ModelSpec, SpecError
+from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 from qtx_ref.spec.base import is_number
 
 from .checkpoint import Checkpoint
 from .data.splits import digest
 from .files import CheckpointError
-from .hub_config import family_of, find_head, read_config
+from .hub_config import family_of, find_head, label_names, read_config
 from .hub_files import (
     CONFIG,
     FLOATS,
@@ -27,7 +27,7 @@ from .hub_files import (
     read_json,
     read_tensor,
 )
-from .hub_names import BUFFERS, names, plain_name, their_shapes, tied, unused
+from .hub_names import BUFFERS, HEADS, PREFIX, names, plain_name, their_shapes, tied, unused
 from .progress import Progress
 
 APART = "hub."  # of tensors that are kept and not used
@@ -78,7 +78,10 @@ def import_model(folder: Path) -> Checkpoint:
         "tied": copies,
         "dtypes": {name: found.dtype for name, found in stored.items()},
     }
-    return Checkpoint(spec, params, extra, meta={"hub": hub, **about_data(folder, spec, hub)})
+    meta = {"hub": hub, **about_data(folder, spec, hub)}
+    if spec.head is Head.CLASSIFY and (classes := label_names(config)):
+        meta["data"]["names"] = classes
+    return Checkpoint(spec, params, extra, meta=meta)
 
 
 def by_plain_name(folder: Path, family: Family, stored: dict[str, Stored]) -> dict[str, str]:
@@ -98,13 +101,15 @@ def assign(
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Every tensor's use: file's names of our parameters, copies with our parameter, and those that stay apart.
 
-    Raises CheckpointError with the unknown and the missing ones.
+    ties: tie_word_embeddings of the configuration; where it is false, transformers has a decoder of its own, which must be
+    in the file. Raises CheckpointError with the unknown and the missing ones.
     """
     wanted, copies, known = names(spec), tied(spec), unused(spec)
-    missing = [name for name in wanted.values() if name not in plain]
-    if ties is False:  # then transformers would have a decoder of its own
-        missing += [name for name in copies if name.endswith(".weight") and name not in plain]
-    unknown = [name for key, name in plain.items() if key not in {*wanted.values(), *copies, *known}]
+    needed = [*wanted.values(), *(name for name in copies if ties is False and name.endswith(".weight"))]
+    prefix = next((p for p in (PREFIX[spec.family], "decoder.") if any(n.startswith(p) for n in plain.values())), "")
+    missing = [("" if name.startswith(HEADS) else prefix) + name for name in needed if name not in plain]
+    place = {*wanted.values(), *copies, *known}
+    unknown = [name for key, name in plain.items() if key not in place]
     faults = [
         f"{listed(found, 'tensor')} {word}" for found, word in ((missing, "missing"), (unknown, "unknown")) if found
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,23 @@ class Settings:
         if not isinstance(labels, dict):
             raise SpecError(f"id2label is {labels!r}: it must be an object of names by number")
         return len(labels)
+
+
+def label_names(config: Mapping[str, Any]) -> list[str] | None:
+    """The classes' names in order, where the configuration has some other than transformers' LABEL_0, LABEL_1, ..."""
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(len(labels))}:
+        return None
+    names = [labels[str(i)] for i in range(len(labels))]
+    told_apart = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    return names if told_apart and names != [f"LABEL_{i}" for i in range(len(names))] else None
+
+
+def write_labels(names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -198,8 +215,11 @@ def check_expressible(spec: ModelSpec) -> None:
         raise SpecError(f"transformers has no such {spec.family}: {why}")
 
 
-def write_config(spec: ModelSpec, dtype: str, tokens: Mapping[str, int | None]) -> dict[str, Any]:
-    """The configuration under which transformers builds the model; `tokens` are ids of pad, cls and sep.
+def write_config(
+    spec: ModelSpec, dtype: str, tokens: Mapping[str, int | None], labels: Sequence[str] | None
+) -> dict[str, Any]:
+    """The configuration under which transformers builds the model; `tokens` are ids of pad, cls and sep, `labels` the
+    classes' names.
 
     Raises SpecError where it has no such model.
     """
@@ -214,8 +234,7 @@ def write_config(spec: ModelSpec, dtype: str, tokens: Mapping[str, int | None]) 
         "num_attention_heads": spec.heads,
     }
     if spec.head is Head.CLASSIFY:
-        found["id2label"] = {str(i): f"LABEL_{i}" for i in range(spec.classes)}
-        found["label2id"] = {label: int(i) for i, label in found["id2label"].items()}
+        found |= write_labels(labels or [f"LABEL_{i}" for i in range(spec.classes)])
     if spec.family is not Family.VIT:
         found |= {
             "vocab_size": spec.vocab,

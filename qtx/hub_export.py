@@ -13,9 +13,9 @@ from qtx_ref.spec import Family, ModelSpec, SpecError
 
 from .checkpoint import Checkpoint
 from .data.corpus import SAME_AS
-from .files import CheckpointError, write_beside
+from .files import CheckpointError, check_writable, write_beside
 from .hub import APART
-from .hub_config import check_expressible, read_config, write_config
+from .hub_config import check_expressible, label_names, read_config, write_config, write_labels
 from .hub_files import CONFIG, DTYPES, FLOATS, PREPROCESSOR, TOKENIZER, WEIGHTS, fits, write_bytes
 from .hub_names import full_name, names, their_shapes
 
@@ -49,6 +49,7 @@ def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
             f"{path} has quantizers (recipe {checkpoint.recipe.name}), which transformers lacks: export {origin}"
         )
     check_expressible(spec)
+    check_writable(out / WEIGHTS)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out} exists and is not an empty folder: choose another")
     hub = imported(checkpoint)
@@ -57,7 +58,7 @@ def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
     else:
         plain, shape = names(spec), their_shapes(spec)
         tensors = {full_name(spec, plain[k]): (v.reshape(shape[k]), dtype_of(v)) for k, v in checkpoint.params.items()}
-        config = write_config(spec, common_dtype(checkpoint), special_ids(meta.get("tokenizer")))
+        config = write_config(spec, common_dtype(checkpoint), special_ids(meta.get("tokenizer")), labels(checkpoint))
     content = {WEIGHTS: write_bytes(tensors), CONFIG: to_json(config)}
     if meta.get("tokenizer"):
         content[TOKENIZER] = meta["tokenizer"].encode()
@@ -76,17 +77,12 @@ def imported(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         same = read_config(hub["config"], spec.head)
         theirs = [*hub["names"].values(), *hub["tied"]]
-        sound = (
-            len({*theirs}) == len(theirs)
-            and hub["dtypes"].keys() >= {*theirs}
-            and {*hub["tied"].values()} <= {*hub["names"]}
-        )
+        sound = len({*theirs}) == len(theirs) and all(isinstance(hub["dtypes"][name], str) for name in theirs)
+        sound = sound and {*hub["tied"].values()} <= {*hub["names"]} == {*checkpoint.params}
     except (SpecError, KeyError, TypeError, AttributeError):
         return {}
     loose = {"dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.02, "init_output_scaled": False}  # of training
-    sound = (
-        sound and replace(same, **loose) == replace(spec, **loose) and hub["names"].keys() == checkpoint.params.keys()
-    )
+    sound = sound and replace(same, **loose) == replace(spec, **loose)
     return hub if sound else {}
 
 
@@ -99,11 +95,22 @@ def as_imported(
     values = {name: checkpoint.params[ours].reshape(shape[ours]) for ours, name in hub["names"].items()}
     values |= {name: checkpoint.params[ours].reshape(shape[ours]) for name, ours in hub["tied"].items()}
     values |= {k.removeprefix(APART): v for k, v in checkpoint.extra.items() if k.startswith(APART)}
-    dtypes, config = hub["dtypes"], hub["config"]
+    dtypes, config, classes = hub["dtypes"], hub["config"], labels(checkpoint)
+    if classes and classes != label_names(config):  # trained for others since
+        config = config | write_labels(classes)
     if all(dtypes.get(name) in DTYPES and fits(value, dtypes[name]) for name, value in values.items()):
         return config, {name: (value, dtypes[name]) for name, value in values.items()}
     config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": common_dtype(checkpoint)}
     return config, {name: (value, dtype_of(value)) for name, value in values.items()}
+
+
+def labels(checkpoint: Checkpoint) -> list[str] | None:
+    """The classes' names, one each, where the checkpoint's data have names."""
+    found = checkpoint.meta.get("data", {}).get("names")
+    fits_all = (
+        isinstance(found, list) and len(found) == checkpoint.spec.classes and all(isinstance(n, str) for n in found)
+    )
+    return found if fits_all else None
 
 
 def common_dtype(checkpoint: Checkpoint) -> str:

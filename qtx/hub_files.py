@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open, serialize
+from safetensors import SafetensorError, safe_open
 
 from .files import CheckpointError
 
@@ -27,6 +27,7 @@ MOST = 20_000  # tensors in a file: a thousand layers
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 INTEGERS = {"I64": "int64", "I32": "int32"}
 DTYPES = FLOATS | INTEGERS
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ def read_shards(index: Path) -> dict[str, Stored]:
                 f"{index}: tensor {name} is said to be in {shard!r}; name a .safetensors file beside it"
             )
     found: dict[str, Stored] = {}
-    for shard in sorted(set(where.values())):
+    parts = sorted(set(where.values()))
+    if absent := [shard for shard in parts if not (index.parent / shard).is_file()]:
+        raise CheckpointError(f"{index}: {listed(absent, 'shard')} missing: take the whole folder of the model")
+    for shard in parts:
         for name, stored in read_header(index.parent / shard).items():
             if where.get(name) != shard:
                 raise CheckpointError(f"{index}: {shard} holds tensor {name}, which the index does not say")
@@ -115,10 +119,8 @@ def listed(names: list[str], what: str) -> str:
 def read_header(path: Path) -> dict[str, Stored]:
     """Dtype, shape and place of every tensor of a file; no tensor is read.
 
-    Raises CheckpointError: missing, truncated, a header that lies, tensors named twice, more than `MOST` tensors.
+    Raises CheckpointError: truncated, a header that lies, tensors named twice, more than `MOST` tensors.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
     total = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -186,11 +188,16 @@ def fits(value: np.ndarray, dtype: str) -> bool:
 
 def write_bytes(tensors: Mapping[str, tuple[np.ndarray, str]]) -> bytes:
     """A safetensors file of values that fit the dtypes given with them."""
-    entries = {}
-    for name, (value, dtype) in tensors.items():
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
+    parts, place = [], 0
+    for name, (value, dtype) in sorted(tensors.items(), key=lambda item: (-BYTES[item[1][1]], item[0])):  # aligned
         if dtype == "BF16":
-            data = (np.ascontiguousarray(value).view(np.uint32) >> 16).astype("<u2")
+            data = (np.ascontiguousarray(value).view(np.uint32) >> 16).astype("<u2").tobytes()
         else:
-            data = value.astype(np.dtype(DTYPES[dtype]).newbyteorder("<"))
-        entries[name] = {"dtype": DTYPES[dtype], "shape": list(value.shape), "data": data.tobytes()}
-    return serialize(entries, {"format": "pt"})
+            data = value.astype(np.dtype(DTYPES[dtype]).newbyteorder("<")).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [place, place + len(data)]}
+        parts.append(data)
+        place += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])

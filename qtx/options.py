@@ -120,6 +120,10 @@ def open_data(path: Path, spec: ModelSpec, meta: dict[str, Any], name: str | Non
     own = {"length": about.get("length"), "names": about.get("names"), "scaling": meta.get("images")}
     data = load(source, spec, tokenizer=tokenizer or meta.get("tokenizer"), **own)
     trained_with, given = about.get("tokenizer_sha256"), data.describe().get("tokenizer_sha256")
+    if trained_with is None and "hub" in meta and given is not None:
+        raise SpecError(
+            f"{path} is a model whose import found no tokenizer.json: import it again with one in its folder"
+        )
     if trained_with != given:
         raise SpecError(
             f"tokenizer {given and given[:12]} is not the one of {path} ({trained_with and trained_with[:12]})"
