@@ -295,7 +295,7 @@ def test_equal_images_are_left_out():
     [
         ("books", VIT, "not images"),
         ("digits", OPT, "use 'books'"),
-        (None, dataclasses.replace(BERT, head=Head.CLASSIFY, classes=2), "needs labelled text"),
+        (None, dataclasses.replace(BERT, head=Head.CLASSIFY, classes=2), "4 classes and the model 2"),
         (None, dataclasses.replace(VIT, image_size=16), "use vit-tiny"),
         (None, dataclasses.replace(VIT, classes=4), "10 classes and the model 4"),
         ("no/such/place", OPT, "no/such/place cannot be read"),

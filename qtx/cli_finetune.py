@@ -23,8 +23,8 @@ EPOCHS = 3.0
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--data", required=True,
-              help="A .csv or .jsonl of text, label and, if any, split; a folder of pictures per class; books or digits.")  # fmt: skip
+@click.option("--data", required=True, metavar="FILE|DIR|books|digits",
+              help="A .csv or .jsonl of text, label and perhaps split; a folder of pictures per class.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder; the model is model.safetensors.")
 @click.option("--head-only", is_flag=True, help="Train the new head alone; the encoder keeps its bytes.")
 @click.option(

@@ -374,9 +374,13 @@ class Trainer:
     """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
 
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0) -> None:
+        """Raises SpecError where the optimizer's `only` names no parameter."""
         self.model = model
         self.seed = seed
-        self.adam = AdamW({name: x for name, x in model.leaves().items() if trains(name, optim)}, optim)
+        chosen = {name: x for name, x in model.leaves().items() if trains(name, optim)}
+        if not chosen:
+            raise SpecError(f"optimizer only is {optim.only!r}: that begins none of the model's parameters")
+        self.adam = AdamW(chosen, optim)
 
     def step(self, batch: Batch) -> tuple[float, float]:
         """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping."""

@@ -22,7 +22,7 @@ MODES = {1: "L", 3: "RGB"}
 
 
 class ImageData:
-    """Images, pixels scaled to [-1, 1] unless a mean and a deviation are given, shuffled once by `seed` and divided 80/10/10.
+    """Images, shuffled once by `seed` and divided 80/10/10; pixels scaled to [-1, 1], or by a mean and a deviation.
 
     `dropped` counts images left out because an earlier one is equal.
     """
