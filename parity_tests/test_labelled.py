@@ -57,12 +57,14 @@ def test_a_batch_is_what_the_tokenizer_gives(divided):
     theirs.enable_padding(pad_id=PAD, pad_token="[PAD]", pad_to_multiple_of=4)  # 12 is the limit, and no multiple of 8
     data = opened(path, length=12)
     (batch,) = data.split_batches("evaluation", BERT, 16, 0)
-    wanted = theirs.encode_batch([text for text, _, split in rows if split == "evaluation"])
+    place = {digest(text.encode())[:16]: (text, label) for text, label, split in rows if split == "evaluation"}
+    drawn = [place[found] for found in data.hashes("evaluation")]  # the order that the batches keep
+    assert len(set(drawn)) == len(place) and drawn != list(place.values())
+    wanted = theirs.encode_batch([text for text, _ in drawn])
     assert batch["tokens"].tolist() == [found.ids for found in wanted]
     assert batch["mask"].tolist() == [[bool(x) for x in found.attention_mask] for found in wanted]
     assert not batch["types"].any() and batch["types"].shape == batch["tokens"].shape
-    names = [label for _, label, split in rows if split == "evaluation"]
-    assert [data.names[label] for label in batch["labels"]] == names
+    assert [data.names[label] for label in batch["labels"]] == [label for _, label in drawn]
 
 
 def test_a_batch_is_as_long_as_its_longest_text(divided):
@@ -102,9 +104,8 @@ def test_undivided_rows_are_divided_and_duplicates_dropped(tmp_path):
     assert [len(data.hashes(split)) for split in SPLITS] == [40, 5, 5]
     assert data.names == ("0", "1", "2")
     known = [digest(text.encode())[:16] for text, _ in rows[:50]]
-    for split in SPLITS:  # in the file's order
-        places = [known.index(found) for found in data.hashes(split)]
-        assert places == sorted(places)
+    places = [known.index(found) for split in SPLITS for found in data.hashes(split)]
+    assert sorted(places) == list(range(50)) and places != sorted(places)  # drawn, since files are sorted by label
     assert opened(path, seed=1).hashes("evaluation") != data.hashes("evaluation") == opened(path).hashes("evaluation")
 
 
