@@ -13,7 +13,8 @@ from qtx_ref.models.initial import shapes
 from qtx_ref.presets import attention
 from qtx_ref.spec import AttentionSpec, Head, ModelSpec, Softmax, SpecError, to_dict
 
-from .cost import Workers, synthetic, write_batch
+from .cost import Workers
+from .cost_inputs import synthetic, write_batch
 from .cost_worker import WARM
 from .progress import Progress
 

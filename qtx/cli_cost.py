@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import click
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import PRESETS, preset
 from qtx_ref.profiles import profile
-from qtx_ref.spec import Nonlinear, SpecError
+from qtx_ref.spec import Nonlinear, Recipe, SpecError
 
-from . import cost, quantization
-from .artifact import SUFFIX, load_artifact, make_artifact, save_artifact
+from . import cost
+from .artifact import SUFFIX, Artifact, load_artifact, make_artifact, save_artifact
 from .attention_cost import DEFAULT, attention_cost
 from .backend import MissingExtra, backend
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .cli_quantize import ranges_of
+from .cost_inputs import Random, calibration_files, lengths_of, make_cell, write_batch
 from .data import DataError
 from .files import CheckpointError, check_writable, write_beside
 from .options import DATA, JSON, is_artifact, open_data, say, split_list, write_json
@@ -73,23 +75,25 @@ def cost_command(checkpoint, model, data, tokenizer, recipe_name, profile_name, 
         raise SpecError("give a checkpoint or --model, one of them")
     if training and attentions is None:
         raise SpecError("--training belongs to --attention: give both")
+    if attentions is not None and (unused := recipe_name or profile_name or data or tokenizer):
+        raise SpecError(f"{unused!r} does not belong to --attention, which quantizes nothing; leave it out")
     check_out(out)
-    module = backend(backend_name)
-    workers = cost.Workers(backend_name, device, threads or module.threads())
+
+    def tell(text: str) -> None:
+        say(text, json_path)
+
+    chosen = cost.chosen_engines("none" if attentions is not None else engines, backend_name, device, tell)
+    workers = cost.Workers(backend_name, device, threads or backend(backend_name).threads())
+    given = open_given(checkpoint, model, data, tokenizer, recipe_name, profile_name)
+    sizes = list(product(batches, lengths_of(given.found.spec, lengths)))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         if attentions is not None:
-            given = recipe_name or profile_name or data or tokenizer
-            if given:
-                raise SpecError(f"{given!r} does not belong to --attention, which quantizes nothing; leave it out")
-            spec = preset(model) if model else spec_of(checkpoint)
-            sizes = list(product(batches, cost.lengths_of(spec, lengths)))
-            rows = attention_cost(workers, spec, split_list(attentions), sizes, rounds, folder, training=training)
+            names = split_list(attentions)
+            rows = attention_cost(workers, given.found.spec, names, sizes, rounds, Path(name), training=training)
             result: dict[str, Any] = {"attentions": rows}
             text = attention_table(rows)
         else:
-            result = measured(workers, folder, checkpoint, model, data, tokenizer, recipe_name, profile_name, batches, lengths,
-                              rounds, engines, json_path)  # fmt: skip
+            result = measured(workers, Path(name), given, sizes, rounds, chosen, tell)
             text = "\n\n".join([cost_table(result), kernel_table(result), paragraph(result)])
     about = {"checkpoint": None if checkpoint is None else str(checkpoint), "model": model, "rounds": rounds}
     result = about | workers.common | result
@@ -108,117 +112,103 @@ def check_out(out: Path | None) -> None:
         check_writable(out / name)
 
 
-def spec_of(path: Path):
-    return load_artifact(path).spec if is_artifact(path) else load_checkpoint(path).spec
+@dataclass(frozen=True)
+class Given:
+    """The model that was asked for, and its data; None, and the reason, where it has none."""
+
+    path: Path | None
+    found: Checkpoint
+    artifact: Artifact | None
+    data: Any | None
+    reason: str
+    recipe: str | None
+    profile: str | None
 
 
-def opened(path: Path | None, model: str | None) -> Checkpoint:
-    """A checkpoint, or one of first parameters. Raises CheckpointError where training left no model."""
+def open_given(path: Path | None, model: str | None, data: str | None, tokenizer: Path | None, recipe: str | None,
+               profile_name: str | None) -> Given:  # fmt: skip
+    """Raises SpecError, CheckpointError or DataError where it cannot be had, or data that were named cannot."""
+    artifact = None
     if model is not None:
-        spec = preset(model)
-        return Checkpoint(spec, init_params(spec, 0))
-    found = load_checkpoint(path)
-    if "diverged_at" in found.meta:
-        raise CheckpointError(f"{path}: training diverged at step {found.meta['diverged_at']}; no model is left to use")
-    return found
-
-
-class Random:
-    """Random calibration batches, where a model has no data: times and memory are right, errors are not those of data."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def split_batches(self, split, spec, batch_size, seed, limit=None):
-        return iter([cost.synthetic(spec, batch_size, self.length)] * min(limit or 1, 1))
-
-    def hashes(self, split):
-        return []
-
-
-def measured(workers, folder, path, model, data, tokenizer, recipe_name, profile_name, batches, lengths, rounds, engines,
-             json_path) -> dict[str, Any]:  # fmt: skip
-    """Prepares the variants' files, compares them and times them."""
-    machine = Machine(workers.common["backend"], workers.common["device"])
-    given = path is not None and is_artifact(path)
-    if given and (recipe_name or profile_name):
-        raise SpecError(f"--recipe {recipe_name or profile_name}: {path} has its own; leave it out")
-    chosen = cost.chosen_engines(engines, machine.backend, machine.device, lambda text: say(text, json_path))
-    artifact = load_artifact(path) if given else None
-    found = Checkpoint(artifact.spec, artifact.float_params(), meta=artifact.meta) if given else opened(path, model)
-    spec = found.spec
-    sizes = list(product(batches, cost.lengths_of(spec, lengths)))
-    source, reason = None, "a preset has no data"
-    if model is None:
-        try:
-            source = open_data(path, spec, found.meta, data, tokenizer)
-        except (SpecError, DataError) as error:
-            if data is not None or tokenizer is not None:
-                raise
-            reason = str(error)
-    if source is None:
-        say(f"random inputs and calibration, errors not those of data: {reason}", json_path)
-    inputs = [cost.make_cell(spec, source, size, length) for size, length in sizes]
-    calibrating = source or Random(sizes[0][1])
-    plain, fake, whole = folder / "float.safetensors", folder / "fake.safetensors", folder / f"model{SUFFIX}"
-    save_checkpoint(plain, Checkpoint(spec, found.params))
-    variants = [cost.Variant("float32", "float32", plain)]
-    if machine.backend == "torch":
-        variants.append(cost.Variant("bfloat16", "bfloat16", plain))
-    float_model = machine.model(spec, found.params)
-    if given:
-        recipe, ranges, integers = artifact.recipe, artifact.ranges(), cost.Variant("integers", "integer", path)
+        found = Checkpoint(preset(model), init_params(preset(model), 0))
+        if data is not None or tokenizer is not None:
+            raise SpecError(f"--data {data or tokenizer}: --model {model} runs on random inputs; leave it out")
+        return Given(path, found, None, None, "a preset has no data", recipe, profile_name)
+    if is_artifact(path):
+        if recipe or profile_name:
+            name = f"--recipe {recipe}" if recipe else f"--profile {profile_name}"
+            raise SpecError(f"{name}: {path} has its own; leave it out")
+        artifact = load_artifact(path)
+        found = Checkpoint(artifact.spec, artifact.float_params(), meta=artifact.meta)
     else:
-        recipe, ranges, _, _ = ranges_of(found, float_model, calibrating, recipe_name, None)
+        found = load_checkpoint(path)
+        if "diverged_at" in found.meta:
+            step = found.meta["diverged_at"]
+            raise CheckpointError(f"{path}: training diverged at step {step}; no model is left to use")
+    try:
+        return Given(
+            path, found, artifact, open_data(path, found.spec, found.meta, data, tokenizer), "", recipe, profile_name
+        )
+    except (SpecError, DataError) as error:
+        if data is not None or tokenizer is not None:
+            raise
+        return Given(path, found, artifact, None, str(error), recipe, profile_name)
+    return Given(path, found, artifact, source, "", recipe, profile_name)
+
+
+def measured(workers: cost.Workers, folder: Path, given: Given, sizes: list[tuple[int, int]], rounds: int,
+             engines: tuple[str, ...], tell: Callable[[str], None]) -> dict[str, Any]:  # fmt: skip
+    """Prepares the variants' files, compares them and times them."""
+    spec, source = given.found.spec, given.data
+    if source is None:
+        tell(f"random inputs and calibration, so that errors are not those of data: {given.reason}")
+    cells = [make_cell(spec, source, size, length) for size, length in sizes]
+    for cell in cells:
+        write_batch(folder / f"{cell.name}.inputs", cell.inputs)
+        if source is not None and not cell.real:
+            tell(f"{cell.name}: random inputs, as the evaluation data have none of this size")
+    longest = max(cell.length for cell in cells)
+    calibrating = source or Random(longest)
+    variants, recipe = own_variants(workers, folder, given, calibrating)
+    variants += cost.engine_variants(engines, variants[0].file, folder)
+    masked, files = any(cell.padded for cell in cells), []
+    if engines:
+        files = calibration_files(folder, spec, calibrating, recipe.batches, longest, masked)
+    cost.probe(workers, variants, cells, folder, spec, masked, files)
+    cost.measure(workers, variants, cells, folder, rounds)
+    shown = [{key: getattr(cell, key) for key in ("name", "batch", "length", "real", "padded")} for cell in cells]
+    return {"recipe": recipe.name, "cells": shown, "variants": [as_record(variant) for variant in variants]}
+
+
+def own_variants(
+    workers: cost.Workers, folder: Path, given: Given, calibrating: Any
+) -> tuple[list[cost.Variant], Recipe]:
+    """The variants that are ours, float32 first, their files written; and the recipe."""
+    found, spec = given.found, given.found.spec
+    plain, fake, whole = folder / "float.safetensors", folder / "fake.safetensors", folder / f"model{SUFFIX}"
+    save_checkpoint(plain, Checkpoint(spec, found.params))  # without an optimizer's state
+    variants = [cost.Variant("float32", "float32", plain)]
+    if workers.common["backend"] == "torch":
+        variants.append(cost.Variant("bfloat16", "bfloat16", plain))
+    if given.artifact is not None:
+        recipe, ranges = given.artifact.recipe, given.artifact.ranges()
+        integers = cost.Variant("integers", "integer", given.path)
+    else:
+        meaning = profile(given.profile or "qtx")
+        model = Machine(workers.common["backend"], workers.common["device"]).model(spec, found.params)
+        recipe, ranges, _, _ = ranges_of(found, model, calibrating, given.recipe, None)
         integers = cost.Variant("integers", "integer", whole)
         try:
-            meaning = profile(profile_name or "qtx")
             save_artifact(whole, make_artifact(plain, found, recipe, ranges, meaning, Nonlinear.TABLE, []))
-        except SpecError as error:
+        except SpecError as error:  # such as a recipe of small floats
             integers.finding = str(error)
     save_checkpoint(fake, Checkpoint(spec, found.params, {}, recipe, ranges))
-    variants += [cost.Variant("fake quantization", "fake", fake), integers]
-    variants += cost.engine_variants(chosen, plain, folder)
-    masked = spec_masked(inputs)
-    calibration = calibration_files(folder, spec, calibrating, recipe.batches or 1, masked) if chosen else []
-    for cell in inputs:
-        cost.write_batch(folder / f"{cell.name}.inputs", cell.inputs)
-    cost.probe(workers, variants, inputs, folder, spec, masked, calibration)
-    cost.measure(workers, variants, inputs, folder, rounds)
-    cells = [
-        {"name": c.name, "batch": c.batch, "length": c.length, "real": c.real, "padded": padded(c)} for c in inputs
-    ]
-    for cell in cells:
-        if source is not None and not cell["real"]:
-            say(f"{cell['name']}: random inputs, the evaluation data have none of this size", json_path)
-    return {"recipe": recipe.name, "cells": cells, "variants": [as_record(variant) for variant in variants]}
-
-
-def padded(cell: cost.Cell) -> bool:
-    return "mask" in cell.inputs and not cell.inputs["mask"].all()
-
-
-def spec_masked(cells: list[cost.Cell]) -> bool:
-    """Whether an exported model needs a mask."""
-    return any(padded(cell) for cell in cells)
-
-
-def calibration_files(folder: Path, spec, source, limit: int, masked: bool) -> list[Path]:
-    """Calibration batches for an engine's own tools; without a mask, of full sequences alone."""
-    paths = []
-    for i, batch in enumerate(source.split_batches("calibration", spec, quantization.BATCH, 0, limit=limit)):
-        kept = {name: batch[name] for name in cost.INPUTS if name in batch}
-        kept = kept if masked or "mask" not in kept else cost.full_rows(kept)
-        if len(next(iter(kept.values()))):
-            paths.append(folder / f"calibration-{i}.inputs")
-            cost.write_batch(paths[-1], kept)
-    return paths
+    return [*variants, cost.Variant("fake quantization", "fake", fake), integers], recipe
 
 
 def as_record(variant: cost.Variant) -> dict[str, Any]:
     """A variant as JSON values."""
-    record = asdict(replace(variant, file=None, source=None))
-    return {key: record[key] for key in ("name", "bytes", "finding", "cells", "profile")}
+    return {key: getattr(variant, key) for key in ("name", "bytes", "finding", "cells", "profile")}
 
 
 def write(out: Path, result: dict[str, Any], text: str) -> list[str]:

@@ -17,21 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 import qtx
-from qtx_ref.random import stream
-from qtx_ref.spec import Family, Head, ModelSpec, SpecError
+from qtx_ref.spec import Head, ModelSpec, SpecError
 
 from .backend import MissingExtra, need
+from .cost_inputs import Cell
 from .cost_worker import WARM
 from .progress import Progress
 
 ENGINES = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "torch-dynamic": ("torch",)}  # and what they need
 FLOAT_ERROR = 1e-3  # relative RMS beyond which a float32 engine computes something else
 LIMIT = 1800  # seconds that one probe may take
-INPUTS = ("tokens", "mask", "types", "images")
-Batch = dict[str, np.ndarray]
 
 
 @dataclass
@@ -46,73 +43,6 @@ class Variant:
     finding: str | None = None  # why it is not timed
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
     profile: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Inputs of one batch size and length; `real`: of the model's data, and not random."""
-
-    batch: int
-    length: int
-    inputs: Batch
-    real: bool
-
-    @property
-    def name(self) -> str:
-        return f"{self.batch}x{self.length}"
-
-
-# --- inputs -----------------------------------------------------------------------------------------------------------
-
-
-def synthetic(spec: ModelSpec, size: int, length: int) -> Batch:
-    """Random tokens, all real, or random images; with targets for a training step."""
-    rng = stream(0, "cost", size, length)
-    if spec.family is Family.VIT:
-        images = rng.normal(size=(size, spec.channels, spec.image_size, spec.image_size)).astype(np.float32)
-        return {"images": images, "labels": rng.integers(0, max(spec.classes, 1), size)}
-    tokens = rng.integers(0, spec.vocab, (size, length))
-    batch = {"tokens": tokens, "mask": np.ones(tokens.shape, bool)}
-    if spec.family is Family.BERT:
-        batch["types"] = np.zeros_like(tokens)
-    if spec.head is Head.CLASSIFY:
-        return batch | {"labels": rng.integers(0, spec.classes, size)}
-    return batch | {"targets": tokens}
-
-
-def make_cell(spec: ModelSpec, data: Any | None, size: int, length: int) -> Cell:
-    """Evaluation data cut to `length`; random where there are none, too few, or none as long."""
-    batch = None if data is None else next(data.split_batches("evaluation", spec, size, 0, limit=1), None)
-    if batch is not None and len(next(iter(batch.values()))) == size:
-        found = {name: batch[name] for name in INPUTS if name in batch}
-        if spec.family is Family.VIT:
-            return Cell(size, length, found, True)
-        if found["tokens"].shape[1] >= length and found["mask"][:, length - 1].any():
-            return Cell(size, length, {name: value[:, :length] for name, value in found.items()}, True)
-    found = synthetic(spec, size, length)
-    return Cell(size, length, {name: found[name] for name in INPUTS if name in found}, False)
-
-
-def lengths_of(spec: ModelSpec, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Sequence lengths to measure. Raises SpecError for one that the model cannot take."""
-    if spec.family is Family.VIT:
-        if wanted not in (None, (spec.length,)):
-            raise SpecError(f"--length {','.join(map(str, wanted))}: this vit has {spec.length} tokens; leave it out")
-        return (spec.length,)
-    for length in wanted or ():
-        if not 1 <= length <= spec.length:
-            raise SpecError(f"--length {length}: the model's length is {spec.length}; give 1 to {spec.length}")
-    return wanted or tuple(n for n in (64, 128) if n <= spec.length) or (spec.length,)
-
-
-def full_rows(batch: Batch) -> Batch:
-    """The sequences of a batch that have no padding."""
-    full = batch["mask"].all(axis=1)
-    return {name: value[full] for name, value in batch.items()}
-
-
-def write_batch(path: Path, batch: Batch) -> None:
-    save_file({name: np.ascontiguousarray(value) for name, value in batch.items()}, str(path))
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------
@@ -294,8 +224,9 @@ def probe_cell(
     memory = peak if cuda else None if None in (peak, idle) else peak - idle
     same = found.shape == expected.shape
     measured = compare(found, expected, cell.inputs.get("mask"), spec.head is not Head.NONE) if same else {}
-    variant.cells[cell.name] = {"memory": memory, **measured}
     variant.finding = fault(variant, found, expected, measured)
+    kept = {name: value for name, value in measured.items() if value is not None and np.isfinite(value)}
+    variant.cells[cell.name] = {"memory": memory, **kept}
     variant.profile |= result
 
 

@@ -142,18 +142,20 @@ def probe(task: Task) -> Task:
     cuda = task["device"] != "cpu" and not kind.startswith("onnx")
     reset_peak()
 
-    def passes() -> None:
-        for _ in range(WARM):
-            runner(inputs)
-
     if cuda:
-        peak = importlib.import_module("qtx_torch.engines").cuda_peak(runner.device, passes)
+        engines = importlib.import_module("qtx_torch.engines")
+        peak = engines.cuda_peak(runner.device, lambda: repeated(runner, inputs))
     else:
-        passes()
+        repeated(runner, inputs)
         peak = resident_peak()
     found = runner.output(runner(inputs))
     np.save(task["output"], real(found) if isinstance(found, Output) else found)
     return {"peak": peak} | (kernels(task, runner, batch, inputs) if task["profile"] else {})
+
+
+def repeated(runner: Any, inputs: Any) -> None:
+    for _ in range(WARM):
+        runner(inputs)
 
 
 def kernels(task: Task, runner: Any, batch: Any, inputs: Any) -> Task:
@@ -165,7 +167,7 @@ def kernels(task: Task, runner: Any, batch: Any, inputs: Any) -> Task:
     result: Task = {}
     if task["backend"] == "torch":
         engines = importlib.import_module("qtx_torch.engines")
-        result["ops"], result["matmuls"] = engines.shares(runner.device, lambda: runner(inputs))
+        result["ops"], result["matmuls"] = engines.shares(runner.device, lambda: repeated(runner, inputs))
     profiling = importlib.import_module(f"qtx_{task['backend']}.profiling")
     if kind == "integer":
         timed, seconds = profiling.products(runner.model, batch)
@@ -240,7 +242,7 @@ def attentions(task: Task) -> Task:
     return result
 
 
-TASKS = {"idle": idle, "prepare": prepare, "probe": probe, "time": timed, "attention": attentions}
+TASKS = {"idle": idle, "prepare": prepare, "probe": probe, "time": timed, "attentions": attentions}
 
 
 def say(line: Task) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from .backend import need
 
 TOP = 6  # ops that a profile names
+PASSES = 3  # of a profile
 PRODUCTS = ("MatMul", "Gemm", "Attention")  # in the names of ops that multiply matrices
 RUNTIME = ("onnxruntime", "engines", "engine onnxruntime")
 
@@ -54,9 +55,10 @@ def by_clock(call: Any) -> float:
 
 
 def shares(path: Path, threads: int, batch: Mapping[str, np.ndarray]) -> tuple[dict[str, float], float]:
-    """What share of a pass's op time each of the most expensive ops took, and all that multiply matrices together."""
+    """Share of the op time of some passes: of each of the most expensive ops, and of all matrix products."""
     runner = OnnxRunner(path, threads, profile=True)
-    runner(runner.inputs(batch))
+    for _ in range(PASSES):
+        runner(runner.inputs(batch))
     written = Path(runner.session.end_profiling())
     spent: Counter[str] = Counter()
     for event in json.loads(written.read_text(encoding="utf-8")):

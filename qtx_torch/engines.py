@@ -155,7 +155,7 @@ def cuda_peak(device: torch.device, call: Callable[[], object]) -> int:
 
 
 def shares(device: torch.device, call: Callable[[], object]) -> tuple[dict[str, float], float]:
-    """What share of a pass's op time each of the most expensive ops took, and all that multiply matrices together."""
+    """Share of a call's op time: of each of the most expensive ops, and of all matrix products."""
     cuda = device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     with torch.profiler.profile(activities=kinds) as found:

@@ -27,8 +27,8 @@ def cost_table(result: Mapping[str, Any]) -> str:
     header = ["variant", "batch x length", "ms", "p95", "to float32", "seq/s", "tokens/s", "MiB", "disk MiB", "error",
               "same argmax"]  # fmt: skip
     rows = []
-    for variant in result["variants"]:
-        for cell in result["cells"]:
+    for cell in result["cells"]:
+        for variant in result["variants"]:
             found = variant["cells"].get(cell["name"], {})
             if variant["finding"] and not found:
                 continue

@@ -1,0 +1,117 @@
+"""What `qtx cost` runs its variants on: evaluation data cut to size, or random ids and images where there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from qtx_ref.random import stream
+from qtx_ref.spec import Family, Head, ModelSpec, SpecError
+
+from .quantization import BATCH
+
+INPUTS = ("tokens", "mask", "types", "images")
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Inputs of one batch size and length; `real`: of the model's data, and not random."""
+
+    batch: int
+    length: int
+    inputs: Batch
+    real: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch}x{self.length}"
+
+    @property
+    def padded(self) -> bool:
+        return "mask" in self.inputs and not self.inputs["mask"].all()
+
+
+def synthetic(spec: ModelSpec, size: int, length: int) -> Batch:
+    """Random tokens, all real, or random images; with targets for a training step."""
+    rng = stream(0, "cost", size, length)
+    if spec.family is Family.VIT:
+        images = rng.normal(size=(size, spec.channels, spec.image_size, spec.image_size)).astype(np.float32)
+        return {"images": images, "labels": rng.integers(0, max(spec.classes, 1), size)}
+    tokens = rng.integers(0, spec.vocab, (size, length))
+    batch = {"tokens": tokens, "mask": np.ones(tokens.shape, bool)}
+    if spec.family is Family.BERT:
+        batch["types"] = np.zeros_like(tokens)
+    if spec.head is Head.CLASSIFY:
+        return batch | {"labels": rng.integers(0, spec.classes, size)}
+    return batch | {"targets": tokens}
+
+
+def make_cell(spec: ModelSpec, data: Any | None, size: int, length: int) -> Cell:
+    """Evaluation data cut to `length`; random where there are none, too few, or none as long."""
+    batch = None if data is None else next(data.split_batches("evaluation", spec, size, 0, limit=1), None)
+    if batch is not None and len(next(iter(batch.values()))) == size:
+        found = {name: batch[name] for name in INPUTS if name in batch}
+        if spec.family is Family.VIT:
+            return Cell(size, length, found, True)
+        if found["tokens"].shape[1] >= length and found["mask"][:, length - 1].any():
+            return Cell(size, length, {name: value[:, :length] for name, value in found.items()}, True)
+    found = synthetic(spec, size, length)
+    return Cell(size, length, {name: found[name] for name in INPUTS if name in found}, False)
+
+
+def lengths_of(spec: ModelSpec, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Sequence lengths to measure. Raises SpecError for one that the model cannot take."""
+    if spec.family is Family.VIT:
+        if wanted not in (None, (spec.length,)):
+            raise SpecError(f"--length {','.join(map(str, wanted))}: this vit has {spec.length} tokens; leave it out")
+        return (spec.length,)
+    for length in wanted or ():
+        if not 1 <= length <= spec.length:
+            raise SpecError(f"--length {length}: the model's length is {spec.length}; give 1 to {spec.length}")
+    return wanted or tuple(n for n in (64, 128) if n <= spec.length) or (spec.length,)
+
+
+def full_rows(batch: Batch) -> Batch:
+    """The sequences of a batch that have no padding."""
+    full = batch["mask"].all(axis=1)
+    return {name: value[full] for name, value in batch.items()}
+
+
+def write_batch(path: Path, batch: Batch) -> None:
+    save_file({name: np.ascontiguousarray(value) for name, value in batch.items()}, str(path))
+
+
+class Random:
+    """Random calibration batches, where a model has no data: times and memory are right, errors are not those of data."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def split_batches(
+        self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """One batch, whatever the split."""
+        return iter([synthetic(spec, batch_size, self.length)])
+
+    def hashes(self, split: str) -> list[str]:
+        return []
+
+
+def calibration_files(folder: Path, spec: ModelSpec, data: Any, limit: int, length: int, masked: bool) -> list[Path]:
+    """Calibration batches for an engine's own tools, cut to `length`; without a mask, of full sequences alone."""
+    paths = []
+    for i, batch in enumerate(data.split_batches("calibration", spec, BATCH, 0, limit=limit)):
+        kept = {name: batch[name] for name in INPUTS if name in batch}
+        if "mask" in kept:
+            kept = {name: value[:, :length] for name, value in kept.items()}
+            kept = kept if masked else full_rows(kept)
+        if len(next(iter(kept.values()))):
+            paths.append(folder / f"calibration-{i}.inputs")
+            write_batch(paths[-1], kept)
+    return paths
