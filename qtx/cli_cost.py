@@ -146,9 +146,7 @@ def open_given(path: Path | None, model: str | None, data: str | None, tokenizer
             step = found.meta["diverged_at"]
             raise CheckpointError(f"{path}: training diverged at step {step}; no model is left to use")
     try:
-        return Given(
-            path, found, artifact, open_data(path, found.spec, found.meta, data, tokenizer), "", recipe, profile_name
-        )
+        source = open_data(path, found.spec, found.meta, data, tokenizer)
     except (SpecError, DataError) as error:
         if data is not None or tokenizer is not None:
             raise

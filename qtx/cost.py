@@ -6,6 +6,7 @@ its output is compared with float32 before anything is timed. Then one process t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -123,22 +124,24 @@ class Workers:
                     process.stdin.close()
                     lines = process.stdout
                 for line in lines:
-                    if not line.startswith("{"):
-                        continue  # a word of an engine's
-                    found = json.loads(line)
+                    with contextlib.suppress(ValueError):  # a word of an engine's, or a line cut short
+                        found = json.loads(line)
                     if bar is not None and "done" in found:
                         bar.advance(found["done"])
                 code = process.wait()
             except subprocess.TimeoutExpired:
                 return {"error": f"did not end within {LIMIT} s"}
+            except BrokenPipeError:  # it ended before it had read its task
+                code = process.wait()
             finally:
                 process.kill()
                 process.wait()
                 for pipe in (process.stdin, process.stdout):
-                    pipe.close()
-            if "result" in found:
-                return found["result"]
-            return {"error": found.get("error") or died(code, errors)}
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
+            if "result" in found or "error" in found:
+                return found.get("result", {"error": found.get("error")})
+            return {"error": died(code, errors)}
 
 
 def died(code: int, errors: Any) -> str:
@@ -166,15 +169,11 @@ def compare(output: np.ndarray, truth: np.ndarray, mask: np.ndarray | None, head
     return {"error": error, "agreement": float((a.argmax(-1) == b.argmax(-1)).mean()) if head else None}
 
 
-def fault(variant: Variant, output: np.ndarray, truth: np.ndarray, measured: Mapping[str, Any]) -> str | None:
-    """Why an output is wrong, in a line; None where it may be timed."""
+def fault(output: np.ndarray, truth: np.ndarray) -> str | None:
+    """Why an output is none that could be compared, in a line; None where it can."""
     if output.shape != truth.shape:
         return f"wrong output: shape {output.shape} for {truth.shape}"
-    if not np.isfinite(output).all():
-        return "wrong output: NaN or infinity"
-    if variant.kind == "onnx" and measured["error"] > FLOAT_ERROR:
-        return f"wrong output: relative error {measured['error']:.2g} in float32"
-    return None
+    return None if np.isfinite(output).all() else "wrong output: NaN or infinity"
 
 
 def probe(
@@ -222,11 +221,13 @@ def probe_cell(
     idle = rest["onnx" if variant.kind.startswith("onnx") else "own"]
     peak, cuda = result.pop("peak"), workers.common["device"] != "cpu" and not variant.kind.startswith("onnx")
     memory = peak if cuda else None if None in (peak, idle) else peak - idle
-    same = found.shape == expected.shape
-    measured = compare(found, expected, cell.inputs.get("mask"), spec.head is not Head.NONE) if same else {}
-    variant.finding = fault(variant, found, expected, measured)
-    kept = {name: value for name, value in measured.items() if value is not None and np.isfinite(value)}
-    variant.cells[cell.name] = {"memory": memory, **kept}
+    variant.cells[cell.name] = {"memory": memory}
+    variant.finding = fault(found, expected)
+    if variant.finding is None:
+        measured = compare(found, expected, cell.inputs.get("mask"), spec.head is not Head.NONE)
+        variant.cells[cell.name] |= measured
+        if variant.kind == "onnx" and measured["error"] > FLOAT_ERROR:
+            variant.finding = f"wrong output: relative error {measured['error']:.2g} in float32"
     variant.profile |= result
 
 
