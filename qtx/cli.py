@@ -21,6 +21,8 @@ from .artifact import SUFFIX
 from .backend import MissingExtra, backend, need
 from .cli_artifact import diff, show, vectors
 from .cli_cost import cost_command
+from .cli_finetune import finetune
+from .cli_hub import export, import_command
 from .cli_parity import parity
 from .cli_quantize import quantize
 from .data import DataError, load
@@ -36,14 +38,16 @@ from .options import (
     WATCH,
     need_head,
     open_checkpoint,
+    open_data,
     open_model,
     say,
     split_list,
     write_json,
 )
 from .report.tables import number, table
+from .starts import continued, open_origin
 from .study import Study, StudySpec
-from .training import History, Interrupted, Machine, TrainSpec, default_optim, train, widened
+from .training import History, Interrupted, Machine, Start, TrainSpec, default_optim, train, widened
 
 MENDABLE = (SpecError, DataError, CheckpointError, MissingExtra, OSError)
 
@@ -58,7 +62,7 @@ class Commands(click.Group):
             click.echo(f"\n{stop}; the same command with --resume goes on", err=True)
             ctx.exit(130)
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("study", "train")
+            resumes = ctx.invoked_subcommand in ("finetune", "study", "train")
             click.echo("\nstopped" + ("; the same command with --resume goes on" if resumes else ""), err=True)
             ctx.exit(130)
         except BrokenPipeError:  # whoever read the output has enough
@@ -123,10 +127,14 @@ def study(model, data, tokenizer, vocab, steps, batch, lr, attentions, recipe_na
 
 
 @main.command(name="train")
-@click.option("--model", default="opt-tiny", show_default=True, help=f"One of {', '.join(PRESETS)}.")
+@click.option("--model", help=f"One of {', '.join(PRESETS)}; default opt-tiny, without --init.")
+@click.option("--init", type=click.Path(path_type=Path), metavar="CHECKPOINT",
+              help="Go on pre-training from its parameters, with its tokenizer.")  # fmt: skip
 @DATA
 @VOCAB
-@click.option("--attention", "attention_name", default="vanilla", show_default=True)
+@click.option("--attention", "attention_name",
+              help="Default vanilla, or that of --init; to its model a linear gate (gated:pi=0.5) may be added, or its "
+              "softmax changed (clipped).")  # fmt: skip
 @click.option("--steps", type=click.IntRange(1), default=StudySpec.steps, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=StudySpec.batch, show_default=True)
 @click.option("--lr", type=float, help="Peak learning rate; default 1e-3 for the tiny models, 1e-4 for larger ones.")
@@ -139,15 +147,26 @@ def study(model, data, tokenizer, vocab, steps, batch, lr, attentions, recipe_na
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 @JSON
-def train_command(model, data, tokenizer, vocab, attention_name, steps, batch, lr, train_quant, watch_integer, backend_name,
-                  device, dtype, seed, out, resume, json_path):  # fmt: skip
+def train_command(model, init, data, tokenizer, vocab, attention_name, steps, batch, lr, train_quant, watch_integer,
+                  backend_name, device, dtype, seed, out, resume, json_path):  # fmt: skip
     """Train one model; leaves OUT/model.safetensors."""
-    spec = replace(preset(model), attention=attention(attention_name))
     machine = Machine(backend_name, device, dtype)
-    source = load(data, spec, tokenizer=tokenizer, vocab=vocab)
-    run = TrainSpec(widened(spec, source), default_optim(spec, steps, lr), batch, seed, train_quant, watch_integer)
+    if init is None:
+        spec = replace(preset(model or "opt-tiny"), attention=attention(attention_name or "vanilla"))
+        source, origin, start = load(data, spec, tokenizer=tokenizer, vocab=vocab), None, None
+        spec = widened(spec, source)
+    else:
+        for name, value in (("model", model), ("tokenizer", tokenizer), ("vocab", vocab)):
+            if value is not None:
+                raise SpecError(f"--init and --{name} {value}: the checkpoint has its own; leave one of them out")
+        origin = open_origin(init)
+        spec, params = continued(origin.found, attention_name, seed)
+        source, start = open_data(init, spec, origin.found.meta, data, None), Start(params, origin.kept())
+        quantization.refuse_overlap(origin.found.meta, source, "evaluation")
+    optim = default_optim(spec, steps, lr)
+    run = TrainSpec(spec, optim, batch, seed, train_quant, watch_integer, origin and origin.sha256)
     path = out / "model.safetensors"
-    checkpoint = train(run, source, path, machine, resume=resume, label=attention_name)
+    checkpoint = train(run, source, path, machine, resume=resume, label=attention_name or out.name, start=start)
     curve = checkpoint.extra["history.loss"]
     state = " (diverged)" if checkpoint.meta["diverged"] else ""
     history = History.of(checkpoint.extra)
@@ -304,5 +323,5 @@ def recipes_command(name, model, attention_name, json_path):
     write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
-for command in (quantize, parity, show, diff, vectors, cost_command):
+for command in (quantize, parity, show, diff, vectors, import_command, export, finetune, cost_command):
     main.add_command(command)

@@ -15,6 +15,7 @@ from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 
 from .quantization import BATCH
 
+SEARCHED = 16  # evaluation batches looked through for sequences that are long enough
 INPUTS = ("tokens", "mask", "types", "images")
 Batch = dict[str, np.ndarray]
 
@@ -53,16 +54,42 @@ def synthetic(spec: ModelSpec, size: int, length: int) -> Batch:
 
 
 def make_cell(spec: ModelSpec, data: Any | None, size: int, length: int) -> Cell:
-    """Evaluation data cut to `length`; random where there are none, too few, or none as long."""
-    batch = None if data is None else next(data.split_batches("evaluation", spec, size, 0, limit=1), None)
-    if batch is not None and len(next(iter(batch.values()))) == size:
-        found = {name: batch[name] for name in INPUTS if name in batch}
-        if spec.family is Family.VIT:
-            return Cell(size, length, found, True)
-        if found["tokens"].shape[1] >= length and found["mask"][:, length - 1].any():
-            return Cell(size, length, {name: value[:, :length] for name, value in found.items()}, True)
+    """Evaluation data: sequences of at least `length` tokens cut there, then, where too few are as long, padded ones.
+    Random inputs where there are no data, too few, or none as long."""
+    rows = evaluation_rows(spec, data, size, length)
+    if len(rows) >= size and (spec.family is Family.VIT or reaches(rows[0], length)):
+        return Cell(size, length, stacked(rows[:size], length), True)
     found = synthetic(spec, size, length)
     return Cell(size, length, {name: found[name] for name in INPUTS if name in found}, False)
+
+
+def evaluation_rows(spec: ModelSpec, data: Any | None, size: int, length: int) -> list[Batch]:
+    """Single sequences or images of the first evaluation batches; sequences that reach `length` come first."""
+    if data is None:
+        return []
+    limit = SEARCHED + -(-size // BATCH)
+    rows = [
+        {name: batch[name][i] for name in INPUTS if name in batch}
+        for batch in data.split_batches("evaluation", spec, BATCH, 0, limit=limit)
+        for i in range(len(next(iter(batch.values()))))
+    ]
+    return rows if spec.family is Family.VIT else sorted(rows, key=lambda row: not reaches(row, length))
+
+
+def reaches(row: Batch, length: int) -> bool:
+    """Whether a sequence has so many tokens."""
+    return bool(row["mask"][length - 1 : length].any())
+
+
+def stacked(rows: list[Batch], length: int) -> Batch:
+    """Sequences cut or padded to `length`, or images, as one batch; a padded token is id 0, which the mask hides."""
+
+    def fitted(name: str, value: np.ndarray) -> np.ndarray:
+        if name == "images":
+            return value
+        return np.pad(value[:length], (0, max(0, length - len(value))))
+
+    return {name: np.stack([fitted(name, row[name]) for row in rows]) for name in rows[0]}
 
 
 def lengths_of(spec: ModelSpec, wanted: tuple[int, ...] | None) -> tuple[int, ...]:

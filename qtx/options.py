@@ -22,8 +22,9 @@ from .files import CheckpointError, check_writable, write_beside
 from .sites import sites
 from .training import Machine
 
-WRITTEN = ("model.safetensors", "study.json", "curves.png")  # in the folders that train and study write
-PLACES = ("checkpoint", "model", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
+# in the folders that train, study and export write
+WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "tokenizer.json", "preprocessor_config.json")
+PLACES = ("checkpoint", "model", "init", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
 
 
 def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
@@ -76,7 +77,11 @@ MACHINE = options(
 )
 JSON = with_json
 DATA = options(
-    click.option("--data", help="books, digits, a text file or a folder of .txt; default: the model's own."),
+    click.option(
+        "--data",
+        help="books, digits, a text file or a folder of .txt; of a classifier a .csv or .jsonl of text and label, "
+        "or a folder of pictures per class; default: the model's own.",
+    ),
     click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json for your own text."),
 )
 VOCAB = click.option("--vocab", type=click.IntRange(1), help="Entries of the tokenizer trained on your own text.")
@@ -112,7 +117,8 @@ def open_data(path: Path, spec: ModelSpec, meta: dict[str, Any], name: str | Non
     """The data to evaluate a model on: its own unless said otherwise, with its own tokenizer."""
     about = meta.get("data", {})
     source = about.get("source") if name is None else name
-    data = load(source, spec, tokenizer=tokenizer or meta.get("tokenizer"))
+    own = {"length": about.get("length"), "names": about.get("names"), "scaling": meta.get("images")}
+    data = load(source, spec, tokenizer=tokenizer or meta.get("tokenizer"), **own)
     trained_with, given = about.get("tokenizer_sha256"), data.describe().get("tokenizer_sha256")
     if trained_with != given:
         raise SpecError(

@@ -57,6 +57,15 @@ class TrainSpec:
     seed: int
     train_quant: str | None = None  # recipe of the forward pass while training; w8a8 stands for train-w8a8
     watch_integer: int | None = None  # every so many steps the model is quantized and run in integers
+    init: str | None = None  # sha256 of the checkpoint whose parameters it begins with; None: they are drawn
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with where its parameters are not drawn; the run's `TrainSpec.init` says which file it is of."""
+
+    params: dict[str, np.ndarray]
+    kept: dict[str, Any] = field(default_factory=dict)  # JSON values that every checkpoint of the run keeps
 
 
 @dataclass
@@ -118,8 +127,9 @@ def interrupt_flag() -> Iterator[list[bool]]:
 def identity(run: TrainSpec, data: Any, machine: Machine) -> dict[str, Any]:
     """What must be equal for a resumed run to give the bits of an uninterrupted one."""
     train = to_dict(run)
-    if run.watch_integer is None:
-        del train["watch_integer"]  # as runs before it was an option
+    for options, name, unset in ((train, "watch_integer", None), (train, "init", None), (train["optim"], "only", [])):
+        if options[name] == unset:
+            del options[name]  # as runs before it was an option
     return {
         "train": train,
         "machine": to_dict(machine),
@@ -129,9 +139,11 @@ def identity(run: TrainSpec, data: Any, machine: Machine) -> dict[str, Any]:
 
 
 def train(
-    run: TrainSpec, data: Any, path: Path, machine: Machine, *, resume: bool = False, label: str = ""
-) -> Checkpoint:
-    """Trains a model and leaves it, with optimizer and curves, at `path`; returns what is there.
+    run: TrainSpec, data: Any, path: Path, machine: Machine, *, resume: bool = False, label: str = "",
+    start: Start | None = None,
+) -> Checkpoint:  # fmt: skip
+    """Trains a model and leaves it, with optimizer and curves, at `path`; returns what is there. `start`: None where the
+    parameters are drawn.
 
     A run whose loss is not finite (it ends there) or has risen (see `risen`) is marked `meta["diverged"]`. With
     `resume`, goes on from `path` if it exists.
@@ -143,7 +155,8 @@ def train(
     label = label or path.parent.name
     check_writable(path)
     wanted = identity(run, data, machine)
-    model, trainer, history, checkpoint = begin(run, data, path, machine, wanted, resume)
+    start = start or Start(init_params(run.model, run.seed))
+    model, trainer, history, checkpoint = begin(run, data, path, machine, wanted, resume, start.params)
     if checkpoint is not None and checkpoint.meta["done"]:
         return checkpoint
     step = len(history.loss)
@@ -154,12 +167,12 @@ def train(
 
     def keep(done: bool) -> Checkpoint:
         chosen = training_recipe(run.train_quant, run.model) if run.train_quant else None
-        meta = {**wanted, "done": done, "diverged": done and risen(history.loss)}
-        if wanted["data"]["kind"] == "text":
+        meta = {**start.kept, **wanted, "done": done, "diverged": done and risen(history.loss)}
+        if "tokenizer_sha256" in wanted["data"]:
             meta["tokenizer"] = data.tokenizer_json
         params, extra = model.params(), history.tensors() | trainer.state()
         if not all(np.isfinite(value).all() for value in (params | extra).values()):
-            return diverge(path, run, history, wanted)
+            return diverge(path, run, history, wanted, start.params)
         found = Checkpoint(run.model, params, extra, chosen, model.ranges(), meta)
         save_checkpoint(path, found)
         return found
@@ -175,7 +188,7 @@ def train(
             history.loss.append(loss)
             step += 1
             if not math.isfinite(loss):
-                return diverge(path, run, history, wanted)
+                return diverge(path, run, history, wanted, start.params)
             if (step % every == 0 or step == run.optim.steps) and math.isfinite(norm := inf_norm(model, fixed)):
                 history.watch_step.append(step)
                 history.inf_norm.append(norm)
@@ -203,9 +216,10 @@ def widened(model: ModelSpec, data: Any) -> ModelSpec:
 
 
 def begin(
-    run: TrainSpec, data: Any, path: Path, machine: Machine, wanted: dict[str, Any], resume: bool
-) -> tuple[Any, Any, History, Checkpoint | None]:
-    """Model, trainer and curves at the start of a run, or where `path` left it."""
+    run: TrainSpec, data: Any, path: Path, machine: Machine, wanted: dict[str, Any], resume: bool,
+    first: dict[str, np.ndarray],
+) -> tuple[Any, Any, History, Checkpoint | None]:  # fmt: skip
+    """Model, trainer and curves at the start of a run, with its `first` parameters, or where `path` left it."""
     checkpoint = None
     if path.exists():
         if not resume:
@@ -216,7 +230,7 @@ def begin(
         for key, value in wanted.items():
             if checkpoint.meta.get(key) != value:
                 raise CheckpointError(f"{path} is another run: {difference(key, checkpoint.meta.get(key), value)}")
-    model = machine.model(run.model, checkpoint.params if checkpoint else init_params(run.model, run.seed))
+    model = machine.model(run.model, checkpoint.params if checkpoint else first)
     if run.train_quant:
         chosen = training_recipe(run.train_quant, run.model)
         static = any(rule.quant is not None and not rule.quant.dynamic for rule in chosen.rules)
@@ -237,12 +251,14 @@ def begin(
         raise CheckpointError(f"{path} cannot be resumed: {error} is missing; choose another --out") from None
 
 
-def diverge(path: Path, run: TrainSpec, history: History, wanted: dict[str, Any]) -> Checkpoint:
+def diverge(
+    path: Path, run: TrainSpec, history: History, wanted: dict[str, Any], first: dict[str, np.ndarray]
+) -> Checkpoint:
     """Leaves the first parameters and the curves of a run whose numbers are finite no more; nothing evaluates it."""
     last = [loss for loss in history.loss if math.isfinite(loss)]
     curves = replace(history, loss=last)
     meta = {**wanted, "done": True, "diverged": True, "diverged_at": len(history.loss)}
-    found = Checkpoint(run.model, init_params(run.model, run.seed), curves.tensors(), None, {}, meta)
+    found = Checkpoint(run.model, first, curves.tensors(), None, {}, meta)
     save_checkpoint(path, found)
     return found
 

@@ -6,7 +6,7 @@ Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from .spec import (
     Range,
     SpecError,
     check_integer,
+    trains,
 )
 from .tape import Var, backward, const, leaf
 
@@ -109,11 +110,15 @@ class Model:
         return float(models.loss(logits, batch).value) * count, count, right
 
     @quiet
-    def gradients(self, batch: Batch, *, training: bool = False, seed: int = 0, step: int = 0) -> tuple[float, Arrays]:
-        """The loss and its gradient by every trainable array."""
-        leaves = {name: leaf(value) for name, value in self.trainable().items()}
-        nx = self._numerics(leaves, training=training, seed=seed, step=step)
-        loss = models.loss(models.forward(nx, leaves, self.spec, self._inputs(batch)), batch)
+    def gradients(
+        self, batch: Batch, *, training: bool = False, seed: int = 0, step: int = 0, only: Collection[str] | None = None
+    ) -> tuple[float, Arrays]:
+        """The loss and its gradient by every trainable array, or by those that `only` names."""
+        known = self.trainable()
+        given = {name: leaf(x) if only is None or name in only else const(x) for name, x in known.items()}
+        nx = self._numerics(given, training=training, seed=seed, step=step)
+        loss = models.loss(models.forward(nx, given, self.spec, self._inputs(batch)), batch)
+        leaves = {name: x for name, x in given.items() if x.wanted}
         return float(loss.value), dict(zip(leaves, backward(loss, leaves.values()), strict=True))
 
     def record(
@@ -272,12 +277,13 @@ class Trainer:
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0) -> None:
         self.model = model
         self.seed = seed
-        self.adam = AdamW(model.trainable(), optim)
+        self.adam = AdamW({name: x for name, x in model.trainable().items() if trains(name, optim)}, optim)
 
     @quiet
     def step(self, batch: Batch) -> tuple[float, float]:
-        """One update; the loss before it and the gradient norm before clipping."""
-        loss, grads = self.model.gradients(batch, training=True, seed=self.seed, step=self.adam.count)
+        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping."""
+        step, names = self.adam.count, self.adam.params
+        loss, grads = self.model.gradients(batch, training=True, seed=self.seed, step=step, only=names)
         return loss, self.adam.step(grads)
 
     def state(self) -> Arrays:

@@ -5,7 +5,7 @@ Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -24,6 +24,7 @@ from qtx_ref.spec import (
     Range,
     SpecError,
     check_integer,
+    trains,
 )
 
 from . import models, stats
@@ -118,20 +119,23 @@ class Model:
         right = int(((logits.argmax(dim=-1) == targets) & (targets >= 0)).sum())
         return float(models.loss(logits, inputs)) * count, count, right
 
-    def gradients(self, batch: Batch, *, training: bool = False, seed: int = 0, step: int = 0) -> tuple[float, Arrays]:
-        """The loss and its gradient by every trainable array."""
-        loss, grads = self.backward(batch, Float(training=training, seed=seed, step=step))
+    def gradients(
+        self, batch: Batch, *, training: bool = False, seed: int = 0, step: int = 0, only: Collection[str] | None = None
+    ) -> tuple[float, Arrays]:
+        """The loss and its gradient by every trainable array, or by those that `only` names."""
+        loss, grads = self.backward(batch, Float(training=training, seed=seed, step=step), only)
         return loss, {name: to_numpy(grad) for name, grad in grads.items()}
 
-    def backward(self, batch: Batch, nx: Float) -> tuple[float, dict[str, Tensor]]:
+    def backward(self, batch: Batch, nx: Float, only: Collection[str] | None = None) -> tuple[float, dict[str, Tensor]]:
         """`gradients` under a numerics, as tensors; zeros where the loss does not depend on a parameter."""
         leaves, inputs = self.leaves(), self._inputs(batch)
-        loss = models.loss(self._run(nx, inputs), inputs)
-        for value in leaves.values():
+        for name, value in leaves.items():
             value.grad = None
+            value.requires_grad_(only is None or name in only)
+        loss = models.loss(self._run(nx, inputs), inputs)
         loss.backward()
-        grads = {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in leaves.items()}
-        return loss.item(), grads
+        wanted = {name: value for name, value in leaves.items() if value.requires_grad}
+        return loss.item(), {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in wanted.items()}
 
     def record(
         self, batch: Batch, sites: Iterable[str] | None = None
@@ -338,11 +342,12 @@ class Trainer:
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0) -> None:
         self.model = model
         self.seed = seed
-        self.adam = AdamW(model.leaves(), optim)
+        self.adam = AdamW({name: x for name, x in model.leaves().items() if trains(name, optim)}, optim)
 
     def step(self, batch: Batch) -> tuple[float, float]:
-        """One update; the loss before it and the gradient norm before clipping."""
-        loss, grads = self.model.backward(batch, Float(training=True, seed=self.seed, step=self.adam.count))
+        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping."""
+        nx = Float(training=True, seed=self.seed, step=self.adam.count)
+        loss, grads = self.model.backward(batch, nx, self.adam.params)
         return loss, self.adam.step(grads)
 
     def state(self) -> Arrays:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qtx.data.corpus import load_text
-from qtx.data.images import ImageData, digits
+from qtx.data.images import ImageData, digits, folder
+from qtx.data.labelled import SUFFIXES, LabelledText, load_labelled
 from qtx.data.splits import SPLITS, DataError
 from qtx.data.text import Section, TextData, unigram_perplexity
 from qtx_ref.spec import Family, Head, ModelSpec
 
-__all__ = ["SPLITS", "DataError", "ImageData", "Section", "TextData", "load", "unigram_perplexity"]
+__all__ = ["SPLITS", "DataError", "ImageData", "LabelledText", "Section", "TextData", "load", "unigram_perplexity"]
 
 
 def load(
@@ -20,26 +24,44 @@ def load(
     tokenizer: Path | str | None = None,
     vocab: int | None = None,
     seed: int = 0,
-) -> TextData | ImageData:
+    length: int | None = None,
+    names: Sequence[str] | None = None,
+    scaling: Mapping[str, Any] | None = None,
+    labelled: bool = False,
+) -> TextData | ImageData | LabelledText:
     """The data that a model of `spec` trains on; `DataError` where they cannot be had or do not fit it.
 
     source: "books" (the default of text models), "digits" (of image models), or the path of a text file or of a folder
     of *.txt. A path's text trains a tokenizer of at most `vocab` entries (the model's own number if None) on its train
     split, or takes `tokenizer`, a tokenizer.json; both need the extra `text` (`MissingExtra`).
-    seed: draws the division of the digits, nothing else; a model must be evaluated under the one it was trained under.
+    A classifier of text takes a .csv or .jsonl of text and label, or the books' paragraphs; a headless BERT either kind.
+    An image model takes a folder of pictures per class too (extra `images`).
+    seed: draws the division of digits, pictures and undivided rows, nothing else; a model must be evaluated under the one
+    it was trained under. length: most tokens of a labelled text. names: the classes of a trained model. scaling: its
+    images' mean and std. labelled: for a classifier still to be made of the model, whatever its head and classes.
     """
+    if labelled:
+        spec = replace(spec, head=Head.NONE, classes=0)
     if spec.family is Family.VIT:
-        if source not in (None, "digits"):
-            raise DataError(f"data {source!r} is not images and the model is a vit: use 'digits', or a text model")
         if tokenizer is not None or vocab is not None:
             raise DataError(f"images have no words: leave out the {'vocab' if tokenizer is None else 'tokenizer'}")
-        images = digits(seed)
+        if source in (None, "digits"):
+            images = digits(seed)
+        elif Path(source).is_dir():
+            images = folder(Path(source), spec, names=names, scaling=scaling, seed=seed)
+        else:
+            raise DataError(f"data {source!r} is not images and the model is a vit: use 'digits', or a text model")
         images.check(spec)
         return images
     if source == "digits":
         raise DataError(f"data 'digits' is images and the model is {spec.family}: use 'books', a path, or a vit model")
-    if spec.head is Head.CLASSIFY:
-        raise DataError("head 'classify' needs labelled text, which this data is not: use the head mlm")
+    rows = source is not None and Path(source).suffix in SUFFIXES
+    if labelled or spec.head is Head.CLASSIFY or (rows and spec.family is Family.BERT and spec.head is Head.NONE):
+        if vocab is not None:
+            raise DataError(f"vocab {vocab}: labelled text takes the model's own tokenizer; leave it out")
+        texts = load_labelled(source, tokenizer, length=length, names=names, seed=seed)
+        texts.check(spec)
+        return texts
     text = load_text(source, tokenizer, vocab, spec.vocab)
     for split in SPLITS:
         if text.token_count(split) < spec.length:

@@ -6,7 +6,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
@@ -156,8 +156,8 @@ def train_tokenizer(texts: list[str], vocab: int) -> str:
     return tokenizer.to_str(pretty=True)
 
 
-def tokenize(source: str, passages: list[Passage], tokenizer_json: str, dropped: int = 0) -> TextData:
-    """The passages as token ids, no special tokens added. `tokenizer_json` is the text of a tokenizer.json."""
+def open_tokenizer(tokenizer_json: str) -> tuple[Any, Specials, int]:
+    """A tokenizer without truncation and padding, its special tokens, and its number of ids; `DataError` if it is none."""
     lib = need("tokenizers", "text", "text other than the stored books")
     try:
         tokenizer = lib.Tokenizer.from_str(tokenizer_json)
@@ -172,6 +172,12 @@ def tokenize(source: str, passages: list[Passage], tokenizer_json: str, dropped:
     # ids that no token has must never be drawn in place of a word, so they count as special
     unused = set(range(vocab)) - set(ids.values())
     specials = Specials(**named, ids=tuple(sorted(special | unused | {i for i in named.values() if i is not None})))
+    return tokenizer, specials, vocab
+
+
+def tokenize(source: str, passages: list[Passage], tokenizer_json: str, dropped: int = 0) -> TextData:
+    """The passages as token ids, no special tokens added. `tokenizer_json` is the text of a tokenizer.json."""
+    tokenizer, specials, vocab = open_tokenizer(tokenizer_json)
     encoded = tokenizer.encode_batch([p.text for p in passages], add_special_tokens=False)
     sections = [
         Section(p.title, digest(p.text.encode()), p.split, np.array(e.ids, np.int32))

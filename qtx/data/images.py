@@ -1,39 +1,59 @@
-"""The bundled handwritten digits, and the batches cut from them."""
+"""The bundled handwritten digits or a folder of pictures per class, and the batches cut from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from qtx.data.splits import SPLITS, DataError, check_batch, check_split, digest, fingerprint, split_names
+from qtx.backend import need
+from qtx.data.splits import SPLITS, DataError, check_batch, check_split, digest, fingerprint, passes, split_names
 from qtx_ref.random import stream
 from qtx_ref.spec import ModelSpec
 
 Batch = dict[str, np.ndarray]
-PIXEL_MAX = 16  # a pixel counts the dark ones of a 4x4 block
+PIXEL_MAX = 16  # of the digits: a pixel counts the dark ones of a 4x4 block
+SHORT = 16  # hexadecimal digits of a picture's hash
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+MODES = {1: "L", 3: "RGB"}
 
 
 class ImageData:
-    """Grey images, pixels scaled to [-1, 1], shuffled once by `seed` and divided 80/10/10.
+    """Images, pixels scaled to [-1, 1] unless a mean and a deviation are given, shuffled once by `seed` and divided 80/10/10.
 
-    `images` (N, S, S) uint8 and `labels` (N,) uint8. `dropped` counts images left out because an earlier one is equal.
+    `dropped` counts images left out because an earlier one is equal.
     """
 
-    def __init__(self, source: str, images: np.ndarray, labels: np.ndarray, seed: int = 0) -> None:
-        self.source, self.seed = source, seed
+    def __init__(
+        self,
+        source: str,
+        images: np.ndarray,
+        labels: np.ndarray,
+        seed: int = 0,
+        *,
+        names: Sequence[str] | None = None,
+        largest: int = PIXEL_MAX,
+        mean: Sequence[float] = (0.5,),
+        std: Sequence[float] = (0.5,),
+    ) -> None:
+        """images (N, S, S) or (N, C, S, S) uint8 from 0 to `largest`, labels (N,) whole numbers; `names` of the classes,
+        if any. mean and std, one or C numbers: a pixel x becomes (x / largest - mean) / std."""
+        self.source, self.seed, self.largest = source, seed, largest
         hashes = [digest(image.tobytes()) for image in images]
         unique = sorted({value: index for index, value in reversed(list(enumerate(hashes)))}.values())
         self.dropped = len(images) - len(unique)
-        order = stream(seed, source, "split").permutation(unique)
-        names = np.array(split_names(len(order)))
-        self._rows = {split: order[names == split] for split in SPLITS}
-        self._hashes = hashes
-        self.images = ((images[:, None].astype(np.float32) / PIXEL_MAX) - np.float32(0.5)) * 2  # (N, 1, S, S)
+        order = stream(seed, source if names is None else "labelled", "split").permutation(unique)
+        split = np.array(split_names(len(order)))
+        self._rows = {name: order[split == name] for name in SPLITS}
+        self._hashes = hashes if names is None else [value[:SHORT] for value in hashes]
+        self.pixels = images[:, None] if images.ndim == 3 else images  # (N, C, S, S)
+        self._mean, self._std = (np.array(value, np.float32)[:, None, None] for value in (mean, std))
         self.labels = labels.astype(np.int64)  # (N,)
-        self.classes = int(labels.max()) + 1
+        self.classes = len(names) if names is not None else int(labels.max()) + 1
+        self.names = None if names is None else tuple(names)
 
     def hashes(self, split: str) -> list[str]:
         """The sha256 of each of the split's images, in order."""
@@ -50,6 +70,7 @@ class ImageData:
             "kind": "images",
             "source": self.source,
             "classes": self.classes,
+            **({} if self.names is None else {"names": list(self.names)}),
             "seed": self.seed,
             "hashes": {split: self.hashes(split) for split in SPLITS},
             "fingerprints": {split: self.fingerprint(split) for split in SPLITS},
@@ -57,11 +78,11 @@ class ImageData:
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses a model that takes other images or tells fewer classes apart."""
-        have, want = self.images.shape[1:], (spec.channels, spec.image_size, spec.image_size)
+        have, want = self.pixels.shape[1:], (spec.channels, spec.image_size, spec.image_size)
         if have != want:
             raise DataError(f"{self.source} has images of shape {have} and the model takes {want}: use vit-tiny")
-        if spec.classes < self.classes:
-            raise DataError(f"{self.source} has {self.classes} classes and the model {spec.classes}: set its classes")
+        if spec.classes and spec.classes < self.classes:
+            raise DataError(f"{self.source} has {self.classes} classes and the model {spec.classes}: fine-tune it anew")
 
     def train_batches(self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Batches of the train split, without end, from step `start` on; every image once per pass, newly shuffled.
@@ -71,16 +92,7 @@ class ImageData:
         self.check(spec)
         rows = self._rows["train"]
         check_batch(batch_size, len(rows), "train images")
-
-        def batches() -> Iterator[Batch]:
-            step = start
-            while True:
-                turn, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(rows))
-                order = {t: stream(seed, "pass", t).permutation(rows) for t in np.unique(turn)}
-                yield self._batch(np.array([order[t][p] for t, p in zip(turn, place, strict=True)]))
-                step += 1
-
-        return batches()
+        return (self._batch(chosen) for chosen in passes(rows, batch_size, seed, start))
 
     def split_batches(
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
@@ -94,10 +106,59 @@ class ImageData:
         return (self._batch(rows[low : low + batch_size]) for low in range(0, len(rows), batch_size))
 
     def _batch(self, rows: np.ndarray) -> Batch:
-        return {"images": self.images[rows], "labels": self.labels[rows]}
+        pixels = self.pixels[rows].astype(np.float32) / np.float32(self.largest)
+        return {"images": (pixels - self._mean) / self._std, "labels": self.labels[rows]}
 
 
 def digits(seed: int = 0) -> ImageData:
     """The 1797 digits of 8x8 pixels that are bundled; `seed` draws the splits."""
     tensors = load_file(Path(__file__).parent / "bundled" / "digits.safetensors")
     return ImageData("digits", tensors["images"], tensors["labels"], seed)
+
+
+def folder(
+    path: Path,
+    spec: ModelSpec,
+    *,
+    names: Sequence[str] | None = None,
+    scaling: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> ImageData:
+    """DIR/<class name>/*.png and so on, resized (bilinear) to the model's image size and channels.
+
+    names: the class names of a trained model; None: the folders', sorted. scaling: the `mean` and `std` of the model's
+    pixels in [0, 1], one or one per channel; None: 0.5 and 0.5.
+
+    Raises:
+        DataError: no pictures, fewer than two classes, an unknown class, a picture that cannot be read.
+        MissingExtra: without pillow.
+    """
+    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in PICTURES)
+    found = sorted({file.parent.name for file in files})
+    if len(files) < len(SPLITS) or len(found) < 2:
+        raise DataError(
+            f"{path} has {len(files)} pictures in {len(found)} folders: give a folder per class, two at least"
+        )
+    if names is not None and (strange := sorted(set(found) - set(names))):
+        raise DataError(f"{path} has the class {strange[0]!r}; the model knows {', '.join(names[:8])}")
+    if spec.channels not in MODES:
+        raise DataError(f"the model has {spec.channels} channels: pictures have 1 or 3")
+    classes = found if names is None else list(names)
+    images = np.stack([picture(file, spec) for file in files])
+    labels = np.array([classes.index(file.parent.name) for file in files])
+    given = scaling or {"mean": (0.5,), "std": (0.5,)}
+    for key in ("mean", "std"):
+        if len(given[key]) not in (1, spec.channels) or not np.isfinite(given[key]).all():
+            raise DataError(f"the model's pixel {key} is {given[key]!r}: give one number or one per channel")
+    return ImageData(str(path), images, labels, seed, names=classes, largest=255, mean=given["mean"], std=given["std"])
+
+
+def picture(file: Path, spec: ModelSpec) -> np.ndarray:
+    """A picture's pixels, (C, S, S) uint8. Raises DataError naming the file where it cannot be read."""
+    image = need("PIL.Image", "images", "a folder of pictures")
+    try:
+        with image.open(file) as opened:
+            resized = opened.convert(MODES[spec.channels]).resize((spec.image_size,) * 2, image.Resampling.BILINEAR)
+    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be read as a picture ({error}): repair or remove it") from None
+    return np.asarray(resized).reshape(spec.image_size, spec.image_size, spec.channels).transpose(2, 0, 1)

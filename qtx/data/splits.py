@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
+import numpy as np
+
+from qtx_ref.random import stream
+
+SORTED = 16  # batches whose rows are sorted by size together
 SPLITS = ("train", "calibration", "evaluation")
 
 
@@ -42,3 +48,34 @@ def check_batch(batch_size: int, available: int, what: str) -> None:
         raise DataError(f"batch size is {batch_size}: give at least 1")
     if available < batch_size:
         raise DataError(f"{available} {what} do not fill one batch of {batch_size}: give more data or a smaller batch")
+
+
+def passes(
+    rows: np.ndarray, batch_size: int, seed: int, start: int, sizes: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """The rows of batch `start`, `start` + 1, ... without end: every row once per pass, newly shuffled.
+
+    sizes: by row; rows of like size then share a batch, so that little of it is padding: each run of `SORTED` batches of
+    the shuffled rows is sorted by size, and its batches are shuffled. Batch `step` depends on (seed, step) alone.
+    """
+
+    def order(turn: int) -> np.ndarray:
+        rng = stream(seed, "pass", turn)
+        shuffled = rng.permutation(rows)
+        if sizes is None:
+            return shuffled
+        for low in range(0, len(rows) - batch_size + 1, SORTED * batch_size):
+            part = shuffled[low : low + SORTED * batch_size]
+            part = part[np.argsort(sizes[part], kind="stable")]
+            whole = len(part) // batch_size * batch_size
+            mixed = rng.permutation(part[:whole].reshape(-1, batch_size)).ravel()
+            shuffled[low : low + len(part)] = np.concatenate([mixed, part[whole:]])
+        return shuffled
+
+    known: dict[int, np.ndarray] = {}
+    step = start
+    while True:
+        turn, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), len(rows))
+        known = {t: known[t] if t in known else order(t) for t in np.unique(turn).tolist()}
+        yield np.array([known[t][p] for t, p in zip(turn.tolist(), place, strict=True)])
+        step += 1

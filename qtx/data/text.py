@@ -15,7 +15,7 @@ import numpy as np
 
 from qtx.data.splits import SPLITS, DataError, check_batch, check_split, digest, fingerprint
 from qtx_ref.random import stream
-from qtx_ref.spec import ModelSpec
+from qtx_ref.spec import Head, ModelSpec
 
 Batch = dict[str, np.ndarray]
 
@@ -110,7 +110,7 @@ class TextData:
             return spec.length, 1
         if spec.length < 3:
             raise DataError(f"model length is {spec.length}: BERT needs at least 3, a token between [CLS] and [SEP]")
-        for name in ("pad", "cls", "sep", "mask"):
+        for name in ("pad", "cls", "sep", *(("mask",) if spec.head is Head.MLM else ())):
             if getattr(self.specials, name) is None:
                 raise DataError(f"the tokenizer has no [{name.upper()}] token: give one that has, or use an opt model")
         return spec.length - 2, 0
@@ -136,7 +136,8 @@ class TextData:
                 section = np.searchsorted(upto, draw, side="right")
                 first = begin[section] + draw - (upto[section] - choices[section])
                 batch = self._cut("train", spec, first, end[section])
-                yield batch if spec.causal else self._mask(batch, rng.random((3, batch_size, spec.length)))
+                masked = spec.head is Head.MLM
+                yield self._mask(batch, rng.random((3, batch_size, spec.length))) if masked else batch
                 step += 1
 
         return batches()
@@ -146,7 +147,8 @@ class TextData:
     ) -> Iterator[Batch]:
         """The split once, in order, in adjoining windows; at most `limit` batches, the last one as small as it is.
 
-        BERT's masks come from the stream (seed, split, window index): the same at any batch size.
+        BERT's masks come from the stream (seed, split, window index): the same at any batch size. Without its MLM head it
+        sees the text as it is.
         """
         first, end = self._starts(split, spec)
         check_batch(batch_size, max(len(first), batch_size), f"{split} windows")
@@ -156,7 +158,7 @@ class TextData:
             for low in range(0, count, batch_size):
                 high = min(low + batch_size, count)
                 batch = self._cut(split, spec, first[low:high], end[low:high])
-                if not spec.causal:
+                if spec.head is Head.MLM:
                     draws = [stream(seed, split, window).random((3, spec.length)) for window in range(low, high)]
                     batch = self._mask(batch, np.stack(draws, axis=1))
                 yield batch

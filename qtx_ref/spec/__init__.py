@@ -11,7 +11,7 @@ from .base import Name, SpecError, from_dict, to_dict
 from .formats import FloatFormat, SharedScale
 from .integer import check_integer, refuse_integer
 from .model import Activation, AttentionSpec, Family, Gate, Head, ModelSpec, Softmax
-from .optim import OptimSpec, Schedule, decays
+from .optim import OptimSpec, Schedule, decays, trains
 from .profile import (
     QTX,
     Dtype,
@@ -78,4 +78,5 @@ __all__ = [
     "from_dict",
     "refuse_integer",
     "to_dict",
+    "trains",
 ]

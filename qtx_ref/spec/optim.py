@@ -27,6 +27,7 @@ class OptimSpec:
     schedule: Schedule = Schedule.LINEAR
     warmup: int = 0  # steps from 0 to lr
     steps: int = 1  # steps of the whole schedule
+    only: tuple[str, ...] = ()  # beginnings of the names of the parameters that are trained; none: all of them
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps", "weight_decay", "clip_norm"):
@@ -39,6 +40,8 @@ class OptimSpec:
             refuse("optimizer steps", self.steps, "give at least 1")
         if not 0 <= self.warmup <= self.steps:
             refuse("optimizer warmup", self.warmup, f"give 0 to {self.steps}, the number of steps")
+        if "" in self.only:
+            refuse("optimizer only", self.only, "a name's beginning has at least one character")
 
 
 def decays(name: str, spec: OptimSpec) -> bool:
@@ -47,3 +50,8 @@ def decays(name: str, spec: OptimSpec) -> bool:
     if kind != "weight":
         return False
     return spec.decay_norm_gains if owner.endswith("norm") else True
+
+
+def trains(name: str, spec: OptimSpec) -> bool:
+    """Whether the optimizer updates the parameter; one it does not has no gradient, no decay and no state."""
+    return not spec.only or name.startswith(spec.only)

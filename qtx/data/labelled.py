@@ -1,0 +1,288 @@
+"""Labelled texts: a CSV or JSONL file or the paragraphs of the bundled books, and the batches cut from them.
+
+A row is `text`, `label` and, where the file divides itself, `split`. Class names are the labels, sorted as texts (whole
+numbers by value); a class is its place in that order.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from qtx.data.corpus import BOOKS, bundled_tokenizer, open_tokenizer, read_books, read_text
+from qtx.data.splits import (
+    SPLITS,
+    DataError,
+    check_batch,
+    check_split,
+    digest,
+    fingerprint,
+    passes,
+    split_names,
+)
+from qtx_ref.random import stream
+from qtx_ref.spec import Family, ModelSpec
+
+Batch = dict[str, np.ndarray]
+LENGTH = 128  # tokens of a text with [CLS] and [SEP], unless said otherwise
+MULTIPLE = 8  # a batch is as long as its longest text, rounded up to this
+SHORT = 16  # hexadecimal digits of a text's hash
+PARAGRAPH = 200  # characters of the shortest paragraph of a book
+SUFFIXES = (".csv", ".jsonl")
+
+
+class Row(NamedTuple):
+    """A labelled text before it is tokenized. `where` names its place in the file; `split` is "" where undivided."""
+
+    where: str
+    text: str
+    label: str
+    split: str
+
+
+class LabelledText:
+    """Labelled texts as token ids. `dropped` counts rows left out because an earlier one has the same text."""
+
+    def __init__(
+        self,
+        source: str,
+        rows: Sequence[Row],
+        tokenizer_json: str,
+        *,
+        length: int = LENGTH,
+        names: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """rows: all divided, or none, and then divided here by `seed`, after equal texts were dropped. length: at most
+        so many tokens of a text with [CLS] and [SEP]. names: the class names of a trained model; None: those of the rows.
+
+        Raises:
+            DataError: a text in two splits, a label not among `names`, fewer than two classes, too few rows to divide.
+        """
+        if length < 3:
+            raise DataError(f"length is {length}: give at least 3, a token between [CLS] and [SEP]")
+        self.source, self.length, self.seed, self.tokenizer_json = source, length, seed, tokenizer_json
+        rows, self.dropped = divided(source, rows, seed)
+        self.names = class_names(source, rows, names)
+        self.classes = len(self.names)
+        place = {name: index for index, name in enumerate(self.names)}
+        tokenizer, self.specials, self.vocab = open_tokenizer(tokenizer_json)
+        encoded = tokenizer.encode_batch([row.text for row in rows], add_special_tokens=False)
+        self._ids = [np.array(found.ids[: length - 2], np.int64) for found in encoded]
+        self._sizes = np.array([len(ids) for ids in self._ids])
+        self._labels = np.array([place[row.label] for row in rows], np.int64)
+        self._hashes = [digest(row.text.encode())[:SHORT] for row in rows]
+        splits = np.array([row.split for row in rows])
+        self._rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
+
+    def hashes(self, split: str) -> list[str]:
+        """The sha256 of each of the split's texts, its first 16 digits, in order."""
+        check_split(split)
+        return [self._hashes[row] for row in self._rows[split]]
+
+    def fingerprint(self, split: str) -> str:
+        """One sha256 for the whole split, labels included."""
+        labels = [self.names[label] for label in self._labels[self._rows[split]]]
+        return fingerprint([f"{text} {label}" for text, label in zip(self.hashes(split), labels, strict=True)])
+
+    def describe(self) -> dict:
+        """What a checkpoint keeps of its data, as JSON values: enough to open it again with the same classes."""
+        return {
+            "kind": "labelled",
+            "source": self.source,
+            "classes": self.classes,
+            "names": list(self.names),
+            "length": self.length,
+            "seed": self.seed,
+            "vocab": self.vocab,
+            "tokenizer_sha256": digest(self.tokenizer_json.encode()),
+            "hashes": {split: self.hashes(split) for split in SPLITS},
+            "fingerprints": {split: self.fingerprint(split) for split in SPLITS},
+        }
+
+    def check(self, spec: ModelSpec) -> int:
+        """The most tokens a text of a batch has; `DataError` if the model cannot take these texts."""
+        if spec.family is not Family.BERT:
+            raise DataError(f"{self.source} is labelled text and the model is {spec.family}: use a bert model")
+        if self.vocab > spec.vocab:
+            raise DataError(f"the text has {self.vocab} token ids, the model {spec.vocab}: give the model's tokenizer")
+        if spec.classes and spec.classes < self.classes:
+            raise DataError(f"{self.source} has {self.classes} classes and the model {spec.classes}: fine-tune it anew")
+        for name in ("pad", "cls", "sep"):
+            if getattr(self.specials, name) is None:
+                raise DataError(f"the tokenizer has no [{name.upper()}] token: give one that has")
+        if spec.length < 3:
+            raise DataError(f"model length is {spec.length}: BERT needs at least 3, a token between [CLS] and [SEP]")
+        return min(self.length, spec.length)
+
+    def train_batches(self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of the train split, without end, from step `start` on; every text once per pass, newly shuffled, texts of
+        like length together.
+
+        Batch `step` depends on (seed, step) alone.
+        """
+        limit = self.check(spec)
+        rows = self._rows["train"]
+        check_batch(batch_size, len(rows), "train texts")
+        return (self._batch(chosen, limit) for chosen in passes(rows, batch_size, seed, start, self._sizes))
+
+    def split_batches(
+        self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """The split once, in the file's order, at most `limit` batches; the last may be smaller. Nothing is drawn from
+        `seed`."""
+        longest = self.check(spec)
+        check_split(split)
+        rows = self._rows[split]
+        if not len(rows):
+            raise DataError(f"{self.source} has no {split} rows: add some, or leave out its column split")
+        check_batch(batch_size, max(len(rows), batch_size), f"{split} texts")
+        rows = rows if limit is None else rows[: limit * batch_size]
+        return (self._batch(rows[low : low + batch_size], longest) for low in range(0, len(rows), batch_size))
+
+    def _batch(self, rows: np.ndarray, limit: int) -> Batch:
+        """[CLS] text [SEP] of each row, cut to `limit` tokens, T the longest rounded up: tokens, mask, types (B, T)."""
+        texts = [self._ids[row][: limit - 2] for row in rows]
+        longest = max(len(text) for text in texts) + 2
+        width = min(-(-longest // MULTIPLE) * MULTIPLE, limit)
+        tokens = np.full((len(rows), width), self.specials.pad, np.int64)  # (B, T)
+        size = np.array([len(text) + 2 for text in texts])
+        for line, text in zip(tokens, texts, strict=True):
+            line[: len(text) + 2] = [self.specials.cls, *text, self.specials.sep]
+        mask = np.arange(width) < size[:, None]
+        return {"tokens": tokens, "mask": mask, "types": np.zeros_like(tokens), "labels": self._labels[rows]}
+
+
+def divided(source: str, rows: Sequence[Row], seed: int) -> tuple[list[Row], int]:
+    """Rows with their splits, and how many were dropped. Rows that have a split keep it and all stay."""
+    first: dict[str, Row] = {}
+    if all(row.split for row in rows):
+        for row in rows:
+            twin = first.setdefault(row.text, row)
+            if twin.split != row.split:
+                raise DataError(
+                    f"{row.where} of the {row.split} split has the text of {twin.where} of {twin.split}: remove one"
+                )
+        return list(rows), 0
+    for row in rows:
+        if row.split:
+            raise DataError(f"{row.where} has a split and other rows have none: give every row one, or none")
+        first.setdefault(row.text, row)
+    unique = list(first.values())
+    if len(unique) < len(SPLITS):
+        raise DataError(f"{source} has {len(unique)} different text(s) and each of {', '.join(SPLITS)} needs one")
+    order = stream(seed, "labelled", "split").permutation(len(unique))
+    names = [""] * len(unique)
+    for at, split in zip(order, split_names(len(unique)), strict=True):
+        names[at] = split
+    return [row._replace(split=split) for row, split in zip(unique, names, strict=True)], len(rows) - len(unique)
+
+
+def class_names(source: str, rows: Sequence[Row], known: Sequence[str] | None) -> tuple[str, ...]:
+    """The class names, sorted; those of a model, in its order, where it has some."""
+    counts = Counter(row.label for row in rows)
+    if known is not None:
+        for row in rows:
+            if row.label not in known:
+                raise DataError(f"{row.where} has the label {row.label!r}; the model knows {shown(known)}")
+        return tuple(known)
+    if len(counts) < 2:
+        raise DataError(f"{source} has the label {shown(list(counts))} alone: a classifier needs two classes at least")
+    whole = all(label.isascii() and label.removeprefix("-").isdigit() for label in counts)
+    return tuple(sorted(counts, key=int if whole else str))
+
+
+def shown(names: Sequence[str], most: int = 8) -> str:
+    """Class names for people."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a .csv or .jsonl file. Raises DataError naming the row that cannot be used."""
+    text = read_text(path)
+    found = csv_rows(path, text) if path.suffix == ".csv" else json_rows(path, text)
+    rows = [row_of(where, values) for where, values in found]
+    if not rows:
+        raise DataError(f"{path} has no rows: give text and label")
+    return rows
+
+
+def csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for name in ("text", "label"):
+            if name not in (reader.fieldnames or ()):
+                raise DataError(f"{path} has no column {name}: its first line must name text, label and, if any, split")
+        for number, values in enumerate(reader, 1):
+            if None in values or None in values.values():
+                raise DataError(f"{path} row {number} has not as many cells as the first line names")
+            yield f"{path} row {number}", values
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num} is no CSV ({error}): quote texts that hold commas") from None
+
+
+def json_rows(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError(f"{where} is no JSON: give one object per line") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{where} is no object: give text and label")
+        yield where, values
+
+
+def row_of(where: str, values: dict) -> Row:
+    text, label, split = values.get("text"), values.get("label"), values.get("split") or ""
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where} has no text: remove the row, or give it one")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where} holds half a surrogate pair, which is no character: remove it")
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
+        raise DataError(f"{where} has the label {label!r}: give a text or a whole number")
+    if split and split not in SPLITS:
+        raise DataError(f"{where} has the split {split!r}: choose one of {', '.join(SPLITS)}")
+    return Row(where, text, str(label).strip(), split)
+
+
+def book_rows() -> list[Row]:
+    """Paragraphs of the bundled books of at least 200 characters; label: the book; split: that of its chapter."""
+    rows = []
+    for passage in read_books():
+        book = next(book for book in BOOKS.values() if passage.title.startswith(f"{book}: "))
+        for number, paragraph in enumerate(passage.text.split("\n\n"), 1):
+            text = " ".join(paragraph.split())
+            if len(text) >= PARAGRAPH:
+                rows.append(Row(f"{passage.title}, paragraph {number}", text, book, passage.split))
+    return rows
+
+
+def load_labelled(
+    source: str | None,
+    tokenizer: Path | str | None,
+    *,
+    length: int | None = None,
+    names: Sequence[str] | None = None,
+    seed: int = 0,
+) -> LabelledText:
+    """See `qtx.data.load`. Raises DataError where text other than the books has no tokenizer."""
+    books = source in (None, "books")
+    if not books and Path(source).suffix not in SUFFIXES:
+        raise DataError(f"data {source!r} is not labelled text: give books, or a .csv or .jsonl file of text and label")
+    rows = book_rows() if books else read_rows(Path(source))
+    if tokenizer is None and not books:
+        raise DataError(f"{source} needs the model's tokenizer: give --tokenizer")
+    tokenizer_json = read_text(tokenizer) if isinstance(tokenizer, Path) else tokenizer or bundled_tokenizer()
+    return LabelledText(
+        source or "books", rows, tokenizer_json, length=LENGTH if length is None else length, names=names, seed=seed
+    )
