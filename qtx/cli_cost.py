@@ -23,10 +23,11 @@ from .attention_cost import DEFAULT, attention_cost
 from .backend import MissingExtra, backend
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .cli_quantize import ranges_of
-from .cost_inputs import Random, calibration_files, lengths_of, make_cell, write_batch
+from .cost_inputs import Counted, Random, calibration_files, lengths_of, make_cell, write_batch
 from .data import DataError
 from .files import CheckpointError, check_writable, write_beside
 from .options import DATA, JSON, is_artifact, open_data, say, split_list, write_json
+from .progress import Progress
 from .report.costs import attention_table, bars, cost_table, kernel_table, paragraph
 from .training import Machine
 
@@ -194,7 +195,8 @@ def own_variants(
     else:
         meaning = profile(given.profile or "qtx")
         model = Machine(workers.common["backend"], workers.common["device"]).model(spec, found.params)
-        recipe, ranges, _, _ = ranges_of(found, model, calibrating, given.recipe, None)
+        with Progress("calibrate", 0) as bar:
+            recipe, ranges, _, _ = ranges_of(found, model, Counted(calibrating, bar), given.recipe, None)
         integers = cost.Variant("integers", "integer", whole)
         try:
             save_artifact(whole, make_artifact(plain, found, recipe, ranges, meaning, Nonlinear.TABLE, []))

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 
+from .progress import Progress
 from .quantization import BATCH
 
 SEARCHED = 16  # evaluation batches looked through for sequences that are long enough
@@ -128,6 +129,23 @@ class Random:
 
     def hashes(self, split: str) -> list[str]:
         return []
+
+
+class Counted:
+    """Data whose batches move a bar on."""
+
+    def __init__(self, data: Any, bar: Progress) -> None:
+        self.data, self.bar = data, bar
+        self.hashes = data.hashes
+
+    def split_batches(
+        self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """The data's, `limit` of which fill the bar."""
+        self.bar.total = limit or 0
+        for batch in self.data.split_batches(split, spec, batch_size, seed, limit=limit):
+            yield batch
+            self.bar.advance()
 
 
 def calibration_files(folder: Path, spec: ModelSpec, data: Any, limit: int, length: int, masked: bool) -> list[Path]:
