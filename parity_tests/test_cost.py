@@ -364,6 +364,15 @@ def test_the_paragraph_says_what_was_measured():
     assert "Fake quantization is as fast as float32 (1.01" in described(1.01, 1.0)
 
 
+def test_picture(tmp_path):
+    """Also of a variant that was never timed."""
+    pytest.importorskip("matplotlib", reason="pictures need the extra report")
+    ran = {"1x8": {"median": 0.1, "p95": 0.2, "memory": 10}, "2x8": {"median": 0.2, "p95": 0.2, "memory": 10}}
+    variants = [{"name": "float32", "cells": ran}, {"name": "wrong", "cells": {"1x8": {"memory": None}}}]
+    costs.bars(tmp_path / "cost.png", {"cells": [{"name": "1x8"}, {"name": "2x8"}], "variants": variants})
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
