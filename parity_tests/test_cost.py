@@ -29,6 +29,7 @@ from qtx_ref.presets import preset
 from qtx_ref.spec import QTX, Nonlinear, SpecError
 
 ROOT = Path(cost.__file__).parent.parent
+POPEN = subprocess.Popen
 EXPORTED = ("bert_gate_head_conditional", "opt_clipped_row", "vit_plain")
 
 
@@ -262,8 +263,7 @@ def test_missing_engines(monkeypatch):
 
 def fake_worker(monkeypatch, code: str) -> cost.Workers:
     """Workers whose process runs `code`."""
-    real = subprocess.Popen
-    monkeypatch.setattr(cost.subprocess, "Popen", lambda command, **given: real([sys.executable, "-c", code], **given))
+    monkeypatch.setattr(cost.subprocess, "Popen", lambda command, **given: POPEN([sys.executable, "-c", code], **given))
     return cost.Workers("ref", "cpu", 1)
 
 
