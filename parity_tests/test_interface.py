@@ -64,6 +64,9 @@ def test_backends_have_the_same_functions() -> None:
     ref, ours = (importlib.import_module(f"{package}.backend") for package in ("qtx_ref", "qtx_torch"))
     for name in ("check_generation", "threads"):
         assert shape(getattr(ref, name)) == shape(getattr(ours, name)), name
+    ref, ours = (importlib.import_module(f"{package}.profiling") for package in ("qtx_ref", "qtx_torch"))
+    for name in ("products", "quantizers"):
+        assert shape(getattr(ref, name)) == shape(getattr(ours, name)), name
 
 
 def run_fresh(code: str) -> str:

@@ -108,6 +108,17 @@ def byte_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     return torch._int_mm(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], -1).to(wide)
 
 
+def carrier(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> torch.dtype:
+    """What carries the products of `matmul`: int8 for byte instructions, or the float of the blocks."""
+    depth, bits = a.shape[-1], a_spec.bits + b_spec.bits
+    narrow = max(a_spec.bits, b_spec.bits) <= 8 and b.ndim == 2 and depth * 2 ** (bits - 2) < 2**31
+    # _int_mm (torch 2.13) misreads a matrix of one row whose strides are (1, 1), as a transposed column's are
+    if narrow and depth > 1 and a.numel() > depth and byte_instructions(a.device.type):
+        return torch.int8
+    kind = block_length(a_spec, b_spec)[1]
+    return torch.float64 if kind is torch.float32 and not plain_float32(a.device.type) else kind
+
+
 def fit(total: Tensor, bits: int, profile: Profile) -> Tensor:
     """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile wraps."""
     if bits == 64:
@@ -153,21 +164,18 @@ def matmul(
     bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
     largest_bias = 0 if bias is None else int(bias.long().abs().max())
     wide = torch.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else torch.int64
-    length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
+    length, kind = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
     product = functools.partial(block_product, length=length, wide=wide)
-    narrow = max(a_spec.bits, b_spec.bits) <= 8 and b.ndim == 2 and bound < 2**31
-    # _int_mm (torch 2.13) misreads a matrix of one row whose strides are (1, 1), as a transposed column's are
-    narrow = narrow and depth > 1 and a.numel() > depth
-    if narrow and not integers and byte_instructions(a.device.type):
-        product, carrier = functools.partial(byte_product, wide=wide), torch.int8
-    elif carrier is torch.float32 and not plain_float32(a.device.type):
-        carrier = torch.float64
-    a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
+    if not integers:
+        kind = carrier(a, b, a_spec, b_spec)
+        if kind is torch.int8:
+            product = functools.partial(byte_product, wide=wide)
+    a, b = recentred(a, a_spec, kind), recentred(b, b_spec, kind)
     total = product(a, b)
     if a_zero is not None:  # sums along k are products with ones, and as exact
-        total -= (a_zero * product(torch.ones(1, depth, dtype=carrier, device=b.device), b)).to(wide)
+        total -= (a_zero * product(torch.ones(1, depth, dtype=kind, device=b.device), b)).to(wide)
     if b_zero is not None:
-        total -= (b_zero * product(a, torch.ones(depth, 1, dtype=carrier, device=b.device))).to(wide)
+        total -= (b_zero * product(a, torch.ones(depth, 1, dtype=kind, device=b.device))).to(wide)
         total += 0 if a_zero is None else (depth * a_zero * b_zero).to(wide)
     if bias is not None:
         total += bias.to(wide)
