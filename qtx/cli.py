@@ -323,5 +323,5 @@ def recipes_command(name, model, attention_name, json_path):
     write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
-for command in (quantize, ptq, cost, parity, show, diff, vectors, import_command, export, finetune):
+for command in (quantize, ptq, cost_command, parity, show, diff, vectors, import_command, export, finetune):
     main.add_command(command)
