@@ -20,6 +20,7 @@ from . import __version__, analysis, quantization, recipes
 from .artifact import SUFFIX
 from .backend import MissingExtra, backend, need
 from .cli_artifact import diff, show, vectors
+from .cli_cost import cost_command
 from .cli_finetune import finetune
 from .cli_hub import export, import_command
 from .cli_parity import parity
