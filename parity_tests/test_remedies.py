@@ -12,7 +12,7 @@ from scipy import linalg
 
 from parity_tests import small_models
 from parity_tests.test_checkpoint import rewrite
-from qtx import preparation, quantization
+from qtx import preparation, quantization, recipes
 from qtx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files import CheckpointError
 from qtx.preparation import left_sites
@@ -362,10 +362,8 @@ def test_integers_refuse_what_is_left_in_float() -> None:
 
 def test_integers_have_the_codes_that_were_chosen() -> None:
     """Folded smoothing and GPTQ go into an integer model: its weight codes are those of the rewritten weights."""
-    from qtx.recipes import recipe as named
-
     spec = small_models.specs()["opt_plain"]
-    recipe = replace(named("w4a8", spec), batches=2, transforms=(smooth(*FOLDED),), rewrite=Rewrite.GPTQ)
+    recipe = replace(recipes.recipe("w4a8", spec), batches=2, transforms=(smooth(*FOLDED),), rewrite=Rewrite.GPTQ)
     found, quants = prepared("opt_plain", recipe, MACHINES[0]), resolve(recipe, spec)
     assert not found.transforms
     constants = lower(spec, found.params, quants, found.ranges)

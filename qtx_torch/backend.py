@@ -29,7 +29,7 @@ from qtx_ref.spec import (
 )
 
 from . import models, stats
-from .attention import boolean_mask
+from .arrays import find_device, to_numpy, to_tensors
 from .integer_numerics import Code, Integer, Whole
 from .numerics import Calibrate, FakeQuant, Float, Record, Transformed
 from .optim import AdamW
@@ -321,38 +321,6 @@ class IntegerModel:
     def _numerics(self, watch: Callable[[str, np.ndarray], None] | None) -> Integer:
         shown = None if watch is None else lambda name, value: watch(name, to_numpy(value))
         return Integer(self.constants, self.quants, self.profile, strict=self.strict, watch=shown)
-
-
-def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
-    """The batch on the device; a mask without padding becomes None, which spares the kernels a mask."""
-    found: dict[str, Tensor | None] = {name: torch.tensor(value) for name, value in batch.items()}
-    if "mask" in found:
-        rows = boolean_mask(found["mask"])
-        found["mask"] = None if rows.all() else rows
-    return {name: None if value is None else value.to(device) for name, value in found.items()}
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name. Raises SpecError where torch cannot compute on it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SpecError(f"device is {name!r}: torch knows no such device; use --device cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise SpecError(f"device is {name!r}: this backend runs on cpu and cuda; use one of them")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise SpecError(f"device is {name!r} but torch finds no CUDA device; use --device cpu")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise SpecError(f"device is {name!r} but torch finds {torch.cuda.device_count()}; use --device cuda:0")
-        torch.set_float32_matmul_precision("highest")  # no TF32: float32 means float32
-    return device
-
-
-def to_numpy(x: Tensor) -> np.ndarray:
-    """A copy; bfloat16, which NumPy does not have, as float32."""
-    x = x.detach()
-    return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy().copy()
 
 
 def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:
