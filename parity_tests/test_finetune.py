@@ -73,7 +73,9 @@ def place(tmp_path_factory):
     saved(folder / "opt.safetensors", OPT)
     saved(folder / "vit.safetensors", VIT)
     split = ["train"] * 80 + ["calibration"] * 20 + ["evaluation"] * 20
-    rows = [(("good good ", "bad bad ")[i % 2] + sentence(i, 3 + i % 9), ("yes", "no")[i % 2], split[i]) for i in range(120)]
+    rows = [
+        (("good good ", "bad bad ")[i % 2] + sentence(i, 3 + i % 9), ("yes", "no")[i % 2], split[i]) for i in range(120)
+    ]
     write_csv(folder / "set.csv", rows, ("text", "label", "split"))
     return folder
 
