@@ -142,7 +142,7 @@ class Float:
 
 
 class Record(Float):
-    """Shows each named tensor among `sites` (None: all) to `callback(site, value, where)`."""
+    """Shows each named tensor and operand among `sites` (None: every named tensor) to `callback(site, value, where)`."""
 
     def __init__(
         self, callback: Callable[[str, np.ndarray, np.ndarray | None], None], sites: set[str] | None = None
@@ -150,6 +150,11 @@ class Record(Float):
         super().__init__()
         self.callback = callback
         self.sites = sites
+
+    def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
+        if self.sites is not None and site in self.sites:
+            self.callback(site, x.value, where)
+        return x
 
     def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
         if self.sites is None or site in self.sites:
