@@ -117,6 +117,10 @@ def damage_tokenizer(tensors, header):
     header["meta"]["tokenizer"] = {"model": "WordPiece"}
 
 
+def damage_images(tensors, header):
+    header["meta"]["images"] = {"mean": [0.5], "std": ["wide"]}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -135,6 +139,7 @@ def damage_tokenizer(tensors, header):
         (damage_layers, "its model has 1000000000 layers"),
         (damage_hashes, "meta.data.hashes.train must be a list of texts"),
         (damage_tokenizer, "meta.tokenizer must be a text"),
+        (damage_images, "meta.images must be an object of mean and std"),
     ],
 )
 def test_damaged(path, damage, message):

@@ -19,7 +19,7 @@ from qtx_ref.spec import ModelSpec, Range, Recipe, SpecError, from_dict, to_dict
 
 from .files import CHECKPOINT, VERSION, CheckpointError, opened, write_tensors
 
-APART = ("optim.", "history.", "range.", "learned.")
+APART = ("optim.", "history.", "range.", "learned.", "hub.")
 
 
 @dataclass

@@ -20,6 +20,7 @@ from . import __version__, analysis, quantization, recipes
 from .artifact import SUFFIX
 from .backend import MissingExtra, backend, need
 from .cli_artifact import diff, show, vectors
+from .cli_hub import export, import_command
 from .cli_parity import parity
 from .cli_quantize import quantize
 from .data import DataError, load
@@ -303,5 +304,5 @@ def recipes_command(name, model, attention_name, json_path):
     write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
-for command in (quantize, parity, show, diff, vectors):
+for command in (quantize, parity, show, diff, vectors, import_command, export):
     main.add_command(command)

@@ -18,6 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from qtx_ref.spec.base import is_number
+
 VERSION = 1
 CHECKPOINT, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-artifact", "qtx-vectors"
 USES = {
@@ -152,6 +154,8 @@ def check_meta(path: Path, meta: Any) -> None:
         expect(f"{where}.hashes", hashes := found.get("hashes", {}), "an object")
         for name, value in hashes.items():
             expect(f"{where}.hashes.{name}", value, "a text" if where == "meta" else "a list of texts")
+    if meta.get("images") is not None:
+        expect("meta.images", meta["images"], "an object of mean and std, numbers by channel")
     expect("meta.calibration", meta.get("calibration", []), "a list of texts")
     for where, name, found in (("meta", "tokenizer", meta), ("meta.data", "source", data),
                                ("meta.data", "tokenizer_sha256", data)):  # fmt: skip
@@ -162,5 +166,10 @@ def check_meta(path: Path, meta: Any) -> None:
 KINDS = {
     "an object": lambda value: isinstance(value, dict),
     "a text": lambda value: isinstance(value, str),
+    "an object of mean and std, numbers by channel": lambda value: (
+        isinstance(value, dict)
+        and value.keys() == {"mean", "std"}
+        and all(isinstance(part, list) and all(map(is_number, part)) for part in value.values())
+    ),
     "a list of texts": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
 }

@@ -22,7 +22,8 @@ from .files import CheckpointError, check_writable, write_beside
 from .sites import sites
 from .training import Machine
 
-WRITTEN = ("model.safetensors", "study.json", "curves.png")  # in the folders that train and study write
+# in the folders that train, study and export write
+WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "tokenizer.json", "preprocessor_config.json")
 PLACES = ("checkpoint", "model", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
 
 
@@ -114,6 +115,10 @@ def open_data(path: Path, spec: ModelSpec, meta: dict[str, Any], name: str | Non
     source = about.get("source") if name is None else name
     data = load(source, spec, tokenizer=tokenizer or meta.get("tokenizer"))
     trained_with, given = about.get("tokenizer_sha256"), data.describe().get("tokenizer_sha256")
+    if trained_with is None and "hub" in meta and given is not None:
+        raise SpecError(
+            f"{path} is a model whose import found no tokenizer.json: import it again with one in its folder"
+        )
     if trained_with != given:
         raise SpecError(
             f"tokenizer {given and given[:12]} is not the one of {path} ({trained_with and trained_with[:12]})"

@@ -213,6 +213,8 @@ def begin(
         checkpoint = load_checkpoint(path)
         if checkpoint.ranges and not run.train_quant:
             raise CheckpointError(f"{path} is a quantized model, not a run of qtx train; choose another --out")
+        if "train" not in checkpoint.meta:
+            raise CheckpointError(f"{path} was not made by qtx train and cannot be resumed; choose another --out")
         for key, value in wanted.items():
             if checkpoint.meta.get(key) != value:
                 raise CheckpointError(f"{path} is another run: {difference(key, checkpoint.meta.get(key), value)}")

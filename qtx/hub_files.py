@@ -1,0 +1,203 @@
+"""The files of a Hugging Face model: a folder with config.json and safetensors, read with one clear error for whatever is
+wrong, and no allocation beyond what the files hold. Nothing is ever unpickled.
+
+A safetensors file is 8 bytes of header length, a JSON header (dtype, shape and offsets by tensor), then the tensors'
+bytes, little-endian. The package safetensors checks that offsets are in order, whole and within the file; bfloat16, which
+NumPy lacks, is read here: it is the upper half of a float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .files import CheckpointError
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HEADER_BYTES = 100_000_000  # the package's own limit
+MOST = 20_000  # tensors in a file: a thousand layers
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+INTEGERS = {"I64": "int64", "I32": "int32"}
+DTYPES = FLOATS | INTEGERS
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: `dtype` in the words of safetensors, `start` and `size` in bytes of `path`."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+# --- JSON and the folder ----------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError where the file is missing, broken or something else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: give the whole folder of a model, as transformers saves it")
+    try:
+        found = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(
+            f"{path} is not JSON ({error}): take the file anew from where the model is from"
+        ) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}, not an object of settings")
+    return found
+
+
+def find_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's model.safetensors, or of the shards that its index names.
+
+    Raises CheckpointError: no such folder, nothing in it, pickles only, an index that is wrong, damaged files.
+    """
+    if not folder.is_dir():
+        hint = pickled(folder.name) if folder.suffix in PICKLES else "give the folder of a model, not a file or a name"
+        raise CheckpointError(f"{folder} is no folder: {hint}")
+    if (folder / WEIGHTS).is_file():
+        return read_header(folder / WEIGHTS)
+    if (folder / INDEX).is_file():
+        return read_shards(folder / INDEX)
+    if names := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+        raise CheckpointError(f"{folder} holds {names[0]} and no {WEIGHTS}: {pickled(names[0])}")
+    raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: give the folder of a model in safetensors")
+
+
+def pickled(name: str) -> str:
+    return (
+        f"{name} is a pickle, which can run code and is never opened here; where you trust it, load it with "
+        "transformers' from_pretrained and write it anew with save_pretrained(FOLDER), which writes safetensors"
+    )
+
+
+def read_shards(index: Path) -> dict[str, Stored]:
+    """The tensors of all shards; each must be in the shard that the index names, and in no other."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise CheckpointError(f"{index}: weight_map must be an object of file names by tensor")
+    for name, shard in where.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: tensor {name} is said to be in {shard!r}; name a .safetensors file beside it"
+            )
+    found: dict[str, Stored] = {}
+    parts = sorted(set(where.values()))
+    if absent := [shard for shard in parts if not (index.parent / shard).is_file()]:
+        raise CheckpointError(f"{index}: {listed(absent, 'shard')} missing: take the whole folder of the model")
+    for shard in parts:
+        for name, stored in read_header(index.parent / shard).items():
+            if where.get(name) != shard:
+                raise CheckpointError(f"{index}: {shard} holds tensor {name}, which the index does not say")
+            found[name] = stored
+    if lost := sorted(where.keys() - found.keys()):
+        raise CheckpointError(f"{index}: {listed(lost, 'tensor')} of the index in no shard")
+    return found
+
+
+def listed(names: list[str], what: str) -> str:
+    """A count and the first few names, in words."""
+    shown = ", ".join(name if len(name) <= 80 else name[:77] + "..." for name in names[:3])
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({shown}{', ...' if len(names) > 3 else ''})"
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Dtype, shape and place of every tensor of a file; no tensor is read.
+
+    Raises CheckpointError: truncated, a header that lies, tensors named twice, more than `MOST` tensors.
+    """
+    total = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if total < 8 or length > total - 8:
+            raise CheckpointError(
+                f"{path} is truncated or damaged: {total} bytes, its header alone would have {length}"
+            )
+        if length > HEADER_BYTES:
+            raise CheckpointError(f"{path}: a header of {length} bytes is no model's; at most {HEADER_BYTES} are read")
+        header = file.read(length)
+    if (count := header.count(b"{") - 1) > MOST:  # every tensor has its own; counted before as many are made
+        raise CheckpointError(f"{path} names about {count} tensors: a model that can be imported has at most {MOST}")
+    try:
+        with safe_open(path, framework="np"):
+            pass
+        entries = json.loads(header, object_pairs_hook=unique)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from None
+    entries.pop("__metadata__", None)
+    found = {}
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+    return found
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no key stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise CheckpointError(f"the header names {twice!r} twice")
+    return found
+
+
+def read_tensor(name: str, stored: Stored) -> np.ndarray:
+    """The values: float16 and bfloat16 as float32, which holds each of them exactly; others as they are.
+
+    Raises CheckpointError for a dtype that is none of `FLOATS` and `INTEGERS`, and for NaN and infinity.
+    """
+    if stored.dtype not in DTYPES:
+        raise CheckpointError(f"{stored.path}: tensor {name} is {stored.dtype}; known are {', '.join(FLOATS)}")
+    kind = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4"}[stored.dtype]
+    with open(stored.path, "rb") as file:
+        file.seek(stored.start)
+        raw = np.fromfile(file, kind, stored.size // np.dtype(kind).itemsize).reshape(stored.shape)
+    if stored.dtype == "BF16":
+        raw = (raw.astype(np.uint32) << 16).view(np.float32)
+    value = raw.astype(np.float32) if stored.dtype == "F16" else raw
+    if not np.isfinite(value).all():
+        raise CheckpointError(f"{stored.path}: tensor {name} holds NaN or infinity; take the file anew")
+    return value
+
+
+def fits(value: np.ndarray, dtype: str) -> bool:
+    """Whether a dtype of safetensors holds these values exactly."""
+    if dtype == "BF16":
+        return value.dtype == np.float32 and not (value.view(np.uint32) & 0xFFFF).any()
+    with np.errstate(over="ignore"):
+        return np.array_equal(value.astype(DTYPES[dtype]), value)
+
+
+def write_bytes(tensors: Mapping[str, tuple[np.ndarray, str]]) -> bytes:
+    """A safetensors file of values that fit the dtypes given with them."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
+    parts, place = [], 0
+    for name, (value, dtype) in sorted(tensors.items(), key=lambda item: (-BYTES[item[1][1]], item[0])):  # aligned
+        if dtype == "BF16":
+            data = (np.ascontiguousarray(value).view(np.uint32) >> 16).astype("<u2").tobytes()
+        else:
+            data = value.astype(np.dtype(DTYPES[dtype]).newbyteorder("<")).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [place, place + len(data)]}
+        parts.append(data)
+        place += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
