@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.spec import Family
-from qtx_ref.stats import BINS, DROPPED, kurtosis, top_share
+from qtx_ref.stats import BINS, DROPPED, SIGMAS, kurtosis, top_share
 
-from .heads import Head, HeadSums
+from .heads import RULE, Head, HeadSums
 from .marks import Kinds, background
 from .progress import Progress
 from .sites import layer_inputs, residual_stream, sites
@@ -38,9 +38,11 @@ def pooled(moments: np.ndarray) -> np.ndarray:
 
 
 def bin_edges() -> np.ndarray:
-    """Lower edge of each bin of |x|, and infinity, (BINS + 1,) float64; ascending, then the bins of NaN."""
-    edges = (np.arange(BINS, dtype=np.uint32) << DROPPED).view(np.float32).astype(np.float64)
-    return np.append(edges, np.inf)
+    """Lower edge of each bin of |x|, and an upper one of the last, (BINS + 1,) float64; infinite where infinity and NaN
+    are counted."""
+    patterns = np.arange(BINS + 1, dtype=np.uint32) << DROPPED
+    infinite = np.uint32(0xFF << 23)
+    return np.where(patterns < infinite, np.minimum(patterns, infinite).view(np.float32).astype(np.float64), np.inf)
 
 
 def percentile(histogram: np.ndarray, q: float) -> float:
@@ -163,26 +165,31 @@ class Analysis:
     places: dict[str, np.ndarray] = field(repr=False)  # per stream site, (T,): outliers by position; images only
     image: np.ndarray | None = field(repr=False)  # the mean image (C, S, S)
     example: dict[str, np.ndarray] = field(repr=False)  # one sequence or image as a batch
-    words_of: Kinds | None = field(repr=False)
+    tokens: Kinds | None = field(repr=False)
 
     def by_site(self) -> dict[str, SiteStatistics]:
         return {s.site: s for s in self.sites}
+
+    def growth(self) -> list[dict[str, Any]]:
+        """The residual stream by depth, what is added to it between; `ratio` is of the inf norm, to the first's."""
+        known = self.by_site()
+        first = known[self.stream[0]].inf_norm
+        rows = []
+        for site in self.stream:
+            added = [known[site.replace("residual", "output")]] if site.endswith(".residual") else []
+            for s in (*added, known[site]):
+                numbers = {"inf_norm": s.inf_norm, "ratio": s.inf_norm / first if first else 0.0, "rms": s.rms}
+                rows.append({"site": s.site, "stream": s.site == site, **numbers, "kurtosis": s.kurtosis})
+        return rows
 
     def as_json(self) -> dict[str, Any]:
         parts = {
             name: [asdict(part) for part in getattr(self, name)] for name in ("sites", "channels", "kinds", "words")
         }
         parts["heads"] = [asdict(head) | {"idle": head.idle} for head in self.heads]
-        growth = [asdict_growth(self.by_site()[site], self.by_site()[self.stream[0]]) for site in self.stream]
         places = {site: counts.tolist() for site, counts in self.places.items()}
-        about = {"percentile_relative_bound": PERCENTILE_BOUND, "sigmas": 6}
-        return {"about": about, "growth": growth, "places": places, **parts}
-
-
-def asdict_growth(site: SiteStatistics, first: SiteStatistics) -> dict[str, Any]:
-    """A site of the residual stream beside the first one."""
-    ratio = site.inf_norm / first.inf_norm if first.inf_norm else 0.0
-    return {"site": site.site, "inf_norm": site.inf_norm, "rms": site.rms, "kurtosis": site.kurtosis, "ratio": ratio}
+        about = {"percentile_relative_bound": PERCENTILE_BOUND, "sigmas": SIGMAS} | {"idle": RULE}
+        return {"about": about, "growth": self.growth(), "places": places, **parts}
 
 
 class Carriers:
@@ -238,12 +245,12 @@ class Carriers:
 
 
 def recurring(stream: Mapping[str, SiteSums]) -> list[Channel]:
-    """The channels that have outliers at the most layers of the residual stream, then in the most tokens."""
+    """The channels that are beyond 6 sigma in the most tokens, over all sites of the residual stream."""
     names = list(stream)
     shares = np.stack([sums.token_share for sums in stream.values()])  # (S, C)
     layers = np.array([int(name.split(".")[1]) + 1 if name.startswith("layer.") else 0 for name in names])
     count = np.stack([(shares[layers == i] > 0).any(axis=0) for i in np.unique(layers)]).sum(axis=0)  # (C,)
-    order = np.lexsort((-shares.mean(axis=0), -count))[:LISTED]
+    order = np.argsort(-shares.mean(axis=0), kind="stable")[:LISTED]
     return [
         Channel(int(c), int((shares[:, c] > 0).sum()), int(count[c]), float(shares[:, c].mean()),
                 float(shares[:, c].max()), names[int(shares[:, c].argmax())])
@@ -280,5 +287,5 @@ def analyze(model: Any, data: Any, batches: Iterable[Mapping[str, np.ndarray]], 
         places=carriers.places,
         image=None if carriers.kinds else carriers.image / max(carriers.images, 1),
         example=example,
-        words_of=carriers.kinds,
+        tokens=carriers.kinds,
     )

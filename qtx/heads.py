@@ -16,7 +16,8 @@ from qtx_ref.spec import ModelSpec
 
 MASS = 0.6  # of the probability on marked keys: most of it, and more than a query's own surroundings can take
 EXCESS = 2.0  # times what even attention would give them: short texts and plain images are full of marked keys
-UPDATE = 0.1  # the head's part of the attention's output against the residual's L2 norm, at most
+UPDATE = 0.1  # the head's part of the attention's output against the residual's L2 norm, at most: 1% of its energy
+RULE = {"mass_at_least": MASS, "times_even_at_least": EXCESS, "update_at_most": UPDATE}
 
 
 @dataclass(frozen=True)
