@@ -137,13 +137,30 @@ def statistics_case(context: Context) -> list[Verdict]:
         got = stats.moments(tensor(tails, context), None if kept is None else tensor(kept, context))
         for name, value in ref_stats.moments(tails, kept).items():
             verdicts.append(relative(f"{name}, {what}", array(got[name]), value, *REORDERED))
-    energy = ref_stats.channel_energy(tails)
+    energy = np.square(tails.astype(np.float64)).sum(axis=(0, 1))
     share = stats.top_share(torch.from_numpy(energy).to(context.device), 0.3)
     verdicts.append(relative("top share", share, ref_stats.top_share(energy, 0.3), *REORDERED))
+    return verdicts
+
+
+def attention_case(context: Context) -> list[Verdict]:
+    """Mass, entropy and size of update of each head, under causal and padded masks, with rows without keys."""
+    rng = ref_random.stream(0, "attention statistics")
     probs, keys = rng.uniform(size=(3, 2, 11, 11)).astype(np.float32), rng.uniform(size=(3, 11)) < 0.3
+    probs[0, 1, 4] = 0  # as clipping may leave it
     allowed = np.tril(np.ones((1, 1, 11, 11), bool)) & (rng.uniform(size=(3, 1, 1, 11)) < 0.6)
-    mass = stats.attention_mass(*(tensor(v, context) for v in (probs, allowed, keys)))
-    verdicts.append(relative("attention mass", array(mass), ref_stats.attention_mass(probs, allowed, keys), *REORDERED))
+    context_, weight, residual = (rng.normal(size=size).astype(np.float32) for size in ((3, 11, 8), (8, 8), (3, 11, 8)))
+    residual[1, 2] = 0
+    verdicts = []
+    for name, where in (("causal and padded", allowed), ("open", np.ones((1, 1, 11, 11), bool))):
+        got = stats.attention(tensor(probs, context), tensor(where, context), {"some": tensor(keys, context)})
+        for key, value in ref_stats.attention(probs, where, {"some": keys}).items():
+            verdicts.append(relative(f"{key}, {name}", array(got[key]), value, *REORDERED))
+    for name, kept in (("all", None), ("masked", rng.uniform(size=(3, 11, 1)) < 0.6)):
+        ours = [tensor(x, context) for x in (context_, weight, residual)]
+        got = stats.updates(*ours, None if kept is None else tensor(kept, context), 2)
+        for key, value in ref_stats.updates(context_, weight, residual, kept, 2).items():
+            verdicts.append(relative(f"{key}, {name}", array(got[key]), value, *REORDERED))
     return verdicts
 
 
@@ -205,7 +222,7 @@ def cases() -> list[Case]:
     runs = {
         "random": (philox_case, dropout_case),
         "optim": (schedule_case, clipping_case, adamw_case),
-        "stats": (statistics_case,),
+        "stats": (statistics_case, attention_case),
         "quant": (learned_case,),
         "generate": (generate_case,),
     }

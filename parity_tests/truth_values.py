@@ -10,7 +10,7 @@ from scipy import stats as scipy_stats
 
 from parity_tests import small_models
 from parity_tests.case import Case, Context
-from parity_tests.compare import Verdict, exact, relative, within
+from parity_tests.compare import Verdict, exact, holds, relative, within
 from parity_tests.truth_quant import refuses
 from qtx_ref import ops, optim, random, stats
 from qtx_ref.attention import boolean_mask
@@ -188,29 +188,57 @@ def statistics(context: Context) -> list[Verdict]:
     """1, 2, 3, 4: m2 = 5/4, m4 = 41/16, unbiased s^2 = 5/3; and SciPy's moments on long tails."""
     x = F32([[[1, 2], [3, 4], [50, 60]]])
     where = np.array([[[True], [True], [False]]])
-    tails = random.stream(0, "tails").standard_t(3, size=(4, 50, 6)).astype(F32)
+    tails = random.stream(0, "tails").standard_t(1.5, size=(4, 50, 6)).astype(F32)
     rows = tails.reshape(4, -1).astype(np.float64)
-    far = np.abs(rows - rows.mean(1, keepdims=True)) > 4 * rows.std(1, keepdims=True)
+    far = np.abs(tails - rows.mean(1)[:, None, None]) > 6 * rows.std(1)[:, None, None]
     tolerance = 1e-12, "float64 sums in another order"
     s4 = np.var(rows, axis=1, ddof=1) ** 2
-    fourth = scipy_stats.moment(rows, 4, axis=1)
-    probs = np.array([[[[0.5, 0.5, 0], [0.25, 0.25, 0.5]]]])
-    mass = stats.attention_mass(
-        probs, np.array([[[[True, True, False], [True, True, True]]]]), np.array([[True, False, True]])
-    )
+    small, long = stats.describe(-x, where), stats.describe(tails)
+    n, mean, *sums = long["moments"].T
+    moments = [scipy_stats.moment(rows, k, axis=1) * n for k in (2, 3, 4)]
+    counts = np.zeros(stats.BINS, int)
+    for value in np.abs(tails).ravel():  # 2^e (1 + k / 64) <= |x| < 2^e (1 + (k + 1) / 64) is bin 64 (e + 127) + k
+        fraction, e = math.frexp(value)  # of 1/2 to 1, and the power of two above
+        counts[64 * (e - 1 + 127) + math.floor(64 * (2 * fraction - 1))] += 1
     return [
-        exact("inf norm", stats.inf_norm(-x, where), [4.0]),
-        exact("inf norm by token", stats.inf_norm(x, where, "token"), [2.0, 4.0]),
-        relative("kurtosis", stats.kurtosis(x, where), [41 / 16 / (25 / 16)], *tolerance),
-        relative("kurtosis, published", stats.kurtosis_published(x, where), [41 / 16 / (25 / 9 + 1e-6)], *tolerance),
-        relative(
-            "kurtosis, SciPy", stats.kurtosis(tails), scipy_stats.kurtosis(rows, axis=1, fisher=False), *tolerance
-        ),
-        relative("kurtosis, published, SciPy", stats.kurtosis_published(tails), fourth / (s4 + 1e-6), *tolerance),
-        exact("energy", stats.channel_energy(x, where), [10.0, 20.0]),
+        exact("inf norm", small["inf_norm"], [4.0]),
+        exact("lowest", small["lowest"], [-4.0]),
+        exact("highest", small["highest"], [-1.0]),
+        exact("inf norm by token", stats.describe(x, where, "token")["inf_norm"], [2.0, 4.0]),
+        relative("kurtosis", small["kurtosis"], [41 / 16 / (25 / 16)], *tolerance),
+        relative("kurtosis, published", small["kurtosis_published"], [41 / 16 / (25 / 9 + 1e-6)], *tolerance),
+        relative("kurtosis, SciPy", long["kurtosis"], scipy_stats.kurtosis(rows, axis=1, fisher=False), *tolerance),
+        relative("kurtosis, published, SciPy", long["kurtosis_published"], moments[2] / n / (s4 + 1e-6), *tolerance),
+        exact("count", n, [300.0] * 4),
+        relative("mean", mean, rows.mean(1), *tolerance),
+        *(relative(f"sum of powers, {k}", sums[k - 2], moments[k - 2], *tolerance) for k in (2, 3, 4)),
+        exact("energy", small["energy"], [10.0, 20.0]),
         exact("top share", stats.top_share(np.array([1.0, 6.0, 1.0]), 0.01), 0.75),
-        exact("beyond 4 sigma", stats.beyond_sigma(tails, sigmas=4), far.sum(1)),
-        exact("attention mass", mass, [(0.5 + 0.75) / 2]),
+        holds("no outlier to find", 1 - int(far.sum() > 2), 0, "the next two lines compare something"),
+        exact("beyond 6 sigma by channel", long["beyond_channels"], far.sum((0, 1))),
+        exact("beyond 6 sigma by token", long["beyond_tokens"], far.sum(2)),
+        exact("histogram", long["histogram"], counts),
+    ]
+
+
+def attention(context: Context) -> list[Verdict]:
+    """Two queries by hand: (1/2, 1/2) over two keys and (1/4, 1/4, 1/2) over three; parts of length 5 against 10."""
+    probs = np.array([[[[0.5, 0.5, 0], [0.25, 0.25, 0.5], [0.1, 0.2, 0.7]]]])
+    allowed = np.array([[[[True, True, False], [True, True, True], [False] * 3]]])
+    found = stats.attention(probs, allowed, {"ends": np.array([[True, False, True]])})
+    entropies = np.log(2), 1.5 * np.log(2)
+    tolerance = 1e-14, "logarithms rounded to float64"
+    context_, weight = np.array([[[3.0, 4.0, 9.0, 9.0]]]), np.zeros((4, 4))
+    weight[:2, :2] = np.eye(2)
+    sizes = stats.updates(context_, weight, np.full((1, 1, 4), 5.0), None, 2)
+    return [
+        exact("queries", found["queries"], [2]),
+        exact("mass", found["mass.ends"], [0.5 + 0.75]),
+        relative("even attention", found["even.ends"], [1 / 2 + 2 / 3], *tolerance),
+        relative("entropy", found["entropy"], [sum(entropies)], *tolerance),
+        relative("relative entropy", found["relative"], [1 + entropies[1] / np.log(3)], *tolerance),
+        relative("update", sizes["update"], [0.5, 0.0], *tolerance),
+        exact("tokens", sizes["tokens"], [1, 1]),
     ]
 
 
@@ -235,7 +263,7 @@ RUNS = {
     "models": (gate_sizes, published_sizes),
     "optim": (adamw, clipping, schedules),
     "random": (philox, dropped),
-    "stats": (statistics,),
+    "stats": (statistics, attention),
     "generate": (cache,),
 }  # fmt: skip
 

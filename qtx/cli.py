@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import numpy as np
 from qtx_ref.presets import PRESETS, attention, preset
 from qtx_ref.spec import SpecError, to_dict
 
-from . import __version__, analysis, quantization, recipes
+from . import __version__, quantization, recipes
 from .artifact import SUFFIX
 from .backend import MissingExtra, backend, need
+from .cli_analyze import analyze
 from .cli_artifact import diff, show, vectors
 from .cli_cost import cost_command
 from .cli_finetune import finetune
@@ -29,7 +29,6 @@ from .cli_quantize import quantize
 from .data import DataError, load
 from .files import CheckpointError
 from .options import (
-    CHECKPOINT,
     DATA,
     EITHER,
     JSON,
@@ -38,7 +37,6 @@ from .options import (
     VOCAB,
     WATCH,
     need_head,
-    open_checkpoint,
     open_data,
     open_model,
     say,
@@ -219,49 +217,6 @@ def evaluate(
 
 
 @main.command()
-@CHECKPOINT
-@DATA
-@LIMIT
-@MACHINE
-@JSON
-def analyze(checkpoint, data, tokenizer, batches, backend_name, device, dtype, json_path):
-    """Outliers per site, and where attention goes."""
-    found, model, source = open_checkpoint(checkpoint, Machine(backend_name, device, dtype), data, tokenizer)
-
-    def evaluation():
-        return source.split_batches("evaluation", found.spec, quantization.BATCH, 0, limit=batches or 16)
-
-    statistics, masses = analysis.analyze(model, source, evaluation(), sum(1 for _ in evaluation()))
-    header = ["site", "inf norm", "largest", "kurtosis", "published", "top 1% energy", "> 6 sigma", "per million"]
-    rows = [
-        [s.site, number(s.inf_norm, 2), number(s.inf_norm_max, 2), number(s.kurtosis, 2), number(s.kurtosis_published, 2),
-         f"{100 * s.top_energy:.1f} %", str(s.beyond_6_sigma), number(1e6 * s.beyond_6_sigma / s.elements, 1)]
-        for s in statistics
-    ]  # fmt: skip
-    say(table(header, rows), json_path)
-    say("\nby depth, the residual stream and what is added to it\n" + depth_table(statistics), json_path)
-    if masses:
-        heads = [[m.site, m.mark, *(f"{100 * h:.1f}" for h in m.heads)] for m in masses]
-        names = [f"head {i}" for i in range(found.spec.heads)]
-        say(
-            "\nmean attention probability on marked keys, percent\n" + table(["site", "keys", *names], heads), json_path
-        )
-    write_json(json_path, {"sites": [asdict(s) for s in statistics], "attention": [asdict(m) for m in masses]})
-
-
-def depth_table(statistics: Sequence[analysis.SiteStatistics]) -> str:
-    by_site = {s.site: s for s in statistics}
-    parts = ("attn.output", "attn.residual", "ffn.output", "ffn.residual")
-    layers = sum(site.endswith(".ffn.output") for site in by_site)
-    rows = []
-    for i in range(layers):
-        found = [by_site[f"layer.{i}.{part}"] for part in parts]
-        rows.append([f"layer {i}", *(number(s.inf_norm, 2) for s in found), *(number(s.kurtosis, 2) for s in found)])
-    header = ["", *(f"{part} inf" for part in parts), *(f"{part} kurt" for part in parts)]
-    return table(header, rows)
-
-
-@main.command()
 @EITHER
 @click.option("--prompt", required=True, help="Text to go on from.")
 @click.option("--tokens", type=click.IntRange(1), default=40, show_default=True, help="Number of new tokens.")
@@ -324,5 +279,5 @@ def recipes_command(name, model, attention_name, json_path):
     write_json(json_path or "-", {"recipe": to_dict(chosen), "sites": resolved})
 
 
-for command in (quantize, ptq, cost_command, parity, show, diff, vectors, import_command, export, finetune):
+for command in (analyze, quantize, ptq, cost_command, parity, show, diff, vectors, import_command, export, finetune):
     main.add_command(command)

@@ -138,3 +138,21 @@ def paper_sites(spec: ModelSpec) -> PaperSites:
         units["final.norm"] = "sequence"
     extra = {f"layer.{i}.ffn.residual": "sequence" for i in range(spec.layers)} if spec.family is Family.BERT else {}
     return PaperSites(units | extra, units)
+
+
+def residual_stream(spec: ModelSpec) -> tuple[str, ...]:
+    """The sites at which the residual stream stands, all D wide: the embedding, then each sum and, where the norm follows
+    it, its norm."""
+    parts = (
+        ("attn.residual", "ffn.residual")
+        if spec.pre_norm
+        else ("attn.residual", "attn.norm", "ffn.residual", "ffn.norm")
+    )
+    begin = "embed.norm" if spec.family is Family.BERT else "embed.sum"
+    return (begin, *(f"layer.{i}.{part}" for i in range(spec.layers) for part in parts))
+
+
+def layer_inputs(spec: ModelSpec) -> tuple[str, ...]:
+    """For each layer the site of the residual stream that its attention's output is added to."""
+    stream = residual_stream(spec)
+    return stream[: -1 : (len(stream) - 1) // spec.layers]

@@ -6,7 +6,7 @@ Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,14 +168,27 @@ class Model:
         self._watch(batch, [f"{site}.input" for site in sites], show)
         return found
 
-    def attention_mass(self, batch: Batch, marks: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
-        """Mean probability given to the keys of each mark (B, T), per `probs` site and mark, by head (H,)."""
-        found: dict[str, Arrays] = {}
+    def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
+        """`stats.attention` of the keys of each mark (B, T), and `stats.updates`, of each layer, by head (H,).
+
+        streams: for each layer the site that its attention's output is added to.
+        """
+        found: list[Arrays] = [{} for _ in streams]
+        seen: Arrays = {}
 
         def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
-            found[site] = {mark: stats.attention_mass(x, where, keys) for mark, keys in marks.items()}
+            if site in streams:
+                seen[site] = x
+                return
+            layer = int(site.split(".")[1])
+            if site.endswith(".probs"):
+                found[layer] |= stats.attention(x, where, marks)
+            else:
+                weight = self.weights[f"layer.{layer}.attn.output.weight"]
+                found[layer] |= stats.updates(x, weight, seen.pop(streams[layer]), where, self.spec.heads)
 
-        self._watch(batch, [f"layer.{i}.attn.probs" for i in range(self.spec.layers)], show)
+        parts = {f"layer.{i}.attn.{part}" for i in range(self.spec.layers) for part in ("probs", "output.input")}
+        self._watch(batch, parts | set(streams), show)
         return found
 
     def calibrate(

@@ -154,7 +154,7 @@ class Float:
 
 
 class Record(Float):
-    """Shows each named tensor among `sites` (None: all results) to `callback(site, value, where)`."""
+    """Shows each named tensor and operand among `sites` (None: every named tensor) to `callback(site, value, where)`."""
 
     def __init__(
         self,

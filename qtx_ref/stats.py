@@ -1,55 +1,73 @@
-"""Outlier statistics of one batch's tensor, per unit, in float64.
+"""Outlier statistics of one batch's tensor, and of its attention, in float64.
 
-A unit is a sequence (its real tokens times the channels) or a token. Callers average over units and batches; the
+A batch holds sequences: the real tokens of one, times the channels, are its elements. A unit is a sequence, or a token of
+(B, T, C). What is given per unit and per channel can be pooled over batches, so that a data set takes one pass. The
 published "max inf norm" is the largest, over a list of sites, of the mean of `inf_norm` over units (Bondarenko et al.
 2023, section 5, and the code behind it).
+
+Channels are the last axis of (B, T, C) and (B, C), and the heads of (B, H, T, n), whose last axis is keys or a head's own
+channels. `where`, true at elements that count, is (B, T, 1) for the first and (B or 1, 1, T, n or 1) for the last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
+from scipy.special import entr
+
+SIGMAS = 6.0  # an outlier is farther than this many deviations from the mean of its own sequence
+BINS = 2**14  # of |x|: the eight exponent bits of a float32 and the first six bits of its fraction
+DROPPED = 17  # bits of the fraction that a bin does not tell apart
+STATISTICS = (
+    "inf_norm", "kurtosis_published", "kurtosis", "moments", "lowest", "highest", "energy", "histogram",
+    "beyond_channels", "beyond_tokens",
+)  # fmt: skip
 
 
-def units(x: np.ndarray, where: np.ndarray | None, unit: str) -> tuple[np.ndarray, np.ndarray]:
-    """(values (U, N) float64, mask (U, N)) of x (B, ...): U sequences, or U = B T tokens of (B, T, C)."""
-    keep = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
-    rows = x.shape[0] * (x.shape[1] if unit == "token" else 1)
-    values, mask = x.astype(np.float64).reshape(rows, -1), keep.reshape(rows, -1)
-    some = mask.any(axis=1)
-    return values[some], mask[some]
+def _sequences(x: np.ndarray, where: np.ndarray | None) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Each sequence that has elements: its number, which of its places are real, and its real elements (places, channels).
+
+    A place is a token; with heads it is a pair, or a token and one of the head's own channels.
+    """
+    if x.ndim == 4:
+        keep = np.ones(x.shape[2:], bool) if where is None else where
+        keep = np.broadcast_to(keep, (len(x), 1, *x.shape[2:])).reshape(len(x), -1)
+        x = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)  # (B, H, T, n) -> (B, T n, H)
+    else:
+        keep = np.ones((*x.shape[:-1], 1), bool) if where is None else np.broadcast_to(where, (*x.shape[:-1], 1))
+        keep, x = keep.reshape(len(x), -1), x.reshape(len(x), -1, x.shape[-1])
+    for i, (values, real) in enumerate(zip(x, keep, strict=True)):
+        if real.any():
+            yield i, real, values[real]
 
 
-def inf_norm(x: np.ndarray, where: np.ndarray | None = None, unit: str = "sequence") -> np.ndarray:
-    """max |x| of each unit, (U,)."""
-    values, mask = units(x, where, unit)
-    return np.max(np.abs(values), axis=1, where=mask, initial=0.0)
+def central_moments(values: np.ndarray) -> np.ndarray:
+    """Count, mean, and sums of the second, third and fourth powers of the deviations from it, of each row of (U, N):
+    (U, 5) float64."""
+    wide = values.astype(np.float64)
+    mean = wide.mean(axis=1)
+    deviation = wide - mean[:, None]
+    powers = [(deviation**k).sum(axis=1) for k in (2, 3, 4)]
+    return np.stack([np.full_like(mean, values.shape[1]), mean, *powers], axis=1)
 
 
-def central_moments(x: np.ndarray, where: np.ndarray | None, unit: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Element count, biased variance and fourth central moment of each unit, (U,) each."""
-    values, mask = units(x, where, unit)
-    n = mask.sum(axis=1)
-    mean = values.sum(axis=1, where=mask) / n
-    square = np.where(mask, values - mean[:, None], 0.0) ** 2
-    return n, square.sum(axis=1) / n, (square * square).sum(axis=1) / n
+def kurtosis_published(moments: np.ndarray) -> np.ndarray:
+    """m4 / (s^4 + 1e-6) with the unbiased deviation s, of moments (..., 5), as in the published code; a normal variable has
+    about 3."""
+    n, _, second, _, fourth = np.moveaxis(moments, -1, 0)
+    return fourth / n / ((second / np.maximum(n - 1, 1)) ** 2 + 1e-6)
 
 
-def kurtosis_published(x: np.ndarray, where: np.ndarray | None = None, unit: str = "sequence") -> np.ndarray:
-    """m4 / (s^4 + 1e-6) with the unbiased deviation s, (U,), as in the published code; a normal variable has about 3."""
-    n, variance, fourth = central_moments(x, where, unit)
-    return fourth / ((variance * n / np.maximum(n - 1, 1)) ** 2 + 1e-6)
+def kurtosis(moments: np.ndarray) -> np.ndarray:
+    """m4 / m2^2, of moments (..., 5): the textbook definition (Pearson), 3 for a normal variable; 0 where all are equal."""
+    n, _, second, _, fourth = np.moveaxis(moments, -1, 0)
+    return np.divide(n * fourth, second**2, out=np.zeros_like(fourth), where=second > 0)
 
 
-def kurtosis(x: np.ndarray, where: np.ndarray | None = None, unit: str = "sequence") -> np.ndarray:
-    """m4 / m2^2, (U,): the textbook definition (Pearson), 3 for a normal variable; 0 where a unit is constant."""
-    _, variance, fourth = central_moments(x, where, unit)
-    return np.divide(fourth, variance**2, out=np.zeros_like(fourth), where=variance > 0)
-
-
-def channel_energy(x: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
-    """Sum of squares of each channel (last axis), (C,)."""
-    keep = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
-    return np.square(x.astype(np.float64)).reshape(-1, x.shape[-1]).sum(axis=0, where=keep.reshape(-1, x.shape[-1]))
+def magnitude_bins(x: np.ndarray) -> np.ndarray:
+    """The bin of each |x|, int32 below BINS: the first bits of its float32 pattern, the sign apart."""
+    return (np.abs(x.astype(np.float32)).view(np.uint32) >> DROPPED).astype(np.int32)
 
 
 def top_share(energy: np.ndarray, fraction: float) -> float:
@@ -57,26 +75,6 @@ def top_share(energy: np.ndarray, fraction: float) -> float:
     count = max(1, round(fraction * energy.size))
     whole = float(energy.sum())
     return float(np.sort(energy)[-count:].sum()) / whole if whole else 0.0
-
-
-def beyond_sigma(x: np.ndarray, where: np.ndarray | None = None, sigmas: float = 6.0) -> np.ndarray:
-    """Elements farther than `sigmas` biased deviations from the mean of their own sequence, (U,) counts."""
-    values, mask = units(x, where, "sequence")
-    n = mask.sum(axis=1)
-    mean = (values.sum(axis=1, where=mask) / n)[:, None]
-    deviation = np.sqrt(np.where(mask, (values - mean) ** 2, 0.0).sum(axis=1) / n)[:, None]
-    return ((np.abs(values - mean) > sigmas * deviation) & mask).sum(axis=1)
-
-
-def attention_mass(probs: np.ndarray, where: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Mean probability that queries give to the marked keys, per head (H,).
-
-    probs (B, H, Tq, Tk); where broadcasts to it and is true at allowed pairs; keys (B, Tk) is true at marked keys.
-    """
-    keep = np.broadcast_to(where, probs.shape)
-    queries = keep.any(axis=-1)  # (B, H, Tq)
-    mass = (probs.astype(np.float64) * (keep & keys[:, None, None, :])).sum(axis=-1)
-    return mass.sum(axis=(0, 2), where=queries) / np.maximum(queries.sum(axis=(0, 2)), 1)
 
 
 MOMENTS = ("count", "sum", "absmax", "gram")
@@ -96,19 +94,93 @@ def moments(x: np.ndarray, where: np.ndarray | None = None, names: tuple[str, ..
     return {name: make[name]() for name in names}
 
 
-STATISTICS = ("inf_norm", "kurtosis_published", "kurtosis", "energy", "beyond", "elements")
-
-
 def describe(
     x: np.ndarray, where: np.ndarray | None = None, unit: str = "sequence", names: tuple[str, ...] = STATISTICS
 ) -> dict[str, np.ndarray]:
-    """The statistics of `names` for one tensor: per unit, but `energy` per channel and `beyond` per sequence."""
-    make = {
-        "inf_norm": lambda: inf_norm(x, where, unit),
-        "kurtosis_published": lambda: kurtosis_published(x, where, unit),
-        "kurtosis": lambda: kurtosis(x, where, unit),
-        "energy": lambda: channel_energy(x, where),
-        "beyond": lambda: beyond_sigma(x, where),
-        "elements": lambda: units(x, where, unit)[1].sum(axis=1),
+    """The statistics of `names` for one tensor.
+
+    Per unit that has elements, (U,): `inf_norm` (the largest |x|), `lowest`, `highest`, both kurtoses, and `moments`
+    (U, 5): count, mean, and sums of the second, third and fourth powers of the deviations from the mean. Per channel:
+    `energy`, the sum of squares, and `beyond_channels`, elements farther than SIGMAS biased deviations from the mean of
+    their own sequence. `beyond_tokens`: those by token, (B, T) of (B, T, C), and by sequence, (B, 1), of other tensors.
+    `histogram` (BINS,): the number of |x| in each bin.
+    """
+    x = x[None] if x.ndim == 1 else x
+    channels = x.shape[1 if x.ndim == 4 else -1]
+    ends, moments = [np.zeros((0, 2))], [np.zeros((0, 5))]
+    energy, histogram, far_channels = np.zeros(channels), np.zeros(BINS, np.int64), np.zeros(channels, np.int64)
+    far_tokens = np.zeros(x.shape[:2] if x.ndim == 3 else (len(x), 1), np.int64)
+    for i, real, values in _sequences(x, where):
+        wide = values.astype(np.float64)
+        rows = wide if unit == "token" else wide.reshape(1, -1)
+        ends.append(np.stack([rows.min(axis=1), rows.max(axis=1)], axis=1))
+        moments.append(central_moments(rows))
+        energy += np.square(wide).sum(axis=0)
+        histogram += np.bincount(magnitude_bins(values).ravel(), minlength=BINS)
+        far = np.square(wide - wide.mean()) > SIGMAS**2 * wide.var()
+        far_channels += far.sum(axis=0)
+        if x.ndim == 3:
+            far_tokens[i, real] = far.sum(axis=1)
+        else:
+            far_tokens[i] = far.sum()
+    low, high = np.concatenate(ends).T
+    units = np.concatenate(moments)
+    found = {
+        "inf_norm": np.maximum(-low, high),
+        "kurtosis_published": kurtosis_published(units),
+        "kurtosis": kurtosis(units),
+        "moments": units,
+        "lowest": low,
+        "highest": high,
+        "energy": energy,
+        "histogram": histogram,
+        "beyond_channels": far_channels,
+        "beyond_tokens": far_tokens,
     }
-    return {name: make[name]() for name in names}
+    return {name: found[name] for name in names}
+
+
+def attention(probs: np.ndarray, where: np.ndarray, marks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums over the queries that have keys, by head, (H,) each; `queries` and `choices` are their numbers.
+
+    probs (B, H, Tq, Tk); where broadcasts to it and is true at allowed pairs; each of marks (B, Tk) is true at marked keys.
+    `mass.<mark>`: the probability given to the marked keys; `even.<mark>`: the share of the allowed keys that they are.
+    `entropy` in nats, of the row scaled to sum 1 (clipping leaves less; a row of zeros has 0); `relative`: divided by its
+    largest value, the logarithm of the number of keys, over the `choices`, queries with more than one key.
+    """
+    keep = np.broadcast_to(where, (len(probs), 1, *probs.shape[2:]))
+    keys = keep.sum(axis=-1)  # (B, 1, Tq)
+    p = np.where(keep, probs.astype(np.float64), 0.0)
+    whole = p.sum(axis=-1, keepdims=True)
+    entropy = entr(p / np.where(whole == 0, 1, whole)).sum(axis=-1)  # (B, H, Tq)
+    heads = np.ones(probs.shape[1], np.int64)
+    found = {
+        "queries": (keys > 0).sum() * heads,
+        "choices": (keys > 1).sum() * heads,
+        "entropy": entropy.sum(axis=(0, 2)),
+        "relative": (entropy / np.where(keys > 1, np.log(np.maximum(keys, 1)), np.inf)).sum(axis=(0, 2)),
+    }
+    for mark, marked in marks.items():
+        chosen = marked[:, None, None, :]
+        found[f"mass.{mark}"] = (p * chosen).sum(axis=(0, 2, 3))
+        found[f"even.{mark}"] = ((keep & chosen).sum(axis=-1) / np.maximum(keys, 1)).sum() * heads
+    return found
+
+
+def updates(
+    context: np.ndarray, weight: np.ndarray, residual: np.ndarray, where: np.ndarray | None, heads: int
+) -> dict[str, np.ndarray]:
+    """How large each head's part of the attention's output is against what it is added to, summed over real tokens.
+
+    context (B, T, D), what enters the output projection, heads side by side; weight (D, D) of that projection; residual
+    (B, T, D); where (B, T, 1). `update` (H,): the L2 norm of a head's part over that of the residual; `tokens`: how many.
+    """
+    real = np.ones(context.shape[:2], bool) if where is None else where[..., 0]
+    c, r = context[real].astype(np.float64), residual[real].astype(np.float64)  # (N, D)
+    against = np.linalg.norm(r, axis=-1)
+    width = c.shape[1] // heads
+    sums = []
+    for part in (slice(h * width, (h + 1) * width) for h in range(heads)):
+        size = np.linalg.norm(c[:, part] @ weight[:, part].astype(np.float64).T, axis=-1)
+        sums.append(np.divide(size, against, out=np.zeros_like(size), where=against > 0).sum())
+    return {"update": np.array(sums), "tokens": np.full(heads, len(c))}

@@ -49,10 +49,16 @@ def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tu
     Float32. A range over no element at all is (0, 0).
     """
     if where is None:
-        low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+        if len(axes) == x.ndim and x.numel():
+            low, high = (end.reshape((1,) * x.ndim) for end in x.aminmax())
+        else:
+            low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
         return low.float(), high.float()
-    low = torch.where(where, x, math.inf).amin(axes, keepdim=True)
-    high = torch.where(where, x, -math.inf).amax(axes, keepdim=True)
+    # what shares a place of `where` is reduced before it is masked: the mask is small, and so is what is left
+    shared = tuple(i for i in axes if i + where.ndim >= x.ndim and where.shape[i - x.ndim] == 1)
+    low, high = (x.amin(shared, keepdim=True), x.amax(shared, keepdim=True)) if shared else (x, x)
+    low = torch.where(where, low, math.inf).amin(axes, keepdim=True)
+    high = torch.where(where, high, -math.inf).amax(axes, keepdim=True)
     empty = low > high
     return low.masked_fill(empty, 0).float(), high.masked_fill(empty, 0).float()
 

@@ -5,7 +5,7 @@ Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -189,15 +189,29 @@ class Model:
         self._watch(batch, [f"{site}.input" for site in sites], show)
         return found
 
-    def attention_mass(self, batch: Batch, marks: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
-        """Mean probability given to the keys of each mark (B, T), per `probs` site and mark, by head (H,)."""
+    def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
+        """`stats.attention` of the keys of each mark (B, T), and `stats.updates`, of each layer, by head (H,).
+
+        streams: for each layer the site that its attention's output is added to.
+        """
         keys = {mark: torch.tensor(value, device=self.device) for mark, value in marks.items()}
-        found: dict[str, Arrays] = {}
+        found: list[Arrays] = [{} for _ in streams]
+        seen: dict[str, Tensor] = {}
 
-        def show(site: str, x: Tensor, where: Tensor) -> None:
-            found[site] = {mark: to_numpy(stats.attention_mass(x, where, value)) for mark, value in keys.items()}
+        def show(site: str, x: Tensor, where: Tensor | None) -> None:
+            if site in streams:
+                seen[site] = x
+                return
+            layer = int(site.split(".")[1])
+            if site.endswith(".probs"):
+                part = stats.attention(x, where, keys)
+            else:
+                weight = self.weights[f"layer.{layer}.attn.output.weight"].detach()
+                part = stats.updates(x, weight, seen.pop(streams[layer]), where, self.spec.heads)
+            found[layer] |= {name: to_numpy(value) for name, value in part.items()}
 
-        self._watch(batch, [f"layer.{i}.attn.probs" for i in range(self.spec.layers)], show)
+        parts = [f"layer.{i}.attn.{part}" for i in range(self.spec.layers) for part in ("probs", "output.input")]
+        self._watch(batch, [*streams, *parts], show)
         return found
 
     @torch.no_grad()

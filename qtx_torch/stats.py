@@ -1,56 +1,101 @@
-"""Outlier statistics of one batch's tensor, per unit, in float64.
+"""Outlier statistics of one batch's tensor, and of its attention, in float64.
 
-A unit is a sequence (its real tokens times the channels) or a token. Callers average over units and batches; the
+A batch holds sequences: the real tokens of one, times the channels, are its elements. A unit is a sequence, or a token of
+(B, T, C). What is given per unit and per channel can be pooled over batches, so that a data set takes one pass. The
 published "max inf norm" is the largest, over a list of sites, of the mean of `inf_norm` over units (Bondarenko et al.
 2023, section 5, and the code behind it).
+
+Channels are the last axis of (B, T, C) and (B, C), and the heads of (B, H, T, n), whose last axis is keys or a head's own
+channels. `where`, true at elements that count, is (B, T, 1) for the first and (B or 1, 1, T, n or 1) for the last.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache
+
 import torch
 from torch import Tensor
 
-
-def units(x: Tensor, where: Tensor | None, unit: str) -> tuple[Tensor, Tensor]:
-    """(values (U, N) float64, mask (U, N)) of x (B, ...): U sequences, or U = B T tokens of (B, T, C)."""
-    keep = torch.ones_like(x, dtype=torch.bool) if where is None else where.expand(x.shape)
-    rows = x.shape[0] * (x.shape[1] if unit == "token" else 1)
-    values, mask = x.double().reshape(rows, -1), keep.reshape(rows, -1)
-    some = mask.any(dim=1)
-    return values[some], mask[some]
-
-
-def inf_norm(x: Tensor, where: Tensor | None = None, unit: str = "sequence") -> Tensor:
-    """max |x| of each unit, (U,)."""
-    values, mask = units(x, where, unit)
-    return values.abs().masked_fill(~mask, 0).amax(dim=1)
+SIGMAS = 6.0  # an outlier is farther than this many deviations from the mean of its own sequence
+BINS = 2**14  # of |x|: the eight exponent bits of a float32 and the first six bits of its fraction
+DROPPED = 17  # bits of the fraction that a bin does not tell apart
+CHUNK = 2**18  # elements worked on at a time, so that they stay in the cache
+STATISTICS = (
+    "inf_norm", "kurtosis_published", "kurtosis", "moments", "lowest", "highest", "energy", "histogram",
+    "beyond_channels", "beyond_tokens",
+)  # fmt: skip
 
 
-def central_moments(x: Tensor, where: Tensor | None, unit: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Element count, biased variance and fourth central moment of each unit, (U,) each."""
-    values, mask = units(x, where, unit)
-    n = mask.sum(dim=1)
-    mean = values.masked_fill(~mask, 0).sum(dim=1) / n
-    square = (values - mean[:, None]).masked_fill(~mask, 0).square()
-    return n, square.sum(dim=1) / n, square.square().sum(dim=1) / n
+def _rows(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The elements that count, some whole sequences at a time: values (R, N), each row's place in x, and its sequence.
+
+    A row is a token's channels, or one head's pairs; its place counts the tokens, or the heads, of all sequences.
+    """
+    per = x.shape[1] if x.ndim > 2 else 1  # rows of a sequence
+    flat = x.flatten(2).flatten(0, 1) if x.ndim == 4 else x.reshape(-1, x.shape[-1])  # (B per, N)
+    place = torch.arange(len(flat), device=x.device)
+    if x.ndim == 4 and where is not None:
+        keep = where.expand(len(where), 1, *x.shape[2:]).flatten(1)  # (B or 1, T n)
+        for kept, part in zip(keep, place.chunk(len(keep)), strict=True):
+            pairs = kept.nonzero()[:, 0]
+            if len(pairs):
+                values = flat[part[0] : part[-1] + 1]
+                yield values if kept.all() else values.index_select(1, pairs), part, part // per
+        return
+    if where is not None:
+        place = where.expand(*x.shape[:-1], 1).flatten().nonzero()[:, 0]
+        flat = flat if len(place) == len(flat) else flat.index_select(0, place)
+    start, owner = 0, place // per
+    for counts in torch.bincount(owner, minlength=len(x)).split(max(1, CHUNK // (per * flat.shape[1]))):
+        stop = start + int(counts.sum())
+        if stop > start:
+            yield flat[start:stop], place[start:stop], owner[start:stop]
+        start = stop
 
 
-def kurtosis_published(x: Tensor, where: Tensor | None = None, unit: str = "sequence") -> Tensor:
-    """m4 / (s^4 + 1e-6) with the unbiased deviation s, (U,), as in the published code; a normal variable has about 3."""
-    n, variance, fourth = central_moments(x, where, unit)
-    return fourth / ((variance * n / (n - 1).clamp(min=1)) ** 2 + 1e-6)
+@cache
+def _held(device: torch.device) -> Tensor:
+    return torch.empty((2, 2 * CHUNK), dtype=torch.float64, device=device)
 
 
-def kurtosis(x: Tensor, where: Tensor | None = None, unit: str = "sequence") -> Tensor:
-    """m4 / m2^2, (U,): the textbook definition (Pearson), 3 for a normal variable; 0 where a unit is constant."""
-    _, variance, fourth = central_moments(x, where, unit)
-    return torch.where(variance > 0, fourth / variance**2, 0.0)
+def _buffers(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """Two float64 tensors to write into. Held from call to call: fresh pages cost more than what is written to them."""
+    size = shape.numel()
+    held = _held(device)
+    held = held if size <= held.shape[1] else torch.empty((2, size), dtype=torch.float64, device=device)
+    return tuple(half[:size].view(shape) for half in held)
 
 
-def channel_energy(x: Tensor, where: Tensor | None = None) -> Tensor:
-    """Sum of squares of each channel (last axis), (C,)."""
-    keep = torch.ones_like(x, dtype=torch.bool) if where is None else where.expand(x.shape)
-    return x.double().square().masked_fill(~keep, 0).reshape(-1, x.shape[-1]).sum(dim=0)
+def central_moments(values: Tensor) -> Tensor:
+    """Count, mean, and sums of the second, third and fourth powers of the deviations from it, of each row of (U, N):
+    (U, 5) float64."""
+    wide = values.double()
+    mean = wide.mean(dim=1)
+    deviation = wide - mean[:, None]
+    square = deviation * deviation
+    powers = [torch.linalg.vecdot(*pair) for pair in ((deviation, deviation), (square, deviation), (square, square))]
+    return torch.stack([torch.full_like(mean, values.shape[1]), mean, *powers], dim=1)
+
+
+def kurtosis_published(moments: Tensor) -> Tensor:
+    """m4 / (s^4 + 1e-6) with the unbiased deviation s, of moments (..., 5), as in the published code; a normal variable has
+    about 3."""
+    n, _, second, _, fourth = moments.unbind(dim=-1)
+    return fourth / n / ((second / (n - 1).clamp(min=1)) ** 2 + 1e-6)
+
+
+def kurtosis(moments: Tensor) -> Tensor:
+    """m4 / m2^2, of moments (..., 5): the textbook definition (Pearson), 3 for a normal variable; 0 where all are equal."""
+    n, _, second, _, fourth = moments.unbind(dim=-1)
+    return torch.where(second > 0, n * fourth / second**2, 0.0)
+
+
+def magnitude_bins(x: Tensor) -> Tensor:
+    """The bin of each |x|, int32 below BINS: the first bits of its float32 pattern, the sign apart."""
+    bits = x.float().contiguous().view(torch.int32)
+    return torch.bitwise_right_shift(bits, DROPPED).bitwise_and_(BINS - 1)
 
 
 def top_share(energy: Tensor, fraction: float) -> float:
@@ -58,26 +103,6 @@ def top_share(energy: Tensor, fraction: float) -> float:
     count = max(1, round(fraction * energy.numel()))
     whole = float(energy.sum())
     return float(energy.sort().values[-count:].sum()) / whole if whole else 0.0
-
-
-def beyond_sigma(x: Tensor, where: Tensor | None = None, sigmas: float = 6.0) -> Tensor:
-    """Elements farther than `sigmas` biased deviations from the mean of their own sequence, (U,) counts."""
-    values, mask = units(x, where, "sequence")
-    n = mask.sum(dim=1)
-    mean = (values.masked_fill(~mask, 0).sum(dim=1) / n)[:, None]
-    deviation = ((values - mean).square().masked_fill(~mask, 0).sum(dim=1) / n).sqrt()[:, None]
-    return (((values - mean).abs() > sigmas * deviation) & mask).sum(dim=1)
-
-
-def attention_mass(probs: Tensor, where: Tensor, keys: Tensor) -> Tensor:
-    """Mean probability that queries give to the marked keys, per head (H,).
-
-    probs (B, H, Tq, Tk); where broadcasts to it and is true at allowed pairs; keys (B, Tk) is true at marked keys.
-    """
-    keep = where.expand(probs.shape)
-    queries = keep.any(dim=-1)  # (B, H, Tq)
-    mass = (probs.double() * (keep & keys[:, None, None, :])).sum(dim=-1)
-    return mass.masked_fill(~queries, 0).sum(dim=(0, 2)) / queries.sum(dim=(0, 2)).clamp(min=1)
 
 
 MOMENTS = ("count", "sum", "absmax", "gram")
@@ -98,19 +123,138 @@ def moments(x: Tensor, where: Tensor | None = None, names: tuple[str, ...] = MOM
     return {name: make[name]() for name in names}
 
 
-STATISTICS = ("inf_norm", "kurtosis_published", "kurtosis", "energy", "beyond", "elements")
-
-
 def describe(
     x: Tensor, where: Tensor | None = None, unit: str = "sequence", names: tuple[str, ...] = STATISTICS
 ) -> dict[str, Tensor]:
-    """The statistics of `names` for one tensor: per unit, but `energy` per channel and `beyond` per sequence."""
+    """The statistics of `names` for one tensor.
+
+    Per unit that has elements, (U,): `inf_norm` (the largest |x|), `lowest`, `highest`, both kurtoses, and `moments`
+    (U, 5): count, mean, and sums of the second, third and fourth powers of the deviations from the mean. Per channel:
+    `energy`, the sum of squares, and `beyond_channels`, elements farther than SIGMAS biased deviations from the mean of
+    their own sequence. `beyond_tokens`: those by token, (B, T) of (B, T, C), and by sequence, (B, 1), of other tensors.
+    `histogram` (BINS,): the number of |x| in each bin.
+    """
+    x = x[None] if x.ndim == 1 else x
+    heads = x.shape[1] if x.ndim == 4 else 0
+    names = tuple(names)
+    parts = [(place, _summary(values, place, owner, heads, unit, names)) for values, place, owner in _rows(x, where)]
+
+    def joined(name: str, *shape: int) -> Tensor:
+        empty = torch.zeros((0, *shape), dtype=torch.float64, device=x.device)
+        return torch.cat([empty, *(part[name] for _, part in parts)])
+
+    def total(name: str, size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return sum((part[name] for _, part in parts), torch.zeros(size, dtype=dtype, device=x.device))
+
+    def by_token() -> Tensor:
+        count = torch.zeros(x.shape[:-1] if not heads else x.shape[:2], dtype=torch.int64, device=x.device)
+        for place, part in parts:
+            count.view(-1)[place] = part["beyond_rows"]
+        return count if x.ndim == 3 else count.reshape(len(x), -1).sum(dim=1, keepdim=True)
+
+    channels = heads or x.shape[-1]
     make = {
-        "inf_norm": lambda: inf_norm(x, where, unit),
-        "kurtosis_published": lambda: kurtosis_published(x, where, unit),
-        "kurtosis": lambda: kurtosis(x, where, unit),
-        "energy": lambda: channel_energy(x, where),
-        "beyond": lambda: beyond_sigma(x, where),
-        "elements": lambda: units(x, where, unit)[1].sum(dim=1),
+        "inf_norm": lambda: torch.maximum(-joined("lowest"), joined("highest")),
+        "lowest": lambda: joined("lowest"),
+        "highest": lambda: joined("highest"),
+        "moments": lambda: joined("moments", 5),
+        "kurtosis": lambda: kurtosis(joined("moments", 5)),
+        "kurtosis_published": lambda: kurtosis_published(joined("moments", 5)),
+        "energy": lambda: total("energy", channels, torch.float64),
+        "histogram": lambda: total("histogram", BINS),
+        "beyond_channels": lambda: total("beyond_channels", channels),
+        "beyond_tokens": by_token,
     }
     return {name: make[name]() for name in names}
+
+
+def _summary(
+    values: Tensor, place: Tensor, owner: Tensor, heads: int, unit: str, names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The parts that `describe` joins, of a chunk as `_rows` gives it."""
+    _, owner, tokens = torch.unique_consecutive(owner, return_inverse=True, return_counts=True)
+    size = tokens * values.shape[1]  # elements of each sequence
+
+    low, high = values.amin(dim=1).double(), values.amax(dim=1).double()
+    found = {"lowest": low, "highest": high}
+    if unit == "sequence":
+        pairs = zip(found.items(), ("amin", "amax"), strict=True)
+        ends = {
+            k: low.new_zeros(len(size)).scatter_reduce_(0, owner, v, how, include_self=False) for (k, v), how in pairs
+        }
+        found |= ends
+    if "histogram" in names:
+        found["histogram"] = torch.bincount(magnitude_bins(values).flatten(), minlength=BINS)
+    outliers = "beyond_channels" in names or "beyond_tokens" in names
+    spread = "moments" in names or "kurtosis" in names or "kurtosis_published" in names
+    if not (outliers or spread or "energy" in names):
+        return found
+    wide, square = _buffers(values.shape, values.device)
+    wide.copy_(values)
+    torch.mul(wide, wide, out=square)
+    if "energy" in names:
+        by_row = square.sum(dim=1 if heads else 0)
+        found["energy"] = by_row.new_zeros(heads).index_add_(0, place % heads, by_row) if heads else by_row
+    if unit == "token" and spread:
+        found["moments"] = central_moments(wide)
+    if outliers or (spread and unit == "sequence"):
+        mean = low.new_zeros(len(size)).index_add_(0, owner, wide.sum(dim=1)) / size
+        deviation = wide.sub_(mean[owner, None])
+        torch.mul(deviation, deviation, out=square)
+        parts = [x.flatten().split(size.tolist()) for x in (deviation, square)]
+        sums = torch.stack([torch.stack([d.dot(d), s.dot(d), s.dot(s)]) for d, s in zip(*parts, strict=True)])
+        if unit == "sequence":
+            found["moments"] = torch.cat([size[:, None], mean[:, None], sums], dim=1)
+        limit, mean = (SIGMAS**2 * sums[:, 0] / size)[owner], mean[owner]
+        found["beyond_rows"] = torch.zeros_like(place)
+        found["beyond_channels"] = place.new_zeros(heads or values.shape[1])
+        if (torch.maximum(high - mean, mean - low).square() > limit).any():
+            row, column = (square > limit[:, None]).nonzero().unbind(dim=1)
+            found["beyond_rows"] = torch.bincount(row, minlength=len(place))
+            channel = place[row] % heads if heads else column
+            found["beyond_channels"] = torch.bincount(channel, minlength=heads or values.shape[1])
+    return found
+
+
+def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over the queries that have keys, by head, (H,) each; `queries` and `choices` are their numbers.
+
+    probs (B, H, Tq, Tk); where broadcasts to it and is true at allowed pairs; each of marks (B, Tk) is true at marked keys.
+    `mass.<mark>`: the probability given to the marked keys; `even.<mark>`: the share of the allowed keys that they are.
+    `entropy` in nats, of the row scaled to sum 1 (clipping leaves less; a row of zeros has 0); `relative`: divided by its
+    largest value, the logarithm of the number of keys, over the `choices`, queries with more than one key.
+    """
+    keep = where.expand(len(probs), 1, *probs.shape[2:])
+    keys = keep.sum(dim=-1)  # (B, 1, Tq)
+    p = probs.double().masked_fill(~keep, 0)
+    whole = p.sum(dim=-1, keepdim=True)
+    entropy = torch.special.entr(p / whole.masked_fill(whole == 0, 1)).sum(dim=-1)  # (B, H, Tq)
+    largest = keys.double().clamp(min=1).log()
+    found = {
+        "queries": (keys > 0).sum().expand(probs.shape[1]),
+        "choices": (keys > 1).sum().expand(probs.shape[1]),
+        "entropy": entropy.sum(dim=(0, 2)),
+        "relative": (entropy / largest.masked_fill(keys < 2, math.inf)).sum(dim=(0, 2)),
+    }
+    for mark, marked in marks.items():
+        chosen = marked[:, None, :, None].double()  # (B, 1, Tk, 1)
+        found[f"mass.{mark}"] = (p @ chosen).sum(dim=(0, 2, 3))
+        share = (keep.double() @ chosen)[..., 0] / keys.clamp(min=1)  # (B, 1, Tq)
+        found[f"even.{mark}"] = share.sum().expand(probs.shape[1])
+    return found
+
+
+def updates(context: Tensor, weight: Tensor, residual: Tensor, where: Tensor | None, heads: int) -> dict[str, Tensor]:
+    """How large each head's part of the attention's output is against what it is added to, summed over real tokens.
+
+    context (B, T, D), what enters the output projection, heads side by side; weight (D, D) of that projection; residual
+    (B, T, D); where (B, T, 1). `update` (H,): the L2 norm of a head's part over that of the residual; `tokens`: how many.
+    """
+    rows = slice(None) if where is None else where.expand(*context.shape[:2], 1).flatten().nonzero()[:, 0]
+    c, r = (x.double().flatten(0, 1)[rows] for x in (context, residual))  # (N, D)
+    parts = weight.double().unflatten(1, (heads, -1)).transpose(0, 1)  # (D, H K) -> (H, D, K)
+    triangle = torch.linalg.qr(parts, mode="r").R  # |W c| = |R c|, with R (H, K, K)
+    sizes = (c.unflatten(1, (heads, -1)).transpose(0, 1) @ triangle.mT).norm(dim=-1)  # (H, N)
+    against = r.norm(dim=-1)
+    relative = torch.where(against > 0, sizes / against, 0.0)
+    return {"update": relative.sum(dim=1), "tokens": torch.tensor(len(c), device=c.device).expand(heads)}

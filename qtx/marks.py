@@ -1,0 +1,100 @@
+"""Kinds of tokens: specials, punctuation and the rest, from a tokenizer.json alone; and an image's background patches."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+PLAIN = 0.25  # a background patch: its pixels deviate less than this share of the whole image's deviation
+
+
+def vocabulary(tokenizer_json: str) -> dict[int, str]:
+    """Strings by id, as they stand in the file (WordPiece, BPE, WordLevel: a mapping; Unigram: a list), and added tokens."""
+    told = json.loads(tokenizer_json)
+    vocab = told.get("model", {}).get("vocab", {})
+    words = (
+        {i: pair[0] for i, pair in enumerate(vocab)} if isinstance(vocab, list) else {i: w for w, i in vocab.items()}
+    )
+    return words | {added["id"]: added["content"] for added in told.get("added_tokens", [])}
+
+
+def byte_characters() -> dict[str, int]:
+    """The bytes behind the characters of a byte-level vocabulary (GPT-2): printable ones are themselves, the others are
+    counted from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def readable(word: str, byte_level: bool) -> str:
+    """A token's text, without the marks of subwords."""
+    if byte_level:
+        table = byte_characters()
+        return bytes(table.get(c, 63) for c in word).decode("utf-8", "replace").strip()
+    return word.removeprefix("##").replace("\u2581", "")
+
+
+def is_punctuation(text: str) -> bool:
+    """Whether a text is made of punctuation marks and symbols alone."""
+    return bool(text) and all(unicodedata.category(c)[0] in "PS" for c in text)
+
+
+class Kinds:
+    """The kind of each token of a text, and the words of a vocabulary."""
+
+    names = ("[CLS]", "[SEP]", "[MASK]", "first", "punctuation", "other")
+
+    def __init__(self, specials: Any, tokenizer_json: str) -> None:
+        self.specials = specials
+        self.words = vocabulary(tokenizer_json)
+        # GPT-2's alphabet writes a space as U+0120; no other kind of vocabulary holds words that begin with it
+        self.byte_level = any(word.startswith("\u0120") for word in self.words.values())
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """Kind by id, (V,)."""
+        table = np.full(max(self.words, default=0) + 1, self.names.index("other"))
+        for i, word in self.words.items():
+            if i not in self.specials.ids and is_punctuation(readable(word, self.byte_level)):
+                table[i] = self.names.index("punctuation")
+        for name, special in (
+            ("[MASK]", self.specials.mask),
+            ("[SEP]", self.specials.sep),
+            ("[CLS]", self.specials.cls),
+        ):
+            if special is not None:
+                table[special] = self.names.index(name)
+        return table
+
+    def of(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Kind of each token, (B, T); a sequence's first one is `first` unless it is [CLS]."""
+        known = np.minimum(batch["tokens"], len(self.table) - 1)
+        kinds = np.where(known == batch["tokens"], self.table[known], self.names.index("other"))
+        begin = np.asarray(batch["mask"], bool).argmax(axis=1)[:, None]  # the first real token
+        first = (np.arange(kinds.shape[1]) == begin) & (kinds != self.names.index("[CLS]"))
+        return np.where(first, self.names.index("first"), kinds)
+
+    def marks(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The real tokens that an idle head may look at, by kind: a sequence's first token, [CLS] or not, and delimiters."""
+        kinds, real = self.of(batch), np.asarray(batch["mask"], bool)
+        begin = "first" if self.specials.cls is None else "[CLS]"
+        return {name: (kinds == self.names.index(name)) & real for name in (begin, "[SEP]", "punctuation")}
+
+    def word(self, token: int) -> str:
+        """A token's string for people."""
+        word = self.words.get(int(token), f"id {token}")
+        return readable(word, True) or "space" if self.byte_level and token not in self.specials.ids else word
+
+
+def background(images: np.ndarray, size: int) -> np.ndarray:
+    """Patches (B, T) of images (B, C, S, S) whose pixels hardly differ; place 0 is CLS and never one."""
+    b, c, s, _ = images.shape
+    n = s // size
+    patches = images.reshape(b, c, n, size, n, size).transpose(0, 2, 4, 1, 3, 5).reshape(b, n * n, -1)
+    spread = images.reshape(b, -1).astype(np.float64).std(axis=1)[:, None]
+    return np.concatenate([np.zeros((b, 1), bool), patches.astype(np.float64).std(axis=2) < PLAIN * spread], axis=1)
