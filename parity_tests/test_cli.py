@@ -57,7 +57,7 @@ def test_evaluate_quantize_and_analyze(trained, tmp_path):
     assert stored["loss"] != float_score["loss"]
     sites = json.loads(good("analyze", trained, "--backend", "ref", "--batches", 1, "--json", "-").stdout)
     assert {"embed.image", "layer.3.attn.gated", "head.classifier"} <= {s["site"] for s in sites["sites"]}
-    assert len(sites["attention"]) == 4  # the first token's mass, per layer
+    assert len(sites["heads"]) == 16  # 4 of each layer
 
 
 def test_a_recipe_that_rewrites_weights(trained, tmp_path):

@@ -196,7 +196,9 @@ class Carriers:
     """Which tokens the outliers of the residual stream fall on, over batches."""
 
     def __init__(self, spec: Any, data: Any) -> None:
-        self.kinds = Kinds(data.specials, data.tokenizer_json) if spec.family is not Family.VIT else None
+        self.kinds: Kinds | None = None
+        if spec.family is not Family.VIT:
+            self.kinds = Kinds(data.specials, data.tokenizer_json, causal=spec.causal)
         self.stream = residual_stream(spec)
         self.by_kind = np.zeros((2, 0 if self.kinds is None else len(self.kinds.names)), np.int64)  # tokens, outliers
         self.by_id = np.zeros((2, spec.vocab), np.int64)

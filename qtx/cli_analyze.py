@@ -67,8 +67,10 @@ def tables(found: Analysis) -> list[tuple[str, str]]:
         ("growth: the residual stream by depth, and what is added to it", growth(found)),
     ]  # fmt: skip
     if found.channels:
-        parts.append(("channels that recur: with outliers in most tokens, over all sites of the residual stream (the embedding is a layer)",
-                      channels(found)))  # fmt: skip
+        title = (
+            "channels that recur: outliers in most tokens, over all sites of the residual stream (embedding: a layer)"
+        )
+        parts.append((title, channels(found)))
     if any(kind.outliers for kind in found.kinds):
         parts.append(("tokens that carry the residual stream's outliers, by kind", carriers(found.kinds, "kind")))
     if found.words:

@@ -49,8 +49,9 @@ class Kinds:
 
     names = ("[CLS]", "[SEP]", "[MASK]", "first", "punctuation", "other")
 
-    def __init__(self, specials: Any, tokenizer_json: str) -> None:
-        self.specials = specials
+    def __init__(self, specials: Any, tokenizer_json: str, *, causal: bool) -> None:
+        """causal: texts begin with an ordinary token, `first`, not with [CLS]."""
+        self.specials, self.causal = specials, causal
         self.words = vocabulary(tokenizer_json)
         # GPT-2's alphabet writes a space as U+0120; no other kind of vocabulary holds words that begin with it
         self.byte_level = any(word.startswith("\u0120") for word in self.words.values())
@@ -72,17 +73,18 @@ class Kinds:
         return table
 
     def of(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Kind of each token, (B, T); a sequence's first one is `first` unless it is [CLS]."""
+        """Kind of each token, (B, T); a sequence's first one is `first` where the model is causal or it is not [CLS]."""
         known = np.minimum(batch["tokens"], len(self.table) - 1)
         kinds = np.where(known == batch["tokens"], self.table[known], self.names.index("other"))
         begin = np.asarray(batch["mask"], bool).argmax(axis=1)[:, None]  # the first real token
-        first = (np.arange(kinds.shape[1]) == begin) & (kinds != self.names.index("[CLS]"))
+        first = (np.arange(kinds.shape[1]) == begin) & (self.causal | (kinds != self.names.index("[CLS]")))
         return np.where(first, self.names.index("first"), kinds)
 
     def marks(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The real tokens that an idle head may look at, by kind: a sequence's first token, [CLS] or not, and delimiters."""
+        """The real tokens that an idle head may look at, by kind: its first token, [CLS] or not, and
+        delimiters."""
         kinds, real = self.of(batch), np.asarray(batch["mask"], bool)
-        begin = "first" if self.specials.cls is None else "[CLS]"
+        begin = "first" if self.causal else "[CLS]"
         return {name: (kinds == self.names.index(name)) & real for name in (begin, "[SEP]", "punctuation")}
 
     def word(self, token: int) -> str:

@@ -64,7 +64,7 @@ def depth(pyplot: Any, found: Analysis) -> Any:
     axes[0].axhline(3, color="gray", linewidth=0.8, linestyle=":")
     axes[0].set(xlabel="layer", ylabel="kurtosis (dotted: normal)", yscale="log", xticks=range(count))
     axes[1].set(xlabel="layer", ylabel="inf norm, mean over sequences", yscale="log", xticks=range(count))
-    axes[1].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
@@ -91,15 +91,23 @@ def histogram(pyplot: Any, found: Analysis) -> Any:
     known, edges = found.by_site(), bin_edges()
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     names = [site for site in found.stream if site.endswith(".ffn.residual")]
-    grid = 2.0 ** (np.arange(-6 * OCTAVE, 7 * OCTAVE + 1) / OCTAVE)
+    grid = 2.0 ** (np.arange(-6 * OCTAVE, 9 * OCTAVE + 1) / OCTAVE)
     some = np.isfinite(edges[1:])
     middle = (edges[:-1][some] + edges[1:][some]) / 2
     for site, color in zip(names, pyplot.cm.viridis(np.linspace(0, 0.9, len(names))), strict=True):
         counts = found.histograms[site][some]
         shares, _ = np.histogram(middle / (known[site].rms or 1), grid, weights=counts / max(counts.sum(), 1))
-        axis.stairs(np.where(shares > 0, shares, np.nan), grid, color=color, label=site.removesuffix(".ffn.residual"))
+        axis.stairs(
+            np.where(shares > 0, shares, np.nan),
+            grid,
+            baseline=None,
+            color=color,
+            label=site.removesuffix(".ffn.residual"),
+        )
     normal = np.diff(erf(grid / np.sqrt(2)))
-    axis.stairs(np.where(normal > 1e-9, normal, np.nan), grid, color="black", linestyle=":", label="normal")
+    axis.stairs(
+        np.where(normal > 1e-9, normal, np.nan), grid, baseline=None, color="black", linestyle=":", label="normal"
+    )
     axis.axvline(SIGMAS, color="gray", linewidth=0.8)
     axis.set(xscale="log", yscale="log", xlabel=f"|x| / root mean square, ffn.residual (line: {SIGMAS:g})",
              ylabel=f"share of elements, {OCTAVE} bins an octave")  # fmt: skip
