@@ -1,7 +1,7 @@
 """Time of statistics and of calibration against a float forward pass of the same batch, taken in turns in one run.
 
     python benchmarks/analyze.py                           # bert-tiny, untrained
-    python benchmarks/analyze.py MODEL.safetensors --batch 16 --length 64 --threads 1
+    OMP_NUM_THREADS=1 python benchmarks/analyze.py MODEL.safetensors --batch 16 --length 64
     python benchmarks/analyze.py --memory                  # peak memory of an analysis of N and of 4 N batches
 
 Everything includes its own forward pass. Calibration is by running minimum and maximum. Tokens are random; with --padding
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-import torch
 
 from qtx import analysis
+from qtx.backend import backend
 from qtx.checkpoint import load_checkpoint
 from qtx.data import load
 from qtx.report.tables import table
@@ -30,7 +30,6 @@ from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, ModelSpec, QuantSpec
-from qtx_torch.backend import Model
 
 
 def batch_of(spec: ModelSpec, size: int, length: int, padding: bool) -> dict[str, np.ndarray]:
@@ -63,7 +62,7 @@ def peak(batches: int) -> None:
     spec = preset("bert-tiny")
     data = load(None, spec)
     given = (batch_of(spec, 16, spec.length, True) for _ in range(batches))
-    analysis.analyze(Model(spec, init_params(spec, 0)), data, given, batches)
+    analysis.analyze(backend("torch").Model(spec, init_params(spec, 0)), data, given, batches)
     click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
@@ -73,12 +72,10 @@ def peak(batches: int) -> None:
 @click.option("--length", default=64, show_default=True)
 @click.option("--padding", is_flag=True)
 @click.option("--rounds", default=9, show_default=True)
-@click.option("--threads", type=int, help="Default: torch's own.")
 @click.option("--memory", is_flag=True)
 @click.option("--peak", "batches", type=int, hidden=True)
-def main(checkpoint, size, length, padding, rounds, threads, memory, batches):
-    if threads:
-        torch.set_num_threads(threads)
+def main(checkpoint, size, length, padding, rounds, memory, batches):
+    torch = backend("torch")
     if batches:
         peak(batches)
         return
@@ -92,10 +89,10 @@ def main(checkpoint, size, length, padding, rounds, threads, memory, batches):
         return
     if checkpoint is None:
         spec = preset("bert-tiny")
-        model = Model(spec, init_params(spec, 0))
+        model = torch.Model(spec, init_params(spec, 0))
     else:
         found = load_checkpoint(checkpoint)
-        spec, model = found.spec, Model(found.spec, found.params)
+        spec, model = found.spec, torch.Model(found.spec, found.params)
     batch, named = batch_of(spec, size, length, padding), sites(spec)
     every, paper = dict.fromkeys(named.results, "sequence"), paper_sites(spec).inf_norm
     results, operands = ({site: QuantSpec() for site in part} for part in (named.results, named.operands))
@@ -114,7 +111,7 @@ def main(checkpoint, size, length, padding, rounds, threads, memory, batches):
          f"{statistics.median(a / b for a, b in zip(taken, base, strict=True)):.2f}"]
         for name, taken in seconds.items()
     ]  # fmt: skip
-    click.echo(f"{spec.layers} layers, width {spec.width}, {size} x {length} tokens, {torch.get_num_threads()} thread(s)")
+    click.echo(f"{spec.layers} layers, width {spec.width}, {size} x {length} tokens, {torch.threads()} thread(s)")
     click.echo(table(["", "ms", "to forward", "median"], rows))
 
 

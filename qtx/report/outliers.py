@@ -161,12 +161,14 @@ def pixels(image: np.ndarray) -> np.ndarray:
     return shown.transpose(1, 2, 0) if len(image) == 3 else shown.mean(axis=0)
 
 
-def over_image(axis: Any, image: np.ndarray, by_patch: np.ndarray, **limits: float) -> Any:
-    """One number per patch (n n,) in red over an image."""
+def over_image(axis: Any, image: np.ndarray, by_patch: np.ndarray) -> Any:
+    """One number per patch (n n,) over an image in grey: the larger, the less of the image is seen."""
     n, size = int(np.sqrt(len(by_patch))), image.shape[-1]
-    axis.imshow(pixels(image), cmap="gray", extent=(0, size, size, 0), interpolation="nearest")
-    drawn = axis.imshow(by_patch.reshape(n, n), cmap="Reds", alpha=0.6, extent=(0, size, size, 0), interpolation="nearest",
-                        **limits)  # fmt: skip
+    place = {"extent": (0, size, size, 0), "interpolation": "nearest"}
+    top = by_patch.max() or 1
+    axis.imshow(pixels(image), cmap="gray", vmin=-0.5, vmax=1.1, **place)
+    shown = by_patch.reshape(n, n)
+    drawn = axis.imshow(shown, cmap="autumn_r", alpha=0.8 * shown / top, vmin=0, vmax=top, **place)
     axis.set(xticks=[], yticks=[])
     return drawn
 
@@ -176,7 +178,7 @@ def image_attention(pyplot: Any, found: Analysis, chosen: list[Head], probs: dic
     figure, axes = grid_of(pyplot, len(chosen), 3.6)
     for axis, head in zip(axes, chosen, strict=True):
         row = probs[head.layer][head.head][0]  # (T,)
-        drawn = over_image(axis, found.example["images"][0], row[1:], vmin=0)
+        drawn = over_image(axis, found.example["images"][0], row[1:])
         axis.set_title(f"{title(head)}, to CLS {row[0]:.0%}", fontsize=9)
         figure.colorbar(drawn, ax=axis, shrink=0.7)
     return figure
@@ -188,7 +190,7 @@ def patches(pyplot: Any, found: Analysis, example: np.ndarray) -> Any:
     every = sum(found.places.values())
     parts = ("all images, over their mean", found.image, every), ("one image", found.example["images"][0], example)
     for axis, (name, image, counts) in zip(axes, parts, strict=True):
-        drawn = over_image(axis, image, counts[1:], vmin=0, vmax=max(counts[1:].max(), 1))
+        drawn = over_image(axis, image, counts[1:])
         axis.set_title(f"outliers by patch: {name}\n{counts[0]} on CLS, {counts[1:].sum()} on patches", fontsize=10)
         figure.colorbar(drawn, ax=axis, shrink=0.8)
     return figure
