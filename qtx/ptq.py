@@ -116,23 +116,24 @@ def compare(kind: str, quantized: Measured, plain: Measured, seed: int) -> tuple
 
 class Calibrated:
     """Ranges that several recipes share: what an observer found depends neither on the bits (but for least squares) nor on
-    how channels are grouped."""
+    how channels are grouped. It does depend, in its last bits, on which sites are quantized: a backend may fuse ops between
+    which nobody looks."""
 
     def __init__(self, model: Any, batches: Batches) -> None:
         self.model = model
         self.batches = batches
-        self.known: dict[tuple[str, Any], tuple[np.ndarray, np.ndarray]] = {}
+        self.known: dict[frozenset[str], dict[tuple[str, Any], tuple[np.ndarray, np.ndarray]]] = {}
 
     def of(self, chosen: Recipe, quants: Mapping[str, Quant]) -> dict[str, Range] | None:
         """The static ranges of a recipe; None where they depend on more than the float model."""
         if chosen.transforms or chosen.quantize_while_calibrating or chosen.masked_scores:
             return None
         static = {site: quant for site, quant in quants.items() if not quant.dynamic}
-        missing = {site: quant for site, quant in static.items() if (site, observed(quant)) not in self.known}
-        if missing:
-            for site, found in self.model.calibrate(self.batches(), missing).items():
-                self.known[site, observed(quants[site])] = found.low, found.high
-        ends = {site: self.known[site, observed(quant)] for site, quant in static.items()}
+        known = self.known.setdefault(frozenset(quants), {})
+        if any((site, observed(quant)) not in known for site, quant in static.items()):
+            for site, found in self.model.calibrate(self.batches(), quants).items():
+                known[site, observed(quants[site])] = found.low, found.high
+        ends = {site: known[site, observed(quant)] for site, quant in static.items()}
         return {site: Range(*pair, *quantizers.scale_zero(*pair, quants[site])) for site, pair in ends.items()}
 
 
