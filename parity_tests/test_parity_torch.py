@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
@@ -10,7 +11,9 @@ from parity_tests import small_models  # noqa: E402
 from parity_tests.case import Case, Context  # noqa: E402
 from parity_tests.cases import table  # noqa: E402
 from parity_tests.runner import check_checkpoint, report_rows, run, run_case  # noqa: E402
-from parity_tests.torch_fakequant import named_recipe  # noqa: E402
+from parity_tests.torch_fakequant import flips, named_recipe  # noqa: E402
+from qtx_ref.backend import Model as RefModel  # noqa: E402
+from qtx_torch.backend import Model  # noqa: E402
 
 CONTEXT = Context()
 
@@ -43,3 +46,17 @@ def test_users_checkpoint(name: str, recipe: str | None) -> None:
     report = check_checkpoint(small.spec, small.params, [small.batch], quants)
     assert report.ok, report_rows(report)
     assert report.first == "" and len(report.rows) == (4 if recipe else 2)
+
+
+def test_flips_of_dynamic_ranges_are_of_codes() -> None:
+    """Float noise moves a dynamic scale and with it each value; few codes flip. A planted fault flips many."""
+    small = small_models.build("opt_plain")
+    quants = named_recipe("train-w8a8", small.spec)[1]
+    moved = {name: value + np.float32(0.1) * np.sign(value) for name, value in small.params.items()}
+    rates = []
+    for params in (small.params, moved):
+        ref, other = RefModel(small.spec, small.params), Model(small.spec, params)
+        for model in (ref, other):
+            model.bind(quants, {})
+        rates.append([v.error for v in flips(ref, other, small.batch, False) if v.measure == "flip rate"])
+    assert max(rates[0]) < 0.05 < 0.5 < max(rates[1])

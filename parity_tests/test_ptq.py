@@ -13,9 +13,10 @@ from parity_tests import small_models
 from qtx import remedies
 from qtx.cli import main
 from qtx.progress import Progress
-from qtx.ptq import Calibrated, Measured, compare, relative_error, site_errors
-from qtx.quantization import Answers, Prepared, answers
+from qtx.ptq import Calibrated, Measured, compare, measure, relative_error, site_errors
+from qtx.quantization import Answers, Prepared, answers, prepare
 from qtx.recipes import recipe, resolve
+from qtx.training import Machine
 from qtx_ref.backend import Model
 from qtx_ref.spec import ModelSpec, QuantSpec, Range, SpecError
 
@@ -92,6 +93,29 @@ def test_the_interval_is_that_of_scipy():
     assert found[1] - found[0] > 2 * deviation
 
 
+class Fixed:
+    """A model that gives every token the same logits."""
+
+    def forward(self, batch):
+        return np.zeros((*batch["targets"].shape, 3), np.float32)
+
+
+def test_sequences_without_a_target_are_left_out():
+    found = measure(Fixed(), [{"targets": np.array([[-1, -1], [2, -1], [0, 1]])}])
+    assert found.answers.count.tolist() == [1, 2]
+    assert found.loss == pytest.approx(math.log(3), rel=1e-6)  # float32 logits
+    for batches in ([], [{"targets": np.full((2, 2), -1)}]):
+        with pytest.raises(SpecError, match="no target"):
+            measure(Fixed(), batches)
+
+
+def test_a_row_that_diverged_has_no_interval():
+    plain, lost = (measured([0, 0], np.array([1.0, loss])) for loss in (1.0, math.nan))
+    assert all(math.isnan(value) for value in compare("perplexity", lost, plain, 0)[1])
+    far = measured([0, 0], np.array([2000.0, 1.0]))
+    assert compare("perplexity", far, plain, 0)[0] > 1e100
+
+
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
@@ -124,10 +148,26 @@ def test_remedies_change_what_they_name():
     assert resolve(recipe("w8a8-ffn16", opt), opt)["layer.0.ffn.norm"].bits == 16  # pre-norm: the FFN's input
 
 
+def test_the_last_remedy_decides():
+    spec, site = small_models.build("bert_plain").spec, "layer.0.ffn.output"
+    assert resolve(recipe("w8a8-peg4p-ffn16", spec), spec)[site].bits == 16
+    assert resolve(recipe("w8a8-ffn16-peg4p", spec), spec)[site].groups == 4
+    assert site not in resolve(recipe("w8a8-peg4p-ffnfloat", spec), spec)
+    assert resolve(recipe("w8a8-peg4p-ffn16", spec), spec)[f"{site}.weight"].bits == 8
+
+
 def test_unknown_remedies_are_refused():
     spec = small_models.build("bert_plain").spec
     for name in ("w8a8-nothing", "w8a8-peg", "w8a8-float[layer.9.*]", "w8a8-p101", "w8a8-smooth1.5"):
         with pytest.raises(SpecError):
+            recipe(name, spec)
+    for name, message in (  # on sites that the recipe leaves in float, the remedy would do harm, or nothing
+        ("linear-w8a8-peg4", "leaves in float"),
+        ("linear-w8a8-ffn16", "leaves in float"),
+        ("linear-w8a8-ffnfloat", "changes none"),
+        ("w8a8-float[head.decoder]", "changes none"),
+    ):
+        with pytest.raises(SpecError, match=message):
             recipe(name, spec)
     with pytest.raises(SpecError, match="groups 5"):
         resolve(recipe("w8a8-peg5", spec), spec)
@@ -136,18 +176,22 @@ def test_unknown_remedies_are_refused():
 # --- ranges and errors ------------------------------------------------------------------------------------------------
 
 
-def test_shared_ranges_are_those_of_each_recipe_alone():
+@pytest.mark.parametrize("backend_name", ["ref", "torch"])
+def test_shared_ranges_are_those_of_each_recipe_alone(backend_name):
     small = small_models.build("bert_classify")
     batches = [small.batch, small_models.make_batch(small.spec, 2)]
-    shared, alone = Calibrated(Model(small.spec, small.params), lambda: batches), 0
-    for name in remedies.standard(small.spec):
+    machine = Machine(backend_name)
+    shared, alone = Calibrated(machine.model(small.spec, small.params), lambda: batches), 0
+    others = ("token-w8a8", "lsq-w4a6", "train-w8a8", "fp8-e4m3", "fp8-e5m2", "w8a8-peg4p-mse", "w4a4-channel-mse",
+              "w8a8-float[*.scores+*.probs]")  # fmt: skip
+    for name in (*remedies.standard(small.spec), *others):
         chosen = recipe(name, small.spec)
         quants = resolve(chosen, small.spec)
         found = shared.of(chosen, quants)
         if found is None:
             assert chosen.transforms
             continue
-        wanted = Model(small.spec, small.params).calibrate(batches, quants)
+        wanted = machine.model(small.spec, small.params).calibrate(batches, quants)
         assert found.keys() == wanted.keys()
         for site, range_ in wanted.items():
             for part, have in zip(range_, found[site], strict=True):
@@ -180,6 +224,16 @@ def test_errors_by_site_name_the_coarsest():
     step = (max(kept.max(), 0) - min(kept.min(), 0)) / 3
     error = np.abs(kept - kept.clip(min=kept.min()))  # nothing is clipped in the middle: at most half a step anywhere
     assert found["layer.1.ffn.hidden"] <= (kept.size * (step / 2) ** 2 + error.sum()) / np.square(kept).sum()
+
+
+def test_the_error_of_a_rewritten_weight_counts_from_before():
+    small, name = small_models.build("bert_plain"), "layer.0.ffn.output.weight"
+    chosen = recipe("w4a16-channel-gptq", small.spec)
+    quants = {name: resolve(chosen, small.spec)[name]}
+    found = prepare(Machine("ref"), small.spec, small.params, lambda count: [small.batch], chosen)
+    error = site_errors(Model(small.spec, small.params), small.batch, quants, found)[name]
+    was, now = small.params[name].astype(np.float64), found.params[name]
+    assert error == pytest.approx(np.square(now - was).sum() / np.square(was).sum(), rel=1e-12) and error > 1e-4
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -243,7 +297,8 @@ def test_resume_goes_on_and_refuses_another(vit, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "advance", stop)
-        assert call(*arguments).exit_code == 130
+        stopped = call(*arguments)
+    assert stopped.exit_code == 130 and "--resume goes on" in stopped.stderr
     rows = json.loads((out / "ptq.json").read_text())["rows"]
     assert list(rows) == ["float", "w8a8", "w4a4"]
     assert "--resume" in bad(*arguments)
@@ -272,8 +327,67 @@ def test_sensitivity_ranks_sites(vit, tmp_path):
     }
 
 
+def test_sensitivity_of_transformed_and_simulated_recipes(vit, tmp_path):
+    """Transforms alone change nothing but noise; what the ranges depend on beside the model is no obstacle."""
+    smaller = ("--backend", "ref", "--sequences", "4", "--calibration", "1")
+    for name in ("linear-w8a8-hadamard", "paper-vit"):
+        command = ("ptq", vit, *smaller, "--sensitivity", name, "--out", tmp_path / name, "--json", "-")
+        found = json.loads(good(*command).stdout)
+        assert all(abs(entry["loss"] - found["rows"]["float"]["loss"]) < 0.1 for entry in found["sensitivity"][name])
+    out = ("--out", tmp_path / "a")
+    assert "gptq" in bad("ptq", vit, *SMALL, "--sensitivity", "w4a16-channel-gptq", *out)
+    assert "not known" in bad("ptq", vit, *SMALL, "--sensitivity", "w8a8,w4a4", *out)
+    assert "--keep" in bad("ptq", vit, *SMALL, "--sensitivity", "w8a8", "--keep", "w8a8", *out)
+    assert not (tmp_path / "a").exists()
+
+
+def mine(path, **changes):
+    """A recipe's file: w8a8 of the model with some keys changed."""
+    known = json.loads(good("recipes", "w8a8", "--model", "vit-tiny", "--json", "-").stdout)["recipe"]
+    path.write_text(json.dumps(known | changes))
+    return path
+
+
+def test_a_row_that_fails_stops_no_other(vit, tmp_path):
+    rotation = {
+        "sites": ["layer.*.ffn.output"],
+        "kind": "hadamard",
+        "source": "a test",
+        "strength": None,
+        "block": 2**20,
+    }
+    wrong, out = mine(tmp_path / "wrong.json", transforms=[rotation]), tmp_path / "ptq"
+    arguments = ("ptq", vit, *SMALL, "--recipes", f"{wrong},w8a8", "--keep", wrong, "--out", out)
+    shown = good(*arguments).stdout
+    assert f"{wrong} failed: transform block 1048576 at layer.0.ffn.output" in shown
+    rows = json.loads((out / "ptq.json").read_text())["rows"]
+    assert rows[str(wrong)]["runs_as"] == "failed" and rows[str(wrong)]["value"] is None
+    assert rows["w8a8"]["runs_as"] == "integers"
+    assert "wrong.json.safetensors" not in shown  # was not written
+    good(*arguments, "--resume")
+
+
+def test_a_recipe_of_a_file(vit, tmp_path):
+    """Its model is kept in the folder, wherever the file lies; another file of that name is another comparison."""
+    path, out = mine(tmp_path / "mine.json"), tmp_path / "ptq"
+    arguments = ("ptq", vit, *SMALL, "--recipes", path, "--keep", path, "--out", out)
+    good(*arguments)
+    assert (out / "mine.json.safetensors").exists() and len(list(tmp_path.iterdir())) == 2
+    good(*arguments, "--resume")
+    mine(path, masked_scores=True)
+    assert "mine.json was" in bad(*arguments, "--resume")
+    (tmp_path / "b").mkdir()
+    both = f"{path},{mine(tmp_path / 'b' / 'mine.json')}"
+    assert "rename one" in bad("ptq", vit, *SMALL, "--recipes", both, "--keep", both, "--out", tmp_path / "c")
+
+
 def test_what_cannot_be_compared_is_refused(vit, tmp_path):
     assert "nothing" in bad("ptq", vit, *SMALL, "--recipes", "w8a8-nothing", "--out", tmp_path / "a")
     assert "--keep w4a4" in bad("ptq", vit, *SMALL, "--recipes", "w8a8", "--keep", "w4a4", "--out", tmp_path / "a")
     assert "each once" in bad("ptq", vit, *SMALL, "--recipes", "w8a8,w8a8", "--out", tmp_path / "a")
+    own = tmp_path / "a" / "ptq.json"
+    assert "a file that the command writes" in bad("ptq", vit, *SMALL, "--out", tmp_path / "a", "--json", own)
+    rotated = tmp_path / "rotated.safetensors"
+    good("quantize", vit, "--backend", "ref", "--recipe", "linear-w8a8-hadamard", "--out", rotated)
+    assert "made for the transforms" in bad("ptq", rotated, *SMALL, "--recipes", "w8a8", "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -19,7 +19,9 @@ from qtx import recipes
 from qtx.preparation import transform
 from qtx.sites import extents
 from qtx.training import Machine
+from qtx_ref import quantizers
 from qtx_ref.backend import Model as RefModel
+from qtx_ref.numerics import is_weight
 from qtx_ref.spec import (
     FloatFormat,
     FloatQuantSpec,
@@ -179,7 +181,8 @@ def free_case(name: str, kind: str, recipe_name: str, context: Context) -> list[
 
 
 def flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool) -> list[Verdict]:
-    """Of two bound models that run freely: the share of each site's codes that differ, and the loss."""
+    """Of two bound models that run freely: the share of each site's codes that differ, and the loss. A dynamic scale follows
+    the tensor's noise: there a code differs where the value does by half a step or more."""
     held = {"masked_scores": masked_scores, "transforms": ref.transforms}
     shown = teacher.watch(teacher.FakeQuant(ref.quants, ref.fixed, **held), ref, batch)
     keepers = {key: Keep(hook) for key, hook in bound(model).items()}
@@ -187,7 +190,12 @@ def flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool) -> lis
         model.forward(batch)
     verdicts = []
     for key in (key for key in shown if key in keepers):
-        rate = float((array(keepers[key].value) != shown[key].after).mean())
+        got, want, quant = array(keepers[key].value), shown[key].after, ref.quants[key]
+        differ = got != want
+        if quant.dynamic and isinstance(quant, QuantSpec):
+            scale, _ = quantizers.dynamic_scale(shown[key].before, quant, shown[key].where, is_weight(key))
+            differ = (np.abs(got - want) >= scale / 2) & (scale > 0)  # 0: channels that stay in float
+        rate = float(differ.mean())
         verdicts.append(reported(key, "flip rate", rate, "float noise near ties; reported, not bounded"))
     if model.spec.head is not Head.NONE:
         losses = [each.evaluate(batch)[0] for each in (model, ref)]

@@ -61,7 +61,7 @@ class Commands(click.Group):
             click.echo(f"\n{stop}; the same command with --resume goes on", err=True)
             ctx.exit(130)
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("finetune", "study", "train")
+            resumes = ctx.invoked_subcommand in ("finetune", "ptq", "study", "train")
             click.echo("\nstopped" + ("; the same command with --resume goes on" if resumes else ""), err=True)
             ctx.exit(130)
         except BrokenPipeError:  # whoever read the output has enough

@@ -16,8 +16,8 @@ from . import quantization, remedies
 from .backend import MissingExtra
 from .checkpoint import file_of
 from .files import sha_of
-from .options import CHECKPOINT, DATA, JSON, MACHINE, open_checkpoint, say, split_list, write_json
-from .ptq import CONFIDENCE, Comparison, PtqSpec
+from .options import CHECKPOINT, DATA, JSON, MACHINE, open_checkpoint, refuse_transformed, say, split_list, write_json
+from .ptq import CONFIDENCE, Comparison, PtqSpec, kept_name
 from .report.ptq import picture
 from .report.tables import number, table
 from .training import Machine
@@ -51,12 +51,16 @@ def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, 
     largest error, latency and size. Leaves OUT/ptq.json and OUT/ptq.png.
     """
     machine = Machine(backend_name, device, dtype)
+    for option, value in (("recipes", names), ("skip", skip), ("also", also), ("keep", keep)):
+        if sensitivity and value:
+            raise SpecError(f"--sensitivity {sensitivity} and --{option} {value}: give one of them")
     found, _, source = open_checkpoint(checkpoint, machine, data, tokenizer)
     if found.spec.head is Head.NONE:
         raise SpecError(f"{checkpoint} has no head, so no task to compare on: give it one with qtx finetune")
+    refuse_transformed(found, str(checkpoint))
     for split in ("evaluation", "calibration"):
         quantization.refuse_overlap(found.meta, source, split)
-    chosen = split_list(sensitivity or names or ",".join(remedies.standard(found.spec)))
+    chosen = (sensitivity,) if sensitivity else split_list(names) if names else remedies.standard(found.spec)
     chosen = tuple(name for name in chosen if not any(fnmatch.fnmatch(name, p) for p in split_list(skip)))
     chosen += split_list(also)
     if not chosen or len(set(chosen)) < len(chosen):
@@ -64,16 +68,20 @@ def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, 
     kept = split_list(keep)
     if strange := [name for name in kept if name not in chosen]:
         raise SpecError(f"--keep {strange[0]}: it is not among the recipes compared; add it to --recipes")
+    files = [kept_name(name) for name in kept]
+    if twice := [name for name in files if files.count(name) > 1]:
+        raise SpecError(f"--keep {keep}: two recipes would be left as {twice[0]}; rename one")
     spec = PtqSpec(chosen, sequences, calibration, seed, machine)
     identity = {"checkpoint": sha_of(file_of(checkpoint)),
                 **{split: source.fingerprint(split) for split in ("calibration", "evaluation")}}  # fmt: skip
     job = Comparison(spec, found, source, out, identity, resume=resume)
-    written = ["ptq.json", *(f"{name}.safetensors" for name in kept)]
+    written = ["ptq.json"]
     if sensitivity:
         job.sensitivity(sensitivity)
         say(sensitivity_table(job, sensitivity), json_path)
     else:
         job.run(kept)
+        written += [name for name in files if (out / name).exists()]
         say(row_table(job, found.spec), json_path)
         try:
             picture(out / "ptq.png", job.kind, job.rows)
@@ -98,7 +106,8 @@ def row_table(job: Comparison, spec: ModelSpec) -> str:
         "row are of one thing: the integer artifact, or the simulation, which is float32 parameters and quantizers. error: "
         "squared error over squared tensor of the site's quantizer, fed the float model's tensor."
     )
-    return f"{table(header, rows)}\n{note}"
+    failed = "".join(f"\n{name} failed: {row['why']}" for name, row in job.rows.items() if row["runs_as"] == "failed")
+    return f"{table(header, rows)}\n{note}{failed}"
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -108,9 +117,10 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     interval = "-" if row["low"] is None or row["high"] is None else f"{row['low']:+.2f} to {row['high']:+.2f}"
     shift = "-" if row["difference"] is None else f"{row['difference']:+.2f}"
     site, error = row["worst"][0] if row["worst"] else ("-", None)
+    size = "-" if row["bytes"] is None else f"{row['bytes'] / 2**20:.1f}"
     return [
         shown("value", 2), shift, interval, shown("loss", 4), shown("value", 2, row.get("simulated", {})), site,
-        "-" if error is None else f"{error:.1e}", shown("ms", 2), f"{row['bytes'] / 2**20:.1f}", row["runs_as"],
+        "-" if error is None else f"{error:.1e}", shown("ms", 2), size, row["runs_as"],
     ]  # fmt: skip
 
 

@@ -22,8 +22,9 @@ from .files import CheckpointError, check_writable, write_beside
 from .sites import sites
 from .training import Machine
 
-# in the folders that train, study and export write
-WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "tokenizer.json", "preprocessor_config.json")
+# in the folders that train, study, ptq and export write
+WRITTEN = ("model.safetensors", "study.json", "curves.png", "ptq.json", "ptq.png", "config.json", "tokenizer.json",
+           "preprocessor_config.json")  # fmt: skip
 PLACES = ("checkpoint", "model", "init", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
 
 
@@ -249,14 +250,19 @@ def as_evaluated(
     return prepared.model(machine, checkpoint.spec, chosen), chosen.name
 
 
+def refuse_transformed(checkpoint: Checkpoint, what: str) -> None:
+    """Raises SpecError where the parameters are made for transforms, without which they are another model."""
+    if checkpoint.transforms:
+        raise SpecError(
+            f"{what}: the checkpoint's weights are made for the transforms of {checkpoint.recipe.name}; take the float "
+            "checkpoint that it was made from"
+        )
+
+
 def prepared_anew(checkpoint: Checkpoint, machine: Machine, data: Any, chosen: Recipe) -> quantization.Prepared:
     """A checkpoint's parameters under a recipe, from its calibration data. Raises SpecError where the parameters are made
     for transforms of another recipe, and for data that the checkpoint knows from another split."""
-    if checkpoint.transforms:
-        raise SpecError(
-            f"recipe {chosen.name}: the checkpoint's weights are made for the transforms of {checkpoint.recipe.name}; "
-            "take the float checkpoint that it was made from"
-        )
+    refuse_transformed(checkpoint, f"recipe {chosen.name}")
     quantization.refuse_overlap(checkpoint.meta, data, "calibration")
     batches = quantization.calibration(data, checkpoint.spec, 0)
     return quantization.prepare(machine, checkpoint.spec, checkpoint.params, batches, chosen)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from qtx_ref.spec import (
     Quant,
     Range,
     Recipe,
+    SpecError,
     check_integer,
     to_dict,
 )
@@ -40,7 +42,8 @@ from qtx_ref.tape import const
 from .artifact import Artifact, stored_bytes
 from .backend import backend
 from .checkpoint import Checkpoint, save_checkpoint
-from .files import CheckpointError, check_writable, write_beside
+from .data import DataError
+from .files import CheckpointError, check_writable, sha_of, write_beside
 from .progress import Progress
 from .quantization import BATCH, Answers, Prepared, answers, metric, prepare
 from .recipes import recipe, resolve
@@ -68,7 +71,7 @@ class PtqSpec:
 class Measured:
     """One pass over the evaluation batches."""
 
-    answers: Answers
+    answers: Answers  # of the sequences that have a target
     seconds: float
 
     def values(self, kind: str, times: np.ndarray | None = None) -> np.ndarray:
@@ -88,8 +91,11 @@ class Measured:
 def measure(model: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> Measured:
     began = time.perf_counter()
     parts = [answers(model, batch) for batch in batches]
-    whole = Answers(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    return Measured(whole, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    whole = Answers(*(np.concatenate(part) for part in zip(*parts, strict=True))) if parts else None
+    if whole is None or not whole.count.any():
+        raise SpecError("evaluation found no target: the data are empty")
+    return Measured(Answers(*(part[whole.count > 0] for part in whole)), seconds)
 
 
 def compare(kind: str, quantized: Measured, plain: Measured, seed: int) -> tuple[float, tuple[float, float]]:
@@ -103,29 +109,31 @@ def compare(kind: str, quantized: Measured, plain: Measured, seed: int) -> tuple
         return after - before if kind == "accuracy" else 100 * (after / before - 1)
 
     tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(differ(times), [tail, 100 - tail])
-    return float(differ(None)[0]), (float(low), float(high))
+    with np.errstate(invalid="ignore"):  # of a row that diverged
+        low, high = np.percentile(differ(times), [tail, 100 - tail])
+        return float(differ(None)[0]), (float(low), float(high))
 
 
 class Calibrated:
     """Ranges that several recipes share: what an observer found depends neither on the bits (but for least squares) nor on
-    how channels are grouped."""
+    how channels are grouped. It does depend, in its last bits, on which sites are quantized: a backend may fuse ops between
+    which nobody looks."""
 
     def __init__(self, model: Any, batches: Batches) -> None:
         self.model = model
         self.batches = batches
-        self.known: dict[tuple[str, Any], tuple[np.ndarray, np.ndarray]] = {}
+        self.known: dict[frozenset[str], dict[tuple[str, Any], tuple[np.ndarray, np.ndarray]]] = {}
 
     def of(self, chosen: Recipe, quants: Mapping[str, Quant]) -> dict[str, Range] | None:
         """The static ranges of a recipe; None where they depend on more than the float model."""
         if chosen.transforms or chosen.quantize_while_calibrating or chosen.masked_scores:
             return None
         static = {site: quant for site, quant in quants.items() if not quant.dynamic}
-        missing = {site: quant for site, quant in static.items() if (site, observed(quant)) not in self.known}
-        if missing:
-            for site, found in self.model.calibrate(self.batches(), missing).items():
-                self.known[site, observed(quants[site])] = found.low, found.high
-        ends = {site: self.known[site, observed(quant)] for site, quant in static.items()}
+        known = self.known.setdefault(frozenset(quants), {})
+        if any((site, observed(quant)) not in known for site, quant in static.items()):
+            for site, found in self.model.calibrate(self.batches(), quants).items():
+                known[site, observed(quants[site])] = found.low, found.high
+        ends = {site: known[site, observed(quant)] for site, quant in static.items()}
         return {site: Range(*pair, *quantizers.scale_zero(*pair, quants[site])) for site, pair in ends.items()}
 
 
@@ -143,18 +151,29 @@ def site_errors(
     quants: Mapping[str, Quant],
     found: Prepared,
 ) -> dict[str, float]:
-    """Of each quantizer fed the float model's own tensor: squared error over squared tensor, largest first. Codes are the
-    reference's, whichever backend recorded the tensors."""
-    weights = {site for site in quants if is_weight(site)}
+    """Of each quantizer fed the float model's own tensor: squared error over squared tensor, largest first. That of a
+    weight counts from before it was rewritten. Codes are the reference's, whichever backend recorded the tensors."""
+    weights = [site for site in quants if is_weight(site)]
     errors = {}
-    for site, (x, where) in model.record(batch, [site for site in quants if site not in weights]).items():
-        change = found.transforms.get(site.removesuffix(".input")) if site.endswith(".input") else None
-        x = transformed(x, change) if change else x
-        errors[site] = relative_error(x, where, quants[site], found.ranges.get(site))
+    for some in by_layer(site for site in quants if not is_weight(site)):  # a layer's tensors are held at a time
+        for site, (x, where) in model.record(batch, some).items():
+            change = found.transforms.get(site.removesuffix(".input")) if site.endswith(".input") else None
+            x = transformed(x, change) if change else x
+            errors[site] = relative_error(x, where, quants[site], found.ranges.get(site))
     for site in weights:
         name = site if site in found.params else "embed.token.weight"  # a head tied to the token table
-        errors[site] = relative_error(found.params[name], None, quants[site], found.ranges.get(site), weight=True)
+        own = None if found.before is None else found.before[name]
+        errors[site] = relative_error(found.params[name], None, quants[site], found.ranges.get(site), True, own)
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
+
+
+def by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Sites of each layer, and those of none, apart."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        found.setdefault(parts[1] if parts[0] == "layer" else "", []).append(name)
+    return list(found.values())
 
 
 def transformed(x: np.ndarray, change: InputTransform) -> np.ndarray:
@@ -164,14 +183,21 @@ def transformed(x: np.ndarray, change: InputTransform) -> np.ndarray:
 
 
 def relative_error(
-    x: np.ndarray, where: np.ndarray | None, quant: Quant, range: Range | None, weight: bool = False
+    x: np.ndarray,
+    where: np.ndarray | None,
+    quant: Quant,
+    range: Range | None,
+    weight: bool = False,
+    wanted: np.ndarray | None = None,
 ) -> float:
-    """Squared error over squared tensor of the elements that count; 0 of a tensor of zeros."""
+    """Squared error over squared tensor of the elements that count; 0 of a tensor of zeros. wanted: what x stands for, x
+    itself unless given."""
     ends = quantizers.dynamic_scale(x, quant, where, weight) if range is None else (range.scale, range.zero_point)
     y, _ = quantizers.fake_quantize(x, *ends, quant)
     keep = True if where is None else np.broadcast_to(where, x.shape)
-    size = np.square(x, dtype=np.float64).sum(where=keep)
-    return float(np.square(np.subtract(y, x, dtype=np.float64)).sum(where=keep) / size) if size else 0.0
+    wanted = x if wanted is None else wanted
+    size = np.square(wanted, dtype=np.float64).sum(where=keep)
+    return float(np.square(np.subtract(y, wanted, dtype=np.float64)).sum(where=keep) / size) if size else 0.0
 
 
 def integer_model(spec: ModelSpec, found: Prepared, chosen: Recipe, machine: Machine) -> tuple[Any, int]:
@@ -201,7 +227,10 @@ class Comparison:
         self.kind = metric(self.model_spec)
         self.recipes = {name: replace(recipe(name, self.model_spec), batches=spec.calibration) for name in spec.recipes}
         self.quants = {name: resolve(chosen, self.model_spec) for name, chosen in self.recipes.items()}
-        self.identity = {"spec": json.loads(json.dumps(to_dict(spec))), **identity}
+        files = {name: sha_of(Path(name)) for name in spec.recipes if name.endswith(".json")}
+        self.identity = {"spec": json.loads(json.dumps(to_dict(spec))), **identity} | (
+            {"files": files} if files else {}
+        )
         self.path = out / "ptq.json"
         self.rows: dict[str, dict[str, Any]] = {}
         self.sites: dict[str, list[dict[str, Any]]] = {}
@@ -237,36 +266,57 @@ class Comparison:
     def start(self) -> None:
         """The float model, its answers, and a few of its tensors."""
         self.model = self.spec.machine.model(self.model_spec, self.params)
-        measure(self.model, [next(iter(self.evaluation()))])  # the first pass is slower
+        for batch in islice(self.evaluation(), 1):  # the first pass is slower
+            answers(self.model, batch)
         self.plain = measure(self.model, self.evaluation())
         self.calibrated = Calibrated(self.model, lambda: self.calibration(self.spec.calibration))
-        self.probe = {key: value[:PROBED] for key, value in next(iter(self.calibration(1))).items()}
+        if (first := next(iter(self.calibration(1)), None)) is None:
+            raise SpecError("calibration found nothing: the data are empty")
+        self.probe = {key: value[:PROBED] for key, value in first.items()}
         size = sum(value.nbytes for value in self.params.values())
         self.rows.setdefault("float", {**self.numbers(self.plain), "runs_as": "float", "bytes": size, "worst": []})
 
     def run(self, keep: tuple[str, ...] = ()) -> None:
-        """Measures every row that is not known yet; the models of `keep` are left as `<recipe>.safetensors`."""
+        """Measures every row that is not known yet; the models of `keep` are left in the folder."""
         self.start()
         with Progress("ptq", len(self.recipes), len(self.rows) - 1) as bar:
             for name in self.recipes:
-                if name not in self.rows or (name in keep and not (self.out / f"{name}.safetensors").exists()):
-                    self.rows[name] = self.row(name, name in keep)
+                if name not in self.rows or (name in keep and not (self.out / kept_name(name)).exists()):
+                    self.rows[name] = self.tried(name, name in keep)
                     self.save()
                     bar.advance(note=name)
         self.save()
 
+    def tried(self, name: str, kept: bool) -> dict[str, Any]:
+        """The row, or one that says why there is none: what one recipe cannot do stops no other."""
+        try:
+            return self.row(name, kept)
+        except (CheckpointError, DataError):  # of files
+            raise
+        except ValueError as error:
+            nothing = dict.fromkeys(("value", "loss", "difference", "low", "high", "ms", "bytes"))
+            return {"runs_as": "failed", "why": " ".join(str(error).split()), "worst": [], **nothing}
+
+    def prepared(self, name: str) -> tuple[Prepared, Any]:
+        """What a recipe makes of the model, and the float model of its parameters."""
+        chosen, machine = self.recipes[name], self.spec.machine
+        ranges = self.calibrated.of(chosen, self.quants[name])
+        found = prepare(machine, self.model_spec, self.params, self.calibration, chosen, ranges=ranges)
+        return found, self.model if found.params is self.params else machine.model(self.model_spec, found.params)
+
     def row(self, name: str, kept: bool) -> dict[str, Any]:
+        """Raises ValueError for what cannot be prepared."""
         chosen, quants = self.recipes[name], self.quants[name]
         began = time.perf_counter()
-        ranges = self.calibrated.of(chosen, quants)
-        found = prepare(self.spec.machine, self.model_spec, self.params, self.calibration, chosen, ranges=ranges)
+        found, model = self.prepared(name)
         prepared = time.perf_counter() - began
         if kept:
             self.keep(name, chosen, found)
-        model = self.model if found.params is self.params else self.spec.machine.model(self.model_spec, found.params)
         model.bind(quants, found.ranges, masked_scores=chosen.masked_scores, transforms=found.transforms)
-        simulated = measure(model, self.evaluation())
-        model.bind({}, {})
+        try:
+            simulated = measure(model, self.evaluation())
+        finally:
+            model.bind({}, {})
         worst = list(site_errors(self.model, self.probe, quants, found).items())[:WORST]
         size = sum(value.nbytes for value in found.params.values())
         row = {"simulated": self.numbers(simulated), "worst": worst, "prepare_seconds": prepared}
@@ -289,26 +339,35 @@ class Comparison:
         meta = {**self.meta, "quantized_from": self.identity["checkpoint"],
                 "calibration": self.data.hashes("calibration")}  # fmt: skip
         whole = Checkpoint(self.model_spec, found.params, {}, chosen, found.ranges, meta, transforms=found.transforms)
-        save_checkpoint(self.out / f"{name}.safetensors", whole)
+        save_checkpoint(self.out / kept_name(name), whole)
 
     def sensitivity(self, name: str) -> None:
-        """Quantizes one site of a recipe at a time; `sites[name]` has what each costs, the dearest first."""
-        self.start()
+        """Quantizes one site of a recipe at a time; `sites[name]` has what each costs, the dearest first. Raises SpecError
+        for a recipe that rewrites weights, all of which would differ from float."""
         quants, chosen = self.quants[name], self.recipes[name]
-        ranges = self.calibrated.of(chosen, quants) or {}
+        if chosen.rewrite is not None:
+            raise SpecError(f"--sensitivity {name}: {chosen.rewrite} changes all weights at once; take it without")
+        self.start()
+        found, model = self.prepared(name)
         known = {entry["site"]: entry for entry in self.sites.get(name, [])}
         with Progress("sensitivity", len(quants), len(known)) as bar:
             for site, quant in quants.items():
                 if site not in known:
-                    self.model.bind({site: quant}, {site: ranges[site]} if site in ranges else {})
-                    known[site] = {"site": site, **self.numbers(measure(self.model, self.evaluation()))}
+                    ranges = {site: found.ranges[site]} if site in found.ranges else {}
+                    model.bind({site: quant}, ranges, masked_scores=chosen.masked_scores, transforms=found.transforms)
+                    known[site] = {"site": site, **self.numbers(measure(model, self.evaluation()))}
                     self.sites[name] = sorted(known.values(), key=lambda entry: cost(entry, self.kind), reverse=True)
                     self.save()
                     bar.advance(note=site)
-        self.model.bind({}, {})
+
+
+def kept_name(name: str) -> str:
+    """The file of a row's model; a recipe of a file is named by the file, wherever that lies."""
+    return f"{Path(name).name}.safetensors"
 
 
 def cost(entry: Mapping[str, Any], kind: str) -> tuple[float, float]:
     """What a row is ranked by: the metric lost, then the loss."""
-    lost = entry["difference"] if entry["difference"] is not None else math.inf
-    return (-lost if kind == "accuracy" else lost), entry["loss"] if entry["loss"] is not None else math.inf
+    shift = entry["difference"]
+    lost = math.inf if shift is None else -shift if kind == "accuracy" else shift
+    return lost, entry["loss"] if entry["loss"] is not None else math.inf

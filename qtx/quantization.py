@@ -169,12 +169,13 @@ def bind(
 
 @dataclass
 class Prepared:
-    """A quantized model: parameters, rewritten where the recipe says so, static ranges, and the transforms of linears'
-    inputs that no norm has taken in."""
+    """A quantized model: parameters, rewritten where the recipe says so, static ranges, the transforms of linears' inputs
+    that no norm has taken in, and the parameters as they were before they were rewritten, where they were."""
 
     params: dict[str, np.ndarray]
     ranges: dict[str, Range]
     transforms: dict[str, InputTransform]
+    before: Mapping[str, np.ndarray] | None = None
 
     def model(self, machine: Any, spec: ModelSpec, recipe: Recipe) -> Any:
         """The model under the recipe's fake quantization."""
@@ -206,10 +207,10 @@ def prepare(
     model = machine.model(spec, params)
     if ranges is None:
         ranges = find_ranges(model, batches(recipe.batches), recipe, transforms)
-    if recipe.rewrite is not None:
-        model.bind({}, {}, transforms=transforms)
-        params = rewrite(model, params, batches, recipe, quants, ranges)
-    return Prepared(params, dict(ranges), transforms)
+    if recipe.rewrite is None:
+        return Prepared(params, dict(ranges), transforms)
+    model.bind({}, {}, transforms=transforms)
+    return Prepared(rewrite(model, params, batches, recipe, quants, ranges), dict(ranges), transforms, params)
 
 
 def as_json(record: Any) -> dict[str, Any]:

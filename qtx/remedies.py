@@ -58,9 +58,9 @@ def changed(base: Recipe, weights: bool, change: Callable[[QuantSpec], Quant], s
 
 
 def varied(base: Recipe, rule: Rule) -> Recipe:
-    """A recipe whose activations are different at some sites."""
-    first, second, *others = base.rules
-    return replace(base, rules=(first, rule, second, *others))
+    """A recipe whose activations are different at some sites, whatever was said of them before."""
+    place = next(i for i, known in enumerate(base.rules) if is_weights(known))
+    return replace(base, rules=(*base.rules[:place], rule, *base.rules[place:]))
 
 
 def ffn_sites(spec: ModelSpec) -> tuple[str, ...]:
@@ -173,13 +173,22 @@ NAMES = (
 
 
 def remedied(base: Recipe, spec: ModelSpec, names: list[str]) -> Recipe:
-    """A recipe with the remedies of these names, in order. Raises SpecError for one that does not exist."""
+    """A recipe with the remedies of these names, in order. Raises SpecError for one that does not exist, that changes
+    nothing of this model, or that quantizes what the recipe leaves in float."""
     for name in names:
         found = next(((match, apply) for text, apply in REMEDIES.items() if (match := re.fullmatch(text, name))), None)
         if found is None:
             raise SpecError(f"remedy {name!r} in recipe {'-'.join([base.name, *names])!r} is not known: choose {NAMES}")
         match, apply = found
-        base = replace(apply(base, spec, match), name=f"{base.name}-{name}")
+        before, base = base, replace(apply(base, spec, match), name=f"{base.name}-{name}")
+        pairs = {site: (before.quant(site), base.quant(site)) for site in sites(spec).all}
+        added = [site for site, (was, now) in pairs.items() if was is None and now is not None]
+        rest = [(one.transforms, one.rewrite) for one in (before, base)]
+        if added or (all(was == now for was, now in pairs.values()) and rest[0] == rest[1]):
+            what = (
+                f"quantizes {added[0]}, which {before.name} leaves in float" if added else "changes none of its sites"
+            )
+            raise SpecError(f"recipe {base.name}: {name} {what}; leave it out")
     return base
 
 
