@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,6 +179,15 @@ def test_files_that_are_no_csv_are_named(tmp_path, text, message):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         opened(path)
+
+
+def test_the_sentiment_tool_says_in_a_line_what_is_not_there(tmp_path):
+    tool = Path(__file__).parents[1] / "tools/build_sentiment.py"
+    done = subprocess.run(
+        [sys.executable, str(tool), "nowhere", "nowhere", str(tmp_path / "set.csv")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "nowhere/movie_reviews" in done.stderr and "give the folders" in done.stderr
 
 
 def test_a_text_may_be_long(tmp_path):
