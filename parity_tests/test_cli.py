@@ -327,7 +327,7 @@ def test_evaluation_refuses_training_data(writer, tmp_path):
     book.write_bytes("\n\n".join(text for _, text in reversed(chapters(alice))).encode())
     result = call("evaluate", writer, "--backend", "ref", "--data", book, "--tokenizer", BUNDLED / "tokenizer.json")
     assert result.exit_code == 1
-    assert "this model's" in result.output and "evaluate on other data" in result.output
+    assert "this model's" in result.output and "give other data" in result.output
 
 
 def test_missing_extra_names_itself(tmp_path, monkeypatch):

@@ -20,10 +20,12 @@ from parity_tests.small_models import build
 from qtx import attention_cost, cost, cost_inputs
 from qtx.artifact import make_artifact
 from qtx.backend import MissingExtra, backend
-from qtx.checkpoint import Checkpoint, save_checkpoint
+from qtx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.cli import main
+from qtx.quantization import prepare
 from qtx.recipes import recipe, resolve
 from qtx.report import costs
+from qtx.training import Machine
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
 from qtx_ref.spec import QTX, Nonlinear, SpecError
@@ -423,6 +425,38 @@ def test_whole_command(checkpoint, tmp_path):
     assert integers["bytes"] < fake["bytes"] and costs.paragraph(found) in text
     assert (out / "cost.txt").read_text().strip() in text
     assert "exists: choose another --out" in ran(*command, "--out", out)
+
+
+def test_transforms_are_part_of_what_runs(checkpoint, tmp_path):
+    """Weights made for a rotation and run without it would be another model; integers have none, and say so."""
+    command = (
+        "cost",
+        checkpoint,
+        "--backend",
+        "ref",
+        "--batch",
+        "1",
+        "--length",
+        "8",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+    )
+    text = ran(*command, "--recipe", "w8a8-hadamard", "--json", tmp_path / "cost.json")
+    fake = json.loads((tmp_path / "cost.json").read_text())["variants"][1]
+    assert fake["name"] == "fake quantization" and 0 < fake["cells"]["1x8"]["error"] < 0.2, text
+    assert "integers: not timed: site" in text and "a transform of its input is left" in text
+    found = load_checkpoint(checkpoint)
+    chosen = recipe("w8a8-hadamard", found.spec)
+    random = cost_inputs.Random(8)
+    made = prepare(
+        Machine("ref"), found.spec, found.params, lambda n: random.split_batches("", found.spec, 2, 0), chosen
+    )
+    own = tmp_path / "own.safetensors"
+    save_checkpoint(own, Checkpoint(found.spec, made.params, {}, chosen, made.ranges, transforms=made.transforms))
+    text = ran("cost", own, *command[2:])
+    assert "is made for the transforms of w8a8-hadamard" in text and "--recipe w8a8-hadamard" in text
 
 
 def test_attentions(tmp_path):

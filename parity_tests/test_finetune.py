@@ -16,6 +16,7 @@ import qtx_ref.backend
 import qtx_torch.backend
 from parity_tests.small_models import build
 from parity_tests.test_labelled import sentence, write_csv
+from qtx.artifact import load_artifact
 from qtx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.cli import main
 from qtx.data import load
@@ -236,6 +237,7 @@ def test_another_init_is_another_run(place, tmp_path):
         (["finetune", "quantized.safetensors", "--data", "set.csv"], "is quantized"),
         (["finetune", "diverged.safetensors", "--data", "set.csv"], "training diverged at step 3"),
         (["finetune", "bert.safetensors", "--data", "half.csv"], "has no calibration rows"),
+        (["finetune", "bert.safetensors", "--data", "lone.csv"], "has no train rows of class 'b'"),
         (["train", "--init", "mlm.safetensors", "--model", "bert-tiny"], "--init and --model bert-tiny"),
         (["train", "--init", "mlm.safetensors", "--vocab", "9"], "--init and --vocab 9"),
         (["train", "--init", "quantized.safetensors"], "is quantized"),
@@ -253,8 +255,67 @@ def test_what_cannot_be_begun_with_is_refused(place, model, tmp_path, monkeypatc
         save_checkpoint(Path("classifier.safetensors"), replace(load_checkpoint(model[0]), extra={}))
         rows = [(sentence(i, 4), i % 2, ("train", "evaluation")[i % 2]) for i in range(10)]
         write_csv(Path("half.csv"), rows, ("text", "label", "split"))
+        rows = [(sentence(i, 4), "ab"[i == 2], ("train", "calibration", "evaluation")[i % 3]) for i in range(9)]
+        write_csv(Path("lone.csv"), rows, ("text", "label", "split"))
     assert message in refused(*arguments, "--out", tmp_path / "out", "--backend", "ref")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("epochs", ["nan", "inf"])
+def test_epochs_are_a_number(place, tmp_path, epochs):
+    result = call(
+        "finetune", place / "bert.safetensors", "--data", place / "set.csv", "--out", tmp_path, "--epochs", epochs
+    )
+    assert result.exit_code == 2 and "--epochs" in result.output
+
+
+def test_what_an_earlier_training_saw_evaluates_nothing(place, model, tmp_path):
+    """Two trainings on: texts of the first one's train split are refused, also in the artifact."""
+    second = tmp_path / "second.csv"
+    rows = [
+        (sentence(200 + i, 5), ("yes", "no")[i % 2], ("train", "calibration", "evaluation")[i // 8]) for i in range(24)
+    ]
+    write_csv(second, rows, ("text", "label", "split"))
+    command = ["--steps", 1, "--batch", 2, "--backend", "ref"]
+    good("finetune", model[0], "--data", second, "--out", tmp_path / "two", *command)
+    good("quantize", tmp_path / "two", "--out", tmp_path / "two.qtx", "--backend", "ref")
+    first = load(str(place / "set.csv"), replace(BERT, head=Head.NONE), tokenizer=bundled_tokenizer())
+    seen = set(first.hashes("train"))
+    assert set(load_checkpoint(tmp_path / "two").meta["trained_on"]) == seen
+    for split, commands in (
+        ("evaluation", [("evaluate", "two"), ("evaluate", "two.qtx"), ("ptq", "two", "--out", tmp_path / "ptq")]),
+        ("calibration", [("quantize", "two", "--out", tmp_path / "x.qtx")]),
+    ):
+        leak = tmp_path / f"{split}.csv"
+        known = ("good good " + sentence(0, 3), "yes", split)  # the first train row
+        other = [s for s in ("train", "calibration", "evaluation") if s != split]
+        fresh = [(sentence(300 + i, 5), ("yes", "no")[i % 2], other[i // 4]) for i in range(8)]
+        write_csv(leak, [known, *fresh], ("text", "label", "split"))
+        commands.append(("finetune", "two", "--out", tmp_path / "three", *command[:4]))
+        for name, path, *rest in commands:
+            said = refused(name, tmp_path / path, "--data", leak, *rest, "--backend", "ref")
+            assert f"1 section(s) of the {split} data are this model's earlier train data" in said, name
+    assert not (tmp_path / "three").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "analyze", "ptq", "quantize"])
+def test_data_that_moved_are_asked_for(place, model, tmp_path, command):
+    found = load_checkpoint(model[0])
+    meta = {**found.meta, "data": found.meta["data"] | {"source": "moved/set.csv"}}
+    save_checkpoint(tmp_path / "model.safetensors", replace(found, meta=meta))
+    more = ["--out", tmp_path / "out.qtx"] if command in ("ptq", "quantize") else []
+    said = refused(command, tmp_path / "model.safetensors", *more, "--backend", "ref")
+    assert "model.safetensors has its data from moved/set.csv" in said and "with --data" in said
+
+
+def test_an_artifact_keeps_how_its_pixels_are_scaled(place, tmp_path):
+    """A ViT whose pixels have another mean and deviation than 0.5: integers see the same images."""
+    pytest.importorskip("PIL.Image", reason="the extra images is not installed")
+    found = load_checkpoint(place / "vit.safetensors")
+    scaling = {"mean": [0.25], "std": [0.125]}
+    save_checkpoint(tmp_path / "vit.safetensors", replace(found, meta={**found.meta, "images": scaling}))
+    good("quantize", tmp_path / "vit.safetensors", "--out", tmp_path / "vit.qtx", "--backend", "ref")
+    assert load_artifact(tmp_path / "vit.qtx").meta["images"] == scaling
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------

@@ -37,6 +37,9 @@ def test_commands(tmp_path):
     assert "--format onnx: only hf" in run("export", ours, "--format", "onnx", "--out", tmp_path / "x").output
     json_there = run("export", ours, "--out", tmp_path / "y", "--json", tmp_path / "y/config.json")
     assert "a file that the command writes" in json_there.output
+    for command, name in (("ptq", "ptq.json"), ("cost", "cost.json")):  # else --resume would find something else there
+        json_there = run(command, ours, "--out", tmp_path / "z", "--json", tmp_path / "z" / name)
+        assert "a file that the command writes" in json_there.output and not (tmp_path / "z").exists()
     over = run(
         "import", tmp_path / "theirs", "--out", tmp_path / "z.safetensors", "--json", tmp_path / "theirs/config.json"
     )

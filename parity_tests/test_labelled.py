@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +171,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, rows, message):
         ("text,label\na,b,c\n", "row 1 has not as many cells"),
         ('text,label\n"a,b\n', "is no CSV"),
         ("text,label\n", "has no rows"),
+        ("text,label,label\na,b,c\n", "has 2 columns label"),
     ],
 )
 def test_files_that_are_no_csv_are_named(tmp_path, text, message):
@@ -175,6 +179,21 @@ def test_files_that_are_no_csv_are_named(tmp_path, text, message):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         opened(path)
+
+
+def test_the_sentiment_tool_says_in_a_line_what_is_not_there(tmp_path):
+    tool = Path(__file__).parents[1] / "tools/build_sentiment.py"
+    done = subprocess.run(
+        [sys.executable, str(tool), "nowhere", "nowhere", str(tmp_path / "set.csv")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "nowhere/movie_reviews" in done.stderr and "give the folders" in done.stderr
+
+
+def test_a_text_may_be_long(tmp_path):
+    """Longer than the 131,072 characters at which Python's csv stops by default."""
+    rows = [("good " * 30_000 + str(i), "ab"[i % 2]) for i in range(3)]
+    assert sum(len(opened(write_csv(tmp_path / "set.csv", rows)).hashes(split)) for split in SPLITS) == 3
 
 
 def test_what_does_not_fit_is_refused(divided, tmp_path):
@@ -253,6 +272,15 @@ def test_pictures_are_resized_and_scaled(pictures):
     assert batch["images"].shape == (4, 1, 4, 4) and -1 <= batch["images"].min() <= batch["images"].max() <= 1
 
 
+def test_equal_pictures_are_too_few(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="the extra images is not installed")
+    for i in range(8):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        image.new("RGB", (8, 8)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    with pytest.raises(DataError, match="has 1 different image"):
+        load(str(tmp_path), VIT)
+
+
 def test_pictures_that_cannot_be_used_are_named(pictures):
     data = load(str(pictures), VIT)
     assert data.describe()["names"] == ["cat", "dog"]
@@ -263,6 +291,12 @@ def test_pictures_that_cannot_be_used_are_named(pictures):
     broken = pictures / "dog" / "broken.png"
     broken.write_bytes((pictures / "cat" / "00.png").read_bytes()[:40])
     with pytest.raises(DataError, match="broken.png cannot be read as a picture"):
+        load(str(pictures), VIT)
+    broken.unlink()
+    image = pytest.importorskip("PIL.Image")
+    deep = image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    deep.save(pictures / "dog" / "deep.png")
+    with pytest.raises(DataError, match="deep.png cannot be read as a picture .*mode I"):  # else it were all white
         load(str(pictures), VIT)
     with pytest.raises(DataError, match="give a folder per class"):
         load(str(pictures / "cat"), VIT)

@@ -91,7 +91,7 @@ def make_artifact(
         "recipe": sha_of_json(to_dict(recipe)),
         "calibration": sha_of_json(calibration),
     }
-    kept = {key: found.meta[key] for key in ("data", "tokenizer") if key in found.meta}
+    kept = {key: found.meta[key] for key in ("data", "images", "tokenizer", "trained_on") if key in found.meta}
     if hashes_of := kept.get("data", {}).get("hashes"):  # what an evaluation must not meet, in short
         kept["data"] = kept["data"] | {"hashes": {"train": [h[:SHORT] for h in hashes_of.get("train", [])]}}
     meta = {"qtx": __version__, "hashes": hashes, "calibration": [h[:SHORT] for h in calibration], **kept}

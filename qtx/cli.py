@@ -161,7 +161,8 @@ def train_command(model, init, data, tokenizer, vocab, attention_name, steps, ba
         origin = open_origin(init)
         spec, params = continued(origin.found, attention_name, seed)
         source, start = open_data(init, spec, origin.found.meta, data, None), Start(params, origin.kept())
-        quantization.refuse_overlap(origin.found.meta, source, "evaluation")
+        for split in ("evaluation", "calibration"):
+            quantization.refuse_overlap(origin.found.meta, source, split)
     optim = default_optim(spec, steps, lr)
     run = TrainSpec(spec, optim, batch, seed, train_quant, watch_integer, origin and origin.sha256)
     path = out / "model.safetensors"

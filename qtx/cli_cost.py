@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,11 @@ def open_given(path: Path | None, model: str | None, data: str | None, tokenizer
         if "diverged_at" in found.meta:
             step = found.meta["diverged_at"]
             raise CheckpointError(f"{path}: training diverged at step {step}; no model is left to use")
+        if found.transforms:
+            raise SpecError(
+                f"{path} is made for the transforms of {found.recipe.name}, so float32 is not among what it can run: give "
+                f"the float checkpoint that it was made from, and --recipe {found.recipe.name}"
+            )
     try:
         source = open_data(path, found.spec, found.meta, data, tokenizer)
     except (SpecError, DataError) as error:
@@ -190,19 +195,21 @@ def own_variants(
     if workers.common["backend"] == "torch":
         variants.append(cost.Variant("bfloat16", "bfloat16", plain))
     if given.artifact is not None:
-        recipe, ranges = given.artifact.recipe, given.artifact.ranges()
+        recipe, params, ranges, transforms = given.artifact.recipe, found.params, given.artifact.ranges(), {}
         integers = cost.Variant("integers", "integer", given.path)
     else:
         meaning = profile(given.profile or "qtx")
-        model = Machine(workers.common["backend"], workers.common["device"]).model(spec, found.params)
+        machine = Machine(workers.common["backend"], workers.common["device"])
         with Progress("calibrate", 0) as bar:
-            recipe, ranges, _, _ = ranges_of(found, model, Counted(calibrating, bar), given.recipe, None)
+            recipe, prepared, _, _ = ranges_of(found, machine, Counted(calibrating, bar), given.recipe, None)
+        params, ranges, transforms = prepared.params, prepared.ranges, prepared.transforms
         integers = cost.Variant("integers", "integer", whole)
         try:
-            save_artifact(whole, make_artifact(plain, found, recipe, ranges, meaning, Nonlinear.TABLE, []))
+            rewritten = replace(found, params=params, transforms=transforms)
+            save_artifact(whole, make_artifact(plain, rewritten, recipe, ranges, meaning, Nonlinear.TABLE, []))
         except SpecError as error:  # such as a recipe of small floats
             integers.finding = str(error)
-    save_checkpoint(fake, Checkpoint(spec, found.params, {}, recipe, ranges))
+    save_checkpoint(fake, Checkpoint(spec, params, {}, recipe, ranges, transforms=transforms))
     return [*variants, cost.Variant("fake quantization", "fake", fake), integers], recipe
 
 

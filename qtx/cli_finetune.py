@@ -21,6 +21,13 @@ FULL_LR, HEAD_LR = 5e-5, 1e-3
 EPOCHS = 3.0
 
 
+def finite(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Refuses NaN, which is in every range."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no number")
+    return value
+
+
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--data", required=True, metavar="FILE|DIR|books|digits",
@@ -28,7 +35,10 @@ EPOCHS = 3.0
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder; the model is model.safetensors.")
 @click.option("--head-only", is_flag=True, help="Train the new head alone; the encoder keeps its bytes.")
 @click.option(
-    "--epochs", type=click.FloatRange(0, min_open=True), help=f"Passes over the train split; default {EPOCHS:g}."
+    "--epochs",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    callback=finite,
+    help=f"Passes over the train split; default {EPOCHS:g}.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Training steps, in place of --epochs.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Texts or images per step.")
@@ -82,7 +92,8 @@ def finetune(checkpoint, data, out, head_only, epochs, steps, batch, lr, length,
 def labelled(origin: Origin, data: str, length: int | None) -> Any:
     """Labelled data for the checkpoint's family and tokenizer, all three splits filled.
 
-    Raises SpecError, DataError: they do not fit, or the evaluation data trained the checkpoint.
+    Raises SpecError, DataError: they do not fit, a class has no train rows, or evaluation or calibration data trained the
+    checkpoint or one that it began with.
     """
     spec, meta = origin.found.spec, origin.found.meta
     if spec.family is Family.OPT:
@@ -94,5 +105,9 @@ def labelled(origin: Origin, data: str, length: int | None) -> Any:
     for split in SPLITS:
         if not source.hashes(split):
             raise SpecError(f"{data} has no {split} rows: a fine-tuning needs {', '.join(SPLITS)}")
-    quantization.refuse_overlap(meta, source, "evaluation")
+    if untrained := sorted({*range(source.classes)} - {*source.labels_of("train").tolist()}):
+        name = untrained[0] if source.names is None else source.names[untrained[0]]
+        raise SpecError(f"{data} has no train rows of class {name!r}: give it some, or remove the class")
+    for split in ("evaluation", "calibration"):
+        quantization.refuse_overlap(meta, source, split)
     return source

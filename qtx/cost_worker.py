@@ -66,7 +66,7 @@ def load(task: Task, kind: str, file: str) -> Any:
     found = load_checkpoint(path)
     model = module.Model(found.spec, found.params, device=device)
     if kind == "fake":
-        quantization.bind(model, found.recipe, found.ranges)
+        quantization.bind(model, found.recipe, found.ranges, found.transforms)
     if not torch:
         return PlainRunner(model.forward, model)
     if kind == "bfloat16":

@@ -156,7 +156,8 @@ def check_meta(path: Path, meta: Any) -> None:
             expect(f"{where}.hashes.{name}", value, "a text" if where == "meta" else "a list of texts")
     if meta.get("images") is not None:
         expect("meta.images", meta["images"], "an object of mean and std, numbers by channel")
-    expect("meta.calibration", meta.get("calibration", []), "a list of texts")
+    for name in ("calibration", "trained_on"):
+        expect(f"meta.{name}", meta.get(name, []), "a list of texts")
     for where, name, found in (("meta", "tokenizer", meta), ("meta.data", "source", data),
                                ("meta.data", "tokenizer_sha256", data)):  # fmt: skip
         if found.get(name) is not None:

@@ -22,9 +22,10 @@ from .files import CheckpointError, check_writable, write_beside
 from .sites import sites
 from .training import Machine
 
-# in the folders that train, study, ptq and export write
-WRITTEN = ("model.safetensors", "study.json", "curves.png", "ptq.json", "ptq.png", "config.json", "tokenizer.json",
-           "preprocessor_config.json")  # fmt: skip
+# in the folders that train, study, export, analyze, ptq and cost write
+WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "tokenizer.json", "preprocessor_config.json",
+           "ptq.json", "ptq.png", "cost.json", "cost.txt", "cost.png",
+           "analysis.json", "depth.png", "channels.png", "histogram.png", "attention.png", "patches.png")  # fmt: skip
 PLACES = ("checkpoint", "model", "init", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
 
 
@@ -115,9 +116,12 @@ def split_list(text: str) -> tuple[str, ...]:
 
 
 def open_data(path: Path, spec: ModelSpec, meta: dict[str, Any], name: str | None, tokenizer: Path | None) -> Any:
-    """The data to evaluate a model on: its own unless said otherwise, with its own tokenizer."""
+    """The data to evaluate a model on: its own unless said otherwise, with its own tokenizer. Raises SpecError where they
+    are gone, or another tokenizer's."""
     about = meta.get("data", {})
     source = about.get("source") if name is None else name
+    if name is None and source not in (None, "books", "digits") and not Path(source).exists():
+        raise SpecError(f"{path} has its data from {source}, which is not there now: say where with --data")
     own = {"length": about.get("length"), "names": about.get("names"), "scaling": meta.get("images")}
     data = load(source, spec, tokenizer=tokenizer or meta.get("tokenizer"), **own)
     trained_with, given = about.get("tokenizer_sha256"), data.describe().get("tokenizer_sha256")

@@ -57,15 +57,17 @@ def metric(spec: ModelSpec) -> str:
 
 
 def refuse_overlap(meta: Mapping[str, Any], data: Any, split: str) -> None:
-    """Raises SpecError where a section of `split` is among those that the model was trained or calibrated on."""
+    """Raises SpecError where a section of `split` is among those that the model, or a model that it began with, was trained
+    on, or that it was calibrated on."""
     hashes = meta.get("data", {}).get("hashes", {})
     known = {"train": hashes.get("train", []), "calibration": meta.get("calibration", hashes.get("calibration", []))}
+    known["earlier train"] = meta.get("trained_on", [])
     for use in known:
         seen = {known_hash[:SHORT] for known_hash in known[use]}
         if use != split and (shared := seen & {found[:SHORT] for found in data.hashes(split)}):
             raise SpecError(
                 f"{len(shared)} section(s) of the {split} data are this model's {use} data (first hash "
-                f"{sorted(shared)[0][:12]}): evaluate on other data"
+                f"{sorted(shared)[0][:12]}): give other data"
             )
 
 

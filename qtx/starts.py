@@ -14,6 +14,7 @@ from qtx_ref.spec import Family, Gate, Head, ModelSpec, SpecError
 from . import hub
 from .checkpoint import Checkpoint, file_of, load_checkpoint
 from .files import CheckpointError, sha_of
+from .quantization import SHORT
 
 PI = 0.5  # opening probability of a gate that is added
 Params = dict[str, np.ndarray]
@@ -28,9 +29,12 @@ class Origin:
     sha256: str
 
     def kept(self) -> dict:
-        """What the run's own checkpoints keep of it."""
-        images = self.found.meta.get("images")
-        return {"begun_from": str(self.path)} | ({} if images is None else {"images": images})
+        """What the run's own checkpoints keep of it: also what it was trained on, which must never evaluate them."""
+        meta = self.found.meta
+        images, own = meta.get("images"), meta.get("data", {}).get("hashes", {}).get("train", [])
+        seen = dict.fromkeys([*meta.get("trained_on", []), *(found[:SHORT] for found in own)])
+        kept = {"begun_from": str(self.path)} | ({} if images is None else {"images": images})
+        return kept | ({"trained_on": list(seen)} if seen else {})
 
 
 def open_origin(path: Path) -> Origin:

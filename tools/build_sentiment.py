@@ -48,7 +48,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qtx.backend import need
+from qtx.backend import MissingExtra, need
 from qtx.files import write_beside
 
 WHEELS = {
@@ -209,4 +209,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FileNotFoundError as error:
+        raise SystemExit(
+            f"{error.filename} is not there: give the folders that both packages were unpacked into"
+        ) from None
+    except (OSError, MissingExtra) as error:
+        raise SystemExit(str(error)) from None

@@ -45,6 +45,8 @@ class ImageData:
         hashes = [digest(image.tobytes()) for image in images]
         unique = sorted({value: index for index, value in reversed(list(enumerate(hashes)))}.values())
         self.dropped = len(images) - len(unique)
+        if len(unique) < len(SPLITS):
+            raise DataError(f"{source} has {len(unique)} different image(s) and each of {', '.join(SPLITS)} needs one")
         order = stream(seed, source if names is None else "labelled", "split").permutation(unique)
         split = np.array(split_names(len(order)))
         self._rows = {name: order[split == name] for name in SPLITS}
@@ -59,6 +61,11 @@ class ImageData:
         """The sha256 of each of the split's images, in order."""
         check_split(split)
         return [self._hashes[row] for row in self._rows[split]]
+
+    def labels_of(self, split: str) -> np.ndarray:
+        """The class of each of the split's images, in order."""
+        check_split(split)
+        return self.labels[self._rows[split]]
 
     def fingerprint(self, split: str) -> str:
         """One sha256 for the whole split."""
@@ -158,6 +165,8 @@ def picture(file: Path, spec: ModelSpec) -> np.ndarray:
     image = need("PIL.Image", "images", "a folder of pictures")
     try:
         with image.open(file) as opened:
+            if opened.mode[0] in "IF":  # 16 or 32 bits a pixel, which convert would cut off at 255
+                raise ValueError(f"its pixels are of mode {opened.mode}, and known are those of 8 bits")
             resized = opened.convert(MODES[spec.channels]).resize((spec.image_size,) * 2, image.Resampling.BILINEAR)
     except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
         raise DataError(f"{file} cannot be read as a picture ({error}): repair or remove it") from None

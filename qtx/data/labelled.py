@@ -88,9 +88,14 @@ class LabelledText:
         check_split(split)
         return [self._hashes[row] for row in self._rows[split]]
 
+    def labels_of(self, split: str) -> np.ndarray:
+        """The class of each of the split's texts, in order."""
+        check_split(split)
+        return self._labels[self._rows[split]]
+
     def fingerprint(self, split: str) -> str:
         """One sha256 for the whole split, labels included."""
-        labels = [self.names[label] for label in self._labels[self._rows[split]]]
+        labels = [self.names[label] for label in self.labels_of(split)]
         return fingerprint([f"{text} {label}" for text, label in zip(self.hashes(split), labels, strict=True)])
 
     def describe(self) -> dict:
@@ -216,11 +221,16 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a whole review may be one field
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        columns = reader.fieldnames or []
         for name in ("text", "label"):
-            if name not in (reader.fieldnames or ()):
+            if name not in columns:
                 raise DataError(f"{path} has no column {name}: its first line must name text, label and, if any, split")
+        for name in ("text", "label", "split"):
+            if columns.count(name) > 1:
+                raise DataError(f"{path} has {columns.count(name)} columns {name}: keep one")
         for number, values in enumerate(reader, 1):
             if None in values or None in values.values():
                 raise DataError(f"{path} row {number} has not as many cells as the first line names")
