@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from parity_tests.small_models import build
 from qtx import attention_cost, cost, cost_inputs
-from qtx.artifact import make_artifact
-from qtx.backend import MissingExtra, backend
-from qtx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from qtx.cli import main
-from qtx.quantization import prepare
-from qtx.recipes import recipe, resolve
+from qtx.backend import backend
 from qtx.report import costs
-from qtx.training import Machine
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
-from qtx_ref.spec import QTX, Nonlinear, SpecError
+from qtx_ref.spec import SpecError
 
 ROOT = Path(cost.__file__).parent.parent
 POPEN = subprocess.Popen
 EXPORTED = ("bert_gate_head_conditional", "opt_clipped_row", "vit_plain", "opt_plain")  # the last without a mask
-
-
-def ran(*arguments: object) -> str:
-    """What a command prints, or the line in which it fails."""
-    done = CliRunner().invoke(main, list(map(str, arguments)))
-    assert done.exit_code == 0 or done.output.count("Error: ") == 1, done.output
-    return done.output
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -126,142 +107,6 @@ def test_added_parameters():
 
 def first(spec):
     return spec, init_params(spec, 0)
-
-
-# --- where the time goes ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["ref", "torch"])
-def test_products_and_quantizers_are_all_that_run(name):
-    """Counted by hand: BERT of 2 layers with a linear gate and an MLM head."""
-    model, module = build("bert_gate_linear"), backend(name)
-    profiling = importlib.import_module(f"qtx_{name}.profiling")
-    chosen = recipe("w8a8", model.spec)
-    quants = resolve(chosen, model.spec)
-    float_model = module.Model(model.spec, model.params)
-    ranges = float_model.calibrate([model.batch], quants)
-    float_model.bind(quants, ranges)
-    timed, seconds = profiling.quantizers(float_model, model.batch)
-    assert sorted(site for site, _ in timed) == sorted(quants) and 0 < sum(taken for _, taken in timed) <= seconds
-    found = Checkpoint(model.spec, model.params)
-    made = make_artifact(Path(__file__), found, chosen, ranges, QTX, Nonlinear.TABLE, [])
-    integers = module.IntegerModel(model.spec, made.constants, made.quants, made.profile)
-    products, seconds = profiling.products(integers, model.batch)
-    assert len(products) == 2 * (6 + 1 + 2) + 2  # query to output, FFN; gate; scores and context; head
-    assert 0 < sum(taken for *_, taken in products) <= seconds
-    kernels = {kernel for _, kernel, _ in products}
-    if name == "ref":
-        assert kernels == {"float32 blocks (NumPy)"}
-    else:
-        byte = importlib.import_module("qtx_torch.integer").byte_instructions("cpu")
-        assert kernels == ({"torch._int_mm", "float32 blocks (torch)"} if byte else {"float32 blocks (torch)"})
-
-
-def test_the_kernel_named_is_the_one_that_runs(monkeypatch):
-    torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
-    integer = importlib.import_module("qtx_torch.integer")
-    spec = importlib.import_module("qtx_ref.spec").QuantSpec(bits=8, symmetric=True)
-    calls = []
-    monkeypatch.setattr(
-        integer, "byte_product", lambda a, b, wide: calls.append(a.dtype) or (a.int() @ b.int()).to(wide)
-    )
-    a, b = torch.ones(4, 8, dtype=torch.int8), torch.ones(8, 4, dtype=torch.int8)
-    for fast in (True, False):
-        monkeypatch.setattr(integer, "byte_instructions", lambda device, fast=fast: fast)
-        assert integer.carrier(a, b, spec, spec) == (torch.int8 if fast else torch.float32)
-        assert (integer.matmul(a, b, spec, spec) == 8).all() and len(calls) == 1
-
-
-# --- engines ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=EXPORTED)
-def exported(request, tmp_path_factory):
-    """A small model as an ONNX file, with a mask where there is one."""
-    for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="needs the extra engines")
-    model = build(request.param)
-    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    masked = "mask" in model.batch and request.param != "opt_plain"
-    importlib.import_module("qtx_torch.engines").export_onnx(model.spec, model.params, path, masked=masked)
-    return model, path
-
-
-def test_onnx_export_is_our_model(exported):
-    """At the size it was traced and at others, with padding before, behind and none; the tolerance is the issue's."""
-    model, path = exported
-    runner = importlib.import_module("qtx.onnx_engine").OnnxRunner(path, 1)
-    ours = backend("torch").Model(model.spec, model.params)
-    if "mask" not in runner.names and "mask" in model.batch:
-        model.batch["mask"] = np.ones_like(model.batch["mask"])
-    batches = [model.batch, {name: value[:1] for name, value in model.batch.items()}]
-    if "mask" in runner.names:
-        text = {name: model.batch[name] for name in ("tokens", "mask", "types") if name in model.batch}
-        batches.append({name: value[:, :3] for name, value in text.items()})
-        batches.append(text | {"mask": np.ones_like(text["mask"])})
-        left = np.ones_like(text["mask"])
-        left[1, :2] = False  # causal: the first queries of this row have no key
-        batches.append(text | {"mask": left})
-    for batch in batches:
-        output, expected = runner(runner.inputs(batch)), ours.forward(batch)
-        assert output.shape == expected.shape and np.abs(output - expected).max() < 1e-4
-    moved = backend("torch").Model(model.spec, {name: value * 1.01 for name, value in model.params.items()})
-    assert np.abs(runner(runner.inputs(model.batch)) - moved.forward(model.batch)).max() > 1e-4  # the planted fault
-
-
-def test_onnxruntime_quantizes(exported, tmp_path):
-    """Error of 8 bits, not of 32 and not of nothing."""
-    model, path = exported
-    if "mask" in model.batch:
-        model.batch["mask"] = np.ones_like(model.batch["mask"])
-    engine = importlib.import_module("qtx.onnx_engine")
-    truth = backend("torch").Model(model.spec, model.params).forward(model.batch)
-    batch = {name: model.batch[name] for name in cost_inputs.INPUTS if name in model.batch}
-    for static in (False, True):
-        engine.quantize(path, tmp_path / "int8.onnx", static, iter([batch]))
-        runner = engine.OnnxRunner(tmp_path / "int8.onnx", 1)
-        error = cost.compare(runner(runner.inputs(batch)), truth, batch.get("mask"), True)["error"]
-        assert 1e-5 < error < 0.3, static
-        ops, matmuls = engine.shares(tmp_path / "int8.onnx", 1, batch)
-        assert 0 < matmuls < 1 and all(0 < share < 1 for share in ops.values())
-        assert {p.name for p in tmp_path.iterdir()} == {"int8.onnx"}
-
-
-def test_torch_dynamic_int8_is_torchs_own():
-    """`quantize_dynamic` of nn.Linear with the same weights gives the same bits, and the float weights are gone."""
-    torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
-    engines = importlib.import_module("qtx_torch.engines")
-    model = build("bert_gate_linear")
-    ours = backend("torch").Model(model.spec, model.params)
-    nx = engines.DynamicInt8(ours)
-    site, x = ours.net.layer[0].ffn.hidden, torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
-    plain = torch.nn.Sequential(torch.nn.Linear(16, 24))
-    with torch.no_grad():
-        plain[0].weight.copy_(torch.tensor(model.params["layer.0.ffn.hidden.weight"]))
-        plain[0].bias.copy_(torch.tensor(model.params["layer.0.ffn.hidden.bias"]))
-    with pytest.warns():  # torch announces the end of its own quantization
-        theirs = torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear}, torch.qint8)
-    assert torch.equal(nx.linear(site, x), theirs(x))
-    assert site.weight.numel() == 0 and "layer.0.ffn.hidden.weight" not in ours.weights
-    assert ours.weights["embed.token.weight"].numel() and "layer.0.attn.gate_logit" not in nx.packed
-    runner, truth = engines.FloatRunner(ours, nx), backend("torch").Model(model.spec, model.params)
-    output = runner.output(runner(runner.inputs(model.batch)))
-    assert 1e-5 < cost.compare(output, truth.forward(model.batch), model.batch["mask"], True)["error"] < 0.3
-
-
-def test_missing_engines(monkeypatch):
-    notes: list[str] = []
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
-    with pytest.raises(MissingExtra, match=r"engine onnxruntime needs onnxruntime.*qtx\[engines\]"):
-        cost.chosen_engines("onnxruntime", "torch", "cpu", notes.append)
-    assert notes == []
-    assert cost.chosen_engines("auto", "torch", "cpu", notes.append) == ("torch-dynamic",)
-    assert len(notes) == 1 and "qtx[engines]" in notes[0]
-    assert cost.chosen_engines("none", "torch", "cpu", notes.append) == ()
-    assert cost.chosen_engines("auto", "ref", "cpu", notes.append) == ()
-    for text, where, match in (("tvm", "torch", "--engines tvm"), ("torch-dynamic", "ref", "beside --backend torch")):
-        with pytest.raises(SpecError, match=match):
-            cost.chosen_engines(text, where, "cpu", notes.append)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -377,141 +222,3 @@ def test_picture(tmp_path):
     variants = [{"name": "float32", "cells": ran}, {"name": "wrong", "cells": {"1x8": {"memory": None}}}]
     costs.bars(tmp_path / "cost.png", {"cells": [{"name": "1x8"}, {"name": "2x8"}], "variants": variants})
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cost") / "model.safetensors"
-    spec = replace(preset("opt-tiny"), layers=1, width=16, heads=2, hidden=16, length=16)
-    save_checkpoint(path, Checkpoint(spec, init_params(spec, 0)))
-    return path
-
-
-def test_whole_command(checkpoint, tmp_path):
-    """On the reference: every variant compared, timed and written, and never over what is there."""
-    out = tmp_path / "out"
-    command = (
-        "cost",
-        checkpoint,
-        "--backend",
-        "ref",
-        "--batch",
-        "1,2",
-        "--length",
-        "8",
-        "--rounds",
-        "3",
-        "--threads",
-        "1",
-    )
-    text = ran(*command, "--out", out)
-    found = json.loads((out / "cost.json").read_text())
-    assert [v["name"] for v in found["variants"]] == ["float32", "fake quantization", "integers"]
-    assert "random inputs and calibration" in text and found["threads"] == 1 and found["recipe"] == "w8a8"
-    for variant in found["variants"]:
-        assert variant["finding"] is None and variant["bytes"] > 0
-        for cell in ("1x8", "2x8"):
-            measured = variant["cells"][cell]
-            assert len(measured["seconds"]) == 3 and measured["median"] == np.median(measured["seconds"])
-            assert (measured["error"] == 0) == (variant["name"] == "float32") and measured["error"] < 0.2
-            assert 0 <= measured["agreement"] <= 1 and isinstance(measured["memory"], int)
-    fake, integers = found["variants"][1:]
-    quants = resolve(recipe("w8a8", preset("opt-tiny")), replace(preset("opt-tiny"), layers=1))
-    assert fake["profile"]["quantizers"] == len(quants)
-    assert integers["profile"]["kernels"] == {"float32 blocks (NumPy)": 4 + 2 + 2 + 1}
-    assert integers["bytes"] < fake["bytes"] and costs.paragraph(found) in text
-    assert (out / "cost.txt").read_text().strip() in text
-    assert "exists: choose another --out" in ran(*command, "--out", out)
-
-
-def test_transforms_are_part_of_what_runs(checkpoint, tmp_path):
-    """Weights made for a rotation and run without it would be another model; integers have none, and say so."""
-    command = (
-        "cost",
-        checkpoint,
-        "--backend",
-        "ref",
-        "--batch",
-        "1",
-        "--length",
-        "8",
-        "--rounds",
-        "1",
-        "--threads",
-        "1",
-    )
-    text = ran(*command, "--recipe", "w8a8-hadamard", "--json", tmp_path / "cost.json")
-    fake = json.loads((tmp_path / "cost.json").read_text())["variants"][1]
-    assert fake["name"] == "fake quantization" and 0 < fake["cells"]["1x8"]["error"] < 0.2, text
-    assert "integers: not timed: site" in text and "a transform of its input is left" in text
-    found = load_checkpoint(checkpoint)
-    chosen = recipe("w8a8-hadamard", found.spec)
-    random = cost_inputs.Random(8)
-    made = prepare(
-        Machine("ref"), found.spec, found.params, lambda n: random.split_batches("", found.spec, 2, 0), chosen
-    )
-    own = tmp_path / "own.safetensors"
-    save_checkpoint(own, Checkpoint(found.spec, made.params, {}, chosen, made.ranges, transforms=made.transforms))
-    text = ran("cost", own, *command[2:])
-    assert "is made for the transforms of w8a8-hadamard" in text and "--recipe w8a8-hadamard" in text
-
-
-def test_attentions(tmp_path):
-    text = ran("cost", "--model", "vit-tiny", "--backend", "ref", "--attention", "clipped,mlp", "--training", "--batch", "1",
-               "--rounds", "2", "--threads", "1", "--json", tmp_path / "a.json")  # fmt: skip
-    rows = json.loads((tmp_path / "a.json").read_text())["attentions"]
-    assert [row["attention"] for row in rows] == ["vanilla", "clipped", "mlp"]
-    assert [row["parameters"] for row in rows] == [0, 0, 4 * 4 * (4 * 17 + 5)]  # 4 layers, 4 heads of 16, 4 hidden
-    assert rows[0]["forward_ratio"] == rows[0]["step_ratio"] == 1 and all(row["step"] > 0 for row in rows)
-    assert f"+{4 * 4 * (4 * 17 + 5)}" in text and not rows[0]["fused"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([], "give a checkpoint or --model"),
-        (["--model", "bert-tiny", "--length", "500"], "--length 500"),
-        (["--model", "bert-tiny", "--data", "books"], "random inputs; leave it out"),
-        (["--model", "bert-tiny", "--training"], "--training belongs to --attention"),
-        (["--model", "bert-tiny", "--attention", "vanilla", "--recipe", "w8a8"], "does not belong to --attention"),
-        (["--model", "bert-tiny", "--attention", "nosuch"], "nosuch"),
-        (["--model", "opt-tiny", "--attention", "head_conditional"], "causal"),
-        (["--model", "bert-tiny", "--backend", "ref", "--engines", "onnxruntime"], "beside --backend torch"),
-        (["--model", "bert-tiny", "--batch", "0"], "'0' is no comma list"),
-        (["--model", "bert-tiny", "--backend", "ref", "--profile", "nosuch", "--engines", "none"], "nosuch"),
-        (["missing.safetensors"], "no such checkpoint"),
-    ],
-)
-def test_refusals(arguments, said):
-    text = ran("cost", *arguments)
-    assert said in text and "Error: " in text
-
-
-def test_ctrl_c_ends_all_processes(checkpoint):
-    """Also those that were started."""
-    command = [sys.executable, str(ROOT / "cli.py"), "cost", str(checkpoint), "--backend", "ref", "--rounds", "1000000",
-               "--batch", "1", "--length", "8"]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        process.kill()
-        pytest.skip("needs Linux's list of a process's children")
-    for _ in range(600):
-        if found := children.read_text().split():
-            break
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped" in text and "Traceback" not in text
-    assert found and not any(Path(f"/proc/{child}").exists() for child in found)
-
-
-def test_the_worker_loads_no_torch_for_the_reference_and_onnx():
-    done = subprocess.run([sys.executable, "-c", "import sys, qtx.cost_worker; print('torch' in sys.modules)"],
-                          cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
-    assert done.stdout.strip() == "False"
