@@ -12,7 +12,9 @@ channels. `where`, true at elements that count, is (B, T, 1) for the first and (
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -48,7 +50,8 @@ def _rows(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Ten
         place = where.expand(*x.shape[:-1], 1).flatten().nonzero()[:, 0]
         flat = flat if len(place) == len(flat) else flat.index_select(0, place)
     start, owner = 0, place // per
-    for counts in torch.bincount(owner, minlength=len(x)).split(max(1, CHUNK // (per * flat.shape[1]))):
+    together = min(CHUNK // (per * flat.shape[1]), -(-len(x) // torch.get_num_threads()))  # sequences
+    for counts in torch.bincount(owner, minlength=len(x)).split(max(1, together)):
         stop = start + int(counts.sum())
         if stop > start:
             yield flat[start:stop], place[start:stop], owner[start:stop]
@@ -56,14 +59,32 @@ def _rows(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Ten
 
 
 @cache
-def _held(device: torch.device) -> Tensor:
+def _workers() -> ThreadPoolExecutor:
+    """As many threads as torch computes with, each of which computes alone: chunks are too small to be shared by op."""
+    count = torch.get_num_threads()
+    started = threading.Barrier(count)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # the first look at it in a thread takes what stands for all
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, initializer=begin)
+    list(pool.map(lambda _: None, range(count)))
+    torch.set_num_threads(count)  # of all other threads, as before
+    return pool
+
+
+@cache
+def _held(device: torch.device, thread: int) -> Tensor:
     return torch.empty((2, 2 * CHUNK), dtype=torch.float64, device=device)
 
 
 def _buffers(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Two float64 tensors to write into. Held from call to call: fresh pages cost more than what is written to them."""
+    """Two float64 tensors to write into. Held from call to call, by thread: fresh pages cost more than what is written to
+    them."""
     size = shape.numel()
-    held = _held(device)
+    held = _held(device, threading.get_ident())
     held = held if size <= held.shape[1] else torch.empty((2, size), dtype=torch.float64, device=device)
     return tuple(half[:size].view(shape) for half in held)
 
@@ -137,7 +158,10 @@ def describe(
     x = x[None] if x.ndim == 1 else x
     heads = x.shape[1] if x.ndim == 4 else 0
     names = tuple(names)
-    parts = [(place, _summary(values, place, owner, heads, unit, names)) for values, place, owner in _rows(x, where)]
+    rows = list(_rows(x, where))
+    apply = map if x.is_cuda or torch.get_num_threads() == 1 else _workers().map
+    found = apply(lambda row: _summary(*row, heads, unit, names), rows)
+    parts = [(place, part) for (_, place, _), part in zip(rows, found, strict=True)]
 
     def joined(name: str, *shape: int) -> Tensor:
         empty = torch.zeros((0, *shape), dtype=torch.float64, device=x.device)
