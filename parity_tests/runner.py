@@ -89,6 +89,7 @@ def report_rows(report: Report) -> list[tuple[str, ...]]:
     return [_line(row) for row in report.rows]
 
 
+WIDEST = 32  # characters of a value in the table; JSON has all of it
 HEADER = ("case", "verdict", "measure", "worst error", "tolerance", "where", "got", "want")
 
 
@@ -103,7 +104,8 @@ def _line(row: Row) -> tuple[str, ...]:
 def _number(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def _plain(value: Any) -> Any:
