@@ -150,10 +150,11 @@ def test_refusals(arguments, said):
 
 def test_ctrl_c_ends_all_processes(checkpoint):
     """Also those that were started."""
-    command = [sys.executable, str(ROOT / "cli.py"), "cost", str(checkpoint), "--backend", "ref", "--rounds", "1000000",
-               "--batch", "1", "--length", "8"]  # fmt: skip
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's & turns it off
+    command = [sys.executable, "-c", f"{listening}; from qtx.cli import main; main()", "cost", str(checkpoint),
+               "--backend", "ref", "--rounds", "1000000", "--batch", "1", "--length", "8"]  # fmt: skip
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
@@ -164,7 +165,10 @@ def test_ctrl_c_ends_all_processes(checkpoint):
             break
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
+    try:
+        text, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "stopped" in text and "Traceback" not in text
     assert found and not any(Path(f"/proc/{child}").exists() for child in found)
 
