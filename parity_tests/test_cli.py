@@ -7,27 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from safetensors.numpy import load_file
 
+from parity_tests.commands import call, good
 from qtx.checkpoint import load_checkpoint
-from qtx.cli import main
 from qtx.progress import Progress
 from qtx.recipes import recipe
 from qtx_ref.backend import Trainer
 from qtx_ref.spec import Rewrite, Transform, TransformKind, to_dict
 
 TRAIN = ["train", "--backend", "ref", "--model", "vit-tiny", "--batch", "8", "--steps", "8"]
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def good(*arguments):
-    result = call(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import qtx_ref.backend
 import qtx_torch.backend
+from parity_tests.commands import call, good
 from parity_tests.small_models import build
 from parity_tests.test_labelled import sentence, write_csv
 from qtx.artifact import load_artifact
 from qtx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from qtx.cli import main
 from qtx.data import load
 from qtx.data.corpus import bundled_tokenizer
 from qtx.data.splits import digest
@@ -35,16 +34,6 @@ BERT = ModelSpec(Family.BERT, 2, 16, 2, 32, Head.MLM, vocab=2048, length=24, typ
 VIT = ModelSpec(Family.VIT, 1, 16, 2, 32, Head.CLASSIFY, pre_norm=True, final_norm=True, classes=12, image_size=8,
                 patch_size=4, channels=1)  # fmt: skip
 OPT = ModelSpec(Family.OPT, 1, 16, 2, 32, Head.CAUSAL, vocab=2048, length=24)
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def good(*arguments):
-    result = call(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def answer(*arguments):

@@ -2,16 +2,14 @@
 
 import json
 import math
-import signal
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from scipy import special, stats
 
 from parity_tests import small_models
+from parity_tests.commands import call, good
 from qtx import remedies
-from qtx.cli import main
 from qtx.progress import Progress
 from qtx.ptq import Calibrated, Measured, compare, measure, relative_error, site_errors
 from qtx.quantization import Answers, Prepared, answers, prepare
@@ -19,18 +17,6 @@ from qtx.recipes import recipe, resolve
 from qtx.training import Machine
 from qtx_ref.backend import Model
 from qtx_ref.spec import ModelSpec, QuantSpec, Range, SpecError
-
-NO_RANGES = {"ranges": {}, "transforms": {}}
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def good(*arguments):
-    result = call(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def bad(*arguments):
@@ -293,7 +279,7 @@ def test_resume_goes_on_and_refuses_another(vit, tmp_path, monkeypatch):
     def stop(self, count=1, note=""):
         advance(self, count, note)
         if note == "w4a4":
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "advance", stop)
