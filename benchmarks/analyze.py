@@ -20,12 +20,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from qtx import analysis
-from qtx.backend import backend
-from qtx.checkpoint import load_checkpoint
 from qtx.data import load
+from qtx.engines.backend import backend
+from qtx.files.checkpoint import load_checkpoint
+from qtx.measure import analysis
+from qtx.recipes.sites import paper_sites, sites
 from qtx.report.tables import table
-from qtx.sites import paper_sites, sites
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
 from qtx_ref.random import stream

@@ -22,10 +22,10 @@ from pathlib import Path
 import click
 import numpy as np
 
-from qtx.artifact import Artifact, load_artifact, make_artifact, save_artifact
-from qtx.backend import backend
-from qtx.checkpoint import Checkpoint, save_checkpoint
-from qtx.recipes import recipe, resolve
+from qtx.engines.backend import backend
+from qtx.files.artifact import Artifact, load_artifact, make_artifact, save_artifact
+from qtx.files.checkpoint import Checkpoint, save_checkpoint
+from qtx.recipes.named import recipe, resolve
 from qtx.report.tables import table
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import attention, preset

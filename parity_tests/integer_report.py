@@ -19,20 +19,29 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.integer_models import OPTIM, PRESETS, Arrays, Batch, Lowered, lowered, watched
-from qtx.checkpoint import file_of, load_checkpoint
+from parity_tests.subjects.integer_models import (
+    OPTIM,
+    PRESETS,
+    Arrays,
+    Batch,
+    Lowered,
+    lowered,
+    watched,
+)
 from qtx.data import load
-from qtx.quantization import IntegerScorer
+from qtx.files.checkpoint import file_of, load_checkpoint
+from qtx.prepare.quantization import IntegerScorer
 from qtx.report.tables import table
-from qtx_ref import affine, models
+from qtx_ref import models
 from qtx_ref.attention import probabilities
 from qtx_ref.backend import IntegerModel, Model
-from qtx_ref.integer_numerics import Code, Integer
-from qtx_ref.lifting import float_params
-from qtx_ref.lowering import ACTIVATIONS
+from qtx_ref.integer.lifting import float_params
+from qtx_ref.integer.lowering import ACTIVATIONS
+from qtx_ref.integer.model import Code, Integer
 from qtx_ref.models.initial import init_params, shapes
 from qtx_ref.numerics import FakeQuant, Params
 from qtx_ref.presets import preset
+from qtx_ref.quant import affine
 from qtx_ref.spec import AttentionSpec, Family, ModelSpec
 from qtx_ref.tape import Var, const
 

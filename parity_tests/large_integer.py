@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from parity_tests.integer_models import Batch, Lowered, lowered
+from parity_tests.subjects.integer_models import Batch, Lowered, lowered
 from qtx_ref.backend import IntegerModel as RefModel
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import attention, preset

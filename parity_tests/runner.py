@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.case import Case, Context
-from parity_tests.cases import table
-from parity_tests.compare import Verdict, exact
+from parity_tests.proof.case import Case, Context
+from parity_tests.proof.verdict import Verdict, exact
+from parity_tests.table import table
 from qtx_ref.spec import InputTransform, ModelSpec, QuantSpec, Range, SpecError
 
 
@@ -187,7 +187,7 @@ def check_checkpoint(
     quants, with ranges (from the reference's calibration on these batches where there are none), are checked as well, and
     what both choose from the batches of `calibration`; `quantize` quantizes while it calibrates.
     """
-    from parity_tests import torch_checkpoint
+    from parity_tests.mirror import checkpoint as torch_checkpoint
     from qtx_ref.backend import Model
 
     quants, transforms = dict(quants or {}), dict(transforms or {})

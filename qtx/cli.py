@@ -15,20 +15,13 @@ import numpy as np
 from qtx_ref.presets import PRESETS, attention, preset
 from qtx_ref.spec import SpecError, to_dict
 
-from . import __version__, quantization, recipes
-from .artifact import SUFFIX
-from .backend import MissingExtra, backend, need
-from .cli_analyze import analyze
-from .cli_artifact import diff, show, vectors
-from .cli_cost import cost_command
-from .cli_finetune import finetune
-from .cli_hub import export, import_command
-from .cli_parity import parity
-from .cli_ptq import ptq
-from .cli_quantize import quantize
-from .data import DataError, load
-from .files import CheckpointError
-from .options import (
+from . import __version__
+from .commands.analyze import analyze
+from .commands.artifact import diff, show, vectors
+from .commands.cost import cost_command
+from .commands.finetune import finetune
+from .commands.hub import export, import_command
+from .commands.options import (
     DATA,
     EITHER,
     JSON,
@@ -43,10 +36,28 @@ from .options import (
     split_list,
     write_json,
 )
+from .commands.parity import parity
+from .commands.ptq import ptq
+from .commands.quantize import quantize
+from .data import DataError, load
+from .engines.backend import MissingExtra, backend, need
+from .files.artifact import SUFFIX
+from .files.container import CheckpointError
+from .jobs.starts import continued, open_origin
+from .jobs.study import Study, StudySpec
+from .jobs.training import (
+    History,
+    Interrupted,
+    Machine,
+    Start,
+    TrainSpec,
+    default_optim,
+    train,
+    widened,
+)
+from .prepare import quantization
+from .recipes import named as recipes
 from .report.tables import number, table
-from .starts import continued, open_origin
-from .study import Study, StudySpec
-from .training import History, Interrupted, Machine, Start, TrainSpec, default_optim, train, widened
 
 MENDABLE = (SpecError, DataError, CheckpointError, MissingExtra, OSError)
 

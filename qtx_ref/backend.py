@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from . import models, stats
-from .integer_numerics import Code, Integer
-from .lifting import real
+from .integer.lifting import real
+from .integer.model import Code, Integer
 from .models import opt
 from .models.initial import init_params, shapes
 from .numerics import Calibrate, FakeQuant, Float, Record

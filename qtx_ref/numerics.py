@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from . import affine, ops, quantizers, random
+from . import ops, random
 from .attention import probabilities
-from .observers import Observer
+from .quant import affine
+from .quant import quantizer as quantizers
+from .quant.observers import Observer
 from .spec import AttentionSpec, InputTransform, Quant, QuantSpec, Range
 from .tape import Var, const, node
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .spec import Activation, AttentionSpec, Family, Gate, Head, ModelSpec, Softmax, SpecError
+from .spec import (
+    Activation,
+    AttentionSpec,
+    Family,
+    Gate,
+    Head,
+    ModelSpec,
+    Softmax,
+    SpecError,
+)
 
 BERT_BASE = ModelSpec(
     family=Family.BERT,

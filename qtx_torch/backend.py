@@ -30,7 +30,7 @@ from qtx_ref.spec import (
 
 from . import models, stats
 from .arrays import find_device, to_numpy, to_tensors
-from .integer_numerics import Code, Integer, Whole
+from .integer.model import Code, Integer, Whole
 from .numerics import Calibrate, FakeQuant, Float, Record, Transformed
 from .optim import AdamW
 from .sites import attach, attached, slots, transform, transforming

@@ -18,11 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qtx_ref.spec import AttentionSpec, FloatQuantSpec, InputTransform, Quant, QuantSpec, Range, Softmax
+from qtx_ref.spec import (
+    AttentionSpec,
+    FloatQuantSpec,
+    InputTransform,
+    Quant,
+    QuantSpec,
+    Range,
+    Softmax,
+)
 
-from . import affine, ops, quantizers, random
+from . import ops, random
 from .attention import Mask, fused, masked_probabilities
-from .observers import Observer
+from .quant import affine
+from .quant import quantizer as quantizers
+from .quant.observers import Observer
 from .sites import Site
 
 ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh": ops.tanh}

@@ -23,7 +23,14 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qtx.data.corpus import BOOKS, BUNDLED, BUNDLED_VOCAB, read_books, tokenize, train_tokenizer
+from qtx.data.corpus import (
+    BOOKS,
+    BUNDLED,
+    BUNDLED_VOCAB,
+    read_books,
+    tokenize,
+    train_tokenizer,
+)
 from qtx.data.splits import digest
 
 PACKAGES = {

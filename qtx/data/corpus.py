@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from qtx.backend import need
-from qtx.data.splits import SPLITS, DataError, digest, split_names
-from qtx.data.text import Section, Specials, TextData
+from ..engines.backend import need
+from .splits import SPLITS, DataError, digest, split_names
+from .text import Section, Specials, TextData
 
 BUNDLED = Path(__file__).parent / "bundled"
 BOOKS = {  # files of bundled/text, in order

@@ -9,10 +9,20 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from qtx.backend import need
-from qtx.data.splits import SPLITS, DataError, check_batch, check_split, digest, fingerprint, passes, split_names
 from qtx_ref.random import stream
 from qtx_ref.spec import ModelSpec
+
+from ..engines.backend import need
+from .splits import (
+    SPLITS,
+    DataError,
+    check_batch,
+    check_split,
+    digest,
+    fingerprint,
+    passes,
+    split_names,
+)
 
 Batch = dict[str, np.ndarray]
 PIXEL_MAX = 16  # of the digits: a pixel counts the dark ones of a 4x4 block

@@ -16,8 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qtx.data.corpus import BOOKS, bundled_tokenizer, open_tokenizer, read_books, read_text
-from qtx.data.splits import (
+from qtx_ref.random import stream
+from qtx_ref.spec import Family, ModelSpec
+
+from .corpus import BOOKS, bundled_tokenizer, open_tokenizer, read_books, read_text
+from .splits import (
     SPLITS,
     DataError,
     check_batch,
@@ -27,8 +30,6 @@ from qtx.data.splits import (
     passes,
     split_names,
 )
-from qtx_ref.random import stream
-from qtx_ref.spec import Family, ModelSpec
 
 Batch = dict[str, np.ndarray]
 LENGTH = 128  # tokens of a text with [CLS] and [SEP], unless said otherwise

@@ -13,9 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qtx.data.splits import SPLITS, DataError, check_batch, check_split, digest, fingerprint
 from qtx_ref.random import stream
 from qtx_ref.spec import Head, ModelSpec
+
+from .splits import (
+    SPLITS,
+    DataError,
+    check_batch,
+    check_split,
+    digest,
+    fingerprint,
+)
 
 Batch = dict[str, np.ndarray]
 

@@ -11,9 +11,9 @@ from qtx_ref.models.initial import shapes
 from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 from qtx_ref.spec.base import is_number
 
-from ..checkpoint import Checkpoint
 from ..data.splits import digest
-from ..files import CheckpointError
+from ..files.checkpoint import Checkpoint
+from ..files.container import CheckpointError
 from ..progress import Progress
 from .config import family_of, find_head, label_names, read_config
 from .files import (
@@ -28,7 +28,16 @@ from .files import (
     read_json,
     read_tensor,
 )
-from .names import BUFFERS, HEADS, PREFIX, names, plain_name, their_shapes, tied, unused
+from .names import (
+    BUFFERS,
+    HEADS,
+    PREFIX,
+    names,
+    plain_name,
+    their_shapes,
+    tied,
+    unused,
+)
 
 APART = "hub."  # of tensors that are kept and not used
 

@@ -6,7 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qtx_ref.spec import Activation, AttentionSpec, Family, Head, ModelSpec, SpecError
+from qtx_ref.spec import (
+    Activation,
+    AttentionSpec,
+    Family,
+    Head,
+    ModelSpec,
+    SpecError,
+)
 from qtx_ref.spec.base import is_number
 
 ARCHITECTURES: dict[Family, dict[str, Head]] = {

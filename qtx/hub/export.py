@@ -11,12 +11,21 @@ import numpy as np
 
 from qtx_ref.spec import Family, ModelSpec, SpecError
 
-from ..checkpoint import Checkpoint
 from ..data.corpus import SAME_AS
-from ..files import CheckpointError, check_writable, write_beside
+from ..files.checkpoint import Checkpoint
+from ..files.container import CheckpointError, check_writable, write_beside
 from . import APART
 from .config import check_expressible, label_names, read_config, write_config, write_labels
-from .files import CONFIG, DTYPES, FLOATS, PREPROCESSOR, TOKENIZER, WEIGHTS, fits, write_bytes
+from .files import (
+    CONFIG,
+    DTYPES,
+    FLOATS,
+    PREPROCESSOR,
+    TOKENIZER,
+    WEIGHTS,
+    fits,
+    write_bytes,
+)
 from .names import full_name, names, their_shapes
 
 

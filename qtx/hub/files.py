@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..files import CheckpointError
+from ..files.container import CheckpointError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"

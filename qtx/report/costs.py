@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..backend import need
+from ..engines.backend import need
 from .tables import number, table
 
 FASTER, SLOWER = 0.95, 1.05  # ratios of time between which two variants are called equal

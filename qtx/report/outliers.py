@@ -11,9 +11,9 @@ from scipy.special import erf
 
 from qtx_ref.stats import SIGMAS
 
-from ..analysis import Analysis, bin_edges
-from ..backend import need
-from ..heads import Head
+from ..engines.backend import need
+from ..measure.analysis import Analysis, bin_edges
+from ..measure.heads import Head
 
 MAPS = 6  # heads whose attention is drawn
 WORDS = 40  # tokens on an axis: more cannot be read

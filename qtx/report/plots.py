@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..backend import need
-from ..training import History
+from ..engines.backend import need
+from ..jobs.training import History
 
 
 def curves(path: Path, runs: Mapping[str, History]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..backend import need
+from ..engines.backend import need
 
 
 def picture(path: Path, kind: str, rows: Mapping[str, Mapping[str, Any]]) -> None:

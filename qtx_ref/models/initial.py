@@ -15,7 +15,14 @@ import numpy as np
 from scipy import stats
 
 from ..random import stream
-from ..spec import Family, Gate, Head, ModelSpec, Softmax, SpecError
+from ..spec import (
+    Family,
+    Gate,
+    Head,
+    ModelSpec,
+    Softmax,
+    SpecError,
+)
 
 
 def gate_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

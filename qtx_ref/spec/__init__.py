@@ -9,8 +9,16 @@ from __future__ import annotations
 
 from .base import Name, SpecError, from_dict, to_dict
 from .formats import FloatFormat, SharedScale
-from .integer import check_integer, refuse_integer
-from .model import Activation, AttentionSpec, Family, Gate, Head, ModelSpec, Softmax
+from .limits import check_integer, refuse_integer
+from .model import (
+    Activation,
+    AttentionSpec,
+    Family,
+    Gate,
+    Head,
+    ModelSpec,
+    Softmax,
+)
 from .optim import OptimSpec, Schedule, decays, trains
 from .profile import (
     QTX,

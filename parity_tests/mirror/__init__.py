@@ -1,0 +1,1 @@
+"""Cases that hold torch to the reference."""

@@ -1,0 +1,134 @@
+"""torch's softmax variants and gates against the reference in float64, value and gradient, fused kernel and decomposed."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from parity_tests.mirror.ops import errors
+from parity_tests.proof.case import Case, Context
+from parity_tests.proof.evaluate_torch import array, tensor
+from parity_tests.proof.verdict import Verdict, equal, exact
+from parity_tests.subjects import plain_torch
+from parity_tests.subjects.attentions import (
+    GATES,
+    SITUATIONS,
+    SOFTMAXES,
+    GateInputs,
+    attention_inputs,
+    gate_inputs,
+)
+from qtx_ref import attention as ref_attention
+from qtx_ref.spec import AttentionSpec, Family, Gate, Head, ModelSpec
+from qtx_torch import attention
+from qtx_torch.models.block import Attention
+from qtx_torch.numerics import Float, Record
+from qtx_torch.sites import name_sites
+
+BOUND = 16.0, "two products of n <= 64 with a softmax between; a sink's gradient adds up rows that cancel"
+
+
+def module(spec: ModelSpec, context: Context) -> Attention:
+    found = Attention(spec)
+    name_sites(found)
+    return found.to(context.device, getattr(torch, context.dtype))
+
+
+def put(net: nn.Module, path: str, value: Tensor) -> None:
+    """Puts a tensor, with its gradient, in a parameter's place."""
+    owner, _, name = path.rpartition(".")
+    site = net.get_submodule(owner)
+    site._parameters.pop(name, None)
+    setattr(site, name, value)
+
+
+def model_spec(spec: AttentionSpec, heads: int, width: int) -> ModelSpec:
+    shape = {"layers": 1, "heads": heads, "width": heads * width, "hidden": 1, "vocab": 1, "length": 1, "types": 1}
+    return ModelSpec(Family.BERT, **shape, head=Head.NONE, attention=spec)
+
+
+def attention_case(softmax: str, situation: str, decomposed: bool, context: Context) -> list[Verdict]:
+    inputs = attention_inputs(softmax, situation, 8)
+    batch, heads, tokens, width = inputs.leaves["q"].shape
+    attn = module(model_spec(inputs.spec, heads, width), context)
+    seen: list[str] = []
+    if decomposed:  # whoever watches the probabilities gets them
+        attn.probs.on_output = Record("probs", lambda site, x, where: seen.append(site))
+    rows = None if inputs.rows is None else tensor(inputs.rows, context)
+    mask = tensor(inputs.mask, context)
+
+    def called(x: dict[str, Tensor]) -> Tensor:
+        if "sink" in x:
+            put(attn, "probs.sink", x["sink"])
+        made = attention.make_mask(rows, tokens, tokens, situation == "causal", x["q"])
+        return Float().attention(attn, x["q"], x["k"], x["v"], made, inputs.spec, 0.0)
+
+    def plain(x: dict[str, Tensor]) -> Tensor:
+        wide = mask.expand(batch, 1, tokens, tokens)
+        return plain_torch.attention(x["q"], x["k"], x["v"], wide, inputs.spec, x.get("sink"))
+
+    verdicts = errors(called, plain, inputs.reference, inputs.leaves, BOUND, context)
+    return [*verdicts, equal("probabilities were shown", bool(seen), True)] if decomposed else verdicts
+
+
+def gate_case(kind: Gate, context: Context) -> list[Verdict]:
+    inputs: GateInputs = gate_inputs(kind, 8)
+    attn, rows = module(inputs.spec, context), tensor(inputs.rows, context)
+
+    def called(x: dict[str, Tensor]) -> Tensor:
+        for name, value in x.items():
+            if name.startswith("layer.0.attn."):
+                put(attn, name.removeprefix("layer.0.attn."), value)
+        nx = Float()
+        nx.begin(rows)
+        return attention.gate(nx, attn, x["x"], x["context"], inputs.spec)
+
+    def plain(x: dict[str, Tensor]) -> Tensor:
+        return plain_torch.gated(inputs.spec, x, "layer.0.attn", x["x"], x["context"], rows)
+
+    return errors(called, plain, inputs.reference, inputs.leaves, BOUND, context)
+
+
+def masks_case(context: Context) -> list[Verdict]:
+    """Boolean masks, those made from them, and additive ones at the border."""
+    verdicts = []
+    for situation in SITUATIONS:
+        inputs = attention_inputs("plain", situation, 1)
+        tokens = inputs.leaves["q"].shape[2]
+        rows = None if inputs.rows is None else tensor(inputs.rows, context)
+        got = attention.attention_mask(rows, tokens, tokens, situation == "causal")
+        verdicts.append(exact(situation, array(got), inputs.mask))
+    for queries, keys in ((1, 5), (3, 5)):
+        got = attention.attention_mask(None, queries, keys, True)
+        verdicts.append(
+            exact(f"{queries} of {keys}", array(got), ref_attention.attention_mask(None, queries, keys, True))
+        )
+    additive = torch.tensor([0.0, -0.0, -10000.0, -torch.inf], device=context.device)
+    verdicts.append(
+        exact("additive", array(attention.boolean_mask(additive)), ref_attention.boolean_mask(array(additive)))
+    )
+    for value in (-5000.0, 1.0, float("nan")):
+        try:
+            attention.boolean_mask(torch.tensor([value]))
+        except ValueError:
+            verdicts.append(equal(f"{value} is refused", True, True))
+        else:
+            verdicts.append(equal(f"{value} is refused", False, True))
+    return verdicts
+
+
+def cases() -> list[Case]:
+    both = ("float32", "bfloat16")
+    rows = [
+        Case("attention", f"{softmax}_{at}", "torch", partial(attention_case, softmax, at, False), both)
+        for softmax, at in product(SOFTMAXES, SITUATIONS)
+    ]
+    rows += [
+        Case("attention", f"plain_{at}_decomposed", "torch", partial(attention_case, "plain", at, True), both)
+        for at in SITUATIONS
+    ]
+    rows += [Case("attention", f"gate_{kind}", "torch", partial(gate_case, kind), both) for kind in GATES]
+    return [*rows, Case("attention", "masks", "torch", masks_case)]

@@ -1,0 +1,118 @@
+"""20 training steps of the small presets in both backends, from the same 50 steps on, and AdamW by itself.
+
+A smooth model runs freely in both. Where there are kinks (ReLU, clipping) one ulp may flip a derivative, and AdamW makes
+a step of full size from the smallest difference: there each step starts from the reference's parameters, and how far
+free runs part is reported beside the distance between float32 and float64 torch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+
+import numpy as np
+import torch
+
+from parity_tests.mirror.models import NOTHING, largest, no_gradient
+from parity_tests.proof.case import Case, Context
+from parity_tests.proof.verdict import (
+    EPS,
+    Verdict,
+    holds,
+    relative,
+    relative_rms,
+    reported,
+    within,
+)
+from parity_tests.subjects.trained import ATTENTIONS, OPTIM, PRESETS, Trained, trained
+from qtx_ref import backend as ref_backend
+from qtx_torch import backend
+
+Arrays = dict[str, np.ndarray]
+LOSS = 5e-7, "the design's: a loss of float32 logits, reduced in float64"
+DRIFT = 1e-5, "the design's: 20 free steps of a smooth model, through AdamW"
+GRADIENT = 2e-2, "the design's: kinks, where one ulp flips a derivative"
+ADAMW = 1e-6, "the design's: the same gradients; each of 20 updates rounds"
+
+
+def start(t: Trained, module: object, **where: str) -> tuple:
+    """A model and a trainer of a backend, with the shared parameters and state."""
+    model = module.Model(t.spec, t.params, **where)
+    trainer = module.Trainer(model, OPTIM)
+    trainer.load_state(t.state)
+    return model, trainer
+
+
+def steps_case(name: str, kind: str, context: Context) -> list[Verdict]:
+    t = trained(name, kind, context)
+    spec = t.spec
+    ref, ref_trainer = start(t, ref_backend)
+    model, trainer = start(t, backend, device=context.device)
+    fed, fed_trainer = start(t, backend, device=context.device)
+    pairs, verdicts = [], []
+    for step, batch in enumerate(t.batches):
+        loss, grads = ref.gradients(batch, training=True, step=ref_trainer.adam.count)
+        forced = backend.Model(spec, ref.params(), device=context.device)
+        forced_loss, forced_grads = forced.gradients(batch, training=True, step=ref_trainer.adam.count)
+        free_loss, _ = trainer.step(batch)
+        pairs.append((free_loss if spec.smooth else forced_loss, loss))
+        verdicts += gradient_verdicts(f"step {step}", t, forced_grads, grads)
+        fed_trainer.adam.step({key: torch.tensor(g, device=context.device) for key, g in grads.items()})
+        ref_trainer.adam.step(grads)
+    at = max(range(len(pairs)), key=lambda i: abs(pairs[i][0] - pairs[i][1]))
+    verdicts.insert(0, relative(f"loss of step {at}", *pairs[at], *LOSS))
+    want = ref.params()
+    for key, value in fed.params().items():
+        verdicts.append(relative_rms(f"{key} by AdamW alone", value, want[key], *ADAMW))
+    if spec.smooth:
+        for key, value in model.params().items():
+            if not no_gradient(key, spec):
+                verdicts.append(relative_rms(f"{key} after 20 steps", value, want[key], *DRIFT))
+    else:
+        verdicts += drift_verdicts(t, model.params(), want, context)
+    before, after = (mean_loss(t, params, context) for params in (t.params, want))
+    return [
+        *verdicts,
+        holds("loss of the 20 batches after the steps over before", after / before, 1.0, "training lowers it"),
+    ]
+
+
+def mean_loss(t: Trained, params: Arrays, context: Context) -> float:
+    model = backend.Model(t.spec, params, device=context.device)
+    return float(np.mean([total / count for total, count, _ in map(model.evaluate, t.batches)]))
+
+
+def gradient_verdicts(step: str, t: Trained, got: Arrays, want: Arrays) -> list[Verdict]:
+    """Each tensor's gradient from the same parameters; those that are 0 by theory below a bound in both backends."""
+    verdicts = []
+    for key, g in want.items():
+        if no_gradient(key, t.spec):
+            noise = 1024 * EPS["float32"] * largest(want[key.replace("bias", "weight")])
+            zero = np.zeros_like(g)
+            verdicts += [
+                within(f"{who} gradient of {key}, {step}", x, zero, noise, NOTHING)
+                for who, x in (("torch", got[key]), ("ref", g))
+            ]
+        else:
+            verdicts.append(relative_rms(f"gradient of {key}, {step}", got[key], g, *GRADIENT))
+    return verdicts
+
+
+def drift_verdicts(t: Trained, free: Arrays, ref: Arrays, context: Context) -> list[Verdict]:
+    """How far free runs part in 20 steps: torch from the reference, and float32 torch from float64 torch."""
+    wide, wide_trainer = start(t, backend, device=context.device, dtype="float64")
+    for batch in t.batches:
+        wide_trainer.step(batch)
+    verdicts = []
+    for what, other in (("torch from ref", ref), ("torch from float64 torch", wide.params())):
+        shares = {k: relative_rms(k, free[k], x, *DRIFT).error for k, x in other.items() if not no_gradient(k, t.spec)}
+        worst = max(shares, key=shares.get)
+        verdicts.append(reported(f"free drift of {what}: {worst}", "relative rms", shares[worst], "kinks: no bound"))
+    return verdicts
+
+
+def cases() -> list[Case]:
+    return [
+        Case("steps", f"{name}_{kind}", "torch", partial(steps_case, name, kind))
+        for name, kind in product(PRESETS, ATTENTIONS)
+    ]

@@ -1,0 +1,1 @@
+"""Models, inputs and naive forms that the cases use."""

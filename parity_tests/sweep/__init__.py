@@ -1,0 +1,1 @@
+"""Random configurations of the integer arithmetic, to the bit."""

@@ -1,0 +1,141 @@
+"""Reference = torch eager = torch compiled, to the bit, over random configurations of the integer arithmetic.
+
+    python -m parity_tests.sweep.__main__ --module integer --codes 10000000
+
+prints how many codes were compared and how many differed, and fails if one did. The test suite runs a slice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch._dynamo.utils import counters
+
+from parity_tests.sweep.cases import CASES, MODULES, Case
+from qtx_torch.integer import products as integer
+
+
+@dataclass
+class Tally:
+    configurations: int = 0
+    refused: int = 0  # configurations that both backends refuse, with the same words
+    codes: int = 0
+    differing: int = 0
+    graphs: int = 0  # that torch compiled
+    first: list[str] = field(default_factory=list)  # a line per differing result
+
+
+def tensors(arrays: dict[str, np.ndarray | None]) -> dict[str, torch.Tensor | None]:
+    return {name: None if x is None else torch.from_numpy(np.array(x)) for name, x in arrays.items()}
+
+
+def flat(results: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Named results as arrays; a tuple becomes one entry per member."""
+    named = {}
+    for name, value in results.items():
+        for i, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            named[f"{name}[{i}]" if isinstance(value, tuple) else name] = np.asarray(part)
+    return named
+
+
+def outcome(chain: Any, module: Any, arrays: dict[str, Any], settings: dict[str, Any]) -> dict[str, np.ndarray] | str:
+    """The results, or the words of the refusal."""
+    try:
+        return flat(chain(module, **arrays, **settings))
+    except ValueError as error:
+        return str(error)
+
+
+def differing(got: np.ndarray, want: np.ndarray) -> int:
+    """Elements that differ in a bit; one NaN is as good as another. All of them, if shape or dtype differs."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return max(1, want.size)
+    unequal = got != want
+    if want.dtype.kind == "f":
+        unequal = np.where(np.isnan(want), ~np.isnan(got), unequal | (np.signbit(got) != np.signbit(want)))
+    return int(unequal.sum())
+
+
+def compare(tally: Tally, label: str, got: dict[str, np.ndarray] | str, want: dict[str, np.ndarray] | str) -> None:
+    """Adds one configuration to the tally."""
+    tally.configurations += 1
+    if isinstance(got, str) or isinstance(want, str):
+        tally.refused += 1
+        if got != want:
+            tally.differing += 1
+            tally.first.append(f"{label}: reference {want!r:.200}, torch {got!r:.200}")
+        return
+    for name in want:
+        tally.codes += want[name].size
+        if count := differing(got[name], want[name]):
+            tally.differing += count
+            tally.first.append(f"{label}: {name}: {count} of {want[name].size} differ")
+
+
+def settled(case: Case) -> Any:
+    """The context that a configuration runs in: whether torch may use byte instructions."""
+    use = case.axes.get("vnni", True) and integer.byte_instructions("cpu")
+    return mock.patch.object(integer, "byte_instructions", lambda device: use)
+
+
+def sweep(module: str, codes: int, configurations: int, compiled: bool = False, chain: Any = None) -> Tally:
+    """At least `codes` codes in at least `configurations` configurations (at most twice as many), eager or compiled;
+    through `chain` in place of the case's own."""
+    reference, accelerated = (
+        importlib.import_module(f"{package}.{MODULES[module]}") for package in ("qtx_ref", "qtx_torch")
+    )
+    tally, index, size = Tally(), 0, max(3000, codes // configurations)  # long enough for vector instructions
+    while index < configurations or (tally.codes < codes and index < 2 * configurations):
+        case = CASES[module](index, size)
+        run = own = chain or case.chain
+        if compiled:
+            torch._dynamo.reset()
+            counters.clear()
+            run = torch.compile(own, dynamic=False)
+        with settled(case), torch._dynamo.config.patch(recompile_limit=64):  # a function called often stays compiled
+            got = outcome(run, accelerated, tensors(case.arrays), case.settings)
+        tally.graphs += counters["stats"]["unique_graphs"] if compiled else 0
+        mode = "compiled" if compiled else "eager"
+        label = f"{module} {index} {mode} { {k: str(v) for k, v in case.axes.items()} }"
+        compare(tally, label, got, outcome(own, reference, case.arrays, case.settings))
+        index += 1
+    return tally
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="reference = torch eager = torch compiled, over random configurations")
+    parser.add_argument("--module", required=True, choices=CASES)
+    parser.add_argument("--codes", type=int, default=10_000_000, help="compared eagerly, at least")
+    parser.add_argument("--configurations", type=int, default=1000, help="eager ones, at least")
+    parser.add_argument("--compiled", type=int, default=30, help="configurations compiled as well")
+    options = parser.parse_args()
+    failed = False
+    for mode, configurations, codes in (
+        ("eager", options.configurations, options.codes),
+        ("compiled", options.compiled, 0),
+    ):
+        if not configurations:
+            continue
+        start = time.perf_counter()
+        tally = sweep(options.module, codes, configurations, mode == "compiled")
+        for line in tally.first[:20]:
+            print(line)
+        print(
+            f"{options.module} {mode}: {tally.configurations} configurations ({tally.refused} refused by both), "
+            f"{tally.codes} codes, {tally.differing} differ, {time.perf_counter() - start:.0f} s"
+            + (f", {tally.graphs} graphs" if tally.graphs else "")
+        )
+        failed |= tally.differing > 0 or tally.codes < codes
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""Random configurations of the integer arithmetic, and the chain of calls that each puts through a backend.
+
+A chain takes the backend's module (`qtx_ref.quant.affine` or `qtx_torch.quant.affine`, ...): functions and parameters have the same
+names. `CASES[module](index, codes)` draws configuration `index`: each axis goes through all its values, in an order of
+its own, before it repeats one, so n configurations meet every value of every axis with at most n values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from qtx_ref.quant.formats import values
+from qtx_ref.random import stream
+from qtx_ref.spec import (
+    QTX,
+    Dtype,
+    FloatFormat,
+    FloatQuantSpec,
+    Granularity,
+    InfinityPolicy,
+    NanPolicy,
+    Nudging,
+    Overflow,
+    QuantSpec,
+    Requantization,
+    Rounding,
+    ScaleRule,
+    SharedScale,
+)
+
+BOTH = (False, True)
+F32 = np.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """chain(module, **arrays, **settings) -> named results. `axes` says what was drawn."""
+
+    chain: Callable[..., dict[str, Any]]
+    arrays: dict[str, np.ndarray | None]
+    settings: dict[str, Any]
+    axes: dict[str, Any]
+
+
+def pick(axes: dict[str, tuple], index: int) -> dict[str, Any]:
+    """One value per axis for configuration `index`."""
+    return {
+        name: values[stream(0, "axis", name, index // len(values)).permutation(len(values))[index % len(values)]]
+        for name, values in axes.items()
+    }
+
+
+def neighbours(x: np.ndarray) -> np.ndarray:
+    """x and the next float32 on either side."""
+    x = x.astype(F32).ravel()
+    return np.concatenate([x, np.nextafter(x, F32(np.inf)), np.nextafter(x, F32(-np.inf))])
+
+
+def powers_of_two() -> np.ndarray:
+    """Every power of two in float32, subnormal ones too, both signs."""
+    power = np.ldexp(F32(1), np.arange(-149, 128)).astype(F32)
+    return np.concatenate([power, -power])
+
+
+AFFINE = {
+    "rounding": tuple(Rounding),
+    "zero_point_before_rounding": BOTH,
+    "reciprocal": BOTH,
+    "scale_rule": tuple(ScaleRule),
+    "nudging": tuple(Nudging),
+    "zero_point_rounding": tuple(r for r in Rounding if r is not Rounding.STOCHASTIC),
+    "scale_dtype": tuple(Dtype),
+    "arithmetic": tuple(Dtype),
+    "nan": tuple(NanPolicy),
+    "infinity": tuple(InfinityPolicy),
+    "bits": tuple(range(2, 17)),
+    "symmetric": BOTH,
+    "narrow": BOTH,
+    "granularity": (*Granularity, "permuted"),
+    "weight": BOTH,
+    "size": (1e-3, 1.0, 30.0),  # standard deviation
+    "broken": (False,) * 9 + (True,),  # NaN and infinity even where the profile raises
+}
+
+
+def affine_chain(m, x, special, scale, zero, words, special_words, spec, profile, weight):
+    """Dynamic: range, scale, codes and values of x. Static: `special`, by a scale it holds ties of."""
+    low, high = m.ranges(x, spec, weight)
+    found, point = m.scale_zero(low, high, spec, profile)
+    codes = m.quantize(x, found, point, spec, profile, words)
+    fake, inside = m.fake_quantize(x, found, point, spec, profile, words)
+    static = m.quantize(special, scale, zero, spec, profile, special_words)
+    fake_static, inside_static = m.fake_quantize(special, scale, zero, spec, profile, special_words)
+    return {
+        "low": low + 0.0,  # the sign of a zero end is that of whichever zero came last, and nothing reads it
+        "high": high + 0.0,
+        "scale": found,
+        "zero_point": point,
+        "codes": codes,
+        "dequantized": m.dequantize(codes, found, point, profile),
+        "fake": fake,
+        "inside": inside,
+        "static": static,
+        "fake_static": fake_static,
+        "inside_static": inside_static,
+    }
+
+
+def affine_case(index: int, codes: int) -> Case:
+    rng, axes = stream(0, "affine", index), pick(AFFINE, index)
+    fields = {k: v for k, v in axes.items() if k in QTX.__dataclass_fields__}
+    profile = replace(QTX, name="drawn", **fields)
+    permuted = axes["granularity"] == "permuted"
+    kind = Granularity.GROUP if permuted else axes["granularity"]
+    groups, block = (4 if kind is Granularity.GROUP else None), (8 if kind is Granularity.BLOCK else None)
+    spec = QuantSpec(
+        axes["bits"],
+        axes["symmetric"],
+        kind,
+        dynamic=kind in (Granularity.TOKEN, Granularity.BLOCK),
+        narrow=axes["narrow"],
+        groups=groups,
+        permute=permuted,
+        block=block,
+    )
+    width = 64
+    x = (rng.standard_normal((max(8, codes // 8 // width // 4 * 4), width)) * axes["size"]).astype(F32)
+    x[1], x[2] = 0, x[2] * F32(2.0**-140)  # an all-zero row, a subnormal one
+    x[:, 5] *= 50  # an outlier channel
+    x[3] = np.abs(x[3])
+    scale = F32(2.0 ** rng.integers(-6, 3)) if index % 2 else F32(rng.uniform(0.01, 1))
+    if profile.arithmetic is Dtype.FLOAT16 or profile.scale_dtype is Dtype.FLOAT16:
+        scale = np.float16(scale).astype(F32)
+    zero = np.int32(0 if spec.symmetric else rng.integers(spec.code_min, spec.code_max + 1))
+    steps = rng.integers(-spec.code_max, spec.code_max + 1, 300)
+    special = np.concatenate([neighbours((steps + 0.5) * scale), neighbours(powers_of_two()), x.ravel()[:64]])
+    limits = F32([0, -0.0, 3.4028235e38, -3.4028235e38])
+    if axes["broken"] or (profile.nan is not NanPolicy.RAISE and profile.infinity is not InfinityPolicy.RAISE):
+        limits = np.append(limits, F32([np.inf, -np.inf, np.nan]))
+    special = np.concatenate([special, limits])
+    draw = {"words": rng.integers(0, 2**32, x.shape), "special_words": rng.integers(0, 2**32, special.shape)}
+    arrays = {"x": x, "special": special, "scale": np.array(scale), "zero": np.array(zero), **draw}
+    return Case(affine_chain, arrays, {"spec": spec, "profile": profile, "weight": axes["weight"]}, axes)
+
+
+FIXED = {
+    "requantization": tuple(Requantization),
+    "accumulator": (np.int32, np.int32, np.int64),
+    "multiplier": ("tiny", "below one", "above one", "power of two", "zero"),
+    "bits": tuple(range(2, 17)),
+    "symmetric": BOTH,
+    "per_channel": BOTH,
+    "too_large": (False,) * 4 + (True,),
+}
+
+
+def fixed_chain(m, a, b, real, zero, exponent, scales, spec, profile):
+    return {
+        "codes": m.requantize(a, real, zero, spec, profile),
+        "rounded": m.round_by(a, real, profile.requantization),
+        "multiplier, shift": m.quantize_multiplier(real),
+        "combined": m.real_multiplier(scales[0], scales[1], scales[2], profile),
+        "rounding high": m.rounding_doubling_high_multiply(b[0], b[1]),
+        "high": m.doubling_high_multiply(b[0], b[1]),
+        "divided": m.rounding_divide_by_power_of_two(b[0], exponent),
+        "shifted": m.rounding_shift_right(b[1], exponent),
+    }
+
+
+def fixed_case(index: int, codes: int) -> Case:
+    rng, axes = stream(0, "fixed_point", index), pick(FIXED, index)
+    kind = axes["requantization"]
+    wide = axes["accumulator"] is np.int64 and kind not in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP)
+    columns = 16 if axes["per_channel"] else 1
+    exponent = {
+        "tiny": (-45, -30),
+        "below one": (-20, 0),
+        "above one": (0, 7),
+        "power of two": (-12, 4),
+        "zero": (0, 1),
+    }
+    real = np.ldexp(rng.uniform(0.5, 1, columns), rng.integers(*exponent[axes["multiplier"]], columns))
+    if axes["multiplier"] == "power of two":
+        real = np.exp2(np.rint(np.log2(real)))
+    real *= axes["multiplier"] != "zero"
+    magnitude = 2 ** rng.integers(4, 48 if wide else 32, (max(4, codes // 6 // 16), 1)) - 1
+    if not axes["too_large"]:
+        magnitude = np.minimum(magnitude, int(2.0**31 / max(1.0, 2 * real.max())) - 1 if not wide else 2**47 - 1)
+    a = rng.integers(-magnitude, magnitude + 1, (len(magnitude), 16))
+    a[0] = magnitude[0]
+    a[1] = -magnitude[1] - 1
+    a[2] = rng.integers(-64, 64, 16)  # ties of powers of two
+    spec = QuantSpec(axes["bits"], axes["symmetric"])
+    b = rng.integers(-(2**31), 2**31, (2, codes // 6))
+    b[:, :9] = np.int64([-(2**31), -(2**31), 0, 2**31 - 1, 1, -1, 2**30, -(2**30), 3])
+    b[1, 1:9] = np.int64([2**31 - 1, 5, 2**31 - 1, 2**30, 2**30, 1, 1, -(2**30)])
+    arrays = {
+        "a": a.astype(np.int64 if wide else np.int32),
+        "b": b.astype(np.int32),
+        "real": real.astype(np.float32) if kind is Requantization.HIGH_HALF_UP else real,
+        "zero": np.array(rng.integers(spec.code_min, spec.code_max + 1), np.int32),
+        "exponent": rng.integers(0, 32, b.shape[1]).astype(np.int32),
+        "scales": rng.uniform(1e-4, 1, (3, 64)).astype(F32),
+    }
+    return Case(fixed_chain, arrays, {"spec": spec, "profile": replace(QTX, requantization=kind)}, axes)
+
+
+INTEGER = {
+    "bits_a": (4, 8, 8, 9, 16),
+    "bits_b": (2, 4, 8, 8, 16),
+    "signed_a": BOTH,
+    "signed_b": BOTH,
+    "depth": (1, 2, 7, 64, 255, 259, 768, 1024, 1025, 2500),  # K: either side of a block's end
+    "values": ("random", "random", "lowest", "highest"),
+    "accumulator": (32, 64),
+    "overflow": tuple(Overflow),
+    "zero_a": ("none", "one", "row"),
+    "zero_b": ("none", "one", "column"),
+    "bias": ("none", "small", "large"),
+    "batch": ((), (3,)),
+    "integers": (False,) * 5 + (True,),
+    "vnni": BOTH,  # torch: byte instructions, or float blocks
+    "pairs": (1, 2, 4),
+}
+
+
+def integer_chain(m, a, b, zero_a, zero_b, bias, bytes_a, bytes_b, a_spec, b_spec, pairs, **settings):
+    nibbles = a[..., :4, :] & 15
+    packed = m.pack_int4(nibbles)
+    zero_w = None if zero_b is None else zero_b[:, None] if zero_b.ndim else zero_b
+    return {
+        "matmul": m.matmul(a, b, a_spec, b_spec, zero_a, zero_b, bias, **settings),
+        "linear": m.linear(a, b.T, a_spec, b_spec, zero_a, zero_w, bias, **settings),
+        "pairs16": m.matmul_pairs16(bytes_a, bytes_b, pairs),
+        "packed": packed,
+        "unpacked": m.unpack_int4(packed, a.shape[-1], True),
+        "unpacked unsigned": m.unpack_int4(packed, a.shape[-1], False),
+    }
+
+
+def integer_case(index: int, codes: int) -> Case:
+    rng, axes = stream(0, "integer", index), pick(INTEGER, index)
+    a_spec, b_spec = (QuantSpec(axes[f"bits_{s}"], axes[f"signed_{s}"]) for s in "ab")
+    depth = axes["depth"]
+    side = max(4, int((codes / 3) ** 0.5))
+    rows, columns = side, side
+
+    def draw(spec: QuantSpec, *shape: int) -> np.ndarray:
+        kind = np.int8 if spec.bits <= 8 and spec.symmetric else np.uint8 if spec.bits <= 8 else np.int32
+        ends = {
+            "lowest": (spec.code_min,) * 2,
+            "highest": (spec.code_max,) * 2,
+            "random": (spec.code_min, spec.code_max),
+        }
+        low, high = ends[axes["values"]]
+        return rng.integers(low, high + 1, shape).astype(kind if index % 3 else np.int32)
+
+    def zero(spec: QuantSpec, choice: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        if choice == "none":
+            return None
+        return rng.integers(spec.code_min, spec.code_max + 1, () if choice == "one" else shape).astype(np.int32)
+
+    size = {"none": 0, "small": 1000, "large": 2**31 - 1}[axes["bias"]]
+    arrays = {
+        "a": draw(a_spec, *axes["batch"], rows, depth),
+        "b": draw(b_spec, depth, columns),
+        "zero_a": zero(a_spec, axes["zero_a"], (rows, 1)),
+        "zero_b": zero(b_spec, axes["zero_b"], (columns,)),
+        "bias": rng.integers(-size, size + 1, columns).astype(np.int32) if size else None,
+        "bytes_a": rng.integers(0, 256, (8, depth)).astype(np.uint8),
+        "bytes_b": rng.integers(-128, 128, (depth, 16)).astype(np.int8),
+    }
+    settings = {
+        "a_spec": a_spec,
+        "b_spec": b_spec,
+        "pairs": axes["pairs"],
+        "accumulator": axes["accumulator"],
+        "profile": replace(QTX, overflow=axes["overflow"]),
+        "integers": axes["integers"],
+    }
+    return Case(integer_chain, arrays, settings, axes)
+
+
+FORMATS = {
+    "kind": tuple(FloatFormat),
+    "saturate": BOTH,
+    "rule": tuple(SharedScale),
+    "block": (1, 8, 16, 32),
+    "data": ("bits", "ties", "normal", "zero blocks"),
+    "broken": (False, False, True),
+}
+
+
+def formats_chain(m, x, given, ends, kind, saturate, rule, block):
+    code = m.encode(x, kind, saturate)
+    scale, elements = m.mx_quantize(x, kind, rule, block)
+    return {
+        "codes": code,
+        "decoded": m.decode(code, kind),
+        "fake": m.fake_quantize(x, kind, saturate),
+        "scale": m.scale_zero(ends[0], ends[1], FloatQuantSpec(kind)),
+        "scaled": m.fake_quantize(x, kind, saturate, given),
+        "mx scale": scale,
+        "mx codes": elements,
+        "mx decoded": m.mx_dequantize(scale, elements, kind),
+        "mx fake": m.mx_fake_quantize(x, kind, rule, block),
+    }
+
+
+def formats_case(index: int, codes: int) -> Case:
+    rng, axes = stream(0, "formats", index), pick(FORMATS, index)
+    count = max(4, codes // 9 // 64)
+    x = (rng.standard_normal((count, 64)) * 2.0 ** rng.integers(-20, 20, (count, 1))).astype(F32)
+    if axes["data"] == "bits":
+        x = rng.integers(0, 2**32, x.shape, dtype=np.uint32).view(F32)
+    elif axes["data"] == "ties":
+        known = np.sort(values(axes["kind"])[np.isfinite(values(axes["kind"]))])
+        pool = np.concatenate(
+            [neighbours(known), neighbours((known[1:] + known[:-1]) / 2), neighbours(powers_of_two())]
+        )
+        x = rng.choice(pool, x.shape)
+    elif axes["data"] == "zero blocks":
+        x[::2] = rng.choice(F32([0, -0.0]), x[::2].shape)
+    if axes["broken"]:
+        x.ravel()[rng.integers(0, x.size, 9)] = rng.choice(F32([np.inf, -np.inf, np.nan]), 9)
+    else:
+        x = np.where(np.isfinite(x), x, F32(1))
+    settings = {key: axes[key] for key in ("kind", "saturate", "rule", "block")}
+    given = F32(2.0 ** rng.integers(-140, 120, (count, 1))) if index % 2 else F32(rng.uniform(0.01, 1, (count, 1)))
+    ends = (rng.standard_normal((2, count)) * 2.0 ** rng.integers(-150, 100, count)).astype(F32)
+    ends[:, 0] = 0
+    return Case(formats_chain, {"x": x, "given": given, "ends": ends}, settings, axes)
+
+
+MODULES = {  # where each is, in either backend
+    "affine": "quant.affine",
+    "fixed_point": "integer.fixed_point",
+    "integer": "integer.products",
+    "formats": "quant.formats",
+    "rounding": "quant.rounding",
+}
+CASES = {"affine": affine_case, "fixed_point": fixed_case, "integer": integer_case, "formats": formats_case}

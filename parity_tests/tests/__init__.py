@@ -1,0 +1,1 @@
+"""The pytest files. Not installed."""

@@ -1,0 +1,1 @@
+"""Quantizers, integers and the small formats."""

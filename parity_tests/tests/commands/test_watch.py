@@ -1,0 +1,52 @@
+"""Training watched in integers: its points, its picture, and what it refuses."""
+
+import json
+import math
+
+import pytest
+
+from parity_tests.tests.commands.test_cli import TRAIN, call, good
+from qtx.jobs import training
+from qtx.jobs.training import History
+from qtx.prepare.quantization import Outliers
+from qtx.report.plots import curves
+from qtx_ref.spec import SpecError
+
+
+def test_training_is_watched_in_integers(tmp_path):
+    command = (*TRAIN, "--out", tmp_path, "--watch-integer", 4, "--json", "-")
+    found = json.loads(good(*command).stdout)
+    assert found["integer_step"] == [0, 4, 8]
+    assert len(found["watched_inf_norm"]) == 3 and min(found["watched_inf_norm"]) > 0
+    for integer, floating in zip(found["integer_perplexity"], found["float_perplexity"], strict=True):
+        assert integer != floating
+        assert abs(integer / floating - 1) < 0.05
+    unwatched = json.loads(good(*TRAIN, "--out", tmp_path / "b", "--json", "-").stdout)
+    assert unwatched["loss"] == found["loss"]  # watching changes nothing
+
+
+def test_a_run_is_resumed_only_as_it_was_watched(tmp_path):
+    good(*TRAIN, "--out", tmp_path, "--watch-integer", 8)
+    result = call(*TRAIN, "--out", tmp_path, "--resume")
+    assert result.exit_code == 1 and "train.watch_integer was 8 and is None" in result.output
+
+
+def test_a_point_that_is_not_finite_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "outliers", lambda *_: Outliers(1.0, "a", math.inf, 1.0, "a"))
+    result = call(*TRAIN, "--out", tmp_path, "--watch-integer", 4)
+    assert result.exit_code == 1 and "kurtosis not finite" in result.output  # before training; later it goes on
+
+
+def test_the_watch_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra report is not installed")
+    watched = History([3.0, 2.0], [1, 2], [5.0, 6.0], [1, 2], [20.0, 8.0], [19.0, 7.5], [3.0, 3.1])
+    curves(tmp_path / "a.png", {"plain": History([3.0], [1], [5.0])})
+    curves(tmp_path / "b.png", {"watched": watched})
+    assert (tmp_path / "b.png").stat().st_size > (tmp_path / "a.png").stat().st_size
+
+
+def test_a_watch_that_could_not_run_is_refused_before_training(tmp_path):
+    result = call(*TRAIN, "--attention", "clipped:gamma=-70", "--watch-integer", 4, "--out", tmp_path / "a")
+    assert result.exit_code == 1
+    assert "gamma" in result.output and "cannot run in integers" in result.output
+    assert isinstance(result.exception, SystemExit) and not isinstance(result.exception, SpecError)

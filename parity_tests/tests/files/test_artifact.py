@@ -1,0 +1,462 @@
+"""An integer model as a file: written, run, shown, compared, damaged."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from parity_tests.runner import check_integers
+from parity_tests.tests.commands.test_cli import TRAIN, call, good
+from qtx.commands.options import head_note
+from qtx.files.artifact import Artifact, differences, load_artifact, save_artifact, size
+from qtx.files.artifact_check import check_constants, check_size, reaching_one
+from qtx.files.checkpoint import load_checkpoint, save_checkpoint
+from qtx.files.container import ARTIFACT, VECTORS, CheckpointError, read_sealed, write_sealed
+from qtx.recipes.named import recipe, resolve
+from qtx.recipes.sites import shortened
+from qtx_ref.backend import IntegerModel, Model
+from qtx_ref.integer.lowering import lower
+from qtx_ref.models.initial import init_params
+from qtx_ref.presets import attention, preset
+from qtx_ref.profiles import profile
+from qtx_ref.spec import (
+    QTX,
+    Granularity,
+    Head,
+    Nonlinear,
+    QuantSpec,
+    Rule,
+)
+
+REF = ("--backend", "ref")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A vit whose clipped, gated attention uses most of what an integer model can do."""
+    out = tmp_path_factory.mktemp("checkpoint")
+    good(*TRAIN, "--out", out, "--attention", "clipped+gated")
+    return out / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint):
+    file = checkpoint.with_name("model.qtx")
+    good("quantize", checkpoint, *REF, "--out", file)
+    return file
+
+
+def evaluated(*arguments):
+    return json.loads(good("evaluate", *arguments, "--json", "-").stdout)
+
+
+def test_strict_integers_give_the_same_digits(artifact):
+    free = evaluated(artifact, *REF)
+    strict = evaluated(artifact, *REF, "--strict")
+    assert free["numerics"] == "integer, w8a8, profile qtx"
+    assert {**strict, "numerics": free["numerics"]} == free
+    assert free["targets"] == 180
+
+
+def test_fake_quantization_of_the_same_codes_is_near(artifact):
+    integer, fake = evaluated(artifact, *REF), evaluated(artifact, *REF, "--numerics", "fake")
+    assert fake["loss"] != integer["loss"]
+    assert abs(fake["loss"] - integer["loss"]) < 0.01 * fake["loss"]  # the issue's bound of the task metric
+
+
+def test_it_runs_without_torch(artifact):
+    code = (
+        "import sys\n"
+        "class NoTorch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.partition('.')[0] == 'torch': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, NoTorch())\n"
+        "from qtx.cli import main\n"
+        f"main(['evaluate', {str(artifact)!r}, '--backend', 'ref', '--batches', '1', '--json', '-'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["numerics"].startswith("integer")
+
+
+def test_what_is_stored_comes_back(artifact, tmp_path):
+    first = load_artifact(artifact)
+    save_artifact(tmp_path / "again.qtx", first)
+    second = load_artifact(tmp_path / "again.qtx")
+    assert artifact.read_bytes() == (tmp_path / "again.qtx").read_bytes()
+    assert first.constants.keys() == second.constants.keys()
+    assert first.meta["hashes"].keys() == {"checkpoint", "recipe", "calibration"}
+
+
+def test_four_bit_weights_take_half_the_bytes(checkpoint, artifact, tmp_path):
+    file = tmp_path / "w4.qtx"
+    good("quantize", checkpoint, *REF, "--recipe", "w4a8", "--out", file)
+    half, whole = (size(f, load_artifact(f)) for f in (file, artifact))
+    assert 2 * half.codes == whole.codes  # every last axis is even
+    found = load_artifact(file)
+    assert found.constants["layer.0.attn.query.weight"].min() >= -8
+    assert evaluated(file, *REF)["targets"] == 180
+
+
+def test_show(artifact):
+    shown = json.loads(good("show", artifact, "--json", "-").stdout)
+    rows = {row["site"]: row for row in shown["sites"]}
+    assert rows["layer.0.attn.query.weight"]["codes"] == "-128..127"
+    assert sum(row["bytes"] for row in shown["sites"]) == shown["bytes"]["tensors"]
+    assert "layer.3.attn.probs" in good("show", artifact).output
+
+
+def test_diff(checkpoint, artifact, tmp_path):
+    assert good("diff", artifact, artifact).output.strip() == "0 difference(s)"
+    other = tmp_path / "other.qtx"
+    good("quantize", checkpoint, *REF, "--profile", "float32", "--out", other)
+    result = call("diff", artifact, other)
+    assert result.exit_code == 1
+    assert "profile.requantization" in result.output
+    assert "layer.0.attn.query.shift" in result.output
+
+
+def test_vectors(artifact, tmp_path):
+    file = tmp_path / "vectors.safetensors"
+    good("vectors", artifact, *REF, "--out", file, "--count", 2)
+    tensors = load_file(file)
+    assert tensors["input.images"].shape[0] == 2
+    assert {"code.embed.image", "code.layer.3.attn.scores.accumulator", "code.head.classifier", "output.value"} <= set(
+        tensors
+    )
+    assert all(value.dtype.kind in "iu" for name, value in tensors.items() if name.startswith("code."))
+    assert "0 differ" in good("vectors", artifact, *REF, "--check", file).output
+    assert "0 differ" in good("vectors", artifact, *REF, "--strict", "--check", file).output
+
+
+def test_vectors_find_the_first_site_that_differs(artifact, tmp_path):
+    file, other = tmp_path / "vectors.safetensors", tmp_path / "model.qtx"
+    changed = load_artifact(artifact)
+    changed.constants["layer.2.ffn.activation.table"] += 1
+    save_artifact(other, changed)
+    good("vectors", artifact, *REF, "--out", file)
+    result = call("vectors", other, *REF, "--check", file)
+    assert result.exit_code == 1
+    assert "not the vectors of" in result.output  # of another file
+    good("vectors", other, *REF, "--out", tmp_path / "v.safetensors")
+    codes, faulty = load_file(file), load_file(tmp_path / "v.safetensors")
+    wrong = [name for name in codes if not np.array_equal(codes[name], faulty[name])]
+    assert "code.layer.2.ffn.activation" in wrong
+    assert not any(name.startswith(("code.layer.0", "code.layer.1", "code.layer.2.attn")) for name in wrong)
+
+
+def resealed(file, name, value):
+    """Vectors with one tensor changed (None: taken out), sealed anew."""
+    header, tensors = read_sealed(file, VECTORS)
+    tensors[name] = value
+    tensors = {key: kept for key, kept in tensors.items() if kept is not None}
+    order = [key for key in dict.fromkeys([*header["order"], name]) if key in tensors]
+    write_sealed(file, header | {"order": order}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("input.images", lambda x: None, "input images is missing"),
+        ("input.images", lambda x: x[:, :, :5], "none that this model takes"),
+        ("input.images", lambda x: x * np.nan, "none that this model takes"),
+        ("input.bogus", lambda x: np.zeros(2), "input bogus is unknown"),
+        ("code.layer.1.attn.query", lambda x: x.astype(np.int64), "1 differ, first code.layer.1.attn.query"),
+        ("code.layer.1.attn.query", lambda x: None, "1 differ, first code.layer.1.attn.query"),
+    ],
+)
+def test_vectors_that_do_not_fit(name, change, said, artifact, tmp_path):
+    file = tmp_path / "vectors.safetensors"
+    good("vectors", artifact, *REF, "--out", file, "--count", 1)
+    resealed(file, name, change(load_file(file).get(name)))
+    result = call("vectors", artifact, *REF, "--check", file)
+    assert result.exit_code == 1 and said in result.output and result.output.count("\n") == 1
+
+
+def test_changed_vectors_are_refused_and_the_first_is_in_forward_order(artifact, tmp_path):
+    file = tmp_path / "vectors.safetensors"
+    good("vectors", artifact, *REF, "--out", file)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "v.safetensors").write_bytes(content)
+    assert "sha256 differs" in call("vectors", artifact, *REF, "--check", tmp_path / "v.safetensors").output
+    header, tensors = read_sealed(file, VECTORS)
+    for name in ("code.embed.patch", "code.embed.cls", "code.layer.0.attn.value"):  # by name, cls comes first
+        tensors[name] = tensors[name] ^ 1
+    write_sealed(file, header, tensors)
+    assert "3 differ, first code.embed.patch" in call("vectors", artifact, *REF, "--check", file).output
+
+
+def test_parity_of_an_artifact(artifact):
+    pytest.importorskip("torch", reason="the extra torch is not installed")
+    found = json.loads(good("parity", artifact, "--json", "-").stdout)
+    assert found["ok"] and found["first"] == ""
+    assert {"embed.image", "layer.3.attn.probs", "output value"} <= {row["name"] for row in found["rows"]}
+
+
+def test_parity_of_an_artifact_has_no_dtype(artifact):
+    pytest.importorskip("torch", reason="the extra torch is not installed")
+    assert "an integer model has no float dtype" in call("parity", artifact, "--dtype", "float64").output
+
+
+def test_parity_names_the_first_site_that_differs(artifact):
+    made = load_artifact(artifact)
+    batch = {"images": np.random.default_rng(0).normal(size=(2, 1, 8, 8)).astype(np.float32)}
+    model = IntegerModel(made.spec, made.constants, made.quants, made.profile)
+    assert check_integers(model, model, batch).ok
+    name = "layer.2.ffn.activation.table"
+    faulty = made.constants | {name: made.constants[name] + np.uint8(1)}
+    report = check_integers(model, IntegerModel(made.spec, faulty, made.quants, made.profile), batch)
+    assert not report.ok and report.first == "layer.2.ffn.activation"
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "header", "text", "checkpoint"])
+def test_a_damaged_file_is_one_clear_error(damage, artifact, checkpoint, tmp_path):
+    content = artifact.read_bytes()
+    flipped = bytearray(content)
+    flipped[-5] ^= 1
+    new = {
+        "empty": b"",
+        "truncated": content[: len(content) // 2],
+        "flipped": bytes(flipped),
+        "header": content.replace(b'half_even', b'half_away', 1),
+        "text": b"not a model at all",
+        "checkpoint": checkpoint.read_bytes(),
+    }[damage]  # fmt: skip
+    file = tmp_path / "model.qtx"
+    file.write_bytes(new)
+    for command in ("evaluate", "show", "vectors"):
+        more = ("--out", tmp_path / "v.safetensors") if command == "vectors" else ()
+        result = call(command, file, *more)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"Error: {file}") and result.output.count("\n") == 1
+    assert file.read_bytes() == new
+
+
+QUERY = "layer.1.attn.query"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("layer.1.ffn.hidden.weight", lambda x: None, "is missing"),
+        (f"{QUERY}.multiplier", lambda x: None, "is missing"),
+        ("layer.3.attn.probs.gamma", lambda x: None, "is missing"),
+        ("output.scale", lambda x: None, "is missing"),
+        ("extra", lambda x: np.zeros(3), "is unknown"),
+        (f"{QUERY}.sink", lambda x: np.zeros(3), "is unknown"),
+        (f"{QUERY}.bias", lambda x: x.astype(np.float32), "is float32; this model's is int32"),
+        (f"{QUERY}.weight", lambda x: x.T[None], "has shape"),
+        (f"{QUERY}.weight", lambda x: x.reshape(-1), "has shape"),
+        (f"{QUERY}.bias", lambda x: x[:1], "has shape"),
+        (f"{QUERY}.scale", lambda x: np.full(3, x), "has shape"),
+        ("embed.sum.multiplier", lambda x: x[:1], "has shape"),
+        ("layer.1.ffn.activation.table", lambda x: x[:9], "has shape"),
+        (f"{QUERY}.scale", lambda x: x * np.float32(np.nan), "holds NaN"),
+        (f"{QUERY}.weight.scale", lambda x: -x, "is not positive"),
+        (f"{QUERY}.multiplier", lambda x: -x, "is negative"),
+        (f"{QUERY}.zero_point", lambda x: x + 256, "no code from 0 to 255"),
+    ],
+)
+def test_a_constant_that_is_not_the_models_is_named(name, change, said, artifact, tmp_path):
+    broken = load_artifact(artifact)
+    broken.constants[name] = change(broken.constants.get(name))
+    broken.constants = {key: value for key, value in broken.constants.items() if value is not None}
+    save_artifact(tmp_path / "m.qtx", broken)
+    with pytest.raises(CheckpointError, match=f"constant {name} .*{said}|constant {name} {said}"):
+        load_artifact(tmp_path / "m.qtx")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("meta",), [], "meta must be an object"),
+        (("meta", "hashes"), {"recipe": 5}, "meta.hashes.recipe must be a text"),
+        (("meta", "data", "hashes", "train"), "x", "must be a list of texts"),
+        (("meta", "calibration"), [5], "meta.calibration must be a list of texts"),
+        (("meta", "data", "source"), ["digits"], "meta.data.source must be a text"),
+        (("spec", "layers"), 10**7, "its model has 10000000"),
+        (("spec", "heads"), 3, "it must divide the width"),
+        (("nonlinear",), None, "known values are"),
+    ],
+)
+def test_a_header_of_other_types_is_refused(path, value, said, artifact, tmp_path):
+    header, tensors = read_sealed(artifact, ARTIFACT)
+    place = header
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    write_sealed(tmp_path / "m.qtx", header, tensors)
+    result = call("evaluate", tmp_path / "m.qtx", *REF)
+    assert result.exit_code == 1 and said in result.output and result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["chanw", "token-w8a8-r16", "w2a2", "w3a16", "w16a16", "lsq-w4a8"])
+@pytest.mark.parametrize("model", ["bert", "opt", "vit"])
+def test_whatever_lowers_passes(model, kind):
+    spec = replace(preset(f"{model}-tiny"), layers=1, vocab=0 if model == "vit" else 40)
+    spec = replace(spec, attention=attention("sink+mlp" if model == "opt" else "clipped_row+linear"))
+    chosen = recipe("w8a8" if kind == "chanw" else kind, spec)
+    if kind == "chanw":
+        channels = QuantSpec(symmetric=True, granularity=Granularity.CHANNEL)
+        chosen = replace(chosen, rules=(*chosen.rules, Rule(("*.attn.*.weight", "*.ffn.*.weight"), channels, "a test")))
+    short, batch = shortened(spec)
+    params = {name: 8 * value for name, value in init_params(short, 0).items()}  # no scale too fine for a polynomial
+    quants = resolve(chosen, short)
+    found = Model(short, params).calibrate([batch], quants)
+    ranges = {site: reaching_one(one, quants[site]) for site, one in found.items()}
+    for name in ("qtx", "onnx"):
+        for nonlinear in Nonlinear:
+            constants = lower(short, params, quants, ranges, profile(name), nonlinear)
+            check_size(short, constants)
+            check_constants(short, chosen, profile(name), nonlinear, constants)
+
+
+def test_a_model_without_a_head_is_not_evaluated(checkpoint, tmp_path):
+    found = load_checkpoint(checkpoint)
+    found.spec = replace(found.spec, head=Head.NONE)
+    found.params = {name: value for name, value in found.params.items() if not name.startswith("head.")}
+    found.extra = {}
+    save_checkpoint(tmp_path / "m.safetensors", found)
+    good("quantize", tmp_path / "m.safetensors", *REF, "--out", tmp_path / "m.qtx")
+    for name in ("m.safetensors", "m.qtx"):
+        result = call("evaluate", tmp_path / name, *REF)
+        assert result.exit_code == 1 and "has no head" in result.output
+
+
+def test_another_of_our_files_is_named(artifact, checkpoint, tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(artifact.read_bytes())
+    assert "it is an artifact" in call("evaluate", tmp_path / "m.safetensors", *REF).output
+    (tmp_path / "m.qtx").write_bytes(checkpoint.read_bytes())
+    assert "it is a checkpoint: make integers of it" in call("show", tmp_path / "m.qtx").output
+
+
+def test_differences_are_exact(artifact):
+    one, other = load_artifact(artifact), load_artifact(artifact)
+    name = "layer.0.attn.norm.eps"
+    one.constants[name], other.constants[name] = np.array([2**62 + 1, -(2**63)]), np.array([2**62, 2**63 - 1])
+    other.meta = one.meta | {"tokenizer": "x" * 100}
+    found = {d.where: d.what for d in differences(one, other)}
+    assert found == {name: "2 of 2 differ, by 18446744073709551615 at most", "meta.tokenizer": "only in the second"}
+
+
+def test_json_is_no_other_file_of_the_command(artifact, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ("vectors", artifact, *REF, "--out", "a.json", "--json", "a.json"),
+        ("quantize", checkpoint, *REF, "--out", "m.qtx", "--json", "./m.qtx"),
+        (*TRAIN, "--out", "run", "--json", "run/model.safetensors"),
+    ):
+        result = call(*command)
+        assert result.exit_code == 1 and "--json" in result.output and "choose another" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_own_ranges_are_kept(tmp_path):
+    good(*TRAIN, "--train-quant", "lsq-w8a8", "--out", tmp_path)
+    own = good("quantize", tmp_path, *REF, "--out", tmp_path / "own.qtx").output
+    assert "recipe lsq-w8a8, the checkpoint's own ranges" in own
+    ranges = load_checkpoint(tmp_path).ranges
+    found = load_artifact(tmp_path / "own.qtx").ranges()
+    assert ranges.keys() == found.keys()
+    for site, one in ranges.items():
+        assert one.scale == found[site].scale and one.zero_point == found[site].zero_point
+    other = good("quantize", tmp_path, *REF, "--recipe", "w8a8", "--out", tmp_path / "new.qtx").output
+    assert "recipe w8a8, ranges of 16 calibration batches" in other
+
+
+@pytest.mark.parametrize(
+    ("base", "rules", "said"),
+    [
+        ("w8a8", (), "which recipe mine leaves in float, multiplies the int8 codes of embed.token.weight; its int32"),
+        ("w16a16", (), "int16 codes of embed.token.weight; its int64"),
+        ("w8a8", (Rule(("*.weight",), QuantSpec(), "a test"),), "which recipe mine leaves in float, multiplies the uint8"),
+        ("w8a8", (Rule(("head.decoder",), QuantSpec(), "a test"),), "whose weights recipe mine leaves in float"),
+        ("w8a8", (Rule(("head.decoder.weight",), QuantSpec(), "a test"),), "whose result recipe mine leaves in float"),
+        ("w8a8", (Rule(("head.decoder*",), QuantSpec(), "a test"),), ""),
+    ],
+)  # fmt: skip
+def test_the_note_on_a_head_in_float(base, rules, said):
+    spec = preset("opt-tiny")
+    chosen = recipe(base, spec)
+    head = Rule(("head.decoder.weight",), None, "a test")
+    rules = (rules[0], head) if rules and rules[0].sites == ("*.weight",) else rules
+    made = Artifact(spec, replace(chosen, name="mine", rules=(*chosen.rules, *rules)), QTX, Nonlinear.TABLE, {})
+    assert said in head_note(made) if said else head_note(made) == ""
+    assert ("accumulators" in head_note(made)) == ("head.decoder" not in made.quants)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "site"), [("train-w8a8", r"layer.0.attn.query.input|embed"), ("fp8-e4m3", "float format")]
+)
+def test_what_cannot_run_in_integers_is_refused_by_site(recipe, site, checkpoint, tmp_path):
+    result = call("quantize", checkpoint, *REF, "--recipe", recipe, "--out", tmp_path / "m.qtx")
+    assert result.exit_code == 1
+    assert "cannot run in integers" in result.output
+    assert not (tmp_path / "m.qtx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("evaluate", "MODEL", "--recipe", "w8a8"), "has its own"),
+        (("evaluate", "MODEL", "--numerics", "fake", "--strict"), "--strict belongs to --numerics integer"),
+        (("evaluate", "MODEL", "--dtype", "float64"), "no float dtype"),
+        (("evaluate", "CHECKPOINT", "--numerics", "integer"), "belong to a MODEL.qtx"),
+        (("quantize", "CHECKPOINT", "--profile", "onnx", "--out", "x.safetensors"), "ending in .qtx"),
+        (("quantize", "CHECKPOINT", "--profile", "nnapi", "--out", "x.qtx"), "known profiles"),
+        (("vectors", "MODEL"), "give --out FILE"),
+        (("vectors", "MODEL", "--check", "v.safetensors", "--count", "2"), "belong to --out"),
+        (("vectors", "MODEL", "--out", "v.QTX"), "vectors are no model"),
+        (("quantize", "CHECKPOINT", "--out", "m.QTX"), "give a name ending in .qtx"),
+        (("quantize", "CHECKPOINT", "--out", "a/b/m"), "give a name ending in .qtx"),
+        (("parity", "MODEL"), "is held to the reference in torch"),
+        (("generate", "MODEL", "--prompt", "a"), "only a causal model"),
+    ],
+)
+def test_options_that_do_not_belong_are_refused(arguments, said, artifact, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"MODEL": artifact, "CHECKPOINT": checkpoint}
+    result = call(*(names.get(a, a) for a in arguments), *REF)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_strict_refuses_a_float_profile(checkpoint, tmp_path):
+    file = tmp_path / "m.qtx"
+    good("quantize", checkpoint, *REF, "--profile", "onnx", "--out", file)
+    assert evaluated(file, *REF)["targets"] == 180
+    result = call("evaluate", file, *REF, "--strict")
+    assert result.exit_code == 1
+    assert "profile onnx requantizes by float32" in result.output
+
+
+def test_generate_from_codes(tmp_path):
+    pytest.importorskip("tokenizers", reason="the extra text is not installed")
+    good("train", *REF, "--model", "opt-tiny", "--batch", "2", "--steps", "2", "--out", tmp_path)
+    file = tmp_path / "m.qtx"
+    good("quantize", tmp_path / "model.safetensors", *REF, "--out", file)
+    command = ["generate", file, *REF, "--prompt", "It was the best", "--tokens", 5, "--json", "-"]
+    found = json.loads(good(*command).stdout)
+    assert len(found["tokens"]) == found["prompt_tokens"] + 5
+    sampled = [json.loads(good(*command, "--temperature", 1, "--seed", s).stdout)["tokens"] for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_bias_beyond_int32_is_read_back(checkpoint, tmp_path):
+    """Behind values that are almost nothing a bias takes 64 bits."""
+    found = load_checkpoint(checkpoint)
+    for name, value in found.params.items():
+        if ".attn.value." in name:
+            value *= 1e-4
+        if name.endswith("attn.output.bias"):
+            value += 1
+    save_checkpoint(tmp_path / "c.safetensors", found)
+    good("quantize", tmp_path / "c.safetensors", *REF, "--out", tmp_path / "m.qtx")
+    assert load_artifact(tmp_path / "m.qtx").constants["layer.0.attn.output.bias"].dtype == np.int64
+    assert evaluated(tmp_path / "m.qtx", *REF)["targets"] == 180

@@ -1,0 +1,1 @@
+"""The house itself: interfaces, imports, the checker."""

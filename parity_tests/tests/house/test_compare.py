@@ -1,0 +1,344 @@
+"""The checker is checked: every comparator refuses what it must, and planted faults make the cases fail."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from parity_tests.proof import verdict as compare
+from parity_tests.proof.case import Case, Context
+from parity_tests.proof.verdict import Verdict
+from parity_tests.runner import (
+    Report,
+    Row,
+    check_checkpoint,
+    report_rows,
+    run,
+    run_case,
+)
+from parity_tests.subjects import small_models
+from qtx_ref.spec import SpecError
+
+torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
+
+import torch.nn.functional as F  # noqa: E402
+
+import qtx_ref.ops  # noqa: E402
+import qtx_ref.optim  # noqa: E402
+import qtx_ref.quant.observers  # noqa: E402
+import qtx_torch.attention  # noqa: E402
+import qtx_torch.models  # noqa: E402
+import qtx_torch.numerics  # noqa: E402
+import qtx_torch.ops  # noqa: E402
+import qtx_torch.optim  # noqa: E402
+import qtx_torch.quant.affine  # noqa: E402
+import qtx_torch.random  # noqa: E402
+import qtx_torch.stats  # noqa: E402
+from parity_tests.table import table  # noqa: E402
+from qtx_ref.tape import node  # noqa: E402
+from qtx_torch import backend  # noqa: E402
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+X = np.linspace(-2, 3, 24, dtype=np.float32).reshape(4, 6)
+COMPARATORS: dict[str, Callable[[np.ndarray, np.ndarray], Verdict]] = {
+    "exact": lambda got, want: compare.exact("x", got, want),
+    "within": lambda got, want: compare.within("x", got, want, 1e-3, "test"),
+    "relative": lambda got, want: compare.relative("x", got, want, 1e-3, "test"),
+    "relative_rms": lambda got, want: compare.relative_rms("x", got, want, 1e-3, "test"),
+    "against_truth": lambda got, want: compare.against_truth("x", got, want, 1e-4, 4.0, "test", plain=want),
+}
+
+
+def changed(x: np.ndarray, value: float) -> np.ndarray:
+    y = x.copy()
+    y[2, 3] = value
+    return y
+
+
+@pytest.mark.parametrize("name", COMPARATORS)
+def test_comparators_refuse(name: str) -> None:
+    check = COMPARATORS[name]
+    assert check(X, X.copy()).ok
+    for got, want in [(changed(X, np.nan), X), (X, changed(X, np.nan)), (changed(X, np.nan), changed(X, np.nan))]:
+        verdict = check(got, want)
+        assert not verdict.ok and verdict.index == (2, 3) and math.isnan(verdict.error)
+    assert not check(changed(X, np.inf), X).ok
+    assert not check(X[:3], X).ok
+    assert not check(X.reshape(6, 4), X).ok
+    assert not check(2 * X, X).ok  # the cosine of these is 1
+    verdict = check(changed(X, X[2, 3] + 1), X)
+    assert not verdict.ok and verdict.index == (2, 3) and verdict.got == X[2, 3] + 1 and verdict.want == X[2, 3]
+
+
+def test_exact_means_every_bit() -> None:
+    codes = np.arange(12, dtype=np.int32).reshape(3, 4)
+    off = codes.copy()
+    off[1, 2] += 1
+    verdict = compare.exact("codes", off, codes)
+    assert not verdict.ok and verdict.error == 1 and verdict.index == (1, 2)
+    assert not compare.exact("x", np.float32([0.0]), np.float32([-0.0])).ok
+    assert not compare.exact("x", np.nextafter(np.float32(1), np.float32(2)), np.float32(1)).ok
+    assert compare.exact("x", np.float32([np.inf]), np.float32([np.inf])).ok
+
+
+def test_bounds_of_truth() -> None:
+    truth = np.ones(100)
+    assert compare.against_truth("x", truth + 1e-3, truth, 1e-4, 4.0, "test", plain=truth + 6e-4).ok
+    assert not compare.against_truth("x", truth + 1e-3, truth, 1e-4, 4.0, "test", plain=truth + 4e-4).ok
+    assert compare.against_truth("x", truth + 3e-4, truth, 1e-4, 4.0, "test").ok
+    assert not compare.against_truth("x", truth * 1e-9, truth * 0, 1e-4, 4.0, "test").ok
+    assert compare.against_truth("x", truth * 1e-9, truth * 0, 1e-4, 4.0, "test", scale=1.0).ok
+
+
+def test_numbers_that_are_not() -> None:
+    assert not compare.holds("x", math.nan, 1.0, "test").ok
+    assert not compare.reported("x", "rate", math.nan, "test").ok
+    assert not compare.reported("x", "rate", math.inf, "test").ok
+    assert not compare.equal("names", ["a", "b"], ["b", "a"]).ok
+
+
+def test_a_case_that_raises_or_compares_nothing_fails() -> None:
+    def broken(context: Context) -> list[Verdict]:
+        raise RuntimeError("two\nlines")
+
+    row = run_case(Case("g", "broken", "ref", broken), Context())
+    assert not row.ok and row.failure == "RuntimeError: two lines"
+    assert not run_case(Case("g", "empty", "ref", lambda context: []), Context()).ok
+    assert not Report("ref", "cpu", "float32").ok
+
+
+def test_report_names_the_worst_and_is_json() -> None:
+    good, bad = compare.exact("a", X, X), compare.exact("b", changed(X, np.nan), X)
+    report = Report("ref", "cpu", "float32", [Row("g", "fine", 0.1, (good,)), Row("g", "bad", 0.1, (good, bad))])
+    assert [line[1] for line in report_rows(report)] == ["ok", "FAIL"] and not report.ok
+    assert report_rows(report)[1][5] == "b [2, 3]"
+    found = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    assert found["cases"] == {"g": 2} and found["rows"][1]["verdicts"][1]["error"] == "nan"
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"backend": "jax"}, "'jax'"),
+        ({"dtype": "float16"}, "'float16'"),
+        ({"backend": "ref", "dtype": "bfloat16"}, "'bfloat16'"),
+        ({"only": "no-such-case"}, "'no-such-case'"),
+        ({"device": "tpu"}, "'tpu'"),
+        ({"backend": "ref", "device": "cuda"}, "'cuda'"),
+    ],
+)
+def test_runner_refuses(asked: dict[str, str], named: str) -> None:
+    with pytest.raises(SpecError, match=named):
+        run(**asked)
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+
+
+def model_with(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Plant:
+    """torch's models get changed parameters, the reference's do not."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        def built(spec: object, params: dict, **where: str) -> backend.Model:
+            return sound(spec, {**params, **change(params)}, **where)
+
+        sound = backend.Model
+        patch.setattr(backend, "Model", built)
+
+    return plant
+
+
+def changing(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Plant:
+    return model_with(lambda params: {key: change(params[key])})
+
+
+def replaced(owner: object, name: str, make: Callable) -> Plant:
+    """`owner.name` becomes make(what it was)."""
+    return lambda patch: patch.setattr(owner, name, make(getattr(owner, name)))
+
+
+def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x, approximate="tanh")
+
+    patch.setattr(qtx_torch.ops, "gelu", gelu)
+    patch.setitem(qtx_torch.numerics.ACTIVATIONS, "gelu", gelu)
+
+
+def unclamped_zero_point(sound: Callable) -> Callable:
+    def learned(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: object) -> torch.Tensor:
+        wide = replace(spec, bits=16)  # its clamp lets more zero points through
+        s, z = scale.abs(), zero_point.round().clamp(wide.code_min - 9, wide.code_max)
+        y, _ = qtx_torch.quant.affine.fake_quantize(x, s, z, spec)
+        good = sound(x, scale, zero_point, spec)
+        return good + (y - good).detach()
+
+    return learned
+
+
+def reciprocal(sound: Callable) -> Callable:
+    return lambda x, scale, zero_point, *rest: (x.float() * (1 / scale)).round_().add_(zero_point)
+
+
+def zero_point_first(sound: Callable) -> Callable:
+    return lambda x, scale, zero_point, *rest: (x.float() / scale).add_(zero_point).round_()
+
+
+def half_away(sound: Callable) -> Callable:
+    def rounded(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, *rest: object) -> torch.Tensor:
+        return ((x.float() / scale).abs() + 0.5).floor_().copysign_(x.float()).add_(zero_point)
+
+    return rounded
+
+
+def pass_everything(sound: Callable) -> Callable:
+    return lambda x, *given: x + (sound(x, *given) - x).detach()
+
+
+def scaled_loss(sound: Callable) -> Callable:
+    return lambda logits, targets: sound(logits, targets) * (targets >= 0).sum() / targets.numel()
+
+
+def wrong_slope(x: object) -> object:
+    y = 1 / (1 + np.exp(-x.value))
+    return node(y, (x, lambda g: g * y))
+
+
+def ref_tanh_gelu(x: object) -> object:
+    inner = math.sqrt(2 / math.pi) * (x.value + 0.044715 * x.value**3)
+    return node(0.5 * x.value * (1 + np.tanh(inner)), (x, lambda g: g))
+
+
+GATE, QUERY = "layer.0.attn.gate_logit.weight", "layer.0.attn.query.weight"
+FAULTS: dict[str, tuple[str, str, Plant]] = {
+    "decay on biases": ("torch", "optim/adamw", replaced(qtx_torch.optim, "decays", lambda d: lambda *a: True)),
+    "decay on biases, in training": (
+        "torch",
+        "steps/vit-tiny_vanilla",
+        replaced(qtx_torch.optim, "decays", lambda d: lambda *a: True),
+    ),
+    "tanh GELU": ("torch", "ops/gelu", tanh_gelu),
+    "tanh GELU in a model": ("torch", "models/bert_plain", tanh_gelu),
+    "tanh GELU in a quantized model": ("torch", "fakequant/bert_gate_mlp_w8a8_forced", tanh_gelu),
+    "a zero point beyond the codes": (
+        "torch",
+        "quant/learned",
+        replaced(qtx_torch.numerics, "learned_quantize", unclamped_zero_point),
+    ),
+    "codes that are not clamped": (
+        "torch",
+        "quant/ties",
+        replaced(
+            qtx_torch.quant.affine,
+            "quantize",
+            lambda q: lambda x, s, z, spec: qtx_torch.quant.affine.rounded(x, s, z).int(),
+        ),
+    ),
+    "codes off by one": (
+        "torch",
+        "quant/normal_tensor",
+        replaced(qtx_torch.quant.affine, "quantize", lambda q: lambda x, s, z, spec: q(x, s, z, spec) + 1),
+    ),
+    "times the reciprocal": ("torch", "quant/ties", replaced(qtx_torch.quant.affine, "rounded", reciprocal)),
+    "zero point before rounding": (
+        "torch",
+        "quant/ties",
+        replaced(qtx_torch.quant.affine, "rounded", zero_point_first),
+    ),
+    "ties away from zero": ("torch", "quant/ties", replaced(qtx_torch.quant.affine, "rounded", half_away)),
+    "a gradient through clamped codes": (
+        "torch",
+        "fakequant/opt_plain_w4a8_forced",
+        replaced(qtx_torch.numerics, "fake_quantize", pass_everything),
+    ),
+    "a gradient through saturated floats": (
+        "torch",
+        "fakequant/opt_plain_blocks-e4m3_forced",
+        replaced(qtx_torch.numerics, "fake_quantize", pass_everything),
+    ),
+    "a group of other channels": (
+        "torch",
+        "quant/observer_running",
+        replaced(qtx_torch.quant.affine, "unite_groups", lambda u: lambda low, high, spec: (low, high)),
+    ),
+    "blocks shifted by one": (
+        "torch",
+        "fakequant/bert_gate_mlp_blocks-e2m1_forced",
+        replaced(qtx_torch.quant.formats, "mx_scale", lambda s: lambda x, *given: s(x.roll(1, -1), *given)),
+    ),
+    "padding in a range": (
+        "torch",
+        "fakequant/opt_plain_w8a8_forced",
+        replaced(qtx_torch.numerics.Float, "_where", lambda w: lambda self, y: None),
+    ),
+    "padding in a mean": (
+        "torch",
+        "models/bert_gate_head_conditional_float64",
+        replaced(qtx_torch.numerics.Float, "_where", lambda w: lambda self, y: None),
+    ),
+    "one transposed gate": ("torch", "models/opt_gate_elementwise", changing(GATE, np.transpose)),
+    "gates of two heads exchanged": ("torch", "models/vit_gate_linear", changing(GATE, lambda w: w[::-1].copy())),
+    "a transposed weight": ("torch", "models/bert_plain_float64", changing(QUERY, np.transpose)),
+    "a NaN in a weight": ("torch", "models/opt_clipped", changing(QUERY, lambda w: np.where(w == w.max(), np.nan, w))),
+    "scores that are not scaled": (
+        "torch",
+        "attention/clipped_causal",
+        replaced(qtx_torch.ops, "scores", lambda s: lambda q, k, factor: s(q, k, 1.0)),
+    ),
+    "a mask that sees one token ahead": (
+        "torch",
+        "attention/softmax1_causal",
+        replaced(qtx_torch.attention, "attention_mask", lambda m: lambda r, q, k, c: m(r, q, k, False)),
+    ),
+    "a loss over all tokens": ("torch", "models/bert_sink", replaced(qtx_torch.models, "cross_entropy", scaled_loss)),
+    "another Philox": ("torch", "random/philox", replaced(qtx_torch.random, "WEYL", lambda w: (w[1], w[0]))),
+    "another dropout": (
+        "torch",
+        "models/vit_plain_dropout",
+        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, site, n: b(seed, step + 1, site, n)),
+    ),
+    "a biased deviation": (
+        "torch",
+        "stats/statistics",
+        replaced(qtx_torch.stats, "kurtosis_published", lambda k: qtx_torch.stats.kurtosis),
+    ),
+    "the reference's tanh GELU": ("ref", "ops/gelu_value", replaced(qtx_ref.ops, "gelu", lambda g: ref_tanh_gelu)),
+    "the reference's wrong slope": (
+        "ref",
+        "ops/sigmoid_gradient",
+        replaced(qtx_ref.ops, "sigmoid", lambda s: wrong_slope),
+    ),
+    "the reference's decay on biases": (
+        "ref",
+        "optim/adamw",
+        replaced(qtx_ref.optim, "decays", lambda d: lambda *a: True),
+    ),
+    "the reference's one-sided percentile": (
+        "ref",
+        "quant/percentiles",
+        replaced(qtx_ref.quant.observers, "percentile", lambda p: lambda values, q: p(values, max(q, 50.0))),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend_name, case_id, plant = FAULTS[fault]
+    case = next(case for case in table(backend_name) if case.id == case_id)
+    plant(monkeypatch)
+    row = run_case(case, Context())
+    assert not row.ok and not row.failure and row.worst is not None and not row.worst.ok, row
+
+
+def test_checkpoint_names_the_first_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = small_models.build("bert_gate_mlp")
+    tanh_gelu(monkeypatch)
+    assert check_checkpoint(small.spec, small.params, [small.batch]).first == "layer.0.ffn.activation"
+    broken = {**small.params, "layer.1.attn.value.bias": small.params["layer.1.attn.value.bias"] * np.nan}
+    monkeypatch.undo()
+    assert check_checkpoint(small.spec, broken, [small.batch]).first == "layer.1.attn.value"

@@ -1,0 +1,401 @@
+"""Transforms and rewritten weights in whole models: in float nothing changes, files keep them, integers refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import linalg
+
+from parity_tests.subjects import small_models
+from parity_tests.tests.files.test_checkpoint import rewrite
+from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from qtx.files.container import CheckpointError
+from qtx.jobs.training import Machine
+from qtx.prepare import quantization
+from qtx.prepare import transforms as preparation
+from qtx.prepare.transforms import left_sites
+from qtx.recipes import named as recipes
+from qtx.recipes.named import resolve
+from qtx.recipes.sites import linears
+from qtx_ref.integer.lowering import lower
+from qtx_ref.quant import affine, rewriting
+from qtx_ref.quant.rounding_choice import row_errors
+from qtx_ref.spec import (
+    QTX,
+    FloatFormat,
+    FloatQuantSpec,
+    Gate,
+    Granularity,
+    InputTransform,
+    QuantSpec,
+    Recipe,
+    Rewrite,
+    Rule,
+    SpecError,
+    Transform,
+    TransformKind,
+    check_integer,
+    from_dict,
+    to_dict,
+)
+
+MODELS = ("bert_plain", "bert_gate_mlp", "opt_plain", "opt_gate_linear", "opt_post_norm_projected", "vit_clipped")
+FOLDED = ("layer.*.attn.query", "layer.*.attn.key", "layer.*.attn.value", "layer.*.ffn.hidden")
+MACHINES = [Machine("ref"), Machine("torch")]
+FLOAT32 = {"rtol": 2e-4, "atol": 2e-5}  # float32 through two layers of a model of width 16
+
+
+def smooth(*sites: str, strength: float = 0.5) -> Transform:
+    return Transform(sites or ("layer.*",), TransformKind.SMOOTH, "a test", strength)
+
+
+def hadamard(*sites: str, block: int | None = None) -> Transform:
+    return Transform(sites or ("layer.*",), TransformKind.HADAMARD, "a test", block=block)
+
+
+def weights(bits: int, *transforms: Transform, how: Rewrite | None = None, **reach: Any) -> Recipe:
+    """Weights of the layers' linears in codes of a scale per channel, the rest in float."""
+    quant = QuantSpec(bits, True, **({"granularity": Granularity.CHANNEL} | reach))
+    rules = Rule(("layer.*.weight",), quant, "a test"), Rule(("*norm.weight",), None, "a test")
+    return Recipe("mine", rules, batches=2, transforms=transforms, rewrite=how)
+
+
+@cache
+def batches_of(name: str) -> tuple[dict[str, np.ndarray], ...]:
+    spec = small_models.specs()[name]
+    return tuple(small_models.make_batch(spec, size) for size in (3, 4))
+
+
+def prepared(name: str, recipe: Recipe, machine: Machine, **given: Any) -> quantization.Prepared:
+    small = small_models.build(name)
+    return quantization.prepare(machine, small.spec, small.params, lambda n: batches_of(name)[:n], recipe, **given)
+
+
+# transforms ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.backend)
+@pytest.mark.parametrize("name", MODELS)
+def test_transforms_change_nothing_in_float(name: str, machine: Machine) -> None:
+    small = small_models.build(name)
+    plain = machine.model(small.spec, small.params).forward(small.batch)
+    mixed = smooth(strength=0.8), hadamard("layer.0.*"), hadamard("layer.1.ffn.output", block=4)
+    for transforms in ((smooth(),), (hadamard(),), mixed):
+        found = prepared(name, weights(8, *transforms), machine)
+        moved = [key for key, value in found.params.items() if (value != small.params[key]).any()]
+        assert {f"{site}.weight" for site in linears(small.spec) if site.startswith("layer.")} <= set(moved)
+        model = machine.model(small.spec, found.params)
+        model.bind({}, {}, transforms=found.transforms)
+        np.testing.assert_allclose(model.forward(small.batch), plain, **FLOAT32)
+        site = "layer.0.ffn.residual"  # a float pass of another kind has them too
+        record = model.record(small.batch, [site])[site][0]
+        want = machine.model(small.spec, small.params).record(small.batch, [site])[site][0]
+        np.testing.assert_allclose(record, want, **FLOAT32)
+        if found.transforms:  # and without them the weights are wrong
+            model.bind({}, {})
+            assert np.abs(model.forward(small.batch) - plain).max() > 0.01
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_norm_takes_in_the_divisor_where_it_feeds_nothing_else(name: str) -> None:
+    spec, found = small_models.specs()[name], prepared(name, weights(8, smooth(*FOLDED)), MACHINES[0])
+    hidden = {f"layer.{i}.ffn.hidden" for i in range(2)}
+    heads = {f"layer.{i}.attn.{part}" for i in range(2) for part in ("query", "key", "value")}
+    read = spec.attention.gate is Gate.LINEAR  # by the gate, which has no divisor
+    left = hidden | heads if not spec.pre_norm else heads if read else set()
+    assert set(found.transforms) == left == set(left_sites(weights(8, smooth(*FOLDED)), spec))
+    two = weights(8, smooth("*.query", "*.key"))  # the value would get a tensor that it does not expect
+    assert set(left_sites(two, spec)) == {site for site in heads if not site.endswith("value")}
+
+
+def test_smoothing_shares_the_range_between_input_and_weights() -> None:
+    """Strength 1/2: afterwards max|X_j| and max|W_j| are both sqrt(max|X_j| max|W_j|) (Xiao et al. 2023, section 4)."""
+    small = small_models.build("bert_plain")
+    names = [f"layer.0.attn.{part}" for part in ("query", "key", "value")]
+    x = np.abs(np.random.default_rng(0).standard_t(2, 16))
+    params, divisors = rewriting.smooth(small.spec, small.params, {n: x for n in names}, 0.5, names)
+    before = np.abs(np.concatenate([small.params[f"{n}.weight"] for n in names])).max(0)
+    after = np.abs(np.concatenate([params[f"{n}.weight"] for n in names])).max(0)
+    assert all(divisors[n] is divisors[names[0]] for n in names)
+    np.testing.assert_allclose(after, np.sqrt(x * before), rtol=1e-6)  # float32 weights
+    np.testing.assert_allclose(x / divisors[names[0]], np.sqrt(x * before), rtol=1e-6)
+    dead = np.where(np.arange(16) == 3, 0, x)
+    _, divisors = rewriting.smooth(small.spec, small.params, {n: dead for n in names}, 0.5, names)
+    assert divisors[names[0]][3] == 1
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (smooth("head.decoder"), "site head.decoder has no weight of its own"),
+        (hadamard("layer.0.ffn.output", block=16), "transform block 16 at layer.0.ffn.output, of width 24"),
+        (smooth("layer.9.*"), "transforms no linear of this model"),
+    ],
+)
+def test_what_cannot_be_transformed_is_refused(transform: Transform, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        prepared("bert_plain", weights(8, transform), MACHINES[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: QuantSpec(outliers=6.0), "use token"),
+        (lambda: QuantSpec(granularity=Granularity.TOKEN, dynamic=True, outliers=0), "above 0"),
+        (lambda: smooth(strength=1.5), "in \\[0, 1\\]"),
+        (lambda: replace(smooth(), strength=None), "in \\[0, 1\\]"),
+        (lambda: replace(smooth(), block=4), "belongs to hadamard"),
+        (lambda: hadamard(block=12), "power of two"),
+        (lambda: hadamard(block=1), "power of two"),
+        (lambda: replace(hadamard(), strength=0.5), "belongs to smooth"),
+    ],
+)
+def test_what_no_recipe_can_say(make: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        make()
+
+
+def test_recipes_travel_as_json_and_old_ones_still_do() -> None:
+    recipe = weights(4, smooth("a"), hadamard("b", block=8), smooth("b"), how=Rewrite.GPTQ)
+    assert from_dict(Recipe, to_dict(recipe)) == recipe
+    assert recipe.transform("b") == smooth("b") and recipe.transform("c") is None
+    old = to_dict(weights(4))
+    del old["transforms"], old["rewrite"]
+    assert from_dict(Recipe, old) == weights(4)
+
+
+# inputs of linears --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.backend)
+def test_moments_of_inputs_are_those_of_the_tensor_before(machine: Machine) -> None:
+    """In a post-norm model the tensor that query and hidden take in has a name of its own, and padding does not count."""
+    small = small_models.build("bert_plain")
+    model = machine.model(small.spec, small.params)
+    sources = {f"layer.0.attn.{part}": "embed.norm" for part in ("query", "value")}
+    sources["layer.1.ffn.hidden"] = "layer.1.attn.norm"
+    found = model.input_moments(small.batch, list(sources))
+    for site, source in sources.items():
+        x = model.record(small.batch, [source])[source][0].astype(np.float64)[small.batch["mask"]]
+        assert x.shape[0] < small.batch["mask"].size
+        want = {"count": len(x), "sum": x.sum(0), "absmax": np.abs(x).max(0), "gram": np.einsum("ni,nj->ij", x, x)}
+        for name, value in want.items():
+            np.testing.assert_allclose(found[site][name], value, rtol=1e-12, atol=1e-12, err_msg=name)
+            assert name == "count" or found[site][name].dtype == np.float64
+    assert list(model.input_moments(small.batch, ["layer.0.attn.query"], ("sum",))["layer.0.attn.query"]) == ["sum"]
+
+
+def test_ranges_are_those_of_the_transformed_input() -> None:
+    """Of x / s and x R, made here from the tensor before, in both backends; a transform does not linger."""
+    small = small_models.build("bert_plain")
+    site, source = "layer.0.ffn.hidden", "layer.0.attn.norm"
+    divisor = np.linspace(0.5, 2, 16, dtype=np.float32)
+    rotation = linalg.block_diag(*4 * [linalg.hadamard(4) / 2])
+    for machine in MACHINES:
+        model = machine.model(small.spec, small.params)
+        x = model.record(small.batch, [source])[source][0][small.batch["mask"]].astype(np.float64)
+        for how, want in (
+            (InputTransform(divisor, 0), x / divisor),
+            (InputTransform(None, 4), x @ rotation),
+            (None, x),
+        ):
+            transforms = {site: how} if how else None
+            found = model.calibrate([small.batch], {f"{site}.input": QuantSpec()}, transforms=transforms)[
+                f"{site}.input"
+            ]
+            np.testing.assert_allclose([found.low.item(), found.high.item()], [want.min(), want.max()], rtol=1e-5)
+
+
+# preparing ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.backend)
+def test_a_recipe_without_remedies_takes_the_steps_it_always_took(machine: Machine) -> None:
+    small, recipe = small_models.build("opt_plain"), weights(8)
+    recipe = replace(recipe, rules=(Rule(("*",), QuantSpec(), "a test"), *recipe.rules))
+    found = prepared("opt_plain", recipe, machine)
+    model = machine.model(small.spec, small.params)
+    want = model.calibrate(batches_of("opt_plain"), resolve(recipe, small.spec))
+    assert set(found.ranges) == set(want) and not found.transforms
+    for site, range in want.items():
+        for got, part in zip(found.ranges[site], range, strict=True):
+            np.testing.assert_array_equal(got, part)
+    assert all(
+        found.params[key] is not None and (found.params[key] == value).all() for key, value in small.params.items()
+    )
+    quantization.bind(model, recipe, want)
+    np.testing.assert_array_equal(
+        found.model(machine, small.spec, recipe).forward(small.batch), model.forward(small.batch)
+    )
+
+
+@pytest.mark.parametrize("how", [Rewrite.GPTQ, Rewrite.ADAROUND])
+@pytest.mark.parametrize("name", ["bert_gate_mlp", "opt_gate_linear"])
+def test_rewritten_weights_stand_on_the_grid_of_the_ranges_before(name: str, how: Rewrite) -> None:
+    """And every linear errs less on its inputs, those after its transform, than rounding to nearest does."""
+    plain, recipe = weights(3, hadamard("*.ffn.hidden")), weights(3, hadamard("*.ffn.hidden"), how=how)
+    before, after = (prepared(name, one, MACHINES[1]) for one in (plain, recipe))
+    given = prepared(name, recipe, MACHINES[1], ranges=before.ranges)
+    spec = small_models.specs()[name]
+    model = MACHINES[1].model(spec, before.params)
+    model.bind({}, {}, transforms=before.transforms)
+    sites = [site for site in linears(spec) if site.startswith("layer.")]
+    seen = [model.input_moments(batch, sites) for batch in batches_of(name)]
+    lower = 0
+    for site in sites:
+        key, quant = f"{site}.weight", resolve(recipe, spec)[f"{site}.weight"]
+        for got, want in zip(after.ranges[key], before.ranges[key], strict=True):
+            np.testing.assert_array_equal(got, want)
+        made, _ = affine.fake_quantize(after.params[key], after.ranges[key].scale, after.ranges[key].zero_point, quant)
+        np.testing.assert_array_equal(made, after.params[key])
+        np.testing.assert_array_equal(given.params[key], after.params[key])
+        nearest = rewriting.quantized(before.params[key], quant, before.ranges[key])
+        if made.ndim == 2:
+            gram = sum(moments[site]["gram"] for moments in seen)
+            errors = [row_errors(w - before.params[key].astype(np.float64), gram) for w in (made, nearest)]
+            assert (errors[0] <= errors[1]).all()
+            lower += errors[0].sum() < 0.95 * errors[1].sum()
+    assert lower > 8  # of 12
+    others = {key for key in before.params if key.removesuffix(".weight") not in sites}
+    assert all((before.params[key] == after.params[key]).all() for key in others)
+
+
+def test_the_gram_matrices_are_made_in_runs_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = weights(4, how=Rewrite.GPTQ)
+    whole = prepared("bert_plain", recipe, MACHINES[0])
+    monkeypatch.setattr(preparation, "GRAM_ELEMENTS", 600)
+    parts = prepared("bert_plain", recipe, MACHINES[0])
+    assert all((whole.params[key] == value).all() for key, value in parts.params.items())
+
+
+def test_bias_correction_takes_the_mean_error_away() -> None:
+    """Layer by layer, on the calibration inputs: E[Q(W) x + b'] = E[W x + b] (Nagel et al. 2019, section 4.2)."""
+    name, recipe = "opt_plain", weights(3, how=Rewrite.BIAS)
+    small, found = small_models.build(name), prepared(name, recipe, MACHINES[0])
+    model, quants = MACHINES[0].model(small.spec, small.params), resolve(recipe, small.spec)
+    site = "layer.1.ffn.hidden"
+    x = [model.record(batch, ["layer.1.ffn.norm"])["layer.1.ffn.norm"][0][batch["mask"]] for batch in batches_of(name)]
+    mean = np.concatenate(x).astype(np.float64).mean(0)
+    w, b = (small.params[f"{site}.{key}"].astype(np.float64) for key in ("weight", "bias"))
+    coarse = rewriting.quantized(
+        small.params[f"{site}.weight"], quants[f"{site}.weight"], found.ranges[f"{site}.weight"]
+    )
+    error = (coarse - w) @ mean
+    assert np.abs(error).max() > 0.01
+    np.testing.assert_allclose(coarse @ mean + found.params[f"{site}.bias"], w @ mean + b, atol=1e-6)  # float32 biases
+    assert (found.params[f"{site}.weight"] == small.params[f"{site}.weight"]).all()
+
+
+@pytest.mark.parametrize(
+    ("quant", "message"),
+    [
+        (QuantSpec(4, True, dynamic=True), "layer.0.attn.query.weight is dynamic"),
+        (FloatQuantSpec(FloatFormat.E4M3), "layer.0.attn.query.weight is a small float"),
+    ],
+)
+def test_what_has_no_grid_is_not_rounded_otherwise(quant: Any, message: str) -> None:
+    recipe = Recipe("mine", (Rule(("layer.*.weight",), quant, "a test"),), batches=1, rewrite=Rewrite.GPTQ)
+    with pytest.raises(SpecError, match=message):
+        prepared("bert_plain", recipe, MACHINES[0])
+    nothing = Recipe("mine", (Rule(("*.residual",), QuantSpec(), "a test"),), batches=1, rewrite=Rewrite.BIAS)
+    with pytest.raises(SpecError, match="quantizes no linear's weight"):
+        prepared("bert_plain", nothing, MACHINES[0])
+
+
+# files and integers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Any) -> Any:
+    """A post-norm model with divisors left at some inputs and rotations at others, in a file."""
+    small = small_models.build("bert_plain")
+    recipe = weights(4, smooth(*FOLDED), hadamard("*.ffn.output"))
+    found = prepared("bert_plain", recipe, MACHINES[0])
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, Checkpoint(small.spec, found.params, {}, recipe, found.ranges, {}, found.transforms))
+    return path, found, recipe
+
+
+def test_a_file_keeps_transforms(saved: Any) -> None:
+    path, found, recipe = saved
+    again, small = load_checkpoint(path), small_models.build("bert_plain")
+    assert set(again.transforms) == set(found.transforms) and not again.extra
+    assert again.transforms["layer.0.ffn.output"].block == 8  # 24 = 8 * 3
+    model = MACHINES[0].model(small.spec, again.params)
+    quantization.bind(model, again.recipe, again.ranges, again.transforms)
+    want = found.model(MACHINES[0], small.spec, recipe).forward(small.batch)
+    np.testing.assert_array_equal(model.forward(small.batch), want)
+
+
+NAME = "transform.layer.0.ffn.hidden.divisor"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, header: tensors.pop(NAME), "do not belong together"),
+        (lambda tensors, header: tensors.update({NAME: tensors[NAME][:3]}), "must be 16 positive numbers"),
+        (lambda tensors, header: tensors.update({NAME: -tensors[NAME]}), "must be 16 positive numbers"),
+        (lambda tensors, header: tensors.update({NAME.replace("hidden", "output"): tensors[NAME]}), "not belong"),
+        (lambda tensors, header: header["recipe"].update(transforms=[]), "do not belong together"),
+        (lambda tensors, header: header["recipe"]["transforms"][1].update(block=16), "block 16 at layer.0.ffn.output"),
+    ],
+)
+def test_a_file_whose_transforms_are_wrong_is_refused(saved: Any, change: Any, message: str) -> None:
+    path, _, _ = saved
+    rewrite(path, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+def test_integers_refuse_what_is_left_in_float() -> None:
+    spec = small_models.specs()["bert_plain"]
+    recipe = weights(8, smooth(*FOLDED))
+    with pytest.raises(SpecError, match="site layer.0.attn.query cannot run in integers: a transform of its input"):
+        check_integer(resolve(recipe, spec), QTX, transforms=left_sites(recipe, spec))
+    rows = QuantSpec(granularity=Granularity.TOKEN, dynamic=True, outliers=6.0)
+    with pytest.raises(SpecError, match="site embed.norm cannot run in integers: its outlier channels"):
+        check_integer({"embed.norm": rows}, QTX)
+
+
+def test_integers_have_the_codes_that_were_chosen() -> None:
+    """Folded smoothing and GPTQ go into an integer model: its weight codes are those of the rewritten weights."""
+    spec = small_models.specs()["opt_plain"]
+    recipe = replace(recipes.recipe("w4a8", spec), batches=2, transforms=(smooth(*FOLDED),), rewrite=Rewrite.GPTQ)
+    found, quants = prepared("opt_plain", recipe, MACHINES[0]), resolve(recipe, spec)
+    assert not found.transforms
+    constants = lower(spec, found.params, quants, found.ranges)
+    for site in ("layer.0.attn.query", "layer.1.ffn.hidden"):
+        key = f"{site}.weight"
+        np.testing.assert_array_equal(constants[key] * constants[f"{key}.scale"], found.params[key])
+
+
+def test_outlier_channels_would_see_the_future() -> None:
+    spec = small_models.specs()["opt_plain"]
+    rows = QuantSpec(granularity=Granularity.TOKEN, dynamic=True, outliers=6.0)
+    for machine in MACHINES:
+        model = machine.model(spec, small_models.build("opt_plain").params)
+        model.bind({"layer.0.attn.query.input": replace(rows, outliers=None)}, {})
+        model.generate(np.zeros((1, 2), np.int64), 1, lambda logits: logits.argmax(-1))
+        model.bind({"layer.0.attn.query.input": rows}, {})
+        with pytest.raises(SpecError, match="see the future"):
+            model.generate(np.zeros((1, 2), np.int64), 1, lambda logits: logits.argmax(-1))
+
+
+def test_percentiles_without_a_sort_are_those_of_a_sort(call: Any) -> None:
+    """Of long rows with ties, at both tails, and of rows of one and two values."""
+    rng = np.random.default_rng(0)
+    short = rng.normal(size=(2, 1)), rng.normal(size=(2, 2))
+    for rows in (rng.standard_t(2, (3, 100_003)), rng.integers(-3, 4, (2, 5000)), *short):
+        values = rows.astype(np.float32)
+        for q in (0.001, 0.1, 30.0, 50.0, 99.999, 100.0):
+            ordered = np.sort(values, axis=-1).astype(np.float64)
+            position = (ordered.shape[-1] - 1) * (q / 100)
+            below = int(position)
+            a, b = ordered[:, below], ordered[:, min(below + 1, ordered.shape[-1] - 1)]
+            want = (a + (b - a) * (position - below))[:, None].astype(np.float32)
+            np.testing.assert_array_equal(call("quant.observers.percentile", values, q), want)

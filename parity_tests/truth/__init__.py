@@ -1,0 +1,1 @@
+"""Cases that hold the reference to outside truth; they need no torch."""

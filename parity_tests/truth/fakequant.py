@@ -1,0 +1,73 @@
+"""The reference's whole models under fake quantization against the definition of a quantizer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from parity_tests.proof.case import Case, Context
+from parity_tests.proof.verdict import Verdict, equal, exact, holds, relative
+from parity_tests.subjects import small_models
+from qtx_ref import models
+from qtx_ref.backend import Model
+from qtx_ref.numerics import FakeQuant
+from qtx_ref.spec import QuantSpec
+from qtx_ref.tape import Var, const
+
+MODELS = ("bert_gate_mlp", "opt_post_norm_projected", "vit_clipped")
+
+
+class Watch(FakeQuant):
+    """Keeps what enters and leaves each quantizer."""
+
+    def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        y = super().apply(site, x, where)
+        self.pairs = {**getattr(self, "pairs", {}), site: (x.value, y.value)}
+        return y
+
+
+def every_site(model: Model, batch: dict[str, np.ndarray], bits: int) -> dict[str, QuantSpec]:
+    """Every named tensor asymmetric, every matrix and table symmetric, one range each."""
+    weights = [name for name in model.weights if name.endswith(".weight") and "norm" not in name and "cls" not in name]
+    return {site: QuantSpec(bits, symmetric=site in weights) for site in [*model.record(batch), *weights]}
+
+
+def nearest(context: Context) -> list[Verdict]:
+    """Each 4-bit site passes on the value of a code, and of all codes one of the nearest."""
+    verdicts = []
+    for name in MODELS:
+        small = small_models.build(name)
+        model = Model(small.spec, small.params)
+        quants = every_site(model, small.batch, 4)
+        ranges = model.calibrate([small.batch], quants)
+        nx = Watch(quants, ranges)
+        models.forward(nx, {key: const(value) for key, value in model.weights.items()}, small.spec, small.batch)
+        verdicts.append(equal(f"{name}: sites seen", sorted(nx.pairs), sorted(quants)))
+        for site, (x, y) in nx.pairs.items():
+            codes = np.arange(-8, 8) if quants[site].symmetric else np.arange(16)
+            grid = (ranges[site].scale * (codes - ranges[site].zero_point).astype(np.float32)).ravel()
+            verdicts.append(exact(f"{name}: {site} is on the grid", np.isin(y, grid), np.ones(y.shape, bool)))
+            beyond = np.abs(x - y) - np.abs(x[..., None] - grid).min(-1)
+            reason = "distance beyond the nearest: at a tie, the rounding of x / scale and of both differences"
+            verdicts.append(holds(f"{name}: {site}", float(beyond.max()), 1e-6 * float(np.abs(x).max()), reason))
+    return verdicts
+
+
+def sixteen_bits(context: Context) -> list[Verdict]:
+    """Quantizers on every site at 16 bits hardly change the loss; without quantizers nothing changes."""
+    verdicts = []
+    for name in MODELS:
+        small = small_models.build(name)
+        model = Model(small.spec, small.params)
+        plain, _, _ = model.evaluate(small.batch)
+        quants = every_site(model, small.batch, 16)
+        model.bind(quants, model.calibrate([small.batch], quants))
+        reason = "steps of 2^-16 of each range through two layers"
+        verdicts.append(relative(f"{name}: loss at 16 bits", model.evaluate(small.batch)[0], plain, 1e-3, reason))
+        verdicts.append(equal(f"{name}: it is quantized", model.evaluate(small.batch)[0] != plain, True))
+        model.bind({}, {})
+        verdicts.append(exact(f"{name}: loss without quantizers", model.evaluate(small.batch)[0], plain))
+    return verdicts
+
+
+def cases() -> list[Case]:
+    return [Case("fakequant", run.__name__, "ref", run) for run in (nearest, sixteen_bits)]

@@ -1,0 +1,78 @@
+"""`qtx import` and `qtx export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qtx_ref.spec import SpecError
+
+from ..files.checkpoint import load_checkpoint, save_checkpoint
+from ..files.container import CheckpointError, check_writable
+from ..hub import APART, import_model
+from ..hub.export import export_model
+from ..hub.files import FLOATS
+from ..report.tables import table
+from .options import CHECKPOINT, JSON, say, write_json
+
+
+@click.command(name="import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The .safetensors to write.")
+@JSON
+def import_command(folder, out, json_path):
+    """Make a checkpoint of a Hugging Face model.
+
+    FOLDER holds config.json, model.safetensors (or shards and their index) and, for text, tokenizer.json: a BERT, OPT or
+    ViT, with or without its head.
+    """
+    if json_path not in (None, "-") and Path(json_path).resolve().parent == folder.resolve():
+        raise CheckpointError(f"--json {json_path} is in the folder that is read: choose another")
+    if out.suffix != ".safetensors":
+        raise SpecError(f"--out {out}: give a name ending in .safetensors")
+    if out.exists():
+        raise CheckpointError(f"{out} exists: choose another --out")
+    check_writable(out)
+    made = import_model(folder)
+    save_checkpoint(out, made)
+    spec, hub = made.spec, made.meta["hub"]
+    result = {
+        "checkpoint": str(out),
+        "family": str(spec.family),
+        "head": str(spec.head),
+        "layers": spec.layers,
+        "width": spec.width,
+        "heads": spec.heads,
+        "parameters": sum(value.size for value in made.params.values()),
+        "dtype": sorted({FLOATS[hub["dtypes"][name]] for name in hub["names"].values()}),
+        "tokenizer": "tokenizer" in made.meta,
+        "tied": sorted(hub["tied"]),
+        "apart": sorted(name.removeprefix(APART) for name in made.extra),
+    }
+    shown = {**result, "parameters": f"{result['parameters']:,}", "tokenizer": "yes" if result["tokenizer"] else "none"}
+    rows = [
+        [key, ", ".join(value) or "none" if isinstance(value, list) else str(value)] for key, value in shown.items()
+    ]
+    say(table(["", str(folder)], rows[1:]) + f"\n{out}: see qtx analyze {out}", json_path)
+    write_json(json_path, result)
+
+
+@click.command()
+@CHECKPOINT
+@click.option("--format", "form", default="hf", show_default=True, help="hf: the folder that transformers loads.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write, new or empty.")
+@JSON
+def export(checkpoint, form, out, json_path):
+    """Write a checkpoint for another library.
+
+    A model that was imported and has its structure still gets the same names, dtypes and configuration again; another one
+    the names of today's transformers.
+    """
+    if form != "hf":
+        raise SpecError(f"--format {form}: only hf, a folder that transformers loads, is known")
+    written = export_model(checkpoint, load_checkpoint(checkpoint), out)
+    kind = "as it was imported" if written.as_imported else "under the names of transformers"
+    say(f"{out}: {', '.join(written.files)}; {', '.join(written.dtypes)}, {kind}", json_path)
+    result = {"folder": str(out), "files": written.files, "dtype": written.dtypes, "as_imported": written.as_imported}
+    write_json(json_path, result)

@@ -1,0 +1,1 @@
+"""What runs a model: the backends by name, the machine, engines from outside."""

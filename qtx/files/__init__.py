@@ -1,0 +1,1 @@
+"""The files that qtx writes and reads: checkpoints, artifacts, vectors."""

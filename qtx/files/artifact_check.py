@@ -1,0 +1,134 @@
+"""Which constants the artifact of a model must hold, and what each may be: whatever a file says, `lower` says first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from math import prod
+
+import numpy as np
+
+from qtx_ref.backend import Model
+from qtx_ref.integer.lowering import lower
+from qtx_ref.models.initial import shapes
+from qtx_ref.quant.affine import scale_zero
+from qtx_ref.random import stream
+from qtx_ref.spec import (
+    ModelSpec,
+    Nonlinear,
+    Profile,
+    QuantSpec,
+    Range,
+    Recipe,
+    SpecError,
+)
+
+from ..recipes.named import resolve
+from ..recipes.sites import narrowed, shortened
+
+Constants = Mapping[str, np.ndarray]
+SPREADS = (1.0, 4.0, 0.1)  # of the small model's parameters: few bits refuse what is large, many what is small
+NOT_NEGATIVE = ("multiplier", "input_multiplier", "eps", "zeta", "sink_factor")
+
+
+def check_size(spec: ModelSpec, constants: Constants) -> None:
+    """Raises ValueError naming the first parameter that is missing or of another shape, before anything as large as the
+    spec says is made. The last axis may be packed, two codes to a byte."""
+    layers = len({name.split(".")[1] for name in constants if name.startswith("layer.") and name.count(".") > 1})
+    if layers != spec.layers:
+        raise ValueError(f"it has the constants of {layers} layers; its model has {spec.layers}")
+    for name, shape in shapes(spec).items():
+        if name not in constants:
+            raise ValueError(f"constant {name} is missing")
+        found = constants[name].shape
+        if found != shape and found != (*shape[:-1], -(-shape[-1] // 2)):
+            raise ValueError(f"constant {name} has shape {found}; this model's is {shape}")
+
+
+def check_constants(
+    spec: ModelSpec, recipe: Recipe, profile: Profile, nonlinear: Nonlinear, constants: Constants
+) -> None:
+    """Raises ValueError naming the first constant that is missing, unknown, or of another dtype, shape or range than this
+    model's can have."""
+    expected, axes = pattern(spec, recipe, profile, nonlinear)
+    quants, parameters = resolve(recipe, spec), shapes(spec)
+    for name, (dtype, shape) in expected.items():
+        if name not in constants:
+            raise ValueError(f"constant {name} is missing")
+        value = constants[name]
+        wide = name.endswith(".bias") and {value.dtype, dtype} == {np.dtype(np.int32), np.dtype(np.int64)}
+        if value.dtype != dtype and not wide:  # a bias is int64 where int32 does not hold it
+            raise ValueError(f"constant {name} is {value.dtype}; this model's is {dtype}")
+        if name in parameters:
+            fits = value.shape == parameters[name]
+        elif name.endswith(".probs.table"):  # as long as its scores' scale is small
+            fits = value.ndim == 1 and value.size > 0
+        else:
+            fits = value.ndim == 0 or (  # one number stands for a single channel
+                value.ndim == len(shape)
+                and all(now == was or now in axes.get(was, ()) for now, was in zip(value.shape, shape, strict=True))
+            )
+        if not fits:
+            raise ValueError(f"constant {name} has shape {value.shape}, which is none of this model's")
+        check_values(name, value, quants, constants)
+    for name in constants:
+        if name not in expected:
+            raise ValueError(f"constant {name} is unknown: this model has none of that name")
+
+
+def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], constants: Constants) -> None:
+    """Raises ValueError where floats are not finite, scales not positive, multipliers and other factors negative, or codes
+    and zero points not among their quantizer's."""
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise ValueError(f"constant {name} holds NaN or infinity")
+    site, _, kind = name.rpartition(".")
+    if kind == "scale" and not (value > 0).all():
+        raise ValueError(f"constant {name} is not positive")
+    if (kind in NOT_NEGATIVE or name.endswith(".probs.table")) and not (value >= 0).all():
+        raise ValueError(f"constant {name} is negative")
+    quant = quants.get(name)  # of a weight
+    if quant is None and (kind == "zero_point" or (kind == "table" and not site.endswith(".probs"))):
+        quant = quants.get(site)
+    if quant is None and f"{name}.zero_point" in constants:  # a parameter in the codes of a site's tensor
+        quant = quants.get(site)
+    if quant is not None and not quant.code_min <= value.min() <= value.max() <= quant.code_max:
+        raise ValueError(f"constant {name} holds what is no code from {quant.code_min} to {quant.code_max}")
+
+
+@cache
+def pattern(
+    spec: ModelSpec, recipe: Recipe, profile: Profile, nonlinear: Nonlinear
+) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...]]], dict[int, set[int]]]:
+    """Dtype and shape of every constant of a small model of the same structure, lowered; and what the lengths of its axes
+    may be in this one."""
+    small, batch = shortened(narrowed(spec, 8))  # so that no axis but a single head's has length 1
+    quants = resolve(recipe, spec)
+    for spread in SPREADS:
+        params = {name: value(name, shape, spread) for name, shape in shapes(small).items()}
+        found = Model(small, params).calibrate([batch], quants)
+        ranges = {site: reaching_one(one, quants[site]) for site, one in found.items()}
+        try:
+            constants = lower(small, params, quants, ranges, profile, nonlinear)
+            break
+        except SpecError:  # of these values, or of any?
+            if spread == SPREADS[-1]:
+                raise
+    axes: dict[int, set[int]] = {small.head_width: {spec.head_width}}
+    for was, now in zip(shapes(small).values(), shapes(spec).values(), strict=True):
+        for short, long in zip((*was, prod(was[:-1])), (*now, prod(now[:-1])), strict=True):  # axes, and all channels
+            axes.setdefault(short, set()).add(long)
+    return {name: (value.dtype, value.shape) for name, value in constants.items()}, axes
+
+
+def reaching_one(found: Range, quant: QuantSpec) -> Range:
+    """A range that holds 1, so that its scale is not too fine for anything."""
+    high = np.maximum(found.high, 1).astype(found.high.dtype)
+    return Range(found.low, high, *scale_zero(found.low, high, quant))
+
+
+def value(name: str, shape: tuple[int, ...], spread: float) -> np.ndarray:
+    """A parameter of the small model."""
+    if name.endswith(".sink"):
+        return np.zeros(shape, np.float32)
+    middle = 1 if name.endswith("norm.weight") else 0
+    return stream(0, "pattern", name).normal(middle, spread, shape).astype(np.float32)

@@ -1,0 +1,244 @@
+"""The main job: train the same model with several attentions under equal conditions, quantize each, compare.
+
+The table is that of Bondarenko et al. 2023: float perplexity (or accuracy), max inf norm, average kurtosis, quantized
+perplexity, and the degradation.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qtx_ref.presets import attention, preset
+from qtx_ref.spec import ModelSpec, SpecError, from_dict, to_dict
+
+from ..data import load, unigram_perplexity
+from ..engines.backend import MissingExtra, backend
+from ..files.checkpoint import Checkpoint, load_checkpoint
+from ..files.container import CheckpointError, check_writable, write_beside
+from ..prepare.quantization import (
+    BATCH,
+    as_json,
+    bind,
+    calibration,
+    evaluate,
+    metric,
+    outliers,
+    prepare,
+)
+from ..recipes.named import recipe, training_recipe
+from ..report.plots import curves
+from ..report.tables import number, spread, table
+from .training import (
+    History,
+    Machine,
+    TrainSpec,
+    default_optim,
+    difference,
+    train,
+    widened,
+)
+
+OUTLIER_BATCHES = 16  # evaluation batches behind inf norm and kurtosis
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """Everything that a study's numbers depend on."""
+
+    model: str = "opt-tiny"
+    data: str | None = None  # None: the bundled books, or digits for images
+    tokenizer: str | None = None
+    vocab: int | None = None  # of a tokenizer trained here
+    steps: int = 350
+    batch: int = 16
+    lr: float | None = None  # None: the preset's
+    attention: tuple[str, ...] = ("vanilla", "clipped", "gated")
+    recipes: tuple[str, ...] = ("w8a8",)
+    train_quant: str | None = None
+    watch_integer: int | None = None  # steps between runs of the current model in integers
+    seeds: tuple[int, ...] = (0,)
+    machine: Machine = Machine()
+
+
+def run_name(kind: str, train_quant: str | None) -> str:
+    return f"{kind}-FQ" if train_quant else kind
+
+
+class Study:
+    """A study in a folder: `study.json`, one checkpoint per run in `<run>-seed<N>/`, `curves.png`."""
+
+    def __init__(self, spec: StudySpec, out: Path, *, resume: bool) -> None:
+        """Checks everything before any training.
+
+        Raises:
+            SpecError, DataError: a name or number that does not exist.
+            CheckpointError: `out` holds a study, and `resume` is not set or it is another one.
+        """
+        self.spec, self.out, self.resume = spec, out, resume
+        for name, given in (("--attention", spec.attention), ("--bits", spec.recipes)):
+            if not given or len(set(given)) < len(given):
+                raise SpecError(f"{name} is {','.join(given)!r}: name at least one, each once")
+        base = preset(spec.model)
+        self.models = {kind: replace(base, attention=attention(kind)) for kind in spec.attention}
+        for model in self.models.values():
+            for name in spec.recipes:
+                recipe(name, model)
+            if spec.train_quant:
+                training_recipe(spec.train_quant, model)
+        self.optim = default_optim(base, spec.steps, spec.lr)
+        self.data = load(spec.data, base, tokenizer=Path(spec.tokenizer) if spec.tokenizer else None, vocab=spec.vocab)
+        self.models = {kind: widened(model, self.data) for kind, model in self.models.items()}
+        self.conditions = {"data": self.data.describe(), "threads": backend(spec.machine.backend).threads()}
+        first = self.models[spec.attention[0]]
+        self.unigram = None if base.classes else unigram_perplexity(self.data, first, 0, BATCH)
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.path = out / "study.json"
+        if self.path.exists():
+            self.runs = self._known()
+        elif out.is_dir() and any(out.iterdir()) and not resume:
+            raise CheckpointError(f"{out} is not empty: go on with --resume, or choose another --out")
+        check_writable(self.path)
+
+    def run(self) -> None:
+        """Trains and evaluates every run that is not finished. `study.json` is written after each."""
+        for seed in self.spec.seeds:
+            for quant in [None] + ([self.spec.train_quant] if self.spec.train_quant else []):
+                for kind, model in self.models.items():
+                    name = f"{run_name(kind, quant)}-seed{seed}"
+                    if name not in self.runs:
+                        self.runs[name] = self._one(name, kind, model, seed, quant)
+                        self.save()
+        self.save()
+        self.written = ["study.json", "a checkpoint per run"]
+        try:
+            curves(self.out / "curves.png", {name: self._history(name) for name in self.runs})
+            self.written.append("curves.png")
+        except MissingExtra as error:
+            print(f"no picture: {error}", file=sys.stderr)
+
+    def save(self) -> None:
+        result = {"spec": to_dict(self.spec), **self.conditions, "unigram_perplexity": self.unigram, "runs": self.runs}
+        write_beside(self.path, json.dumps(result, indent=1, allow_nan=False).encode())
+
+    def table(self) -> str:
+        """The table; several seeds give mean and sample standard deviation."""
+        kind = metric(self.models[self.spec.attention[0]])
+        unit = "acc %" if kind == "accuracy" else "ppl"
+        header = ["attention", f"FP {unit}", "max inf norm", "avg kurtosis"]
+        if self.spec.train_quant:
+            header.append(f"as trained {unit}")
+        for name in self.spec.recipes:
+            header += [f"{name.upper() if name.startswith('w') else name} {unit}", "degradation"]
+        rows = []
+        for quant in [None] + ([self.spec.train_quant] if self.spec.train_quant else []):
+            for attention_name in self.spec.attention:
+                name = run_name(attention_name, quant)
+                found = [self.runs[f"{name}-seed{seed}"] for seed in self.spec.seeds]
+                lost = sum(run["diverged"] for run in found)
+                label = name + (f" (diverged{f' {lost} of {len(found)}' if len(found) > 1 else ''})" if lost else "")
+                rows.append([label, *self._cells(found, kind)])
+        lines = [table(header, rows)]
+        if self.unigram is not None:
+            lines.append(f"unigram model on the same targets: perplexity {number(self.unigram)}")
+        return "\n".join(lines)
+
+    def _cells(self, found: Sequence[dict[str, Any]], kind: str) -> list[str]:
+        def values(*keys: str) -> list[float | None]:
+            collected = []
+            for run in found:
+                value: Any = run
+                for key in keys:
+                    value = None if value is None else value.get(key)
+                collected.append(value)
+            return collected
+
+        float_scores = values("float", kind)
+        cells = [spread(float_scores), spread(values("outliers", "max_inf_norm"), 2)]
+        cells.append(spread(values("outliers", "average_kurtosis"), 2))
+        if self.spec.train_quant:
+            cells.append(spread(values("trained", kind)))
+        for name in self.spec.recipes:
+            scores = values("recipes", name, kind)
+            cells.append(spread(scores))
+            pairs = zip(float_scores, scores, strict=True)
+            cells.append(spread([None if None in pair else degradation(kind, *pair) for pair in pairs], 2))
+            cells[-1] += "" if cells[-1] == "-" else " pt" if kind == "accuracy" else " %"
+        return cells
+
+    def _one(self, name: str, kind: str, model: ModelSpec, seed: int, quant: str | None) -> dict[str, Any]:
+        machine = self.spec.machine
+        path = self.out / name / "model.safetensors"
+        run = TrainSpec(model, self.optim, self.spec.batch, seed, quant, self.spec.watch_integer)
+        checkpoint = train(run, self.data, path, machine, resume=self.resume or path.exists(), label=name)
+        result: dict[str, Any] = {
+            "attention": kind,
+            "train_quant": quant,
+            "seed": seed,
+            "checkpoint": str(path.relative_to(self.out)),
+            "diverged": checkpoint.meta["diverged"],
+            "float": None,
+            "outliers": None,
+            "trained": None,
+            "recipes": {},
+            "watch": History.of(checkpoint.extra).watched(),
+        }
+        if "diverged_at" not in checkpoint.meta:
+            self._measure(result, checkpoint, f"{name} evaluate")
+        return result
+
+    def _measure(self, result: dict[str, Any], checkpoint: Checkpoint, label: str) -> None:
+        model = self.spec.machine.model(checkpoint.spec, checkpoint.params)
+        total = sum(1 for _ in self._evaluation(checkpoint.spec))
+        result["float"] = as_json(evaluate(model, self._evaluation(checkpoint.spec), label, total))
+        result["outliers"] = as_json(outliers(model, self._evaluation(checkpoint.spec, OUTLIER_BATCHES)))
+        if result["train_quant"]:
+            bind(model, checkpoint.recipe, checkpoint.ranges)
+            trained = evaluate(model, self._evaluation(checkpoint.spec), f"{label} as trained", total)
+            result["trained"] = as_json(trained)
+        for name in self.spec.recipes:
+            chosen = recipe(name, checkpoint.spec)
+            batches = calibration(self.data, checkpoint.spec, result["seed"])
+            try:
+                prepared = prepare(self.spec.machine, checkpoint.spec, checkpoint.params, batches, chosen)
+            except SpecError as error:  # a model near divergence must not stop the others
+                print(f"{label}: {error}", file=sys.stderr)
+                continue
+            model = prepared.model(self.spec.machine, checkpoint.spec, chosen)
+            quantized = evaluate(model, self._evaluation(checkpoint.spec), f"{label} {name}", total)
+            result["recipes"][name] = as_json(quantized)
+
+    def _evaluation(self, model: ModelSpec, limit: int | None = None):
+        return self.data.split_batches("evaluation", model, BATCH, 0, limit=limit)
+
+    def _history(self, name: str) -> History:
+        return History.of(load_checkpoint(self.out / self.runs[name]["checkpoint"]).extra)
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        if not self.resume:
+            raise CheckpointError(f"{self.path} exists: go on with --resume, or choose another --out")
+        try:
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+            was = from_dict(StudySpec, known["spec"])
+            runs = known["runs"]
+        except (ValueError, KeyError, TypeError, SpecError) as error:
+            raise CheckpointError(
+                f"{self.path} is not a study that qtx wrote ({error}); choose another --out"
+            ) from None
+        if was != self.spec:
+            raise CheckpointError(
+                f"{self.path} is another study: {difference('study', to_dict(was), to_dict(self.spec))}"
+            )
+        for key, value in self.conditions.items():
+            if known.get(key) != value:
+                raise CheckpointError(f"{self.path} is another study: {difference(key, known.get(key), value)}")
+        return runs
+
+
+def degradation(kind: str, before: float, after: float) -> float:
+    """Perplexity: its relative increase in percent. Accuracy: percentage points lost."""
+    return before - after if kind == "accuracy" else 100 * (after / before - 1)

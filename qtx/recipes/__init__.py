@@ -1,0 +1,1 @@
+"""Recipes: which site is quantized and how, and the sites there are."""

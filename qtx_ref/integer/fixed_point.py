@@ -1,0 +1,192 @@
+"""Requantization: an accumulator a times a positive real M, as an integer.
+
+Fixed point writes M = 2^shift * multiplier / 2^31 with multiplier in [2^30, 2^31): a 32-bit mantissa, a Q31 number in
+[1/2, 1). The product of two 32-bit integers is then exact in 64 bits, and engines differ in how they bring it back:
+
+    FIXED_ONE     floor((a multiplier + 2^(30 - shift)) / 2^(31 - shift))            one rounding, half up
+    FIXED_TWO     round(round(2^left a multiplier / 2^31) / 2^right)                 two: half up, then half away
+    HIGH_HALF_UP  round(floor(2^left a multiplier / 2^31) / 2^right)                 truncated, then half up
+
+where left = max(shift, 0), right = max(-shift, 0); HIGH_HALF_UP shifts right by at least 1 so that it always rounds.
+FIXED_ONE_NARROW is FIXED_ONE but for 64-bit accumulators, whose multiplier it rounds to 15 bits.
+Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPACK's rndnu kernels.
+
+    >>> M = np.float64(0.25)
+    >>> [round_by(np.int32([-6, -2, 2, 6, 10]), M, kind).tolist() for kind in list(Requantization)[:4]]
+    [[-2, 0, 0, 2, 2], [-2, -1, 1, 2, 3], [-1, 0, 1, 2, 3], [-2, -1, 1, 2, 3]]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..quant.rounding import round_integer
+from ..spec import QTX, Profile, QuantSpec, Requantization, Rounding
+
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+WIDE = (Requantization.FIXED_ONE, Requantization.FIXED_ONE_NARROW)  # defined for int64 accumulators
+FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_AWAY: Rounding.HALF_AWAY}
+
+
+def check_range(what: str, value: np.ndarray, low: int, high: int, remedy: str) -> None:
+    """Raises ValueError naming the first value outside [low, high]."""
+    value = np.asanyarray(value)
+    bad = (value < low) | (value > high)
+    if bad.any():
+        raise ValueError(f"{what} {value[bad][0]} is outside {low} to {high}: {remedy}")
+
+
+def check_real(real: np.ndarray) -> None:
+    """Raises ValueError where M is not a number in [0, 2^30)."""
+    real = np.asanyarray(real)
+    if not ((real >= 0) & (real < 2**30)).all():
+        raise ValueError(f"multiplier {real.min()} to {real.max()} is outside 0 to 2^30: look at the scales")
+
+
+def quantize_multiplier(real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """M (float64, in [0, 2^30)) -> multiplier and shift, int32. M below 2^-32, which moves no int32, becomes 0, 0.
+
+    The mantissa is rounded half away from zero; where it reaches 2^31 it is halved and the shift raised.
+    """
+    check_real(real)
+    mantissa, shift = np.frexp(np.asanyarray(real, np.float64))
+    multiplier = round_integer(mantissa * 2.0**31, Rounding.HALF_AWAY).astype(np.int64)
+    carried = multiplier == 2**31
+    multiplier, shift = np.where(carried, 2**30, multiplier), shift + carried
+    tiny = (shift < -31) | (multiplier == 0)
+    return np.where(tiny, 0, multiplier).astype(np.int32), np.where(tiny, 0, shift).astype(np.int32)
+
+
+def rounding_doubling_high_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """round(2 a b / 2^32) of int32, half up; the one overflow, -2^31 squared, saturates: ARM's SQRDMULH.
+
+    gemmlowp's nudge of 1 - 2^30 for a negative product, before a division that truncates, comes to the same.
+    """
+    check_range("factor", a, INT32_MIN, INT32_MAX, "give int32 values")
+    check_range("factor", b, INT32_MIN, INT32_MAX, "give int32 values")
+    product = np.asanyarray(a, np.int64) * np.asanyarray(b, np.int64)
+    return np.minimum((product + 2**30) >> 31, INT32_MAX).astype(np.int32)
+
+
+def doubling_high_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """floor(2 a b / 2^32) of int32, saturating: ARM's SQDMULH."""
+    check_range("factor", a, INT32_MIN, INT32_MAX, "give int32 values")
+    check_range("factor", b, INT32_MIN, INT32_MAX, "give int32 values")
+    product = np.asanyarray(a, np.int64) * np.asanyarray(b, np.int64)
+    return np.minimum(product >> 31, INT32_MAX).astype(np.int32)
+
+
+def rounding_divide_by_power_of_two(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+    """round(x / 2^exponent) of int32, half away from zero. exponent in [0, 31]."""
+    check_range("value", x, INT32_MIN, INT32_MAX, "give int32 values")
+    check_range("exponent", exponent, 0, 31, "an int32 has no more bits to shift out")
+    x, exponent = np.asanyarray(x, np.int64), np.asanyarray(exponent, np.int64)
+    half = (np.int64(1) << exponent) >> 1
+    magnitude = (np.abs(x) + half) >> exponent
+    return np.where(x < 0, -magnitude, magnitude).astype(np.int32)
+
+
+def rounding_shift_right(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+    """floor(x / 2^exponent + 1/2): half up. int64, |x| < 2^62; exponent in [0, 62]."""
+    check_range("value", x, -(2**62), 2**62, "the rounding would leave int64")
+    check_range("exponent", exponent, 0, 62, "an int64 has no more bits to shift out")
+    x, exponent = np.asanyarray(x, np.int64), np.asanyarray(exponent, np.int64)
+    return (x + ((np.int64(1) << exponent) >> 1)) >> exponent
+
+
+def multiply_one_rounding(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the product
+    of 79 bits is then taken in two halves."""
+    check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
+    multiplier, shift = np.asanyarray(multiplier, np.int64), np.asanyarray(shift, np.int64)
+    if np.asanyarray(a).dtype != np.int64:
+        check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
+        check_range("shift", shift, -31, 30, "use quantize_multiplier")
+        return rounding_shift_right(np.asanyarray(a, np.int64) * multiplier, 31 - shift)
+    check_wide(a, shift)
+    low = (a & 0xFFFF) * multiplier + (np.int64(1) << (30 - shift))  # with the half
+    return ((a >> 16) * multiplier + (low >> 16)) >> (15 - shift)
+
+
+def multiply_one_rounding_narrow(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as in
+    TFLite's 16x8 kernels."""
+    if np.asanyarray(a).dtype != np.int64:
+        return multiply_one_rounding(a, multiplier, shift)
+    check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
+    multiplier, shift = np.asanyarray(multiplier, np.int64), np.asanyarray(shift, np.int64)
+    check_wide(a, shift)
+    reduced = np.where(multiplier < 0x7FFF0000, (multiplier + 2**15) >> 16, 0x7FFF)
+    return rounding_shift_right(a * reduced, 15 - shift)
+
+
+def check_wide(a: np.ndarray, shift: np.ndarray) -> None:
+    """What an int64 accumulator and its shift must keep to."""
+    check_range("accumulator", a, -(2**47), 2**47 - 1, "a 64-bit accumulator is requantized from 48 bits")
+    check_range("shift", shift, -31, 7, "a 64-bit accumulator is scaled by less than 128")
+
+
+def multiply_two_roundings(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """FIXED_TWO -> int32. a * 2^left must fit int32; engines leave it undefined."""
+    shift = np.asanyarray(shift, np.int64)
+    check_range("shift", shift, -31, 30, "use quantize_multiplier")
+    raised = np.asanyarray(a, np.int64) << np.maximum(shift, 0)
+    check_range("shifted accumulator", raised, INT32_MIN, INT32_MAX, "two roundings need a * 2^shift in int32")
+    return rounding_divide_by_power_of_two(rounding_doubling_high_multiply(raised, multiplier), np.maximum(-shift, 0))
+
+
+def multiply_high_half_up(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates."""
+    shift = np.asanyarray(shift, np.int64)
+    check_range("shift", shift, -31, 30, "use quantize_multiplier")
+    right = np.maximum(-shift, 1)
+    raised = np.clip(np.asanyarray(a, np.int64) << (shift + right), INT32_MIN, INT32_MAX)
+    return rounding_shift_right(doubling_high_multiply(raised, multiplier), right)
+
+
+def real_multiplier(
+    x_scale: np.ndarray, w_scale: np.ndarray, y_scale: np.ndarray, profile: Profile = QTX
+) -> np.ndarray:
+    """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step."""
+    exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
+    kind = np.float64 if exact else np.float32
+    return np.asanyarray(x_scale, kind) * np.asanyarray(w_scale, kind) / np.asanyarray(y_scale, kind)
+
+
+def multiply(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, requantization: Requantization) -> np.ndarray:
+    """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
+
+    a: int32, or int64 where one rounding.
+    """
+    if np.asanyarray(a).dtype == np.int64 and requantization not in WIDE:
+        raise ValueError(f"requantization {requantization} is not defined for 64-bit accumulators: use fixed_one")
+    rule = {
+        Requantization.FIXED_ONE: multiply_one_rounding,
+        Requantization.FIXED_ONE_NARROW: multiply_one_rounding_narrow,
+        Requantization.FIXED_TWO: multiply_two_roundings,
+        Requantization.HIGH_HALF_UP: multiply_high_half_up,
+    }[requantization]
+    return np.clip(rule(a, multiplier, shift), INT32_MIN, INT32_MAX).astype(np.int64)
+
+
+def round_float(x: np.ndarray, requantization: Requantization) -> np.ndarray:
+    """float32 -> int64, saturated to int32, ties as a float requantization has them."""
+    level = round_integer(x, FLOATS[requantization]).astype(np.float64)  # float32 has no 2^31 - 1
+    return np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
+
+
+def round_by(a: np.ndarray, real: np.ndarray, requantization: Requantization) -> np.ndarray:
+    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float."""
+    if requantization not in FLOATS:
+        return multiply(a, *quantize_multiplier(real), requantization)
+    check_real(real)
+    return round_float(np.asanyarray(a).astype(np.float32) * np.asanyarray(real, np.float32), requantization)
+
+
+def requantize(
+    a: np.ndarray, real: np.ndarray, zero_point: np.ndarray, spec: QuantSpec, profile: Profile = QTX
+) -> np.ndarray:
+    """Accumulators -> codes (int32): round(real * a) + zero_point, clamped. `real` (from `real_multiplier`) and
+    `zero_point` broadcast against a."""
+    level = round_by(a, real, profile.requantization) + zero_point
+    return np.clip(level, spec.code_min, spec.code_max).astype(np.int32)

@@ -1,0 +1,380 @@
+"""From float parameters and calibrated ranges to the constants that `Integer` computes with.
+
+`lower` runs the model once under `Lowering`, an `Integer` that makes each op's constants, in float64, just before the op
+needs them. What cannot run in integers is refused, naming the site and the reason. `lifting` goes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import special
+
+from .. import models
+from ..models.initial import shapes
+from ..numerics import Params
+from ..quant import affine
+from ..spec import (
+    QTX,
+    AttentionSpec,
+    Family,
+    ModelSpec,
+    Nonlinear,
+    Profile,
+    QuantSpec,
+    Range,
+    Softmax,
+    check_integer,
+    refuse_integer,
+)
+from ..tape import Var, const
+from . import fixed_point
+from . import ops as integer_ops
+from .model import Code, Integer, accumulator_bits, at, code_dtype
+
+SCALE_FIELDS = ("scale_rule", "nudging", "zero_point_rounding", "scale_dtype", "arithmetic")
+GAMMA_LIMIT = 64  # |gamma| that integer_ops.clip_stretch has bits for
+ZETA_LIMIT = 64
+FACTOR_BITS = 36  # of a sink's factor: its product with an exponential stays below 2^62
+SINK_STEPS = 2**20  # codes between the scores' zero and a sink
+DEAD_SCALE = np.float32(
+    2.0**-8
+)  # of a tensor that is all 0: a scale of 1 would be a coarse unit for what is added to it
+POLYNOMIAL_LIMIT = 1024.0  # largest argument of the GELU polynomial
+EPS_BITS = 60  # of eps in units of integer_ops.normalize
+
+
+def plain(x: np.ndarray) -> np.ndarray:
+    """One number without axes; several as they are."""
+    return np.reshape(x, ()) if np.size(x) == 1 else np.asarray(x)
+
+
+def common_shift(reals: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Multipliers m_i and one shift: real_i = m_i / 2^shift, the largest m in [2^29, 2^30]; int64.
+
+    For a sum that is rounded once. What is 2^31 times smaller than the largest becomes 0.
+    """
+    largest = np.maximum.reduce(np.broadcast_arrays(*(np.asarray(real, np.float64) for real in reals)))
+    _, exponent = np.frexp(np.maximum(largest, 2.0**-32))
+    shift = 30 - exponent.astype(np.int64)
+    return [np.rint(np.asarray(real, np.float64) * np.exp2(shift)).astype(np.int64) for real in reals], shift
+
+
+def lower(
+    spec: ModelSpec,
+    params: Mapping[str, np.ndarray],
+    quants: Mapping[str, QuantSpec],
+    ranges: Mapping[str, Range],
+    profile: Profile = QTX,
+    nonlinear: Nonlinear = Nonlinear.TABLE,
+) -> dict[str, np.ndarray]:
+    """The constants of an integer model, by the names of `integer_numerics`; and `output.scale`, `output.zero_point`.
+
+    Raises SpecError where a site cannot run in integers, naming it and why.
+    """
+    check_integer(quants, profile)
+    nx = Lowering(quants, ranges, profile, nonlinear)
+    weights = {name: const(params[name]) for name in shapes(spec)}
+    if spec.family is Family.VIT:
+        batch = {"images": np.zeros((1, spec.channels, spec.image_size, spec.image_size), np.float32)}
+    else:
+        token = np.zeros((1, 1), np.int64)
+        batch = {"tokens": token, "types": token, "mask": token == 0}
+    output = models.forward(nx, weights, spec, batch)
+    if not output.measured:
+        nx.constants["output.scale"] = np.asarray(output.unit, np.float64)
+        nx.constants["output.zero_point"] = np.asarray(output.zero_point, np.int32)
+    return nx.constants
+
+
+class Lowering(Integer):
+    """Makes constants, then computes with them."""
+
+    constants: dict[str, np.ndarray]
+
+    def __init__(
+        self, quants: Mapping[str, QuantSpec], ranges: Mapping[str, Range], profile: Profile, nonlinear: Nonlinear
+    ) -> None:
+        super().__init__({}, quants, profile)
+        self.ranges = ranges
+        self.nonlinear = nonlinear
+
+    # scales -----------------------------------------------------------------------------------------------------------
+
+    def target(self, site: str, why: str) -> QuantSpec:
+        """The quantizer of a site that must have one; its scale and zero point, if static, become constants."""
+        spec = self.quants.get(site)
+        if spec is None:
+            refuse_integer(site, f"{why}, and the recipe leaves it in float")
+        if not spec.dynamic and f"{site}.scale" not in self.constants:
+            self.put_scale(site, *self.scale_zero(self.ranges[site], spec))
+        return spec
+
+    def scale_zero(self, found: Range, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
+        """As calibrated, which was by QTX, or learned; anew where the profile makes scales in another way."""
+        if spec.learned or all(getattr(self.profile, key) == getattr(QTX, key) for key in SCALE_FIELDS):
+            scale, zero = found.scale, found.zero_point
+        else:
+            scale, zero = affine.scale_zero(found.low, found.high, spec, self.profile)
+        dead = (np.asarray(found.low) == 0) & (np.asarray(found.high) == 0)
+        return np.where(np.reshape(dead, np.shape(scale)), DEAD_SCALE, scale), zero
+
+    def put_scale(self, site: str, scale: np.ndarray, zero: np.ndarray) -> None:
+        self.constants[f"{site}.scale"], self.constants[f"{site}.zero_point"] = plain(scale), plain(zero)
+
+    def put_multiplier(self, site: str, name: str, real: np.ndarray) -> None:
+        try:
+            found = fixed_point.quantize_multiplier(real)
+        except ValueError as error:
+            refuse_integer(site, str(error))
+        self.constants[f"{site}.{name}multiplier"], self.constants[f"{site}.{name}shift"] = found
+
+    def put_weight(self, site: str, value: np.ndarray) -> None:
+        """The codes of a weight."""
+        spec = self.quants.get(site)
+        if spec is None:
+            refuse_integer(site, "a weight is multiplied as codes, and the recipe leaves it in float")
+        if site in self.constants:
+            return
+        if spec.dynamic:
+            low, high = affine.ranges(value, spec, True)
+            found = Range(low, high, *affine.scale_zero(low, high, spec, self.profile))
+        else:
+            found = self.ranges[site]
+        scale, zero = self.scale_zero(found, spec)
+        self.put_scale(site, scale, zero)
+        self.constants[site] = affine.quantize(value, scale, zero, spec, self.profile).astype(code_dtype(spec))
+
+    def put_own_codes(self, site: str, key: str, value: np.ndarray) -> None:
+        """A parameter that is part of a site's tensor, in the codes of that site."""
+        spec = self.target(site, "it holds a parameter")
+        if spec.dynamic:
+            refuse_integer(site, "its parameter is quantized once, which needs a static range")
+        code = affine.quantize(
+            value, *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")), spec, self.profile
+        )
+        self.constants[f"{site}.{key}"] = code.astype(code_dtype(spec))
+        self.put_scale(f"{site}.{key}", *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")))
+
+    def put_bias(self, site: str, bias: np.ndarray, step: np.ndarray, bits: int) -> None:
+        """In units of the accumulator, which are its scale; int64, as the accumulator then is, where int32 would not do:
+        beside a bias that large, what the accumulator adds is small."""
+        step = plain(step) if np.size(step) == 1 else np.reshape(step, bias.shape)
+        code = np.rint(bias.astype(np.float64) / step)
+        largest = np.abs(code).max(initial=0)
+        kind = self.profile.requantization
+        bits = 64 if largest >= 2**30 and kind in (*fixed_point.WIDE, *fixed_point.FLOATS) else bits
+        if largest >= (2**30 if bits == 32 else 2**46):  # requantization takes 48 bits
+            refuse_integer(site, f"its bias, {np.abs(bias).max()}, is {largest:.3g} units of a {bits}-bit accumulator")
+        self.constants[f"{site}.bias"] = code.astype(np.int32 if bits == 32 else np.int64)
+        self.constants[f"{site}.bias.scale"] = step
+
+    def check_codes(self, site: str, *operands: Code) -> None:
+        for x in operands:
+            if x.spec is None:
+                refuse_integer(site, "an accumulator reaches it: give the tensor before it a quantizer")
+
+    # ops --------------------------------------------------------------------------------------------------------------
+
+    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+        spec = self.quants.get(site)
+        if spec is not None and not spec.dynamic:
+            self.target(site, "")
+            self.put_requantization(site, x)
+        return super().named(site, x)
+
+    def put_requantization(self, site: str, x: Code) -> None:
+        """The multiplier that makes codes of `site` from x; x of a measured unit goes through float32 instead."""
+        if x.measured:
+            return
+        real = fixed_point.real_multiplier(x.unit, 1, self.constants[f"{site}.scale"], self.profile)
+        kind = self.profile.requantization
+        if kind in fixed_point.FLOATS:
+            with at(site):
+                fixed_point.check_real(real)
+            self.constants[f"{site}.multiplier"] = real
+            return
+        if x.centred().dtype == np.int64:
+            if kind not in fixed_point.WIDE:
+                refuse_integer(site, f"its accumulator has 64 bits, and {kind} of profile {self.profile.name} takes 32")
+            if np.any((real < 2.0**-31) | (real >= 2.0**7)):
+                refuse_integer(site, f"its multiplier, {real}, is outside 2^-31 to 2^7 of a 64-bit accumulator")
+        self.put_multiplier(site, "", real)
+
+    def input(self, site: str, value: np.ndarray) -> Code:
+        if self.target(site, "it is the model's input").dynamic:
+            refuse_integer(site, "the model's input needs a static range")
+        return super().input(site, value)
+
+    def parameter(self, site: str, p: Params) -> Code:
+        self.put_own_codes(site, "bias", p[f"{site}.bias"].value)
+        return super().parameter(site, p)
+
+    def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
+        own, name = f"{site}.weight", weight or f"{site}.weight"
+        self.put_weight(name, p[name].value)
+        if own != name and own in self.quants:
+            if self.quants[own] != self.quants[name]:
+                refuse_integer(own, f"it is tied to {name}, whose quantizer is another one")
+            self.put_scale(own, self.constants[f"{name}.scale"], self.constants[f"{name}.zero_point"])
+        return super().linear(site, x, p, weight=weight, named=named)
+
+    def product(self, site: str, x: Code, w: Code, p: Params) -> Code:
+        self.check_codes(site, x)
+        bias = p.get(f"{site}.bias")
+        if bias is not None and x.measured:
+            self.constants[f"{site}.bias"] = bias.value.astype(np.float32)
+        elif bias is not None:
+            self.put_bias(site, bias.value, self.unit(x.unit, w.unit), accumulator_bits(x.spec, w.spec))
+        y = super().product(site, x, w, p)
+        if y.offset is not None and site not in self.quants:
+            refuse_integer(site, "its input has a scale per token, so its bias no unit: give its result a quantizer")
+        return y
+
+    def embedding(self, site: str, index: np.ndarray, p: Params) -> Code:
+        self.put_weight(f"{site}.weight", p[f"{site}.weight"].value)
+        return super().embedding(site, index, p)
+
+    def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
+        self.check_codes(site, x)
+        self.target(site, "a norm's result")
+        self.put_weight(f"{site}.weight", p[f"{site}.weight"].value)
+        gain = self.weight(f"{site}.weight")
+        if x.measured:
+            refuse_integer(site, "its input has a scale per token, so its eps no unit: use a static range there")
+        code = np.rint(eps * np.square(x.shape[-1] / self.unit(x.unit)))
+        if code >= 2.0**EPS_BITS:
+            refuse_integer(site, f"its eps, {eps}, dwarfs values of scale {x.unit}")
+        self.constants[f"{site}.eps"] = code.astype(np.int64)
+        step = self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)
+        self.put_bias(site, p[f"{site}.bias"].value, step, accumulator_bits(gain.spec))
+        return super().norm(site, x, p, eps)
+
+    def add(self, site: str, a: Code, b: Code) -> Code:
+        spec = self.target(site, "a sum is rounded to its codes")
+        if spec.dynamic or a.measured or b.measured:
+            return super().add(site, a, b)
+        step, kind = self.constants[f"{site}.scale"], self.profile.requantization
+        reals = [fixed_point.real_multiplier(x.unit, 1, step, self.profile) for x in (a, b)]
+        reals = np.broadcast_arrays(*reals)
+        with at(site):
+            for found in reals:
+                fixed_point.check_real(found)
+        if kind in fixed_point.FLOATS:
+            self.constants[f"{site}.multiplier"] = np.stack(reals)
+            return super().add(site, a, b)
+        if any(x.spec is None and x.value.dtype == np.int64 for x in (a, b)):
+            refuse_integer(site, "a 64-bit accumulator reaches it: give the tensor before it a quantizer")
+        multipliers, self.constants[f"{site}.shift"] = common_shift(reals)
+        self.constants[f"{site}.multiplier"] = np.stack(multipliers).astype(np.int32)
+        return super().add(site, a, b)
+
+    def mul(self, site: str, a: Code, b: Code) -> Code:
+        wide = any(x.spec is not None and x.spec.bits > 8 for x in (a, b))
+        if any(x.spec is None and (wide or x.value.dtype == np.int64) for x in (a, b)):
+            refuse_integer(
+                site, "an accumulator times this takes more than 48 bits: give the tensor before it a quantizer"
+            )
+        return super().mul(site, a, b)
+
+    def mean(self, site: str, x: Code) -> Code:
+        if x.measured:
+            refuse_integer(site, "it is a mean over tokens, and each has a scale of its own: use a static range")
+        return super().mean(site, x)
+
+    def prepend(self, site: str, x: Code, p: Params) -> Code:
+        self.put_own_codes(site, "weight", p[f"{site}.weight"].value)
+        self.put_requantization(site, x)
+        return super().prepend(site, x, p)
+
+    def activation(self, site: str, x: Code, kind: str) -> Code:
+        if kind == "relu":
+            if x.measured:
+                self.target(site, "its input has a scale per token")
+            return super().activation(site, x, kind)
+        self.check_codes(site, x)
+        if x.measured:
+            refuse_integer(site, f"{kind} of codes needs one static scale, and its input has one per token")
+        spec, real = self.target(site, f"{kind} is rounded to its codes"), self.decoded(x)
+        if self.nonlinear is Nonlinear.POLYNOMIAL:
+            if np.abs(real).max() > POLYNOMIAL_LIMIT:
+                reach = f"{np.abs(real).max():.6g}"
+                refuse_integer(
+                    site, f"its argument reaches {reach}, beyond {POLYNOMIAL_LIMIT} of the polynomials: use tables"
+                )
+            if not spec.dynamic and self.constants[f"{site}.scale"] < 2.0**-integer_ops.INPUT_BITS:
+                refuse_integer(site, f"its scale is finer than 2^-{integer_ops.INPUT_BITS}, the argument's: use tables")
+            self.put_multiplier(site, "input_", self.unit(x.unit, 2.0**integer_ops.INPUT_BITS))
+            return super().activation(site, x, kind)
+        if spec.dynamic:
+            refuse_integer(site, f"{kind} is a table of codes of one scale, which needs a static range")
+        scale, zero = (self.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
+        level = np.rint(ACTIVATIONS[kind](real) / np.float64(scale)) + zero
+        self.constants[f"{site}.table"] = np.clip(level, spec.code_min, spec.code_max).astype(code_dtype(spec))
+        return super().activation(site, x, kind)
+
+    def decoded(self, x: Code) -> np.ndarray:
+        """The real value of each code, float64, from the lowest."""
+        codes = np.arange(x.spec.code_min, x.spec.code_max + 1)
+        return (codes - x.zero_point) * np.float64(x.unit)
+
+    def attention(
+        self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None, rate: float
+    ) -> Code:
+        self.check_codes(f"{site}.scores", q, k)
+        self.check_codes(f"{site}.context", v)
+        if v.measured or self.quants.get(f"{site}.context.rhs", v.spec).dynamic:
+            refuse_integer(
+                f"{site}.context", "its values have a scale per token, which varies along the sum: use a static range"
+            )
+        self.sink = sink
+        return super().attention(site, q, k, v, mask, spec, sink, rate)
+
+    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: object) -> Code:
+        self.check_codes(site, scores)
+        if scores.measured:
+            refuse_integer(site, "a table of exponentials needs one static scale, and its scores have several")
+        self.target(site, "probabilities are rounded to its codes")
+        self.put_softmax(site, scores, spec)
+        return super().softmax(site, scores, mask, spec, sink)
+
+    def put_softmax(self, site: str, scores: Code, spec: AttentionSpec) -> None:
+        """Exponentials of the distances between codes; sinks; the clip's numbers."""
+        step, zero = float(scores.unit), int(scores.zero_point)
+        lowest, highest = scores.spec.code_min, scores.spec.code_max
+        if spec.softmax in (Softmax.SINK, Softmax.PLUS_ONE):
+            logit = np.zeros(1) if self.sink is None else self.sink.value.astype(np.float64)
+            below = np.floor(logit / step)
+            factor = np.rint(np.exp(logit - below * step) * 2.0**integer_ops.SINK_BITS)
+            if factor.max() >= 2**FACTOR_BITS or np.abs(below).max() > SINK_STEPS:
+                refuse_integer(
+                    site, f"its sinks, {logit.min():.6g} to {logit.max():.6g}, do not fit scores of step {step:.6g}"
+                )
+            code = (below + zero).astype(np.int32)
+            lowest, highest = min(lowest, int(code.min())), max(highest, int(code.max()))
+            self.constants[f"{site}.sink"] = code
+            self.constants[f"{site}.sink_factor"] = factor.astype(np.int64)
+        if self.nonlinear is Nonlinear.POLYNOMIAL:
+            self.put_multiplier(site, "input_", np.float64(step * 2.0**integer_ops.INPUT_BITS))
+        else:  # up to the largest distance, or the first that gives 0
+            last = int(min(highest - lowest, np.ceil((integer_ops.EXP_BITS + 2) * np.log(2) / step)))
+            table = np.rint(np.exp(-step * np.arange(last + 1)) * 2.0**integer_ops.EXP_BITS)
+            self.constants[f"{site}.table"] = table.astype(np.int32)
+        if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
+            row = spec.softmax is Softmax.CLIPPED_ROW
+            stretch = spec.alpha if row else spec.gamma
+            if abs(stretch) > GAMMA_LIMIT:
+                refuse_integer(site, f"its {'alpha' if row else 'gamma'}, {stretch}, is beyond {GAMMA_LIMIT}")
+            if spec.zeta > ZETA_LIMIT:
+                refuse_integer(site, f"its zeta, {spec.zeta}, is beyond {ZETA_LIMIT}")
+            self.constants[f"{site}.zeta"] = np.asarray(np.rint(spec.zeta * 2.0**integer_ops.ZETA_BITS), np.int64)
+            name, one = "alpha" if row else "gamma", 2.0**integer_ops.PROBABILITY_BITS
+            self.constants[f"{site}.{name}"] = np.asarray(np.rint(stretch * one), np.int64)
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: x * special.ndtr(x),
+    "sigmoid": special.expit,
+    "tanh": np.tanh,
+}

@@ -1,0 +1,371 @@
+"""`Integer`: a whole model in integer codes, as a device computes it.
+
+Every value is a `Code`, `real = unit * (value - zero_point)`. A matmul of codes gives an int32 accumulator (int64 where
+a factor has more than 8 bits), whose unit is the product of its factors' scales; requantization by the profile makes it
+the code of the site it is named after. A site that the recipe leaves alone keeps the accumulator, for the next op that
+can take one. All constants were made by `lowering` and are stored in the artifact by these names:
+
+    <site>.scale .zero_point     of a static quantizer, and of each weight
+    <site>.weight .bias          codes; integers in units of the accumulator
+    <site>.multiplier .shift     real multiplier 2^shift * multiplier / 2^31 of the requantization (float32 profiles: the
+                                 multiplier alone); of a sum, one multiplier per operand in units of 2^-shift
+    <site>.table                 gelu, sigmoid, tanh: one code per code; softmax: exponentials, Q24
+    <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `integer_ops` takes them
+    <site>.input_multiplier .input_shift                  from a code to the argument of a polynomial
+
+Floats appear where the design lets them: blocks of a matmul in float BLAS, which are exact; requantization by a float
+profile; scales taken from the data (one per token). `strict` leaves no float at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from .. import ops
+from ..numerics import Float, Params
+from ..quant import affine
+from ..spec import (
+    AttentionSpec,
+    Profile,
+    QuantSpec,
+    Requantization,
+    Softmax,
+    SpecError,
+)
+from ..tape import Var, Vjp
+from . import fixed_point
+from . import ops as integer_ops
+from . import products as integer
+
+Constants = Mapping[str, np.ndarray]
+ZERO = np.zeros((), np.int32)
+
+
+class Code(Var):
+    """Integers with their meaning. `unit` is None under `strict`; `spec` is None for an accumulator, whose zero is 0.
+
+    `measured`: the unit is known only as the model runs (a scale per token, or one looked up with a row). Such an
+    accumulator has its bias in `offset`, float32.
+    """
+
+    __slots__ = ("unit", "zero_point", "spec", "measured", "offset")
+
+    def __init__(
+        self,
+        value: np.ndarray,
+        unit: np.ndarray | None,
+        zero_point: np.ndarray = ZERO,
+        spec: QuantSpec | None = None,
+        measured: bool = False,
+        offset: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(value)
+        self.unit = unit
+        self.zero_point = zero_point
+        self.spec = spec
+        self.measured = measured
+        self.offset = offset
+
+    @staticmethod
+    def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Var], *edges: tuple[Var, Vjp]) -> Var:
+        """The same, with scale and zero point where there is more than one of them; of several inputs, such as the tokens
+        before and a new one, only where each has its own."""
+        first = inputs[0]
+        shared = len(inputs) > 1 and not first.measured
+
+        def follow(parts: list[np.ndarray | None]) -> np.ndarray | None:
+            return parts[0] if shared or parts[0] is None or np.ndim(parts[0]) == 0 else move(*parts)
+
+        units, zeros = follow([x.unit for x in inputs]), follow([x.zero_point for x in inputs])
+        return Code(move(*(x.value for x in inputs)), units, zeros, first.spec, first.measured)
+
+    def centred(self) -> np.ndarray:
+        """value - zero_point: int32, or int64 for an accumulator of that width."""
+        return self.value if self.spec is None else self.value.astype(np.int32) - self.zero_point
+
+    def real(self) -> np.ndarray:
+        """unit * centred (+ offset), float32 at each step."""
+        y = self.centred().astype(np.float32) * np.asarray(self.unit, np.float32)
+        return y if self.offset is None else y + self.offset
+
+
+class Whole(np.ndarray):
+    """An array of integers that no float can come out of: `strict` makes every constant one, and the input's codes.
+
+    Whatever NumPy computes from it is one too, and is refused with TypeError, in the op that made it, where its dtype is
+    neither integer nor boolean.
+    """
+
+    def __array_finalize__(self, other: object) -> None:
+        if self.dtype.kind not in "biu":
+            raise TypeError(f"strict integer arithmetic came upon {self.dtype}")
+
+    def __array_function__(self, function: Callable, types: object, arguments: tuple, keywords: dict) -> object:
+        result = super().__array_function__(function, types, arguments, keywords)
+        return result.view(Whole) if isinstance(result, np.ndarray) else result
+
+
+def code_dtype(spec: QuantSpec) -> type:
+    """The narrowest dtype of a spec's codes that both backends have (torch computes nothing in uint16)."""
+    if spec.bits <= 8:
+        return np.int8 if spec.symmetric else np.uint8
+    return np.int16 if spec.symmetric or spec.bits < 16 else np.int32
+
+
+@contextmanager
+def at(site: str) -> Iterator[None]:
+    """A broken contract of the arithmetic, such as an overflow, as SpecError with the site's name."""
+    try:
+        yield
+    except SpecError:
+        raise
+    except ValueError as error:
+        raise SpecError(f"site {site}: {error}") from None
+
+
+class Integer(Float):
+    """See the module. `watch(name, value)` sees every site's codes, and each matmul's `<site>.accumulator`."""
+
+    def __init__(
+        self,
+        constants: Constants,
+        quants: Mapping[str, QuantSpec],
+        profile: Profile,
+        *,
+        strict: bool = False,
+        watch: Callable[[str, np.ndarray], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.entry = constants
+        if strict:
+            constants = {name: c.view(Whole) for name, c in constants.items() if c.dtype.kind in "iu"}
+        self.constants = constants
+        self.quants = quants
+        self.profile = profile
+        self.strict = strict
+        self.watch = watch
+
+    def unit(self, *parts: np.ndarray | float) -> np.ndarray | None:
+        """The product of scales, float64: two float32 factors fit exactly. None under strict."""
+        if self.strict:
+            return None
+        product = np.float64(1)
+        for part in parts:
+            product = product * np.asarray(part, np.float64)
+        return product
+
+    # from accumulators to codes ---------------------------------------------------------------------------------------
+
+    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+        """The result of an op, whatever its unit, as the code of its site."""
+        spec = self.quants.get(site)
+        if spec is None:
+            return self.seen(site, x)
+        whole = not (spec.dynamic or x.measured)
+        return self.seen(site, self.requantized(site, spec, x) if whole else self.quantized(site, spec, x.real()))
+
+    def seen(self, site: str, x: Code) -> Code:
+        if self.watch is not None:
+            self.watch(site, x.value)
+        return x
+
+    def operand(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+        """An operand for which the recipe has a quantizer of its own."""
+        return self.named(site, x) if site in self.quants else x
+
+    def quantized(self, site: str, spec: QuantSpec, real: np.ndarray) -> Code:
+        """Codes of float32 values: with the site's scale, or one taken from them."""
+        with at(site):
+            if spec.dynamic:
+                scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile)
+            else:
+                scale, zero = self.scale_of(site), self.constants[f"{site}.zero_point"]
+            code = affine.quantize(real, scale, zero, spec, self.profile)
+        return Code(code.astype(code_dtype(spec)), scale, zero, spec, spec.dynamic)
+
+    def requantized(self, site: str, spec: QuantSpec, x: Code) -> Code:
+        """Codes from integers, by the profile's multiplier."""
+        kind, multiplier = self.profile.requantization, self.constants[f"{site}.multiplier"]
+        with at(site):
+            if kind in fixed_point.FLOATS:
+                level = fixed_point.round_by(x.centred(), multiplier, kind)
+            else:
+                level = fixed_point.multiply(x.centred(), multiplier, self.constants[f"{site}.shift"], kind)
+        return self.clamped(site, spec, level)
+
+    def clamped(self, site: str, spec: QuantSpec, level: np.ndarray) -> Code:
+        """Whole multiples of the site's scale as its codes."""
+        zero = self.constants[f"{site}.zero_point"]
+        code = np.clip(level + zero, spec.code_min, spec.code_max).astype(code_dtype(spec))
+        return Code(code, self.scale_of(site), zero, spec)
+
+    def scale_of(self, site: str) -> np.ndarray | None:
+        """The scale of a static site; None under strict."""
+        return self.constants.get(f"{site}.scale")
+
+    def weight(self, site: str, w: Var | None = None) -> Code:
+        """The codes of a weight."""
+        return Code(self.constants[site], self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
+
+    def matmul(self, site: str, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
+        """Accumulators of a b: 64 bits where a factor or the bias needs them."""
+        wide = bias is not None and bias.dtype == np.int64
+        zeros, bits = (a.zero_point, b.zero_point), 64 if wide else accumulator_bits(a.spec, b.spec)
+        with at(site):
+            return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
+
+    def shown(self, site: str, acc: np.ndarray) -> np.ndarray:
+        if self.watch is not None:
+            self.watch(f"{site}.accumulator", acc)
+        return acc
+
+    # ops --------------------------------------------------------------------------------------------------------------
+
+    def input(self, site: str, value: np.ndarray) -> Code:
+        """Quantized by the profile, on the way in: the one step before the integers."""
+        spec, zero = self.quants[site], self.constants[f"{site}.zero_point"]
+        with at(site):
+            scale = self.entry[f"{site}.scale"]
+            code = affine.quantize(value, scale, self.entry[f"{site}.zero_point"], spec, self.profile)
+        return self.seen(site, Code(code.astype(code_dtype(spec)).view(type(zero)), self.scale_of(site), zero, spec))
+
+    def parameter(self, site: str, p: Params) -> Code:
+        """The codes of `<site>.bias`, made with the site's own scale."""
+        zero = self.constants[f"{site}.zero_point"]
+        return self.seen(site, Code(self.constants[f"{site}.bias"], self.scale_of(site), zero, self.quants[site]))
+
+    def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
+        """x W^T + b: one matrix (O, I), or one per head (H, O, I) on the head's own slice of x."""
+        x = self.operand(f"{site}.input", x)
+        y = self.product(site, x, self.weight(weight or f"{site}.weight"), p)
+        return self.named(site, y) if named else y
+
+    def product(self, site: str, x: Code, w: Code, p: Params) -> Code:
+        """The accumulators of a linear layer; those of a measured unit with their bias beside."""
+        heads = w.shape[0] if w.ndim == 3 else 1
+
+        def split(v: np.ndarray) -> np.ndarray:  # (..., H n) -> (H, N, n)
+            return v.reshape(-1, heads, v.shape[-1] // heads).swapaxes(0, 1)
+
+        wt = w.value.reshape(heads, *w.shape[-2:]).swapaxes(1, 2)  # (H, I, O)
+        w_zero = w.zero_point if np.size(w.zero_point) == 1 else w.zero_point.reshape(heads, 1, -1)
+        x_zero = x.zero_point if np.size(x.zero_point) == 1 else x.zero_point.reshape(1, -1, 1)
+        w_unit = w.unit if np.size(w.unit) == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
+        bias = self.constants.get(f"{site}.bias")
+        bias = None if bias is None else bias.reshape(-1)
+        inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
+        acc = self.matmul(site, Code(split(x.value), None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
+        acc = self.shown(site, acc.swapaxes(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
+        y_unit = self.unit(x.unit, w_unit)
+        return Code(acc, y_unit, measured=x.measured, offset=bias if x.measured else None)
+
+    def embedding(self, site: str, index: np.ndarray, p: Params) -> Code:
+        """Rows of the codes of `<site>.weight`; their own scales, where each row has one."""
+        table = self.weight(f"{site}.weight")
+        pick = [part if np.size(part) == 1 else part[index] for part in (table.unit, table.zero_point)]
+        return self.named(site, Code(table.value[index], *pick, table.spec, np.size(table.unit) > 1))
+
+    def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
+        gain = self.weight(f"{site}.weight")
+        acc = integer_ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.centred()
+        bias = self.constants[f"{site}.bias"]
+        with at(site):
+            acc = integer.fit(acc + bias, 64 if bias.dtype == np.int64 else 32, self.profile)
+        acc = self.shown(site, acc)
+        return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
+
+    def add(self, site: str, a: Code, b: Code) -> Code:
+        """Both operands in one fine unit, their sum rounded once."""
+        spec, kind = self.quants[site], self.profile.requantization
+        if spec.dynamic or a.measured or b.measured:
+            return self.seen(site, self.quantized(site, spec, a.real() + b.real()))
+        first, second = self.constants[f"{site}.multiplier"]
+        if kind in fixed_point.FLOATS:
+            total = a.centred().astype(np.float32) * first + b.centred().astype(np.float32) * second
+            level = fixed_point.round_float(total, kind)
+        else:
+            parts, shift = [a.centred(), b.centred()], self.constants[f"{site}.shift"]
+            level = integer_ops.weighted_sum(parts, [first, second], shift, kind)
+        return self.seen(site, self.clamped(site, spec, level))
+
+    def mul(self, site: str, a: Code, b: Code) -> Code:
+        wide = np.int64 if accumulator_bits(a.spec, b.spec) == 64 else np.int32
+        return self.named(
+            site,
+            Code(a.centred().astype(wide) * b.centred(), self.unit(a.unit, b.unit), measured=a.measured or b.measured),
+        )
+
+    def scale(self, x: Code, factor: float) -> Code:
+        """Only the unit changes."""
+        return Code(x.value, self.unit(x.unit, factor), x.zero_point, x.spec, x.measured)
+
+    def mean(self, site: str, x: Code) -> Code:
+        """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
+        total = integer_ops.mean(x.centred(), self._where(x)).astype(x.centred().dtype)
+        return self.named(site, Code(total, x.unit, measured=x.measured))
+
+    def prepend(self, site: str, x: Code, p: Params) -> Code:
+        """The codes of `<site>.weight`, made with the site's own scale, and x requantized to it."""
+        spec = self.quants[site]
+        x = self.quantized(site, spec, x.real()) if x.measured else self.requantized(site, spec, x)
+        first = np.broadcast_to(self.constants[f"{site}.weight"], (x.shape[0], 1, x.shape[2]))
+        return self.seen(site, Code(np.concatenate([first, x.value], axis=1), x.unit, x.zero_point, x.spec))
+
+    def activation(self, site: str, x: Code, kind: str) -> Code:
+        """relu: max(x, 0). Others: a table, or a polynomial of I-BERT."""
+        if kind == "relu" and x.measured:
+            return self.seen(site, self.quantized(site, self.quants[site], np.maximum(x.real(), 0)))
+        if kind == "relu":
+            return self.named(site, Code(np.maximum(x.centred(), 0), x.unit))
+        table = self.constants.get(f"{site}.table")
+        if table is not None:
+            code = table[x.value.astype(np.int32) - x.spec.code_min]
+            return self.seen(
+                site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
+            )
+        polynomial, bits = integer_ops.POLYNOMIALS[kind]
+        scaling = (self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
+        with at(site):
+            argument = fixed_point.multiply(x.centred(), *scaling, Requantization.FIXED_ONE)
+        y = np.clip(polynomial(argument), fixed_point.INT32_MIN, fixed_point.INT32_MAX).astype(np.int32)
+        return self.named(site, Code(y, self.unit(2.0**-bits)))
+
+    def attention(
+        self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, sink: object, rate: float
+    ) -> Code:
+        """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
+        q, k = self.operand(f"{site}.scores.lhs", q), self.operand(f"{site}.scores.rhs", k)
+        kt = k.arranged(lambda x: x.swapaxes(-1, -2), [k])
+        acc = self.shown(f"{site}.scores", self.matmul(f"{site}.scores", q, kt))
+        step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
+        scores = self.named(f"{site}.scores", Code(acc, step, measured=measured))
+        probs = self.operand(f"{site}.context.lhs", self.softmax(f"{site}.probs", scores, mask, spec, None))
+        v = self.operand(f"{site}.context.rhs", v)
+        acc, step = self.matmul(f"{site}.context", probs, v), self.unit(probs.unit, v.unit)
+        step = step if np.ndim(step) == 0 else np.broadcast_to(step, acc.shape)  # per query and head, or per channel
+        context = Code(acc, step, measured=probs.measured)
+        context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
+        self.shown(f"{site}.context", context.value)
+        return self.named(f"{site}.context", context)
+
+    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: object) -> Code:
+        find = self.constants.get
+        exponential = find(f"{site}.table")
+        if exponential is None:
+            exponential = tuple(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
+        extra = (find(f"{site}.sink"), find(f"{site}.sink_factor")) if f"{site}.sink" in self.constants else None
+        with at(site):
+            p = integer_ops.softmax(scores.value, mask, exponential, extra)
+            if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
+                row = spec.softmax is Softmax.CLIPPED_ROW
+                gamma = integer_ops.row_gamma(find(f"{site}.alpha"), mask) if row else find(f"{site}.gamma")
+                p = integer_ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
+        return self.named(site, Code(p.astype(np.int32), self.unit(2.0**-integer_ops.PROBABILITY_BITS)))
+
+
+def accumulator_bits(*specs: QuantSpec | None) -> int:
+    """32, or 64 where a factor has more than 8 bits (an accumulator, of which there is no spec, has 32)."""
+    return 64 if any(spec is None or spec.bits > 8 for spec in specs) else 32

@@ -1,0 +1,174 @@
+"""Sums, softmax, LayerNorm and nonlinear functions in integers.
+
+Values are integers in a stated unit: "Q28" counts 2^-28. Everything here is int64 unless said otherwise, so that every
+product below fits; divisions are floors of exact quotients with the half added first, so they round half up.
+
+Tables hold one entry per code and are made once, in float64, by `lowering`. The polynomials are those of I-BERT (Kim et
+al. 2021, arXiv 2101.01321, sections 3.4 and 3.5) evaluated in integers; its published code evaluates them in floats.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..spec import Requantization
+from .fixed_point import multiply_one_rounding, rounding_shift_right
+
+EXP_BITS = 24  # an exponential is at most 1
+PROBABILITY_BITS = 28
+SINK_BITS = 20  # the part of a sink's exponential that lies between two codes
+ZETA_BITS = 24
+NORM_BITS = 16  # of a normalized value, |r| <= sqrt(D)
+INPUT_BITS = 16  # of a polynomial's argument
+GELU_BITS = 20
+
+
+def half_up(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """floor(numerator / denominator + 1/2), denominator > 0."""
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def weighted_sum(
+    parts: list[np.ndarray], multipliers: list[np.ndarray], shift: np.ndarray, requantization: Requantization
+) -> np.ndarray:
+    """round(sum_i parts_i multipliers_i / 2^shift), the products and their sum exact, one rounding.
+
+    Half up; half away from zero for FIXED_TWO, as gemmlowp's last shift rounds. Parts are codes less their zero points or
+    int32 accumulators, multipliers below 2^30.
+    """
+    total = sum(part.astype(np.int64) * multiplier for part, multiplier in zip(parts, multipliers, strict=True))
+    if requantization is Requantization.FIXED_TWO:
+        return np.where(total < 0, -rounding_shift_right(-total, shift), rounding_shift_right(total, shift))
+    return rounding_shift_right(total, shift)
+
+
+def mean(x: np.ndarray, where: np.ndarray | None) -> np.ndarray:
+    """Mean over axis 1 of the rows where `where` (B, T, 1) is true, half up: (B, T, C) -> (B, 1, C); 0 without a row."""
+    x = x.astype(np.int64)
+    if where is None:
+        return half_up(x.sum(axis=1, keepdims=True), x.shape[1])
+    count = np.maximum(where.astype(np.int64).sum(axis=1, keepdims=True), 1)
+    return half_up((x * where).sum(axis=1, keepdims=True), count)
+
+
+# --- softmax ----------------------------------------------------------------------------------------------------------
+
+
+def softmax(
+    code: np.ndarray,
+    mask: np.ndarray,
+    exponential: np.ndarray | tuple[np.ndarray, np.ndarray],
+    sink: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Probabilities, Q28, of score codes (B, H, Tq, Tk) under a mask that broadcasts against them.
+
+    e_j = exponential[m - code_j] (Q24), m the row's largest code; p_j = e_j / sum e. `exponential` is a table, its last
+    entry standing for all larger distances, or the multiplier and shift that turn a distance into Q16 for the
+    polynomial. `sink` is (code, factor Q20), each (H,) or (1,): a further logit of no key, exp(sink) =
+    exponential[m - code] factor. A row without keys gives zeros.
+    """
+    code = code.astype(np.int64)
+    mask = np.broadcast_to(mask, code.shape)
+    lowest = np.iinfo(np.int32).min
+    largest = np.where(mask, code, lowest).max(axis=-1, keepdims=True)
+    if sink is not None:
+        position, factor = (part.astype(np.int64).reshape(-1, 1, 1) for part in sink)
+        largest = np.maximum(largest, position)
+
+    def exp(distance: np.ndarray) -> np.ndarray:
+        if isinstance(exponential, tuple):
+            return exp_polynomial(multiply_one_rounding(distance.astype(np.int32), *exponential))
+        return exponential[np.minimum(distance, exponential.size - 1)].astype(np.int64)
+
+    e = exp(np.where(mask, largest - code, 0)) * mask
+    total = e.sum(axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + rounding_shift_right(exp(largest - position) * factor, SINK_BITS)
+    return half_up(e << PROBABILITY_BITS, np.maximum(total, 1))
+
+
+def clip_stretch(p: np.ndarray, zeta: np.ndarray, gamma: np.ndarray) -> np.ndarray:
+    """clip((zeta - gamma) p + gamma, 0, 1) as zeta p + gamma (1 - p): p and gamma <= 0 Q28, zeta Q24 -> Q28."""
+    one = 1 << PROBABILITY_BITS
+    stretched = rounding_shift_right(zeta * p, ZETA_BITS) + rounding_shift_right(gamma * (one - p), PROBABILITY_BITS)
+    return np.clip(stretched, 0, one)
+
+
+def row_gamma(alpha: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """-alpha / keys of each row, Q28: alpha Q28, mask (..., Tq, Tk) -> (..., Tq, 1)."""
+    keys = np.maximum(mask.astype(np.int64).sum(axis=-1, keepdims=True), 1)
+    return -half_up(alpha, keys)
+
+
+# --- LayerNorm --------------------------------------------------------------------------------------------------------
+
+
+def square_root(x: np.ndarray) -> np.ndarray:
+    """floor(sqrt(x)) for x in [2^60, 2^62): Newton's method from above (I-BERT, algorithm 4)."""
+    root = np.full_like(x, 2**31)
+    for _ in range(6):  # the error, at most 1 at first, is squared and halved each time
+        root = (root + x // root) >> 1
+    return root - (root * root > x)
+
+
+def normalize(code: np.ndarray, eps: np.ndarray) -> np.ndarray:
+    """(x - mean) / sqrt(var + eps) over the last axis, Q16, from codes of at most 16 bits; their zero point cancels.
+
+    With n = D c - sum c and W = D sum c^2 - (sum c)^2 + eps', it is n / sqrt(W): eps' = eps (D / scale)^2 as an integer.
+    W is shifted up by an even number of bits into [2^60, 2^62) before its root is taken.
+    """
+    code = code.astype(np.int64)
+    code = code - code[..., :1]  # smaller squares; it cancels too
+    width = code.shape[-1]
+    total = code.sum(axis=-1, keepdims=True)
+    w = np.maximum(width * (code * code).sum(axis=-1, keepdims=True) - total * total + eps, 1)
+    half = np.zeros_like(w)  # half the number of bits
+    for step in (16, 8, 4, 2, 1):
+        room = w < np.int64(1) << (62 - 2 * step)
+        w, half = np.where(room, w << (2 * step), w), half + room * step
+    n = (width * code - total) << half  # at most sqrt(D) 2^31
+    return half_up(n << NORM_BITS, square_root(w))
+
+
+# --- I-BERT's polynomials ---------------------------------------------------------------------------------------------
+
+LN2 = 45426  # Q16, rounded, as all below
+EXP_A, EXP_B, EXP_C = 23495, 88670, 1477468750  # 0.3585 (p + 1.353)^2 + 0.344; c is Q32
+ERF_A, ERF_B, HALF_ROOT = 18927, 115933, 46341  # 1 - 0.2888 (t - 1.769)^2; 1 / sqrt(2)
+
+
+def exp_polynomial(x: np.ndarray) -> np.ndarray:
+    """exp(-x), x >= 0 Q16 -> Q24: 2^-z L(-r) with x = z ln 2 + r (I-BERT, eq. 12 to 14)."""
+    x = x.astype(np.int64)
+    z, r = x // LN2, x % LN2
+    square = (EXP_B - r) ** 2
+    value = rounding_shift_right(square * EXP_A, INPUT_BITS) + EXP_C
+    return rounding_shift_right(value, np.minimum(z, 50) + 32 - EXP_BITS)
+
+
+def gelu_polynomial(x: np.ndarray) -> np.ndarray:
+    """x / 2 (1 + sign(x) (1 - 0.2888 (min(|t|, 1.769) - 1.769)^2)), t = x / sqrt 2; Q16 -> Q20 (I-BERT, eq. 8)."""
+    x = np.clip(x, -(2**26), 2**26).astype(np.int64)
+    t = np.minimum(rounding_shift_right(np.abs(x) * HALF_ROOT, INPUT_BITS), ERF_B)
+    erf = (1 << 32) - rounding_shift_right((t - ERF_B) ** 2 * ERF_A, INPUT_BITS)  # Q32
+    erf = rounding_shift_right(np.where(x < 0, -erf, erf), 32 - INPUT_BITS)
+    return rounding_shift_right(x * ((1 << INPUT_BITS) + erf), 2 * INPUT_BITS + 1 - GELU_BITS)
+
+
+def sigmoid_polynomial(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), Q16 -> Q28, the exponential by its polynomial."""
+    e = exp_polynomial(np.abs(x))
+    top = np.where(x < 0, e, 1 << EXP_BITS)
+    return half_up(top << PROBABILITY_BITS, e + (1 << EXP_BITS))
+
+
+def tanh_polynomial(x: np.ndarray) -> np.ndarray:
+    """2 sigmoid(2 x) - 1, Q16 -> Q28."""
+    return 2 * sigmoid_polynomial(2 * x.astype(np.int64)) - (1 << PROBABILITY_BITS)
+
+
+POLYNOMIALS = {
+    "gelu": (gelu_polynomial, GELU_BITS),
+    "sigmoid": (sigmoid_polynomial, PROBABILITY_BITS),
+    "tanh": (tanh_polynomial, PROBABILITY_BITS),
+}

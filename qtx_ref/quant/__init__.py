@@ -1,0 +1,1 @@
+"""Quantizers: rounding, scales, codes, ranges, and weights made anew for them."""

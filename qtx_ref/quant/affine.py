@@ -1,0 +1,211 @@
+"""Affine quantization: `real = scale * (code - zero_point)`.
+
+What two engines may do differently is a field of the `Profile`. Under `QTX`, the default, arithmetic is float32
+whatever the dtype of the tensor: x / scale by IEEE division, rounded half to even, plus the zero point, clamped to the
+codes of the `QuantSpec`.
+
+    >>> spec = QuantSpec(bits=8, symmetric=True)
+    >>> quantize(np.float32([-1.5, -0.5, 0.5, 1.5, 2.5]), np.float32(1), np.int32(0), spec).tolist()
+    [-2, 0, 0, 2, 2]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..spec import (
+    QTX,
+    Dtype,
+    Granularity,
+    InfinityPolicy,
+    NanPolicy,
+    Nudging,
+    Profile,
+    QuantSpec,
+    ScaleRule,
+)
+from .rounding import SMALLEST, round_dtype, round_integer
+
+TINY = np.float32(2.0**-126)  # the smallest normal float32; no float32 scale is below it
+
+
+def check_width(spec: QuantSpec, profile: Profile) -> None:
+    """Raises ValueError where the arithmetic cannot hold the codes."""
+    if profile.arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
+        raise ValueError(f"code {spec.code_max} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
+
+
+def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
+    """The axes that one range spans: all (tensor), all but the last (channel of an activation), the last (channel of a
+    weight (..., O, I), token). A group starts from its channels' ranges; `scale_zero` unites them."""
+    if spec.granularity is Granularity.BLOCK:
+        raise ValueError("a block spans a part of an axis; take its range with ranges()")
+    if spec.granularity is Granularity.TENSOR:
+        return tuple(range(ndim))
+    if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not weight:
+        return tuple(range(ndim - 1))
+    return (ndim - 1,)
+
+
+def min_max(x: np.ndarray, axes: tuple[int, ...], where: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Minimum and maximum over `axes`, kept as length 1, of the elements where `where` (broadcast) is true.
+
+    Float32. A range over no element at all is (0, 0).
+    """
+    keep = True if where is None else np.broadcast_to(where, x.shape)
+    low = np.min(x, axis=axes, keepdims=True, where=keep, initial=np.inf)
+    high = np.max(x, axis=axes, keepdims=True, where=keep, initial=-np.inf)
+    empty = low > high
+    return np.where(empty, 0, low).astype(np.float32), np.where(empty, 0, high).astype(np.float32)
+
+
+def ranges(
+    x: np.ndarray, spec: QuantSpec, weight: bool = False, where: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape)."""
+    if spec.granularity is not Granularity.BLOCK:
+        return min_max(x, range_axes(spec, x.ndim, weight), where)
+    if x.shape[-1] % spec.block:
+        raise ValueError(f"block {spec.block} does not divide the last axis, {x.shape[-1]}; choose one that does")
+    blocks = (*x.shape[:-1], x.shape[-1] // spec.block, spec.block)
+    keep = None if where is None else np.broadcast_to(where, x.shape).reshape(blocks)
+    low, high = min_max(x.reshape(blocks), (x.ndim,), keep)  # (..., blocks, 1)
+    return np.repeat(low[..., 0], spec.block, -1), np.repeat(high[..., 0], spec.block, -1)
+
+
+def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Channel ranges (one axis longer than 1) -> each channel's group's range, the same shape.
+
+    Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
+    outlier channels share a group (Bondarenko et al. 2021, section 4).
+    """
+    if low.size % spec.groups:
+        raise ValueError(f"groups {spec.groups} does not divide the {low.size} channels; choose a number that does")
+    order = np.argsort((high - low).ravel(), kind="stable") if spec.permute else np.arange(low.size)
+    back = np.argsort(order)
+
+    def shared(values: np.ndarray, reduce: np.ufunc) -> np.ndarray:
+        grouped = reduce.reduce(values.ravel()[order].reshape(spec.groups, -1), axis=1)
+        return np.repeat(grouped, low.size // spec.groups)[back].reshape(values.shape)
+
+    return shared(low, np.minimum), shared(high, np.maximum)
+
+
+def scale_zero(
+    low: np.ndarray, high: np.ndarray, spec: QuantSpec, profile: Profile = QTX
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for FLOAT64).
+
+    Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
+    real zero point. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
+    the arithmetic's dtype. Raises ValueError where the range, or the scale in its dtype, is not finite.
+    """
+    check_width(spec, profile)
+    if spec.granularity is Granularity.GROUP and np.size(low) > 1:
+        low, high = unite_groups(low, high, spec)
+
+    def number(value: np.ndarray | float) -> np.ndarray:
+        return round_dtype(value, profile.arithmetic)
+
+    low = np.minimum(number(low), number(0))
+    high = np.maximum(number(high), number(0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        span = np.maximum(-low, high) if spec.symmetric else number(high - low)
+    if not np.isfinite(span).all():
+        raise ValueError(f"range {low.min()} to {high.max()} is not finite; look for NaN or infinity upstream")
+    if not spec.symmetric:
+        step = number(span / number(spec.code_max - spec.code_min))
+    elif profile.scale_rule is ScaleRule.ABSMAX:
+        step = number(span / number(spec.code_max))
+    elif profile.scale_rule is ScaleRule.ABSMAX_HALF:
+        step = number(span / number((2**spec.bits - 1) / 2))
+    else:
+        step = np.maximum(number(-low / number(-spec.code_min)), number(high / number(spec.code_max)))
+    step = np.maximum(step, number(max(SMALLEST[profile.arithmetic], SMALLEST[profile.scale_dtype])))
+    scale = round_dtype(np.where(span == 0, number(1), step), profile.scale_dtype)
+    divisor = number(scale)
+    if not np.isfinite(divisor).all():
+        raise ValueError(f"scale {step.max()} does not fit {profile.scale_dtype}; choose a wider dtype")
+    if spec.symmetric:
+        return scale, np.zeros(scale.shape, np.int32)
+    first, last = number(spec.code_min), number(spec.code_max)
+    zero = number(first - number(low / divisor))
+    if profile.nudging is Nudging.CLOSER_END:
+        up = number(high / divisor)
+        nearer_low = (
+            first + number(-low / divisor) < last + up
+        )  # the two ends' rounding errors, as gemmlowp bounds them
+        zero = np.where(nearer_low, zero, number(last - up))
+    zero = round_integer(zero, profile.zero_point_rounding)
+    return scale, np.clip(zero, spec.code_min, spec.code_max).astype(np.int32)
+
+
+def rounded(
+    x: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    profile: Profile = QTX,
+    words: np.ndarray | None = None,
+) -> np.ndarray:
+    """The code of x, not yet clamped: a whole number in the profile's arithmetic. `words` as in `round_integer`."""
+
+    def number(value: np.ndarray) -> np.ndarray:
+        return round_dtype(value, profile.arithmetic)
+
+    x, scale, zero = number(x), number(scale), number(zero_point)
+    with np.errstate(over="ignore"):
+        ratio = number(x * number(np.ones_like(scale) / scale)) if profile.reciprocal else number(x / scale)
+        if profile.zero_point_before_rounding:
+            return round_integer(number(ratio + zero), profile.rounding, words)
+        return number(round_integer(ratio, profile.rounding, words) + zero)
+
+
+def quantize(
+    x: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    spec: QuantSpec,
+    profile: Profile = QTX,
+    words: np.ndarray | None = None,
+) -> np.ndarray:
+    """Codes (int32) of x. Raises ValueError on NaN and on infinity where the profile says so."""
+    check_width(spec, profile)
+    nan = np.isnan(x)
+    if profile.nan is NanPolicy.RAISE and nan.any():
+        raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
+    if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
+        raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
+    level = rounded(np.where(nan, 0, x), scale, zero_point, profile, words)
+    code = np.clip(level, spec.code_min, spec.code_max).astype(np.int32)
+    return np.where(nan, spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, code).astype(np.int32)
+
+
+def dequantize(code: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, profile: Profile = QTX) -> np.ndarray:
+    """scale * (code - zero_point), the difference in integers, the product rounded to the profile's arithmetic."""
+    difference = round_dtype(code.astype(np.int32) - zero_point, profile.arithmetic)
+    return round_dtype(round_dtype(scale, profile.arithmetic) * difference, profile.arithmetic)
+
+
+def fake_quantize(
+    x: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    spec: QuantSpec,
+    profile: Profile = QTX,
+    words: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """dequantize(quantize(x)) in x's dtype, and where the straight-through gradient passes: codes inside their limits.
+
+    NaN stays NaN where the profile would raise, so that a training run shows it.
+    """
+    check_width(spec, profile)
+    if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
+        raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
+    level = rounded(x, scale, zero_point, profile, words)
+    if profile.nan is not NanPolicy.RAISE:
+        level = np.where(np.isnan(x), spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, level)
+    inside = (level >= spec.code_min) & (level <= spec.code_max)
+    code = np.clip(level, spec.code_min, spec.code_max)
+    difference = round_dtype(code - np.asarray(zero_point, np.float32), profile.arithmetic)
+    y = round_dtype(round_dtype(scale, profile.arithmetic) * difference, profile.arithmetic)
+    return y.astype(x.dtype), inside

@@ -1,0 +1,177 @@
+"""Small floating-point formats: FP8 (E4M3, E5M2), FP4 (E2M1) and MX blocks of them.
+
+A finite format with m bits of mantissa and exponents from emin has, on one side of 0, the values n 2^(e - m) with
+e >= emin and n a whole number below 2^(m + 1). Near |x| they lie 2^(e - m) apart, e = max(floor(log2 |x|), emin), so
+n = round(|x| / 2^(e - m)), half to even, and the code is n + 2^m (e - emin): a mantissa that overflows carries into the
+exponent by itself, and e = emin with n < 2^m are the subnormals. The sign is the top bit.
+
+    >>> encode(np.float32([0.0, 1.0, -1.0, 0.001953125, 448, 465, np.inf]), FloatFormat.E4M3).tolist()
+    [0, 56, 184, 1, 126, 126, 126]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..spec import FloatFormat, FloatQuantSpec, SharedScale
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Bits and limits of a format. `overflow` and `nan` are codes without sign; a format may have neither."""
+
+    mantissa: int  # m
+    emin: int  # exponent of the smallest normal number
+    emax: int  # exponent of the largest
+    largest: int  # code of the largest finite value
+    sign: int  # the sign bit
+    overflow: int  # what a value beyond the largest becomes unless it saturates
+    nan: int
+
+    @property
+    def maximum(self) -> float:
+        """The largest finite value."""
+        fraction = (self.largest & (2**self.mantissa - 1)) + 2**self.mantissa
+        return fraction * 2.0 ** (self.emax - self.mantissa)
+
+    @property
+    def limit(self) -> float:
+        """The largest float32 that is rounded to `maximum`: the tie with what would come next, or, odd, just below it."""
+        tie = self.maximum + 2.0 ** (self.emax - self.mantissa - 1)
+        return tie - 2.0 ** (self.emax - 23) * (self.largest % 2)
+
+
+LAYOUTS = {
+    FloatFormat.E4M3: Layout(3, -6, 8, 0x7E, 0x80, 0x7F, 0x7F),  # NaN takes the place of 480
+    FloatFormat.E5M2: Layout(2, -14, 15, 0x7B, 0x80, 0x7C, 0x7F),
+    FloatFormat.E2M1: Layout(1, 0, 2, 0x7, 0x8, 0x7, 0x7),
+}
+TINY = np.float32(2.0**-126)  # the smallest normal float32; no scale is below it, but for those of MX blocks
+SCALE_BIAS, SCALE_NAN = 127, 0xFF  # E8M0: 2^(code - 127), and one NaN
+
+
+def floor_log2(x: np.ndarray) -> np.ndarray:
+    """floor(log2 |x|) of float32 from its bits: int32, -127 for 0 and subnormals, 128 for infinity and NaN."""
+    return ((x.view(np.int32) >> 23) & 0xFF) - 127
+
+
+def power_of_two(exponent: np.ndarray) -> np.ndarray:
+    """2^exponent as float64, from bits; exponent in [-1022, 1023]."""
+    return ((exponent.astype(np.int64) + 1023) << 52).view(np.float64)
+
+
+def encode(x: np.ndarray, kind: FloatFormat, saturate: bool = True) -> np.ndarray:
+    """Codes (uint8) of x (float32), nearest, ties to even.
+
+    Beyond the largest value: that value if `saturate`, infinity too; else infinity, or NaN for E4M3. NaN stays NaN.
+    E2M1, which has neither, always saturates; there NaN raises ValueError.
+    """
+    x = np.ascontiguousarray(x, np.float32)
+    nan = np.isnan(x)
+    if kind is FloatFormat.E2M1 and nan.any():
+        raise ValueError("e2m1 has no NaN; look upstream for the first tensor that holds one")
+    f = LAYOUTS[kind]
+    e = np.maximum(floor_log2(x), f.emin)
+    n = np.rint(np.abs(np.where(nan, 0, x)).astype(np.float64) / power_of_two(e - f.mantissa))
+    code = np.minimum(n, 2.0 ** (f.mantissa + 1)).astype(np.int32) + ((e - f.emin) << f.mantissa)
+    code = np.where(code > f.largest, f.largest if saturate else f.overflow, code)
+    code = np.where(nan, f.nan, code)
+    return np.where(np.signbit(x), code | f.sign, code).astype(np.uint8)
+
+
+def values(kind: FloatFormat) -> np.ndarray:
+    """The value of every code, float32."""
+    f = LAYOUTS[kind]
+    code = np.arange(f.sign)
+    field, mantissa = code >> f.mantissa, code & (2**f.mantissa - 1)
+    value = np.where(field > 0, mantissa + 2**f.mantissa, mantissa) * power_of_two(
+        np.maximum(field, 1) - 1 + f.emin - f.mantissa
+    )
+    if f.overflow > f.largest:
+        value[f.largest + 1 :] = np.nan
+        value[f.overflow] = np.inf if f.overflow != f.nan else np.nan
+    return np.concatenate([value, -value]).astype(np.float32)
+
+
+def decode(code: np.ndarray, kind: FloatFormat) -> np.ndarray:
+    """The values (float32) of codes."""
+    return values(kind)[code]
+
+
+def scale_zero(low: np.ndarray, high: np.ndarray, spec: FloatQuantSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (float32) of a range, absmax / largest finite value, and zero point 0. An empty range has scale 1.
+
+    Raises ValueError where the range is not finite.
+    """
+    span = np.maximum(-np.minimum(np.float32(low), 0), np.maximum(np.float32(high), 0))
+    if not np.isfinite(span).all():
+        raise ValueError(f"range {np.min(low)} to {np.max(high)} is not finite; look for NaN or infinity upstream")
+    step = np.maximum(span / np.float32(LAYOUTS[spec.format].maximum), TINY)
+    return np.where(span == 0, np.float32(1), step), np.zeros(span.shape, np.int32)
+
+
+def fake_quantize(
+    x: np.ndarray, kind: FloatFormat, saturate: bool = True, scale: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
+    passes: numbers that are not rounded beyond the largest value. NaN, in x or scale, stays NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        ratio = x.astype(np.float32) if scale is None else x.astype(np.float32) / scale
+        nan = np.isnan(ratio)
+        y = decode(encode(np.where(nan, 0, ratio), kind, saturate), kind)
+        y = np.where(nan, np.float32(np.nan), y if scale is None else y * scale)
+        return y.astype(x.dtype), np.abs(ratio) <= np.float32(LAYOUTS[kind].limit)
+
+
+def mx_exponent(x: np.ndarray, kind: FloatFormat, rule: SharedScale, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """The exponent (int32) of each block's scale, (..., D / block), kept in [-127, 127], and which blocks hold NaN or
+    infinity. A block of zeros has exponent -127. Raises ValueError where blocks do not divide the last axis."""
+    if x.shape[-1] % block:
+        raise ValueError(f"block {block} does not divide the last axis, {x.shape[-1]}; choose one that does")
+    f = LAYOUTS[kind]
+    largest = np.abs(np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, block)).max(-1)  # NaN if the block has one
+    bits = largest.view(np.int32)
+    if rule is SharedScale.CEIL:
+        bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
+    elif rule is SharedScale.EVEN:
+        bits = bits + (1 << (22 - f.mantissa))  # half a unit of the element's last place
+    return np.clip(((bits >> 23) & 0xFF) - 127 - f.emax, -127, 127), ~np.isfinite(largest)
+
+
+def mx_quantize(
+    x: np.ndarray, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of neighbours along the last axis that share a power of two: x (..., D) -> scale codes (..., D / block) in
+    E8M0 and element codes (..., D), both uint8.
+
+    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0.
+    """
+    exponent, broken = mx_exponent(x, kind, rule, block)
+    parts = np.asarray(x, np.float32).reshape(*exponent.shape, block)
+    ratio = np.where(broken[..., None], 0, parts).astype(np.float64) / power_of_two(exponent)[..., None]
+    with np.errstate(under="ignore"):
+        elements = encode(ratio.astype(np.float32), kind)
+    return np.where(broken, SCALE_NAN, exponent + SCALE_BIAS).astype(np.uint8), elements.reshape(x.shape)
+
+
+def mx_dequantize(scale: np.ndarray, code: np.ndarray, kind: FloatFormat) -> np.ndarray:
+    """2^(scale - 127) times the elements' values, float32; NaN where the scale is NaN."""
+    parts = decode(code, kind).reshape(*scale.shape, -1)
+    power = np.where(scale == SCALE_NAN, np.nan, power_of_two(scale.astype(np.int32) - SCALE_BIAS))
+    with np.errstate(over="ignore"):
+        return (parts * power[..., None]).astype(np.float32).reshape(code.shape)
+
+
+def mx_scale(x: np.ndarray, kind: FloatFormat, rule: SharedScale, block: int) -> np.ndarray:
+    """The scale of each element's block, float32 in the shape of x; NaN in a block with NaN or infinity."""
+    exponent, broken = mx_exponent(x, kind, rule, block)
+    return np.repeat(np.where(broken, np.nan, power_of_two(exponent)).astype(np.float32), block, -1)
+
+
+def mx_fake_quantize(
+    x: np.ndarray, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
+    """mx_dequantize(mx_quantize(x)) in x's dtype, and where the gradient passes: elements that did not saturate."""
+    return fake_quantize(x, kind, True, mx_scale(x, kind, rule, block))

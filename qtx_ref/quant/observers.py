@@ -1,0 +1,132 @@
+"""Observers: from calibration batches to a static range.
+
+Each observer takes tensors by `update(x, where)` and answers `range()` with float32 (low, high) that broadcast against
+the tensor. Elements where `where` is false never enter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import optimize
+
+from ..spec import Granularity, ObserverKind, Quant
+from .affine import min_max, range_axes
+from .quantizer import fake_quantize, scale_zero
+
+
+def groups(x: np.ndarray, spec: Quant, weight: bool, where: np.ndarray | None) -> np.ndarray:
+    """The elements that share a range, one row per range: (groups, elements).
+
+    Raises:
+        ValueError: ranges per channel would have different numbers of unmasked elements.
+    """
+    if spec.granularity is Granularity.TENSOR:
+        picked = x if where is None else x[np.broadcast_to(where, x.shape)]
+        return picked.reshape(1, -1)
+    if weight:
+        return x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    if where is not None:
+        if where.shape[-1] != 1:
+            raise ValueError("a range per channel cannot be taken under a mask over channels")
+        rows = rows[np.broadcast_to(where, (*x.shape[:-1], 1)).reshape(-1)]
+    return rows.T
+
+
+def percentile(values: np.ndarray, q: float) -> np.ndarray:
+    """The q-th percentile of each row (linear interpolation between order statistics), float32 (rows, 1)."""
+    position = (values.shape[-1] - 1) * (q / 100)
+    below = int(np.floor(position))
+    above = min(below + 1, values.shape[-1] - 1)
+    partly = np.partition(values, (below, above), axis=-1)  # those two are where a sort would have put them
+    a, b, t = partly[:, below].astype(np.float64), partly[:, above].astype(np.float64), position - below
+    return (a + (b - a) * t)[:, None].astype(np.float32)
+
+
+def squared_error(values: np.ndarray, low: float, high: float, spec: Quant) -> float:
+    """Sum of squared quantization errors of one group under a range; float64."""
+    scale, zero = scale_zero(np.float32(low), np.float32(high), spec)
+    approximation, _ = fake_quantize(values, scale, zero, spec)
+    return float(np.square(values.astype(np.float64) - approximation.astype(np.float64)).sum())
+
+
+def least_error(values: np.ndarray, spec: Quant) -> tuple[float, float]:
+    """The fraction of a group's (widened) range with the least squared error; the smallest of equals.
+
+    Symmetric: [-R f, R f] with R the largest magnitude plus the margin. Asymmetric: both ends times f.
+    """
+    margin = spec.observer.margin
+    low, high = float(values.min()), float(values.max())
+    low, high = low - margin if low < 0 else 0.0, high + margin if high > 0 else 0.0
+    if spec.symmetric:
+        low, high = -max(-low, high), max(-low, high)
+
+    def error(fraction: float) -> float:
+        return squared_error(values, low * fraction, high * fraction, spec)
+
+    if spec.observer.kind is ObserverKind.MSE_GRID:
+        count = spec.observer.candidates
+        best = min(((i + 1) / count for i in range(count)), key=error)
+    else:
+        best = optimize.minimize_scalar(
+            lambda f: error(f) if 0.01 <= f <= 1 else np.inf, bracket=(0.01, 1.0), method="golden", tol=1e-3
+        ).x
+    return low * best, high * best
+
+
+class Observer:
+    """The range of one site. `kind` of the spec's observer decides how batches are combined."""
+
+    def __init__(self, spec: Quant, weight: bool = False) -> None:
+        self.spec = spec
+        self.weight = weight
+        self.kind = spec.observer.kind
+        self.shape: tuple[int, ...] = ()
+        self.low: np.ndarray | None = None
+        self.high: np.ndarray | None = None
+        self.held: list[np.ndarray] = []
+
+    def update(self, x: np.ndarray, where: np.ndarray | None = None) -> None:
+        """Takes one batch's tensor. Raises ValueError on NaN or infinity that counts; without elements nothing changes."""
+        if where is not None and not where.any():
+            return
+        axes = range_axes(self.spec, x.ndim, self.weight)
+        low, high = min_max(x, axes, where)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise ValueError(f"values run from {low.min()} to {high.max()}; a range needs finite numbers")
+        self.shape = low.shape
+        if self.kind in (ObserverKind.CURRENT, ObserverKind.RUNNING):
+            self._combine(low, high)
+            return
+        values = groups(x, self.spec, self.weight, where).astype(np.float32)
+        if values.shape[-1] == 0:
+            return
+        if self.kind is ObserverKind.RUNNING_PERCENTILE:
+            self._combine(*self._percentiles(values))
+        else:
+            self.held.append(values)
+
+    def range(self) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high), float32. Raises ValueError before the first update with an element."""
+        if self.held:
+            values = np.concatenate(self.held, axis=-1)
+            if self.kind is ObserverKind.PERCENTILE:
+                self.low, self.high = self._percentiles(values)
+            else:
+                pairs = [least_error(row, self.spec) for row in values]
+                self.low, self.high = (np.array(side, np.float32) for side in zip(*pairs, strict=True))
+        if self.low is None or self.high is None:
+            raise ValueError("the observer has seen no element")
+        return self.low.reshape(self.shape), self.high.reshape(self.shape)
+
+    def _combine(self, low: np.ndarray, high: np.ndarray) -> None:
+        """Running: momentum * old + (1 - momentum) * new in float32. Current: new."""
+        if self.low is not None and self.kind is not ObserverKind.CURRENT:
+            m = np.float32(self.spec.observer.momentum)
+            low = m * self.low + (np.float32(1) - m) * low
+            high = m * self.high + (np.float32(1) - m) * high
+        self.low, self.high = low, high
+
+    def _percentiles(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        q = self.spec.observer.percentile
+        return percentile(values, 100 - q), percentile(values, q)

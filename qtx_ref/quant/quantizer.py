@@ -1,0 +1,59 @@
+"""A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..spec import FloatQuantSpec, Granularity, Quant, QuantSpec
+from . import affine, formats
+
+
+def scale_zero(low: np.ndarray, high: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of a range."""
+    return (formats if isinstance(spec, FloatQuantSpec) else affine).scale_zero(low, high, spec)
+
+
+def dynamic_scale(x: np.ndarray, spec: Quant, where: np.ndarray | None, weight: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude)."""
+    if spec.outliers is not None:
+        return beside_outliers(x, spec, where)
+    if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
+        where = None  # a row of padding has ranges of its own and touches no other
+    if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
+        scale = formats.mx_scale(x, spec.format, spec.shared, spec.block)
+        return scale, np.zeros(scale.shape, np.int32)
+    return scale_zero(*affine.ranges(x, spec, weight, where), spec)
+
+
+def beside_outliers(x: np.ndarray, spec: QuantSpec, where: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al. 2022,
+    section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, which leaves it in float.
+    """
+    large = np.abs(x) >= spec.outliers
+    if where is not None:
+        large &= where
+    kept = large.any(axis=tuple(range(x.ndim - 1)))  # (C,)
+    scale, zero = affine.scale_zero(*affine.min_max(x, (x.ndim - 1,), ~kept), spec)
+    return np.where(kept, np.float32(0), scale), np.broadcast_to(zero, x.shape)
+
+
+def quantize(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> np.ndarray:
+    """Codes of x: int32, or the uint8 of a small float."""
+    if isinstance(spec, FloatQuantSpec):
+        return formats.encode(x.astype(np.float32) / scale, spec.format, spec.saturate)
+    if spec.outliers is not None:  # what stays in float has the code of 0
+        codes = affine.quantize(np.where(scale == 0, 0, x), np.where(scale == 0, 1, scale), zero_point, spec)
+        return np.where(scale == 0, zero_point, codes)
+    return affine.quantize(x, scale, zero_point, spec)
+
+
+def fake_quantize(
+    x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant
+) -> tuple[np.ndarray, np.ndarray]:
+    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes."""
+    if isinstance(spec, FloatQuantSpec):
+        return formats.fake_quantize(x, spec.format, spec.saturate, scale)
+    if spec.outliers is not None:
+        y, inside = affine.fake_quantize(x, np.where(scale == 0, 1, scale), zero_point, spec)
+        return np.where(scale == 0, x, y), inside | (scale == 0)
+    return affine.fake_quantize(x, scale, zero_point, spec)

@@ -1,0 +1,65 @@
+"""The two roundings that everything rests on: to an integer (`Rounding`) and to a floating-point width (`Dtype`).
+
+>>> x = np.float32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+>>> for rule in list(Rounding)[:5]:
+...     print(f"{rule:12}", (round_integer(x, rule) + 0).tolist())
+half_even    [-2.0, -2.0, 0.0, 0.0, 2.0, 2.0]
+half_away    [-3.0, -2.0, -1.0, 1.0, 2.0, 3.0]
+half_up      [-2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
+toward_zero  [-2.0, -1.0, 0.0, 0.0, 1.0, 2.0]
+floor        [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..spec import Dtype, Rounding
+
+SMALLEST = {Dtype.FLOAT32: 2.0**-126, Dtype.FLOAT64: 2.0**-1022, Dtype.BFLOAT16: 2.0**-126, Dtype.FLOAT16: 2.0**-14}
+SATURATED = 2.0**20  # beyond every code plus zero point of 16 bits
+
+
+def round_dtype(x: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """x rounded to nearest even in `dtype`, carried in float32 (float64 for FLOAT64).
+
+    bfloat16 is the upper half of a float32: adding 0x7FFF, and 1 more where the half to keep is odd, carries into it
+    exactly where nearest even rounds up. A float64 passes through float32 on its way to 16 bits.
+    """
+    if dtype is Dtype.FLOAT64:
+        return np.asarray(x, np.float64)
+    with np.errstate(over="ignore"):
+        x = np.asarray(x, np.float32)
+        if dtype is Dtype.FLOAT32:
+            return x
+        if dtype is Dtype.FLOAT16:
+            return x.astype(np.float16).astype(np.float32)
+    bits = x.view(np.uint32)
+    upper = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), x, upper.view(np.float32))
+
+
+def round_integer(x: np.ndarray, rounding: Rounding, words: np.ndarray | None = None) -> np.ndarray:
+    """x rounded to an integer, in its dtype. Every remainder below is exact, so no addition can push x over a tie.
+
+    `words`: STOCHASTIC's random 32-bit words, the shape of x: up where word < 2^32 (x - floor(x)).
+    """
+    if rounding is Rounding.HALF_EVEN:
+        return np.rint(x)
+    if rounding is Rounding.TOWARD_ZERO:
+        return np.trunc(x)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity: not a tie
+        if rounding is Rounding.HALF_AWAY:
+            whole = np.trunc(x)
+            return whole + np.copysign((np.abs(x - whole) >= 0.5).astype(x.dtype), x)
+        whole = np.floor(x)
+        if rounding is Rounding.FLOOR:
+            return whole
+        if rounding is Rounding.HALF_UP:
+            return whole + (x - whole >= 0.5).astype(x.dtype)
+    if words is None:
+        raise ValueError("stochastic rounding needs words: one random 32-bit word per element (random.bits)")
+    x = np.clip(x, -SATURATED, SATURATED)  # infinity has no remainder
+    whole = np.floor(x)
+    threshold = np.where(np.isnan(x), 0, (x - whole) * x.dtype.type(2.0**32)).astype(np.int64)
+    return whole + (words.astype(np.int64) < threshold).astype(x.dtype)

@@ -1,0 +1,1 @@
+"""Integers alone: exact products, requantization, and a whole model in codes."""

@@ -1,0 +1,394 @@
+"""`Integer`: a whole model in integer codes, as a device computes it.
+
+Every value is a `Code`, `real = unit * (value - zero_point)`. A matmul of codes gives an int32 accumulator (int64 where
+a factor has more than 8 bits), whose unit is the product of its factors' scales; requantization by the profile makes it
+the code of the site it is named after. A site that the recipe leaves alone keeps the accumulator, for the next op that
+can take one. All constants were made by the reference's `lowering`, whose counterpart of this module names them.
+
+Floats appear where the design lets them: blocks of a matmul in float BLAS, which are exact; requantization by a float
+profile; scales taken from the data (one per token). `strict` leaves no float at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qtx_ref.spec import (
+    AttentionSpec,
+    Profile,
+    QuantSpec,
+    Requantization,
+    Softmax,
+    SpecError,
+)
+
+from .. import ops
+from ..attention import Mask
+from ..numerics import Float
+from ..quant import affine
+from ..sites import Site
+from . import fixed_point
+from . import ops as integer_ops
+from . import products as integer
+
+Constants = Mapping[str, Tensor]
+ZERO = torch.zeros((), dtype=torch.int32)
+
+
+class Code:
+    """Integers with their meaning. `unit` is None under `strict`; `spec` is None for an accumulator, whose zero is 0.
+
+    `measured`: the unit is known only as the model runs (a scale per token, or one looked up with a row). Such an
+    accumulator has its bias in `offset`, float32.
+    """
+
+    __slots__ = ("value", "unit", "zero_point", "spec", "measured", "offset")
+
+    def __init__(
+        self,
+        value: Tensor,
+        unit: Tensor | None,
+        zero_point: Tensor = ZERO,
+        spec: QuantSpec | None = None,
+        measured: bool = False,
+        offset: Tensor | None = None,
+    ) -> None:
+        self.value = value
+        self.unit = unit
+        self.zero_point = zero_point
+        self.spec = spec
+        self.measured = measured
+        self.offset = offset
+
+    # what the wiring asks of a tensor
+    shape = property(lambda self: self.value.shape)
+    ndim = property(lambda self: self.value.ndim)
+    device = property(lambda self: self.value.device)
+    dtype = property(lambda self: self.value.dtype)
+
+    @staticmethod
+    def arranged(move: Callable[..., Tensor], parts: tuple[Code, ...]) -> Code:
+        """`ops.arranged`: scale and zero point move too, where there is more than one of them; of several parts, such as
+        the tokens before and a new one, only where each has its own."""
+        first = parts[0]
+        shared = len(parts) > 1 and not first.measured
+
+        def follow(found: list[Tensor | None]) -> Tensor | None:
+            return found[0] if shared or found[0] is None or found[0].ndim == 0 else move(*found)
+
+        units, zeros = follow([x.unit for x in parts]), follow([x.zero_point for x in parts])
+        return Code(move(*(x.value for x in parts)), units, zeros, first.spec, first.measured)
+
+    def centred(self) -> Tensor:
+        """value - zero_point: int32, or int64 for an accumulator of that width."""
+        return self.value if self.spec is None else self.value.int() - self.zero_point
+
+    def real(self) -> Tensor:
+        """unit * centred (+ offset), float32 at each step."""
+        y = self.centred().float() * self.unit.float()
+        return y if self.offset is None else y + self.offset
+
+
+class Whole(TorchDispatchMode):
+    """While it is entered and `on`, no op takes a float or gives one: TypeError, in the op that would."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.on = on
+        self.found = ""
+
+    def __torch_dispatch__(
+        self, function: Callable, types: object, arguments: tuple = (), keywords: dict | None = None
+    ) -> object:
+        keywords = keywords or {}
+        result = function(*arguments, **keywords)
+        for x in tree_leaves((arguments, keywords, result)) if self.on else ():
+            if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
+                self.found = f"strict integer arithmetic came upon {integer.name(x.dtype)} in {function}"
+                raise TypeError(self.found)
+        return result
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        super().__exit__(kind, error, trace)
+        if self.found:  # Python's operators take a TypeError for one of theirs, and lose its words
+            raise TypeError(self.found) from error
+
+
+def code_dtype(spec: QuantSpec) -> torch.dtype:
+    """The narrowest dtype of a spec's codes that both backends have (torch computes nothing in uint16)."""
+    if spec.bits <= 8:
+        return torch.int8 if spec.symmetric else torch.uint8
+    return torch.int16 if spec.symmetric or spec.bits < 16 else torch.int32
+
+
+@contextmanager
+def at(site: str) -> Iterator[None]:
+    """A broken contract of the arithmetic, such as an overflow, as SpecError with the site's name."""
+    try:
+        yield
+    except SpecError:
+        raise
+    except ValueError as error:
+        raise SpecError(f"site {site}: {error}") from None
+
+
+class Integer(Float):
+    """See the module. `watch(name, value)` sees every site's codes, and each matmul's `<site>.accumulator`."""
+
+    def __init__(
+        self,
+        constants: Constants,
+        quants: Mapping[str, QuantSpec],
+        profile: Profile,
+        *,
+        strict: bool = False,
+        watch: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.entry = constants
+        if strict:
+            constants = {name: c for name, c in constants.items() if not c.is_floating_point()}
+        self.constants = constants
+        self.quants = quants
+        self.profile = profile
+        self.strict = strict
+        self.watch = watch
+        self.whole: Whole | None = None  # turned on once the input is in codes
+
+    def unit(self, *parts: Tensor | float | None) -> Tensor | None:
+        """The product of scales, float64: two float32 factors fit exactly. None under strict."""
+        if self.strict:
+            return None
+        product = torch.ones((), dtype=torch.float64)
+        for part in parts:
+            product = product * (part.double() if isinstance(part, Tensor) else part)
+        return product
+
+    # from accumulators to codes ---------------------------------------------------------------------------------------
+
+    def named(self, site: str, x: Code) -> Code:
+        """The result of an op, whatever its unit, as the code of its site."""
+        spec = self.quants.get(site)
+        if spec is None:
+            return self.seen(site, x)
+        whole = not (spec.dynamic or x.measured)
+        return self.seen(site, self.requantized(site, spec, x) if whole else self.quantized(site, spec, x.real()))
+
+    def seen(self, site: str, x: Code) -> Code:
+        if self.watch is not None:
+            self.watch(site, x.value)
+        return x
+
+    def operand(self, site: str, x: Code) -> Code:
+        """An operand for which the recipe has a quantizer of its own."""
+        return self.named(site, x) if site in self.quants else x
+
+    def quantized(self, site: str, spec: QuantSpec, real: Tensor) -> Code:
+        """Codes of float32 values: with the site's scale, or one taken from them."""
+        with at(site):
+            if spec.dynamic:
+                scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile)
+            else:
+                scale, zero = self.scale_of(site), self.constants[f"{site}.zero_point"]
+            code = affine.quantize(real, scale, zero, spec, self.profile)
+        return Code(code.to(code_dtype(spec)), scale, zero, spec, spec.dynamic)
+
+    def requantized(self, site: str, spec: QuantSpec, x: Code) -> Code:
+        """Codes from integers, by the profile's multiplier."""
+        kind, multiplier = self.profile.requantization, self.constants[f"{site}.multiplier"]
+        with at(site):
+            if kind in fixed_point.FLOATS:
+                level = fixed_point.round_by(x.centred(), multiplier, kind)
+            else:
+                level = fixed_point.multiply(x.centred(), multiplier, self.constants[f"{site}.shift"], kind)
+        return self.clamped(site, spec, level)
+
+    def clamped(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
+        """Whole multiples of the site's scale as its codes."""
+        zero = self.constants[f"{site}.zero_point"]
+        code = (level + zero).clamp(spec.code_min, spec.code_max).to(code_dtype(spec))
+        return Code(code, self.scale_of(site), zero, spec)
+
+    def scale_of(self, site: str) -> Tensor | None:
+        """The scale of a static site; None under strict."""
+        return self.constants.get(f"{site}.scale")
+
+    def weight(self, site: str) -> Code:
+        """The codes of a weight."""
+        return Code(self.constants[site], self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
+
+    def matmul(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
+        """Accumulators of a b: 64 bits where a factor or the bias needs them."""
+        wide = bias is not None and bias.dtype == torch.int64
+        zeros, bits = (a.zero_point, b.zero_point), 64 if wide else accumulator_bits(a.spec, b.spec)
+        with at(site):
+            return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
+
+    def shown(self, site: str, acc: Tensor) -> Tensor:
+        if self.watch is not None:
+            self.watch(f"{site}.accumulator", acc)
+        return acc
+
+    # ops --------------------------------------------------------------------------------------------------------------
+
+    def input(self, site: Site, value: Tensor) -> Code:
+        """Quantized by the profile, on the way in: the one step before the integers."""
+        name, spec = site.name, self.quants[site.name]
+        zero = self.constants[f"{name}.zero_point"]
+        with at(name):
+            code = affine.quantize(value, self.entry[f"{name}.scale"], zero, spec, self.profile).to(code_dtype(spec))
+        if self.whole is not None:
+            self.whole.on = True
+        return self.seen(name, Code(code, self.scale_of(name), zero, spec))
+
+    def parameter(self, site: Site) -> Code:
+        """The codes of the site's bias, made with its own scale."""
+        name = site.name
+        zero = self.constants[f"{name}.zero_point"]
+        return self.seen(name, Code(self.constants[f"{name}.bias"], self.scale_of(name), zero, self.quants[name]))
+
+    def linear(self, site: Site, x: Code, *, weight: Tensor | None = None, named: bool = True) -> Code:
+        """x W^T + b: one matrix (O, I), or one per head (H, O, I) on the head's own slice of x."""
+        name = site.name
+        x = self.operand(f"{name}.input", x)
+        y = self.product(name, x, self.weight(site.tied or f"{name}.weight"))
+        return self.named(name, y) if named else y
+
+    def product(self, name: str, x: Code, w: Code) -> Code:
+        """The accumulators of a linear layer; those of a measured unit with their bias beside."""
+        heads = w.shape[0] if w.ndim == 3 else 1
+
+        def split(v: Tensor) -> Tensor:  # (..., H n) -> (H, N, n)
+            return v.reshape(-1, heads, v.shape[-1] // heads).transpose(0, 1)
+
+        wt = w.value.reshape(heads, *w.shape[-2:]).mT  # (H, I, O)
+        w_zero = w.zero_point if w.zero_point.numel() == 1 else w.zero_point.reshape(heads, 1, -1)
+        x_zero = x.zero_point if x.zero_point.numel() == 1 else x.zero_point.reshape(1, -1, 1)
+        w_unit = w.unit if w.unit is None or w.unit.numel() == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
+        bias = self.constants.get(f"{name}.bias")
+        bias = None if bias is None else bias.reshape(-1)
+        inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
+        rows = split(x.value)
+        if heads == 1:  # one matrix, without an axis of heads
+            rows, wt, inside = rows[0], wt[0], None if inside is None else inside[0]
+            w_zero, x_zero = (z[0] if z.ndim == 3 else z for z in (w_zero, x_zero))
+        acc = self.matmul(name, Code(rows, None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
+        acc = acc if heads > 1 else acc[None]
+        acc = self.shown(name, acc.transpose(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
+        y_unit = self.unit(x.unit, w_unit)
+        return Code(acc, y_unit, measured=x.measured, offset=bias if x.measured else None)
+
+    def embedding(self, site: Site, index: Tensor) -> Code:
+        """Rows of the codes of the site's weight; their own scales, where each row has one."""
+        table = self.weight(f"{site.name}.weight")
+        several = table.unit is not None and table.unit.numel() > 1
+        step, zero = (x if x is None or x.numel() == 1 else x[index] for x in (table.unit, table.zero_point))
+        return self.named(site.name, Code(table.value[index], step, zero, table.spec, several))
+
+    def norm(self, site: Site, x: Code, eps: float) -> Code:
+        name = site.name
+        gain = self.weight(f"{name}.weight")
+        acc = integer_ops.normalize(x.value, self.constants[f"{name}.eps"]) * gain.centred()
+        bias = self.constants[f"{name}.bias"]
+        with at(name):
+            acc = integer.fit(acc + bias, 64 if bias.dtype == torch.int64 else 32, self.profile)
+        acc = self.shown(name, acc)
+        return self.named(name, Code(acc, self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
+
+    def add(self, site: Site, a: Code, b: Code) -> Code:
+        """Both operands in one fine unit, their sum rounded once."""
+        name, kind = site.name, self.profile.requantization
+        spec = self.quants[name]
+        if spec.dynamic or a.measured or b.measured:
+            return self.seen(name, self.quantized(name, spec, a.real() + b.real()))
+        first, second = self.constants[f"{name}.multiplier"]
+        if kind in fixed_point.FLOATS:
+            level = fixed_point.round_float(a.centred().float() * first + b.centred().float() * second, kind)
+        else:
+            parts, shift = [a.centred(), b.centred()], self.constants[f"{name}.shift"]
+            level = integer_ops.weighted_sum(parts, [first, second], shift, kind)
+        return self.seen(name, self.clamped(name, spec, level))
+
+    def mul(self, site: Site, a: Code, b: Code) -> Code:
+        wide = torch.int64 if accumulator_bits(a.spec, b.spec) == 64 else torch.int32
+        product = a.centred().to(wide) * b.centred().to(wide)
+        return self.named(site.name, Code(product, self.unit(a.unit, b.unit), measured=a.measured or b.measured))
+
+    def scale(self, x: Code, factor: float) -> Code:
+        """Only the unit changes."""
+        return Code(x.value, self.unit(x.unit, factor), x.zero_point, x.spec, x.measured)
+
+    def mean(self, site: Site, x: Code) -> Code:
+        """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
+        total = integer_ops.mean(x.centred(), self._where(x)).to(x.centred().dtype)
+        return self.named(site.name, Code(total, x.unit, measured=x.measured))
+
+    def prepend(self, site: Site, x: Code) -> Code:
+        """The codes of the site's weight, made with its own scale, and x requantized to it."""
+        name, spec = site.name, self.quants[site.name]
+        x = self.quantized(name, spec, x.real()) if x.measured else self.requantized(name, spec, x)
+        first = self.constants[f"{site.name}.weight"].expand(x.shape[0], 1, x.shape[2])
+        return self.seen(site.name, Code(torch.cat([first, x.value], dim=1), x.unit, x.zero_point, x.spec))
+
+    def activation(self, site: Site, x: Code, kind: str) -> Code:
+        """relu: max(x, 0). Others: a table, or a polynomial of I-BERT."""
+        name = site.name
+        if kind == "relu" and x.measured:
+            return self.seen(name, self.quantized(name, self.quants[name], x.real().clamp(min=0)))
+        if kind == "relu":
+            return self.named(name, Code(x.centred().clamp(min=0), x.unit))
+        table = self.constants.get(f"{name}.table")
+        if table is not None:
+            code = table[x.value.long() - x.spec.code_min]
+            zero = self.constants[f"{name}.zero_point"]
+            return self.seen(name, Code(code, self.scale_of(name), zero, self.quants[name]))
+        polynomial, bits = integer_ops.POLYNOMIALS[kind]
+        scaling = (self.constants[f"{name}.input_{key}"] for key in ("multiplier", "shift"))
+        with at(name):
+            argument = fixed_point.multiply(x.centred(), *scaling, Requantization.FIXED_ONE)
+        y = polynomial(argument).clamp(fixed_point.INT32_MIN, fixed_point.INT32_MAX).int()
+        return self.named(name, Code(y, self.unit(2.0**-bits)))
+
+    def attention(
+        self, attn: nn.Module, q: Code, k: Code, v: Code, mask: Mask, spec: AttentionSpec, rate: float
+    ) -> Code:
+        """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
+        scores_site, context_site = attn.scores.name, attn.context.name
+        q, k = self.operand(f"{scores_site}.lhs", q), self.operand(f"{scores_site}.rhs", k)
+        kt = ops.arranged(lambda x: x.transpose(-1, -2), k)
+        acc = self.shown(scores_site, self.matmul(scores_site, q, kt))
+        step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
+        scores = self.named(scores_site, Code(acc, step, measured=measured))
+        probs = self.operand(f"{context_site}.lhs", self.softmax(attn.probs, scores, mask, spec))
+        v = self.operand(f"{context_site}.rhs", v)
+        acc, step = self.matmul(context_site, probs, v), self.unit(probs.unit, v.unit)
+        step = step if step is None or step.ndim == 0 else step.expand(acc.shape)  # per query and head, or per channel
+        context = Code(acc, step, measured=probs.measured)
+        context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
+        self.shown(context_site, context.value)
+        return self.named(context_site, context)
+
+    def softmax(self, site: Site, scores: Code, mask: Mask, spec: AttentionSpec) -> Code:
+        name, find = site.name, self.constants.get
+        exponential = find(f"{name}.table")
+        if exponential is None:
+            exponential = tuple(self.constants[f"{name}.input_{key}"] for key in ("multiplier", "shift"))
+        extra = (find(f"{name}.sink"), find(f"{name}.sink_factor")) if f"{name}.sink" in self.constants else None
+        with at(name):
+            p = integer_ops.softmax(scores.value, mask.allowed, exponential, extra)
+            if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
+                row = spec.softmax is Softmax.CLIPPED_ROW
+                gamma = integer_ops.row_gamma(find(f"{name}.alpha"), mask.allowed) if row else find(f"{name}.gamma")
+                p = integer_ops.clip_stretch(p, find(f"{name}.zeta"), gamma)
+        return self.named(name, Code(p.int(), self.unit(2.0**-integer_ops.PROBABILITY_BITS)))
+
+
+def accumulator_bits(*specs: QuantSpec | None) -> int:
+    """32, or 64 where a factor has more than 8 bits (an accumulator, of which there is no spec, has 32)."""
+    return 64 if any(spec is None or spec.bits > 8 for spec in specs) else 32

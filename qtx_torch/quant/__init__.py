@@ -1,0 +1,1 @@
+"""Quantizers: rounding, scales, codes and ranges, as in the reference."""

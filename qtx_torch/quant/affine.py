@@ -1,0 +1,223 @@
+"""Affine quantization: `real = scale * (code - zero_point)`.
+
+What two engines may do differently is a field of the `Profile`. Under `QTX`, the default, arithmetic is float32
+whatever the dtype of the tensor: x / scale by IEEE division, rounded half to even, plus the zero point, clamped to the
+codes of the `QuantSpec`. Scales are tensors on the tensor's device: CUDA divides by a host number by multiplying with
+its reciprocal.
+
+    >>> spec = QuantSpec(bits=8, symmetric=True)
+    >>> quantize(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5]), torch.tensor(1.0), torch.tensor(0), spec).tolist()
+    [-2, 0, 0, 2, 2]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qtx_ref.spec import (
+    QTX,
+    Dtype,
+    Granularity,
+    InfinityPolicy,
+    NanPolicy,
+    Nudging,
+    Profile,
+    QuantSpec,
+    ScaleRule,
+)
+
+from .rounding import SMALLEST, round_dtype, round_integer
+
+TINY = 2.0**-126  # the smallest normal float32; no float32 scale is below it
+
+
+def check_width(spec: QuantSpec, profile: Profile) -> None:
+    """Raises ValueError where the arithmetic cannot hold the codes."""
+    if profile.arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
+        raise ValueError(f"code {spec.code_max} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
+
+
+def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
+    """The axes that one range spans: all (tensor), all but the last (channel of an activation), the last (channel of a
+    weight (..., O, I), token). A group starts from its channels' ranges; `scale_zero` unites them."""
+    if spec.granularity is Granularity.BLOCK:
+        raise ValueError("a block spans a part of an axis; take its range with ranges()")
+    if spec.granularity is Granularity.TENSOR:
+        return tuple(range(ndim))
+    if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not weight:
+        return tuple(range(ndim - 1))
+    return (ndim - 1,)
+
+
+def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum over `axes`, kept as length 1, of the elements where `where` (broadcast) is true.
+
+    Float32. A range over no element at all is (0, 0).
+    """
+    if where is None:
+        if len(axes) == x.ndim and x.numel():
+            low, high = (end.reshape((1,) * x.ndim) for end in x.aminmax())
+        else:
+            low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+        return low.float(), high.float()
+    # what shares a place of `where` is reduced before it is masked: the mask is small, and so is what is left
+    shared = tuple(i for i in axes if i + where.ndim >= x.ndim and where.shape[i - x.ndim] == 1)
+    low, high = (x.amin(shared, keepdim=True), x.amax(shared, keepdim=True)) if shared else (x, x)
+    low = torch.where(where, low, math.inf).amin(axes, keepdim=True)
+    high = torch.where(where, high, -math.inf).amax(axes, keepdim=True)
+    empty = low > high
+    return low.masked_fill(empty, 0).float(), high.masked_fill(empty, 0).float()
+
+
+def ranges(x: Tensor, spec: QuantSpec, weight: bool = False, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape)."""
+    if spec.granularity is not Granularity.BLOCK:
+        return min_max(x, range_axes(spec, x.ndim, weight), where)
+    if x.shape[-1] % spec.block:
+        raise ValueError(f"block {spec.block} does not divide the last axis, {x.shape[-1]}; choose one that does")
+    blocks = (*x.shape[:-1], x.shape[-1] // spec.block, spec.block)
+    keep = None if where is None else where.broadcast_to(x.shape).reshape(blocks)
+    low, high = min_max(x.reshape(blocks), (x.ndim,), keep)  # (..., blocks, 1)
+    return low[..., 0].repeat_interleave(spec.block, -1), high[..., 0].repeat_interleave(spec.block, -1)
+
+
+def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Channel ranges (one axis longer than 1) -> each channel's group's range, the same shape.
+
+    Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
+    outlier channels share a group (Bondarenko et al. 2021, section 4).
+    """
+    if low.numel() % spec.groups:
+        raise ValueError(f"groups {spec.groups} does not divide the {low.numel()} channels; choose a number that does")
+    span = (high - low).flatten()
+    order = torch.argsort(span, stable=True) if spec.permute else torch.arange(span.numel(), device=span.device)
+    back = torch.argsort(order)
+
+    def shared(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+        grouped = reduce(values.flatten()[order].reshape(spec.groups, -1), 1)
+        return grouped.repeat_interleave(low.numel() // spec.groups)[back].reshape(values.shape)
+
+    return shared(low, torch.amin), shared(high, torch.amax)
+
+
+def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QTX) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for FLOAT64).
+
+    Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
+    real zero point. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
+    the arithmetic's dtype. Raises ValueError where the range, or the scale in its dtype, is not finite.
+    """
+    check_width(spec, profile)
+    if spec.granularity is Granularity.GROUP and low.numel() > 1:
+        low, high = unite_groups(low, high, spec)
+
+    def number(value: Tensor) -> Tensor:
+        return round_dtype(value, profile.arithmetic)
+
+    low, high = number(low).clamp(max=0), number(high).clamp(min=0)
+
+    def constant(value: float) -> Tensor:
+        return number(torch.full_like(low, value))
+
+    span = torch.maximum(-low, high) if spec.symmetric else number(high - low)
+    if not torch.isfinite(span).all():
+        raise ValueError(
+            f"range {low.min().item()} to {high.max().item()} is not finite; look for NaN or infinity upstream"
+        )
+    if not spec.symmetric:
+        step = number(span / constant(spec.code_max - spec.code_min))
+    elif profile.scale_rule is ScaleRule.ABSMAX:
+        step = number(span / constant(spec.code_max))
+    elif profile.scale_rule is ScaleRule.ABSMAX_HALF:
+        step = number(span / constant((2**spec.bits - 1) / 2))
+    else:
+        step = torch.maximum(number(-low / constant(-spec.code_min)), number(high / constant(spec.code_max)))
+    step = step.clamp(min=max(SMALLEST[profile.arithmetic], SMALLEST[profile.scale_dtype])).masked_fill(span == 0, 1)
+    scale = round_dtype(step, profile.scale_dtype)
+    divisor = number(scale)
+    if not torch.isfinite(divisor).all():
+        raise ValueError(f"scale {step.max().item()} does not fit {profile.scale_dtype}; choose a wider dtype")
+    if spec.symmetric:
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    first, last = constant(spec.code_min), constant(spec.code_max)
+    zero = number(first - number(low / divisor))
+    if profile.nudging is Nudging.CLOSER_END:
+        up = number(high / divisor)
+        nearer_low = (
+            first + number(-low / divisor) < last + up
+        )  # the two ends' rounding errors, as gemmlowp bounds them
+        zero = torch.where(nearer_low, zero, number(last - up))
+    zero = round_integer(zero, profile.zero_point_rounding)
+    return scale, zero.clamp(spec.code_min, spec.code_max).to(torch.int32)
+
+
+def rounded(
+    x: Tensor, scale: Tensor, zero_point: Tensor, profile: Profile = QTX, words: Tensor | None = None
+) -> Tensor:
+    """The code of x, not yet clamped: a whole number in the profile's arithmetic. `words` as in `round_integer`."""
+
+    def number(value: Tensor) -> Tensor:
+        return round_dtype(value, profile.arithmetic)
+
+    x, scale, zero = number(x), number(scale), number(zero_point)
+    ratio = number(x * number(torch.ones_like(scale) / scale)) if profile.reciprocal else number(x / scale)
+    if profile.zero_point_before_rounding:
+        return round_integer(number(ratio.add_(zero)), profile.rounding, words)
+    return number(round_integer(ratio, profile.rounding, words).add_(zero))
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    spec: QuantSpec,
+    profile: Profile = QTX,
+    words: Tensor | None = None,
+) -> Tensor:
+    """Codes (int32) of x. Raises ValueError on NaN and on infinity where the profile says so."""
+    check_width(spec, profile)
+    nan = torch.isnan(x)
+    if profile.nan is NanPolicy.RAISE and nan.any():
+        raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
+    if profile.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
+        raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
+    level = rounded(x if profile.nan is NanPolicy.RAISE else x.masked_fill(nan, 0), scale, zero_point, profile, words)
+    code = level.clamp_(spec.code_min, spec.code_max).to(torch.int32)
+    if profile.nan is NanPolicy.RAISE:
+        return code
+    return torch.where(nan, spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, code).to(torch.int32)
+
+
+def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor, profile: Profile = QTX) -> Tensor:
+    """scale * (code - zero_point), the difference in integers, the product rounded to the profile's arithmetic."""
+    difference = round_dtype(code.to(torch.int32) - zero_point, profile.arithmetic)
+    return round_dtype(round_dtype(scale, profile.arithmetic) * difference, profile.arithmetic)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    spec: QuantSpec,
+    profile: Profile = QTX,
+    words: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dequantize(quantize(x)) in x's dtype, and where the straight-through gradient passes: codes inside their limits.
+
+    NaN stays NaN where the profile would raise, so that a training run shows it.
+    """
+    check_width(spec, profile)
+    if profile.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
+        raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
+    level = rounded(x, scale, zero_point, profile, words)
+    if profile.nan is not NanPolicy.RAISE:
+        level = torch.where(torch.isnan(x), spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, level)
+    code = level.clamp(spec.code_min, spec.code_max)
+    inside = level == code
+    difference = round_dtype(code.sub_(zero_point), profile.arithmetic)
+    y = round_dtype(difference.mul_(round_dtype(scale, profile.arithmetic)), profile.arithmetic)
+    return y.to(x.dtype), inside
