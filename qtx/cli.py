@@ -40,7 +40,8 @@ from .commands.parity import parity
 from .commands.ptq import ptq
 from .commands.quantize import quantize
 from .data import DataError, load
-from .engines.backend import MissingExtra, backend, need
+from .data.tokenizing import encode_prompt, open_tokenizer
+from .engines.backend import MissingExtra, backend
 from .files.artifact import SUFFIX
 from .files.container import CheckpointError
 from .jobs.starts import continued, open_origin
@@ -256,9 +257,8 @@ def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, t
     backend(backend_name).check_generation(opened.found.spec, {}, 1)
     need_head(checkpoint, opened)
     model = opened.model
-    tokenizers = need("tokenizers", "text", "a prompt")
-    words = tokenizers.Tokenizer.from_str(opened.data.tokenizer_json)
-    start = np.array([words.encode(prompt, add_special_tokens=False).ids], np.int64)
+    words, _, _ = open_tokenizer(opened.data.tokenizer_json, "a prompt")
+    start = np.array([encode_prompt(words, prompt)], np.int64)
     if start.size == 0:
         raise SpecError(f"prompt {prompt!r} has no token: give some text")
     rng = stream(seed, "generate")

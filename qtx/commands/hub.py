@@ -50,9 +50,13 @@ def import_command(folder, out, json_path):
         "tied": sorted(hub["tied"]),
         "apart": sorted(name.removeprefix(APART) for name in made.extra),
     }
-    shown = {**result, "parameters": f"{result['parameters']:,}", "tokenizer": "yes" if result["tokenizer"] else "none"}
+    printed = {
+        **result,
+        "parameters": f"{result['parameters']:,}",
+        "tokenizer": "yes" if result["tokenizer"] else "none",
+    }
     rows = [
-        [key, ", ".join(value) or "none" if isinstance(value, list) else str(value)] for key, value in shown.items()
+        [key, ", ".join(value) or "none" if isinstance(value, list) else str(value)] for key, value in printed.items()
     ]
     say(table(["", str(folder)], rows[1:]) + f"\n{out}: see qtx analyze {out}", json_path)
     write_json(json_path, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import click
 
 from qtx_ref.integer.model import accumulator_bits
-from qtx_ref.spec import Head, ModelSpec, Recipe, SpecError
+from qtx_ref.spec import Family, Head, ModelSpec, Recipe, SpecError
 
-from ..data import load
+from ..data import Dataset, load
 from ..engines.backend import backend
 from ..files.artifact import SUFFIX, Artifact, load_artifact
 from ..files.checkpoint import Checkpoint, load_checkpoint
@@ -25,6 +26,7 @@ from ..recipes.sites import sites
 
 # in the folders that train, study, export, analyze, ptq and cost write
 WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "tokenizer.json", "preprocessor_config.json",
+           "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
            "ptq.json", "ptq.png", "cost.json", "cost.txt", "cost.png",
            "analysis.json", "depth.png", "channels.png", "histogram.png", "attention.png", "patches.png")  # fmt: skip
 PLACES = ("checkpoint", "model", "init", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
@@ -119,22 +121,33 @@ def split_list(text: str) -> tuple[str, ...]:
 def open_data(path: Path, spec: ModelSpec, meta: dict[str, Any], name: str | None, tokenizer: Path | None) -> Any:
     """The data to evaluate a model on: its own unless said otherwise, with its own tokenizer. Raises SpecError where they
     are gone, or another tokenizer's."""
+    need_tokenizer(path, spec, meta)
     about = meta.get("data", {})
     source = about.get("source") if name is None else name
     if name is None and source not in (None, "books", "digits") and not Path(source).exists():
         raise SpecError(f"{path} has its data from {source}, which is not there now: say where with --data")
     own = {"length": about.get("length"), "names": about.get("names"), "scaling": meta.get("images")}
     data = load(source, spec, tokenizer=tokenizer or meta.get("tokenizer"), **own)
-    trained_with, given = about.get("tokenizer_sha256"), data.describe().get("tokenizer_sha256")
-    if trained_with is None and "hub" in meta and given is not None:
+    check_tokenizer(path, meta, data)
+    return data
+
+
+def need_tokenizer(path: Path, spec: ModelSpec, meta: Mapping[str, Any]) -> None:
+    """Raises SpecError for an imported model of text without the tokenizer that its token ids are of."""
+    if spec.family is not Family.VIT and "hub" in meta and not meta.get("tokenizer"):
         raise SpecError(
             f"{path} is a model whose import found no tokenizer.json: import it again with one in its folder"
         )
+
+
+def check_tokenizer(path: Path, meta: Mapping[str, Any], data: Dataset) -> None:
+    """Raises SpecError where data are not read with the tokenizer of a checkpoint's own."""
+    trained_with = meta.get("data", {}).get("tokenizer_sha256")
+    given = data.describe().get("tokenizer_sha256")
     if trained_with != given:
         raise SpecError(
             f"tokenizer {given and given[:12]} is not the one of {path} ({trained_with and trained_with[:12]})"
         )
-    return data
 
 
 def open_checkpoint(path: Path, machine: Machine, data_name: str | None, tokenizer: Path | None):

@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
+
+import numpy as np
 
 from qtx_ref.spec import Family, Head, ModelSpec
 
 from .corpus import load_text
-from .images import ImageData, digits, folder
-from .labelled import SUFFIXES, LabelledText, load_labelled
+from .images import ImageData, load_digits, load_folder
+from .labelled import LabelledText, load_labelled
+from .rows import has_rows
 from .splits import SPLITS, DataError
 from .text import Section, TextData, unigram_perplexity
 
-__all__ = ["SPLITS", "DataError", "ImageData", "LabelledText", "Section", "TextData", "load", "unigram_perplexity"]
+__all__ = [
+    "SPLITS",
+    "DataError",
+    "Dataset",
+    "ImageData",
+    "LabelledText",
+    "Section",
+    "TextData",
+    "load",
+    "unigram_perplexity",
+]
+
+
+class Dataset(Protocol):
+    """What `load` gives: items in the splits `SPLITS`, none in two, and the batches that a model takes of them.
+
+    A batch is NumPy arrays by name: tokens (B, T) int64, mask (B, T) bool, types and targets of text; images (B, C, S, S)
+    float32; labels (B,) int64 of a classifier's. `DataError` where the model does not fit.
+    """
+
+    source: str
+
+    def hashes(self, split: str) -> list[str]:
+        """The sha256 of each item of the split (or its first 16 digits), in order."""
+
+    def fingerprint(self, split: str) -> str:
+        """One sha256 for the whole split."""
+
+    def describe(self) -> dict[str, object]:
+        """What a checkpoint keeps of its data, as JSON values."""
+
+    def train_batches(
+        self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of the train split without end, from step `start` on; a batch depends on (seed, step) alone."""
+
+    def split_batches(
+        self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The split once, in order, at most `limit` batches; the last may be smaller."""
 
 
 def load(
@@ -27,7 +69,7 @@ def load(
     seed: int = 0,
     length: int | None = None,
     names: Sequence[str] | None = None,
-    scaling: Mapping[str, Any] | None = None,
+    scaling: Mapping[str, object] | None = None,
     labelled: bool = False,
 ) -> TextData | ImageData | LabelledText:
     """The data that a model of `spec` trains on; `DataError` where they cannot be had or do not fit it.
@@ -47,16 +89,16 @@ def load(
         if tokenizer is not None or vocab is not None:
             raise DataError(f"images have no words: leave out the {'vocab' if tokenizer is None else 'tokenizer'}")
         if source in (None, "digits"):
-            images = digits(seed)
+            images = load_digits(seed)
         elif Path(source).is_dir():
-            images = folder(Path(source), spec, names=names, scaling=scaling, seed=seed)
+            images = load_folder(Path(source), spec, names=names, scaling=scaling, seed=seed)
         else:
             raise DataError(f"data {source!r} is not images and the model is a vit: use 'digits', or a text model")
         images.check(spec)
         return images
     if source == "digits":
         raise DataError(f"data 'digits' is images and the model is {spec.family}: use 'books', a path, or a vit model")
-    rows = source is not None and Path(source).suffix in SUFFIXES
+    rows = source is not None and has_rows(source)
     if labelled or spec.head is Head.CLASSIFY or (rows and spec.family is Family.BERT and spec.head is Head.NONE):
         if vocab is not None:
             raise DataError(f"vocab {vocab}: labelled text takes the model's own tokenizer; leave it out")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from qtx_ref.random import stream
 from qtx_ref.spec import ModelSpec
+from qtx_ref.spec.base import is_number
 
 from ..engines.backend import need
+from .reading import open_regular
+from .rows import join_names, shorten
 from .splits import (
     SPLITS,
     DataError,
@@ -20,14 +26,31 @@ from .splits import (
     check_split,
     digest,
     fingerprint,
-    passes,
-    split_names,
+    iterate_passes,
+    name_splits,
 )
+from .walking import list_files
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Batch = dict[str, np.ndarray]
 PIXEL_MAX = 16  # of the digits: a pixel counts the dark ones of a 4x4 block
 SHORT = 16  # hexadecimal digits of a picture's hash
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "GIF",
+    "WEBP",
+    "TIFF",
+    "PPM",
+)  # whatever the ending says; Pillow knows some that run code
+SPLIT_NAMES = (*SPLITS, "val", "valid", "validation", "test", "dev", "eval")
+PIXELS = 2**27  # of a picture while it is resized
+MOST = 1e30  # of a mean or deviation, which float32 still holds
+LONGEST = 2**15  # pixels of a side that a model asks for
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -58,7 +81,7 @@ class ImageData:
         if len(unique) < len(SPLITS):
             raise DataError(f"{source} has {len(unique)} different image(s) and each of {', '.join(SPLITS)} needs one")
         order = stream(seed, source if names is None else "labelled", "split").permutation(unique)
-        split = np.array(split_names(len(order)))
+        split = np.array(name_splits(len(order)))
         self._rows = {name: order[split == name] for name in SPLITS}
         self._hashes = hashes if names is None else [value[:SHORT] for value in hashes]
         self.pixels = images[:, None] if images.ndim == 3 else images  # (N, C, S, S)
@@ -109,7 +132,7 @@ class ImageData:
         self.check(spec)
         rows = self._rows["train"]
         check_batch(batch_size, len(rows), "train images")
-        return (self._batch(chosen) for chosen in passes(rows, batch_size, seed, start))
+        return (self._batch(chosen) for chosen in iterate_passes(rows, batch_size, seed, start))
 
     def split_batches(
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
@@ -127,57 +150,134 @@ class ImageData:
         return {"images": (pixels - self._mean) / self._std, "labels": self.labels[rows]}
 
 
-def digits(seed: int = 0) -> ImageData:
+def load_digits(seed: int = 0) -> ImageData:
     """The 1797 digits of 8x8 pixels that are bundled; `seed` draws the splits."""
     tensors = load_file(Path(__file__).parent / "bundled" / "digits.safetensors")
     return ImageData("digits", tensors["images"], tensors["labels"], seed)
 
 
-def folder(
+@dataclass(frozen=True)
+class Preparation:
+    """How a picture becomes a model's pixels: resized, cropped about its middle, then (x / 255 - mean) / std.
+
+    mean, std: one number or one a channel. resize: (height, width) in pixels, the length of the shorter side, or None: as
+    it is. resample: the number of one of Pillow's filters, 2 bilinear. crop: (height, width), black where the picture is
+    smaller, or None.
+    """
+
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+    resize: tuple[int, int] | int | None = None
+    resample: int = 2
+    crop: tuple[int, int] | None = None
+
+
+def read_preparation(spec: ModelSpec, given: Mapping[str, object] | None) -> Preparation:
+    """The preparation that a checkpoint's `meta["images"]` says; None: 0.5 and 0.5. Without a `resize`, pictures become
+    the model's size. Raises DataError where a value is none."""
+    side = (spec.image_size, spec.image_size)
+    if given is None:
+        return Preparation(resize=side)
+    scales = {}
+    for key in ("mean", "std"):
+        values = given.get(key)
+        numbers = isinstance(values, (list, tuple)) and all(is_number(v) and abs(v) < MOST for v in values)
+        if not numbers or len(values) not in (1, spec.channels) or (key == "std" and not all(v > 0 for v in values)):
+            raise DataError(f"the model's pixel {key} is {shorten(values)}: give one number or one per channel")
+        scales[key] = tuple(values)
+    sides: dict[str, tuple[int, int] | int | None] = {}
+    for key in ("resize", "crop"):
+        value = given.get(key, list(side) if key == "resize" else None)
+        pair = isinstance(value, (list, tuple)) and len(value) == 2
+        lengths = value if pair else [] if value is None else [value] if key == "resize" else [0]
+        if not all(type(n) is int and 0 < n <= LONGEST for n in lengths):
+            raise DataError(f"the model's pictures have the {key} {shorten(value)}: give height and width")
+        sides[key] = tuple(value) if pair else value
+    resample = given.get("resample", 2)
+    if type(resample) is not int or not 0 <= resample <= 5:
+        raise DataError(
+            f"the model's pictures have the resample {shorten(resample)}: give the number of a filter, 0 to 5"
+        )
+    return Preparation(scales["mean"], scales["std"], sides["resize"], resample, sides["crop"])
+
+
+def load_folder(
     path: Path,
     spec: ModelSpec,
     *,
     names: Sequence[str] | None = None,
-    scaling: Mapping[str, Any] | None = None,
+    scaling: Mapping[str, object] | None = None,
     seed: int = 0,
 ) -> ImageData:
-    """DIR/<class name>/*.png and so on, resized (bilinear) to the model's image size and channels.
+    """DIR/<class name>/, with pictures in it or in folders below it, as torchvision's ImageFolder finds them; what is
+    hidden is passed over and said on stderr.
 
-    names: the class names of a trained model; None: the folders', sorted. scaling: the `mean` and `std` of the model's
-    pixels in [0, 1], one or one per channel; None: 0.5 and 0.5.
+    names: the class names of a trained model; None: the folders', sorted. scaling: a checkpoint's `meta["images"]`, see
+    `read_preparation`.
 
     Raises:
-        DataError: no pictures, fewer than two classes, an unknown class, a picture that cannot be read.
+        DataError: no pictures, fewer than two classes, a class without picture, an unknown class, a picture that cannot be
+            read or has another size than the model takes.
         MissingExtra: without pillow.
     """
-    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in PICTURES)
-    found = sorted({file.parent.name for file in files})
-    if len(files) < len(SPLITS) or len(found) < 2:
-        raise DataError(
-            f"{path} has {len(files)} pictures in {len(found)} folders: give a folder per class, two at least"
-        )
-    if names is not None and (strange := sorted(set(found) - set(names))):
-        raise DataError(f"{path} has the class {strange[0]!r}; the model knows {', '.join(names[:8])}")
     if spec.channels not in MODES:
         raise DataError(f"the model has {spec.channels} channels: pictures have 1 or 3")
-    classes = found if names is None else list(names)
-    images = np.stack([picture(file, spec) for file in files])
-    labels = np.array([classes.index(file.parent.name) for file in files])
-    given = scaling or {"mean": (0.5,), "std": (0.5,)}
-    for key in ("mean", "std"):
-        if len(given[key]) not in (1, spec.channels) or not np.isfinite(given[key]).all():
-            raise DataError(f"the model's pixel {key} is {given[key]!r}: give one number or one per channel")
-    return ImageData(str(path), images, labels, seed, names=classes, largest=255, mean=given["mean"], std=given["std"])
+    how = read_preparation(spec, scaling)
+    every = list_files(path, PICTURES)
+    files = [file for file in every if file.parent != path]
+    places = [file.relative_to(path).parts[0] for file in files]
+    kinds = sorted(set(places))
+    if len(files) < len(SPLITS) or len(kinds) < 2:
+        raise DataError(
+            f"{path} has {len(files)} pictures in {len(kinds)} folders: give a folder per class, two at least"
+        )
+    if {kind.lower() for kind in kinds} <= {*SPLIT_NAMES}:
+        raise DataError(f"{path} has the folders {', '.join(kinds)}, which are splits, not classes: give one of them")
+    if len(files) < len(every):
+        sys.stderr.write(f"{path}: not read: {len(every) - len(files)} picture(s) in no class's folder\n")
+    empty = sorted({p.name for p in path.iterdir() if p.is_dir() and p.name[0] != "."} - {*kinds})
+    if empty and names is None:
+        raise DataError(f"{path / empty[0]} holds no picture ({', '.join(PICTURES)}): give it some, or remove it")
+    if names is not None and (strange := sorted(set(kinds) - set(names))):
+        raise DataError(f"{path} has the class {strange[0]!r}; the model knows {join_names(names)}")
+    classes = kinds if names is None else list(names)
+    images = np.stack([read_picture(file, spec, how) for file in files])
+    labels = np.array([classes.index(kind) for kind in places])
+    return ImageData(str(path), images, labels, seed, names=classes, largest=255, mean=how.mean, std=how.std)
 
 
-def picture(file: Path, spec: ModelSpec) -> np.ndarray:
-    """A picture's pixels, (C, S, S) uint8. Raises DataError naming the file where it cannot be read."""
-    image = need("PIL.Image", "images", "a folder of pictures")
+def read_picture(file: Path, spec: ModelSpec, how: Preparation) -> np.ndarray:
+    """A picture's pixels, (C, S, S) uint8, upright as its EXIF orientation says. Raises DataError naming the file where it
+    cannot be read, or has too many pixels."""
+    image, ops = (need(f"PIL.{name}", "images", "a folder of pictures") for name in ("Image", "ImageOps"))
     try:
-        with image.open(file) as opened:
-            if opened.mode[0] in "IF":  # 16 or 32 bits a pixel, which convert would cut off at 255
-                raise ValueError(f"its pixels are of mode {opened.mode}, and known are those of 8 bits")
-            resized = opened.convert(MODES[spec.channels]).resize((spec.image_size,) * 2, image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as a picture ({error}): repair or remove it") from None
-    return np.asarray(resized).reshape(spec.image_size, spec.image_size, spec.channels).transpose(2, 0, 1)
+        with open_regular(file) as raw, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, and of the pixels that Pillow still reads
+            stored = image.open(raw, formats=FORMATS)
+            if stored.mode[0] in "IF":  # 16 or 32 bits a pixel, which convert would cut off at 255
+                raise ValueError(f"its pixels are of mode {stored.mode}, and known are those of 8 bits")
+            pixels = fit_picture(ops.exif_transpose(stored).convert(MODES[spec.channels]), how)
+    except Exception as error:  # Pillow's readers raise whatever a damaged file leads to
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{file} cannot be read as a picture ({reason}): repair or remove it") from None
+    if pixels.size != (spec.image_size, spec.image_size):
+        size = f"{pixels.width} x {pixels.height}"
+        raise DataError(f"{file} has {size} pixels, and the model takes {spec.image_size} x {spec.image_size}")
+    return np.asarray(pixels).reshape(spec.image_size, spec.image_size, spec.channels).transpose(2, 0, 1)
+
+
+def fit_picture(stored: Image, how: Preparation) -> Image:
+    """A picture resized and cropped. Raises ValueError where that makes more than `PIXELS` pixels."""
+    size = how.resize
+    if isinstance(size, int):  # the longer side keeps the ratio, rounded down as transformers does
+        longer = int(size * max(stored.size) / min(stored.size))
+        size = (longer, size) if stored.width <= stored.height else (size, longer)
+    if size is not None:
+        if size[0] * size[1] > PIXELS:
+            raise ValueError(f"it would be resized to {size[1]} x {size[0]} pixels")
+        stored = stored.resize((size[1], size[0]), how.resample)
+    if how.crop is not None:
+        height, width = how.crop
+        left, top = (stored.width - width) // 2, (stored.height - height) // 2
+        stored = stored.crop((left, top, left + width, top + height))
+    return stored

@@ -6,20 +6,24 @@ numbers by value); a class is its place in that order.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, ModelSpec
 
-from .corpus import BOOKS, bundled_tokenizer, open_tokenizer, read_books, read_text
+from .corpus import BOOKS, read_books
+from .rows import (
+    Row,
+    divide_rows,
+    has_rows,
+    join_names,
+    read_rows,
+    shorten,
+)
 from .splits import (
     SPLITS,
     DataError,
@@ -27,25 +31,15 @@ from .splits import (
     check_split,
     digest,
     fingerprint,
-    passes,
-    split_names,
+    iterate_passes,
 )
+from .tokenizing import open_tokenizer, read_bundled_tokenizer, read_tokenizer
 
 Batch = dict[str, np.ndarray]
 LENGTH = 128  # tokens of a text with [CLS] and [SEP], unless said otherwise
 MULTIPLE = 8  # a batch is as long as its longest text, rounded up to this
 SHORT = 16  # hexadecimal digits of a text's hash
 PARAGRAPH = 200  # characters of the shortest paragraph of a book
-SUFFIXES = (".csv", ".jsonl")
-
-
-class Row(NamedTuple):
-    """A labelled text before it is tokenized. `where` names its place in the file; `split` is "" where undivided."""
-
-    where: str
-    text: str
-    label: str
-    split: str
 
 
 class LabelledText:
@@ -70,13 +64,13 @@ class LabelledText:
         if length < 3:
             raise DataError(f"length is {length}: give at least 3, a token between [CLS] and [SEP]")
         self.source, self.length, self.seed, self.tokenizer_json = source, length, seed, tokenizer_json
-        rows, self.dropped = divided(source, rows, seed)
-        self.names = class_names(source, rows, names)
+        rows, self.dropped = divide_rows(source, rows, seed)
+        self.names = name_classes(source, rows, names)
         self.classes = len(self.names)
         place = {name: index for index, name in enumerate(self.names)}
         tokenizer, self.specials, self.vocab = open_tokenizer(tokenizer_json)
         encoded = tokenizer.encode_batch([row.text for row in rows], add_special_tokens=False)
-        self._ids = [np.array(found.ids[: length - 2], np.int64) for found in encoded]
+        self._ids = [np.array(words.ids[: length - 2], np.int64) for words in encoded]
         self._sizes = np.array([len(ids) for ids in self._ids])
         self._labels = np.array([place[row.label] for row in rows], np.int64)
         self._hashes = [digest(row.text.encode())[:SHORT] for row in rows]
@@ -138,7 +132,7 @@ class LabelledText:
         limit = self.check(spec)
         rows = self._rows["train"]
         check_batch(batch_size, len(rows), "train texts")
-        return (self._batch(chosen, limit) for chosen in passes(rows, batch_size, seed, start, self._sizes))
+        return (self._batch(chosen, limit) for chosen in iterate_passes(rows, batch_size, seed, start, self._sizes))
 
     def split_batches(
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
@@ -167,107 +161,26 @@ class LabelledText:
         return {"tokens": tokens, "mask": mask, "types": np.zeros_like(tokens), "labels": self._labels[rows]}
 
 
-def divided(source: str, rows: Sequence[Row], seed: int) -> tuple[list[Row], int]:
-    """Rows with their splits, and how many were dropped. Rows that have a split keep it and all stay."""
-    first: dict[str, Row] = {}
-    if all(row.split for row in rows):
-        for row in rows:
-            twin = first.setdefault(row.text, row)
-            if twin.split != row.split:
-                raise DataError(
-                    f"{row.where} of the {row.split} split has the text of {twin.where} of {twin.split}: remove one"
-                )
-        return list(rows), 0
-    for row in rows:
-        if row.split:
-            raise DataError(f"{row.where} has a split and other rows have none: give every row one, or none")
-        first.setdefault(row.text, row)
-    unique = list(first.values())
-    if len(unique) < len(SPLITS):
-        raise DataError(f"{source} has {len(unique)} different text(s) and each of {', '.join(SPLITS)} needs one")
-    order = stream(seed, "labelled", "split").permutation(len(unique))
-    names = [""] * len(unique)
-    for at, split in zip(order, split_names(len(unique)), strict=True):
-        names[at] = split
-    return [row._replace(split=split) for row, split in zip(unique, names, strict=True)], len(rows) - len(unique)
+def name_classes(source: str, rows: Sequence[Row], known: Sequence[str] | None) -> tuple[str, ...]:
+    """The class names, sorted; those of a model, in its order, where it has some.
 
-
-def class_names(source: str, rows: Sequence[Row], known: Sequence[str] | None) -> tuple[str, ...]:
-    """The class names, sorted; those of a model, in its order, where it has some."""
+    Raises DataError for a label that is not among `known`, or for a single one.
+    """
     counts = Counter(row.label for row in rows)
     if known is not None:
         for row in rows:
             if row.label not in known:
-                raise DataError(f"{row.where} has the label {row.label!r}; the model knows {shown(known)}")
+                raise DataError(f"{row.where} has the label {shorten(row.label)}; the model knows {join_names(known)}")
         return tuple(known)
     if len(counts) < 2:
-        raise DataError(f"{source} has the label {shown(list(counts))} alone: a classifier needs two classes at least")
+        raise DataError(
+            f"{source} has the label {join_names(list(counts))} alone: a classifier needs two classes at least"
+        )
     whole = all(label.isascii() and label.removeprefix("-").isdigit() for label in counts)
-    return tuple(sorted(counts, key=int if whole else str))
+    return tuple(sorted(counts, key=(lambda label: (int(label), label)) if whole else str))
 
 
-def shown(names: Sequence[str], most: int = 8) -> str:
-    """Class names for people."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a .csv or .jsonl file. Raises DataError naming the row that cannot be used."""
-    text = read_text(path)
-    found = csv_rows(path, text) if path.suffix == ".csv" else json_rows(path, text)
-    rows = [row_of(where, values) for where, values in found]
-    if not rows:
-        raise DataError(f"{path} has no rows: give text and label")
-    return rows
-
-
-def csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a whole review may be one field
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        columns = reader.fieldnames or []
-        for name in ("text", "label"):
-            if name not in columns:
-                raise DataError(f"{path} has no column {name}: its first line must name text, label and, if any, split")
-        for name in ("text", "label", "split"):
-            if columns.count(name) > 1:
-                raise DataError(f"{path} has {columns.count(name)} columns {name}: keep one")
-        for number, values in enumerate(reader, 1):
-            if None in values or None in values.values():
-                raise DataError(f"{path} row {number} has not as many cells as the first line names")
-            yield f"{path} row {number}", values
-    except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num} is no CSV ({error}): quote texts that hold commas") from None
-
-
-def json_rows(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            raise DataError(f"{where} is no JSON: give one object per line") from None
-        if not isinstance(values, dict):
-            raise DataError(f"{where} is no object: give text and label")
-        yield where, values
-
-
-def row_of(where: str, values: dict) -> Row:
-    text, label, split = values.get("text"), values.get("label"), values.get("split") or ""
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where} has no text: remove the row, or give it one")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where} holds half a surrogate pair, which is no character: remove it")
-    if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
-        raise DataError(f"{where} has the label {label!r}: give a text or a whole number")
-    if split and split not in SPLITS:
-        raise DataError(f"{where} has the split {split!r}: choose one of {', '.join(SPLITS)}")
-    return Row(where, text, str(label).strip(), split)
-
-
-def book_rows() -> list[Row]:
+def read_book_rows() -> list[Row]:
     """Paragraphs of the bundled books of at least 200 characters; label: the book; split: that of its chapter."""
     rows = []
     for passage in read_books():
@@ -289,12 +202,12 @@ def load_labelled(
 ) -> LabelledText:
     """See `qtx.data.load`. Raises DataError where text other than the books has no tokenizer."""
     books = source in (None, "books")
-    if not books and Path(source).suffix not in SUFFIXES:
+    if source is not None and not books and not has_rows(source):
         raise DataError(f"data {source!r} is not labelled text: give books, or a .csv or .jsonl file of text and label")
-    rows = book_rows() if books else read_rows(Path(source))
+    rows = read_book_rows() if books or source is None else read_rows(Path(source))
     if tokenizer is None and not books:
         raise DataError(f"{source} needs the model's tokenizer: give --tokenizer")
-    tokenizer_json = read_text(tokenizer) if isinstance(tokenizer, Path) else tokenizer or bundled_tokenizer()
+    tokenizer_json = read_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer or read_bundled_tokenizer()
     return LabelledText(
         source or "books", rows, tokenizer_json, length=LENGTH if length is None else length, names=names, seed=seed
     )

@@ -27,7 +27,7 @@ def fingerprint(hashes: list[str]) -> str:
     return digest("\n".join(hashes).encode())
 
 
-def split_names(count: int) -> list[str]:
+def name_splits(count: int) -> list[str]:
     """The split of each of `count` >= 3 items in order: the last tenth evaluates, the tenth before it calibrates.
 
     A tenth is rounded and at least one item.
@@ -50,7 +50,7 @@ def check_batch(batch_size: int, available: int, what: str) -> None:
         raise DataError(f"{available} {what} do not fill one batch of {batch_size}: give more data or a smaller batch")
 
 
-def passes(
+def iterate_passes(
     rows: np.ndarray, batch_size: int, seed: int, start: int, sizes: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """The rows of batch `start`, `start` + 1, ... without end: every row once per pass, newly shuffled.

@@ -66,9 +66,9 @@ class TextData:
     ) -> None:
         self.source, self.sections, self.vocab = source, sections, vocab
         self.tokenizer_json, self.specials, self.dropped = tokenizer_json, specials, dropped
-        seen: dict[str, Section] = {}
+        first: dict[str, Section] = {}
         for section in sections:
-            twin = seen.setdefault(section.sha256, section)
+            twin = first.setdefault(section.sha256, section)
             if twin.split != section.split:
                 raise DataError(
                     f"section {section.title!r} of the {section.split} split is also in {twin.split}: remove one copy"

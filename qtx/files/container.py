@@ -156,6 +156,9 @@ def check_meta(path: Path, meta: Any) -> None:
             expect(f"{where}.hashes.{name}", value, "a text" if where == "meta" else "a list of texts")
     if meta.get("images") is not None:
         expect("meta.images", meta["images"], "an object of mean and std, numbers by channel")
+    expect("meta.files", files := meta.get("files", {}), "an object")
+    for name, value in files.items():
+        expect(f"meta.files.{name}", value, "a text")
     for name in ("calibration", "trained_on"):
         expect(f"meta.{name}", meta.get(name, []), "a list of texts")
     for where, name, found in (("meta", "tokenizer", meta), ("meta.data", "source", data),
@@ -167,14 +170,15 @@ def check_meta(path: Path, meta: Any) -> None:
             expect(f"meta.data.{name}", data[name], kind)
 
 
+PREPARED = ("resize", "resample", "crop")  # of `meta.images`, checked when pictures are read
 KINDS = {
     "an object": lambda value: isinstance(value, dict),
     "a whole number": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "a text": lambda value: isinstance(value, str),
     "an object of mean and std, numbers by channel": lambda value: (
         isinstance(value, dict)
-        and value.keys() == {"mean", "std"}
-        and all(isinstance(part, list) and all(map(is_number, part)) for part in value.values())
+        and {"mean", "std"} <= value.keys() <= {"mean", "std", *PREPARED}
+        and all(isinstance(value[key], list) and all(map(is_number, value[key])) for key in ("mean", "std"))
     ),
     "a list of texts": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
 }

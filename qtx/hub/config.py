@@ -16,6 +16,10 @@ from qtx_ref.spec import (
 )
 from qtx_ref.spec.base import is_number
 
+from ..data.rows import LABEL, shorten
+
+LARGEST = 2**53  # of a size; more is no model's, and no error would be one short line
+
 ARCHITECTURES: dict[Family, dict[str, Head]] = {
     Family.BERT: {
         "BertModel": Head.NONE,
@@ -37,7 +41,7 @@ def find_head(family: Family, config: Mapping[str, Any], plain: Iterable[str], p
     head = Head.NONE
     if given:
         if not isinstance(given, list) or not isinstance(given[0], str) or given[0] not in known:
-            raise SpecError(f"architectures is {given!r}: known are {', '.join(known)}")
+            raise SpecError(f"architectures is {shorten(given)}: known are {', '.join(known)}")
         head = known[given[0]]
     elif family is Family.OPT and prefixed:
         head = Head.CAUSAL
@@ -60,27 +64,27 @@ class Settings:
 
     def whole(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SpecError(f"{key} is {value!r}: it must be a whole number, at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+            raise SpecError(f"{key} is {shorten(value)}: it must be a whole number, at least 1, at most {LARGEST}")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.values.get(key, default)
         if not is_number(value) or abs(value) > 1e30:
-            raise SpecError(f"{key} is {value!r}: it must be a finite number")
+            raise SpecError(f"{key} is {shorten(value)}: it must be a finite number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key, default)
         if not isinstance(value, bool):
-            raise SpecError(f"{key} is {value!r}: it must be true or false")
+            raise SpecError(f"{key} is {shorten(value)}: it must be true or false")
         return value
 
     def only(self, key: str, allowed: Any) -> None:
         """Refuses another value than the one that the models here have."""
         value = self.values.get(key)
         if value is not None and (value != allowed or type(value) is not type(allowed)):
-            raise SpecError(f"{key} is {value!r}: only {allowed!r} is supported")
+            raise SpecError(f"{key} is {shorten(value)}: only {allowed!r} is supported")
 
     def side(self, key: str, default: int) -> int:
         """A length in pixels, or two equal ones."""
@@ -93,7 +97,7 @@ class Settings:
         value = self.values.get(key, default)
         allowed = ("gelu",) if head is Head.MLM else ("gelu", "relu")
         if value not in allowed:
-            raise SpecError(f"{key} is {value!r}: with head {head} it must be {' or '.join(allowed)}")
+            raise SpecError(f"{key} is {shorten(value)}: with head {head} it must be {' or '.join(allowed)}")
         return Activation(value)
 
     def classes(self) -> int:
@@ -101,11 +105,11 @@ class Settings:
         if labels is None:
             return self.whole("num_labels", 2)
         if not isinstance(labels, dict):
-            raise SpecError(f"id2label is {labels!r}: it must be an object of names by number")
+            raise SpecError(f"id2label is {shorten(labels)}: it must be an object of names by number")
         return len(labels)
 
 
-def label_names(config: Mapping[str, Any]) -> list[str] | None:
+def read_labels(config: Mapping[str, Any]) -> list[str] | None:
     """The classes' names in order, where the configuration has some other than transformers' LABEL_0, LABEL_1, ..."""
     labels = config.get("id2label")
     if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(len(labels))}:
@@ -122,19 +126,40 @@ def write_labels(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def read_family(config: Mapping[str, Any]) -> Family:
     """The family. Raises SpecError for a model type that is not among them."""
     kind = config.get("model_type")
     if kind not in [str(family) for family in Family]:
-        raise SpecError(f"model_type is {kind!r}: supported are {', '.join(Family)}")
+        raise SpecError(f"model_type is {shorten(kind)}: supported are {', '.join(Family)}")
     if config.get("quantization_config") is not None:
         raise SpecError("quantization_config is given: only float models are supported")
     return Family(kind)
 
 
+def check_problem(config: Mapping[str, object], head: Head) -> None:
+    """Raises SpecError for a classifier whose scores are not those of one class among several, as a softmax takes them, and
+    for names of classes that are too long to be shown."""
+    if head is not Head.CLASSIFY:
+        return
+    given = Settings(config)
+    given.only("problem_type", "single_label_classification")
+    if given.classes() == 1:
+        raise SpecError(
+            "there is one label, which transformers takes for regression: only classes, two at least, are known"
+        )
+    for name in read_labels(config) or []:
+        if len(name) > LABEL:
+            raise SpecError(f"id2label has a name of {len(name)} characters: give at most {LABEL}")
+
+
+def read_ties(config: Mapping[str, object]) -> bool:
+    """tie_word_embeddings; transformers' default is true. Raises SpecError for another type."""
+    return config.get("tie_word_embeddings") is None or Settings(config).flag("tie_word_embeddings", True)
+
+
 def read_config(config: Mapping[str, Any], head: Head) -> ModelSpec:
     """The spec of a configuration. Raises SpecError for a wrong type and for what the models here do not do."""
-    family, given = family_of(config), Settings(config)
+    family, given = read_family(config), Settings(config)
     given.only("pruned_heads", {})
     classes = given.classes() if head is Head.CLASSIFY else 0
     size = {
@@ -232,7 +257,7 @@ def write_config(
     """
     check_expressible(spec)
     classes = {name: head for name, head in ARCHITECTURES[spec.family].items() if head is spec.head}
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         "architectures": [next(iter(classes))],
         "model_type": str(spec.family),
         "dtype": dtype,
@@ -241,9 +266,9 @@ def write_config(
         "num_attention_heads": spec.heads,
     }
     if spec.head is Head.CLASSIFY:
-        found |= write_labels(labels or [f"LABEL_{i}" for i in range(spec.classes)])
+        config |= write_labels(labels or [f"LABEL_{i}" for i in range(spec.classes)])
     if spec.family is not Family.VIT:
-        found |= {
+        config |= {
             "vocab_size": spec.vocab,
             "max_position_embeddings": spec.length,
             "tie_word_embeddings": True,
@@ -252,7 +277,7 @@ def write_config(
             "eos_token_id": tokens.get("sep"),
         }
     if spec.family is Family.OPT:
-        return found | {
+        return config | {
             "ffn_dim": spec.hidden,
             "activation_function": str(spec.activation),
             "do_layer_norm_before": spec.pre_norm,
@@ -262,7 +287,7 @@ def write_config(
             "attention_dropout": spec.attention_dropout,
             "init_std": spec.init_std,
         }
-    found |= {
+    config |= {
         "intermediate_size": spec.hidden,
         "hidden_act": str(spec.activation),
         "layer_norm_eps": spec.norm_eps,
@@ -271,5 +296,5 @@ def write_config(
         "initializer_range": spec.init_std,
     }
     if spec.family is Family.BERT:
-        return found | {"type_vocab_size": spec.types}
-    return found | {"image_size": spec.image_size, "patch_size": spec.patch_size, "num_channels": spec.channels}
+        return config | {"type_vocab_size": spec.types}
+    return config | {"image_size": spec.image_size, "patch_size": spec.patch_size, "num_channels": spec.channels}

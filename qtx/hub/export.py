@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qtx_ref.spec import Family, ModelSpec, SpecError
+from qtx_ref.spec import Family, Head, SpecError
 
-from ..data.corpus import SAME_AS
+from ..data.tokenizing import SAME_AS
 from ..files.checkpoint import Checkpoint
 from ..files.container import CheckpointError, check_writable, write_beside
 from . import APART
-from .config import check_expressible, label_names, read_config, write_config, write_labels
+from .config import check_expressible, read_config, read_labels, write_config, write_labels
 from .files import (
+    BESIDE,
     CONFIG,
     DTYPES,
     FLOATS,
+    GENERATION,
     PREPROCESSOR,
     TOKENIZER,
     WEIGHTS,
     fits,
     write_bytes,
 )
-from .names import full_name, names, their_shapes
+from .names import lengthen_name, list_shapes, name_parameters
+from .preprocessor import write_preprocessor
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Written:
 
 
 def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
-    """Writes the folder that transformers loads: config.json, model.safetensors and, where they are known, tokenizer.json
-    and preprocessor_config.json. `path` names the checkpoint in errors.
+    """Writes the folder that transformers loads: config.json, model.safetensors and, where they are known, tokenizer.json,
+    preprocessor_config.json and the other files of `BESIDE`. `path` names the checkpoint in errors.
 
     A model whose structure is as it was imported gets its configuration and tensor names again, and its dtypes where they
     still hold every value; another gets today's names, and a configuration of its spec.
@@ -61,24 +65,24 @@ def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
     check_writable(out / WEIGHTS)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out} exists and is not an empty folder: choose another")
-    hub = imported(checkpoint)
+    hub = find_import(checkpoint)
     if hub:
-        config, tensors = as_imported(checkpoint, hub)
+        config, tensors = restore_import(checkpoint, hub)
     else:
-        plain, shape = names(spec), their_shapes(spec)
-        tensors = {full_name(spec, plain[k]): (v.reshape(shape[k]), dtype_of(v)) for k, v in checkpoint.params.items()}
-        config = write_config(spec, common_dtype(checkpoint), special_ids(meta.get("tokenizer")), labels(checkpoint))
-    content = {WEIGHTS: write_bytes(tensors), CONFIG: to_json(config)}
-    if meta.get("tokenizer"):
-        content[TOKENIZER] = meta["tokenizer"].encode()
-    if images := hub.get("preprocessor") or preprocessor(spec, meta.get("images")):
-        content[PREPROCESSOR] = to_json(images)
+        plain, shape = name_parameters(spec), list_shapes(spec)
+        tensors = {
+            lengthen_name(spec, plain[k]): (v.reshape(shape[k]), name_dtype(v)) for k, v in checkpoint.params.items()
+        }
+        config = write_config(
+            spec, find_common_dtype(checkpoint), find_special_ids(meta.get("tokenizer")), find_labels(checkpoint)
+        )
+    content = {WEIGHTS: write_bytes(tensors), CONFIG: encode_json(config), **collect_beside(checkpoint, hub, config)}
     for name, data in content.items():
         write_beside(out / name, data)
     return Written(sorted(content), sorted({FLOATS[d] for _, d in tensors.values() if d in FLOATS}), bool(hub))
 
 
-def imported(checkpoint: Checkpoint) -> dict[str, Any]:
+def find_import(checkpoint: Checkpoint) -> dict[str, Any]:
     """`meta["hub"]` of a model that still is what its configuration says; else nothing."""
     hub, spec = checkpoint.meta.get("hub"), checkpoint.spec
     if not isinstance(hub, dict):
@@ -95,46 +99,50 @@ def imported(checkpoint: Checkpoint) -> dict[str, Any]:
     return hub if sound else {}
 
 
-def as_imported(
+def restore_import(
     checkpoint: Checkpoint, hub: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, str]]]:
     """Their configuration, and their tensors under their names; in their dtypes if these hold every value exactly, else
     as they are."""
-    shape = their_shapes(checkpoint.spec)
+    shape = list_shapes(checkpoint.spec)
     values = {name: checkpoint.params[ours].reshape(shape[ours]) for ours, name in hub["names"].items()}
     values |= {name: checkpoint.params[ours].reshape(shape[ours]) for name, ours in hub["tied"].items()}
     values |= {k.removeprefix(APART): v for k, v in checkpoint.extra.items() if k.startswith(APART)}
-    dtypes, config, classes = hub["dtypes"], hub["config"], labels(checkpoint)
-    if classes and classes != label_names(config):  # trained for others since
+    dtypes, config, classes = hub["dtypes"], hub["config"], find_labels(checkpoint)
+    if classes and classes != read_labels(config):  # trained for others since
         config = config | write_labels(classes)
     if all(dtypes.get(name) in DTYPES and fits(value, dtypes[name]) for name, value in values.items()):
         return config, {name: (value, dtypes[name]) for name, value in values.items()}
-    config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": common_dtype(checkpoint)}
-    return config, {name: (value, dtype_of(value)) for name, value in values.items()}
+    config = {key: value for key, value in config.items() if key != "torch_dtype"} | {
+        "dtype": find_common_dtype(checkpoint)
+    }
+    return config, {name: (value, name_dtype(value)) for name, value in values.items()}
 
 
-def labels(checkpoint: Checkpoint) -> list[str] | None:
+def find_labels(checkpoint: Checkpoint) -> list[str] | None:
     """The classes' names, one each, where the checkpoint's data have names."""
-    found = checkpoint.meta.get("data", {}).get("names")
+    classes = checkpoint.meta.get("data", {}).get("names")
     fits_all = (
-        isinstance(found, list) and len(found) == checkpoint.spec.classes and all(isinstance(n, str) for n in found)
+        isinstance(classes, list)
+        and len(classes) == checkpoint.spec.classes
+        and all(isinstance(n, str) for n in classes)
     )
-    return found if fits_all else None
+    return classes if fits_all else None
 
 
-def common_dtype(checkpoint: Checkpoint) -> str:
+def find_common_dtype(checkpoint: Checkpoint) -> str:
     return str(np.result_type(*checkpoint.params.values()))
 
 
-def dtype_of(value: np.ndarray) -> str:
+def name_dtype(value: np.ndarray) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == str(value.dtype))
 
 
-def to_json(value: Any) -> bytes:
+def encode_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def special_ids(tokenizer: str | None) -> dict[str, int | None]:
+def find_special_ids(tokenizer: str | None) -> dict[str, int | None]:
     """Ids of pad, cls and sep among a tokenizer's added tokens; None where there is none."""
     try:
         ids = {token["content"]: token["id"] for token in json.loads(tokenizer or "{}").get("added_tokens", [])}
@@ -143,17 +151,23 @@ def special_ids(tokenizer: str | None) -> dict[str, int | None]:
     return {name: next((ids[word] for word in words if word in ids), None) for name, words in SAME_AS.items()}
 
 
-def preprocessor(spec: ModelSpec, images: dict[str, list[float]] | None) -> dict[str, Any] | None:
-    """What turns pictures into the model's input, where the checkpoint says how its pixels were normalised."""
-    if spec.family is not Family.VIT or not images:
-        return None
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": spec.image_size, "width": spec.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": images["mean"],
-        "image_std": images["std"],
+def collect_beside(checkpoint: Checkpoint, hub: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files beside the tensors, by name: as they were imported where nothing that they say has changed since.
+
+    hub: of a model that still is what its configuration says, else empty. config: what is exported.
+    """
+    spec, meta = checkpoint.spec, checkpoint.meta
+    kept = {name: meta["files"][name] for name in BESIDE if name in meta.get("files", {})}
+    content: dict[str, bytes] = {}
+    if meta.get("tokenizer"):
+        content[TOKENIZER] = meta["tokenizer"].encode()
+    images = hub.get("preprocessor") or write_preprocessor(spec, meta.get("images"))  # the first of imports of old
+    if images:
+        content[PREPROCESSOR] = encode_json(images)
+    stays = {
+        CONFIG: bool(hub) and CONFIG in kept and json.loads(kept[CONFIG]) == config,
+        PREPROCESSOR: spec.family is Family.VIT,
+        GENERATION: bool(hub) or spec.head is Head.CAUSAL,
     }
+    words = spec.family is not Family.VIT  # the rest are a tokenizer's
+    return content | {name: text.encode() for name, text in kept.items() if stays.get(name, words)}

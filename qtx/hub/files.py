@@ -12,15 +12,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ..data.reading import read_regular
 from ..files.container import CheckpointError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
+TOKENIZER_CONFIG, SPECIALS, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+GENERATION = "generation_config.json"
+# kept as they are, to be written again
+BESIDE = (CONFIG, PREPROCESSOR, GENERATION, TOKENIZER_CONFIG, SPECIALS, ADDED, "vocab.txt", "vocab.json", "merges.txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HEADER_BYTES = 100_000_000  # the package's own limit
 MOST = 20_000  # tensors in a file: a thousand layers
@@ -44,19 +48,47 @@ class Stored:
 # --- JSON and the folder ----------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError where the file is missing, broken or something else."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: give the whole folder of a model, as transformers saves it")
+def read_file(path: Path) -> bytes:
+    """The bytes of a file beside the tensors. Raises CheckpointError where it is missing, no regular file or too large."""
     try:
-        found = json.loads(path.read_bytes().decode())
+        return read_regular(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: give the whole folder of a model, as transformers saves it"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): take the file anew from where the model is from"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object. Raises CheckpointError where the file is missing, broken or something else."""
+    try:
+        value = json.loads(read_file(path).decode())
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise CheckpointError(
             f"{path} is not JSON ({error}): take the file anew from where the model is from"
         ) from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds {type(found).__name__}, not an object of settings")
-    return found
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object of settings")
+    return value
+
+
+def read_beside(folder: Path) -> dict[str, str]:
+    """The text of each file of `BESIDE` that the folder has, by name. Raises CheckpointError for one that is damaged."""
+    texts = {}
+    for name in BESIDE:
+        if (folder / name).exists():
+            if name.endswith(".json"):
+                read_json(folder / name)
+            try:
+                texts[name] = read_file(folder / name).decode()
+            except UnicodeDecodeError:
+                raise CheckpointError(f"{folder / name} is not UTF-8: take the file anew") from None
+    return texts
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
@@ -65,18 +97,22 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     Raises CheckpointError: no such folder, nothing in it, pickles only, an index that is wrong, damaged files.
     """
     if not folder.is_dir():
-        hint = pickled(folder.name) if folder.suffix in PICKLES else "give the folder of a model, not a file or a name"
+        hint = (
+            explain_pickle(folder.name)
+            if folder.suffix in PICKLES
+            else "give the folder of a model, not a file or a name"
+        )
         raise CheckpointError(f"{folder} is no folder: {hint}")
     if (folder / WEIGHTS).is_file():
         return read_header(folder / WEIGHTS)
     if (folder / INDEX).is_file():
         return read_shards(folder / INDEX)
     if names := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
-        raise CheckpointError(f"{folder} holds {names[0]} and no {WEIGHTS}: {pickled(names[0])}")
+        raise CheckpointError(f"{folder} holds {names[0]} and no {WEIGHTS}: {explain_pickle(names[0])}")
     raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: give the folder of a model in safetensors")
 
 
-def pickled(name: str) -> str:
+def explain_pickle(name: str) -> str:
     return (
         f"{name} is a pickle, which can run code and is never opened here; where you trust it, load it with "
         "transformers' from_pretrained and write it anew with save_pretrained(FOLDER), which writes safetensors"
@@ -93,24 +129,24 @@ def read_shards(index: Path) -> dict[str, Stored]:
             raise CheckpointError(
                 f"{index}: tensor {name} is said to be in {shard!r}; name a .safetensors file beside it"
             )
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     parts = sorted(set(where.values()))
     if absent := [shard for shard in parts if not (index.parent / shard).is_file()]:
-        raise CheckpointError(f"{index}: {listed(absent, 'shard')} missing: take the whole folder of the model")
+        raise CheckpointError(f"{index}: {join_count(absent, 'shard')} missing: take the whole folder of the model")
     for shard in parts:
         for name, stored in read_header(index.parent / shard).items():
             if where.get(name) != shard:
                 raise CheckpointError(f"{index}: {shard} holds tensor {name}, which the index does not say")
-            found[name] = stored
-    if lost := sorted(where.keys() - found.keys()):
-        raise CheckpointError(f"{index}: {listed(lost, 'tensor')} of the index in no shard")
-    return found
+            tensors[name] = stored
+    if lost := sorted(where.keys() - tensors.keys()):
+        raise CheckpointError(f"{index}: {join_count(lost, 'tensor')} of the index in no shard")
+    return tensors
 
 
-def listed(names: list[str], what: str) -> str:
+def join_count(names: list[str], what: str) -> str:
     """A count and the first few names, in words."""
-    shown = ", ".join(name if len(name) <= 80 else name[:77] + "..." for name in names[:3])
-    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({shown}{', ...' if len(names) > 3 else ''})"
+    first = ", ".join(name if len(name) <= 80 else name[:77] + "..." for name in names[:3])
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({first}{', ...' if len(names) > 3 else ''})"
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -136,27 +172,27 @@ def read_header(path: Path) -> dict[str, Stored]:
     try:
         with safe_open(path, framework="np"):
             pass
-        entries = json.loads(header, object_pairs_hook=unique)
+        entries = json.loads(header, object_pairs_hook=refuse_repeated)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from None
     entries.pop("__metadata__", None)
-    found = {}
+    tensors = {}
     for name, entry in entries.items():
         begin, end = entry["data_offsets"]
-        found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
-    return found
+        tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+    return tensors
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object of JSON in which no key stands twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
         raise CheckpointError(f"the header names {twice!r} twice")
-    return found
+    return values
 
 
 def read_tensor(name: str, stored: Stored) -> np.ndarray:
@@ -188,7 +224,7 @@ def fits(value: np.ndarray, dtype: str) -> bool:
 
 def write_bytes(tensors: Mapping[str, tuple[np.ndarray, str]]) -> bytes:
     """A safetensors file of values that fit the dtypes given with them."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
     parts, place = [], 0
     for name, (value, dtype) in sorted(tensors.items(), key=lambda item: (-BYTES[item[1][1]], item[0])):  # aligned
         if dtype == "BF16":

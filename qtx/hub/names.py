@@ -71,20 +71,20 @@ VIT_MODULES = {  # as transformers 5 names the modules of a layer in memory
 }
 
 
-def plain_name(family: Family, name: str) -> str:
+def shorten_name(family: Family, name: str) -> str:
     """A tensor's name in a file without the model's prefix, and today's word for one of old."""
     if family is Family.OPT:
         return name.removeprefix("model.").removeprefix("decoder.")
     name = name.removeprefix(PREFIX[family])
     if family is Family.BERT:
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    if found := re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name):
-        index, module, kind = found.groups()
+    if match := re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        index, module, kind = match.groups()
         return f"encoder.layer.{index}.{VIT_MODULES.get(module, module)}.{kind}"
     return name
 
 
-def names(spec: ModelSpec) -> dict[str, str]:
+def name_parameters(spec: ModelSpec) -> dict[str, str]:
     """Their plain name for each parameter of ours."""
     modules = MODULES[spec.family]
 
@@ -100,7 +100,7 @@ def names(spec: ModelSpec) -> dict[str, str]:
     return {ours: name(ours) for ours in shapes(spec)}
 
 
-def full_name(spec: ModelSpec, plain: str) -> str:
+def lengthen_name(spec: ModelSpec, plain: str) -> str:
     """The name under which transformers writes it today."""
     if plain.startswith(HEADS):
         return plain
@@ -108,20 +108,20 @@ def full_name(spec: ModelSpec, plain: str) -> str:
     return (prefix if spec.head is not Head.NONE else prefix.partition(".")[2]) + plain
 
 
-def their_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def list_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Their shape of each parameter of ours: as many values in the same order."""
-    found = shapes(spec)
+    theirs = shapes(spec)
     if spec.family is Family.VIT:
         d, c, p = spec.width, spec.channels, spec.patch_size
-        found |= {
+        theirs |= {
             "embed.patch.weight": (d, c, p, p),  # a convolution's
             "embed.cls.weight": (1, 1, d),
             "embed.position.weight": (1, spec.length, d),
         }
-    return found
+    return theirs
 
 
-def tied(spec: ModelSpec) -> dict[str, str]:
+def list_tied(spec: ModelSpec) -> dict[str, str]:
     """Plain names of copies that a file may hold, with the parameter of ours that each must equal."""
     if spec.head is Head.CAUSAL:
         return {"lm_head.weight": "embed.token.weight"}
@@ -133,7 +133,7 @@ def tied(spec: ModelSpec) -> dict[str, str]:
     return {}
 
 
-def unused(spec: ModelSpec) -> dict[str, list[tuple[int, ...]]]:
+def list_unused(spec: ModelSpec) -> dict[str, list[tuple[int, ...]]]:
     """Plain names of tensors that a file may hold and our model has no use for, with the shapes they may have."""
     d, t = spec.width, spec.length
     pooler: dict[str, list[tuple[int, ...]]] = {"pooler.dense.weight": [(d, d)], "pooler.dense.bias": [(d,)]}

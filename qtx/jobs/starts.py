@@ -31,9 +31,11 @@ class Origin:
     def kept(self) -> dict:
         """What the run's own checkpoints keep of it: also what it was trained on, which must never evaluate them."""
         meta = self.found.meta
-        images, own = meta.get("images"), meta.get("data", {}).get("hashes", {}).get("train", [])
+        own = meta.get("data", {}).get("hashes", {}).get("train", [])
         seen = dict.fromkeys([*meta.get("trained_on", []), *(found[:SHORT] for found in own)])
-        kept = {"begun_from": str(self.path)} | ({} if images is None else {"images": images})
+        kept = {"begun_from": str(self.path)} | {
+            key: meta[key] for key in ("images", "files") if meta.get(key) is not None
+        }
         return kept | ({"trained_on": list(seen)} if seen else {})
 
 

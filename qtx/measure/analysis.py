@@ -14,7 +14,7 @@ from qtx_ref.stats import BINS, DROPPED, SIGMAS, kurtosis, top_share
 from ..progress import Progress
 from ..recipes.sites import layer_inputs, residual_stream, sites
 from .heads import RULE, Head, HeadSums
-from .marks import Kinds, background
+from .marks import Kinds, find_background
 
 PERCENTILES = (99.0, 99.9, 99.99)
 PERCENTILE_BOUND = 1 / 128  # relative: half a bin, whose width is 1/64 of its lower edge
@@ -209,7 +209,7 @@ class Carriers:
     def marks(self, spec: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The keys to look at in attention, (B, T) each."""
         if self.kinds is None:
-            plain = background(batch["images"], spec.patch_size)
+            plain = find_background(batch["images"], spec.patch_size)
             return {"CLS": np.arange(spec.length)[None] == np.zeros((len(plain), 1)), "background": plain}
         return self.kinds.marks(batch)
 

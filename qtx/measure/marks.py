@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+
+from ..data.text import Specials
+from ..data.tokenizing import read_vocabulary
 
 PLAIN = 0.25  # a background patch: its pixels deviate less than this share of the whole image's deviation
 
 
-def vocabulary(tokenizer_json: str) -> dict[int, str]:
-    """Strings by id, as they stand in the file (WordPiece, BPE, WordLevel: a mapping; Unigram: a list), and added tokens."""
-    told = json.loads(tokenizer_json)
-    vocab = told.get("model", {}).get("vocab", {})
-    words = (
-        {i: pair[0] for i, pair in enumerate(vocab)} if isinstance(vocab, list) else {i: w for w, i in vocab.items()}
-    )
-    return words | {added["id"]: added["content"] for added in told.get("added_tokens", [])}
-
-
-def byte_characters() -> dict[str, int]:
+def map_bytes() -> dict[str, int]:
     """The bytes behind the characters of a byte-level vocabulary (GPT-2): printable ones are themselves, the others are
     counted from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -31,10 +22,10 @@ def byte_characters() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def readable(word: str, byte_level: bool) -> str:
+def read_word(word: str, byte_level: bool) -> str:
     """A token's text, without the marks of subwords."""
     if byte_level:
-        table = byte_characters()
+        table = map_bytes()
         return bytes(table.get(c, 63) for c in word).decode("utf-8", "replace").strip()
     return word.removeprefix("##").replace("\u2581", "")
 
@@ -49,10 +40,10 @@ class Kinds:
 
     names = ("[CLS]", "[SEP]", "[MASK]", "first", "punctuation", "other")
 
-    def __init__(self, specials: Any, tokenizer_json: str, *, causal: bool) -> None:
+    def __init__(self, specials: Specials, tokenizer_json: str, *, causal: bool) -> None:
         """causal: texts begin with an ordinary token, `first`, not with [CLS]."""
         self.specials, self.causal = specials, causal
-        self.words = vocabulary(tokenizer_json)
+        self.words = read_vocabulary(tokenizer_json)
         # GPT-2's alphabet writes a space as U+0120; no other kind of vocabulary holds words that begin with it
         self.byte_level = any(word.startswith("\u0120") for word in self.words.values())
 
@@ -61,7 +52,7 @@ class Kinds:
         """Kind by id, (V,)."""
         table = np.full(max(self.words, default=0) + 1, self.names.index("other"))
         for i, word in self.words.items():
-            if i not in self.specials.ids and is_punctuation(readable(word, self.byte_level)):
+            if i not in self.specials.ids and is_punctuation(read_word(word, self.byte_level)):
                 table[i] = self.names.index("punctuation")
         for name, special in (
             ("[MASK]", self.specials.mask),
@@ -90,10 +81,10 @@ class Kinds:
     def word(self, token: int) -> str:
         """A token's string for people."""
         word = self.words.get(int(token), f"id {token}")
-        return readable(word, True) or "space" if self.byte_level and token not in self.specials.ids else word
+        return read_word(word, True) or "space" if self.byte_level and token not in self.specials.ids else word
 
 
-def background(images: np.ndarray, size: int) -> np.ndarray:
+def find_background(images: np.ndarray, size: int) -> np.ndarray:
     """Patches (B, T) of images (B, C, S, S) whose pixels hardly differ; place 0 is CLS and never one."""
     b, c, s, _ = images.shape
     n = s // size

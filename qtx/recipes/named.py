@@ -24,6 +24,7 @@ from qtx_ref.spec import (
     from_dict,
 )
 
+from ..data.reading import read_regular
 from . import remedies
 from .remedies import RUNNING, varied
 from .sites import KEYS, extents, sites
@@ -205,8 +206,10 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
     """
     if name.endswith(".json"):
         try:
-            return from_dict(Recipe, json.loads(Path(name).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            return from_dict(Recipe, json.loads(read_regular(Path(name)).decode()))
+        except OSError as error:
+            raise SpecError(f"recipe file {name} cannot be read ({error.strerror}): give one that qtx wrote") from None
+        except (ValueError, RecursionError) as error:  # a UnicodeDecodeError and a SpecError are ValueErrors too
             raise SpecError(f"recipe file {name}: {error}") from None
     if match := re.fullmatch(r"(|lsq-|train-|token-|linear-)w(\d+)a(\d+)((?:-(?:float\[[^\]]+\]|[a-z0-9.]+))*)", name):
         kind, bits = match[1], (int(match[2]), int(match[3]))

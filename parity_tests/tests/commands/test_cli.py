@@ -309,11 +309,11 @@ def test_nothing_is_overwritten(trained, tmp_path):
 
 def test_evaluation_refuses_training_data(writer, tmp_path):
     pytest.importorskip("tokenizers", reason="the extra text is not installed")
-    from qtx.data.corpus import BUNDLED, chapters
+    from qtx.data.corpus import BUNDLED, split_chapters
 
     alice = (BUNDLED / "text" / "alice.txt").read_bytes().decode()
     book = tmp_path / "book.txt"  # backwards, so that a chapter trained on is now for evaluation
-    book.write_bytes("\n\n".join(text for _, text in reversed(chapters(alice))).encode())
+    book.write_bytes("\n\n".join(text for _, text in reversed(split_chapters(alice))).encode())
     result = call("evaluate", writer, "--backend", "ref", "--data", book, "--tokenizer", BUNDLED / "tokenizer.json")
     assert result.exit_code == 1
     assert "this model's" in result.output and "give other data" in result.output

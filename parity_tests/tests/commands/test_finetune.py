@@ -17,8 +17,8 @@ from parity_tests.subjects.small_models import build
 from parity_tests.tests.files.test_labelled import sentence, write_csv
 from parity_tests.tests.shell import call, good
 from qtx.data import load
-from qtx.data.corpus import bundled_tokenizer
 from qtx.data.splits import digest
+from qtx.data.tokenizing import read_bundled_tokenizer
 from qtx.files.artifact import load_artifact
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import sha_of
@@ -55,7 +55,7 @@ def refused(*arguments) -> str:
 
 
 def saved(path: Path, spec: ModelSpec, extra: dict | None = None) -> Path:
-    tokenizer = bundled_tokenizer()
+    tokenizer = read_bundled_tokenizer()
     text = {"tokenizer": tokenizer, "data": {"kind": "text", "tokenizer_sha256": digest(tokenizer.encode())}}
     meta = {} if spec.family is Family.VIT else text
     save_checkpoint(path, Checkpoint(spec, init_params(spec, 5), extra or {}, meta=meta))
@@ -276,7 +276,7 @@ def test_what_an_earlier_training_saw_evaluates_nothing(place, model, tmp_path):
     command = ["--steps", 1, "--batch", 2, "--backend", "ref"]
     good("finetune", model[0], "--data", second, "--out", tmp_path / "two", *command)
     good("quantize", tmp_path / "two", "--out", tmp_path / "two.qtx", "--backend", "ref")
-    first = load(str(place / "set.csv"), replace(BERT, head=Head.NONE), tokenizer=bundled_tokenizer())
+    first = load(str(place / "set.csv"), replace(BERT, head=Head.NONE), tokenizer=read_bundled_tokenizer())
     seen = set(first.hashes("train"))
     assert set(load_checkpoint(tmp_path / "two").meta["trained_on"]) == seen
     for split, commands in (

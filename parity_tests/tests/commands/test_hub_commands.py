@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from parity_tests.tests.hub_models import BERT_SIZE, make, transformers
 from qtx.cli import main
-from qtx.data.corpus import bundled_books
+from qtx.data.corpus import load_bundled_books
 from qtx.files.checkpoint import load_checkpoint, save_checkpoint
 from qtx.hub import import_model
 
@@ -20,7 +20,8 @@ def run(*words):
 
 def test_commands(tmp_path):
     make("bert mlm", tmp_path / "theirs")
-    (tmp_path / "theirs/tokenizer.json").write_text('{"model": 1}\n')
+    words = '{"model": {"vocab": {"[PAD]": 0, "a": 1}}}\n'
+    (tmp_path / "theirs/tokenizer.json").write_text(words)
     ours, out = tmp_path / "m.safetensors", tmp_path / "out"
     found = run("import", tmp_path / "theirs", "--out", ours, "--json", tmp_path / "found.json")
     assert found.exit_code == 0
@@ -31,7 +32,7 @@ def test_commands(tmp_path):
     again = run("import", tmp_path / "theirs", "--out", ours)
     assert (again.exit_code, f"{ours} exists" in again.output) == (1, True)
     assert run("export", ours, "--format", "hf", "--out", out).exit_code == 0
-    assert (out / "tokenizer.json").read_text() == '{"model": 1}\n'
+    assert (out / "tokenizer.json").read_text() == words
     before = sorted((path.name, path.read_bytes()) for path in out.iterdir())
     assert "exists and is not an empty folder" in run("export", ours, "--out", out).output
     assert "--format onnx: only hf" in run("export", ours, "--format", "onnx", "--out", tmp_path / "x").output
@@ -64,7 +65,7 @@ def test_other_commands_say_what_an_imported_model_lacks(tmp_path):
 
 
 def test_other_commands_take_an_imported_model(tmp_path):
-    words = bundled_books()
+    words = load_bundled_books()
     config = BERT_SIZE | {"vocab_size": words.vocab, "max_position_embeddings": 32, "intermediate_size": 32}
     model = transformers.BertForMaskedLM(transformers.BertConfig(**config)).eval()
     model.save_pretrained(tmp_path / "theirs")

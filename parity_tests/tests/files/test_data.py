@@ -22,18 +22,12 @@ from qtx.data import (
     load,
     unigram_perplexity,
 )
-from qtx.data.corpus import (
-    BOOKS,
-    BUNDLED,
-    chapters,
-    read_books,
-    read_text,
-    tokenize,
-    train_tokenizer,
-)
+from qtx.data.corpus import BOOKS, read_books, split_chapters, tokenize
 from qtx.data.images import ImageData
-from qtx.data.splits import digest, split_names
+from qtx.data.rows import read_text
+from qtx.data.splits import digest, name_splits
 from qtx.data.text import Specials
+from qtx.data.tokenizing import BUNDLED, train_tokenizer
 from qtx.engines.backend import MissingExtra
 from qtx_ref.spec import Family, Head, ModelSpec
 
@@ -76,7 +70,7 @@ def home(data: TextData, split: str, token: int) -> int:
 
 
 def test_bundled_chapters():
-    counts = {name: len(chapters(read_text(BUNDLED / "text" / f"{name}.txt"))) for name in BOOKS}
+    counts = {name: len(split_chapters(read_text(BUNDLED / "text" / f"{name}.txt"))) for name in BOOKS}
     assert counts == {"alice": 12, "thursday": 15, "persuasion": 24, "sense": 50}
     data = load(None, OPT)
     assert len(data.sections) == 101
@@ -97,7 +91,7 @@ def test_bundled_splits_are_runs_of_chapters_of_every_book():
     for book in BOOKS.values():
         splits = [s.split for s in sections if s.title.startswith(f"{book}: ")]
         assert [split for split, _ in itertools.groupby(splits)] == list(SPLITS)
-        assert splits == split_names(len(splits))
+        assert splits == name_splits(len(splits))
 
 
 def test_bundled_ids_are_the_tokenized_text():

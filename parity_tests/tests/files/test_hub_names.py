@@ -1,5 +1,7 @@
 """What an import asks of tensors and configurations: each name known, each value one that the models here have."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -171,7 +173,7 @@ def test_configurations_of_bert(folder, values, message):
         ("vit", {"qkv_bias": False}, "qkv_bias is False: only True"),
         ("vit", {"image_size": [4, 8]}, "image_size is [4, 8]"),
         ("vit", {"patch_size": 3}, "patch_size"),
-        ("classify", {"id2label": {"0": "one"}}, "classes is 1"),
+        ("classify", {"id2label": {"0": "one"}}, "one label, which transformers takes for regression"),
         ("classify", {"id2label": ["a", "b"]}, "id2label is"),
     ],
     indirect=["folder"],
@@ -191,15 +193,34 @@ def test_a_configuration_that_is_none(folder, text):
 def test_how_images_are_normalised(folder):
     path = folder / "preprocessor_config.json"
     assert "images" not in import_model(folder).meta
-    path.write_text('{"image_mean": [0.1, 0.2], "image_std": 0.5}')
-    assert import_model(folder).meta["images"] == {"mean": [0.1, 0.2], "std": [0.5, 0.5]}
-    path.write_text('{"do_normalize": false, "image_mean": [9, 9]}')
-    assert import_model(folder).meta["images"] == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
-    for text, message in [
-        ('{"image_mean": [0.1, 0.2, 0.3]}', "image_mean is [0.1, 0.2, 0.3]: give 2 numbers"),
-        ('{"image_std": [0, 1]}', "image_std is [0, 1]"),
-        ('{"image_mean": "grey"}', "image_mean is 'grey'"),
-        ('{"rescale_factor": 1}', "rescale_factor is 1"),
+
+    def read(**values):
+        path.write_text(json.dumps({"size": 4} | values))
+        images = import_model(folder).meta["images"]
+        assert (images["resize"], images["resample"], images["crop"]) == ([4, 4], 2, None)
+        return images["mean"], images["std"]
+
+    assert read(image_mean=[0.1, 0.2], image_std=0.5) == ([0.1, 0.2], [0.5, 0.5])
+    assert read(do_normalize=False, image_mean=[9, 9]) == ([0.0, 0.0], [1.0, 1.0])
+    for values, message in [
+        ({"image_mean": [0.1, 0.2, 0.3]}, "image_mean is [0.1, 0.2, 0.3]: give 2 numbers"),
+        ({"image_std": [0, 1]}, "image_std is [0, 1]"),
+        ({"image_mean": "grey"}, "image_mean is 'grey'"),
+        ({"image_mean": 10**400}, "image_mean is 1000"),
+        ({"rescale_factor": -1}, "rescale_factor is -1"),
+        ({"do_rescale": 1}, "do_rescale is 1: it must be true or false"),
+        ({"do_pad": True}, "do_pad is True: it is not supported"),
+        ({"do_flip": "twice"}, "do_flip is 'twice': it is not supported"),
+        ({"resample": 6}, "resample is 6"),
+        ({"resample": "bicubic"}, "resample is 'bicubic'"),
+        ({"size": {"height": 8, "width": 8}}, "size is {'height': 8, 'width': 8}, which makes other pictures"),
+        ({"size": None}, "size is None, which makes other pictures than the model's 4 x 4"),  # transformers' 224
+        ({"size": {"longest_edge": 4}}, "size is {'longest_edge': 4}: only height and width, or shortest_edge"),
+        ({"size": {"shortest_edge": 4}}, "size is {'shortest_edge': 4}, which makes other pictures"),
+        ({"size": [4, 10**9]}, "size is [4, 1000000000]: give whole numbers of pixels"),
+        ({"do_center_crop": True}, "there is no crop_size"),
+        ({"do_center_crop": True, "crop_size": 3}, "crop_size is 3, which makes other pictures"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "image_processor_type is 'CLIPImageProcessor'"),
     ]:
-        path.write_text(text)
+        path.write_text(json.dumps({"size": 4} | values))
         refused(folder, "preprocessor_config.json", message)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from qtx.data import SPLITS, DataError, load
-from qtx.data.corpus import BOOKS, bundled_tokenizer
-from qtx.data.images import folder
-from qtx.data.labelled import LabelledText, book_rows
-from qtx.data.splits import digest, passes
+from qtx.data.corpus import BOOKS
+from qtx.data.images import load_folder
+from qtx.data.labelled import LabelledText, read_book_rows
+from qtx.data.splits import digest, iterate_passes
+from qtx.data.tokenizing import read_bundled_tokenizer
 from qtx_ref.spec import Family, Head, ModelSpec
 
 tokenizers = pytest.importorskip("tokenizers", reason="the extra text is not installed")
@@ -48,13 +49,13 @@ def divided(tmp_path):
 
 
 def opened(path, spec=BERT, **given) -> LabelledText:
-    return load(str(path), spec, tokenizer=bundled_tokenizer(), **given)
+    return load(str(path), spec, tokenizer=read_bundled_tokenizer(), **given)
 
 
 def test_a_batch_is_what_the_tokenizer_gives(divided):
     """Held to the library's own [CLS] text [SEP], truncation and padding."""
     path, rows = divided
-    theirs = tokenizers.Tokenizer.from_str(bundled_tokenizer())
+    theirs = tokenizers.Tokenizer.from_str(read_bundled_tokenizer())
     theirs.post_processor = tokenizers.processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
     theirs.enable_truncation(12)
     theirs.enable_padding(pad_id=PAD, pad_token="[PAD]", pad_to_multiple_of=4)  # 12 is the limit, and no multiple of 8
@@ -90,10 +91,10 @@ def test_batches_are_the_same_again_and_cover_a_pass(divided):
         assert all(np.array_equal(one[key], two[key]) for key in one), step
     rows = np.arange(100, 140)
     sizes = np.random.default_rng(0).integers(1, 50, 140)
-    batches = np.array(list(islice(passes(rows, 8, 0, 0, sizes), 10)))
+    batches = np.array(list(islice(iterate_passes(rows, 8, 0, 0, sizes), 10)))
     assert sorted(batches[:5].ravel()) == sorted(batches[5:].ravel()) == rows.tolist()
     spread = np.ptp(sizes[batches], axis=1).mean()
-    mixed = np.ptp(sizes[np.array(list(islice(passes(rows, 8, 0, 0), 10)))], axis=1).mean()
+    mixed = np.ptp(sizes[np.array(list(islice(iterate_passes(rows, 8, 0, 0), 10)))], axis=1).mean()
     assert spread < mixed / 2  # five batches sorted together: each holds a fifth of the sizes, mixed ones most of them
     assert not np.array_equal(batches[:5], batches[5:])
 
@@ -149,7 +150,10 @@ def row(text="a text", label="x", split=None):
         ([row(), row(split="test")], "line 2 has the split 'test': choose one of train"),
         ([row(), row("b", split="train")], "line 2 has a split and other rows have none"),
         ([row(), row("b"), row("c")], "has the label x alone"),
-        ([row(), row(label="y")], "has 1 different text"),
+        ([row(), row()], "has 1 different text"),
+        ([row(), row("b"), row(label="y")], "line 3 has the text of .* line 1, with labels 'y' and 'x': remove one"),
+        ([row() | {"text_pair": "b"}], "line 1 has a text_pair: pairs of texts are not read"),
+        ([row(label="1" * 5000), row("b", "2")], "line 1 has a label of 5000 characters: give at most 200"),
         ([row(split="train"), row(split="evaluation")], "line 2 of the evaluation split has the text of .* line 1 of train"),
         ([[]], "line 1 is no object"),
         ([row("\ud800")], "half a surrogate pair"),
@@ -215,8 +219,8 @@ def test_what_does_not_fit_is_refused(divided, tmp_path):
 
 
 def test_the_books_are_told_apart_by_their_paragraphs():
-    rows = book_rows()
-    data = load("books", BERT, tokenizer=bundled_tokenizer())
+    rows = read_book_rows()
+    data = load("books", BERT, tokenizer=read_bundled_tokenizer())
     assert data.names == tuple(sorted(BOOKS.values()))
     assert {(row.label, row.split) for row in rows} == {(book, split) for book in BOOKS.values() for split in SPLITS}
     assert min(len(row.text) for row in rows) >= 200
@@ -254,7 +258,7 @@ def pictures(tmp_path):
 
 def test_pictures_are_resized_and_scaled(pictures):
     scaling = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.25, 2.0]}
-    data = folder(pictures, VIT, scaling=scaling)
+    data = load_folder(pictures, VIT, scaling=scaling)
     assert data.names == ("cat", "dog") and data.classes == 2
     assert [len(data.hashes(split)) for split in SPLITS] == [10, 1, 1]
     seen = set()
@@ -267,7 +271,7 @@ def test_pictures_are_resized_and_scaled(pictures):
                 assert (g, b) == (255 - r, 7 + 2 * label)
                 seen.add(int(r))
     assert seen == {20 * i for i in range(12)}
-    grey = folder(pictures, replace(VIT, channels=1))
+    grey = load_folder(pictures, replace(VIT, channels=1))
     batch = next(grey.split_batches("train", replace(VIT, channels=1), 4, 0))
     assert batch["images"].shape == (4, 1, 4, 4) and -1 <= batch["images"].min() <= batch["images"].max() <= 1
 

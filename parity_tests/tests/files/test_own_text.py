@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtx.data import SPLITS, DataError, load
-from qtx.data.corpus import BUNDLED, blocks, chapters, train_tokenizer
-from qtx.data.splits import split_names
+from qtx.data.corpus import split_blocks, split_chapters
+from qtx.data.splits import name_splits
 from qtx.data.text import Specials
+from qtx.data.tokenizing import BUNDLED, train_tokenizer
 from qtx_ref.spec import Family, Head, ModelSpec
 
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -55,7 +56,7 @@ def prose(paragraphs: int, seed: int = 0) -> str:
 
 @given(st.integers(3, 500))
 def test_splits_are_runs(count):
-    names = split_names(count)
+    names = name_splits(count)
     assert [name for name, _ in itertools.groupby(names)] == list(SPLITS) and len(names) == count
     assert names.count("evaluation") == names.count("calibration") == max(1, round(count / 10))
 
@@ -64,7 +65,7 @@ def test_splits_are_runs(count):
 @given(st.lists(st.text("ab \n", min_size=1, max_size=30), min_size=1, max_size=200))
 def test_blocks_lose_nothing(lines):
     text = "\n".join(lines)
-    parts = blocks(text)
+    parts = split_blocks(text)
     assert "".join("".join(part for _, part in parts).split()) == "".join(text.split())
     assert len(parts) <= 51
 
@@ -73,12 +74,12 @@ def test_headings():
     text = "\n\n".join(
         ["A preface.", "CHAPTER I. Start", "One.\nchapter 2\nno", "Chapter 2", "Two.", "  Letter XL: to B", "End."]
     )
-    assert chapters(text) == [
+    assert split_chapters(text) == [
         ("CHAPTER I. Start", "A preface.\n\nCHAPTER I. Start\n\nOne.\nchapter 2\nno"),
         ("Chapter 2", "Chapter 2\n\nTwo."),
         ("Letter XL: to B", "  Letter XL: to B\n\nEnd."),
     ]
-    assert chapters("I read\n\nchapter I had missed.") == []
+    assert split_chapters("I read\n\nchapter I had missed.") == []
 
 
 class TestOwnText:

@@ -15,10 +15,11 @@ import qtx_torch.backend
 from parity_tests.subjects import small_models
 from qtx.cli import main
 from qtx.data import load
+from qtx.data.tokenizing import read_vocabulary
 from qtx.files.checkpoint import Checkpoint, save_checkpoint
 from qtx.measure import analysis
 from qtx.measure.heads import Head
-from qtx.measure.marks import Kinds, background, is_punctuation, readable, vocabulary
+from qtx.measure.marks import Kinds, find_background, is_punctuation, read_word
 from qtx.recipes.sites import layer_inputs, residual_stream, sites
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
@@ -206,16 +207,16 @@ def test_kinds_of_tokens():
     causal = Kinds(SPECIALS, TOKENIZER, causal=True).marks(batch)
     assert np.argwhere(causal["first"]).tolist() == [[0, 0], [1, 0]] and "[CLS]" not in causal
     assert [kinds.word(i) for i in (3, 4, 7)] == [".", "word", "id 7"]
-    assert vocabulary('{"model": {"vocab": [["<s>", 0.0], ["\u2581a", -1.5]]}}') == {0: "<s>", 1: "\u2581a"}
-    assert readable("\u2581a", False) == "a"
-    assert readable("\u0120\u00e2\u0122\u013e", True) == "\u201c"  # a space and three bytes of a quotation mark
+    assert read_vocabulary('{"model": {"vocab": [["<s>", 0.0], ["\u2581a", -1.5]]}}') == {0: "<s>", 1: "\u2581a"}
+    assert read_word("\u2581a", False) == "a"
+    assert read_word("\u0120\u00e2\u0122\u013e", True) == "\u201c"  # a space and three bytes of a quotation mark
     assert is_punctuation("\u201c") and not is_punctuation("a.") and not is_punctuation("")
 
 
 def test_background_patches():
     image = np.zeros((1, 1, 4, 4))
     image[0, 0, :2, :2] = [[1, -1], [1, -1]]
-    assert background(image, 2).tolist() == [[False, False, True, True, True]]
+    assert find_background(image, 2).tolist() == [[False, False, True, True, True]]
 
 
 def test_the_residual_stream_and_its_inputs():
