@@ -20,6 +20,7 @@ from .numerics import Calibrate, FakeQuant, Float, Record
 from .optim import AdamW
 from .spec import (
     Family,
+    Gate,
     Granularity,
     InputTransform,
     ModelSpec,
@@ -169,27 +170,37 @@ class Model:
         return found
 
     def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
-        """`stats.attention` of the keys of each mark (B, T), and `stats.updates`, of each layer, by head (H,).
+        """Of each layer, by head (H,): `stats.attention` of the keys of each mark (B, T), `stats.updates`, `stats.sizes` of
+        values (`value.*`) and of their product with the probabilities, before a gate (`product.*`), and `stats.openings`
+        where there is a gate.
 
         streams: for each layer the site that its attention's output is added to.
         """
-        found: list[Arrays] = [{} for _ in streams]
-        seen: Arrays = {}
+        sums: list[Arrays] = [{} for _ in streams]
+        residuals: Arrays = {}
+        heads = self.spec.heads
 
         def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
             if site in streams:
-                seen[site] = x
+                residuals[site] = x
                 return
-            layer = int(site.split(".")[1])
-            if site.endswith(".probs"):
-                found[layer] |= stats.attention(x, where, marks)
+            block, _, part = site.partition(".attn.")
+            layer = int(block.removeprefix("layer."))
+            if part == "probs":
+                sums[layer] |= stats.attention(x, where, marks)
+            elif part == "gate":
+                sums[layer] |= stats.openings(x, where, heads)
+            elif part == "output.input":
+                weight = self.weights[f"{block}.attn.output.weight"]
+                sums[layer] |= stats.updates(x, weight, residuals.pop(streams[layer]), where, heads)
             else:
-                weight = self.weights[f"layer.{layer}.attn.output.weight"]
-                found[layer] |= stats.updates(x, weight, seen.pop(streams[layer]), where, self.spec.heads)
+                name = "value" if part == "value" else "product"
+                sums[layer] |= {f"{name}.{key}": value for key, value in stats.sizes(x, where, marks, heads).items()}
 
-        parts = {f"layer.{i}.attn.{part}" for i in range(self.spec.layers) for part in ("probs", "output.input")}
-        self._watch(batch, parts | set(streams), show)
-        return found
+        parts = ("probs", "value", "context", "output.input", *(["gate"] * (self.spec.attention.gate is not Gate.NONE)))
+        sites = {f"layer.{i}.attn.{part}" for i in range(self.spec.layers) for part in parts}
+        self._watch(batch, sites | set(streams), show)
+        return sums
 
     def calibrate(
         self,

@@ -146,7 +146,8 @@ def attention(probs: np.ndarray, where: np.ndarray, marks: Mapping[str, np.ndarr
     probs (B, H, Tq, Tk); where broadcasts to it and is true at allowed pairs; each of marks (B, Tk) is true at marked keys.
     `mass.<mark>`: the probability given to the marked keys; `even.<mark>`: the share of the allowed keys that they are.
     `entropy` in nats, of the row scaled to sum 1 (clipping leaves less; a row of zeros has 0); `relative`: divided by its
-    largest value, the logarithm of the number of keys, over the `choices`, queries with more than one key.
+    largest value, the logarithm of the number of keys, over the `choices`, queries with more than one key. `kept`: the
+    probability given to all keys, of which clipping and sinks leave less than 1.
     """
     keep = np.broadcast_to(where, (len(probs), 1, *probs.shape[2:]))
     keys = keep.sum(axis=-1)  # (B, 1, Tq)
@@ -158,6 +159,7 @@ def attention(probs: np.ndarray, where: np.ndarray, marks: Mapping[str, np.ndarr
         "queries": (keys > 0).sum() * heads,
         "choices": (keys > 1).sum() * heads,
         "entropy": entropy.sum(axis=(0, 2)),
+        "kept": whole.sum(axis=(0, 2, 3)),
         "relative": (entropy / np.where(keys > 1, np.log(np.maximum(keys, 1)), np.inf)).sum(axis=(0, 2)),
     }
     for mark, marked in marks.items():
@@ -184,3 +186,32 @@ def updates(
         size = np.linalg.norm(c[:, part] @ weight[:, part].astype(np.float64).T, axis=-1)
         sums.append(np.divide(size, against, out=np.zeros_like(size), where=against > 0).sum())
     return {"update": np.array(sums), "tokens": np.full(heads, len(c))}
+
+
+def sizes(
+    x: np.ndarray, where: np.ndarray | None, marks: Mapping[str, np.ndarray], heads: int
+) -> dict[str, np.ndarray]:
+    """L2 norms of the heads' parts of a tensor, summed over real tokens, by head, (H,) each: as the figures of Bondarenko et
+    al. 2023 (section 3) show values and their products with probabilities.
+
+    x (B, T, D), heads side by side; where (B, T, 1); each of marks (B, T) is true at marked tokens. `<mark>`: of the marked
+    tokens, `count.<mark>`: how many they are; `all`: of all tokens.
+    """
+    real = np.ones(x.shape[:2], bool) if where is None else np.broadcast_to(where, (*x.shape[:2], 1))[..., 0]
+    norms = np.linalg.norm(x.astype(np.float64).reshape(*x.shape[:2], heads, -1), axis=-1)  # (B, T, H)
+    found = {}
+    for name, marked in {"all": real, **marks}.items():
+        chosen = real & np.broadcast_to(marked, real.shape)
+        found[name], found[f"count.{name}"] = norms[chosen].sum(axis=0), np.full(heads, chosen.sum())
+    return found
+
+
+def openings(gate: np.ndarray, where: np.ndarray | None, heads: int) -> dict[str, np.ndarray]:
+    """How far gates are open: their probabilities summed by head, (H,), and how many they are.
+
+    gate: (H,) of a head, (B, 1, H) of a sequence, (B, T, H) of a token, or (B, T, D) of a feature, whose mean over the
+    head's own is taken. where (B, T, 1), true at real tokens, or None.
+    """
+    wide = gate.astype(np.float64).reshape(*gate.shape[:-1], heads, -1).mean(axis=-1)  # (..., H)
+    keep = np.ones(wide.shape[:-1], bool) if where is None else np.broadcast_to(where, (*wide.shape[:-1], 1))[..., 0]
+    return {"gate": wide[keep].sum(axis=0), "gates": np.full(heads, keep.sum())}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qtx_ref.spec import (
     Family,
+    Gate,
     Granularity,
     InputTransform,
     ModelSpec,
@@ -190,29 +191,39 @@ class Model:
         return found
 
     def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
-        """`stats.attention` of the keys of each mark (B, T), and `stats.updates`, of each layer, by head (H,).
+        """Of each layer, by head (H,): `stats.attention` of the keys of each mark (B, T), `stats.updates`, `stats.sizes` of
+        values (`value.*`) and of their product with the probabilities, before a gate (`product.*`), and `stats.openings`
+        where there is a gate.
 
         streams: for each layer the site that its attention's output is added to.
         """
         keys = {mark: torch.tensor(value, device=self.device) for mark, value in marks.items()}
-        found: list[Arrays] = [{} for _ in streams]
-        seen: dict[str, Tensor] = {}
+        sums: list[Arrays] = [{} for _ in streams]
+        residuals: dict[str, Tensor] = {}
+        heads = self.spec.heads
 
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
             if site in streams:
-                seen[site] = x
+                residuals[site] = x
                 return
-            layer = int(site.split(".")[1])
-            if site.endswith(".probs"):
-                part = stats.attention(x, where, keys)
+            block, _, part = site.partition(".attn.")
+            layer = int(block.removeprefix("layer."))
+            if part == "probs":
+                made = stats.attention(x, where, keys)
+            elif part == "gate":
+                made = stats.openings(x, where, heads)
+            elif part == "output.input":
+                weight = self.weights[f"{block}.attn.output.weight"].detach()
+                made = stats.updates(x, weight, residuals.pop(streams[layer]), where, heads)
             else:
-                weight = self.weights[f"layer.{layer}.attn.output.weight"].detach()
-                part = stats.updates(x, weight, seen.pop(streams[layer]), where, self.spec.heads)
-            found[layer] |= {name: to_numpy(value) for name, value in part.items()}
+                name = "value" if part == "value" else "product"
+                made = {f"{name}.{key}": value for key, value in stats.sizes(x, where, keys, heads).items()}
+            sums[layer] |= {name: to_numpy(value) for name, value in made.items()}
 
-        parts = [f"layer.{i}.attn.{part}" for i in range(self.spec.layers) for part in ("probs", "output.input")]
-        self._watch(batch, [*streams, *parts], show)
-        return found
+        parts = ("probs", "value", "context", "output.input", *(["gate"] * (self.spec.attention.gate is not Gate.NONE)))
+        sites = [f"layer.{i}.attn.{part}" for i in range(self.spec.layers) for part in parts]
+        self._watch(batch, [*streams, *sites], show)
+        return sums
 
     @torch.no_grad()
     def calibrate(

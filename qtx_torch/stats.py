@@ -246,7 +246,8 @@ def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict
     probs (B, H, Tq, Tk); where broadcasts to it and is true at allowed pairs; each of marks (B, Tk) is true at marked keys.
     `mass.<mark>`: the probability given to the marked keys; `even.<mark>`: the share of the allowed keys that they are.
     `entropy` in nats, of the row scaled to sum 1 (clipping leaves less; a row of zeros has 0); `relative`: divided by its
-    largest value, the logarithm of the number of keys, over the `choices`, queries with more than one key.
+    largest value, the logarithm of the number of keys, over the `choices`, queries with more than one key. `kept`: the
+    probability given to all keys, of which clipping and sinks leave less than 1.
     """
     keep = where.expand(len(probs), 1, *probs.shape[2:])
     keys = keep.sum(dim=-1)  # (B, 1, Tq)
@@ -258,6 +259,7 @@ def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict
         "queries": (keys > 0).sum().expand(probs.shape[1]),
         "choices": (keys > 1).sum().expand(probs.shape[1]),
         "entropy": entropy.sum(dim=(0, 2)),
+        "kept": whole.sum(dim=(0, 2, 3)),
         "relative": (entropy / largest.masked_fill(keys < 2, math.inf)).sum(dim=(0, 2)),
     }
     for mark, marked in marks.items():
@@ -282,3 +284,33 @@ def updates(context: Tensor, weight: Tensor, residual: Tensor, where: Tensor | N
     against = r.norm(dim=-1)
     relative = torch.where(against > 0, sizes / against, 0.0)
     return {"update": relative.sum(dim=1), "tokens": torch.tensor(len(c), device=c.device).expand(heads)}
+
+
+def sizes(x: Tensor, where: Tensor | None, marks: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """L2 norms of the heads' parts of a tensor, summed over real tokens, by head, (H,) each: as the figures of Bondarenko et
+    al. 2023 (section 3) show values and their products with probabilities.
+
+    x (B, T, D), heads side by side; where (B, T, 1); each of marks (B, T) is true at marked tokens. `<mark>`: of the marked
+    tokens, `count.<mark>`: how many they are; `all`: of all tokens.
+    """
+    norms = torch.linalg.vector_norm(x.double().unflatten(-1, (heads, -1)), dim=-1)  # (B, T, H)
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    real = real if where is None else where.expand(*x.shape[:2], 1).squeeze(-1)
+    found = {}
+    for name, marked in {"all": real, **marks}.items():
+        chosen = (real & marked.expand(real.shape)).double()
+        found[name] = torch.einsum("bth,bt->h", norms, chosen)
+        found[f"count.{name}"] = chosen.sum().long().expand(heads)
+    return found
+
+
+def openings(gate: Tensor, where: Tensor | None, heads: int) -> dict[str, Tensor]:
+    """How far gates are open: their probabilities summed by head, (H,), and how many they are.
+
+    gate: (H,) of a head, (B, 1, H) of a sequence, (B, T, H) of a token, or (B, T, D) of a feature, whose mean over the
+    head's own is taken. where (B, T, 1), true at real tokens, or None.
+    """
+    wide = gate.double().unflatten(-1, (heads, -1)).mean(dim=-1).reshape(-1, heads)  # (..., H)
+    if where is not None:
+        wide = wide[where.expand(*gate.shape[:-1], 1).flatten()]
+    return {"gate": wide.sum(dim=0), "gates": torch.tensor(len(wide), device=gate.device).expand(heads)}

@@ -144,7 +144,7 @@ def statistics_case(context: Context) -> list[Verdict]:
 
 
 def attention_case(context: Context) -> list[Verdict]:
-    """Mass, entropy and size of update of each head, under causal and padded masks, with rows without keys."""
+    """Mass, entropy, update, sizes and openings of each head, under causal and padded masks, with rows without keys."""
     rng = ref_random.stream(0, "attention statistics")
     probs, keys = rng.uniform(size=(3, 2, 11, 11)).astype(np.float32), rng.uniform(size=(3, 11)) < 0.3
     probs[0, 1, 4] = 0  # as clipping may leave it
@@ -161,6 +161,15 @@ def attention_case(context: Context) -> list[Verdict]:
         got = stats.updates(*ours, None if kept is None else tensor(kept, context), 2)
         for key, value in ref_stats.updates(context_, weight, residual, kept, 2).items():
             verdicts.append(relative(f"{key}, {name}", array(got[key]), value, *REORDERED))
+        ours = (tensor(context_, context), None if kept is None else tensor(kept, context))
+        got = stats.sizes(*ours, {"some": tensor(keys, context)}, 2)
+        for key, value in ref_stats.sizes(context_, kept, {"some": keys}, 2).items():
+            verdicts.append(relative(f"size {key}, {name}", array(got[key]), value, *REORDERED))
+        for size in ((2,), (3, 1, 2), (3, 11, 2), (3, 11, 8)):
+            gate, where = rng.uniform(size=size).astype(np.float32), kept if size[1:2] == (11,) else None
+            got = stats.openings(tensor(gate, context), None if where is None else tensor(where, context), 2)
+            for key, value in ref_stats.openings(gate, where, 2).items():
+                verdicts.append(relative(f"{key} {size}, {name}", array(got[key]), value, *REORDERED))
     return verdicts
 
 

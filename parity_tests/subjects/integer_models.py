@@ -112,11 +112,13 @@ def named_recipe(name: str, spec: ModelSpec, nonlinear: Nonlinear = Nonlinear.TA
     if spec.activation is Activation.RELU or nonlinear is Nonlinear.POLYNOMIAL:
         rows.append("*.ffn.activation")
     changes = {
-        "channels": [Rule(("*.weight",), CHANNELS, "a scale per output channel"), *base.rules[-3:]],
         "rows": [Rule(tuple(rows), ROWS, "a scale per token of what enters a linear")],
         "operands": [Rule(("*.scores.lhs", "*.scores.rhs", "*.context.lhs"), ROWS, "a scale per token")],
         "values": [Rule(("*.attn.value",), VALUES, "a scale per channel, which P V does not sum over")],
     }
+    if name == "channels":
+        weights = Rule(("*.weight",), CHANNELS, "a scale per output channel")
+        return replace(recipes.post_training(8, 8), name=name, weights=weights).recipe()
     if name not in changes:
         return recipes.recipe(name, spec)
     return replace(base, name=name, rules=(*base.rules, *changes[name]))

@@ -225,7 +225,21 @@ def attention(context: Context) -> list[Verdict]:
     context_, weight = np.array([[[3.0, 4.0, 9.0, 9.0]]]), np.zeros((4, 4))
     weight[:2, :2] = np.eye(2)
     sizes = stats.updates(context_, weight, np.full((1, 1, 4), 5.0), None, 2)
+    values = np.array(
+        [[[3.0, 4, 0, 1], [6, 8, 0, 2], [99, 99, 99, 99]]]
+    )  # lengths 5 and 10 of head 0, 1 and 2 of head 1
+    real = np.array([[[True], [True], [False]]])
+    parts = stats.sizes(values, real, {"ends": np.array([[False, True, True]])}, 2)
+    gates = stats.openings(np.array([[[0.25, 0.75], [0.5, 1.0], [9.0, 9.0]]]), real, 2)
     return [
+        exact("kept", found["kept"], [2]),
+        exact("sizes", [parts["all"], parts["count.all"]], [[15, 3], [2, 2]]),
+        exact("sizes at marked tokens", [parts["ends"], parts["count.ends"]], [[10, 2], [1, 1]]),
+        exact("openings", [gates["gate"], gates["gates"]], [[0.75, 1.75], [2, 2]]),
+        exact(
+            "openings of features", stats.openings(np.array([[[0.25, 0.75, 0.5, 1.0]]]), None, 2)["gate"], [0.5, 0.75]
+        ),
+        exact("openings of heads", stats.openings(np.array([0.25, 0.75]), None, 2)["gate"], [0.25, 0.75]),
         exact("queries", found["queries"], [2]),
         exact("mass", found["mass.ends"], [0.5 + 0.75]),
         relative("even attention", found["even.ends"], [1 / 2 + 2 / 3], *tolerance),

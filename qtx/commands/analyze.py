@@ -13,7 +13,14 @@ from ..files.container import check_writable
 from ..jobs.training import Machine
 from ..measure.analysis import PERCENTILES, Analysis, Carrier
 from ..measure.analysis import analyze as run
-from ..measure.heads import EXCESS, MASS, UPDATE
+from ..measure.heads import (
+    EXCESS,
+    KEPT,
+    MASS,
+    OPEN,
+    UPDATE,
+    Head,
+)
 from ..prepare import quantization
 from ..report import outliers
 from ..report.tables import number, table
@@ -86,10 +93,16 @@ def tables(found: Analysis) -> list[tuple[str, str]]:
         parts.append(("and the most frequent of them", carriers(found.words, "token")))
     idle = sum(head.idle for head in found.heads)
     parts.append((f"attention by layer: {idle} of {len(found.heads)} heads do nothing", layers(found)))
-    title = (f"heads, those that do nothing first: on the marked keys at least {percent(MASS, 0)} of the probability and "
-             f"{EXCESS:g} times what even attention would give, and an update of at most {percent(UPDATE, 0)} of the "
-             "residual's norm")  # fmt: skip
-    return [*parts, (title, heads(found))]
+    title = (
+        f"heads, those that do nothing first: an update of at most {percent(UPDATE, 0)} of the residual's norm, whatever "
+        f"the reason: gate closed (a mean opening of at most {percent(OPEN, 0)}), no probability (at most "
+        f"{percent(KEPT, 0)} on all keys), marked keys (at least {percent(MASS, 0)} of the probability, and {EXCESS:g} "
+        "times what even attention would give them), or small values"
+    )
+    sizes_title = (
+        "and the size of their values V and of the product P V: mean L2 norm at all tokens and at the marked ones"
+    )
+    return [*parts, (title, heads(found)), (sizes_title, head_sizes(found))]
 
 
 def sizes(found: Analysis) -> str:
@@ -158,11 +171,26 @@ def layers(found: Analysis) -> str:
 
 def heads(found: Analysis) -> str:
     names = list(found.heads[0].mass)
-    shown = found.heads[: max(SHOWN, sum(head.idle for head in found.heads))]
-    header = ["head", "does nothing", *names, "marked", "even", "entropy", "of largest", "update"]
-    return table(header, [
-        [f"layer {head.layer} head {head.head}", "yes" if head.idle else "no",
-         *(percent(head.mass[name]) for name in names), percent(head.marked), percent(head.even),
-         number(head.entropy, 2), percent(head.relative_entropy), percent(head.update)]
-        for head in shown
-    ])  # fmt: skip
+    header = ["head", "does nothing", *names, "marked", "even", "kept", "gate", "entropy", "of largest", "update"]
+    rows = []
+    for head in listed_heads(found):
+        row = [f"layer {head.layer} head {head.head}", head.reason or "no"]
+        row += [percent(share) for share in (*head.mass.values(), head.marked, head.even, head.kept)]
+        row += ["-" if head.gate is None else percent(head.gate), number(head.entropy, 2)]
+        rows.append([*row, percent(head.relative_entropy), percent(head.update)])
+    return table(header, rows)
+
+
+def listed_heads(found: Analysis) -> list[Head]:
+    """Those that do nothing, at least SHOWN."""
+    return found.heads[: max(SHOWN, sum(head.idle for head in found.heads))]
+
+
+def head_sizes(found: Analysis) -> str:
+    names = list(found.heads[0].value)
+    header = ["head", *(f"{part} {name}" for part in ("V", "P V") for name in names)]
+    rows = []
+    for head in listed_heads(found):
+        row = [f"layer {head.layer} head {head.head}"]
+        rows.append(row + [number(part[name], 2) for part in (head.value, head.product) for name in names])
+    return table(header, rows)

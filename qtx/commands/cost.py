@@ -22,10 +22,10 @@ from ..cost.attention import DEFAULT, attention_cost
 from ..cost.inputs import (
     Counted,
     Random,
-    calibration_files,
-    lengths_of,
-    make_cell,
-    write_batch,
+    choose_lengths,
+    make_cells,
+    write_calibration,
+    write_cell,
 )
 from ..data import DataError
 from ..engines.backend import MissingExtra, backend
@@ -98,10 +98,10 @@ def cost_command(checkpoint, model, data, tokenizer, recipe_name, profile_name, 
     def tell(text: str) -> None:
         say(text, json_path)
 
-    chosen = cost.chosen_engines("none" if attentions is not None else engines, backend_name, device, tell)
+    chosen = cost.choose_engines("none" if attentions is not None else engines, backend_name, device, tell)
     workers = cost.Workers(backend_name, device, threads or backend(backend_name).threads())
     given = open_given(checkpoint, model, data, tokenizer, recipe_name, profile_name)
-    sizes = list(product(batches, lengths_of(given.found.spec, lengths)))
+    sizes = list(product(batches, choose_lengths(given.found.spec, lengths)))
     with tempfile.TemporaryDirectory() as name:
         if attentions is not None:
             names = split_list(attentions)
@@ -181,19 +181,19 @@ def measured(workers: cost.Workers, folder: Path, given: Given, sizes: list[tupl
     spec, source = given.found.spec, given.data
     if source is None:
         tell(f"random inputs and calibration, so that errors are not those of data: {given.reason}")
-    cells = [make_cell(spec, source, size, length) for size, length in sizes]
+    cells = make_cells(spec, source, sizes)
     for cell in cells:
-        write_batch(folder / f"{cell.name}.inputs", cell.inputs)
+        write_cell(folder, cell)
         if source is not None and not cell.real:
             tell(f"{cell.name}: random inputs, as the evaluation data have none of this size")
     longest = max(cell.length for cell in cells)
     calibrating = source or Random(longest)
     variants, recipe = own_variants(workers, folder, given, calibrating)
-    variants += cost.engine_variants(engines, variants[0].file, folder)
+    variants += cost.list_engine_variants(engines, variants[0].file, folder)
     masked, files = any(cell.padded for cell in cells), []
     if engines:
-        files = calibration_files(folder, spec, calibrating, recipe.batches, longest, masked)
-    cost.probe(workers, variants, cells, folder, spec, masked, files)
+        files = write_calibration(folder, spec, calibrating, recipe.batches, longest, masked)
+    cost.probe(workers, variants, cells, folder, masked, files)
     cost.measure(workers, variants, cells, folder, rounds)
     shown = [{key: getattr(cell, key) for key in ("name", "batch", "length", "real", "padded")} for cell in cells]
     return {"recipe": recipe.name, "cells": shown, "variants": [as_record(variant) for variant in variants]}

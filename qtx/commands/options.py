@@ -282,5 +282,5 @@ def prepared_anew(checkpoint: Checkpoint, machine: Machine, data: Any, chosen: R
     for transforms of another recipe, and for data that the checkpoint knows from another split."""
     refuse_transformed(checkpoint, f"recipe {chosen.name}")
     quantization.refuse_overlap(checkpoint.meta, data, "calibration")
-    batches = quantization.calibration(data, checkpoint.spec, 0)
+    batches = quantization.calibration(data, checkpoint.spec)
     return quantization.prepare(machine, checkpoint.spec, checkpoint.params, batches, chosen)

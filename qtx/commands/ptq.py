@@ -71,7 +71,7 @@ def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, 
     refuse_transformed(found, str(checkpoint))
     for split in ("evaluation", "calibration"):
         quantization.refuse_overlap(found.meta, source, split)
-    chosen = (sensitivity,) if sensitivity else split_list(names) if names else remedies.standard(found.spec)
+    chosen = (sensitivity,) if sensitivity else split_list(names) if names else remedies.list_standard(found.spec)
     chosen = tuple(name for name in chosen if not any(fnmatch.fnmatch(name, p) for p in split_list(skip)))
     chosen += split_list(also)
     if not chosen or len(set(chosen)) < len(chosen):

@@ -22,7 +22,7 @@ from qtx_ref.spec import (
 
 from ..progress import Progress
 from .compare import Workers
-from .inputs import synthetic, write_batch
+from .inputs import synthesize, write_batch
 from .worker import WARM
 
 DEFAULT = "vanilla,clipped,head,gated,mlp,all_features,elementwise"
@@ -62,7 +62,7 @@ def attention_cost(
     cells = {}
     for size, length in sizes:
         cells[f"{size}x{length}"] = str(folder / f"{size}x{length}.inputs")
-        write_batch(Path(cells[f"{size}x{length}"]), synthetic(spec, size, length))
+        write_batch(Path(cells[f"{size}x{length}"]), synthesize(spec, size, length))
     with Progress("attentions", len(variants) * len(cells) * (rounds + WARM) * (1 + training)) as bar:
         result = workers.run("attentions", bar, spec=to_dict(spec), variants=variants, unfused=unfused, cells=cells,
                              rounds=rounds, training=training)  # fmt: skip

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 import qtx
-from qtx_ref.spec import Head, ModelSpec, SpecError
+from qtx_ref.spec import SpecError
 
 from ..engines.backend import MissingExtra, need
 from ..progress import Progress
-from .inputs import Cell
+from .inputs import Cell, cell_files
 from .worker import WARM
 
 ENGINES = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "torch-dynamic": ("torch",)}  # and what they need
@@ -49,7 +49,7 @@ class Variant:
 # --- engines ----------------------------------------------------------------------------------------------------------
 
 
-def chosen_engines(text: str, backend_name: str, device: str, note: Callable[[str], None]) -> tuple[str, ...]:
+def choose_engines(text: str, backend_name: str, device: str, note: Callable[[str], None]) -> tuple[str, ...]:
     """The engines to run. `auto` takes those that are installed, and says of the others what to install.
 
     Raises SpecError for an unknown name or one that has no place here, MissingExtra for one named and not installed.
@@ -78,7 +78,7 @@ def chosen_engines(text: str, backend_name: str, device: str, note: Callable[[st
     return tuple(found)
 
 
-def engine_variants(engines: tuple[str, ...], plain: Path, folder: Path) -> list[Variant]:
+def list_engine_variants(engines: tuple[str, ...], plain: Path, folder: Path) -> list[Variant]:
     """The rows of the engines; `plain` is the float checkpoint."""
     found = []
     if "onnxruntime" in engines:
@@ -141,10 +141,10 @@ class Workers:
                         pipe.close()
             if "result" in found or "error" in found:
                 return found.get("result", {"error": found.get("error")})
-            return {"error": died(code, errors)}
+            return {"error": tell_end(code, errors)}
 
 
-def died(code: int, errors: Any) -> str:
+def tell_end(code: int, errors: Any) -> str:
     """How a process ended that said nothing itself."""
     if code < 0:
         return f"crashed (signal {-code})"
@@ -156,8 +156,8 @@ def died(code: int, errors: Any) -> str:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def compare(output: np.ndarray, truth: np.ndarray, mask: np.ndarray | None, head: bool) -> dict[str, float | None]:
-    """`error`: RMS of the difference to float32 over RMS of float32; `agreement`: share of equal argmax, with a head.
+def compare(output: np.ndarray, truth: np.ndarray, mask: np.ndarray | None) -> float:
+    """RMS of the difference to float32 over RMS of float32 (the largest difference where that is 0).
 
     Of real tokens where outputs are one per token: output and truth (B, T, n) or (B, n), mask (B, T).
     """
@@ -165,11 +165,18 @@ def compare(output: np.ndarray, truth: np.ndarray, mask: np.ndarray | None, head
     if mask is not None and a.ndim == 3:
         a, b = a[mask], b[mask]
     scale = np.sqrt(np.mean(b**2))
-    error = float(np.sqrt(np.mean((a - b) ** 2)) / scale) if scale else float(np.abs(a - b).max())
-    return {"error": error, "agreement": float((a.argmax(-1) == b.argmax(-1)).mean()) if head else None}
+    return float(np.sqrt(np.mean((a - b) ** 2)) / scale) if scale else float(np.abs(a - b).max())
 
 
-def fault(output: np.ndarray, truth: np.ndarray) -> str | None:
+def agree(answers: np.ndarray, truth: np.ndarray, samples: Sequence[Mapping[str, np.ndarray]]) -> float:
+    """Share of equal answers, each the argmax of an output: (N, T) of real tokens of N sequences, or (N,)."""
+    equal = answers == truth
+    if equal.ndim == 2 and "mask" in samples[0]:
+        equal = equal[np.concatenate([batch["mask"] for batch in samples])]
+    return float(equal.mean())
+
+
+def find_fault(output: np.ndarray, truth: np.ndarray) -> str | None:
     """Why an output is none that could be compared, in a line; None where it can."""
     if output.shape != truth.shape:
         return f"wrong output: shape {output.shape} for {truth.shape}"
@@ -177,7 +184,7 @@ def fault(output: np.ndarray, truth: np.ndarray) -> str | None:
 
 
 def probe(
-    workers: Workers, variants: list[Variant], cells: list[Cell], folder: Path, spec: ModelSpec, masked: bool,
+    workers: Workers, variants: list[Variant], cells: list[Cell], folder: Path, masked: bool,
     calibration: list[Path],
 ) -> None:  # fmt: skip
     """Memory, error and kernels of every variant in every cell; float32 comes first. Findings go into the variants.
@@ -199,21 +206,22 @@ def probe(
                 variant.bytes = variant.file.stat().st_size
             for i, cell in enumerate(cells):
                 if variant.finding is None:
-                    probe_cell(workers, variant, cell, folder, spec, rest, last=i == len(cells) - 1)
+                    probe_cell(workers, variant, cell, folder, rest, last=i == len(cells) - 1)
                 bar.advance(note=variant.name)
             if variant is variants[0] and variant.finding:
                 raise SpecError(f"float32 does not run: {variant.finding}")
 
 
 def probe_cell(
-    workers: Workers, variant: Variant, cell: Cell, folder: Path, spec: ModelSpec, rest: Mapping[str, int | None], *,
-    last: bool,
+    workers: Workers, variant: Variant, cell: Cell, folder: Path, rest: Mapping[str, int | None], *, last: bool,
 ) -> None:  # fmt: skip
-    """One variant in one cell."""
+    """One variant in one cell. Its answers to the cell's samples are compared with float32's."""
     truth, own = folder / f"{cell.name}.float32.npy", folder / f"{cell.name}.output.npy"
-    output = own if truth.exists() else truth
-    result = workers.run("probe", kind=variant.kind, file=str(variant.file), cell=str(folder / f"{cell.name}.inputs"),
-                         output=str(output), profile=last)  # fmt: skip
+    right, answers = folder / f"{cell.name}.float32.answers.npy", folder / f"{cell.name}.answers.npy"
+    output, answers = (own, answers) if truth.exists() else (truth, right)
+    inputs, samples = cell_files(folder, cell)
+    result = workers.run("probe", kind=variant.kind, file=str(variant.file), cell=str(inputs), output=str(output),
+                         samples=[str(path) for path in samples], answers=str(answers), profile=last)  # fmt: skip
     if "error" in result:
         variant.finding = result["error"]
         return
@@ -222,19 +230,22 @@ def probe_cell(
     peak, cuda = result.pop("peak"), workers.common["device"] != "cpu" and not variant.kind.startswith("onnx")
     memory = peak if cuda else None if None in (peak, idle) else peak - idle
     variant.cells[cell.name] = {"memory": memory}
-    variant.finding = fault(found, expected)
+    variant.finding = find_fault(found, expected)
     if variant.finding is None:
-        measured = compare(found, expected, cell.inputs.get("mask"), spec.head is not Head.NONE)
-        variant.cells[cell.name] |= measured
-        if variant.kind == "onnx" and measured["error"] > FLOAT_ERROR:
-            variant.finding = f"wrong output: relative error {measured['error']:.2g} in float32"
+        error = compare(found, expected, cell.inputs.get("mask"))
+        variant.cells[cell.name] |= {"error": error}
+        if cell.samples:
+            share = agree(np.load(answers), np.load(right), cell.samples)
+            variant.cells[cell.name] |= {"agreement": share, "compared": cell.batch * len(cell.samples)}
+        if variant.kind == "onnx" and error > FLOAT_ERROR:
+            variant.finding = f"wrong output: relative error {error:.2g} in float32"
     variant.profile |= result
 
 
 # --- times ------------------------------------------------------------------------------------------------------------
 
 
-def summary(seconds: list[float], base: list[float], sequences: int, tokens: int) -> dict[str, float]:
+def summarize(seconds: list[float], base: list[float], sequences: int, tokens: int) -> dict[str, float]:
     """Latency in seconds, throughput, and the median of each round's ratio to `base`, which ran in the same rounds."""
     median, p95 = np.percentile(seconds, [50, 95])
     return {
@@ -256,12 +267,12 @@ def measure(workers: Workers, variants: list[Variant], cells: list[Cell], folder
     with Progress("time", len(names) * len(cells) * (rounds + WARM)) as bar:
         result = workers.run(
             "time", bar, rounds=rounds, variants={v.name: (v.kind, str(v.file)) for v in alive},
-            cells={cell.name: (str(folder / f"{cell.name}.inputs"), names) for cell in cells},
+            cells={cell.name: (str(cell_files(folder, cell)[0]), names) for cell in cells},
         )  # fmt: skip
     if "error" in result:
         raise SpecError(f"the timed run failed ({result['error']}); leave out an engine with --engines")
     for cell in cells:
         found = result["seconds"][cell.name]
         for variant in alive:
-            times = summary(found[variant.name], found[names[0]], cell.batch, cell.batch * cell.length)
+            times = summarize(found[variant.name], found[names[0]], cell.batch, cell.batch * cell.length)
             variant.cells[cell.name] |= times | {"seconds": found[variant.name]}

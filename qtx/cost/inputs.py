@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,25 @@ from safetensors.numpy import save_file
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 
-from ..prepare.quantization import BATCH
+from ..prepare.quantization import BATCH, CALIBRATION_SEED
 from ..progress import Progress
 
 SEARCHED = 16  # evaluation batches looked through for sequences that are long enough
+SAMPLED = 256  # sequences or images on which answers are compared, at least, where the data have them
 INPUTS = ("tokens", "mask", "types", "images")
 Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Inputs of one batch size and length; `real`: of the model's data, and not random."""
+    """Inputs of one batch size and length; `real`: of the model's data, and not random. `samples`: further batches of the
+    same shape, on which answers are compared; empty where another cell of the same length has them."""
 
     batch: int
     length: int
     inputs: Batch
     real: bool
+    samples: tuple[Batch, ...] = ()
 
     @property
     def name(self) -> str:
@@ -36,10 +39,11 @@ class Cell:
 
     @property
     def padded(self) -> bool:
-        return "mask" in self.inputs and not self.inputs["mask"].all()
+        """Whether a token of inputs or samples is padding."""
+        return any("mask" in batch and not batch["mask"].all() for batch in (self.inputs, *self.samples))
 
 
-def synthetic(spec: ModelSpec, size: int, length: int) -> Batch:
+def synthesize(spec: ModelSpec, size: int, length: int) -> Batch:
     """Random tokens, all real, or random images; with targets for a training step."""
     rng = stream(0, "cost", size, length)
     if spec.family is Family.VIT:
@@ -54,17 +58,30 @@ def synthetic(spec: ModelSpec, size: int, length: int) -> Batch:
     return batch | {"targets": tokens}
 
 
-def make_cell(spec: ModelSpec, data: Any | None, size: int, length: int) -> Cell:
+def make_cells(spec: ModelSpec, data: Any | None, sizes: Sequence[tuple[int, int]]) -> list[Cell]:
+    """A cell for each (batch size, length); of each length the largest batch has the samples, if there is a head."""
+    widest = {length: max(size for size, other in sizes if other == length) for _, length in sizes}
+    headed = spec.head is not Head.NONE
+    return [make_cell(spec, data, size, length, sampled=headed and size == widest[length]) for size, length in sizes]
+
+
+def make_cell(spec: ModelSpec, data: Any | None, size: int, length: int, *, sampled: bool = False) -> Cell:
     """Evaluation data: sequences of at least `length` tokens cut there, then, where too few are as long, padded ones.
-    Random inputs where there are no data, too few, or none as long."""
-    rows = evaluation_rows(spec, data, size, length)
+    Random inputs where there are no data, too few, or none as long. Samples are SAMPLED sequences or more in whole batches,
+    or as many as the data have."""
+    batches = -(-SAMPLED // size) if sampled else 0
+    rows = read_rows(spec, data, size * max(batches, 1), length)
     if len(rows) >= size and (spec.family is Family.VIT or reaches(rows[0], length)):
-        return Cell(size, length, stacked(rows[:size], length), True)
-    found = synthetic(spec, size, length)
-    return Cell(size, length, {name: found[name] for name in INPUTS if name in found}, False)
+        whole = [stack(rows[i : i + size], length) for i in range(0, len(rows) - size + 1, size)]
+        return Cell(size, length, whole[0], True, tuple(whole[:batches]))
+    made = synthesize(spec, size * max(batches, 1), length)
+    whole = [
+        {name: made[name][i * size : (i + 1) * size] for name in INPUTS if name in made} for i in range(max(batches, 1))
+    ]
+    return Cell(size, length, whole[0], False, tuple(whole[:batches]))
 
 
-def evaluation_rows(spec: ModelSpec, data: Any | None, size: int, length: int) -> list[Batch]:
+def read_rows(spec: ModelSpec, data: Any | None, size: int, length: int) -> list[Batch]:
     """Single sequences or images of the first evaluation batches; sequences that reach `length` come first."""
     if data is None:
         return []
@@ -82,18 +99,18 @@ def reaches(row: Batch, length: int) -> bool:
     return bool(row["mask"][length - 1 : length].any())
 
 
-def stacked(rows: list[Batch], length: int) -> Batch:
+def stack(rows: list[Batch], length: int) -> Batch:
     """Sequences cut or padded to `length`, or images, as one batch; a padded token is id 0, which the mask hides."""
 
-    def fitted(name: str, value: np.ndarray) -> np.ndarray:
+    def fit(name: str, value: np.ndarray) -> np.ndarray:
         if name == "images":
             return value
         return np.pad(value[:length], (0, max(0, length - len(value))))
 
-    return {name: np.stack([fitted(name, row[name]) for row in rows]) for name in rows[0]}
+    return {name: np.stack([fit(name, row[name]) for row in rows]) for name in rows[0]}
 
 
-def lengths_of(spec: ModelSpec, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+def choose_lengths(spec: ModelSpec, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
     """Sequence lengths to measure. Raises SpecError for one that the model cannot take."""
     if spec.family is Family.VIT:
         if wanted not in (None, (spec.length,)):
@@ -105,13 +122,27 @@ def lengths_of(spec: ModelSpec, wanted: tuple[int, ...] | None) -> tuple[int, ..
     return wanted or tuple(n for n in (64, 128) if n <= spec.length) or (spec.length,)
 
 
-def full_rows(batch: Batch) -> Batch:
+def keep_full(batch: Batch) -> Batch:
     """The sequences of a batch that have no padding."""
     full = batch["mask"].all(axis=1)
     return {name: value[full] for name, value in batch.items()}
 
 
+def write_cell(folder: Path, cell: Cell) -> None:
+    """A cell's inputs, and its samples, as files: those of `cell_files`."""
+    inputs, samples = cell_files(folder, cell)
+    write_batch(inputs, cell.inputs)
+    for path, batch in zip(samples, cell.samples, strict=True):
+        write_batch(path, batch)
+
+
+def cell_files(folder: Path, cell: Cell) -> tuple[Path, list[Path]]:
+    """Where a cell's inputs and its samples lie."""
+    return folder / f"{cell.name}.inputs", [folder / f"{cell.name}.{i}.sample" for i in range(len(cell.samples))]
+
+
 def write_batch(path: Path, batch: Batch) -> None:
+    """A batch as a safetensors file."""
     save_file({name: np.ascontiguousarray(value) for name, value in batch.items()}, str(path))
 
 
@@ -125,7 +156,7 @@ class Random:
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
     ) -> Iterator[Batch]:
         """One batch, whatever the split."""
-        return iter([synthetic(spec, batch_size, self.length)])
+        return iter([synthesize(spec, batch_size, self.length)])
 
     def hashes(self, split: str) -> list[str]:
         return []
@@ -148,14 +179,14 @@ class Counted:
             self.bar.advance()
 
 
-def calibration_files(folder: Path, spec: ModelSpec, data: Any, limit: int, length: int, masked: bool) -> list[Path]:
+def write_calibration(folder: Path, spec: ModelSpec, data: Any, limit: int, length: int, masked: bool) -> list[Path]:
     """Calibration batches for an engine's own tools, cut to `length`; without a mask, of full sequences alone."""
     paths = []
-    for i, batch in enumerate(data.split_batches("calibration", spec, BATCH, 0, limit=limit)):
+    for i, batch in enumerate(data.split_batches("calibration", spec, BATCH, CALIBRATION_SEED, limit=limit)):
         kept = {name: batch[name] for name in INPUTS if name in batch}
         if "mask" in kept:
             kept = {name: value[:, :length] for name, value in kept.items()}
-            kept = kept if masked else full_rows(kept)
+            kept = kept if masked else keep_full(kept)
         if len(next(iter(kept.values()))):
             paths.append(folder / f"calibration-{i}.inputs")
             write_batch(paths[-1], kept)

@@ -136,7 +136,8 @@ def prepare(task: Task) -> Task:
 
 
 def probe(task: Task) -> Task:
-    """Memory of some passes, their output to `task["output"]`, and which kernels ran."""
+    """Memory of some passes, their output to `task["output"]`, the argmax of the output of each sample, (N, T) or (N,), to
+    `task["answers"]`, and which kernels ran."""
     kind, batch = task["kind"], load_file(task["cell"])
     runner = load(task, kind, task["file"])
     inputs = runner.inputs(batch)
@@ -149,9 +150,18 @@ def probe(task: Task) -> Task:
     else:
         repeated(runner, inputs)
         peak = resident_peak()
-    found = runner.output(runner(inputs))
-    np.save(task["output"], real(found) if isinstance(found, Output) else found)
+    np.save(task["output"], answer(runner, inputs))
+    given = (runner.inputs(load_file(file)) for file in task["samples"])
+    answers = [answer(runner, one).argmax(axis=-1).astype(np.int32) for one in given]
+    if answers:
+        np.save(task["answers"], np.concatenate(answers))
     return {"peak": peak} | (kernels(task, runner, batch, inputs) if task["profile"] else {})
+
+
+def answer(runner: Any, inputs: Any) -> np.ndarray:
+    """The output of one pass, in real numbers."""
+    output = runner.output(runner(inputs))
+    return real(output) if isinstance(output, Output) else output
 
 
 def repeated(runner: Any, inputs: Any) -> None:

@@ -46,6 +46,7 @@ from ..files.checkpoint import Checkpoint, save_checkpoint
 from ..files.container import CheckpointError, check_writable, sha_of, write_beside
 from ..prepare.quantization import (
     BATCH,
+    CALIBRATION_SEED,
     Answers,
     Prepared,
     answers,
@@ -268,7 +269,7 @@ class Comparison:
             left -= BATCH
 
     def calibration(self, count: int) -> Iterable[Mapping[str, np.ndarray]]:
-        return self.data.split_batches("calibration", self.model_spec, BATCH, 0, limit=count)
+        return self.data.split_batches("calibration", self.model_spec, BATCH, CALIBRATION_SEED, limit=count)
 
     def start(self) -> None:
         """The float model, its answers, and a few of its tensors."""

@@ -20,8 +20,10 @@ from ..data import load, unigram_perplexity
 from ..engines.backend import MissingExtra, backend
 from ..files.checkpoint import Checkpoint, load_checkpoint
 from ..files.container import CheckpointError, check_writable, write_beside
+from ..measure.published import column
 from ..prepare.quantization import (
     BATCH,
+    CALIBRATION_SEED,
     as_json,
     bind,
     calibration,
@@ -29,8 +31,10 @@ from ..prepare.quantization import (
     metric,
     outliers,
     prepare,
+    ranges_json,
+    stored_bytes,
 )
-from ..recipes.named import recipe, training_recipe
+from ..recipes.named import recipe, resolve, training_recipe
 from ..report.plots import curves
 from ..report.tables import number, spread, table
 from .training import (
@@ -122,7 +126,8 @@ class Study:
             print(f"no picture: {error}", file=sys.stderr)
 
     def save(self) -> None:
-        result = {"spec": to_dict(self.spec), **self.conditions, "unigram_perplexity": self.unigram, "runs": self.runs}
+        about = {"calibration_seed": CALIBRATION_SEED, "unigram_perplexity": self.unigram, "runs": self.runs}
+        result = {"spec": to_dict(self.spec), **self.conditions, **about}
         write_beside(self.path, json.dumps(result, indent=1, allow_nan=False).encode())
 
     def table(self) -> str:
@@ -134,18 +139,30 @@ class Study:
             header.append(f"as trained {unit}")
         for name in self.spec.recipes:
             header += [f"{name.upper() if name.startswith('w') else name} {unit}", "degradation"]
+        order = [
+            (quant, attention_name)
+            for quant in [None] + ([self.spec.train_quant] if self.spec.train_quant else [])
+            for attention_name in self.spec.attention
+        ]
+        configurations = [(attention(name), self._train_recipe(name, quant)) for quant, name in order]
+        beside, sources = column(self.spec.model, configurations, self.spec.recipes)
+        if sources:
+            header.append("published")
         rows = []
-        for quant in [None] + ([self.spec.train_quant] if self.spec.train_quant else []):
-            for attention_name in self.spec.attention:
-                name = run_name(attention_name, quant)
-                found = [self.runs[f"{name}-seed{seed}"] for seed in self.spec.seeds]
-                lost = sum(run["diverged"] for run in found)
-                label = name + (f" (diverged{f' {lost} of {len(found)}' if len(found) > 1 else ''})" if lost else "")
-                rows.append([label, *self._cells(found, kind)])
-        lines = [table(header, rows)]
+        for (quant, attention_name), figures in zip(order, beside, strict=True):
+            name = run_name(attention_name, quant)
+            found = [self.runs[f"{name}-seed{seed}"] for seed in self.spec.seeds]
+            lost = sum(run["diverged"] for run in found)
+            label = name + (f" (diverged{f' {lost} of {len(found)}' if len(found) > 1 else ''})" if lost else "")
+            rows.append([label, *self._cells(found, kind), *([figures] if sources else [])])
+        lines = [table(header, rows), *sources]
         if self.unigram is not None:
             lines.append(f"unigram model on the same targets: perplexity {number(self.unigram)}")
         return "\n".join(lines)
+
+    def _train_recipe(self, kind: str, quant: str | None) -> str | None:
+        """The name of the recipe that `train_quant` stands for."""
+        return training_recipe(quant, self.models[kind]).name if quant else None
 
     def _cells(self, found: Sequence[dict[str, Any]], kind: str) -> list[str]:
         def values(*keys: str) -> list[float | None]:
@@ -183,6 +200,7 @@ class Study:
             "diverged": checkpoint.meta["diverged"],
             "float": None,
             "outliers": None,
+            "float_bytes": None,
             "trained": None,
             "recipes": {},
             "watch": History.of(checkpoint.extra).watched(),
@@ -195,6 +213,7 @@ class Study:
         model = self.spec.machine.model(checkpoint.spec, checkpoint.params)
         total = sum(1 for _ in self._evaluation(checkpoint.spec))
         result["float"] = as_json(evaluate(model, self._evaluation(checkpoint.spec), label, total))
+        result["float_bytes"] = stored_bytes(checkpoint.params, {}, {})
         result["outliers"] = as_json(outliers(model, self._evaluation(checkpoint.spec, OUTLIER_BATCHES)))
         if result["train_quant"]:
             bind(model, checkpoint.recipe, checkpoint.ranges)
@@ -202,7 +221,7 @@ class Study:
             result["trained"] = as_json(trained)
         for name in self.spec.recipes:
             chosen = recipe(name, checkpoint.spec)
-            batches = calibration(self.data, checkpoint.spec, result["seed"])
+            batches = calibration(self.data, checkpoint.spec)
             try:
                 prepared = prepare(self.spec.machine, checkpoint.spec, checkpoint.params, batches, chosen)
             except SpecError as error:  # a model near divergence must not stop the others
@@ -210,7 +229,8 @@ class Study:
                 continue
             model = prepared.model(self.spec.machine, checkpoint.spec, chosen)
             quantized = evaluate(model, self._evaluation(checkpoint.spec), f"{label} {name}", total)
-            result["recipes"][name] = as_json(quantized)
+            size = stored_bytes(prepared.params, resolve(chosen, checkpoint.spec), prepared.ranges)
+            result["recipes"][name] = as_json(quantized) | {"bytes": size, "ranges": ranges_json(prepared.ranges)}
 
     def _evaluation(self, model: ModelSpec, limit: int | None = None):
         return self.data.split_batches("evaluation", model, BATCH, 0, limit=limit)
@@ -225,6 +245,8 @@ class Study:
             known = json.loads(self.path.read_text(encoding="utf-8"))
             was = from_dict(StudySpec, known["spec"])
             runs = known["runs"]
+            if runs and "calibration_seed" not in known:
+                print(f"{self.path}: the runs it has were calibrated with their own seeds", file=sys.stderr)
         except (ValueError, KeyError, TypeError, SpecError) as error:
             raise CheckpointError(
                 f"{self.path} is not a study that qtx wrote ({error}); choose another --out"

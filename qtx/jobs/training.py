@@ -243,7 +243,7 @@ def begin(
     if run.train_quant:
         chosen = training_recipe(run.train_quant, run.model)
         static = any(rule.quant is not None and not rule.quant.dynamic for rule in chosen.rules)
-        ranges = checkpoint.ranges if checkpoint else calibrate(model, data, chosen, run.seed) if static else {}
+        ranges = checkpoint.ranges if checkpoint else calibrate(model, data, chosen) if static else {}
         bind(model, chosen, ranges)
     trainer = backend(machine.backend).Trainer(model, run.optim, seed=run.seed)
     if checkpoint is None:
@@ -293,7 +293,7 @@ def watch(run: TrainSpec, model: Any, data: Any, machine: Machine, history: Hist
     chosen = replace(recipe("w8a8", run.model), batches=WATCH_BATCHES)
     params = model.params()
     plain = machine.model(run.model, params)
-    ranges = calibrate(plain, data, chosen, 0)
+    ranges = calibrate(plain, data, chosen)
     quants = resolve(chosen, run.model)
     constants = lower(run.model, params, quants, ranges)
     integers = IntegerScorer(

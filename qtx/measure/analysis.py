@@ -186,7 +186,7 @@ class Analysis:
         parts = {
             name: [asdict(part) for part in getattr(self, name)] for name in ("sites", "channels", "kinds", "words")
         }
-        parts["heads"] = [asdict(head) | {"idle": head.idle} for head in self.heads]
+        parts["heads"] = [asdict(head) | {"idle": head.idle, "reason": head.reason} for head in self.heads]
         places = {site: counts.tolist() for site, counts in self.places.items()}
         about = {"percentile_relative_bound": PERCENTILE_BOUND, "sigmas": SIGMAS} | {"idle": RULE}
         return {"about": about, "growth": self.growth(), "places": places, **parts}

@@ -12,9 +12,13 @@ import numpy as np
 from qtx_ref.integer.lifting import real
 from qtx_ref.ops import cross_entropy
 from qtx_ref.spec import (
+    FloatFormat,
+    FloatQuantSpec,
     InputTransform,
     ModelSpec,
     Output,
+    Quant,
+    QuantSpec,
     Range,
     Recipe,
     SpecError,
@@ -28,6 +32,7 @@ from .transforms import rewrite, transform
 
 SHORT = 16  # hexadecimal digits by which sections are told apart
 BATCH = 16  # sequences or images of an evaluation or calibration batch
+CALIBRATION_SEED = 0  # of calibration batches (BERT's masks are drawn from it), in every command and for every run
 
 
 @dataclass(frozen=True)
@@ -135,19 +140,20 @@ def outliers(model: Any, batches: Iterable[Mapping[str, Any]]) -> Outliers:
                 sums[name][site] = (total + float(values.sum()), count + values.size)
     mean = {name: {site: total / count for site, (total, count) in found.items()} for name, found in sums.items()}
     norms = mean["inf_norm"]
-    kurtoses = {site: mean["kurtosis_published"][site] for site in chosen.kurtosis}
-    largest, peak = max(norms, key=norms.__getitem__), max(kurtoses, key=kurtoses.__getitem__)
-    return Outliers(norms[largest], largest, sum(kurtoses.values()) / len(kurtoses), kurtoses[peak], peak)
+    kurtoses = mean["kurtosis_published"]
+    largest, peak = max(norms, key=norms.__getitem__), max(chosen.kurtosis, key=kurtoses.__getitem__)
+    average = sum(kurtoses[site] for site in chosen.kurtosis) / len(chosen.kurtosis)
+    return Outliers(norms[largest], largest, average, kurtoses[peak], peak)
 
 
-def calibration(data: Any, spec: ModelSpec, seed: int) -> Callable[[int], Iterable[Mapping[str, Any]]]:
-    """What `prepare` takes: the first n batches of the calibration split, anew each time."""
-    return lambda count: data.split_batches("calibration", spec, BATCH, seed, limit=count)
+def calibration(data: Any, spec: ModelSpec) -> Callable[[int], Iterable[Mapping[str, Any]]]:
+    """What `prepare` takes: the first n batches of the calibration split, anew each time, the same for every command."""
+    return lambda count: data.split_batches("calibration", spec, BATCH, CALIBRATION_SEED, limit=count)
 
 
-def calibrate(model: Any, data: Any, recipe: Recipe, seed: int) -> dict[str, Range]:
+def calibrate(model: Any, data: Any, recipe: Recipe) -> dict[str, Range]:
     """Static ranges of a recipe, from its number of batches of the calibration split."""
-    return find_ranges(model, calibration(data, model.spec, seed)(recipe.batches), recipe, {})
+    return find_ranges(model, calibration(data, model.spec)(recipe.batches), recipe, {})
 
 
 def find_ranges(
@@ -213,6 +219,41 @@ def prepare(
         return Prepared(params, dict(ranges), transforms)
     model.bind({}, {}, transforms=transforms)
     return Prepared(rewrite(model, params, batches, recipe, quants, ranges), dict(ranges), transforms, params)
+
+
+def stored_bytes(params: Mapping[str, np.ndarray], quants: Mapping[str, Quant], ranges: Mapping[str, Range]) -> int:
+    """Bytes of the parameters under a recipe: codes as an artifact stores them (up to 4 bits two to a byte, up to 8 one,
+    else two), what stays in float as it is, and float32 scale and int32 zero point of every static range.
+
+    Small floats likewise, their MX blocks with a byte of scale each.
+    """
+    total = sum(range_.scale.nbytes + range_.zero_point.nbytes for range_ in ranges.values())
+    for name, value in params.items():
+        quant = quants.get(name)
+        if quant is None:
+            total += value.nbytes
+        elif width(quant) <= 4:
+            total += value.size // value.shape[-1] * -(-value.shape[-1] // 2)
+        else:
+            total += value.size * (1 if width(quant) <= 8 else 2)
+        if isinstance(quant, FloatQuantSpec) and quant.block:
+            total += value.size // quant.block
+    return total
+
+
+def width(quant: Quant) -> int:
+    """Bits of a code."""
+    if isinstance(quant, QuantSpec):
+        return quant.bits
+    return 4 if quant.format is FloatFormat.E2M1 else 8
+
+
+def ranges_json(ranges: Mapping[str, Range]) -> dict[str, dict[str, list[float] | list[int]]]:
+    """Static ranges as JSON values, by site: low, high, scale and zero point, each as a flat list."""
+    return {
+        site: {key: np.asarray(value).ravel().tolist() for key, value in range_._asdict().items()}
+        for site, range_ in ranges.items()
+    }
 
 
 def as_json(record: Any) -> dict[str, Any]:

@@ -26,10 +26,12 @@ from qtx_ref.spec import (
 
 from ..data.reading import read_regular
 from . import remedies
-from .remedies import RUNNING, varied
+from .parts import Parts
+from .remedies import RUNNING
 from .sites import KEYS, extents, sites
 
 SIM = "published simulator (code of arXiv 2306.12929)"
+PADDING = "padded positions enter ranges there (its own data have none), never here"
 TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
 LOOKUPS = ("embed.token", "embed.type", "embed.position")
 LM_HEAD = ("head.decoder", "head.decoder.weight")
@@ -47,11 +49,12 @@ FLOATS = {
 }
 NAMES = (
     f"wXaY (w8a8, w6a6, w4a8, ...), linear-wXaY, either with remedies (w8a8-p99.9, w8a8-peg4p, ...: {remedies.NAMES}), "
-    f"token-wXaY, lsq-wXaY, train-wXaY, {', '.join(FLOATS)}, paper-bert, paper-opt, paper-vit, or a .json file"
+    f"token-wXaY, lsq-wXaY, train-wXaY, {', '.join(FLOATS)}, paper-bert, paper-opt, paper-vit, "
+    "or a .json file such as qtx recipes --json writes"
 )
 
 
-def post_training(weight_bits: int, activation_bits: int, learned: bool = False) -> Recipe:
+def post_training(weight_bits: int, activation_bits: int, learned: bool = False) -> Parts:
     """Static per-tensor ranges everywhere: symmetric weights, asymmetric activations, running min-max over 16 batches."""
     weights = QuantSpec(bits=weight_bits, symmetric=True, learned=learned)
     activations = QuantSpec(bits=activation_bits, observer=RUNNING, learned=learned)
@@ -63,24 +66,24 @@ def post_training(weight_bits: int, activation_bits: int, learned: bool = False)
     )
 
 
-def per_token(base: Recipe, bits: int) -> Recipe:
+def per_token(base: Parts, bits: int) -> Parts:
     """The layers' norms, context and gated output with a scale per token, taken from the data: they feed products that
     sum over channels. Tables (GELU, sigmoid, softmax), values and what the head takes need static ranges."""
     rows = QuantSpec(bits=bits, symmetric=True, granularity=Granularity.TOKEN, dynamic=True)
     source = "ZeroQuant (Yao et al. 2022), section 4: activations per token where a linear layer takes them"
-    sites = ("embed.norm", "layer.*norm", "*.attn.context", "*.attn.gated")
-    return replace(varied(base, Rule(sites, rows, source)), name=f"token-{base.name}")
+    token_sites = ("embed.norm", "layer.*norm", "*.attn.context", "*.attn.gated")
+    return replace(base.add_special(Rule(token_sites, rows, source)), name=f"token-{base.name}")
 
 
-def linears(weight_bits: int, activation_bits: int) -> Recipe:
+def linears(weight_bits: int, activation_bits: int) -> Parts:
     """The operands of the linear layers alone, static and per tensor; all else in float, as in GPTQ's, SmoothQuant's and
     LLM.int8's simulations."""
     source = "Xiao et al. 2023, section 4: int8 linear layers, norms, softmax and sums in floats"
-    return Recipe(
-        name=f"linear-w{weight_bits}a{activation_bits}",
-        rules=(
-            Rule(("*.input",), QuantSpec(bits=activation_bits, observer=RUNNING), source),
-            Rule(("*.weight",), QuantSpec(bits=weight_bits, symmetric=True), source),
+    return Parts(
+        f"linear-w{weight_bits}a{activation_bits}",
+        activations=Rule(("*.input",), QuantSpec(bits=activation_bits, observer=RUNNING), source),
+        weights=Rule(("*.weight",), QuantSpec(bits=weight_bits, symmetric=True), source),
+        floats=(
             Rule(("*norm.weight", *TABLES), None, "not an operand of a linear layer"),
             Rule(("head.*",), None, "arXiv 2306.12929, section 5: the final linear layer stays in float"),
         ),
@@ -88,12 +91,13 @@ def linears(weight_bits: int, activation_bits: int) -> Recipe:
     )
 
 
-def everywhere(name: str, *rules: Rule) -> Recipe:
+def everywhere(name: str, activations: Rule, weights: Rule) -> Parts:
     """Static ranges of every tensor where it is produced, and of every weight, but for the language-model head."""
-    return Recipe(
-        name=name,
-        rules=(
-            *rules,
+    return Parts(
+        name,
+        activations,
+        weights,
+        floats=(
             Rule(OPERANDS, None, "a tensor is quantized once, where it is produced"),
             Rule(LOOKUPS, None, "a row of a quantized table is quantized already"),
             Rule(LM_HEAD, None, "arXiv 2306.12929, section 5: the final linear layer of BERT and OPT stays in float"),
@@ -102,7 +106,7 @@ def everywhere(name: str, *rules: Rule) -> Recipe:
     )
 
 
-def small_float(name: str) -> Recipe:
+def small_float(name: str) -> Parts:
     """FP8 with a static scale per tensor, running min-max over 16 batches."""
     activations = FloatQuantSpec(FLOATS[name], observer=RUNNING)
     return everywhere(
@@ -134,18 +138,16 @@ def microscaling(name: str, spec: ModelSpec) -> Recipe:
     )
 
 
-def training(weight_bits: int, activation_bits: int) -> Recipe:
+def training(weight_bits: int, activation_bits: int) -> Parts:
     """Both operands of every matmul, dynamic and symmetric: a scale per token, or per output channel of a weight."""
     source = "blog 2025: every matmul of the forward pass, per token, absmax / 127"
     rows = QuantSpec(bits=activation_bits, symmetric=True, granularity=Granularity.TOKEN, dynamic=True)
     channels = QuantSpec(bits=weight_bits, symmetric=True, granularity=Granularity.CHANNEL, dynamic=True)
-    return Recipe(
-        name=f"train-w{weight_bits}a{activation_bits}",
-        rules=(
-            Rule(OPERANDS, rows, source),
-            Rule(("*.weight",), channels, "assumed: one scale per output channel"),
-            Rule(("*norm.weight", *TABLES), None, "not an operand of a matmul"),
-        ),
+    return Parts(
+        f"train-w{weight_bits}a{activation_bits}",
+        activations=Rule(OPERANDS, rows, source),
+        weights=Rule(("*.weight",), channels, "assumed: one scale per output channel"),
+        floats=(Rule(("*norm.weight", *TABLES), None, "not an operand of a matmul"),),
     )
 
 
@@ -157,36 +159,39 @@ def paper(family: Family, spec: ModelSpec) -> Recipe:
         base = post_training(8, 8)
         rules = (
             Rule(
-                ("*",), base.rules[0].quant, "section 5: all activations, asymmetric, static; running min-max assumed"
+                ("*",),
+                base.activations.quant,
+                "section 5: all activations, asymmetric, static; running min-max assumed",
             ),
-            Rule(("*.weight",), base.rules[1].quant, "section 5: all weights, symmetric; min-max assumed"),
+            Rule(("*.weight",), base.weights.quant, "section 5: all weights, symmetric; min-max assumed"),
             Rule((*OPERANDS, *LOOKUPS), None, "assumed as in the BERT simulator"),
         )
         return Recipe("paper-vit", rules, batches=16, quantize_while_calibrating=True, masked_scores=True)
     gated = spec.attention.gate is not Gate.NONE
     if family is Family.BERT:
-        weights = QuantSpec(symmetric=True)
+        weights = QuantSpec(mirrored=True)
         activations = QuantSpec(observer=RUNNING)
         context, other = ("gated", "context") if gated else ("context", "gated")
         context_source = f"{SIM}: the context is quantized after the gate"
         head = Rule(("head.*",), None, f"{SIM}: the whole MLM head stays in float")
         batches = 16
+        differences = f"; {PADDING}"
     else:
         grid = ObserverSpec(kind=ObserverKind.MSE_GRID, candidates=100, margin=0.5)
-        weights = QuantSpec(symmetric=True, observer=grid)
+        weights = QuantSpec(mirrored=True, observer=grid)
         tails = ObserverSpec(kind=ObserverKind.RUNNING_PERCENTILE, momentum=0.9, percentile=99.999)
         activations = QuantSpec(observer=tails)
         context, other = "context", "gated"
         context_source = f"{SIM}: the context is quantized before the gate, the gated output not at all"
         head = Rule(LM_HEAD, None, f"{SIM}: quant_setup fp32_head, the README's command")
         batches = 4
+        differences = f"; {PADDING}; percentiles and their running means are float64 there, float32 here"
     rules = (
-        Rule(("*",), activations, f"{SIM}: asymmetric activations"),
-        Rule(("*.weight",), weights, f"{SIM}: symmetric weights per tensor, tables included"),
+        Rule(("*",), activations, f"{SIM}: asymmetric activations{differences}"),
         Rule(
-            ("*norm.weight",),
-            replace(weights, symmetric=False),
-            f"{SIM}: its symmetric quantizer turns unsigned for a gain without negatives, which is this one",
+            ("*.weight",),
+            weights,
+            f"{SIM}: symmetric weights per tensor, tables and norm gains included; unsigned where none is negative",
         ),
         Rule((*OPERANDS, *LOOKUPS), None, f"{SIM}: lookups have no activation quantizer"),
         Rule(("*.ffn.hidden",), None, f"{SIM}: the FFN's first linear and its activation share one quantizer"),
@@ -198,32 +203,43 @@ def paper(family: Family, spec: ModelSpec) -> Recipe:
     return Recipe(f"paper-{family}", rules, batches=batches, quantize_while_calibrating=True, masked_scores=True)
 
 
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a JSON file: a recipe itself, or what `qtx recipes` prints, which has the sites beside it.
+
+    Raises:
+        SpecError: no such file, or one that holds no recipe.
+    """
+    try:
+        data = json.loads(read_regular(path).decode())
+        printed = isinstance(data, dict) and data.keys() == {"recipe", "sites"}
+        return from_dict(Recipe, data["recipe"] if printed else data)
+    except OSError as error:
+        raise SpecError(f"recipe file {path} cannot be read ({error.strerror}): give one that qtx wrote") from None
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError and a SpecError are ValueErrors too
+        raise SpecError(f"recipe file {path}: {error}") from None
+
+
 def recipe(name: str, spec: ModelSpec) -> Recipe:
-    """The recipe of that name for a model, or that of a JSON file.
+    """The recipe of that name for a model, or that of a JSON file (`read_recipe`).
 
     Raises:
         SpecError: an unknown name, bits outside 2 to 16, or a file that is no recipe.
     """
     if name.endswith(".json"):
-        try:
-            return from_dict(Recipe, json.loads(read_regular(Path(name)).decode()))
-        except OSError as error:
-            raise SpecError(f"recipe file {name} cannot be read ({error.strerror}): give one that qtx wrote") from None
-        except (ValueError, RecursionError) as error:  # a UnicodeDecodeError and a SpecError are ValueErrors too
-            raise SpecError(f"recipe file {name}: {error}") from None
+        return read_recipe(Path(name))
     if match := re.fullmatch(r"(|lsq-|train-|token-|linear-)w(\d+)a(\d+)((?:-(?:float\[[^\]]+\]|[a-z0-9.]+))*)", name):
         kind, bits = match[1], (int(match[2]), int(match[3]))
         more = re.findall(r"-(float\[[^\]]+\]|[a-z0-9.]+)", match[4])
         if kind == "train-" and not more:
-            return training(*bits)
+            return training(*bits).recipe()
         if kind == "lsq-" and not more:
-            return post_training(*bits, learned=True)
+            return post_training(*bits, learned=True).recipe()
         if kind == "token-" and set(more) <= {"r16"}:
-            return per_token(remedies.remedied(post_training(*bits), spec, more), bits[1])
+            return per_token(remedies.apply(post_training(*bits), spec, more), bits[1]).recipe()
         if kind in ("", "linear-"):
-            return remedies.remedied(linears(*bits) if kind else post_training(*bits), spec, more)
+            return remedies.apply(linears(*bits) if kind else post_training(*bits), spec, more).recipe()
     if name in FLOATS:
-        return microscaling(name, spec) if name.startswith("mx") else small_float(name)
+        return microscaling(name, spec) if name.startswith("mx") else small_float(name).recipe()
     if name in ("paper-bert", "paper-opt", "paper-vit"):
         return paper(Family(name.removeprefix("paper-")), spec)
     raise SpecError(f"recipe {name!r} is not known: choose {NAMES}")

@@ -1,13 +1,13 @@
 """Remedies: what post-training quantization changes about a recipe so that outliers hurt less, each as data.
 
 A recipe's name is a kind, the bits, and remedies applied from left to right: `w8a8-p99.9`, `w8a8-peg4p`,
-`w4a16-channel-gptq`, `linear-w8a8-smooth0.5`. A base recipe's first rule is its activations, its second its weights.
+`w4a16-channel-gptq`, `linear-w8a8-smooth0.5`. Each changes the `Parts` of a recipe by their roles.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import gcd
@@ -17,7 +17,6 @@ from qtx_ref.spec import (
     ModelSpec,
     ObserverKind,
     ObserverSpec,
-    Quant,
     QuantSpec,
     Recipe,
     Rewrite,
@@ -27,6 +26,7 @@ from qtx_ref.spec import (
     TransformKind,
 )
 
+from .parts import Parts, change_rule
 from .sites import sites
 
 RUNNING = ObserverSpec(kind=ObserverKind.RUNNING, momentum=0.9)
@@ -42,114 +42,103 @@ NORM_FED = tuple(f"layer.*.{name}" for name in ("attn.query", "attn.key", "attn.
 LINEARS = (*NORM_FED, "layer.*.attn.output", "layer.*.ffn.output")
 GROUPS = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256)
 STRENGTHS = (0.25, 0.5, 0.75, 0.9)
+Remedy = Callable[[Parts, ModelSpec, "re.Match[str]"], Parts]
 
 
-def is_weights(rule: Rule) -> bool:
-    return all(pattern.endswith(".weight") for pattern in rule.sites)
-
-
-def changed(base: Recipe, weights: bool, change: Callable[[QuantSpec], Quant], source: str) -> Recipe:
-    """A recipe with the quantizers of its weights, or of its activations, changed."""
-    rules = tuple(
-        rule if rule.quant is None or is_weights(rule) != weights else replace(rule, quant=change(rule.quant), source=source)
-        for rule in base.rules
-    )  # fmt: skip
-    return replace(base, rules=rules)
-
-
-def varied(base: Recipe, rule: Rule) -> Recipe:
-    """A recipe whose activations are different at some sites, whatever was said of them before."""
-    place = next(i for i, known in enumerate(base.rules) if is_weights(known))
-    return replace(base, rules=(*base.rules[:place], rule, *base.rules[place:]))
-
-
-def ffn_sites(spec: ModelSpec) -> tuple[str, ...]:
+def list_ffn_sites(spec: ModelSpec) -> tuple[str, ...]:
     """The FFN's input, output and residual sum."""
     return ("layer.*.ffn.norm" if spec.pre_norm else "layer.*.attn.norm", "layer.*.ffn.output", "layer.*.ffn.residual")
 
 
-# --- one remedy each: (base recipe, model, the match of its name) -> recipe ---------------------------------------------
+# --- one remedy each: (a recipe's parts, model, the match of its name) -> parts -------------------------------------------
 
 
-def percentile(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def percentile(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     observer = ObserverSpec(kind=ObserverKind.PERCENTILE, percentile=float(name[1]))
     source = "Kaliaperumal 2026 (arXiv 2603.04308): two-sided percentile of all calibration values"
-    return changed(base, False, lambda quant: replace(quant, observer=observer), source)
+    return base.change_activations(lambda quant: replace(quant, observer=observer), source)
 
 
-def least_squares(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def least_squares(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     observer = ObserverSpec(kind=ObserverKind.MSE_GOLDEN)
     source = f"{BONDARENKO}, section 5: the range of least squared error"
-    for weights in (False, True):
-        base = changed(base, weights, lambda quant: replace(quant, observer=observer), source)
-    return base
+
+    def change(quant: QuantSpec) -> QuantSpec:
+        return replace(quant, observer=observer)
+
+    return base.change_activations(change, source).change_weights(change, source)
 
 
-def channel(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def channel(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     source = "Krishnamoorthi 2018 (arXiv 1806.08342), section 2.5: weights with a scale per output channel"
-    return changed(base, True, lambda quant: replace(quant, granularity=Granularity.CHANNEL), source)
+    return base.change_weights(lambda quant: replace(quant, granularity=Granularity.CHANNEL), source)
 
 
-def token(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def token(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     source = "ZeroQuant (Yao et al. 2022), section 4: a scale per token, taken from the data"
     rows = {"granularity": Granularity.TOKEN, "dynamic": True, "observer": ObserverSpec()}
-    return changed(base, False, lambda quant: replace(quant, **rows), source)
+    return base.change_activations(lambda quant: replace(quant, **rows), source)
 
 
-def wide_residual(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def wide_residual(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     wide = QuantSpec(bits=16, symmetric=True, observer=RUNNING)
     source = f"{BONDARENKO}, section 4: 16 bits for the residual sum"
-    return varied(base, Rule(("*.residual", "embed.pair", "embed.sum"), wide, source))
+    return base.add_special(Rule(("*.residual", "embed.pair", "embed.sum"), wide, source))
 
 
-def wide_ffn(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def wide_ffn(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     wide = QuantSpec(bits=16, symmetric=True, observer=RUNNING)
-    return varied(base, Rule(ffn_sites(spec), wide, f"{BONDARENKO}, section 4: 16 bits for FFN input, output and sum"))
+    return base.add_special(
+        Rule(list_ffn_sites(spec), wide, f"{BONDARENKO}, section 4: 16 bits for FFN input, output and sum")
+    )
 
 
-def float_ffn(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
-    return varied(base, Rule(ffn_sites(spec), None, "the same sites in float"))
+def float_ffn(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    return base.add_special(Rule(list_ffn_sites(spec), None, "the same sites in float"))
 
 
-def float_sites(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def float_sites(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     patterns = tuple(name[1].split("+"))
     for pattern in patterns:
         if not any(fnmatchcase(site, pattern) for site in sites(spec).all):
             raise SpecError(
                 f"float[{name[1]}]: {pattern!r} matches no site of this model; see qtx recipes for their names"
             )
-    return replace(base, rules=(*base.rules, Rule(patterns, None, "chosen by hand")))
+    return base.add_floats(Rule(patterns, None, "chosen by hand"))
 
 
-def llm_int8(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def llm_int8(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     source = "LLM.int8 (Dettmers et al. 2022), section 3: vector-wise, channels from magnitude 6 on in float"
     rows = {"granularity": Granularity.TOKEN, "dynamic": True, "symmetric": True, "observer": ObserverSpec()}
-    base = changed(base, False, lambda quant: replace(quant, **rows, outliers=LLM_INT8), source)
-    return changed(base, True, lambda quant: replace(quant, granularity=Granularity.CHANNEL), source)
+    base = base.change_activations(lambda quant: replace(quant, **rows, outliers=LLM_INT8), source)
+    return base.change_weights(lambda quant: replace(quant, granularity=Granularity.CHANNEL), source)
 
 
-def groups(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def groups(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     count, permuted = int(name[1]), bool(name[2])
-    grouped = replace(base.rules[0].quant, granularity=Granularity.GROUP, groups=count, permute=permuted)
+    grouped = {"granularity": Granularity.GROUP, "groups": count, "permute": permuted}
     order = "channels sorted by range" if permuted else "neighbouring channels"
-    return varied(base, Rule(CHANNELS, grouped, f"{BONDARENKO}, section 4: per-embedding-group, {order}"))
+    source = f"{BONDARENKO}, section 4: per-embedding-group, {order}"
+    rule = replace(base.activations, sites=CHANNELS)
+    return base.add_special(change_rule(rule, lambda quant: replace(quant, **grouped), source))
 
 
-def smooth(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def smooth(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     source = "SmoothQuant (Xiao et al. 2023), eq. 4: the linears that a norm feeds"
     return replace(base, transforms=(Transform(NORM_FED, TransformKind.SMOOTH, source, strength=float(name[1])),))
 
 
-def hadamard(base: Recipe, spec: ModelSpec, name: re.Match) -> Recipe:
+def hadamard(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     source = "QuaRot (Ashkboos et al. 2024), section 3: a Hadamard rotation before each linear"
     return replace(base, transforms=(Transform(LINEARS, TransformKind.HADAMARD, source),))
 
 
-def rewritten(kind: Rewrite) -> Callable[[Recipe, ModelSpec, re.Match], Recipe]:
+def rewrite_by(kind: Rewrite) -> Remedy:
+    """The remedy that has weights or biases rewritten so."""
     return lambda base, spec, name: replace(base, rewrite=kind)
 
 
-REMEDIES: dict[str, Callable[[Recipe, ModelSpec, re.Match], Recipe]] = {
+REMEDIES: dict[str, Remedy] = {
     r"r16": wide_residual,
     r"p(\d+(?:\.\d+)?)": percentile,
     r"mse": least_squares,
@@ -162,9 +151,9 @@ REMEDIES: dict[str, Callable[[Recipe, ModelSpec, re.Match], Recipe]] = {
     r"peg(\d+)(p?)": groups,
     r"smooth(\d(?:\.\d+)?)": smooth,
     r"hadamard": hadamard,
-    r"bias": rewritten(Rewrite.BIAS),
-    r"gptq": rewritten(Rewrite.GPTQ),
-    r"adaround": rewritten(Rewrite.ADAROUND),
+    r"bias": rewrite_by(Rewrite.BIAS),
+    r"gptq": rewrite_by(Rewrite.GPTQ),
+    r"adaround": rewrite_by(Rewrite.ADAROUND),
 }
 NAMES = (
     "r16, p99.9, mse, channel, token, ffn16, ffnfloat, float[layer.*.ffn.output+...], llmint8, peg4, "
@@ -172,35 +161,38 @@ NAMES = (
 )
 
 
-def remedied(base: Recipe, spec: ModelSpec, names: list[str]) -> Recipe:
-    """A recipe with the remedies of these names, in order. Raises SpecError for one that does not exist, that changes
-    nothing of this model, or that quantizes what the recipe leaves in float."""
+def apply(base: Parts, spec: ModelSpec, names: Sequence[str]) -> Parts:
+    """A recipe's parts after the remedies of these names, in order. Raises SpecError for one that does not exist, that
+    changes nothing of this model, or that quantizes what the recipe leaves in float."""
     for name in names:
-        found = next(((match, apply) for text, apply in REMEDIES.items() if (match := re.fullmatch(text, name))), None)
-        if found is None:
+        matches = ((re.fullmatch(text, name), remedy) for text, remedy in REMEDIES.items())
+        match, remedy = next((pair for pair in matches if pair[0]), (None, None))
+        if match is None or remedy is None:
             raise SpecError(f"remedy {name!r} in recipe {'-'.join([base.name, *names])!r} is not known: choose {NAMES}")
-        match, apply = found
-        before, base = base, replace(apply(base, spec, match), name=f"{base.name}-{name}")
-        pairs = {site: (before.quant(site), base.quant(site)) for site in sites(spec).all}
-        added = [site for site, (was, now) in pairs.items() if was is None and now is not None]
-        rest = [(one.transforms, one.rewrite) for one in (before, base)]
-        if added or (all(was == now for was, now in pairs.values()) and rest[0] == rest[1]):
-            what = (
-                f"quantizes {added[0]}, which {before.name} leaves in float" if added else "changes none of its sites"
-            )
-            raise SpecError(f"recipe {base.name}: {name} {what}; leave it out")
+        before, base = base, replace(remedy(base, spec, match), name=f"{base.name}-{name}")
+        refuse_idle(before.recipe(), base.recipe(), spec, name)
     return base
 
 
-def group_counts(spec: ModelSpec) -> tuple[int, ...]:
+def refuse_idle(before: Recipe, after: Recipe, spec: ModelSpec, name: str) -> None:
+    """Raises SpecError where the remedy `name` changed nothing, or quantizes what was left in float."""
+    pairs = {site: (before.quant(site), after.quant(site)) for site in sites(spec).all}
+    added = [site for site, (was, now) in pairs.items() if was is None and now is not None]
+    same = (before.transforms, before.rewrite) == (after.transforms, after.rewrite)
+    if added or (same and all(was == now for was, now in pairs.values())):
+        what = f"quantizes {added[0]}, which {before.name} leaves in float" if added else "changes none of its sites"
+        raise SpecError(f"recipe {after.name}: {name} {what}; leave it out")
+
+
+def count_groups(spec: ModelSpec) -> tuple[int, ...]:
     """Numbers of groups that divide the model's and the FFN's width, up to the largest."""
     largest = gcd(spec.width, spec.hidden)
     return (*(count for count in GROUPS if largest % count == 0 and count < largest), largest)
 
 
-def standard(spec: ModelSpec) -> tuple[str, ...]:
+def list_standard(spec: ModelSpec) -> tuple[str, ...]:
     """The recipes that `qtx ptq` compares, by name, beside float."""
-    counts = group_counts(spec)
+    counts = count_groups(spec)
     return (
         "w8a8",
         *(f"w8a8-p{q}" for q in ("99", "99.9", "99.99", "99.999")),

@@ -108,36 +108,46 @@ def linears(spec: ModelSpec) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class PaperSites:
-    """The published metrics' sites, each with its unit (`sequence` or `token`)."""
+    """The published metrics' sites. `inf_norm`: each with its unit (`sequence` or `token`). `kurtosis`: those that the
+    average is taken over, all of them in `inf_norm`; a tensor that the published list names twice stands twice."""
 
     inf_norm: dict[str, str]
-    kurtosis: dict[str, str]
+    kurtosis: tuple[str, ...]
 
 
 def paper_sites(spec: ModelSpec) -> PaperSites:
-    """Where Bondarenko et al. 2023 take "max inf norm" and "average kurtosis".
+    """Where Bondarenko et al. 2023 take "max inf norm" and "average kurtosis", as their scripts `validate_mlm.py` and
+    `validate_clm.py` list them.
 
-    BERT: each layer's FFN output and last norm's output, for the inf norm also that norm's input. OPT: the final norm and
-    each layer's output, FFN output, both norms and attention output; the FFN output and the norm before the FFN arrive
-    flattened to tokens there. ViT has no published code: FFN output, layer output and final norm are an assumption.
+    BERT: each layer's FFN output and last norm's output, for the inf norm also that norm's input. OPT: five modules of each
+    layer (the layer itself, FFN output, both norms, attention output), and the final norm where there is one. In a
+    post-norm layer its last norm's output is the layer's output too, and counts twice. The FFN output, and a norm before
+    the FFN, arrive flattened to tokens there. ViT has no published code: FFN output, layer output and final norm are an
+    assumption.
     """
     units: dict[str, str] = {}
+    listed: list[str] = []
     for i in range(spec.layers):
         attn, ffn = f"layer.{i}.attn", f"layer.{i}.ffn"
         if spec.family is Family.BERT:
-            units |= {f"{ffn}.output": "sequence", f"{ffn}.norm": "sequence"}
+            layer = {f"{ffn}.output": "sequence", f"{ffn}.norm": "sequence"}
+            listed += layer
         elif spec.family is Family.VIT:
-            units |= {f"{ffn}.output": "sequence", f"{ffn}.residual": "sequence"}
+            layer = {f"{ffn}.output": "sequence", f"{ffn}.residual": "sequence"}
+            listed += layer
         else:
-            units |= {f"{attn}.norm": "sequence", f"{attn}.output": "sequence"}
-            # the published code flattens to tokens before a norm that precedes the FFN, and back before one that follows
-            units |= {f"{ffn}.norm": "token" if spec.pre_norm else "sequence", f"{ffn}.output": "token"}
-            if spec.pre_norm:
-                units |= {f"{ffn}.residual": "sequence"}
+            norm = "token" if spec.pre_norm else "sequence"
+            layer = {f"{attn}.norm": "sequence", f"{attn}.output": "sequence"}
+            layer |= {f"{ffn}.norm": norm, f"{ffn}.output": "token"}
+            result = f"{ffn}.residual" if spec.pre_norm else f"{ffn}.norm"
+            listed += [*layer, result]
+            layer |= {result: "sequence"}
+        units |= layer
     if spec.final_norm:
         units["final.norm"] = "sequence"
+        listed.append("final.norm")
     extra = {f"layer.{i}.ffn.residual": "sequence" for i in range(spec.layers)} if spec.family is Family.BERT else {}
-    return PaperSites(units | extra, units)
+    return PaperSites(units | extra, tuple(listed))
 
 
 def residual_stream(spec: ModelSpec) -> tuple[str, ...]:

@@ -36,12 +36,19 @@ def cost_table(result: Mapping[str, Any]) -> str:
             rows.append([variant["name"], cell["name"], *times, number(found.get("ratio"), 2),
                          number(found.get("sequences_per_s"), 1), number(found.get("tokens_per_s"), 0),
                          size(found.get("memory")), size(variant["bytes"]), error(found.get("error")),
-                         "-" if found.get("agreement") is None else f"{100 * found['agreement']:.1f}%"])  # fmt: skip
+                         agreement(found)])  # fmt: skip
     text = table(header, rows)
     for variant in result["variants"]:
         if variant["finding"]:
             text += f"\n{variant['name']}: not timed: {variant['finding']}"
     return text
+
+
+def agreement(cell: Mapping[str, Any]) -> str:
+    """The share of equal answers with the number of sequences behind it, which is measured in one cell of each length."""
+    if cell.get("agreement") is None:
+        return "-"
+    return f"{100 * cell['agreement']:.1f}%" + (f" of {cell['compared']} seq" if "compared" in cell else "")
 
 
 def error(value: float | None) -> str:

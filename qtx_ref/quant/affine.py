@@ -97,7 +97,8 @@ def scale_zero(
     """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for FLOAT64).
 
     Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
-    real zero point. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
+    real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1); else
+    high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
     the arithmetic's dtype. Raises ValueError where the range, or the scale in its dtype, is not finite.
     """
     check_width(spec, profile)
@@ -110,10 +111,13 @@ def scale_zero(
     low = np.minimum(number(low), number(0))
     high = np.maximum(number(high), number(0))
     with np.errstate(over="ignore", invalid="ignore"):
-        span = np.maximum(-low, high) if spec.symmetric else number(high - low)
+        span = np.maximum(-low, high) if spec.symmetric or spec.mirrored else number(high - low)
     if not np.isfinite(span).all():
         raise ValueError(f"range {low.min()} to {high.max()} is not finite; look for NaN or infinity upstream")
-    if not spec.symmetric:
+    middle = 2 ** (spec.bits - 1)
+    if spec.mirrored:
+        step = number(span / np.where(low < 0, number(middle - 1), number(spec.code_max)))
+    elif not spec.symmetric:
         step = number(span / number(spec.code_max - spec.code_min))
     elif profile.scale_rule is ScaleRule.ABSMAX:
         step = number(span / number(spec.code_max))
@@ -128,6 +132,8 @@ def scale_zero(
         raise ValueError(f"scale {step.max()} does not fit {profile.scale_dtype}; choose a wider dtype")
     if spec.symmetric:
         return scale, np.zeros(scale.shape, np.int32)
+    if spec.mirrored:
+        return scale, np.where(low < 0, middle, 0).astype(np.int32)
     first, last = number(spec.code_min), number(spec.code_max)
     zero = number(first - number(low / divisor))
     if profile.nudging is Nudging.CLOSER_END:

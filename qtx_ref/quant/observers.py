@@ -53,12 +53,13 @@ def squared_error(values: np.ndarray, low: float, high: float, spec: Quant) -> f
 def least_error(values: np.ndarray, spec: Quant) -> tuple[float, float]:
     """The fraction of a group's (widened) range with the least squared error; the smallest of equals.
 
-    Symmetric: [-R f, R f] with R the largest magnitude plus the margin. Asymmetric: both ends times f.
+    Symmetric, and mirrored with a negative value: [-R f, R f] with R the largest magnitude plus the margin. Else: both ends
+    times f.
     """
     margin = spec.observer.margin
     low, high = float(values.min()), float(values.max())
     low, high = low - margin if low < 0 else 0.0, high + margin if high > 0 else 0.0
-    if spec.symmetric:
+    if spec.symmetric or (spec.mirrored and low < 0):
         low, high = -max(-low, high), max(-low, high)
 
     def error(fraction: float) -> float:
@@ -120,11 +121,12 @@ class Observer:
         return self.low.reshape(self.shape), self.high.reshape(self.shape)
 
     def _combine(self, low: np.ndarray, high: np.ndarray) -> None:
-        """Running: momentum * old + (1 - momentum) * new in float32. Current: new."""
+        """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are (0.1
+        and not 1 - float32(0.9)). Current: new."""
         if self.low is not None and self.kind is not ObserverKind.CURRENT:
-            m = np.float32(self.spec.observer.momentum)
-            low = m * self.low + (np.float32(1) - m) * low
-            high = m * self.high + (np.float32(1) - m) * high
+            old, new = (np.float32(part) for part in (self.spec.observer.momentum, 1 - self.spec.observer.momentum))
+            low = new * low + old * self.low
+            high = new * high + old * self.high
         self.low, self.high = low, high
 
     def _percentiles(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

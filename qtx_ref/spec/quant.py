@@ -61,7 +61,8 @@ class QuantSpec:
     Codes of a symmetric quantizer are signed with zero point 0 and scale absmax / (2^(bits-1) - 1); those of an
     asymmetric one run from 0 to 2^bits - 1 with scale (high - low) / (2^bits - 1), where low <= 0 <= high. Quantizing
     divides by the scale (IEEE), rounds half to even, adds the zero point and clamps, in float32. That is profile `QTX`;
-    another `Profile` may choose otherwise.
+    another `Profile` may choose otherwise. A mirrored quantizer has, where low < 0, the values of a symmetric one under
+    codes moved up by 2^(bits-1), and else zero point 0 and scale high / (2^bits - 1).
     """
 
     bits: int = 8
@@ -75,6 +76,8 @@ class QuantSpec:
     permute: bool = False  # GROUP: channels are sorted by high - low before they are grouped
     block: int | None = None  # elements per block of BLOCK; it divides the last axis
     outliers: float | None = None  # TOKEN: channels (last axis) with an element of this magnitude or more stay in float
+    # asymmetric codes for the published simulator's symmetric quantizer, which turns unsigned where nothing is negative
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
@@ -98,6 +101,8 @@ class QuantSpec:
             )
         if self.learned and self.dynamic:
             refuse("quantizer learned", True, "a dynamic range cannot be learned; choose one")
+        if self.mirrored and (self.symmetric or self.narrow or self.learned):
+            refuse("quantizer mirrored", True, "it belongs to an asymmetric quantizer, neither narrow nor learned")
 
     @property
     def code_min(self) -> int:
@@ -155,6 +160,11 @@ class FloatQuantSpec:
     def outliers(self) -> None:
         """No channel stays apart."""
         return None
+
+    @property
+    def mirrored(self) -> bool:
+        """Small floats have a sign."""
+        return False
 
     @property
     def code_min(self) -> int:

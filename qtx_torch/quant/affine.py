@@ -108,7 +108,8 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
     """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for FLOAT64).
 
     Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
-    real zero point. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
+    real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1); else
+    high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
     the arithmetic's dtype. Raises ValueError where the range, or the scale in its dtype, is not finite.
     """
     check_width(spec, profile)
@@ -123,12 +124,15 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
     def constant(value: float) -> Tensor:
         return number(torch.full_like(low, value))
 
-    span = torch.maximum(-low, high) if spec.symmetric else number(high - low)
+    span = torch.maximum(-low, high) if spec.symmetric or spec.mirrored else number(high - low)
     if not torch.isfinite(span).all():
         raise ValueError(
             f"range {low.min().item()} to {high.max().item()} is not finite; look for NaN or infinity upstream"
         )
-    if not spec.symmetric:
+    middle = 2 ** (spec.bits - 1)
+    if spec.mirrored:
+        step = number(span / torch.where(low < 0, constant(middle - 1), constant(spec.code_max)))
+    elif not spec.symmetric:
         step = number(span / constant(spec.code_max - spec.code_min))
     elif profile.scale_rule is ScaleRule.ABSMAX:
         step = number(span / constant(spec.code_max))
@@ -143,6 +147,8 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
         raise ValueError(f"scale {step.max().item()} does not fit {profile.scale_dtype}; choose a wider dtype")
     if spec.symmetric:
         return scale, torch.zeros_like(scale, dtype=torch.int32)
+    if spec.mirrored:
+        return scale, (low < 0).int() * middle
     first, last = constant(spec.code_min), constant(spec.code_max)
     zero = number(first - number(low / divisor))
     if profile.nudging is Nudging.CLOSER_END:

@@ -14,6 +14,7 @@ from qtx.files.checkpoint import load_checkpoint
 from qtx.progress import Progress
 from qtx.recipes.named import recipe
 from qtx_ref.backend import Trainer
+from qtx_ref.presets import attention, preset
 from qtx_ref.spec import Rewrite, Transform, TransformKind, to_dict
 
 TRAIN = ["train", "--backend", "ref", "--model", "vit-tiny", "--batch", "8", "--steps", "8"]
@@ -167,6 +168,45 @@ def test_study(tmp_path):
     assert json.loads((out / "study.json").read_text()) == result
 
 
+def test_a_study_of_any_seed_calibrates_as_every_command_and_keeps_what_it_found(tmp_path):
+    """BERT's calibration masks are drawn from one seed: study.json has the ranges that `qtx quantize` finds."""
+    pytest.importorskip("tokenizers", reason="the extra text is not installed")
+    from qtx.data.corpus import BUNDLED
+
+    book, out = tmp_path / "book.txt", tmp_path / "s"
+    book.write_text((BUNDLED / "text" / "alice.txt").read_text(encoding="utf-8")[:40_000], encoding="utf-8")
+    command = [
+        "study",
+        "--backend",
+        "ref",
+        "--model",
+        "bert-tiny",
+        "--seed",
+        1,
+        "--steps",
+        1,
+        "--batch",
+        1,
+        "--data",
+        book,
+    ]
+    good(*command, "--vocab", 300, "--attention", "vanilla", "--bits", "w4a8", "--out", out)
+    result = json.loads((out / "study.json").read_text())
+    assert result["calibration_seed"] == 0
+    run = result["runs"]["vanilla-seed1"]
+    file = tmp_path / "q.safetensors"
+    good("quantize", out / "vanilla-seed1", "--backend", "ref", "--recipe", "w4a8", "--out", file)
+    found = load_checkpoint(file)
+    kept = run["recipes"]["w4a8"]["ranges"]
+    assert kept.keys() == found.ranges.keys()
+    for site, known in found.ranges.items():
+        assert kept[site] == {key: value.ravel().tolist() for key, value in known._asdict().items()}, site
+    count = sum(value.size for value in found.params.values())
+    codes = sum(value.size for name, value in found.params.items() if name in kept)
+    assert run["float_bytes"] == 4 * count
+    assert run["recipes"]["w4a8"]["bytes"] == 4 * (count - codes) + codes / 2 + 8 * len(kept)  # two codes to a byte
+
+
 def test_a_diverged_run_is_marked_and_does_not_stop_the_others(tmp_path, monkeypatch):
     step = Trainer.step
 
@@ -241,6 +281,92 @@ def test_a_recipe_is_printed_and_written(tmp_path):
     assert all(rule["source"] for rule in printed["recipe"]["rules"])
 
 
+def test_a_printed_recipe_is_a_recipe(trained, tmp_path):
+    """What `qtx recipes` writes goes back in, under any option that takes a recipe, and is what it was printed from."""
+    file = tmp_path / "mine.json"
+    good("recipes", "w4a8", "--model", "vit-tiny", "--attention", "clipped+gated", "--json", file)
+    ours = json.loads(good("evaluate", trained, "--backend", "ref", "--recipe", file, "--json", "-").stdout)
+    named = json.loads(good("evaluate", trained, "--backend", "ref", "--recipe", "w4a8", "--json", "-").stdout)
+    assert ours == named
+    study = [*STUDY[:-1], "clipped+gated", "--steps", "1", "--bits", f"{file},w4a8", "--out", tmp_path / "study"]
+    good(*study)
+    (run,) = json.loads((tmp_path / "study" / "study.json").read_text())["runs"].values()
+    assert run["recipes"][str(file)] == run["recipes"]["w4a8"]
+    good("quantize", trained, "--backend", "ref", "--recipe", file, "--out", tmp_path / "q.safetensors")
+    assert load_checkpoint(tmp_path / "q.safetensors").recipe == recipe("w4a8", load_checkpoint(trained).spec)
+    good(
+        "ptq",
+        trained,
+        "--backend",
+        "ref",
+        "--recipes",
+        file,
+        "--sequences",
+        2,
+        "--calibration",
+        1,
+        "--out",
+        tmp_path / "p",
+    )
+
+
+KINDS = (
+    "w8a8",
+    "w6a16",
+    "w8a8-p99.9",
+    "w8a8-mse",
+    "w8a8-channel",
+    "w8a8-token",
+    "w8a8-r16",
+    "w8a8-ffn16",
+    "w8a8-ffnfloat",
+    "w8a8-float[layer.*.ffn.output+layer.0.attn.probs]",
+    "w8a8-peg4",
+    "w8a8-peg4p",
+    "w8a8-bias",
+    "w4a16-channel-gptq",
+    "w4a16-adaround",
+    "linear-w8a8",
+    "linear-w8a8-llmint8",
+    "linear-w8a8-smooth0.5",
+    "linear-w4a4-hadamard",
+    "token-w8a8",
+    "token-w8a8-r16",
+    "lsq-w4a6",
+    "train-w8a8",
+    "fp8-e4m3",
+    "fp8-e5m2",
+    "mxfp8",
+    "mxfp8-e5m2",
+    "mxfp4",
+    "paper",
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "9" * 5000, '{"recipe": 1, "sites": 2}', '{"name": "x"}', "\\xff", "[]"]
+)
+def test_a_file_that_is_no_recipe_is_one_line(tmp_path, text):
+    file = tmp_path / "r.json"
+    file.write_text(text)
+    result = call("recipes", file)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: recipe file {file}: ") and result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["bert-tiny", "opt-tiny", "vit-tiny"])
+def test_every_kind_of_recipe_comes_back_as_it_was_printed(model, tmp_path):
+    for kind in KINDS:
+        name = f"paper-{model[: model.index('-')]}" if kind == "paper" else kind
+        for given in ("vanilla", "clipped+gated"):
+            file = tmp_path / f"{given}.{name}.json"
+            command = ("--model", model, "--attention", given)
+            good("recipes", name, *command, "--json", file)
+            spec = replace(preset(model), attention=attention(given))
+            assert recipe(str(file), spec) == recipe(name, spec), (name, given)
+            assert good("recipes", file, *command).stdout == file.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -259,7 +385,7 @@ def test_a_recipe_is_printed_and_written(tmp_path):
         (["study", "--recipe", "w8a8", "--bits", "w6a6"], "give one of them"),
         (["study", "--recipe", "int8"], "recipe 'int8' is not known"),
         (["study", "--recipe", "paper-bert"], "use paper-opt"),
-        (["study", "--recipe", "nowhere.json"], "recipe file nowhere.json"),
+        (["study", "--recipe", "nowhere.json"], "recipe file nowhere.json: there is no such file"),
         (["study", "--attention", ""], "name at least one"),
         (["study", "--attention", "vanilla,vanilla"], "each once"),
         (["train", "--attention", "clipped:gamma=-0.1:gamma=-0.2"], "gives a setting twice"),

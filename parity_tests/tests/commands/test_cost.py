@@ -14,6 +14,7 @@ from parity_tests.subjects.small_models import build
 from qtx.cost import attention as attention_cost
 from qtx.cost import compare as cost
 from qtx.cost import inputs as cost_inputs
+from qtx.data import load
 from qtx.engines.backend import backend
 from qtx.report import costs
 from qtx_ref.models.initial import init_params
@@ -55,12 +56,12 @@ def test_inputs_are_the_datas_or_random(size, length, real, first):
 
 def test_lengths():
     bert, vit = preset("bert-tiny"), preset("vit-tiny")
-    assert cost_inputs.lengths_of(bert, None) == (64, 128) and cost_inputs.lengths_of(vit, None) == (17,)
-    assert cost_inputs.lengths_of(replace(bert, length=100), None) == (64,)
-    assert cost_inputs.lengths_of(replace(bert, length=20), None) == (20,)
+    assert cost_inputs.choose_lengths(bert, None) == (64, 128) and cost_inputs.choose_lengths(vit, None) == (17,)
+    assert cost_inputs.choose_lengths(replace(bert, length=100), None) == (64,)
+    assert cost_inputs.choose_lengths(replace(bert, length=20), None) == (20,)
     for spec, wanted in ((bert, (64, 129)), (vit, (16,))):
         with pytest.raises(SpecError, match=f"--length {'129' if spec is bert else '16'}"):
-            cost_inputs.lengths_of(spec, wanted)
+            cost_inputs.choose_lengths(spec, wanted)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def test_lengths():
 
 def test_summary():
     seconds, base = [0.4, 0.1, 0.3, 0.2, 0.5], [0.2, 0.1, 0.1, 0.1, 0.1]
-    found = cost.summary(seconds, base, 8, 512)
+    found = cost.summarize(seconds, base, 8, 512)
     assert found["median"] == 0.3 and found["p95"] == pytest.approx(0.48, rel=1e-12)  # 0.4 + 0.8 (0.5 - 0.4)
     assert found["ratio"] == pytest.approx(2.0, rel=1e-12)  # of 2, 1, 3, 2, 5
     assert found["sequences_per_s"] == pytest.approx(8 / 0.3) and found["tokens_per_s"] == pytest.approx(512 / 0.3)
@@ -79,18 +80,47 @@ def test_compare():
     mask = np.array([[True, False], [True, False]])
     output = truth.copy()
     output[0, 1] = 100  # padding
-    assert cost.compare(output, truth, mask, True) == {"error": 0.0, "agreement": 1.0}
+    assert cost.compare(output, truth, mask) == 0.0
     output[0, 0] = [4.0, 3.0]  # off by (1, -1) of (3, 4), (0, 5)
-    found = cost.compare(output, truth, mask, True)
-    assert found["error"] == pytest.approx(np.sqrt(2 / 50), rel=1e-12) and found["agreement"] == 0.5
-    assert cost.compare(output, truth, mask, False)["agreement"] is None
+    assert cost.compare(output, truth, mask) == pytest.approx(np.sqrt(2 / 50), rel=1e-12)
+
+
+def test_agreement_is_of_real_tokens_or_of_sequences():
+    samples = [{"mask": np.array([[True, False], [True, True]])}, {"mask": np.array([[True, False]])}]
+    truth = np.array([[1, 2], [3, 4], [5, 6]])
+    assert cost.agree(truth + [[0, 9], [0, 0], [0, 9]], truth, samples) == 1.0  # padding differs alone
+    assert cost.agree(truth + [[0, 0], [0, 1], [0, 0]], truth, samples) == 0.75
+    assert cost.agree(np.array([1, 2, 3]), np.array([1, 2, 0]), samples) == pytest.approx(2 / 3)
+
+
+def test_answers_are_compared_on_many_sequences_whatever_the_batch():
+    """At least 256, or all that the data have, in whole batches and once for each length; without a head none."""
+    spec = preset("vit-tiny")
+    for size, count in ((1, 256), (8, 256), (100, 300), (300, 300)):
+        (cell,) = cost_inputs.make_cells(spec, None, [(size, 17)])
+        assert sum(len(batch["images"]) for batch in cell.samples) == count
+        assert {len(batch["images"]) for batch in cell.samples} == {size} and cell.inputs["images"].shape[0] == size
+    digits = load(None, spec)
+    (few,) = cost_inputs.make_cells(spec, digits, [(8, 17)])
+    assert few.real and len(few.samples) == 180 // 8  # the evaluation split has 180 images
+    images = np.concatenate([batch["images"] for batch in few.samples])
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) > 170  # they are not the same ones again
+    both = cost_inputs.make_cells(preset("opt-tiny"), None, [(1, 8), (1, 16), (2, 8), (2, 16)])
+    assert [len(cell.samples) for cell in both] == [0, 0, 128, 128]
+    assert not cost_inputs.make_cells(build("bert_headless").spec, None, [(1, 4)])[0].samples
+
+
+def test_a_sample_with_padding_makes_a_padded_cell():
+    """So that an engine's export takes the mask into account."""
+    cell = cost_inputs.make_cell(build("bert_plain").spec, Texts(), 1, 6, sampled=True)
+    assert cell.inputs["mask"].all() and len(cell.samples) == 3 and cell.padded
 
 
 def test_faults():
     truth = np.ones((2, 3))
-    assert cost.fault(truth, truth) is None
-    assert "shape (2, 2)" in cost.fault(truth[:, :2], truth)
-    assert "NaN" in cost.fault(np.full((2, 3), np.inf), truth)
+    assert cost.find_fault(truth, truth) is None
+    assert "shape (2, 2)" in cost.find_fault(truth[:, :2], truth)
+    assert "NaN" in cost.find_fault(np.full((2, 3), np.inf), truth)
 
 
 def test_added_parameters():
@@ -153,6 +183,8 @@ def results(workers: cost.Workers, outputs: dict[str, np.ndarray | str]) -> None
         if isinstance(outputs[fields["kind"]], str):
             return {"error": outputs[fields["kind"]]}
         np.save(fields["output"], outputs[fields["kind"]])
+        if fields["samples"]:
+            np.save(fields["answers"], np.concatenate([outputs[fields["kind"]].argmax(-1)] * len(fields["samples"])))
         return {"peak": 150}
 
     workers.run = run
@@ -167,9 +199,9 @@ def test_only_what_was_compared_is_timed(tmp_path):
     plain = tmp_path / "float.safetensors"
     plain.touch()
     variants = [cost.Variant(kind, kind, plain) for kind in ("float32", "integer", "fake")]
-    variants += cost.engine_variants(("onnxruntime",), plain, tmp_path)
+    variants += cost.list_engine_variants(("onnxruntime",), plain, tmp_path)
     cell = cost_inputs.make_cell(spec, None, 1, 4)
-    cost.probe(workers, variants, [cell], tmp_path, spec, False, [])
+    cost.probe(workers, variants, [cell], tmp_path, False, [])
     cost.measure(workers, variants, [cell], tmp_path, 2)
     findings = {v.kind: v.finding for v in variants}
     assert {k: bool(f) for k, f in findings.items()} == {"float32": False, "integer": False, "fake": True, "onnx": True,
@@ -186,7 +218,7 @@ def test_only_what_was_compared_is_timed(tmp_path):
     assert "onnxruntime int8 dynamic: not timed: crashed (signal 11)" in text
     results(workers, {"float32": "no memory"})
     with pytest.raises(SpecError, match="float32 does not run: no memory"):
-        cost.probe(workers, variants[:1], [cell], tmp_path, spec, False, [])
+        cost.probe(workers, variants[:1], [cell], tmp_path, False, [])
 
 
 def described(fake: float, integer: float, memory: int = 100) -> str:

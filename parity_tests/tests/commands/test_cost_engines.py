@@ -116,7 +116,7 @@ def test_onnxruntime_quantizes(exported, tmp_path):
     for static in (False, True):
         engine.quantize(path, tmp_path / "int8.onnx", static, iter([batch]))
         runner = engine.OnnxRunner(tmp_path / "int8.onnx", 1)
-        error = cost.compare(runner(runner.inputs(batch)), truth, batch.get("mask"), True)["error"]
+        error = cost.compare(runner(runner.inputs(batch)), truth, batch.get("mask"))
         assert 1e-5 < error < 0.3, static
         ops, matmuls = engine.shares(tmp_path / "int8.onnx", 1, batch)
         assert 0 < matmuls < 1 and all(0 < share < 1 for share in ops.values())
@@ -142,19 +142,19 @@ def test_torch_dynamic_int8_is_torchs_own():
     assert ours.weights["embed.token.weight"].numel() and "layer.0.attn.gate_logit" not in nx.packed
     runner, truth = engines.FloatRunner(ours, nx), backend("torch").Model(model.spec, model.params)
     output = runner.output(runner(runner.inputs(model.batch)))
-    assert 1e-5 < cost.compare(output, truth.forward(model.batch), model.batch["mask"], True)["error"] < 0.3
+    assert 1e-5 < cost.compare(output, truth.forward(model.batch), model.batch["mask"]) < 0.3
 
 
 def test_missing_engines(monkeypatch):
     notes: list[str] = []
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
     with pytest.raises(MissingExtra, match=r"engine onnxruntime needs onnxruntime.*qtx\[engines\]"):
-        cost.chosen_engines("onnxruntime", "torch", "cpu", notes.append)
+        cost.choose_engines("onnxruntime", "torch", "cpu", notes.append)
     assert notes == []
-    assert cost.chosen_engines("auto", "torch", "cpu", notes.append) == ("torch-dynamic",)
+    assert cost.choose_engines("auto", "torch", "cpu", notes.append) == ("torch-dynamic",)
     assert len(notes) == 1 and "qtx[engines]" in notes[0]
-    assert cost.chosen_engines("none", "torch", "cpu", notes.append) == ()
-    assert cost.chosen_engines("auto", "ref", "cpu", notes.append) == ()
+    assert cost.choose_engines("none", "torch", "cpu", notes.append) == ()
+    assert cost.choose_engines("auto", "ref", "cpu", notes.append) == ()
     for text, where, match in (("tvm", "torch", "--engines tvm"), ("torch-dynamic", "ref", "beside --backend torch")):
         with pytest.raises(SpecError, match=match):
-            cost.chosen_engines(text, where, "cpu", notes.append)
+            cost.choose_engines(text, where, "cpu", notes.append)

@@ -1,6 +1,7 @@
 """`qtx analyze` against SciPy and brute force on recorded tensors; streaming against one pass; both backends."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,11 +19,12 @@ from qtx.data import load
 from qtx.data.tokenizing import read_vocabulary
 from qtx.files.checkpoint import Checkpoint, save_checkpoint
 from qtx.measure import analysis
-from qtx.measure.heads import Head
+from qtx.measure.heads import Head, HeadSums
 from qtx.measure.marks import Kinds, find_background, is_punctuation, read_word
 from qtx.recipes.sites import layer_inputs, residual_stream, sites
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
+from qtx_ref.spec import Gate, Softmax
 
 MODELS = ("bert_plain", "opt_clipped", "vit_gate_elementwise", "bert_classify")
 BACKENDS = {"ref": qtx_ref.backend.Model, "torch": qtx_torch.backend.Model}
@@ -163,13 +165,17 @@ def test_heads_are_those_of_the_recorded_tensors(name, backend):
     size = len(next(iter(batch.values())))
     marks = {"first": np.arange(spec.length)[None] == np.zeros((size, 1))}
     found = model.attention(batch, marks, layer_inputs(spec))
-    parts = [f"layer.{i}.attn.{part}" for i in range(spec.layers) for part in ("probs", "output.input")]
+    gated = spec.attention.gate is not Gate.NONE
+    names = ("probs", "output.input", "value", "context", *(["gate"] * gated))
+    parts = [f"layer.{i}.attn.{part}" for i in range(spec.layers) for part in names]
     tensors = model.record(batch, [*layer_inputs(spec), *parts])  # all at once: a fused kernel rounds otherwise
     for layer, (part, stream) in enumerate(zip(found, layer_inputs(spec), strict=True)):
         names = (f"layer.{layer}.attn.probs", f"layer.{layer}.attn.output.input", stream)
         probs, where = tensors[names[0]]
         where = np.broadcast_to(where, (size, 1, *probs.shape[2:]))
         context, residual = (tensors[key][0].astype(np.float64) for key in names[1:])
+        value, product = (tensors[f"layer.{layer}.attn.{key}"][0].astype(np.float64) for key in ("value", "context"))
+        gate = tensors[f"layer.{layer}.attn.gate"][0].astype(np.float64) if gated else None  # (B, T, H): a linear gate
         weight = weights[f"layer.{layer}.attn.output.weight"].astype(np.float64)
         real = np.asarray(batch["mask"], bool) if "mask" in batch else np.ones(context.shape[:2], bool)
         for h in range(spec.heads):
@@ -183,17 +189,60 @@ def test_heads_are_those_of_the_recorded_tensors(name, backend):
                 entropies.append(scipy_stats.entropy(row) if row.any() else 0)
                 if len(row) > 1:
                     relative.append(entropies[-1] / np.log(len(row)))
+            real_tokens = list(np.argwhere(real))
+            for site, prefix in ((value, "value"), (product, "product")):
+                norms = [np.linalg.norm(site[b, t, own]) for b, t in real_tokens]
+                at_first = [norm for norm, (_, t) in zip(norms, real_tokens, strict=True) if t == 0]
+                for key, want in (("all", norms), ("first", at_first)):
+                    np.testing.assert_allclose(part[f"{prefix}.{key}"][h], np.sum(want), **TIGHT, err_msg=prefix)
+                    assert part[f"{prefix}.count.{key}"][h] == len(want)
+            if gate is not None:
+                np.testing.assert_allclose(part["gate"][h], np.sum([gate[b, t, h] for b, t in real_tokens]), **TIGHT)
+                assert part["gates"][h] == len(real_tokens)
             for key, want in (("update", sizes), ("entropy", entropies), ("relative", relative), ("mass.first", mass)):
                 np.testing.assert_allclose(part[key][h], np.sum(want), **TIGHT, err_msg=key)
             assert (part["queries"][h], part["choices"][h], part["tokens"][h]) == (len(mass), len(relative), len(sizes))
 
 
-def test_a_head_does_nothing_by_three_thresholds():
-    def head(marked, even, update):
-        return Head(0, 0, {}, marked, even, 0.0, 0.0, update)
+def test_a_head_does_nothing_that_leaves_the_residual_as_it_is():
+    """By its update alone; where its probability goes says by what means."""
 
-    assert head(0.6, 0.3, 0.1).idle
-    assert not any(h.idle for h in (head(0.59, 0.1, 0.01), head(0.7, 0.36, 0.01), head(0.9, 0.1, 0.11)))
+    def head(update, marked=0.0, even=0.0, kept=1.0, gate=None):
+        return Head(0, 0, {}, marked, even, 0.0, 0.0, update, kept, gate)
+
+    assert head(0.1, 0.6, 0.3).reason == "marked keys"
+    assert head(0.1, 0.6, 0.3, gate=0.1).reason == "gate closed"
+    assert head(0.1, 0.05, 0.01, kept=0.1).reason == "no probability"
+    assert head(0.01, 0.59, 0.1).reason == head(0.01, 0.7, 0.36).reason == "small values"
+    busy = (head(0.11, 0.9, 0.1), head(0.2, gate=0.05), head(0.2, kept=0.05))
+    assert not any(one.idle or one.reason for one in busy)
+
+
+def silence(params, spec, how):
+    """Parameters under which every head does nothing, by the means that `how` names."""
+    for i in range(spec.layers):
+        if how == "gate closed":
+            params[f"layer.{i}.attn.gate_logit.bias"][:] = -30
+        if how == "small values":
+            params[f"layer.{i}.attn.value.weight"][:] *= 1e-3
+            params[f"layer.{i}.attn.value.bias"][:] = 0
+    return params
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("vit_plain", "no probability"), ("bert_gate_linear", "gate closed"), ("opt_plain", "small values")],
+)
+def test_a_silent_head_does_nothing_whatever_silences_it(name, how, backend):
+    small = small_models.build(name)
+    spec, params = small.spec, silence({key: x.copy() for key, x in small.params.items()}, small.spec, how)
+    if how == "no probability":  # clip(1001 p - 1000, 0, 1) is 0 up to p = 0.999, and no query here has a single key
+        spec = replace(spec, attention=replace(spec.attention, softmax=Softmax.CLIPPED, gamma=-1000.0))
+    heads = HeadSums(spec)
+    marks = {"last": np.arange(spec.length)[None] == np.full((3, 1), spec.length - 1)}
+    heads.add(BACKENDS[backend](spec, params).attention(small.batch, marks, layer_inputs(spec)))
+    assert [head.reason for head in heads.result()] == [how] * spec.layers * spec.heads
 
 
 def test_kinds_of_tokens():
@@ -254,7 +303,16 @@ def test_the_command_writes_tables_and_pictures(files, tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} == wanted | ({"patches.png"} if name == "vit-tiny" else set())
     assert result["channels"][0]["channel"] == 7
     assert max(result["growth"], key=lambda row: row["inf_norm"] * row["stream"])["site"].startswith("layer.")
-    assert len(result["heads"]) == 16 and {"mass", "entropy", "update", "idle"} <= set(result["heads"][0])
+    assert len(result["heads"]) == 16 and {
+        "mass",
+        "entropy",
+        "update",
+        "idle",
+        "reason",
+        "gate",
+        "value",
+        "product",
+    } <= set(result["heads"][0])
     assert sum(kind["tokens"] for kind in result["kinds"]) == pytest.approx(1)
     assert sum(kind["outliers"] for kind in result["kinds"]) == pytest.approx(1)
     marks = {"bert-tiny": {"[CLS]", "[SEP]", "punctuation"}, "opt-tiny": {"first", "[SEP]", "punctuation"}}
