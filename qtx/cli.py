@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from qtx_ref.presets import PRESETS, attention, preset
-from qtx_ref.spec import SpecError, to_dict
+from qtx_ref.spec import SpecError, check_generation, to_dict
 
 from . import __version__
 from .commands.analyze import analyze
@@ -40,7 +40,7 @@ from .commands.parity import parity
 from .commands.ptq import ptq
 from .commands.quantize import quantize
 from .data import DataError, load
-from .engines.backend import MissingExtra, backend, need
+from .engines.backend import MissingExtra, need
 from .files.artifact import SUFFIX
 from .files.container import CheckpointError
 from .jobs.starts import continued, open_origin
@@ -253,7 +253,7 @@ def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, t
     opened = open_model(
         checkpoint, Machine(backend_name, device, dtype), data, tokenizer, recipe_name=recipe_name
     )  # fmt: skip
-    backend(backend_name).check_generation(opened.found.spec, {}, 1)
+    check_generation(opened.found.spec, {}, 1)
     need_head(checkpoint, opened)
     model = opened.model
     tokenizers = need("tokenizers", "text", "a prompt")
