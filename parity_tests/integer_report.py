@@ -157,7 +157,7 @@ def fake(low: Lowered) -> Model:
     return model
 
 
-class Keep(FakeQuant):
+class RecordSite(FakeQuant):
     """Keeps what it makes of one site."""
 
     def __init__(self, model: Model, site: str) -> None:
@@ -176,7 +176,7 @@ def last_residual(low: Lowered, batches: Sequence[Batch]) -> Tally:
     site = f"layer.{low.spec.layers - 1}.ffn.residual"
     scale, zero = (low.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
     model, free, tally = low.model(IntegerModel), fake(low), Tally()
-    nx = Keep(free, site)
+    nx = RecordSite(free, site)
     weights = {name: const(value) for name, value in free.weights.items()}
     for batch in batches:
         models.forward(nx, weights, low.spec, batch)

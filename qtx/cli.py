@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from qtx_ref.presets import PRESETS, attention, preset
-from qtx_ref.spec import SpecError, to_dict
+from qtx_ref.spec import SpecError, check_generation, to_dict
 
 from . import __version__
 from .commands.analyze import analyze
@@ -41,7 +41,7 @@ from .commands.ptq import ptq
 from .commands.quantize import quantize
 from .data import DataError, load
 from .data.tokenizing import encode_prompt, open_tokenizer
-from .engines.backend import MissingExtra, backend
+from .engines.backend import MissingExtra
 from .files.artifact import SUFFIX
 from .files.container import CheckpointError
 from .jobs.starts import continued, open_origin
@@ -254,7 +254,7 @@ def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, t
     opened = open_model(
         checkpoint, Machine(backend_name, device, dtype), data, tokenizer, recipe_name=recipe_name
     )  # fmt: skip
-    backend(backend_name).check_generation(opened.found.spec, {}, 1)
+    check_generation(opened.found.spec, {}, 1)
     need_head(checkpoint, opened)
     model = opened.model
     words, _, _ = open_tokenizer(opened.data.tokenizer_json, "a prompt")

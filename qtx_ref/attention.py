@@ -1,22 +1,15 @@
-"""Attention variants: how probabilities are made from scores, masks, and gates on the output.
+"""Attention variants: masks, and how probabilities are made from scores.
 
-Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4) and gated attention (eq. 5).
+Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4). The gates of eq. 5 are in `models.gate`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from . import ops
-from .spec import AttentionSpec, Gate, ModelSpec, Softmax
+from .spec import MASKS, AttentionSpec, Softmax
 from .tape import Var, const
-
-if TYPE_CHECKING:
-    from .numerics import Float
-
-Params = dict[str, Var]
 
 
 def probabilities(scores: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var | None = None) -> Var:
@@ -42,15 +35,16 @@ def probabilities(scores: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var 
 def boolean_mask(mask: np.ndarray) -> np.ndarray:
     """A boolean mask as it is; an additive one with 0 as true and -10000 and below as false.
 
-    Raises ValueError naming the first other value.
+    Raises ValueError naming the first other value, or an unsigned dtype, which has no negative number: a mask of 0 and 1
+    is not read as either kind.
     """
     if mask.dtype == bool:
         return mask
+    if mask.dtype.kind not in "if":
+        raise ValueError(f"attention mask is {mask.dtype}: {MASKS}")
     other = mask[~((mask == 0) | (mask <= -10000))]
     if other.size:
-        raise ValueError(
-            f"attention mask holds {other.flat[0]}: give booleans, or an additive mask of 0 (attend) and -10000 or below"
-        )
+        raise ValueError(f"attention mask holds {other.flat[0].item()}: {MASKS}")
     return mask == 0
 
 
@@ -63,29 +57,3 @@ def attention_mask(rows: np.ndarray | None, queries: int, keys: int, causal: boo
     if causal:
         mask = np.tril(mask, keys - queries)
     return mask if rows is None else mask & rows[:, None, None, :]
-
-
-def gate(nx: Float, p: Params, x: Var, context: Var, spec: ModelSpec, name: str) -> Var:
-    """sigmoid(logit) * context (times 1 / pi where rescaled), as the spec's gate says.
-
-    The logit is made from the attention's input x (B, T, D). context (B, T, D) has its heads side by side. Every form
-    but ELEMENTWISE has one logit per head.
-    """
-    kind, hidden, logit = spec.attention.gate, f"{name}.gate_hidden", f"{name}.gate_logit"
-    if kind is Gate.NONE:
-        return context
-    if kind is Gate.HEAD:
-        z = nx.parameter(logit, p)  # (H,)
-    elif kind is Gate.MLP:
-        h = nx.activation(hidden, nx.linear(hidden, x, p, named=False), "relu")  # (B, T, D) -> (B, T, H m)
-        z = nx.linear(logit, h, p)  # (B, T, H m) -> (B, T, H)
-    elif kind is Gate.HEAD_CONDITIONAL:
-        z = nx.mean(logit, nx.linear(logit, x, p, named=False))  # (B, T, H) -> (B, 1, H)
-    else:
-        z = nx.linear(logit, x, p)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
-    g = nx.activation(f"{name}.gate", z, "sigmoid")
-    if spec.attention.rescaled:
-        g = nx.scale(g, 1 / spec.attention.pi)
-    if kind is not Gate.ELEMENTWISE:
-        g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)
-    return nx.mul(f"{name}.gated", context, g)

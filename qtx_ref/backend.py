@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from . import models, stats
+from .attention import boolean_mask
 from .integer.lifting import real
 from .integer.model import Code, Integer
 from .models import opt
 from .models.initial import init_params, shapes
-from .numerics import Calibrate, FakeQuant, Float, Record
+from .numerics import Calibrate, FakeQuant, Float, Record, learned_scale_zero
 from .optim import AdamW
 from .spec import (
-    Family,
+    READ,
     Gate,
-    Granularity,
     InputTransform,
     ModelSpec,
     OptimSpec,
@@ -31,14 +31,17 @@ from .spec import (
     QuantSpec,
     Range,
     SpecError,
+    check_batch,
+    check_generation,
     check_integer,
+    check_marks,
+    check_tokens,
     trains,
 )
 from .tape import Var, backward, const, leaf
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
-LOCAL = (Granularity.TOKEN, Granularity.BLOCK)  # dynamic ranges that stay within a token
 DTYPES = ("float32", "float64")
 quiet = np.errstate(over="ignore", invalid="ignore")  # what overflows is seen in the result, and said there
 
@@ -102,25 +105,25 @@ class Model:
         found = dict(self.fixed)
         for site, spec in self.quants.items():
             if spec.learned:
-                scale = np.abs(self.learned[f"{site}.scale"])
-                zero = np.clip(np.rint(self.learned[f"{site}.zero_point"]), spec.code_min, spec.code_max).astype(
-                    np.int32
+                scale, zero = learned_scale_zero(
+                    self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec
                 )
                 found[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
         return found
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits, or hidden states of a model without head."""
-        return self._run(self._numerics(), batch).value
+        return self.compute(self._numerics(), self.accept(batch)).value
 
     @quiet
     def evaluate(self, batch: Batch) -> tuple[float, int, int]:
         """Summed negative log-likelihood in nats (float64), number of targets, number predicted right."""
-        logits = self._run(self._numerics(), batch)
-        targets = batch["targets"] if "targets" in batch else batch["labels"]
+        inputs = self.accept(batch)
+        logits = self.compute(self._numerics(), inputs)
+        targets = inputs["targets"] if "targets" in inputs else inputs["labels"]
         count = int((targets >= 0).sum())
         right = int(((logits.value.argmax(axis=-1) == targets) & (targets >= 0)).sum())
-        return float(models.loss(logits, batch).value) * count, count, right
+        return float(models.loss(logits, inputs).value) * count, count, right
 
     @quiet
     def gradients(
@@ -130,7 +133,8 @@ class Model:
         known = self.trainable()
         given = {name: leaf(x) if only is None or name in only else const(x) for name, x in known.items()}
         nx = self._numerics(given, training=training, seed=seed, step=step)
-        loss = models.loss(models.forward(nx, given, self.spec, self._inputs(batch)), batch)
+        inputs = self.accept(batch)
+        loss = models.loss(models.forward(nx, given, self.spec, inputs), inputs)
         leaves = {name: x for name, x in given.items() if x.wanted}
         return float(loss.value), dict(zip(leaves, backward(loss, leaves.values()), strict=True))
 
@@ -139,7 +143,7 @@ class Model:
     ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
         found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-        self._watch(batch, sites, lambda site, x, where: found.__setitem__(site, (x, where)))
+        self._show(batch, sites, lambda site, x, where: found.__setitem__(site, (x, where)))
         return found
 
     def statistics(
@@ -151,7 +155,7 @@ class Model:
         def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
             found[site] = stats.describe(x, where, units[site], names)
 
-        self._watch(batch, units, show)
+        self._show(batch, units, show)
         return found
 
     def input_moments(
@@ -159,14 +163,12 @@ class Model:
     ) -> dict[str, Arrays]:
         """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward pass."""
         found: dict[str, Arrays] = {}
-        last: list = [None, {}]  # query, key and value take in one tensor
+        memo = stats.Memo(lambda x, where: stats.moments(x, where, names))
 
         def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
-            if x is not last[0]:
-                last[:] = x, stats.moments(x, where, names)
-            found[site.removesuffix(".input")] = last[1]
+            found[site.removesuffix(".input")] = memo.get(x, where)
 
-        self._watch(batch, [f"{site}.input" for site in sites], show)
+        self._show(batch, [f"{site}.input" for site in sites], show)
         return found
 
     def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
@@ -176,6 +178,7 @@ class Model:
 
         streams: for each layer the site that its attention's output is added to.
         """
+        check_marks(self.spec, batch, marks)
         sums: list[Arrays] = [{} for _ in streams]
         residuals: Arrays = {}
         heads = self.spec.heads
@@ -199,7 +202,7 @@ class Model:
 
         parts = ("probs", "value", "context", "output.input", *(["gate"] * (self.spec.attention.gate is not Gate.NONE)))
         sites = {f"layer.{i}.attn.{part}" for i in range(self.spec.layers) for part in parts}
-        self._watch(batch, sites | set(streams), show)
+        self._show(batch, sites | set(streams), show)
         return sums
 
     def calibrate(
@@ -215,24 +218,43 @@ class Model:
         site without finite values."""
         nx = Calibrate(quants, quantize=quantize, masked_scores=masked_scores, transforms=transforms)
         for batch in batches:
-            self._run(nx, batch)
+            self.compute(nx, self.accept(batch))
         return nx.ranges()
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """`count` further tokens after tokens (B, T), each chosen from logits (B, V) -> (B,); keys and values are cached.
 
         Raises:
-            SpecError: the model is not causal, the text would outgrow it, or a quantizer would see the future.
+            SpecError: the model is not causal, the text would outgrow it, a quantizer would see the future, or tokens,
+                given or chosen, are none of the model's.
         """
         check_generation(self.spec, self.quants, tokens.shape[1] + count)
+        check_tokens(self.spec, tokens)
         cache: list = []
         fresh, nx = tokens, self._numerics()
-        weights = {name: const(value) for name, value in self.weights.items()}
         for _ in range(count):
-            logits = opt.forward(nx, weights, self.spec, {"tokens": fresh}, cache)
-            fresh = choose(logits.value[:, -1])[:, None]
+            logits = self.compute(nx, to_arrays({"tokens": fresh}, np.dtype(np.float32)), cache)
+            fresh = np.asarray(choose(logits.value[:, -1]))[:, None]
+            check_tokens(self.spec, fresh)
             tokens = np.concatenate([tokens, fresh], axis=1)
         return tokens
+
+    def accept(self, batch: Batch) -> Batch:
+        """The batch as `compute` takes it: whole numbers int64, the mask boolean, images in the parameters' dtype.
+
+        Raises SpecError where it is not one of this model's (`spec.check_batch`), ValueError for a mask that is neither
+        boolean nor additive.
+        """
+        check_batch(self.spec, batch)
+        return to_arrays(batch, next(iter(self.weights.values())).dtype)
+
+    @quiet
+    def compute(self, nx: Float, inputs: Batch, cache: list | None = None) -> Var:
+        """A forward pass of what `accept` gave under a numerics; cache as `models.opt` takes it."""
+        weights = {name: const(value) for name, value in self.weights.items()}
+        if cache is None:
+            return models.forward(nx, weights, self.spec, inputs)
+        return opt.forward(nx, weights, self.spec, inputs, cache)
 
     def _numerics(self, leaves: Mapping[str, Var] | None = None, **context: Any) -> Float:
         context["transforms"] = self.transforms
@@ -241,24 +263,15 @@ class Model:
         learned = leaves or {name: const(value) for name, value in self.learned.items()}
         return FakeQuant(self.quants, self.fixed, learned, masked_scores=self.masked_scores, **context)
 
-    def _watch(
+    def _show(
         self,
         batch: Batch,
         sites: Iterable[str] | None,
         show: Callable[[str, np.ndarray, np.ndarray | None], None],
     ) -> None:
         """A float forward pass that shows the results, or operands, of `sites`."""
-        self._run(Record(show, None if sites is None else set(sites), transforms=self.transforms), batch)
-
-    @quiet
-    def _run(self, nx: Float, batch: Batch) -> Var:
-        weights = {name: const(value) for name, value in self.weights.items()}
-        return models.forward(nx, weights, self.spec, self._inputs(batch))
-
-    def _inputs(self, batch: Batch) -> Batch:
-        """The batch, its images in the parameters' dtype."""
-        dtype = next(iter(self.weights.values())).dtype
-        return {name: value.astype(dtype) if name == "images" else value for name, value in batch.items()}
+        nx = Record(show, None if sites is None else set(sites), transforms=self.transforms)
+        self.compute(nx, self.accept(batch))
 
 
 class IntegerModel:
@@ -287,50 +300,61 @@ class IntegerModel:
         self.profile = profile
         self.strict = strict
 
-    def run(self, batch: Batch, watch: Callable[[str, np.ndarray], None] | None = None) -> Output:
-        """The model's output. `watch(name, value)` is shown every site's codes, and `<site>.accumulator`s."""
-        nx = self._numerics(watch)
-        return self._output(models.forward(nx, {}, self.spec, batch))
+    def run(self, batch: Batch, record: Callable[[str, np.ndarray], None] | None = None) -> Output:
+        """The model's output. `record(name, value)` is shown every site's codes, and `<site>.accumulator`s."""
+        return self.read_output(self.compute(self.make_numerics(record), self.accept(batch)))
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """`count` further tokens after tokens (B, T), each chosen from logits (B, V), float64 -> (B,). Keys and values are
         cached as codes. Raises SpecError as `Model.generate`."""
         check_generation(self.spec, self.quants, tokens.shape[1] + count)
+        check_tokens(self.spec, tokens)
         cache: list = []
-        fresh, nx = tokens, self._numerics(None)
+        fresh, nx = tokens, self.make_numerics()
         for _ in range(count):
-            logits = real(self._output(opt.forward(nx, {}, self.spec, {"tokens": fresh}, cache)))
-            fresh = choose(logits[:, -1])[:, None]
+            inputs = to_arrays({"tokens": fresh}, np.dtype(np.float32))
+            logits = real(self.read_output(self.compute(nx, inputs, cache)))
+            fresh = np.asarray(choose(logits[:, -1]))[:, None]
+            check_tokens(self.spec, fresh)
             tokens = np.concatenate([tokens, fresh], axis=1)
         return tokens
 
-    def _numerics(self, watch: Callable[[str, np.ndarray], None] | None) -> Integer:
-        shown = None if watch is None else lambda name, value: watch(name, np.asarray(value))
-        return Integer(self.constants, self.quants, self.profile, strict=self.strict, watch=shown)
+    def accept(self, batch: Batch) -> Batch:
+        """The batch as `compute` takes it: whole numbers int64, the mask boolean, images float32. Raises as `Model`'s."""
+        check_batch(self.spec, batch)
+        return to_arrays(batch, np.dtype(np.float32))
 
-    def _output(self, out: Code) -> Output:
+    def make_numerics(self, record: Callable[[str, np.ndarray], None] | None = None) -> Integer:
+        """The arithmetic of one or more forward passes; `record` as in `run`."""
+        show = None if record is None else lambda name, value: record(name, np.asarray(value))
+        return Integer(self.constants, self.quants, self.profile, strict=self.strict, record=show)
+
+    def compute(self, nx: Integer, inputs: Batch, cache: list | None = None) -> Code:
+        """A forward pass of what `accept` gave; cache as `models.opt` takes it."""
+        if cache is None:
+            return models.forward(nx, {}, self.spec, inputs)
+        return opt.forward(nx, {}, self.spec, inputs, cache)
+
+    def read_output(self, out: Code) -> Output:
+        """What `compute` gave as arrays, with the scale that it has."""
         scale = out.unit if out.measured else self.constants["output.scale"]
         return Output(np.asarray(out.value), np.asarray(scale, np.float64), np.asarray(out.zero_point))
+
+
+def to_arrays(batch: Batch, dtype: np.dtype) -> Arrays:
+    """What a model reads of a batch: whole numbers int64, the mask boolean, images in `dtype`."""
+    found = {name: np.asarray(batch[name]) for name in READ if name in batch}
+    for name, value in found.items():
+        if name == "mask":
+            found[name] = boolean_mask(value)
+        else:
+            found[name] = value.astype(dtype if name == "images" else np.int64)
+    return found
 
 
 def check_device(name: str) -> None:
     if name != "cpu":
         raise SpecError(f"device is {name!r}: the reference runs on cpu; use --backend torch for others")
-
-
-def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:
-    """Raises SpecError where a model cannot generate `length` tokens in all under these quantizers."""
-    if spec.family is not Family.OPT:
-        raise SpecError(f"model family is {spec.family}: only a causal model (opt) generates")
-    if length > spec.length:
-        raise SpecError(f"text of {length} tokens: the model's length is {spec.length}; ask for fewer tokens")
-    for site, quant in quants.items():
-        local = quant.granularity in LOCAL and quant.outliers is None  # a channel of outliers is one for all tokens
-        if quant.dynamic and not local and not site.endswith(".weight"):
-            raise SpecError(
-                f"site {site} has a dynamic range over more than one token, so it would see the future: "
-                "use a static range, or one per token or block"
-            )
 
 
 class Trainer:
@@ -378,4 +402,4 @@ def threads() -> int:
     return os.cpu_count() or 1
 
 
-__all__ = ["Batch", "IntegerModel", "Model", "Trainer", "check_generation", "init_params", "shapes", "threads"]
+__all__ = ["Batch", "IntegerModel", "Model", "Trainer", "init_params", "shapes", "threads"]

@@ -292,14 +292,20 @@ def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: Quant
     return node(y, (x, lambda g: g * inside))
 
 
+def learned_scale_zero(scale: np.ndarray, zero_point: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The scale and zero point that learned ones, float32, stand for: |scale|, no smaller than the smallest normal
+    float32, and the nearest code, int32."""
+    zero = np.clip(np.rint(zero_point), spec.code_min, spec.code_max).astype(np.int32)
+    return np.maximum(np.abs(scale), affine.TINY), zero
+
+
 def learned_quantize(x: Var, scale: Var, zero_point: Var, spec: QuantSpec) -> Var:
     """Learned step size (Esser et al. 2020, eq. 3 and 5) with a learned zero point (Bhalgat et al. 2020).
 
     With v = x / s and z the rounded zero point: dx = g inside; ds = g (round(v) - v) inside and g (limit - z) outside;
     dz = -g s outside and 0 inside. ds and dz are multiplied by 1 / sqrt(elements per range * code_max).
     """
-    z = np.clip(np.rint(zero_point.value), spec.code_min, spec.code_max).astype(np.int32)
-    s = np.maximum(np.abs(scale.value), affine.TINY)
+    s, z = learned_scale_zero(scale.value, zero_point.value, spec)
     y, inside = affine.fake_quantize(x.value, s, z, spec)
     v = x.value / s
     level = affine.rounded(x.value, s, z)

@@ -135,21 +135,21 @@ def layer_norm(x: Var, weight: Var, bias: Var, eps: float) -> Var:
 def softmax(x: Var, mask: np.ndarray | None = None, sink: Var | None = None) -> Var:
     """p_i = exp(x_i - m) / (sum_j exp(x_j - m) + exp(s - m)) over the last axis, m the largest exponent.
 
-    mask, boolean and broadcast, is true where a key may be attended to. Masked keys get 0, and so does a row without
-    keys: its sum is empty, and 0 / 0 is read as 0 (attending to nothing adds nothing).
+    mask, boolean and broadcast, is true where a key may be attended to. Masked keys get 0 whatever their score, NaN and
+    infinities too, and so does a row without keys: its sum is empty, and 0 / 0 is read as 0 (attending to nothing adds
+    nothing). A row is NaN, masked keys too, where it may attend to NaN or infinity, or to -infinity alone.
     sink s, broadcast to (..., 1), takes probability that no key receives: 0 for softmax1, learned for a sink per head.
     dx = p (g - sum_j g_j p_j), ds = -(1 - sum p) sum_j g_j p_j.
     """
     v = x.value.astype(np.float64)
     keep = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)
     top = np.max(v, axis=-1, keepdims=True, where=keep, initial=-np.inf)
-    if sink is not None:
-        top = np.maximum(top, sink.value)
-    top = np.where(np.isfinite(top), top, 0.0)
-    e = np.where(keep, np.exp(np.where(keep, v, top) - top), 0.0)
-    rest = 0.0 if sink is None else np.exp(sink.value - top)
-    denominator = e.sum(axis=-1, keepdims=True) + rest
-    p = e / np.where(denominator == 0, 1.0, denominator)
+    top = np.where(keep.any(axis=-1, keepdims=True), top, 0.0) if sink is None else np.maximum(top, sink.value)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        e = np.where(keep, np.exp(np.where(keep, v, top) - top), 0.0)
+        rest = 0.0 if sink is None else np.exp(sink.value - top)
+        denominator = e.sum(axis=-1, keepdims=True) + rest
+        p = e / np.where(denominator == 0, 1.0, denominator)
 
     def inner(g: np.ndarray) -> np.ndarray:
         return (g * p).sum(axis=-1, keepdims=True)

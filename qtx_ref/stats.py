@@ -11,18 +11,23 @@ channels. `where`, true at elements that count, is (B, T, 1) for the first and (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from scipy.special import entr
 
-SIGMAS = 6.0  # an outlier is farther than this many deviations from the mean of its own sequence
-BINS = 2**14  # of |x|: the eight exponent bits of a float32 and the first six bits of its fraction
-DROPPED = 17  # bits of the fraction that a bin does not tell apart
-STATISTICS = (
-    "inf_norm", "kurtosis_published", "kurtosis", "moments", "lowest", "highest", "energy", "histogram",
-    "beyond_channels", "beyond_tokens",
-)  # fmt: skip
+from .spec import (
+    BINS,
+    DROPPED,
+    MOMENTS,
+    SIGMAS,
+    STATISTICS,
+    check_where,
+)
+
+# infinity minus infinity is NaN and says so in the result
+quiet = np.errstate(over="ignore", invalid="ignore")
 
 
 def _sequences(x: np.ndarray, where: np.ndarray | None) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -42,16 +47,51 @@ def _sequences(x: np.ndarray, where: np.ndarray | None) -> Iterator[tuple[int, n
             yield i, real, values[real]
 
 
+class Memo:
+    """A result made once for a value that comes several times in a row, as one tensor that several linears take in.
+
+    The value is told by identity, and held until another comes, so that no new one can pass for it."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        """make: called with the value and what else `get` is given, which belongs to the value."""
+        self.make = make
+        self.value: Any = None
+        self.result: Any = None
+
+    def get(self, value: Any, *rest: Any) -> Any:
+        """make(value, *rest), or what it gave for this value just before."""
+        if value is not self.value:
+            self.value, self.result = value, self.make(value, *rest)
+        return self.result
+
+
+def at_least(x: np.ndarray, axes: int) -> np.ndarray:
+    """x with so many axes or more: a number is a vector of one, and a vector one row."""
+    return x.reshape((1,) * (axes - x.ndim) + x.shape)
+
+
+def check_places(x: np.ndarray, where: np.ndarray | None) -> None:
+    """Raises ValueError where a mask is not boolean or not of x's places: one for all channels, or all heads."""
+    if where is not None:
+        places = (len(x), 1, *x.shape[2:]) if x.ndim == 4 else (*x.shape[:-1], 1)
+        check_where(where.dtype == bool, where.shape, places)
+
+
+@quiet
 def central_moments(values: np.ndarray) -> np.ndarray:
     """Count, mean, and sums of the second, third and fourth powers of the deviations from it, of each row of (U, N):
-    (U, 5) float64."""
+    (U, 5) float64; zeros without elements."""
+    if not values.shape[1]:
+        return np.zeros((len(values), 5))
     wide = values.astype(np.float64)
-    mean = wide.mean(axis=1)
+    low, high = wide.min(axis=1), wide.max(axis=1)
+    mean = np.where(low == high, low, wide.mean(axis=1))  # of equal numbers the mean is that number, without rounding
     deviation = wide - mean[:, None]
     powers = [(deviation**k).sum(axis=1) for k in (2, 3, 4)]
     return np.stack([np.full_like(mean, values.shape[1]), mean, *powers], axis=1)
 
 
+@quiet
 def kurtosis_published(moments: np.ndarray) -> np.ndarray:
     """m4 / (s^4 + 1e-6) with the unbiased deviation s, of moments (..., 5), as in the published code; a normal variable has
     about 3."""
@@ -59,12 +99,15 @@ def kurtosis_published(moments: np.ndarray) -> np.ndarray:
     return fourth / n / ((second / np.maximum(n - 1, 1)) ** 2 + 1e-6)
 
 
+@quiet
 def kurtosis(moments: np.ndarray) -> np.ndarray:
-    """m4 / m2^2, of moments (..., 5): the textbook definition (Pearson), 3 for a normal variable; 0 where all are equal."""
+    """m4 / m2^2, of moments (..., 5): the textbook definition (Pearson), 3 for a normal variable; 0 where all are equal,
+    NaN where one is not finite."""
     n, _, second, _, fourth = np.moveaxis(moments, -1, 0)
-    return np.divide(n * fourth, second**2, out=np.zeros_like(fourth), where=second > 0)
+    return np.divide(n * fourth, second**2, out=np.zeros_like(fourth), where=second != 0)
 
 
+@quiet
 def magnitude_bins(x: np.ndarray) -> np.ndarray:
     """The bin of each |x|, int32 below BINS: the first bits of its float32 pattern, the sign apart."""
     return (np.abs(x.astype(np.float32)).view(np.uint32) >> DROPPED).astype(np.int32)
@@ -77,14 +120,14 @@ def top_share(energy: np.ndarray, fraction: float) -> float:
     return float(np.sort(energy)[-count:].sum()) / whole if whole else 0.0
 
 
-MOMENTS = ("count", "sum", "absmax", "gram")
-
-
+@quiet
 def moments(x: np.ndarray, where: np.ndarray | None = None, names: tuple[str, ...] = MOMENTS) -> dict[str, np.ndarray]:
     """Of the rows of x (..., I) that count: their number (), and in float64 their sum (I,), the largest magnitude (I,) and
     x^T x (I, I), the Gram matrix."""
+    x = at_least(x, 1)
+    check_places(x, where)
     keep = np.ones((*x.shape[:-1], 1), bool) if where is None else np.broadcast_to(where, (*x.shape[:-1], 1))
-    rows = x.reshape(-1, x.shape[-1])[keep.reshape(-1)].astype(np.float64)
+    rows = x.reshape(keep.size, x.shape[-1])[keep.reshape(-1)].astype(np.float64)
     make = {
         "count": lambda: np.array(len(rows)),
         "sum": lambda: rows.sum(axis=0),
@@ -94,6 +137,7 @@ def moments(x: np.ndarray, where: np.ndarray | None = None, names: tuple[str, ..
     return {name: make[name]() for name in names}
 
 
+@quiet
 def describe(
     x: np.ndarray, where: np.ndarray | None = None, unit: str = "sequence", names: tuple[str, ...] = STATISTICS
 ) -> dict[str, np.ndarray]:
@@ -105,12 +149,13 @@ def describe(
     their own sequence. `beyond_tokens`: those by token, (B, T) of (B, T, C), and by sequence, (B, 1), of other tensors.
     `histogram` (BINS,): the number of |x| in each bin.
     """
-    x = x[None] if x.ndim == 1 else x
+    x = at_least(x, 2)
+    check_places(x, where)
     channels = x.shape[1 if x.ndim == 4 else -1]
     ends, moments = [np.zeros((0, 2))], [np.zeros((0, 5))]
     energy, histogram, far_channels = np.zeros(channels), np.zeros(BINS, np.int64), np.zeros(channels, np.int64)
     far_tokens = np.zeros(x.shape[:2] if x.ndim == 3 else (len(x), 1), np.int64)
-    for i, real, values in _sequences(x, where):
+    for i, real, values in _sequences(x, where) if x.size else ():
         wide = values.astype(np.float64)
         rows = wide if unit == "token" else wide.reshape(1, -1)
         ends.append(np.stack([rows.min(axis=1), rows.max(axis=1)], axis=1))
@@ -149,6 +194,7 @@ def attention(probs: np.ndarray, where: np.ndarray, marks: Mapping[str, np.ndarr
     largest value, the logarithm of the number of keys, over the `choices`, queries with more than one key. `kept`: the
     probability given to all keys, of which clipping and sinks leave less than 1.
     """
+    check_places(probs, where)
     keep = np.broadcast_to(where, (len(probs), 1, *probs.shape[2:]))
     keys = keep.sum(axis=-1)  # (B, 1, Tq)
     p = np.where(keep, probs.astype(np.float64), 0.0)
@@ -169,22 +215,26 @@ def attention(probs: np.ndarray, where: np.ndarray, marks: Mapping[str, np.ndarr
     return found
 
 
+@quiet
 def updates(
     context: np.ndarray, weight: np.ndarray, residual: np.ndarray, where: np.ndarray | None, heads: int
 ) -> dict[str, np.ndarray]:
     """How large each head's part of the attention's output is against what it is added to, summed over real tokens.
 
     context (B, T, D), what enters the output projection, heads side by side; weight (D, D) of that projection; residual
-    (B, T, D); where (B, T, 1). `update` (H,): the L2 norm of a head's part over that of the residual; `tokens`: how many.
+    (B, T, D); where (B, T, 1). `update` (H,): the L2 norm of a head's part over that of the residual, NaN where a token's
+    is not finite; `tokens`: how many.
     """
-    real = np.ones(context.shape[:2], bool) if where is None else where[..., 0]
+    check_places(context, where)
+    real = np.broadcast_to(True if where is None else where, (*context.shape[:2], 1))[..., 0]
     c, r = context[real].astype(np.float64), residual[real].astype(np.float64)  # (N, D)
     against = np.linalg.norm(r, axis=-1)
     width = c.shape[1] // heads
     sums = []
     for part in (slice(h * width, (h + 1) * width) for h in range(heads)):
         size = np.linalg.norm(c[:, part] @ weight[:, part].astype(np.float64).T, axis=-1)
-        sums.append(np.divide(size, against, out=np.zeros_like(size), where=against > 0).sum())
+        ratio = np.divide(size, against, out=np.zeros_like(size), where=against != 0)
+        sums.append(np.where(np.isfinite(ratio), ratio, np.nan).sum())
     return {"update": np.array(sums), "tokens": np.full(heads, len(c))}
 
 

@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 
-from . import models
 from .backend import Batch, IntegerModel, Model
 from .integer import products as integer
 from .integer.model import Code, Integer
@@ -51,7 +50,7 @@ def products(model: IntegerModel, batch: Batch) -> tuple[list[tuple[str, str, fl
     """(site, kernel, seconds) of every integer matmul of one pass, in its order, and the seconds of the pass."""
     nx = TimedInteger(model.constants, model.quants, model.profile, strict=model.strict)
     start = time.perf_counter()
-    models.forward(nx, {}, model.spec, batch)
+    model.compute(nx, model.accept(batch))
     return nx.timed, time.perf_counter() - start
 
 
@@ -59,5 +58,5 @@ def quantizers(model: Model, batch: Batch) -> tuple[list[tuple[str, float]], flo
     """(site, seconds) of every fake quantizer of one pass, in its order, and the seconds of the pass."""
     nx = TimedFakeQuant(model.quants, model.ranges(), masked_scores=model.masked_scores)
     start = time.perf_counter()
-    model._run(nx, batch)
+    model.compute(nx, model.accept(batch))
     return nx.timed, time.perf_counter() - start

@@ -1,4 +1,7 @@
-"""The way from NumPy to a device and back."""
+"""The way from NumPy to a device and back.
+
+Not in the reference: its arrays are NumPy's already.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import SpecError
+from qtx_ref.spec import READ, SpecError
 
 from .attention import boolean_mask
 
@@ -16,12 +19,24 @@ Batch = Mapping[str, np.ndarray]
 
 
 def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
-    """The batch on the device; a mask without padding becomes None, which spares the kernels a mask."""
-    found: dict[str, Tensor | None] = {name: torch.tensor(value) for name, value in batch.items()}
-    if "mask" in found:
-        rows = boolean_mask(found["mask"])
-        found["mask"] = None if rows.all() else rows
+    """What a model reads of a batch, on the device: whole numbers int64; a boolean mask, or None without padding, which
+    spares the kernels a mask. Raises ValueError for a mask that is neither boolean nor additive."""
+    found: dict[str, Tensor | None] = {}
+    for name in READ:
+        if name == "mask" and name in batch:
+            rows = boolean_mask(torch.tensor(native(np.asarray(batch[name]))))
+            found[name] = None if rows.all() else rows
+        elif name in batch:
+            value = native(np.asarray(batch[name]))
+            found[name] = torch.tensor(value if name == "images" else value.astype(np.int64))
     return {name: None if value is None else value.to(device) for name, value in found.items()}
+
+
+def native(x: np.ndarray) -> np.ndarray:
+    """The same numbers in an order and a dtype that torch has: no negative strides, no bytes the other way round, float64
+    for a wider float."""
+    wide = x.dtype.kind == "f" and x.dtype.itemsize > 8
+    return np.array(x, np.float64 if wide else x.dtype.newbyteorder("="), order="C")
 
 
 def find_device(name: str) -> torch.device:

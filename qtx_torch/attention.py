@@ -1,25 +1,22 @@
-"""Attention variants: how probabilities are made from scores, masks, and gates on the output.
+"""Attention variants: masks, and how probabilities are made from scores.
 
-Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4) and gated attention (eq. 5).
+Differs from the reference: Mask, make_mask, masked_probabilities, fused: kernels want a mask in several forms.
+
+Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4). The gates of eq. 5 are in `models.gate`.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from qtx_ref.spec import AttentionSpec, Gate, ModelSpec, Softmax
+from qtx_ref.spec import MASKS, AttentionSpec, Softmax
 
 from . import ops
-from .sites import Linear, Site
-
-if TYPE_CHECKING:
-    from .numerics import Float
 
 
 def attention_mask(rows: Tensor | None, queries: int, keys: int, causal: bool) -> Tensor:
@@ -36,15 +33,18 @@ def attention_mask(rows: Tensor | None, queries: int, keys: int, causal: bool) -
 def boolean_mask(mask: Tensor) -> Tensor:
     """A boolean mask as it is; an additive one with 0 as true and -10000 and below as false.
 
-    Raises ValueError naming the first other value.
+    Raises ValueError naming the first other value, or an unsigned dtype, which has no negative number: a mask of 0 and 1
+    is not read as either kind.
     """
     if mask.dtype == torch.bool:
         return mask
+    if not (mask.dtype.is_signed and not mask.dtype.is_complex):
+        raise ValueError(f"attention mask is {str(mask.dtype).removeprefix('torch.')}: {MASKS}")
+    if not mask.is_floating_point():
+        mask = mask.long()  # -10000 has to exist
     other = mask[~((mask == 0) | (mask <= -10000))]
     if other.numel():
-        raise ValueError(
-            f"attention mask holds {other[0].item()}: give booleans, or an additive mask of 0 (attend) and -10000 or below"
-        )
+        raise ValueError(f"attention mask holds {other[0].item()}: {MASKS}")
     return mask == 0
 
 
@@ -74,8 +74,17 @@ class Mask:
         """
         if self.full:
             return None
-        opened = self.allowed if self.empty is None else self.allowed | self.empty
-        return torch.zeros(opened.shape, dtype=self.dtype, device=opened.device).masked_fill_(~opened, -math.inf)
+        zeros = torch.zeros(self.hidden.shape, dtype=self.dtype, device=self.hidden.device)
+        return zeros.masked_fill_(self.hidden, -math.inf)
+
+    def hide(self, scores: Tensor) -> Tensor:
+        """scores (B, H, Tq, Tk) with -inf at masked keys, whatever was there; as they are at queries without keys."""
+        return scores if self.full else scores.masked_fill(self.hidden, -math.inf)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """True at keys to be hidden: all that are masked, but none from a query without keys."""
+        return ~(self.allowed if self.empty is None else self.allowed | self.empty)
 
     def close(self, x: Tensor) -> Tensor:
         """x (B, H, Tq, n) with zeros at queries without keys."""
@@ -97,11 +106,11 @@ def probabilities(scores: Tensor, mask: Tensor, spec: AttentionSpec, sink: Tenso
     with each row's own, -alpha / number of keys. Rows without keys give zeros in every variant.
     """
     m = Mask(mask, scores.dtype)
-    return masked_probabilities(scores + m.bias, m, spec, sink)
+    return masked_probabilities(m.hide(scores), m, spec, sink)
 
 
 def masked_probabilities(scores: Tensor, mask: Mask, spec: AttentionSpec, sink: Tensor | None) -> Tensor:
-    """`probabilities` of scores to which the mask's bias has been added."""
+    """`probabilities` of scores whose masked keys are hidden."""
     if spec.softmax is Softmax.PLUS_ONE:
         p = ops.softmax(scores, sink=scores.new_zeros(1))
     elif spec.softmax is Softmax.SINK:
@@ -120,51 +129,3 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(K)) v in one kernel: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, H, Tq, K)."""
     bias = None if mask.triangle else mask.bias
     return mask.close(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=mask.triangle))
-
-
-def gate_sites(spec: ModelSpec) -> dict[str, Site]:
-    """The sites that the spec's gate adds to an attention, by name within it."""
-    kind, h, k, d, m = spec.attention.gate, spec.heads, spec.head_width, spec.width, spec.gate_hidden
-    if kind is Gate.NONE:
-        return {}
-    found: dict[str, Site] = {}
-    if kind is Gate.HEAD:
-        found["gate_logit"] = Site(bias=(h,))
-    elif kind is Gate.MLP:
-        found["gate_hidden"] = Linear(m, k, heads=h)
-        found["gate_logit"] = Linear(1, m, heads=h)
-    elif kind is Gate.ALL_FEATURES:
-        found["gate_logit"] = Linear(h, d)
-    elif kind is Gate.ELEMENTWISE:
-        found["gate_logit"] = Linear(d, d, bias=False)
-    else:
-        found["gate_logit"] = Linear(1, k, heads=h)
-    return found | {"gate": Site(), "gated": Site()}
-
-
-def gate(nx: Float, attn: nn.Module, x: Tensor, context: Tensor, spec: ModelSpec) -> Tensor:
-    """sigmoid(logit) * context (times 1 / pi where rescaled), as the spec's gate says.
-
-    The logit is made from the attention's input x (B, T, D). context (B, T, D) has its heads side by side. Every form
-    but ELEMENTWISE has one logit per head.
-    """
-    kind = spec.attention.gate
-    if kind is Gate.NONE:
-        return context
-    if kind is Gate.HEAD:
-        z = nx.parameter(attn.gate_logit)  # (H,)
-    elif kind is Gate.MLP:
-        h = nx.activation(
-            attn.gate_hidden, nx.linear(attn.gate_hidden, x, named=False), "relu"
-        )  # (B, T, D) -> (B, T, H m)
-        z = nx.linear(attn.gate_logit, h)  # (B, T, H m) -> (B, T, H)
-    elif kind is Gate.HEAD_CONDITIONAL:
-        z = nx.mean(attn.gate_logit, nx.linear(attn.gate_logit, x, named=False))  # (B, T, H) -> (B, 1, H)
-    else:
-        z = nx.linear(attn.gate_logit, x)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
-    g = nx.activation(attn.gate, z, "sigmoid")
-    if spec.attention.rescaled:
-        g = nx.scale(g, 1 / spec.attention.pi)
-    if kind is not Gate.ELEMENTWISE:
-        g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)
-    return nx.mul(attn.gated, context, g)

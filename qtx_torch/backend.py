@@ -1,21 +1,22 @@
 """torch behind the interface that both backends share: a `Model` and a `Trainer`.
 
+Differs from the reference: check_device, to_arrays: `arrays` finds the device and takes a batch there.
+Differs from the reference: Model.leaves, Model.backward: the optimizer works on tensors, and the results are arrays.
+
 Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qtx_ref.spec import (
-    Family,
     Gate,
-    Granularity,
     InputTransform,
     ModelSpec,
     OptimSpec,
@@ -25,20 +26,30 @@ from qtx_ref.spec import (
     QuantSpec,
     Range,
     SpecError,
+    check_batch,
+    check_generation,
     check_integer,
+    check_marks,
+    check_tokens,
     trains,
 )
 
 from . import models, stats
 from .arrays import find_device, to_numpy, to_tensors
 from .integer.model import Code, Integer, Whole
-from .numerics import Calibrate, FakeQuant, Float, Record, Transformed
+from .numerics import (
+    Calibrate,
+    FakeQuant,
+    Float,
+    Record,
+    Transformed,
+    learned_scale_zero,
+)
 from .optim import AdamW
 from .sites import attach, attached, slots, transform, transforming
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
-LOCAL = (Granularity.TOKEN, Granularity.BLOCK)  # dynamic ranges that stay within a token
 DTYPES = ("float32", "float64", "bfloat16")
 
 
@@ -110,21 +121,21 @@ class Model:
         found = dict(self.fixed)
         for site, spec in self.quants.items():
             if spec.learned:
-                scale, zero = (to_numpy(self.learned[f"{site}.{name}"]) for name in ("scale", "zero_point"))
-                scale, zero = np.abs(scale), np.clip(np.rint(zero), spec.code_min, spec.code_max).astype(np.int32)
+                held = (self.learned[f"{site}.{name}"] for name in ("scale", "zero_point"))
+                scale, zero = map(to_numpy, learned_scale_zero(*held, spec))
                 found[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
         return found
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits, or hidden states of a model without head."""
-        return to_numpy(self._run(Float(), self._inputs(batch)))
+        return to_numpy(self.compute(Float(), self.accept(batch)))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int, int]:
         """Summed negative log-likelihood in nats (float64), number of targets, number predicted right."""
-        inputs = self._inputs(batch)
-        logits = self._run(Float(), inputs)
+        inputs = self.accept(batch)
+        logits = self.compute(Float(), inputs)
         targets = inputs["targets"] if "targets" in inputs else inputs["labels"]
         count = int((targets >= 0).sum())
         right = int(((logits.argmax(dim=-1) == targets) & (targets >= 0)).sum())
@@ -139,11 +150,11 @@ class Model:
 
     def backward(self, batch: Batch, nx: Float, only: Collection[str] | None = None) -> tuple[float, dict[str, Tensor]]:
         """`gradients` under a numerics, as tensors; zeros where the loss does not depend on a parameter."""
-        leaves, inputs = self.leaves(), self._inputs(batch)
+        leaves, inputs = self.leaves(), self.accept(batch)
         for name, value in leaves.items():
             value.grad = None
             value.requires_grad_(only is None or name in only)
-        loss = models.loss(self._run(nx, inputs), inputs)
+        loss = models.loss(self.compute(nx, inputs), inputs)
         loss.backward()
         wanted = {name: value for name, value in leaves.items() if value.requires_grad}
         return loss.item(), {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in wanted.items()}
@@ -157,7 +168,7 @@ class Model:
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
             found[site] = (to_numpy(x), None if where is None else to_numpy(where))
 
-        self._watch(batch, self._results() if sites is None else sites, show)
+        self._show(batch, self._results() if sites is None else sites, show)
         return found
 
     def statistics(
@@ -169,7 +180,7 @@ class Model:
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
             found[site] = {k: to_numpy(v) for k, v in stats.describe(x, where, units[site], names).items()}
 
-        self._watch(batch, units, show)
+        self._show(batch, units, show)
         return found
 
     def input_moments(
@@ -177,17 +188,12 @@ class Model:
     ) -> dict[str, Arrays]:
         """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward pass."""
         found: dict[str, Arrays] = {}
-        last: list = [
-            None,
-            {},
-        ]  # query, key and value take in one tensor, which is held so that no other takes its place
+        memo = stats.Memo(lambda x, where: {k: to_numpy(v) for k, v in stats.moments(x, where, names).items()})
 
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
-            if last[0] is None or (x.data_ptr(), x.shape) != (last[0].data_ptr(), last[0].shape):
-                last[:] = x, {name: to_numpy(value) for name, value in stats.moments(x, where, names).items()}
-            found[site.removesuffix(".input")] = last[1]
+            found[site.removesuffix(".input")] = memo.get(x, where)
 
-        self._watch(batch, [f"{site}.input" for site in sites], show)
+        self._show(batch, [f"{site}.input" for site in sites], show)
         return found
 
     def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
@@ -197,7 +203,8 @@ class Model:
 
         streams: for each layer the site that its attention's output is added to.
         """
-        keys = {mark: torch.tensor(value, device=self.device) for mark, value in marks.items()}
+        check_marks(self.spec, batch, marks)
+        keys = {mark: torch.tensor(np.array(value), device=self.device) for mark, value in marks.items()}
         sums: list[Arrays] = [{} for _ in streams]
         residuals: dict[str, Tensor] = {}
         heads = self.spec.heads
@@ -222,7 +229,7 @@ class Model:
 
         parts = ("probs", "value", "context", "output.input", *(["gate"] * (self.spec.attention.gate is not Gate.NONE)))
         sites = [f"layer.{i}.attn.{part}" for i in range(self.spec.layers) for part in parts]
-        self._watch(batch, [*streams, *sites], show)
+        self._show(batch, [*streams, *sites], show)
         return sums
 
     @torch.no_grad()
@@ -240,7 +247,7 @@ class Model:
         hooks = {k: Calibrate(k, q, quantize=quantize, masked_scores=masked_scores) for k, q in quants.items()}
         with attached(self.net, hooks), transforming(self.net, self._transforms(transforms)):
             for batch in batches:
-                self._run(Float(), self._inputs(batch))
+                self.compute(Float(), self.accept(batch))
         return {k: Range(*map(to_numpy, hooks[k].range())) for k, q in quants.items() if not q.dynamic}
 
     @torch.no_grad()
@@ -248,27 +255,34 @@ class Model:
         """`count` further tokens after tokens (B, T), each chosen from logits (B, V) -> (B,); keys and values are cached.
 
         Raises:
-            SpecError: the model is not causal, the text would outgrow it, or a quantizer would see the future.
+            SpecError: the model is not causal, the text would outgrow it, a quantizer would see the future, or tokens,
+                given or chosen, are none of the model's.
         """
         check_generation(self.spec, self.quants, tokens.shape[1] + count)
+        check_tokens(self.spec, tokens)
         cache: list = []
         fresh, nx = tokens, Float()
         for _ in range(count):
-            with self._arithmetic():
-                logits = self.net(nx, {"tokens": torch.tensor(fresh, device=self.device)}, cache)
-            fresh = choose(to_numpy(logits[:, -1]))[:, None]
+            logits = self.compute(nx, to_tensors({"tokens": fresh}, self.device), cache)
+            fresh = np.asarray(choose(to_numpy(logits[:, -1])))[:, None]
+            check_tokens(self.spec, fresh)
             tokens = np.concatenate([tokens, fresh], axis=1)
         return tokens
 
-    def _arithmetic(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+    def accept(self, batch: Batch) -> dict[str, Tensor | None]:
+        """The batch as `compute` takes it: tensors on the device, whole numbers int64, the mask boolean, or None where every
+        token is real.
 
-    def _run(self, nx: Float, inputs: Mapping[str, Tensor | None]) -> Tensor:
-        with self._arithmetic():
-            return self.net(nx, inputs)
-
-    def _inputs(self, batch: Batch) -> dict[str, Tensor | None]:
+        Raises SpecError where it is not one of this model's (`spec.check_batch`), ValueError for a mask that is neither
+        boolean nor additive.
+        """
+        check_batch(self.spec, batch)
         return to_tensors(batch, self.device)
+
+    def compute(self, nx: Float, inputs: Mapping[str, Tensor | None], cache: list | None = None) -> Tensor:
+        """A forward pass of what `accept` gave under a numerics; cache as `models.opt` takes it."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            return self.net(nx, inputs) if cache is None else self.net(nx, inputs, cache)
 
     def _transforms(self, transforms: Mapping[str, InputTransform] | None) -> dict[str, nn.Module]:
         return {site: Transformed(how).to(self.device) for site, how in (transforms or {}).items()}
@@ -278,10 +292,10 @@ class Model:
         return [key for key, (_, slot) in slots(self.net).items() if slot == "on_output"]
 
     @torch.no_grad()
-    def _watch(self, batch: Batch, sites: Iterable[str], show: Callable[[str, Tensor, Tensor | None], None]) -> None:
+    def _show(self, batch: Batch, sites: Iterable[str], show: Callable[[str, Tensor, Tensor | None], None]) -> None:
         """A float forward pass that shows the results, or operands, of `sites`."""
         with attached(self.net, {site: Record(site, show) for site in sites}):
-            self._run(Float(), self._inputs(batch))
+            self.compute(Float(), self.accept(batch))
 
 
 class IntegerModel:
@@ -315,52 +329,47 @@ class IntegerModel:
         with torch.device("meta"):  # wiring; the numbers are the constants
             self.net = models.build(spec)
 
-    def run(self, batch: Batch, watch: Callable[[str, np.ndarray], None] | None = None) -> Output:
-        """The model's output. `watch(name, value)` is shown every site's codes, and `<site>.accumulator`s."""
-        return self._output(self._forward(self._numerics(watch), to_tensors(batch, self.device)))
+    def run(self, batch: Batch, record: Callable[[str, np.ndarray], None] | None = None) -> Output:
+        """The model's output. `record(name, value)` is shown every site's codes, and `<site>.accumulator`s."""
+        return self.read_output(self.compute(self.make_numerics(record), self.accept(batch)))
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """`count` further tokens after tokens (B, T), each chosen from logits (B, V), float64 -> (B,). Keys and values are
         cached as codes. Raises SpecError as `Model.generate`."""
         check_generation(self.spec, self.quants, tokens.shape[1] + count)
+        check_tokens(self.spec, tokens)
         cache: list = []
-        fresh, nx = tokens, self._numerics(None)
+        fresh, nx = tokens, self.make_numerics()
         for _ in range(count):
-            out = self._output(self._forward(nx, {"tokens": torch.tensor(fresh, device=self.device)}, cache))
+            out = self.read_output(self.compute(nx, to_tensors({"tokens": fresh}, self.device), cache))
             logits = out.scale * (out.value.astype(np.int64) - out.zero_point)
-            fresh = choose(logits[:, -1])[:, None]
+            fresh = np.asarray(choose(logits[:, -1]))[:, None]
+            check_tokens(self.spec, fresh)
             tokens = np.concatenate([tokens, fresh], axis=1)
         return tokens
 
-    def _output(self, out: Code) -> Output:
-        scale = to_numpy(out.unit) if out.measured else self.constants["output.scale"].cpu().numpy()
-        return Output(to_numpy(out.value), np.asarray(scale, np.float64), to_numpy(out.zero_point))
+    def accept(self, batch: Batch) -> dict[str, Tensor | None]:
+        """The batch as `compute` takes it, as `Model`'s, and raises as that does."""
+        check_batch(self.spec, batch)
+        return to_tensors(batch, self.device)
+
+    def make_numerics(self, record: Callable[[str, np.ndarray], None] | None = None) -> Integer:
+        """The arithmetic of one or more forward passes; `record` as in `run`."""
+        show = None if record is None else lambda name, value: record(name, to_numpy(value))
+        return Integer(self.constants, self.quants, self.profile, strict=self.strict, record=show)
 
     @torch.no_grad()
-    def _forward(self, nx: Integer, inputs: Mapping[str, Tensor | None], *cache: list) -> Code:
+    def compute(self, nx: Integer, inputs: Mapping[str, Tensor | None], cache: list | None = None) -> Code:
+        """A forward pass of what `accept` gave; cache as `models.opt` takes it."""
         if self.strict:
             nx.whole = Whole(on="images" not in inputs)
         with nx.whole or nullcontext():
-            return self.net(nx, inputs, *cache)
+            return self.net(nx, inputs) if cache is None else self.net(nx, inputs, cache)
 
-    def _numerics(self, watch: Callable[[str, np.ndarray], None] | None) -> Integer:
-        shown = None if watch is None else lambda name, value: watch(name, to_numpy(value))
-        return Integer(self.constants, self.quants, self.profile, strict=self.strict, watch=shown)
-
-
-def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:
-    """Raises SpecError where a model cannot generate `length` tokens in all under these quantizers."""
-    if spec.family is not Family.OPT:
-        raise SpecError(f"model family is {spec.family}: only a causal model (opt) generates")
-    if length > spec.length:
-        raise SpecError(f"text of {length} tokens: the model's length is {spec.length}; ask for fewer tokens")
-    for site, quant in quants.items():
-        local = quant.granularity in LOCAL and quant.outliers is None  # a channel of outliers is one for all tokens
-        if quant.dynamic and not local and not site.endswith(".weight"):
-            raise SpecError(
-                f"site {site} has a dynamic range over more than one token: it would see the future; "
-                "use a static range, or one per token or block"
-            )
+    def read_output(self, out: Code) -> Output:
+        """What `compute` gave as arrays, with the scale that it has."""
+        scale = to_numpy(out.unit) if out.measured else self.constants["output.scale"].cpu().numpy()
+        return Output(to_numpy(out.value), np.asarray(scale, np.float64), to_numpy(out.zero_point))
 
 
 class Trainer:
@@ -405,4 +414,4 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_generation", "threads"]
+__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "threads"]

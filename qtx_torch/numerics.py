@@ -1,5 +1,10 @@
 """Numerics: the arithmetic that a model asks for.
 
+Differs from the reference: site, module, attn, p, sink: a site's module knows its site and holds its parameters.
+Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Quantizers, Calibrate, FakeQuant,
+is_weight: hooks are modules in a site's slots, not methods of the numerics.
+Differs from the reference: transforms, transformed, Transformed: so are the transforms of inputs.
+
 A model is wiring. It hands every computation to one of these objects together with the site that comes out. `Float`
 computes. What a site's slots hold sees operands, weights and results, and the model goes on with what it returns:
 
@@ -33,7 +38,7 @@ from .attention import Mask, fused, masked_probabilities
 from .quant import affine
 from .quant import quantizer as quantizers
 from .quant.observers import Observer
-from .sites import Site
+from .sites import SiteModule
 
 ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh": ops.tanh}
 
@@ -66,73 +71,73 @@ class Float:
         """The rows that are real, as a mask for (B, H, T, K) tensors."""
         return None if self.rows is None else self.rows[:, None, :, None]
 
-    def _named(self, site: Site, y: Tensor) -> Tensor:
-        return y if site.on_output is None else site.on_output(y, self._where(y))
+    def _named(self, module: SiteModule, y: Tensor) -> Tensor:
+        return y if module.on_output is None else module.on_output(y, self._where(y))
 
     # ops --------------------------------------------------------------------------------------------------------------
 
-    def input(self, site: Site, value: Tensor) -> Tensor:
+    def input(self, module: SiteModule, value: Tensor) -> Tensor:
         """An input that is itself a tensor of the model."""
-        return self._named(site, value)
+        return self._named(module, value)
 
-    def parameter(self, site: Site) -> Tensor:
+    def parameter(self, module: SiteModule) -> Tensor:
         """The site's bias, where a parameter is itself a tensor of the model."""
-        return self._named(site, site.bias)
+        return self._named(module, module.bias)
 
-    def linear(self, site: Site, x: Tensor, *, weight: Tensor | None = None, named: bool = True) -> Tensor:
+    def linear(self, module: SiteModule, x: Tensor, *, weight: Tensor | None = None, named: bool = True) -> Tensor:
         """x W^T + b with the site's weight (or the tied parameter `weight`) and its bias, if there is one."""
-        if site.transform is not None:
-            x = site.transform(x)
-        if site.on_input is not None:
-            x = site.on_input(x, self._where(x))
-        y = ops.linear(x, self._weight(site, site.weight if weight is None else weight), site.bias)
-        return self._named(site, y) if named else y
+        if module.transform is not None:
+            x = module.transform(x)
+        if module.on_input is not None:
+            x = module.on_input(x, self._where(x))
+        y = ops.linear(x, self._weight(module, module.weight if weight is None else weight), module.bias)
+        return self._named(module, y) if named else y
 
-    def _weight(self, site: Site, w: Tensor) -> Tensor:
-        return w if site.on_weight is None else site.on_weight(w, None)
+    def _weight(self, module: SiteModule, w: Tensor) -> Tensor:
+        return w if module.on_weight is None else module.on_weight(w, None)
 
-    def embedding(self, site: Site, index: Tensor) -> Tensor:
+    def embedding(self, module: SiteModule, index: Tensor) -> Tensor:
         """Rows of the site's weight."""
-        return self._named(site, ops.embedding(self._weight(site, site.weight), index))
+        return self._named(module, ops.embedding(self._weight(module, module.weight), index))
 
-    def norm(self, site: Site, x: Tensor, eps: float) -> Tensor:
-        return self._named(site, ops.layer_norm(x, self._weight(site, site.weight), site.bias, eps))
+    def norm(self, module: SiteModule, x: Tensor, eps: float) -> Tensor:
+        return self._named(module, ops.layer_norm(x, self._weight(module, module.weight), module.bias, eps))
 
-    def add(self, site: Site, a: Tensor, b: Tensor) -> Tensor:
-        return self._named(site, ops.add(a, b))
+    def add(self, module: SiteModule, a: Tensor, b: Tensor) -> Tensor:
+        return self._named(module, ops.add(a, b))
 
-    def mul(self, site: Site, a: Tensor, b: Tensor) -> Tensor:
-        return self._named(site, ops.mul(a, b))
+    def mul(self, module: SiteModule, a: Tensor, b: Tensor) -> Tensor:
+        return self._named(module, ops.mul(a, b))
 
-    def mean(self, site: Site, x: Tensor) -> Tensor:
+    def mean(self, module: SiteModule, x: Tensor) -> Tensor:
         """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
-        return self._named(site, ops.mean(x, axis=1, where=self._where(x)))
+        return self._named(module, ops.mean(x, axis=1, where=self._where(x)))
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
         """factor x. No site: what it scales has one."""
         return ops.scale(x, factor)
 
-    def prepend(self, site: Site, x: Tensor) -> Tensor:
+    def prepend(self, module: SiteModule, x: Tensor) -> Tensor:
         """The site's weight (D,) as one more token in front: (B, N, D) -> (B, N + 1, D)."""
-        first = site.weight.to(x.dtype).expand(x.shape[0], 1, -1)  # (D,) -> (B, 1, D)
-        return self._named(site, ops.concat([first, x], axis=1))
+        first = module.weight.to(x.dtype).expand(x.shape[0], 1, -1)  # (D,) -> (B, 1, D)
+        return self._named(module, ops.concat([first, x], axis=1))
 
-    def activation(self, site: Site, x: Tensor, kind: str) -> Tensor:
+    def activation(self, module: SiteModule, x: Tensor, kind: str) -> Tensor:
         """gelu, relu, sigmoid or tanh."""
-        return self._named(site, ACTIVATIONS[kind](x))
+        return self._named(module, ACTIVATIONS[kind](x))
 
-    def dropout(self, site: Site, x: Tensor, rate: float) -> Tensor:
+    def dropout(self, module: SiteModule, x: Tensor, rate: float) -> Tensor:
         """While training: zero with probability `rate`, else x / (1 - rate)."""
         if not self.training or rate == 0:
             return x
         with x.device:
-            keep = random.keep_mask(self.seed, self.step, site.name, tuple(x.shape), rate)
+            keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate)
         return ops.mul(x, keep.to(x.dtype).mul_(1 / (1 - rate)))
 
-    def softmax(self, site: Site, scores: Tensor, mask: Mask, spec: AttentionSpec) -> Tensor:
-        """Probabilities of scores to which the mask's bias has been added; the site has the sink, if there is one."""
-        probs = masked_probabilities(scores, mask, spec, getattr(site, "sink", None))
-        return probs if site.on_output is None else site.on_output(probs, self._pairs(mask))
+    def softmax(self, module: SiteModule, scores: Tensor, mask: Mask, spec: AttentionSpec) -> Tensor:
+        """Probabilities of scores whose masked keys are hidden; the site has the sink, if there is one."""
+        probs = masked_probabilities(scores, mask, spec, getattr(module, "sink", None))
+        return probs if module.on_output is None else module.on_output(probs, self._pairs(mask))
 
     def attention(
         self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Mask, spec: AttentionSpec, rate: float
@@ -154,15 +159,15 @@ class Float:
         return self._named(attn.context, ops.merge_heads(context))
 
     def _probs(self, attn: nn.Module, q: Tensor, k: Tensor, mask: Mask, spec: AttentionSpec, rate: float) -> Tensor:
-        site = attn.scores
-        q = q if site.on_lhs is None else site.on_lhs(q, self._heads())
-        k = k if site.on_rhs is None else site.on_rhs(k, self._heads())
+        module = attn.scores
+        q = q if module.on_lhs is None else module.on_lhs(q, self._heads())
+        k = k if module.on_rhs is None else module.on_rhs(k, self._heads())
         scores = ops.scores(q, k, q.shape[-1] ** -0.5)
-        if site.on_output is not None:
-            scores = site.on_output(scores, self._pairs(mask))
-            scores = scores if mask.bias is None else scores + mask.bias
-        elif mask.bias is not None:
-            scores = scores.add_(mask.bias)  # nobody else holds them
+        if module.on_output is not None:
+            scores = module.on_output(scores, self._pairs(mask))
+            scores = mask.hide(scores)
+        elif not mask.full:
+            scores = scores.masked_fill_(mask.hidden, -math.inf)  # nobody else holds them
         return self.dropout(attn.probs, self.softmax(attn.probs, scores, mask, spec), rate)
 
 
@@ -175,7 +180,7 @@ class Record(nn.Module):
         self.callback = callback
 
     def forward(self, x: Tensor, where: Tensor | None) -> Tensor:
-        self.callback(self.site, x.detach(), where)
+        self.callback(self.site, x, where)
         return x
 
 
@@ -194,14 +199,14 @@ class Transformed(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """What `Calibrate` and `FakeQuant` share: a slot's key and its spec. Their `apply_to` is what happens there."""
+    """What `Calibrate` and `FakeQuant` share: a slot's key, `site`, and its spec. Their `apply_to` is what happens there."""
 
-    def __init__(self, key: str, spec: Quant, *, masked_scores: bool = False) -> None:
+    def __init__(self, site: str, spec: Quant, *, masked_scores: bool = False) -> None:
         super().__init__()
-        self.key = key
+        self.site = site
         self.spec = spec
-        self.is_weight = key.endswith(".weight")
-        self.everywhere = masked_scores and key.endswith(".scores")
+        self.is_weight = site.endswith(".weight")
+        self.everywhere = masked_scores and site.endswith(".scores")
 
     def forward(self, x: Tensor, where: Tensor | None) -> Tensor:
         return self.apply_to(x, None if self.everywhere else where)
@@ -213,8 +218,8 @@ class Quantizer(nn.Module):
 class Calibrate(Quantizer):
     """Feeds an observer, if the range is static; `quantize` passes on what the range so far makes of the tensor."""
 
-    def __init__(self, key: str, spec: Quant, *, quantize: bool = False, masked_scores: bool = False) -> None:
-        super().__init__(key, spec, masked_scores=masked_scores)
+    def __init__(self, site: str, spec: Quant, *, quantize: bool = False, masked_scores: bool = False) -> None:
+        super().__init__(site, spec, masked_scores=masked_scores)
         self.quantize = quantize
         self.observer = Observer(spec, self.is_weight)
         self.scale: tuple[Tensor, ...] | None = None  # of a weight, once seen; empty where nothing is quantized
@@ -227,7 +232,7 @@ class Calibrate(Quantizer):
                 self.observer.update(x, where)
                 scale = quantizers.scale_zero(*self.observer.range(), self.spec) if self.quantize else ()
             except ValueError as error:
-                raise ValueError(f"site {self.key}: {error}") from None
+                raise ValueError(f"site {self.site}: {error}") from None
             if self.is_weight:  # the same in every batch
                 self.scale = scale
         else:
@@ -237,7 +242,7 @@ class Calibrate(Quantizer):
     def range(self) -> Range:
         """The range found. Raises ValueError naming the site where no batch has reached it."""
         if not self.observer.shape:
-            raise ValueError(f"site {self.key} was not reached in calibration; is it a site of this model?")
+            raise ValueError(f"site {self.site} was not reached in calibration; is it a site of this model?")
         low, high = self.observer.range()
         return Range(low, high, *quantizers.scale_zero(low, high, self.spec))
 
@@ -245,9 +250,9 @@ class Calibrate(Quantizer):
 class FakeQuant(Quantizer):
     """Quantize-dequantize: a static site by its range, a dynamic one by the tensor itself, a learned one by parameters."""
 
-    def __init__(self, key: str, spec: Quant, range: Range | None, *, masked_scores: bool = False) -> None:
+    def __init__(self, site: str, spec: Quant, range: Range | None, *, masked_scores: bool = False) -> None:
         """range: tensors; None where the spec is dynamic."""
-        super().__init__(key, spec, masked_scores=masked_scores)
+        super().__init__(site, spec, masked_scores=masked_scores)
         if spec.learned:
             self.scale = nn.Parameter(range.scale.float())
             self.zero_point = nn.Parameter(range.zero_point.float())
@@ -305,11 +310,16 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> 
     return StraightThrough.apply(x, scale, zero_point, spec)
 
 
+def learned_scale_zero(scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The scale and zero point that learned ones, float32, stand for: |scale|, no smaller than the smallest normal
+    float32, and the nearest code, int32."""
+    return scale.abs().clamp(min=affine.TINY), zero_point.round().clamp(spec.code_min, spec.code_max).int()
+
+
 class LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-        z = zero_point.round().clamp(spec.code_min, spec.code_max)
-        s = scale.abs().clamp(min=affine.TINY)
+        s, z = learned_scale_zero(scale, zero_point, spec)
         y, inside = affine.fake_quantize(x, s, z, spec)
         ctx.save_for_backward(x, scale, s, z, inside)
         ctx.spec = spec

@@ -1,5 +1,8 @@
 """Every differentiable op, named as in the reference: the equation, and how torch computes it.
 
+Differs from the reference: scores, stretch, clipped_softmax: several of the reference's ops in one kernel.
+Differs from the reference: arranged: a method of the reference's tape.
+
 Ops take and return tensors and compute in the dtype of their input, float32 or float64 (under autocast in what torch
 chooses); means and losses sum in float64. Letters: B batch, T tokens, D width, H heads, K = D / H, V classes.
 """
@@ -102,8 +105,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def softmax(x: Tensor, mask: Tensor | None = None, sink: Tensor | None = None) -> Tensor:
     """p_i = exp(x_i) / (sum_j exp(x_j) + exp(s)) over the last axis.
 
-    mask, boolean and broadcast, is true where a key may be attended to. Masked keys get 0, and so does a row without
-    keys. sink s, broadcast to (..., 1), takes probability that no key receives: 0 for softmax1, learned for a sink per head.
+    mask, boolean and broadcast, is true where a key may be attended to. Masked keys get 0 whatever their score, NaN and
+    infinities too, and so does a row without keys. A row is NaN, masked keys too, where it may attend to NaN or infinity,
+    or to -infinity alone. sink s, broadcast to (..., 1), takes probability that no key receives: 0 for softmax1, learned
+    for a sink per head.
     """
     empty = None
     if mask is not None:

@@ -1,5 +1,7 @@
 """Random bits that do not depend on who draws them, or when: counter-based Philox 4x32-10 (Salmon et al. 2011).
 
+Differs from the reference: stream: weights, masking and batch order are drawn in NumPy whichever the backend.
+
 Words are addressed by (seed, step, site, element), the same as in the reference, and drawn on torch's default device
 (`with x.device:`). torch has no unsigned 64-bit arithmetic; int64 products wrap to the same 64 bits.
 """

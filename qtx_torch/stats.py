@@ -13,21 +13,24 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SIGMAS = 6.0  # an outlier is farther than this many deviations from the mean of its own sequence
-BINS = 2**14  # of |x|: the eight exponent bits of a float32 and the first six bits of its fraction
-DROPPED = 17  # bits of the fraction that a bin does not tell apart
+from qtx_ref.spec import (
+    BINS,
+    DROPPED,
+    MOMENTS,
+    SIGMAS,
+    STATISTICS,
+    check_where,
+)
+
 CHUNK = 2**18  # elements worked on at a time, so that they stay in the cache
-STATISTICS = (
-    "inf_norm", "kurtosis_published", "kurtosis", "moments", "lowest", "highest", "energy", "histogram",
-    "beyond_channels", "beyond_tokens",
-)  # fmt: skip
 
 
 def _rows(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -89,11 +92,44 @@ def _buffers(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(half[:size].view(shape) for half in held)
 
 
+class Memo:
+    """A result made once for a value that comes several times in a row, as one tensor that several linears take in.
+
+    The value is told by identity, and held until another comes, so that no new one can pass for it."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        """make: called with the value and what else `get` is given, which belongs to the value."""
+        self.make = make
+        self.value: Any = None
+        self.result: Any = None
+
+    def get(self, value: Any, *rest: Any) -> Any:
+        """make(value, *rest), or what it gave for this value just before."""
+        if value is not self.value:
+            self.value, self.result = value, self.make(value, *rest)
+        return self.result
+
+
+def at_least(x: Tensor, axes: int) -> Tensor:
+    """x with so many axes or more: a number is a vector of one, and a vector one row."""
+    return x.reshape((1,) * (axes - x.ndim) + tuple(x.shape))
+
+
+def check_places(x: Tensor, where: Tensor | None) -> None:
+    """Raises ValueError where a mask is not boolean or not of x's places: one for all channels, or all heads."""
+    if where is not None:
+        places = (len(x), 1, *x.shape[2:]) if x.ndim == 4 else (*x.shape[:-1], 1)
+        check_where(where.dtype == torch.bool, tuple(where.shape), places)
+
+
 def central_moments(values: Tensor) -> Tensor:
     """Count, mean, and sums of the second, third and fourth powers of the deviations from it, of each row of (U, N):
-    (U, 5) float64."""
+    (U, 5) float64; zeros without elements."""
+    if not values.shape[1]:
+        return torch.zeros((len(values), 5), dtype=torch.float64, device=values.device)
     wide = values.double()
-    mean = wide.mean(dim=1)
+    low, high = wide.aminmax(dim=1)
+    mean = torch.where(low == high, low, wide.mean(dim=1))  # of equal numbers the mean is that number, without rounding
     deviation = wide - mean[:, None]
     square = deviation * deviation
     powers = [torch.linalg.vecdot(*pair) for pair in ((deviation, deviation), (square, deviation), (square, square))]
@@ -108,9 +144,10 @@ def kurtosis_published(moments: Tensor) -> Tensor:
 
 
 def kurtosis(moments: Tensor) -> Tensor:
-    """m4 / m2^2, of moments (..., 5): the textbook definition (Pearson), 3 for a normal variable; 0 where all are equal."""
+    """m4 / m2^2, of moments (..., 5): the textbook definition (Pearson), 3 for a normal variable; 0 where all are equal,
+    NaN where one is not finite."""
     n, _, second, _, fourth = moments.unbind(dim=-1)
-    return torch.where(second > 0, n * fourth / second**2, 0.0)
+    return torch.where(second != 0, n * fourth / second**2, 0.0)
 
 
 def magnitude_bins(x: Tensor) -> Tensor:
@@ -126,15 +163,14 @@ def top_share(energy: Tensor, fraction: float) -> float:
     return float(energy.sort().values[-count:].sum()) / whole if whole else 0.0
 
 
-MOMENTS = ("count", "sum", "absmax", "gram")
-
-
 def moments(x: Tensor, where: Tensor | None = None, names: tuple[str, ...] = MOMENTS) -> dict[str, Tensor]:
     """Of the rows of x (..., I) that count: their number (), and in float64 their sum (I,), the largest magnitude (I,) and
     x^T x (I, I), the Gram matrix."""
+    x = at_least(x, 1)
+    check_places(x, where)
     keep = torch.ones((*x.shape[:-1], 1), dtype=torch.bool, device=x.device)
     keep = keep if where is None else where.expand(keep.shape)
-    rows = x.reshape(-1, x.shape[-1])[keep.reshape(-1)].double()
+    rows = x.reshape(keep.numel(), x.shape[-1])[keep.reshape(-1)].double()
     make = {
         "count": lambda: torch.tensor(len(rows)),
         "sum": lambda: rows.sum(dim=0),
@@ -155,10 +191,13 @@ def describe(
     their own sequence. `beyond_tokens`: those by token, (B, T) of (B, T, C), and by sequence, (B, 1), of other tensors.
     `histogram` (BINS,): the number of |x| in each bin.
     """
-    x = x[None] if x.ndim == 1 else x
+    x = at_least(x, 2)
+    check_places(x, where)
+    if x.ndim == 4 and where is not None:
+        where = where[(None,) * (4 - where.ndim)]
     heads = x.shape[1] if x.ndim == 4 else 0
     names = tuple(names)
-    rows = list(_rows(x, where))
+    rows = list(_rows(x, where)) if x.numel() else []
     apply = map if x.is_cuda or torch.get_num_threads() == 1 else _workers().map
     found = apply(lambda row: _summary(*row, heads, unit, names), rows)
     parts = [(place, part) for (_, place, _), part in zip(rows, found, strict=True)]
@@ -223,6 +262,8 @@ def _summary(
         found["moments"] = central_moments(wide)
     if outliers or (spread and unit == "sequence"):
         mean = low.new_zeros(len(size)).index_add_(0, owner, wide.sum(dim=1)) / size
+        if unit == "sequence":
+            mean = torch.where(found["lowest"] == found["highest"], found["lowest"], mean)
         deviation = wide.sub_(mean[owner, None])
         torch.mul(deviation, deviation, out=square)
         parts = [x.flatten().split(size.tolist()) for x in (deviation, square)]
@@ -249,6 +290,7 @@ def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict
     largest value, the logarithm of the number of keys, over the `choices`, queries with more than one key. `kept`: the
     probability given to all keys, of which clipping and sinks leave less than 1.
     """
+    check_places(probs, where)
     keep = where.expand(len(probs), 1, *probs.shape[2:])
     keys = keep.sum(dim=-1)  # (B, 1, Tq)
     p = probs.double().masked_fill(~keep, 0)
@@ -274,15 +316,18 @@ def updates(context: Tensor, weight: Tensor, residual: Tensor, where: Tensor | N
     """How large each head's part of the attention's output is against what it is added to, summed over real tokens.
 
     context (B, T, D), what enters the output projection, heads side by side; weight (D, D) of that projection; residual
-    (B, T, D); where (B, T, 1). `update` (H,): the L2 norm of a head's part over that of the residual; `tokens`: how many.
+    (B, T, D); where (B, T, 1). `update` (H,): the L2 norm of a head's part over that of the residual, NaN where a token's
+    is not finite; `tokens`: how many.
     """
+    check_places(context, where)
     rows = slice(None) if where is None else where.expand(*context.shape[:2], 1).flatten().nonzero()[:, 0]
     c, r = (x.double().flatten(0, 1)[rows] for x in (context, residual))  # (N, D)
     parts = weight.double().unflatten(1, (heads, -1)).transpose(0, 1)  # (D, H K) -> (H, D, K)
     triangle = torch.linalg.qr(parts, mode="r").R  # |W c| = |R c|, with R (H, K, K)
     sizes = (c.unflatten(1, (heads, -1)).transpose(0, 1) @ triangle.mT).norm(dim=-1)  # (H, N)
     against = r.norm(dim=-1)
-    relative = torch.where(against > 0, sizes / against, 0.0)
+    relative = torch.where(against != 0, sizes / against, 0.0)
+    relative = torch.where(relative.isfinite(), relative, math.nan)
     return {"update": relative.sum(dim=1), "tokens": torch.tensor(len(c), device=c.device).expand(heads)}
 
 

@@ -1,5 +1,8 @@
 """Where a pass spends its time: each integer matmul and each fake quantizer, timed as it runs.
 
+Differs from the reference: TimedFakeQuant: quantizers are modules, which torch itself can hook.
+Differs from the reference: now: a device is waited for before its time is taken.
+
 The timers cost a little themselves, so that the shares count and not the seconds: latency is measured without them.
 """
 
@@ -10,7 +13,7 @@ import time
 import torch
 from torch import Tensor
 
-from .backend import Batch, IntegerModel, Model, to_tensors
+from .backend import Batch, IntegerModel, Model
 from .integer import products as integer
 from .integer.model import Code, Integer
 from .numerics import FakeQuant, Float
@@ -47,9 +50,9 @@ class TimedInteger(Integer):
 def products(model: IntegerModel, batch: Batch) -> tuple[list[tuple[str, str, float]], float]:
     """(site, kernel, seconds) of every integer matmul of one pass, in its order, and the seconds of the pass."""
     nx = TimedInteger(model.constants, model.quants, model.profile, strict=model.strict)
-    inputs = to_tensors(batch, model.device)
+    inputs = model.accept(batch)
     start = now(model.device)
-    model._forward(nx, inputs)
+    model.compute(nx, inputs)
     return nx.timed, now(model.device) - start
 
 
@@ -63,12 +66,14 @@ def quantizers(model: Model, batch: Batch) -> tuple[list[tuple[str, float]], flo
         if isinstance(hook, FakeQuant):
             handles.append(hook.register_forward_pre_hook(lambda *given: begun.append(now(model.device))))
             handles.append(
-                hook.register_forward_hook(lambda hook, *given: timed.append((hook.key, now(model.device) - begun[-1])))
+                hook.register_forward_hook(
+                    lambda hook, *given: timed.append((hook.site, now(model.device) - begun[-1]))
+                )
             )
     try:
-        inputs = to_tensors(batch, model.device)
+        inputs = model.accept(batch)
         start = now(model.device)
-        model._run(Float(), inputs)
+        model.compute(Float(), inputs)
         return timed, now(model.device) - start
     finally:
         for handle in handles:

@@ -25,6 +25,7 @@ from qtx_ref import attention as ref_attention
 from qtx_ref.spec import AttentionSpec, Family, Gate, Head, ModelSpec
 from qtx_torch import attention
 from qtx_torch.models.block import Attention
+from qtx_torch.models.gate import gate
 from qtx_torch.numerics import Float, Record
 from qtx_torch.sites import name_sites
 
@@ -84,7 +85,7 @@ def gate_case(kind: Gate, context: Context) -> list[Verdict]:
                 put(attn, name.removeprefix("layer.0.attn."), value)
         nx = Float()
         nx.begin(rows)
-        return attention.gate(nx, attn, x["x"], x["context"], inputs.spec)
+        return gate(nx, attn, x["x"], x["context"], inputs.spec)
 
     def plain(x: dict[str, Tensor]) -> Tensor:
         return plain_torch.gated(inputs.spec, x, "layer.0.attn", x["x"], x["context"], rows)

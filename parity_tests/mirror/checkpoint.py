@@ -48,7 +48,7 @@ def cases(
         verdicts = []
         for batch in batches:
             nx = teacher.FakeQuant(quants, ranges, **held) if quantized else teacher.Float(transforms=transforms)
-            verdicts += teacher.forced(model, batch, teacher.watch(nx, ref, batch), hooks, context)
+            verdicts += teacher.forced(model, batch, teacher.record(nx, ref, batch), hooks, context)
         return verdicts
 
     def chosen(context: Context) -> list[Verdict]:

@@ -124,7 +124,7 @@ def forced_case(name: str, kind: str, recipe_name: str, context: Context) -> lis
     options = {"quantize": recipe.quantize_while_calibrating, "masked_scores": recipe.masked_scores}
     verdicts, ranges = calibrated(ref, model, batches[:2], quants, transforms, options, context)
     held = {"masked_scores": recipe.masked_scores, "transforms": transforms}
-    shown = teacher.watch(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
+    shown = teacher.record(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
     model.bind(quants, ranges, **held)
     return verdicts + teacher.forced(model, batches[2], shown, bound(model), context)
 
@@ -144,7 +144,7 @@ def calibrated(
     verdicts = []
     for batch in batches:
         with torch.no_grad():
-            verdicts += teacher.forced(model, batch, teacher.watch(nx, ref, batch), hooks, context)
+            verdicts += teacher.forced(model, batch, teacher.record(nx, ref, batch), hooks, context)
     ranges = nx.ranges()
     for key, want in ranges.items():
         for part, a, b in zip(Range._fields, hooks[key].range(), want, strict=True):
@@ -154,10 +154,10 @@ def calibrated(
 
 def bound(model: Model) -> dict[str, nn.Module]:
     """The quantizers of a bound model, by key; none where it is in float."""
-    return {hook.key: hook for hook in model.net.modules() if isinstance(hook, numerics.FakeQuant)}
+    return {hook.site: hook for hook in model.net.modules() if isinstance(hook, numerics.FakeQuant)}
 
 
-class Keep(nn.Module):
+class RecordOutput(nn.Module):
     """A quantizer that keeps what it passes on."""
 
     def __init__(self, quantizer: nn.Module) -> None:
@@ -185,8 +185,8 @@ def flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool) -> lis
     """Of two bound models that run freely: the share of each site's codes that differ, and the loss. A dynamic scale follows
     the tensor's noise: there a code differs where the value does by half a step or more."""
     held = {"masked_scores": masked_scores, "transforms": ref.transforms}
-    shown = teacher.watch(teacher.FakeQuant(ref.quants, ref.fixed, **held), ref, batch)
-    keepers = {key: Keep(hook) for key, hook in bound(model).items()}
+    shown = teacher.record(teacher.FakeQuant(ref.quants, ref.fixed, **held), ref, batch)
+    keepers = {key: RecordOutput(hook) for key, hook in bound(model).items()}
     with attached(model.net, keepers):
         model.forward(batch)
     verdicts = []

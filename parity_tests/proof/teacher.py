@@ -37,7 +37,7 @@ class Shown:
     where: np.ndarray | None
 
 
-class Watch:
+class Recording:
     """Mixed into one of the reference's numerics: keeps in `shown`, by key and in order, what the hooks see."""
 
     shown: dict[str, Shown]
@@ -56,19 +56,19 @@ class Watch:
         return after
 
 
-class Float(Watch, ref_numerics.Float):
+class Float(Recording, ref_numerics.Float):
     pass
 
 
-class FakeQuant(Watch, ref_numerics.FakeQuant):
+class FakeQuant(Recording, ref_numerics.FakeQuant):
     pass
 
 
-class Calibrate(Watch, ref_numerics.Calibrate):
+class Calibrate(Recording, ref_numerics.Calibrate):
     pass
 
 
-def watch(nx: Watch, model: RefModel, batch: dict[str, np.ndarray]) -> dict[str, Shown]:
+def record(nx: Recording, model: RefModel, batch: dict[str, np.ndarray]) -> dict[str, Shown]:
     """What the hooks of a numerics see in one forward pass of the reference."""
     nx.shown = {}
     weights = {name: const(value) for name, value in model.weights.items()}

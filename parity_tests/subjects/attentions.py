@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qtx_ref.attention import attention_mask, gate
+from qtx_ref.attention import attention_mask
+from qtx_ref.models.gate import gate
 from qtx_ref.models.initial import gate_shapes
 from qtx_ref.numerics import Float
 from qtx_ref.random import stream

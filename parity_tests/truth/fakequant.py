@@ -16,7 +16,7 @@ from qtx_ref.tape import Var, const
 MODELS = ("bert_gate_mlp", "opt_post_norm_projected", "vit_clipped")
 
 
-class Watch(FakeQuant):
+class RecordPairs(FakeQuant):
     """Keeps what enters and leaves each quantizer."""
 
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
@@ -39,7 +39,7 @@ def nearest(context: Context) -> list[Verdict]:
         model = Model(small.spec, small.params)
         quants = every_site(model, small.batch, 4)
         ranges = model.calibrate([small.batch], quants)
-        nx = Watch(quants, ranges)
+        nx = RecordPairs(quants, ranges)
         models.forward(nx, {key: const(value) for key, value in model.weights.items()}, small.spec, small.batch)
         verdicts.append(equal(f"{name}: sites seen", sorted(nx.pairs), sorted(quants)))
         for site, (x, y) in nx.pairs.items():

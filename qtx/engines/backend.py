@@ -1,6 +1,6 @@
 """The backends by name, and the errors of qtx that a user can mend.
 
-A backend is a module with `Model`, `Trainer`, `check_generation` and `threads`; the two have the same signatures, which a
+A backend is a module with `Model`, `IntegerModel`, `Trainer` and `threads`; the two have the same signatures, which a
 test compares. Everything in `qtx` works through it and holds NumPy arrays only.
 """
 

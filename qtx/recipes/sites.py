@@ -31,30 +31,30 @@ class Sites:
         return self.results + self.operands + self.weights
 
 
-class Trace(Float):
-    """Writes down the name of everything that passes a hook."""
+class RecordShapes(Float):
+    """Records the name and shape of everything that passes a hook."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[str, dict[str, tuple[int, ...]]] = {"results": {}, "operands": {}, "weights": {}}  # shapes
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {"results": {}, "operands": {}, "weights": {}}
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
-        self.seen["operands"][site] = x.shape
+        self.shapes["operands"][site] = x.shape
         return x
 
     def weight(self, site: str, w: Var) -> Var:
-        self.seen["weights"][site] = w.shape
+        self.shapes["weights"][site] = w.shape
         return w
 
     def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
-        self.seen["results"][site] = y.shape
+        self.shapes["results"][site] = y.shape
         return y
 
 
 @cache
 def sites(spec: ModelSpec) -> Sites:
-    """The sites of a model, traced on one of the same structure and the smallest size."""
-    return Sites(**{kind: tuple(names) for kind, names in traced(narrowed(spec, 1)).items()})
+    """The sites of a model, recorded on one of the same structure and the smallest size."""
+    return Sites(**{kind: tuple(names) for kind, names in record_shapes(narrowed(spec, 1)).items()})
 
 
 def narrowed(spec: ModelSpec, size: int) -> ModelSpec:
@@ -71,12 +71,12 @@ def shortened(spec: ModelSpec) -> tuple[ModelSpec, dict[str, np.ndarray]]:
     return replace(spec, vocab=8, length=2), {"tokens": tokens, "types": 0 * tokens, "mask": tokens >= 0}
 
 
-def traced(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+def record_shapes(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
     """What passes the hooks in the forward pass of one short text or small image, by kind and name, with its shape."""
     shape, batch = shortened(spec)
-    trace = Trace()
-    forward(trace, {name: const(np.zeros(size, np.float32)) for name, size in shapes(shape).items()}, shape, batch)
-    return trace.seen
+    nx = RecordShapes()
+    forward(nx, {name: const(np.zeros(size, np.float32)) for name, size in shapes(shape).items()}, shape, batch)
+    return nx.shapes
 
 
 @cache
@@ -85,7 +85,7 @@ def extents(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     divides). Not of `scores`, `probs` and `context.lhs`, whose last axis is the keys."""
     sizes = shapes(spec)
     found = {}
-    for kind, seen in traced(replace(spec, layers=1)).items():
+    for kind, seen in record_shapes(replace(spec, layers=1)).items():
         for site, size in seen.items():
             if kind == "weights":  # head.decoder.weight may be the token table
                 size = sizes.get(site, sizes.get("embed.token.weight", size))

@@ -328,23 +328,22 @@ class Lowering(Integer):
             refuse_integer(
                 f"{site}.context", "its values have a scale per token, which varies along the sum: use a static range"
             )
-        self.sink = sink
         return super().attention(site, q, k, v, mask, spec, sink, rate)
 
-    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: object) -> Code:
+    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None) -> Code:
         self.check_codes(site, scores)
         if scores.measured:
             refuse_integer(site, "a table of exponentials needs one static scale, and its scores have several")
         self.target(site, "probabilities are rounded to its codes")
-        self.put_softmax(site, scores, spec)
+        self.put_softmax(site, scores, spec, sink)
         return super().softmax(site, scores, mask, spec, sink)
 
-    def put_softmax(self, site: str, scores: Code, spec: AttentionSpec) -> None:
+    def put_softmax(self, site: str, scores: Code, spec: AttentionSpec, sink: Var | None) -> None:
         """Exponentials of the distances between codes; sinks; the clip's numbers."""
         step, zero = float(scores.unit), int(scores.zero_point)
         lowest, highest = scores.spec.code_min, scores.spec.code_max
         if spec.softmax in (Softmax.SINK, Softmax.PLUS_ONE):
-            logit = np.zeros(1) if self.sink is None else self.sink.value.astype(np.float64)
+            logit = np.zeros(1) if sink is None else sink.value.astype(np.float64)
             below = np.floor(logit / step)
             factor = np.rint(np.exp(logit - below * step) * 2.0**integer_ops.SINK_BITS)
             if factor.max() >= 2**FACTOR_BITS or np.abs(below).max() > SINK_STEPS:

@@ -34,6 +34,7 @@ from ..spec import (
     Requantization,
     Softmax,
     SpecError,
+    accumulator_bits,
 )
 from ..tape import Var, Vjp
 from . import fixed_point
@@ -127,7 +128,7 @@ def at(site: str) -> Iterator[None]:
 
 
 class Integer(Float):
-    """See the module. `watch(name, value)` sees every site's codes, and each matmul's `<site>.accumulator`."""
+    """See the module. `record(name, value)` is shown every site's codes, and each matmul's `<site>.accumulator`."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class Integer(Float):
         profile: Profile,
         *,
         strict: bool = False,
-        watch: Callable[[str, np.ndarray], None] | None = None,
+        record: Callable[[str, np.ndarray], None] | None = None,
     ) -> None:
         super().__init__()
         self.entry = constants
@@ -146,7 +147,7 @@ class Integer(Float):
         self.quants = quants
         self.profile = profile
         self.strict = strict
-        self.watch = watch
+        self.record = record
 
     def unit(self, *parts: np.ndarray | float) -> np.ndarray | None:
         """The product of scales, float64: two float32 factors fit exactly. None under strict."""
@@ -163,13 +164,15 @@ class Integer(Float):
         """The result of an op, whatever its unit, as the code of its site."""
         spec = self.quants.get(site)
         if spec is None:
-            return self.seen(site, x)
+            return self.record_codes(site, x)
         whole = not (spec.dynamic or x.measured)
-        return self.seen(site, self.requantized(site, spec, x) if whole else self.quantized(site, spec, x.real()))
+        return self.record_codes(
+            site, self.requantized(site, spec, x) if whole else self.quantized(site, spec, x.real())
+        )
 
-    def seen(self, site: str, x: Code) -> Code:
-        if self.watch is not None:
-            self.watch(site, x.value)
+    def record_codes(self, site: str, x: Code) -> Code:
+        if self.record is not None:
+            self.record(site, x.value)
         return x
 
     def operand(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
@@ -217,9 +220,9 @@ class Integer(Float):
         with at(site):
             return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
 
-    def shown(self, site: str, acc: np.ndarray) -> np.ndarray:
-        if self.watch is not None:
-            self.watch(f"{site}.accumulator", acc)
+    def record_accumulator(self, site: str, acc: np.ndarray) -> np.ndarray:
+        if self.record is not None:
+            self.record(f"{site}.accumulator", acc)
         return acc
 
     # ops --------------------------------------------------------------------------------------------------------------
@@ -230,12 +233,16 @@ class Integer(Float):
         with at(site):
             scale = self.entry[f"{site}.scale"]
             code = affine.quantize(value, scale, self.entry[f"{site}.zero_point"], spec, self.profile)
-        return self.seen(site, Code(code.astype(code_dtype(spec)).view(type(zero)), self.scale_of(site), zero, spec))
+        return self.record_codes(
+            site, Code(code.astype(code_dtype(spec)).view(type(zero)), self.scale_of(site), zero, spec)
+        )
 
     def parameter(self, site: str, p: Params) -> Code:
         """The codes of `<site>.bias`, made with the site's own scale."""
         zero = self.constants[f"{site}.zero_point"]
-        return self.seen(site, Code(self.constants[f"{site}.bias"], self.scale_of(site), zero, self.quants[site]))
+        return self.record_codes(
+            site, Code(self.constants[f"{site}.bias"], self.scale_of(site), zero, self.quants[site])
+        )
 
     def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
         """x W^T + b: one matrix (O, I), or one per head (H, O, I) on the head's own slice of x."""
@@ -258,7 +265,7 @@ class Integer(Float):
         bias = None if bias is None else bias.reshape(-1)
         inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
         acc = self.matmul(site, Code(split(x.value), None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
-        acc = self.shown(site, acc.swapaxes(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
+        acc = self.record_accumulator(site, acc.swapaxes(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
         y_unit = self.unit(x.unit, w_unit)
         return Code(acc, y_unit, measured=x.measured, offset=bias if x.measured else None)
 
@@ -274,14 +281,14 @@ class Integer(Float):
         bias = self.constants[f"{site}.bias"]
         with at(site):
             acc = integer.fit(acc + bias, 64 if bias.dtype == np.int64 else 32, self.profile)
-        acc = self.shown(site, acc)
+        acc = self.record_accumulator(site, acc)
         return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
 
     def add(self, site: str, a: Code, b: Code) -> Code:
         """Both operands in one fine unit, their sum rounded once."""
         spec, kind = self.quants[site], self.profile.requantization
         if spec.dynamic or a.measured or b.measured:
-            return self.seen(site, self.quantized(site, spec, a.real() + b.real()))
+            return self.record_codes(site, self.quantized(site, spec, a.real() + b.real()))
         first, second = self.constants[f"{site}.multiplier"]
         if kind in fixed_point.FLOATS:
             total = a.centred().astype(np.float32) * first + b.centred().astype(np.float32) * second
@@ -289,7 +296,7 @@ class Integer(Float):
         else:
             parts, shift = [a.centred(), b.centred()], self.constants[f"{site}.shift"]
             level = integer_ops.weighted_sum(parts, [first, second], shift, kind)
-        return self.seen(site, self.clamped(site, spec, level))
+        return self.record_codes(site, self.clamped(site, spec, level))
 
     def mul(self, site: str, a: Code, b: Code) -> Code:
         wide = np.int64 if accumulator_bits(a.spec, b.spec) == 64 else np.int32
@@ -312,18 +319,18 @@ class Integer(Float):
         spec = self.quants[site]
         x = self.quantized(site, spec, x.real()) if x.measured else self.requantized(site, spec, x)
         first = np.broadcast_to(self.constants[f"{site}.weight"], (x.shape[0], 1, x.shape[2]))
-        return self.seen(site, Code(np.concatenate([first, x.value], axis=1), x.unit, x.zero_point, x.spec))
+        return self.record_codes(site, Code(np.concatenate([first, x.value], axis=1), x.unit, x.zero_point, x.spec))
 
     def activation(self, site: str, x: Code, kind: str) -> Code:
         """relu: max(x, 0). Others: a table, or a polynomial of I-BERT."""
         if kind == "relu" and x.measured:
-            return self.seen(site, self.quantized(site, self.quants[site], np.maximum(x.real(), 0)))
+            return self.record_codes(site, self.quantized(site, self.quants[site], np.maximum(x.real(), 0)))
         if kind == "relu":
             return self.named(site, Code(np.maximum(x.centred(), 0), x.unit))
         table = self.constants.get(f"{site}.table")
         if table is not None:
             code = table[x.value.astype(np.int32) - x.spec.code_min]
-            return self.seen(
+            return self.record_codes(
                 site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
             )
         polynomial, bits = integer_ops.POLYNOMIALS[kind]
@@ -334,24 +341,24 @@ class Integer(Float):
         return self.named(site, Code(y, self.unit(2.0**-bits)))
 
     def attention(
-        self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, sink: object, rate: float
+        self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None, rate: float
     ) -> Code:
         """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
         q, k = self.operand(f"{site}.scores.lhs", q), self.operand(f"{site}.scores.rhs", k)
         kt = k.arranged(lambda x: x.swapaxes(-1, -2), [k])
-        acc = self.shown(f"{site}.scores", self.matmul(f"{site}.scores", q, kt))
+        acc = self.record_accumulator(f"{site}.scores", self.matmul(f"{site}.scores", q, kt))
         step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
         scores = self.named(f"{site}.scores", Code(acc, step, measured=measured))
-        probs = self.operand(f"{site}.context.lhs", self.softmax(f"{site}.probs", scores, mask, spec, None))
+        probs = self.operand(f"{site}.context.lhs", self.softmax(f"{site}.probs", scores, mask, spec, sink))
         v = self.operand(f"{site}.context.rhs", v)
         acc, step = self.matmul(f"{site}.context", probs, v), self.unit(probs.unit, v.unit)
         step = step if np.ndim(step) == 0 else np.broadcast_to(step, acc.shape)  # per query and head, or per channel
         context = Code(acc, step, measured=probs.measured)
         context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
-        self.shown(f"{site}.context", context.value)
+        self.record_accumulator(f"{site}.context", context.value)
         return self.named(f"{site}.context", context)
 
-    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: object) -> Code:
+    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None) -> Code:
         find = self.constants.get
         exponential = find(f"{site}.table")
         if exponential is None:
@@ -364,8 +371,3 @@ class Integer(Float):
                 gamma = integer_ops.row_gamma(find(f"{site}.alpha"), mask) if row else find(f"{site}.gamma")
                 p = integer_ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
         return self.named(site, Code(p.astype(np.int32), self.unit(2.0**-integer_ops.PROBABILITY_BITS)))
-
-
-def accumulator_bits(*specs: QuantSpec | None) -> int:
-    """32, or 64 where a factor has more than 8 bits (an accumulator, of which there is no spec, has 32)."""
-    return 64 if any(spec is None or spec.bits > 8 for spec in specs) else 32

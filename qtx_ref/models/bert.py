@@ -5,16 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from .. import ops
-from ..attention import Params, attention_mask, boolean_mask
-from ..numerics import Float
+from ..attention import attention_mask
+from ..numerics import Float, Params
 from ..spec import Head, ModelSpec
 from ..tape import Var
 from .block import block
 
 
 def forward(nx: Float, p: Params, spec: ModelSpec, batch: dict[str, np.ndarray]) -> Var:
-    """tokens, mask and types (B, T) -> hidden states (B, T, D), MLM logits (B, T, V) or class logits (B, C)."""
-    tokens, rows = batch["tokens"], boolean_mask(batch["mask"])
+    """tokens, mask and types (B, T) -> hidden states (B, T, D), MLM logits (B, T, V) or class logits (B, C).
+
+    mask is boolean, as `attention.boolean_mask` makes it.
+    """
+    tokens, rows = batch["tokens"], batch["mask"]
     length = tokens.shape[1]
     nx.begin(rows)
     x = nx.embedding("embed.token", tokens, p)  # (B, T) -> (B, T, D)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from .. import ops
-from ..attention import Params, gate
-from ..numerics import Float
+from ..numerics import Float, Params
 from ..spec import Gate, ModelSpec
 from ..tape import Var
+from .gate import gate
 
 Cache = tuple[Var, Var]  # keys and values, (B, H, T, K)
 

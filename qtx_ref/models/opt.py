@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..attention import Params, attention_mask, boolean_mask
-from ..numerics import Float
+from ..attention import attention_mask
+from ..numerics import Float, Params
 from ..spec import Head, ModelSpec
 from ..tape import Var
 from .block import Cache, block
@@ -20,12 +20,12 @@ def forward(
 ) -> Var:
     """tokens and mask (B, T) -> hidden states (B, T, D) or next-token logits (B, T, V).
 
-    cache, a list that starts empty, holds each layer's keys and values of the tokens before these; it is filled and
-    brought up to date in place, and then every token counts as real.
+    mask is boolean, as `attention.boolean_mask` makes it. cache, a list that starts empty, holds each layer's keys and
+    values of the tokens before these; it is filled and brought up to date in place, and then every token counts as real.
     """
     tokens = batch["tokens"]
     count, past = tokens.shape[1], cache[0][0].shape[2] if cache else 0
-    rows = boolean_mask(batch["mask"]) if cache is None else None
+    rows = batch["mask"] if cache is None else None
     nx.begin(rows)
     if rows is None:
         positions = np.broadcast_to(np.arange(past, past + count), tokens.shape)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from .. import ops
-from ..attention import Params, attention_mask
-from ..numerics import Float
+from ..attention import attention_mask
+from ..numerics import Float, Params
 from ..spec import Head, ModelSpec
 from ..tape import Var
 from .block import block

@@ -23,6 +23,8 @@ from ..spec import (
     Profile,
     QuantSpec,
     ScaleRule,
+    check_axes,
+    check_where,
 )
 from .rounding import SMALLEST, round_dtype, round_integer
 
@@ -40,6 +42,7 @@ def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
     weight (..., O, I), token). A group starts from its channels' ranges; `scale_zero` unites them."""
     if spec.granularity is Granularity.BLOCK:
         raise ValueError("a block spans a part of an axis; take its range with ranges()")
+    check_axes(spec, ndim)
     if spec.granularity is Granularity.TENSOR:
         return tuple(range(ndim))
     if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not weight:
@@ -50,13 +53,17 @@ def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
 def min_max(x: np.ndarray, axes: tuple[int, ...], where: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Minimum and maximum over `axes`, kept as length 1, of the elements where `where` (broadcast) is true.
 
-    Float32. A range over no element at all is (0, 0).
+    Float32; beyond it infinite. A range over no element at all is (0, 0); over no axis, each element is one. Raises
+    ValueError for a mask that is not boolean or does not broadcast to x.
     """
+    if where is not None:
+        check_where(where.dtype == bool, where.shape, x.shape)
     keep = True if where is None else np.broadcast_to(where, x.shape)
     low = np.min(x, axis=axes, keepdims=True, where=keep, initial=np.inf)
     high = np.max(x, axis=axes, keepdims=True, where=keep, initial=-np.inf)
     empty = low > high
-    return np.where(empty, 0, low).astype(np.float32), np.where(empty, 0, high).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return np.where(empty, 0, low).astype(np.float32), np.where(empty, 0, high).astype(np.float32)
 
 
 def ranges(
@@ -65,6 +72,7 @@ def ranges(
     """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape)."""
     if spec.granularity is not Granularity.BLOCK:
         return min_max(x, range_axes(spec, x.ndim, weight), where)
+    check_axes(spec, x.ndim)
     if x.shape[-1] % spec.block:
         raise ValueError(f"block {spec.block} does not divide the last axis, {x.shape[-1]}; choose one that does")
     blocks = (*x.shape[:-1], x.shape[-1] // spec.block, spec.block)

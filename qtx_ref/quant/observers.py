@@ -88,13 +88,16 @@ class Observer:
         self.held: list[np.ndarray] = []
 
     def update(self, x: np.ndarray, where: np.ndarray | None = None) -> None:
-        """Takes one batch's tensor. Raises ValueError on NaN or infinity that counts; without elements nothing changes."""
-        if where is not None and not where.any():
+        """Takes one batch's tensor. Raises ValueError on NaN or infinity that counts, and for a
+        weight under a mask; without elements nothing changes."""
+        if self.weight and where is not None:
+            raise ValueError("every element of a weight counts: give no mask")
+        if not x.size or (where is not None and not where.any()):
             return
         axes = range_axes(self.spec, x.ndim, self.weight)
         low, high = min_max(x, axes, where)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            raise ValueError(f"values run from {low.min()} to {high.max()}; a range needs finite numbers")
+            raise ValueError(f"values run from {low.min().item()} to {high.max().item()}; a range needs finite numbers")
         self.shape = low.shape
         if self.kind in (ObserverKind.CURRENT, ObserverKind.RUNNING):
             self._combine(low, high)

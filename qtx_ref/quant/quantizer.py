@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..spec import FloatQuantSpec, Granularity, Quant, QuantSpec
+from ..spec import (
+    FloatQuantSpec,
+    Granularity,
+    Quant,
+    QuantSpec,
+    check_axes,
+    check_where,
+)
 from . import affine, formats
 
 
@@ -29,8 +36,10 @@ def beside_outliers(x: np.ndarray, spec: QuantSpec, where: np.ndarray | None) ->
     """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al. 2022,
     section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, which leaves it in float.
     """
+    check_axes(spec, x.ndim)
     large = np.abs(x) >= spec.outliers
     if where is not None:
+        check_where(where.dtype == bool, where.shape, x.shape)
         large &= where
     kept = large.any(axis=tuple(range(x.ndim - 1)))  # (C,)
     scale, zero = affine.scale_zero(*affine.min_max(x, (x.ndim - 1,), ~kept), spec)

@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from .base import Name, SpecError, from_dict, to_dict
 from .formats import FloatFormat, SharedScale
-from .limits import check_integer, refuse_integer
+from .inputs import (
+    MASKS,
+    READ,
+    check_axes,
+    check_batch,
+    check_generation,
+    check_marks,
+    check_tokens,
+    check_where,
+)
+from .limits import accumulator_bits, check_integer, refuse_integer
 from .model import (
     Activation,
     AttentionSpec,
@@ -49,10 +59,13 @@ from .quant import (
     Transform,
     TransformKind,
 )
+from .statistics import BINS, DROPPED, MOMENTS, SIGMAS, STATISTICS
 
 __all__ = [
     "Activation",
     "AttentionSpec",
+    "BINS",
+    "DROPPED",
     "Dtype",
     "Family",
     "FloatFormat",
@@ -62,6 +75,8 @@ __all__ = [
     "Head",
     "InfinityPolicy",
     "InputTransform",
+    "MASKS",
+    "MOMENTS",
     "ModelSpec",
     "Name",
     "NanPolicy",
@@ -76,12 +91,15 @@ __all__ = [
     "QTX",
     "Quant",
     "QuantSpec",
+    "READ",
     "Range",
     "Recipe",
     "Requantization",
     "Rewrite",
     "Rounding",
     "Rule",
+    "SIGMAS",
+    "STATISTICS",
     "ScaleRule",
     "Schedule",
     "SharedScale",
@@ -89,8 +107,15 @@ __all__ = [
     "SpecError",
     "Transform",
     "TransformKind",
-    "decays",
+    "accumulator_bits",
+    "check_axes",
+    "check_batch",
+    "check_generation",
     "check_integer",
+    "check_marks",
+    "check_tokens",
+    "check_where",
+    "decays",
     "from_dict",
     "refuse_integer",
     "to_dict",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from .base import SpecError
 from .profile import Profile, Requantization
-from .quant import FloatQuantSpec, Granularity, Quant
+from .quant import FloatQuantSpec, Granularity, Quant, QuantSpec
 
 FLOAT_REQUANTIZATIONS = (Requantization.FLOAT32, Requantization.FLOAT_HALF_AWAY)
 TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
@@ -58,3 +58,8 @@ def check_integer(
             Requantization.HIGH_HALF_UP,
         ):
             refuse_integer(site, f"{spec.bits} bits need 64-bit accumulators, which {profile.name}'s {kind} has not")
+
+
+def accumulator_bits(*specs: QuantSpec | None) -> int:
+    """32, or 64 where a factor has more than 8 bits (an accumulator, of which there is no spec, has 32)."""
+    return 64 if any(spec is None or spec.bits > 8 for spec in specs) else 32

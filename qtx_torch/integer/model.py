@@ -1,5 +1,9 @@
 """`Integer`: a whole model in integer codes, as a device computes it.
 
+Differs from the reference: site, module, attn, p, sink: a site's module knows its site and holds its parameters.
+Differs from the reference: where, Integer.weight, Code.arranged, Whole: there is no tape, and torch forbids floats in
+another way.
+
 Every value is a `Code`, `real = unit * (value - zero_point)`. A matmul of codes gives an int32 accumulator (int64 where
 a factor has more than 8 bits), whose unit is the product of its factors' scales; requantization by the profile makes it
 the code of the site it is named after. A site that the recipe leaves alone keeps the accumulator, for the next op that
@@ -26,13 +30,14 @@ from qtx_ref.spec import (
     Requantization,
     Softmax,
     SpecError,
+    accumulator_bits,
 )
 
 from .. import ops
 from ..attention import Mask
 from ..numerics import Float
 from ..quant import affine
-from ..sites import Site
+from ..sites import SiteModule
 from . import fixed_point
 from . import ops as integer_ops
 from . import products as integer
@@ -139,7 +144,7 @@ def at(site: str) -> Iterator[None]:
 
 
 class Integer(Float):
-    """See the module. `watch(name, value)` sees every site's codes, and each matmul's `<site>.accumulator`."""
+    """See the module. `record(name, value)` is shown every site's codes, and each matmul's `<site>.accumulator`."""
 
     def __init__(
         self,
@@ -148,7 +153,7 @@ class Integer(Float):
         profile: Profile,
         *,
         strict: bool = False,
-        watch: Callable[[str, Tensor], None] | None = None,
+        record: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self.entry = constants
@@ -158,7 +163,7 @@ class Integer(Float):
         self.quants = quants
         self.profile = profile
         self.strict = strict
-        self.watch = watch
+        self.record = record
         self.whole: Whole | None = None  # turned on once the input is in codes
 
     def unit(self, *parts: Tensor | float | None) -> Tensor | None:
@@ -176,13 +181,15 @@ class Integer(Float):
         """The result of an op, whatever its unit, as the code of its site."""
         spec = self.quants.get(site)
         if spec is None:
-            return self.seen(site, x)
+            return self.record_codes(site, x)
         whole = not (spec.dynamic or x.measured)
-        return self.seen(site, self.requantized(site, spec, x) if whole else self.quantized(site, spec, x.real()))
+        return self.record_codes(
+            site, self.requantized(site, spec, x) if whole else self.quantized(site, spec, x.real())
+        )
 
-    def seen(self, site: str, x: Code) -> Code:
-        if self.watch is not None:
-            self.watch(site, x.value)
+    def record_codes(self, site: str, x: Code) -> Code:
+        if self.record is not None:
+            self.record(site, x.value)
         return x
 
     def operand(self, site: str, x: Code) -> Code:
@@ -230,37 +237,39 @@ class Integer(Float):
         with at(site):
             return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
 
-    def shown(self, site: str, acc: Tensor) -> Tensor:
-        if self.watch is not None:
-            self.watch(f"{site}.accumulator", acc)
+    def record_accumulator(self, site: str, acc: Tensor) -> Tensor:
+        if self.record is not None:
+            self.record(f"{site}.accumulator", acc)
         return acc
 
     # ops --------------------------------------------------------------------------------------------------------------
 
-    def input(self, site: Site, value: Tensor) -> Code:
+    def input(self, module: SiteModule, value: Tensor) -> Code:
         """Quantized by the profile, on the way in: the one step before the integers."""
-        name, spec = site.name, self.quants[site.name]
-        zero = self.constants[f"{name}.zero_point"]
-        with at(name):
-            code = affine.quantize(value, self.entry[f"{name}.scale"], zero, spec, self.profile).to(code_dtype(spec))
+        site, spec = module.site, self.quants[module.site]
+        zero = self.constants[f"{site}.zero_point"]
+        with at(site):
+            code = affine.quantize(value, self.entry[f"{site}.scale"], zero, spec, self.profile).to(code_dtype(spec))
         if self.whole is not None:
             self.whole.on = True
-        return self.seen(name, Code(code, self.scale_of(name), zero, spec))
+        return self.record_codes(site, Code(code, self.scale_of(site), zero, spec))
 
-    def parameter(self, site: Site) -> Code:
+    def parameter(self, module: SiteModule) -> Code:
         """The codes of the site's bias, made with its own scale."""
-        name = site.name
-        zero = self.constants[f"{name}.zero_point"]
-        return self.seen(name, Code(self.constants[f"{name}.bias"], self.scale_of(name), zero, self.quants[name]))
+        site = module.site
+        zero = self.constants[f"{site}.zero_point"]
+        return self.record_codes(
+            site, Code(self.constants[f"{site}.bias"], self.scale_of(site), zero, self.quants[site])
+        )
 
-    def linear(self, site: Site, x: Code, *, weight: Tensor | None = None, named: bool = True) -> Code:
+    def linear(self, module: SiteModule, x: Code, *, weight: Tensor | None = None, named: bool = True) -> Code:
         """x W^T + b: one matrix (O, I), or one per head (H, O, I) on the head's own slice of x."""
-        name = site.name
-        x = self.operand(f"{name}.input", x)
-        y = self.product(name, x, self.weight(site.tied or f"{name}.weight"))
-        return self.named(name, y) if named else y
+        site = module.site
+        x = self.operand(f"{site}.input", x)
+        y = self.product(site, x, self.weight(module.tied or f"{site}.weight"))
+        return self.named(site, y) if named else y
 
-    def product(self, name: str, x: Code, w: Code) -> Code:
+    def product(self, site: str, x: Code, w: Code) -> Code:
         """The accumulators of a linear layer; those of a measured unit with their bias beside."""
         heads = w.shape[0] if w.ndim == 3 else 1
 
@@ -271,98 +280,98 @@ class Integer(Float):
         w_zero = w.zero_point if w.zero_point.numel() == 1 else w.zero_point.reshape(heads, 1, -1)
         x_zero = x.zero_point if x.zero_point.numel() == 1 else x.zero_point.reshape(1, -1, 1)
         w_unit = w.unit if w.unit is None or w.unit.numel() == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
-        bias = self.constants.get(f"{name}.bias")
+        bias = self.constants.get(f"{site}.bias")
         bias = None if bias is None else bias.reshape(-1)
         inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
         rows = split(x.value)
         if heads == 1:  # one matrix, without an axis of heads
             rows, wt, inside = rows[0], wt[0], None if inside is None else inside[0]
             w_zero, x_zero = (z[0] if z.ndim == 3 else z for z in (w_zero, x_zero))
-        acc = self.matmul(name, Code(rows, None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
+        acc = self.matmul(site, Code(rows, None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
         acc = acc if heads > 1 else acc[None]
-        acc = self.shown(name, acc.transpose(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
+        acc = self.record_accumulator(site, acc.transpose(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
         y_unit = self.unit(x.unit, w_unit)
         return Code(acc, y_unit, measured=x.measured, offset=bias if x.measured else None)
 
-    def embedding(self, site: Site, index: Tensor) -> Code:
+    def embedding(self, module: SiteModule, index: Tensor) -> Code:
         """Rows of the codes of the site's weight; their own scales, where each row has one."""
-        table = self.weight(f"{site.name}.weight")
+        table = self.weight(f"{module.site}.weight")
         several = table.unit is not None and table.unit.numel() > 1
         step, zero = (x if x is None or x.numel() == 1 else x[index] for x in (table.unit, table.zero_point))
-        return self.named(site.name, Code(table.value[index], step, zero, table.spec, several))
+        return self.named(module.site, Code(table.value[index], step, zero, table.spec, several))
 
-    def norm(self, site: Site, x: Code, eps: float) -> Code:
-        name = site.name
-        gain = self.weight(f"{name}.weight")
-        acc = integer_ops.normalize(x.value, self.constants[f"{name}.eps"]) * gain.centred()
-        bias = self.constants[f"{name}.bias"]
-        with at(name):
+    def norm(self, module: SiteModule, x: Code, eps: float) -> Code:
+        site = module.site
+        gain = self.weight(f"{site}.weight")
+        acc = integer_ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.centred()
+        bias = self.constants[f"{site}.bias"]
+        with at(site):
             acc = integer.fit(acc + bias, 64 if bias.dtype == torch.int64 else 32, self.profile)
-        acc = self.shown(name, acc)
-        return self.named(name, Code(acc, self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
+        acc = self.record_accumulator(site, acc)
+        return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
 
-    def add(self, site: Site, a: Code, b: Code) -> Code:
+    def add(self, module: SiteModule, a: Code, b: Code) -> Code:
         """Both operands in one fine unit, their sum rounded once."""
-        name, kind = site.name, self.profile.requantization
-        spec = self.quants[name]
+        site, kind = module.site, self.profile.requantization
+        spec = self.quants[site]
         if spec.dynamic or a.measured or b.measured:
-            return self.seen(name, self.quantized(name, spec, a.real() + b.real()))
-        first, second = self.constants[f"{name}.multiplier"]
+            return self.record_codes(site, self.quantized(site, spec, a.real() + b.real()))
+        first, second = self.constants[f"{site}.multiplier"]
         if kind in fixed_point.FLOATS:
             level = fixed_point.round_float(a.centred().float() * first + b.centred().float() * second, kind)
         else:
-            parts, shift = [a.centred(), b.centred()], self.constants[f"{name}.shift"]
+            parts, shift = [a.centred(), b.centred()], self.constants[f"{site}.shift"]
             level = integer_ops.weighted_sum(parts, [first, second], shift, kind)
-        return self.seen(name, self.clamped(name, spec, level))
+        return self.record_codes(site, self.clamped(site, spec, level))
 
-    def mul(self, site: Site, a: Code, b: Code) -> Code:
+    def mul(self, module: SiteModule, a: Code, b: Code) -> Code:
         wide = torch.int64 if accumulator_bits(a.spec, b.spec) == 64 else torch.int32
         product = a.centred().to(wide) * b.centred().to(wide)
-        return self.named(site.name, Code(product, self.unit(a.unit, b.unit), measured=a.measured or b.measured))
+        return self.named(module.site, Code(product, self.unit(a.unit, b.unit), measured=a.measured or b.measured))
 
     def scale(self, x: Code, factor: float) -> Code:
         """Only the unit changes."""
         return Code(x.value, self.unit(x.unit, factor), x.zero_point, x.spec, x.measured)
 
-    def mean(self, site: Site, x: Code) -> Code:
+    def mean(self, module: SiteModule, x: Code) -> Code:
         """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
         total = integer_ops.mean(x.centred(), self._where(x)).to(x.centred().dtype)
-        return self.named(site.name, Code(total, x.unit, measured=x.measured))
+        return self.named(module.site, Code(total, x.unit, measured=x.measured))
 
-    def prepend(self, site: Site, x: Code) -> Code:
+    def prepend(self, module: SiteModule, x: Code) -> Code:
         """The codes of the site's weight, made with its own scale, and x requantized to it."""
-        name, spec = site.name, self.quants[site.name]
-        x = self.quantized(name, spec, x.real()) if x.measured else self.requantized(name, spec, x)
-        first = self.constants[f"{site.name}.weight"].expand(x.shape[0], 1, x.shape[2])
-        return self.seen(site.name, Code(torch.cat([first, x.value], dim=1), x.unit, x.zero_point, x.spec))
+        site, spec = module.site, self.quants[module.site]
+        x = self.quantized(site, spec, x.real()) if x.measured else self.requantized(site, spec, x)
+        first = self.constants[f"{module.site}.weight"].expand(x.shape[0], 1, x.shape[2])
+        return self.record_codes(module.site, Code(torch.cat([first, x.value], dim=1), x.unit, x.zero_point, x.spec))
 
-    def activation(self, site: Site, x: Code, kind: str) -> Code:
+    def activation(self, module: SiteModule, x: Code, kind: str) -> Code:
         """relu: max(x, 0). Others: a table, or a polynomial of I-BERT."""
-        name = site.name
+        site = module.site
         if kind == "relu" and x.measured:
-            return self.seen(name, self.quantized(name, self.quants[name], x.real().clamp(min=0)))
+            return self.record_codes(site, self.quantized(site, self.quants[site], x.real().clamp(min=0)))
         if kind == "relu":
-            return self.named(name, Code(x.centred().clamp(min=0), x.unit))
-        table = self.constants.get(f"{name}.table")
+            return self.named(site, Code(x.centred().clamp(min=0), x.unit))
+        table = self.constants.get(f"{site}.table")
         if table is not None:
             code = table[x.value.long() - x.spec.code_min]
-            zero = self.constants[f"{name}.zero_point"]
-            return self.seen(name, Code(code, self.scale_of(name), zero, self.quants[name]))
+            zero = self.constants[f"{site}.zero_point"]
+            return self.record_codes(site, Code(code, self.scale_of(site), zero, self.quants[site]))
         polynomial, bits = integer_ops.POLYNOMIALS[kind]
-        scaling = (self.constants[f"{name}.input_{key}"] for key in ("multiplier", "shift"))
-        with at(name):
+        scaling = (self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
+        with at(site):
             argument = fixed_point.multiply(x.centred(), *scaling, Requantization.FIXED_ONE)
         y = polynomial(argument).clamp(fixed_point.INT32_MIN, fixed_point.INT32_MAX).int()
-        return self.named(name, Code(y, self.unit(2.0**-bits)))
+        return self.named(site, Code(y, self.unit(2.0**-bits)))
 
     def attention(
         self, attn: nn.Module, q: Code, k: Code, v: Code, mask: Mask, spec: AttentionSpec, rate: float
     ) -> Code:
         """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
-        scores_site, context_site = attn.scores.name, attn.context.name
+        scores_site, context_site = attn.scores.site, attn.context.site
         q, k = self.operand(f"{scores_site}.lhs", q), self.operand(f"{scores_site}.rhs", k)
         kt = ops.arranged(lambda x: x.transpose(-1, -2), k)
-        acc = self.shown(scores_site, self.matmul(scores_site, q, kt))
+        acc = self.record_accumulator(scores_site, self.matmul(scores_site, q, kt))
         step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
         scores = self.named(scores_site, Code(acc, step, measured=measured))
         probs = self.operand(f"{context_site}.lhs", self.softmax(attn.probs, scores, mask, spec))
@@ -371,24 +380,19 @@ class Integer(Float):
         step = step if step is None or step.ndim == 0 else step.expand(acc.shape)  # per query and head, or per channel
         context = Code(acc, step, measured=probs.measured)
         context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
-        self.shown(context_site, context.value)
+        self.record_accumulator(context_site, context.value)
         return self.named(context_site, context)
 
-    def softmax(self, site: Site, scores: Code, mask: Mask, spec: AttentionSpec) -> Code:
-        name, find = site.name, self.constants.get
-        exponential = find(f"{name}.table")
+    def softmax(self, module: SiteModule, scores: Code, mask: Mask, spec: AttentionSpec) -> Code:
+        site, find = module.site, self.constants.get
+        exponential = find(f"{site}.table")
         if exponential is None:
-            exponential = tuple(self.constants[f"{name}.input_{key}"] for key in ("multiplier", "shift"))
-        extra = (find(f"{name}.sink"), find(f"{name}.sink_factor")) if f"{name}.sink" in self.constants else None
-        with at(name):
+            exponential = tuple(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
+        extra = (find(f"{site}.sink"), find(f"{site}.sink_factor")) if f"{site}.sink" in self.constants else None
+        with at(site):
             p = integer_ops.softmax(scores.value, mask.allowed, exponential, extra)
             if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
                 row = spec.softmax is Softmax.CLIPPED_ROW
-                gamma = integer_ops.row_gamma(find(f"{name}.alpha"), mask.allowed) if row else find(f"{name}.gamma")
-                p = integer_ops.clip_stretch(p, find(f"{name}.zeta"), gamma)
-        return self.named(name, Code(p.int(), self.unit(2.0**-integer_ops.PROBABILITY_BITS)))
-
-
-def accumulator_bits(*specs: QuantSpec | None) -> int:
-    """32, or 64 where a factor has more than 8 bits (an accumulator, of which there is no spec, has 32)."""
-    return 64 if any(spec is None or spec.bits > 8 for spec in specs) else 32
+                gamma = integer_ops.row_gamma(find(f"{site}.alpha"), mask.allowed) if row else find(f"{site}.gamma")
+                p = integer_ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
+        return self.named(site, Code(p.int(), self.unit(2.0**-integer_ops.PROBABILITY_BITS)))

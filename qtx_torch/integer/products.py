@@ -1,5 +1,7 @@
 """Matrix products of integer codes, exact.
 
+Differs from the reference: plain_float32, name, byte_product, carrier: a device multiplies bytes in ways of its own.
+
     acc[m, n] = sum_k (a[m, k] - za) (b[k, n] - zb) [+ bias[n]]
 
 **Through float BLAS.** A float32 holds every integer up to 2^24, so a float32 product of integers is exact, in whatever

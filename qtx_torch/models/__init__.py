@@ -1,4 +1,7 @@
-"""The three models as modules; their parameters have the reference's names and shapes."""
+"""The three models as modules; their parameters have the reference's names and shapes.
+
+Differs from the reference: forward, build: models are modules, not functions over a dict.
+"""
 
 from __future__ import annotations
 

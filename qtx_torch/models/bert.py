@@ -1,4 +1,7 @@
-"""BERT (Devlin et al. 2019): post-norm encoder with token types, a masked-language-model head or a classifier."""
+"""BERT (Devlin et al. 2019): post-norm encoder with token types, a masked-language-model head or a classifier.
+
+Differs from the reference: forward, head, Embed, Bert: models are modules, not functions over a dict.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from qtx_ref.spec import Head, ModelSpec
 from .. import ops
 from ..attention import make_mask
 from ..numerics import Float
-from ..sites import Embedding, Linear, Norm, Site
+from ..sites import Embedding, Linear, Norm, SiteModule
 from .block import Block
 
 
@@ -24,8 +27,8 @@ class Embed(nn.Module):
         self.token = Embedding(spec.vocab, spec.width)
         self._modules["type"] = Embedding(spec.types, spec.width)
         self.position = Embedding(spec.length, spec.width)
-        self.pair = Site()
-        self.sum = Site()
+        self.pair = SiteModule()
+        self.sum = SiteModule()
         self.norm = Norm(spec.width)
 
 
@@ -38,12 +41,12 @@ class Bert(nn.Module):
         self.head = nn.Module()
         if spec.head is Head.MLM:
             self.head.transform = Linear(spec.width, spec.width)
-            self.head.activation = Site()
+            self.head.activation = SiteModule()
             self.head.norm = Norm(spec.width)
             self.head.decoder = Linear(spec.vocab, spec.width, tied="embed.token.weight")
         if spec.head is Head.CLASSIFY:
             self.head.pool = Linear(spec.width, spec.width)
-            self.head.activation = Site()
+            self.head.activation = SiteModule()
             self.head.classifier = Linear(spec.classes, spec.width)
 
     def forward(self, nx: Float, batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,8 @@
-"""One transformer block, shared by BERT (post-norm), OPT (pre- or post-norm) and ViT (pre-norm)."""
+"""One transformer block, shared by BERT (post-norm), OPT (pre- or post-norm) and ViT (pre-norm).
+
+Differs from the reference: self_attention, feed_forward, block, Attention, FeedForward, Block: models are modules, not
+functions over a dict.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from torch import Tensor, nn
 from qtx_ref.spec import Gate, ModelSpec, Softmax
 
 from .. import ops
-from ..attention import Mask, gate, gate_sites
+from ..attention import Mask
 from ..numerics import Float
-from ..sites import Linear, Norm, Product, Site
+from ..sites import Linear, Norm, Product, SiteModule
+from .gate import gate, gate_sites
 
 Cache = tuple[Tensor, Tensor]  # keys and values, (B, H, T, K)
 
@@ -22,11 +27,11 @@ class Attention(nn.Module):
         for part in ("query", "key", "value", "output"):
             self.add_module(part, Linear(spec.width, spec.width))
         self.scores = Product()
-        self.probs = Site(sink=(spec.heads,)) if spec.attention.softmax is Softmax.SINK else Site()
+        self.probs = SiteModule(sink=(spec.heads,)) if spec.attention.softmax is Softmax.SINK else SiteModule()
         self.context = Product()
         for name, site in gate_sites(spec).items():
             self.add_module(name, site)
-        self.residual = Site()
+        self.residual = SiteModule()
 
     def forward(self, nx: Float, x: Tensor, mask: Mask, past: Cache | None) -> tuple[Tensor, Cache]:
         """x (B, T, D) -> (B, T, D), and the keys and values so far."""
@@ -48,9 +53,9 @@ class FeedForward(nn.Module):
         self.kind = str(spec.activation)
         self.norm = Norm(spec.width)
         self.hidden = Linear(spec.hidden, spec.width)
-        self.activation = Site()
+        self.activation = SiteModule()
         self.output = Linear(spec.width, spec.hidden)
-        self.residual = Site()
+        self.residual = SiteModule()
 
     def forward(self, nx: Float, x: Tensor) -> Tensor:
         h = nx.linear(self.hidden, x)  # (B, T, D) -> (B, T, F)

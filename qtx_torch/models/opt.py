@@ -1,5 +1,7 @@
 """OPT (Zhang et al. 2022): causal decoder with ReLU, learned positions behind an offset and a tied head.
 
+Differs from the reference: forward, Opt: models are modules, not functions over a dict.
+
 The 350m shape as released is post-norm, embeds tokens in 512 dimensions, projects them to 1024 and back without bias,
 and has no final norm.
 """
@@ -15,7 +17,7 @@ from qtx_ref.spec import Head, ModelSpec
 
 from ..attention import make_mask
 from ..numerics import Float
-from ..sites import Embedding, Linear, Norm, Site
+from ..sites import Embedding, Linear, Norm, SiteModule
 from .block import Block, Cache
 
 
@@ -29,7 +31,7 @@ class Opt(nn.Module):
         if spec.embed_width:
             self.embed.project = Linear(spec.width, narrow, bias=False)
         self.embed.position = Embedding(spec.length + spec.position_offset, spec.width)
-        self.embed.sum = Site()
+        self.embed.sum = SiteModule()
         self.layer = nn.ModuleList(Block(spec) for _ in range(spec.layers))
         self.final = nn.Module()
         if spec.final_norm:

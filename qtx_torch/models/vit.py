@@ -1,5 +1,7 @@
 """ViT (Dosovitskiy et al. 2021): pre-norm encoder over image patches and a CLS token.
 
+Differs from the reference: forward, Vit: models are modules, not functions over a dict.
+
 `patch_norm` puts a LayerNorm after the patch embedding, as Bondarenko et al. 2023 do.
 """
 
@@ -15,7 +17,7 @@ from qtx_ref.spec import Head, ModelSpec
 from .. import ops
 from ..attention import make_mask
 from ..numerics import Float
-from ..sites import Embedding, Linear, Norm, Site
+from ..sites import Embedding, Linear, Norm, SiteModule
 from .block import Block
 
 
@@ -24,13 +26,13 @@ class Vit(nn.Module):
         super().__init__()
         self.spec = spec
         self.embed = nn.Module()
-        self.embed.image = Site()
+        self.embed.image = SiteModule()
         self.embed.patch = Linear(spec.width, spec.channels * spec.patch_size**2)
         if spec.patch_norm:
             self.embed.norm = Norm(spec.width)
-        self.embed.cls = Site(weight=(spec.width,))
+        self.embed.cls = SiteModule(weight=(spec.width,))
         self.embed.position = Embedding(spec.length, spec.width)
-        self.embed.sum = Site()
+        self.embed.sum = SiteModule()
         self.layer = nn.ModuleList(Block(spec) for _ in range(spec.layers))
         self.final = nn.Module()
         if spec.final_norm:

@@ -28,6 +28,8 @@ from qtx_ref.spec import (
     Profile,
     QuantSpec,
     ScaleRule,
+    check_axes,
+    check_where,
 )
 
 from .rounding import SMALLEST, round_dtype, round_integer
@@ -46,6 +48,7 @@ def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
     weight (..., O, I), token). A group starts from its channels' ranges; `scale_zero` unites them."""
     if spec.granularity is Granularity.BLOCK:
         raise ValueError("a block spans a part of an axis; take its range with ranges()")
+    check_axes(spec, ndim)
     if spec.granularity is Granularity.TENSOR:
         return tuple(range(ndim))
     if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not weight:
@@ -56,8 +59,17 @@ def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
 def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Minimum and maximum over `axes`, kept as length 1, of the elements where `where` (broadcast) is true.
 
-    Float32. A range over no element at all is (0, 0).
+    Float32; beyond it infinite. A range over no element at all is (0, 0); over no axis, each element is one. Raises
+    ValueError for a mask that is not boolean or does not broadcast to x.
     """
+    if where is not None:
+        check_where(where.dtype == torch.bool, tuple(where.shape), tuple(x.shape))
+    if not axes:
+        low = x.float() if where is None else torch.where(where, x, 0).float()
+        return low, low.clone()
+    if not x.numel():
+        low = x.new_zeros([1 if i in axes else n for i, n in enumerate(x.shape)], dtype=torch.float32)
+        return low, low.clone()
     if where is None:
         if len(axes) == x.ndim and x.numel():
             low, high = (end.reshape((1,) * x.ndim) for end in x.aminmax())
@@ -77,6 +89,7 @@ def ranges(x: Tensor, spec: QuantSpec, weight: bool = False, where: Tensor | Non
     """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape)."""
     if spec.granularity is not Granularity.BLOCK:
         return min_max(x, range_axes(spec, x.ndim, weight), where)
+    check_axes(spec, x.ndim)
     if x.shape[-1] % spec.block:
         raise ValueError(f"block {spec.block} does not divide the last axis, {x.shape[-1]}; choose one that does")
     blocks = (*x.shape[:-1], x.shape[-1] // spec.block, spec.block)

@@ -92,8 +92,11 @@ class Observer:
         self.held: list[Tensor] = []
 
     def update(self, x: Tensor, where: Tensor | None = None) -> None:
-        """Takes one batch's tensor. Raises ValueError on NaN or infinity that counts; without elements nothing changes."""
-        if where is not None and not where.any():
+        """Takes one batch's tensor. Raises ValueError on NaN or infinity that counts, and for a
+        weight under a mask; without elements nothing changes."""
+        if self.weight and where is not None:
+            raise ValueError("every element of a weight counts: give no mask")
+        if not x.numel() or (where is not None and not where.any()):
             return
         x = x.detach()
         low, high = min_max(x, range_axes(self.spec, x.ndim, self.weight), where)

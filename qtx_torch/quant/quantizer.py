@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import FloatQuantSpec, Granularity, Quant, QuantSpec
+from qtx_ref.spec import (
+    FloatQuantSpec,
+    Granularity,
+    Quant,
+    QuantSpec,
+    check_axes,
+    check_where,
+)
 
 from . import affine, formats
 
@@ -31,10 +40,12 @@ def beside_outliers(x: Tensor, spec: QuantSpec, where: Tensor | None) -> tuple[T
     """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al. 2022,
     section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, which leaves it in float.
     """
+    check_axes(spec, x.ndim)
     large = x.abs() >= spec.outliers
     if where is not None:
+        check_where(where.dtype == torch.bool, tuple(where.shape), tuple(x.shape))
         large &= where
-    kept = large.flatten(0, -2).any(dim=0)  # (C,)
+    kept = large.reshape(math.prod(x.shape[:-1]), x.shape[-1]).any(dim=0)  # (C,)
     scale, zero = affine.scale_zero(*affine.min_max(x, (x.ndim - 1,), ~kept), spec)
     return torch.where(kept, 0, scale), zero.expand(x.shape)
 

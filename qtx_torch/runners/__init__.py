@@ -1,5 +1,7 @@
 """What a cost is measured on, and the engines that are run beside us: export to ONNX, and torch's own dynamic int8.
 
+Not in the reference: the engines that are run beside us take torch's tensors and modules.
+
 A runner takes a batch to the device once (`inputs`), is called with it, and leaves its result where it is; `output` fetches
 it. So latency is that of the pass alone.
 """
@@ -20,10 +22,11 @@ from torch import Tensor, nn
 from qtx_ref.spec import Family, ModelSpec, Output
 
 from .. import models
+from ..arrays import Batch, to_numpy
 from ..attention import Mask
-from ..backend import Batch, IntegerModel, Model, to_numpy, to_tensors
+from ..backend import IntegerModel, Model
 from ..numerics import Float, Record
-from ..sites import Linear, Site, attach
+from ..sites import SiteModule, attach, linears
 
 PRODUCTS = ("mm", "matmul", "linear", "attention", "gemm", "einsum")  # in the names of ops that multiply matrices
 TOP = 6  # ops that a profile names
@@ -42,11 +45,11 @@ class FloatRunner:
         self.device = model.device
 
     def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
-        return to_tensors(batch, self.device)
+        return self.model.accept(batch)
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor | None]) -> Tensor:
-        return self.model._run(self.nx, inputs)
+        return self.model.compute(self.nx, inputs)
 
     def output(self, result: Tensor) -> np.ndarray:
         return to_numpy(result)
@@ -60,13 +63,13 @@ class IntegerRunner:
         self.device = model.device
 
     def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
-        return to_tensors(batch, self.device)
+        return self.model.accept(batch)
 
     def __call__(self, inputs: Mapping[str, Tensor | None]):
-        return self.model._forward(self.model._numerics(None), inputs)
+        return self.model.compute(self.model.make_numerics(), inputs)
 
     def output(self, result) -> Output:
-        return self.model._output(result)
+        return self.model.read_output(result)
 
 
 def bfloat16_runner(model: Model) -> FloatRunner:
@@ -79,7 +82,7 @@ def bfloat16_runner(model: Model) -> FloatRunner:
 def unfused(model: Model) -> Model:
     """The model with probabilities that somebody looks at, so that no fused kernel stands in for its attention."""
     sites = [f"layer.{i}.attn.probs" for i in range(model.spec.layers)]
-    attach(model.net, {site: Record(site, lambda *seen: None) for site in sites})
+    attach(model.net, {site: Record(site, lambda *shown: None) for site in sites})
     return model
 
 
@@ -94,24 +97,23 @@ class DynamicInt8(Float):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.packed: dict[str, object] = {}
-        tied = {site.tied for site in model.net.modules() if isinstance(site, Linear)}
+        modules = linears(model.net)
+        tied = {module.tied for module in modules.values()}
         weights = dict(model.weights)
-        for site in model.net.modules():
-            if not isinstance(site, Linear):
-                continue
-            name = site.tied or f"{site.name}.weight"
+        for site, module in modules.items():
+            name = module.tied or f"{site}.weight"
             if weights[name].ndim != 2:
                 continue
-            self.packed[site.name] = pack(weights[name].detach(), site.bias)
+            self.packed[site] = pack(weights[name].detach(), module.bias)
             if name not in tied:
-                site.weight = nn.Parameter(torch.empty(0))
+                module.weight = nn.Parameter(torch.empty(0))
                 del model.weights[name]
 
-    def linear(self, site: Site, x: Tensor, *, weight: Tensor | None = None, named: bool = True) -> Tensor:
-        if site.name not in self.packed:
-            return super().linear(site, x, weight=weight, named=named)
-        y = torch.ops.quantized.linear_dynamic(x, self.packed[site.name], True)
-        return self._named(site, y) if named else y
+    def linear(self, module: SiteModule, x: Tensor, *, weight: Tensor | None = None, named: bool = True) -> Tensor:
+        if module.site not in self.packed:
+            return super().linear(module, x, weight=weight, named=named)
+        y = torch.ops.quantized.linear_dynamic(x, self.packed[module.site], True)
+        return self._named(module, y) if named else y
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> object:

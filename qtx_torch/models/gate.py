@@ -1,0 +1,62 @@
+"""Gates on an attention's output (Bondarenko et al. 2023, eq. 5).
+
+Differs from the reference: gate_sites, p, name, attn: a gate's parameters are in the modules of its sites.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from qtx_ref.spec import Gate, ModelSpec
+
+from .. import ops
+from ..numerics import Float
+from ..sites import Linear, SiteModule
+
+
+def gate_sites(spec: ModelSpec) -> dict[str, SiteModule]:
+    """The sites that the spec's gate adds to an attention, by name within it."""
+    kind, h, k, d, m = spec.attention.gate, spec.heads, spec.head_width, spec.width, spec.gate_hidden
+    if kind is Gate.NONE:
+        return {}
+    found: dict[str, SiteModule] = {}
+    if kind is Gate.HEAD:
+        found["gate_logit"] = SiteModule(bias=(h,))
+    elif kind is Gate.MLP:
+        found["gate_hidden"] = Linear(m, k, heads=h)
+        found["gate_logit"] = Linear(1, m, heads=h)
+    elif kind is Gate.ALL_FEATURES:
+        found["gate_logit"] = Linear(h, d)
+    elif kind is Gate.ELEMENTWISE:
+        found["gate_logit"] = Linear(d, d, bias=False)
+    else:
+        found["gate_logit"] = Linear(1, k, heads=h)
+    return found | {"gate": SiteModule(), "gated": SiteModule()}
+
+
+def gate(nx: Float, attn: nn.Module, x: Tensor, context: Tensor, spec: ModelSpec) -> Tensor:
+    """sigmoid(logit) * context (times 1 / pi where rescaled), as the spec's gate says.
+
+    The logit is made from the attention's input x (B, T, D). context (B, T, D) has its heads side by side. Every form
+    but ELEMENTWISE has one logit per head.
+    """
+    kind = spec.attention.gate
+    if kind is Gate.NONE:
+        return context
+    if kind is Gate.HEAD:
+        z = nx.parameter(attn.gate_logit)  # (H,)
+    elif kind is Gate.MLP:
+        h = nx.activation(
+            attn.gate_hidden, nx.linear(attn.gate_hidden, x, named=False), "relu"
+        )  # (B, T, D) -> (B, T, H m)
+        z = nx.linear(attn.gate_logit, h)  # (B, T, H m) -> (B, T, H)
+    elif kind is Gate.HEAD_CONDITIONAL:
+        z = nx.mean(attn.gate_logit, nx.linear(attn.gate_logit, x, named=False))  # (B, T, H) -> (B, 1, H)
+    else:
+        z = nx.linear(attn.gate_logit, x)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
+    g = nx.activation(attn.gate, z, "sigmoid")
+    if spec.attention.rescaled:
+        g = nx.scale(g, 1 / spec.attention.pi)
+    if kind is not Gate.ELEMENTWISE:
+        g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)
+    return nx.mul(attn.gated, context, g)
