@@ -1,6 +1,6 @@
 """`python cli.py ...` from a checkout does what the installed `qtx ...` does."""
 
-from qtx.cli import main
+from qtx import main
 
 if __name__ == "__main__":
-    main(prog_name="qtx")
+    main()

@@ -27,8 +27,12 @@ from .commands.options import (
     JSON,
     LIMIT,
     MACHINE,
+    OUT,
+    RATE,
     VOCAB,
     WATCH,
+    claim,
+    hold_out,
     need_head,
     open_data,
     open_model,
@@ -44,38 +48,35 @@ from .data.tokenizing import encode_prompt, open_tokenizer
 from .engines.backend import MissingExtra
 from .files.artifact import SUFFIX
 from .files.container import CheckpointError
-from .jobs.starts import continued, open_origin
+from .jobs.resume import check_run
+from .jobs.run import Machine, Start, TrainSpec
+from .jobs.starts import continue_model, open_origin
 from .jobs.study import Study, StudySpec
-from .jobs.training import (
-    History,
-    Interrupted,
-    Machine,
-    Start,
-    TrainSpec,
-    default_optim,
-    train,
-    widened,
-)
+from .jobs.training import default_optim, fit_vocabulary, train
+from .measure.history import History
 from .prepare import quantization
 from .recipes import named as recipes
 from .report.tables import number, table
+from .signals import Interrupted, exit_status, handle, interrupt
 
 MENDABLE = (SpecError, DataError, CheckpointError, MissingExtra, OSError)
 
 
 class Commands(click.Group):
-    """Turns mendable errors into one line."""
+    """Turns mendable errors into one line; SIGINT and SIGTERM end every command with 130 and 143."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command that was named. Raises ClickException for what a user can mend, click's Exit for a signal."""
         try:
-            return super().invoke(ctx)
+            with handle(interrupt):
+                return super().invoke(ctx)
         except Interrupted as stop:
             click.echo(f"\n{stop}; the same command with --resume goes on", err=True)
-            ctx.exit(130)
-        except KeyboardInterrupt:
+            ctx.exit(exit_status(stop))
+        except KeyboardInterrupt as stop:
             resumes = ctx.invoked_subcommand in ("finetune", "ptq", "study", "train")
             click.echo("\nstopped" + ("; the same command with --resume goes on" if resumes else ""), err=True)
-            ctx.exit(130)
+            ctx.exit(exit_status(stop))
         except BrokenPipeError:  # whoever read the output has enough
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # nothing is left to flush at exit
             ctx.exit(1)
@@ -97,9 +98,14 @@ def main() -> None:
     "--steps", type=click.IntRange(1), default=StudySpec.steps, show_default=True, help="Training steps of each run."
 )
 @click.option("--batch", type=click.IntRange(1), default=StudySpec.batch, show_default=True, help="Sequences per step.")
-@click.option("--lr", type=float, help="Peak learning rate; default 1e-3 for the tiny models, 1e-4 for larger ones.")
-@click.option("--attention", "attentions", default="vanilla,clipped,gated", show_default=True,
-              help="Comma list; `clipped:gamma=-0.03`, `mlp`, `clipped+gated:pi=0.25`, ...")  # fmt: skip
+@click.option("--lr", type=RATE, help="Peak learning rate; default 1e-3 for the tiny models, 1e-4 for larger ones.")
+@click.option(
+    "--attention",
+    "attentions",
+    default="vanilla,clipped,gated",
+    show_default=True,
+    help="Comma list; `clipped:gamma=-0.03`, `mlp`, `clipped+gated:pi=0.25`, ...",
+)
 @click.option("--recipe", "recipe_name", help="One quantization recipe: the same as --bits with one name.")
 @click.option("--bits", help="Comma list of recipes, a column each: w8a8,w6a6,paper-opt,... (default w8a8)")
 @click.option("--train-quant", help="Train all models again with quantized matmuls, for example w8a8.")
@@ -107,14 +113,35 @@ def main() -> None:
 @MACHINE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds, from --seed on.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study"), show_default=True)
+@click.option("--out", type=OUT, default=Path("runs/study"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the study in --out, if there is one.")
 @JSON
-def study(model, data, tokenizer, vocab, steps, batch, lr, attentions, recipe_name, bits, train_quant, watch_integer,
-          backend_name, device, dtype, seed, seeds, out, resume, json_path):  # fmt: skip
+def study(
+    model,
+    data,
+    tokenizer,
+    vocab,
+    steps,
+    batch,
+    lr,
+    attentions,
+    recipe_name,
+    bits,
+    train_quant,
+    watch_integer,
+    backend_name,
+    device,
+    dtype,
+    seed,
+    seeds,
+    out,
+    resume,
+    json_path,
+):
     """Train, quantize and compare attentions: the paper's table."""
     if recipe_name and bits:
         raise SpecError(f"--recipe {recipe_name} and --bits {bits}: give one of them")
+    hold_out(out)
     spec = StudySpec(
         model=model,
         data=data,
@@ -139,45 +166,75 @@ def study(model, data, tokenizer, vocab, steps, batch, lr, attentions, recipe_na
 
 @main.command(name="train")
 @click.option("--model", help=f"One of {', '.join(PRESETS)}; default opt-tiny, without --init.")
-@click.option("--init", type=click.Path(path_type=Path), metavar="CHECKPOINT",
-              help="Go on pre-training from its parameters, with its tokenizer.")  # fmt: skip
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Go on pre-training from its parameters, with its tokenizer.",
+)
 @DATA
 @VOCAB
-@click.option("--attention", "attention_name",
-              help="Default vanilla, or that of --init; to its model a linear gate (gated:pi=0.5) may be added, or its "
-              "softmax changed (clipped).")  # fmt: skip
+@click.option(
+    "--attention",
+    "attention_name",
+    help="Default vanilla, or that of --init; to its model a linear gate (gated:pi=0.5) may be added, or its softmax "
+    "changed (clipped).",
+)
 @click.option("--steps", type=click.IntRange(1), default=StudySpec.steps, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=StudySpec.batch, show_default=True)
-@click.option("--lr", type=float, help="Peak learning rate; default 1e-3 for the tiny models, 1e-4 for larger ones.")
+@click.option("--lr", type=RATE, help="Peak learning rate; default 1e-3 for the tiny models, 1e-4 for larger ones.")
 @click.option(
     "--train-quant", help="Quantize while training: w8a8 (matmuls, per token), lsq-w8a8 (learned ranges), ..."
 )
 @WATCH
 @MACHINE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True)
+@click.option("--out", type=OUT, default=Path("runs/train"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 @JSON
-def train_command(model, init, data, tokenizer, vocab, attention_name, steps, batch, lr, train_quant, watch_integer,
-                  backend_name, device, dtype, seed, out, resume, json_path):  # fmt: skip
+def train_command(
+    model,
+    init,
+    data,
+    tokenizer,
+    vocab,
+    attention_name,
+    steps,
+    batch,
+    lr,
+    train_quant,
+    watch_integer,
+    backend_name,
+    device,
+    dtype,
+    seed,
+    out,
+    resume,
+    json_path,
+):
     """Train one model; leaves OUT/model.safetensors."""
-    machine = Machine(backend_name, device, dtype)
+    path, machine = out / "model.safetensors", Machine(backend_name, device, dtype)
+    claim(path, resume)
+    origin = start = None
     if init is None:
         spec = replace(preset(model or "opt-tiny"), attention=attention(attention_name or "vanilla"))
-        source, origin, start = load(data, spec, tokenizer=tokenizer, vocab=vocab), None, None
-        spec = widened(spec, source)
     else:
         for name, value in (("model", model), ("tokenizer", tokenizer), ("vocab", vocab)):
             if value is not None:
                 raise SpecError(f"--init and --{name} {value}: the checkpoint has its own; leave one of them out")
         origin = open_origin(init)
-        spec, params = continued(origin.found, attention_name, seed)
-        source, start = open_data(init, spec, origin.found.meta, data, None), Start(params, origin.kept())
-        for split in ("evaluation", "calibration"):
-            quantization.refuse_overlap(origin.found.meta, source, split)
+        spec, params = continue_model(origin.checkpoint, attention_name, seed)
+        start = Start(params, origin.describe())
     optim = default_optim(spec, steps, lr)
+    check_run(path, spec, optim, machine, train_quant)
+    if origin is None:
+        source = load(data, spec, tokenizer=tokenizer, vocab=vocab)
+        spec = fit_vocabulary(spec, source)
+    else:
+        source = open_data(init, spec, origin.checkpoint.meta, data, None)
+        for split in ("evaluation", "calibration"):
+            quantization.refuse_overlap(origin.checkpoint.meta, source, split)
     run = TrainSpec(spec, optim, batch, seed, train_quant, watch_integer, origin and origin.sha256)
-    path = out / "model.safetensors"
     checkpoint = train(run, source, path, machine, resume=resume, label=attention_name or out.name, start=start)
     curve = checkpoint.extra["history.loss"]
     state = " (diverged)" if checkpoint.meta["diverged"] else ""

@@ -57,9 +57,7 @@ class Model:
         Raises:
             SpecError: a device other than cpu, or a dtype that the reference does not compute in.
         """
-        check_device(device)
-        if dtype not in DTYPES:
-            raise SpecError(f"dtype is {dtype!r}: the reference computes in {' or '.join(DTYPES)}")
+        check_machine(device, dtype)
         self.spec = spec
         self.weights = {name: np.array(params[name], dtype) for name in shapes(spec)}
         self.quants: dict[str, Quant] = {}
@@ -357,6 +355,13 @@ def check_device(name: str) -> None:
         raise SpecError(f"device is {name!r}: the reference runs on cpu; use --backend torch for others")
 
 
+def check_machine(device: str, dtype: str) -> None:
+    """Raises SpecError for a device other than cpu, or a dtype that the reference does not compute in."""
+    check_device(device)
+    if dtype not in DTYPES:
+        raise SpecError(f"dtype is {dtype!r}: the reference computes in {' or '.join(DTYPES)}")
+
+
 class Trainer:
     """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
 
@@ -402,4 +407,13 @@ def threads() -> int:
     return os.cpu_count() or 1
 
 
-__all__ = ["Batch", "IntegerModel", "Model", "Trainer", "init_params", "shapes", "threads"]
+__all__ = [
+    "Batch",
+    "IntegerModel",
+    "Model",
+    "Trainer",
+    "check_machine",
+    "init_params",
+    "shapes",
+    "threads",
+]

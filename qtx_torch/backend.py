@@ -64,8 +64,7 @@ class Model:
         Raises:
             SpecError: a device that is not there, or a dtype that is not one of DTYPES.
         """
-        if dtype not in DTYPES:
-            raise SpecError(f"dtype is {dtype!r}: torch computes in {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+        check_machine(device, dtype)
         self.spec = spec
         self.device = find_device(device)
         self.dtype = dtype
@@ -372,6 +371,13 @@ class IntegerModel:
         return Output(to_numpy(out.value), np.asarray(scale, np.float64), to_numpy(out.zero_point))
 
 
+def check_machine(device: str, dtype: str) -> None:
+    """Raises SpecError for a device that is not there, or a dtype that is not one of DTYPES."""
+    find_device(device)
+    if dtype not in DTYPES:
+        raise SpecError(f"dtype is {dtype!r}: torch computes in {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+
+
 class Trainer:
     """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
 
@@ -414,4 +420,4 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "threads"]
+__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "threads"]

@@ -1,12 +1,16 @@
-"""A fixture that runs a function of the pure modules in each backend."""
+"""A fixture that runs a function of the pure modules in each backend; and Ctrl-C, which tests send to themselves."""
 
 from __future__ import annotations
 
 import importlib
+import signal
 
 import numpy as np
 import pytest
 import torch
+
+# a shell's & turns it off
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=["qtx_ref", "qtx_torch"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from qtx_ref.stats import SIGMAS
@@ -30,6 +28,8 @@ from .options import (
     JSON,
     LIMIT,
     MACHINE,
+    OUT,
+    hold_out,
     open_checkpoint,
     say,
     write_json,
@@ -42,7 +42,7 @@ SHOWN = 12  # heads in the table; all of them are in the JSON
 @CHECKPOINT
 @DATA
 @LIMIT
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures and analysis.json; default: none.")
+@click.option("--out", type=OUT, help="Folder for pictures and analysis.json; default: none.")
 @MACHINE
 @JSON
 def analyze(checkpoint, data, tokenizer, batches, out, backend_name, device, dtype, json_path):
@@ -53,6 +53,7 @@ def analyze(checkpoint, data, tokenizer, batches, out, backend_name, device, dty
     """
     if out is not None:
         need("matplotlib", "report", "--out")
+        hold_out(out)
         check_writable(out / "analysis.json")
     found, model, source = open_checkpoint(checkpoint, Machine(backend_name, device, dtype), data, tokenizer)
 

@@ -29,6 +29,7 @@ from .options import (
     DATA,
     JSON,
     MACHINE,
+    OUT,
     artifact_model,
     head_note,
     open_model,
@@ -131,7 +132,7 @@ def diff(first, second, json_path):
 @click.command()
 @MODEL
 @DATA
-@click.option("--out", type=click.Path(path_type=Path), help="The .safetensors to write.")
+@click.option("--out", type=OUT, help="The .safetensors to write.")
 @click.option("--check", type=click.Path(path_type=Path), help="Vectors to hold this model and backend to instead.")
 @click.option("--count", type=click.IntRange(1), help="Sequences or images to write; default 2.")
 @click.option("--strict", is_flag=True, help="Run in integer dtypes only.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -32,12 +31,15 @@ from ..engines.backend import MissingExtra, backend
 from ..files.artifact import SUFFIX, Artifact, load_artifact, make_artifact, save_artifact
 from ..files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..files.container import CheckpointError, check_writable, write_beside
+from ..files.locks import make_scratch
 from ..jobs.training import Machine
 from ..progress import Progress
 from ..report.costs import attention_table, bars, cost_table, kernel_table, paragraph
 from .options import (
     DATA,
     JSON,
+    OUT,
+    hold_out,
     is_artifact,
     open_data,
     say,
@@ -78,7 +80,7 @@ def numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) ->
 @click.option("--attention", "attentions", is_flag=False, flag_value=DEFAULT,
               help=f"What clipped softmax and gates add to vanilla, instead; alone: {DEFAULT}.")  # fmt: skip
 @click.option("--training", is_flag=True, help="With --attention: training steps too.")
-@click.option("--out", type=click.Path(path_type=Path), help=f"A folder for {', '.join(NAMES)}.")
+@click.option("--out", type=OUT, help=f"A folder for {', '.join(NAMES)}.")
 @JSON
 def cost_command(checkpoint, model, data, tokenizer, recipe_name, profile_name, batches, lengths, rounds, threads,
                  backend_name, device, engines, attentions, training, out, json_path):  # fmt: skip
@@ -93,6 +95,8 @@ def cost_command(checkpoint, model, data, tokenizer, recipe_name, profile_name, 
         raise SpecError("--training belongs to --attention: give both")
     if attentions is not None and (unused := recipe_name or profile_name or data or tokenizer):
         raise SpecError(f"{unused!r} does not belong to --attention, which quantizes nothing; leave it out")
+    if out is not None:
+        hold_out(out)
     check_out(out)
 
     def tell(text: str) -> None:
@@ -102,14 +106,14 @@ def cost_command(checkpoint, model, data, tokenizer, recipe_name, profile_name, 
     workers = cost.Workers(backend_name, device, threads or backend(backend_name).threads())
     given = open_given(checkpoint, model, data, tokenizer, recipe_name, profile_name)
     sizes = list(product(batches, choose_lengths(given.found.spec, lengths)))
-    with tempfile.TemporaryDirectory() as name:
+    with make_scratch() as folder:
         if attentions is not None:
             names = split_list(attentions)
-            rows = attention_cost(workers, given.found.spec, names, sizes, rounds, Path(name), training=training)
+            rows = attention_cost(workers, given.found.spec, names, sizes, rounds, folder, training=training)
             result: dict[str, Any] = {"attentions": rows}
             text = attention_table(rows)
         else:
-            result = measured(workers, Path(name), given, sizes, rounds, chosen, tell)
+            result = measured(workers, folder, given, sizes, rounds, chosen, tell)
             text = "\n\n".join([cost_table(result), kernel_table(result), paragraph(result)])
     about = {"checkpoint": None if checkpoint is None else str(checkpoint), "model": model, "rounds": rounds}
     result = about | workers.common | result

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import click
 
 from qtx_ref.spec import Family, OptimSpec, SpecError
 
-from ..data import SPLITS, load
-from ..jobs.starts import Origin, classifier, open_origin
-from ..jobs.training import Machine, Start, TrainSpec, train
+from ..data import SPLITS, ImageData, LabelledText, load
+from ..engines.protocols import Batch
+from ..jobs.resume import check_run
+from ..jobs.run import Machine, Start, TrainSpec
+from ..jobs.starts import Origin, make_classifier, open_origin
+from ..jobs.training import train
 from ..prepare import quantization
 from ..report.tables import number, table
 from .options import (
     JSON,
     MACHINE,
+    OUT,
+    RATE,
     check_tokenizer,
+    claim,
     need_tokenizer,
     say,
     write_json,
@@ -28,7 +34,7 @@ FULL_LR, HEAD_LR = 5e-5, 1e-3
 EPOCHS = 3.0
 
 
-def finite(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+def refuse_nan(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     """Refuses NaN, which is in every range."""
     if value is not None and math.isnan(value):
         raise click.BadParameter("nan is no number")
@@ -37,52 +43,74 @@ def finite(ctx: click.Context, parameter: click.Parameter, value: float | None) 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--data", required=True, metavar="FILE|DIR|books|digits",
-              help="A .csv or .jsonl of text, label and perhaps split; a folder of pictures per class.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder; the model is model.safetensors.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="FILE|DIR|books|digits",
+    help="A .csv or .jsonl of text, label and perhaps split; a folder of pictures per class.",
+)
+@click.option("--out", type=OUT, required=True, help="A folder; the model is model.safetensors.")
 @click.option("--head-only", is_flag=True, help="Train the new head alone; the encoder keeps its bytes.")
 @click.option(
     "--epochs",
     type=click.FloatRange(0, 1e6, min_open=True),
-    callback=finite,
+    callback=refuse_nan,
     help=f"Passes over the train split; default {EPOCHS:g}.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Training steps, in place of --epochs.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Texts or images per step.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True),
-              help=f"Peak learning rate; default {FULL_LR:g}, with --head-only {HEAD_LR:g}.")  # fmt: skip
+@click.option("--lr", type=RATE, help=f"Peak learning rate; default {FULL_LR:g}, with --head-only {HEAD_LR:g}.")
 @click.option("--length", type=click.IntRange(3), help="Most tokens of a text, [CLS] and [SEP] included; default 128.")
-@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True),
-              help="Of hidden states and attention probabilities; default: the checkpoint's.")  # fmt: skip
+@click.option(
+    "--dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    callback=refuse_nan,
+    help="Of hidden states and attention probabilities; default: the checkpoint's.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 @MACHINE
 @JSON
-def finetune(checkpoint, data, out, head_only, epochs, steps, batch, lr, length, dropout, seed, resume, backend_name,
-             device, dtype, json_path):  # fmt: skip
+def finetune(
+    checkpoint,
+    data,
+    out,
+    head_only,
+    epochs,
+    steps,
+    batch,
+    lr,
+    length,
+    dropout,
+    seed,
+    resume,
+    backend_name,
+    device,
+    dtype,
+    json_path,
+):
     """Make a classifier of a BERT or ViT.
 
     A new head on the checkpoint's encoder, trained on labelled data; then its accuracy on the evaluation split.
     """
     if epochs is not None and steps is not None:
         raise SpecError(f"--epochs {epochs:g} and --steps {steps}: give one of them")
-    origin, machine = open_origin(checkpoint), Machine(backend_name, device, dtype)
-    source = labelled(origin, data, length)
-    spec, params = classifier(origin.found, source.classes, seed, dropout)
+    path, machine = out / "model.safetensors", Machine(backend_name, device, dtype)
+    claim(path, resume)
+    origin = open_origin(checkpoint)
+    rate = lr if lr is not None else HEAD_LR if head_only else FULL_LR
+    only = ("head.",) if head_only else ()
+    check_run(path, origin.checkpoint.spec, OptimSpec(lr=rate, only=only), machine, None)
+    source = load_labelled(origin, data, length)
+    spec, params = make_classifier(origin.checkpoint, source.classes, seed, dropout)
     count = steps or max(1, math.ceil((epochs or EPOCHS) * len(source.hashes("train")) / batch))
-    optim = OptimSpec(
-        lr=lr or (HEAD_LR if head_only else FULL_LR),
-        warmup=count // 10,
-        steps=count,
-        only=("head.",) if head_only else (),
-    )
+    optim = OptimSpec(lr=rate, warmup=count // 10, steps=count, only=only)
     run = TrainSpec(spec, optim, batch, seed, init=origin.sha256)
-    path = out / "model.safetensors"
-    made = train(run, source, path, machine, resume=resume, start=Start(params, origin.kept()))
+    made = train(run, source, path, machine, resume=resume, start=Start(params, origin.describe()))
     if "diverged_at" in made.meta:
         raise SpecError(f"{path}: training diverged at step {made.meta['diverged_at']}: give a lower --lr")
 
-    def evaluation() -> Any:
+    def evaluation() -> Iterable[Batch]:
         return source.split_batches("evaluation", spec, quantization.BATCH, 0)
 
     total = sum(1 for _ in evaluation())
@@ -96,13 +124,13 @@ def finetune(checkpoint, data, out, head_only, epochs, steps, batch, lr, length,
     )
 
 
-def labelled(origin: Origin, data: str, length: int | None) -> Any:
+def load_labelled(origin: Origin, data: str, length: int | None) -> LabelledText | ImageData:
     """Labelled data for the checkpoint's family and tokenizer, all three splits filled.
 
     Raises SpecError, DataError: they do not fit, a class has no train rows, or evaluation or calibration data trained the
     checkpoint or one that it began with.
     """
-    spec, meta = origin.found.spec, origin.found.meta
+    spec, meta = origin.checkpoint.spec, origin.checkpoint.meta
     if spec.family is Family.OPT:
         raise SpecError(f"{origin.path} is an opt, which has no classifier: fine-tune a bert or vit checkpoint")
     if spec.family is Family.VIT and length is not None:

@@ -14,12 +14,12 @@ from ..hub import APART, import_model
 from ..hub.export import export_model
 from ..hub.files import FLOATS
 from ..report.tables import table
-from .options import CHECKPOINT, JSON, say, write_json
+from .options import CHECKPOINT, JSON, OUT, say, write_json
 
 
 @click.command(name="import")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The .safetensors to write.")
+@click.option("--out", type=OUT, required=True, help="The .safetensors to write.")
 @JSON
 def import_command(folder, out, json_path):
     """Make a checkpoint of a Hugging Face model.
@@ -65,7 +65,7 @@ def import_command(folder, out, json_path):
 @click.command()
 @CHECKPOINT
 @click.option("--format", "form", default="hf", show_default=True, help="hf: the folder that transformers loads.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write, new or empty.")
+@click.option("--out", type=OUT, required=True, help="The folder to write, new or empty.")
 @JSON
 def export(checkpoint, form, out, json_path):
     """Write a checkpoint for another library.

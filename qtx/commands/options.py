@@ -19,7 +19,9 @@ from ..engines.backend import backend
 from ..files.artifact import SUFFIX, Artifact, load_artifact
 from ..files.checkpoint import Checkpoint, load_checkpoint
 from ..files.container import CheckpointError, check_writable, write_beside
-from ..jobs.training import Machine
+from ..files.locks import hold
+from ..jobs.run import Machine, refuse_existing
+from ..jobs.training import check_rate
 from ..prepare import quantization
 from ..recipes import named as recipes
 from ..recipes.sites import sites
@@ -30,6 +32,48 @@ WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "toke
            "ptq.json", "ptq.png", "cost.json", "cost.txt", "cost.png",
            "analysis.json", "depth.png", "channels.png", "histogram.png", "attention.png", "patches.png")  # fmt: skip
 PLACES = ("checkpoint", "model", "init", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
+
+
+class OutPath(click.Path):
+    """A place to write. An empty name, which would be the current folder, is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value).strip():
+            raise SpecError("--out is '': name a place to write")
+        return super().convert(value, param, ctx)
+
+
+class Rate(click.ParamType):
+    """A learning rate; see `check_rate`."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return check_rate(float(value))
+        except SpecError as error:
+            raise SpecError(f"--lr {value}: {error}") from None
+        except ValueError:
+            raise SpecError(f"--lr {value!r} is no number") from None
+
+
+OUT, RATE = OutPath(), Rate()
+
+
+def hold_out(out: Path) -> None:
+    """The folder is the command's until its end. Raises CheckpointError where another process holds it; see `locks.hold`."""
+    click.get_current_context().with_resource(hold(out))
+
+
+def claim(path: Path, resume: bool) -> None:
+    """A run's file is the command's to write. Raises CheckpointError where it is there and not to be gone on with, cannot be
+    written, or another process holds its folder."""
+    refuse_existing(path, resume)
+    hold_out(path.parent)
+    check_writable(path)
 
 
 def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:

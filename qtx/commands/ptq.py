@@ -26,6 +26,8 @@ from .options import (
     DATA,
     JSON,
     MACHINE,
+    OUT,
+    hold_out,
     open_checkpoint,
     refuse_transformed,
     say,
@@ -51,7 +53,7 @@ from .options import (
 @click.option("--keep", default="", help="Comma list of recipes whose models are left as OUT/RECIPE.safetensors.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
 @MACHINE
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/ptq"), show_default=True)
+@click.option("--out", type=OUT, default=Path("runs/ptq"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the comparison in --out, if there is one.")
 @JSON
 def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, sensitivity, keep, seed,
@@ -61,6 +63,7 @@ def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, 
     One row per recipe: task metric, its difference to float with a bootstrap interval over sequences, the sites with the
     largest error, latency and size. Leaves OUT/ptq.json and OUT/ptq.png.
     """
+    hold_out(out)
     machine = Machine(backend_name, device, dtype)
     for option, value in (("recipes", names), ("skip", skip), ("also", also), ("keep", keep)):
         if sensitivity and value:

@@ -33,6 +33,7 @@ from .options import (
     DATA,
     JSON,
     MACHINE,
+    OUT,
     is_artifact,
     open_checkpoint,
     prepared_anew,
@@ -58,7 +59,7 @@ PROFILE_HELP = (  # of qtx_ref/profiles, in a line
 )
 @click.option("--nonlinear", type=click.Choice([str(kind) for kind in Nonlinear]), default="table", show_default=True,
               help=f"Of a MODEL{SUFFIX}: GELU, sigmoid, tanh and exponentials.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), required=True,
+@click.option("--out", type=OUT, required=True,
               help=f"A {SUFFIX} of integers, or a .safetensors with ranges for fake quantization.")  # fmt: skip
 @MACHINE
 @JSON

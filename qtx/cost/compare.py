@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,35 +111,42 @@ class Workers:
         """The task's result, or {"error": in a line what became of it}."""
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "qtx.cost.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                env=self.environment, text=True,
-            )  # fmt: skip
+                [sys.executable, "-m", "qtx.cost.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=self.environment,
+                text=True,
+            )
+            late = threading.Event()
+
+            def end() -> None:
+                late.set()
+                process.kill()
+
+            timer = threading.Timer(LIMIT, end)
+            found: dict[str, Any] = {}
             try:
-                found: dict[str, Any] = {}
-                text = json.dumps({"task": task, **self.common, **fields})
                 if bar is None:
-                    out, _ = process.communicate(text, timeout=LIMIT)
-                    lines = out.splitlines()
-                else:
-                    process.stdin.write(text)
-                    process.stdin.close()
-                    lines = process.stdout
-                for line in lines:
+                    timer.start()
+                with contextlib.suppress(BrokenPipeError):  # it ended before it had read its task
+                    process.stdin.write(json.dumps({"task": task, **self.common, **fields}) + "\n")
+                    process.stdin.flush()  # and stays open: its end would be the worker's
+                for line in process.stdout:
                     with contextlib.suppress(ValueError):  # a word of an engine's, or a line cut short
                         found = json.loads(line)
                     if bar is not None and "done" in found:
                         bar.advance(found["done"])
                 code = process.wait()
-            except subprocess.TimeoutExpired:
-                return {"error": f"did not end within {LIMIT} s"}
-            except BrokenPipeError:  # it ended before it had read its task
-                code = process.wait()
             finally:
+                timer.cancel()
                 process.kill()
                 process.wait()
                 for pipe in (process.stdin, process.stdout):
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
+            if late.is_set():
+                return {"error": f"did not end within {LIMIT} s"}
             if "result" in found or "error" in found:
                 return found.get("result", {"error": found.get("error")})
             return {"error": tell_end(code, errors)}

@@ -1,6 +1,7 @@
 """What `qtx cost` runs in processes of their own: a crash there is a finding, and memory is that of one variant alone.
 
-`python -m qtx.cost.worker` takes one task, JSON, on stdin; it writes lines of JSON on stdout, the last of them its result.
+`python -m qtx.cost.worker` takes one task, a line of JSON, on stdin; it writes lines of JSON on stdout, the last of them its
+result. It ends when stdin does, which whoever started it holds open as long as it lives.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import ctypes
 import gc
 import importlib
 import json
+import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +35,7 @@ from ..files.checkpoint import load_checkpoint
 from ..prepare import quantization
 
 WARM = 3  # passes before any that counts
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal this process gets when its parent ends
 Task = dict[str, Any]
 
 
@@ -112,7 +116,7 @@ def reset_peak() -> None:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def idle(task: Task) -> Task:
+def measure_idle(task: Task) -> Task:
     """Memory of a process that has the libraries and no model."""
     if task["kind"].startswith("onnx"):
         importlib.import_module("onnxruntime")
@@ -205,7 +209,7 @@ def turns(task: Task, calls: dict[str, tuple[Callable, Callable]]) -> Iterator[t
         say({"done": len(names)})
 
 
-def timed(task: Task) -> Task:
+def time_variants(task: Task) -> Task:
     """Seconds of each pass of each variant in each cell, all variants in turn."""
     runners = {name: load(task, kind, file) for name, (kind, file) in task["variants"].items()}
     result: dict[str, dict[str, list[float]]] = {}
@@ -222,7 +226,7 @@ def timed(task: Task) -> Task:
     return {"seconds": result}
 
 
-def attentions(task: Task) -> Task:
+def time_attentions(task: Task) -> Task:
     """Seconds of each pass, and of each training step, of one shape with each attention, in turn."""
     module, spec, torch = backend(task["backend"]), from_dict(ModelSpec, task["spec"]), task["backend"] == "torch"
     if torch:
@@ -253,7 +257,13 @@ def attentions(task: Task) -> Task:
     return result
 
 
-TASKS = {"idle": idle, "prepare": prepare, "probe": probe, "time": timed, "attentions": attentions}
+TASKS = {
+    "idle": measure_idle,
+    "prepare": prepare,
+    "probe": probe,
+    "time": time_variants,
+    "attentions": time_attentions,
+}
 
 
 def say(line: Task) -> None:
@@ -261,9 +271,27 @@ def say(line: Task) -> None:
     sys.stdout.flush()
 
 
+def end_with_parent() -> None:
+    """From now on this process ends when stdin does; on Linux also at once with its parent, whatever it computes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this ends it
-    task = json.load(sys.stdin)
+    # whoever started this ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    line = sys.stdin.readline()
+    if not line:
+        return
+    task = json.loads(line)
+    end_with_parent()
     try:
         result = TASKS[task["task"]](task)
     except Exception as error:  # any failure of an engine is a finding

@@ -5,10 +5,8 @@ Three formats: a checkpoint, an artifact, golden vectors. The last two carry a s
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from qtx_ref.spec.base import is_number
+
+from .writing import missing_folders, open_beside, remove_empty, write_whole
 
 VERSION = 1
 CHECKPOINT, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-artifact", "qtx-vectors"
@@ -39,34 +39,23 @@ class CheckpointError(ValueError):
 def check_writable(path: Path) -> None:
     """Raises CheckpointError where a file of that name could not be written, before any work is done for it. Leaves
     nothing behind."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}")
-    made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
+    made = missing_folders(path.parent)
     try:
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with open_beside(path):
+            pass
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written ({error.strerror}): choose another place") from None
     finally:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        remove_empty(made)
 
 
 def write_beside(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment either the old or the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Writes a file so that at any moment either the old or the new one is whole. Raises WriteError where it cannot be
+    written."""
+    write_whole(path, content)
 
 
 def write_tensors(path: Path, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:

@@ -44,6 +44,7 @@ from ..engines.backend import backend
 from ..files.artifact import Artifact, stored_bytes
 from ..files.checkpoint import Checkpoint, save_checkpoint
 from ..files.container import CheckpointError, check_writable, sha_of, write_beside
+from ..files.locks import hold
 from ..prepare.quantization import (
     BATCH,
     CALIBRATION_SEED,
@@ -55,7 +56,7 @@ from ..prepare.quantization import (
 )
 from ..progress import Progress
 from ..recipes.named import recipe, resolve
-from .training import Machine, difference
+from .run import Machine, describe_difference
 
 RESAMPLES = 2000  # of the bootstrap
 CONFIDENCE = 95  # percent, of its interval
@@ -255,7 +256,7 @@ class Comparison:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path} is no comparison that qtx wrote ({error}); choose another") from None
         if was != self.identity:
-            raise CheckpointError(f"{self.path} is another comparison: {difference('of', was, self.identity)}")
+            raise CheckpointError(f"{self.path} is another comparison: {describe_difference('of', was, self.identity)}")
 
     def save(self) -> None:
         found = {"of": self.identity, "metric": self.kind, "rows": self.rows, "sensitivity": self.sites}
@@ -287,13 +288,13 @@ class Comparison:
     def run(self, keep: tuple[str, ...] = ()) -> None:
         """Measures every row that is not known yet; the models of `keep` are left in the folder."""
         self.start()
-        with Progress("ptq", len(self.recipes), len(self.rows) - 1) as bar:
+        with hold(self.out), Progress("ptq", len(self.recipes), len(self.rows) - 1) as bar:
             for name in self.recipes:
                 if name not in self.rows or (name in keep and not (self.out / kept_name(name)).exists()):
                     self.rows[name] = self.tried(name, name in keep)
                     self.save()
                     bar.advance(note=name)
-        self.save()
+            self.save()
 
     def tried(self, name: str, kept: bool) -> dict[str, Any]:
         """The row, or one that says why there is none: what one recipe cannot do stops no other."""
@@ -358,7 +359,7 @@ class Comparison:
         self.start()
         found, model = self.prepared(name)
         known = {entry["site"]: entry for entry in self.sites.get(name, [])}
-        with Progress("sensitivity", len(quants), len(known)) as bar:
+        with hold(self.out), Progress("sensitivity", len(quants), len(known)) as bar:
             for site, quant in quants.items():
                 if site not in known:
                     ranges = {site: found.ranges[site]} if site in found.ranges else {}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from qtx_ref.presets import attention, preset
 from qtx_ref.spec import ModelSpec, SpecError, from_dict, to_dict
 
 from ..data import load, unigram_perplexity
-from ..engines.backend import MissingExtra, backend
+from ..engines.backend import MissingExtra
+from ..engines.protocols import Batch
 from ..files.checkpoint import Checkpoint, load_checkpoint
 from ..files.container import CheckpointError, check_writable, write_beside
+from ..files.locks import LOCK, hold
+from ..files.writing import check_space
+from ..measure.history import History
 from ..measure.published import column
 from ..prepare.quantization import (
     BATCH,
@@ -37,15 +42,8 @@ from ..prepare.quantization import (
 from ..recipes.named import recipe, resolve, training_recipe
 from ..report.plots import curves
 from ..report.tables import number, spread, table
-from .training import (
-    History,
-    Machine,
-    TrainSpec,
-    default_optim,
-    difference,
-    train,
-    widened,
-)
+from .run import Machine, TrainSpec, checkpoint_bytes, describe_difference, identify_machine
+from .training import default_optim, fit_vocabulary, train
 
 OUTLIER_BATCHES = 16  # evaluation batches behind inf norm and kurtosis
 
@@ -70,6 +68,7 @@ class StudySpec:
 
 
 def run_name(kind: str, train_quant: str | None) -> str:
+    """A run's row in the table."""
     return f"{kind}-FQ" if train_quant else kind
 
 
@@ -95,29 +94,55 @@ class Study:
             if spec.train_quant:
                 training_recipe(spec.train_quant, model)
         self.optim = default_optim(base, spec.steps, spec.lr)
+        self.path = out / "study.json"
+        known = None
+        if self.path.exists():
+            known = self._read()
+        elif out.is_dir() and any(item.name != LOCK for item in out.iterdir()) and not resume:
+            raise CheckpointError(f"{out} is not empty: go on with --resume, or choose another --out")
+        check_writable(self.path)
+        spec.machine.check()
+        self._check_space({} if known is None else known["runs"])
         self.data = load(spec.data, base, tokenizer=Path(spec.tokenizer) if spec.tokenizer else None, vocab=spec.vocab)
-        self.models = {kind: widened(model, self.data) for kind, model in self.models.items()}
-        self.conditions = {"data": self.data.describe(), "threads": backend(spec.machine.backend).threads()}
+        self.models = {kind: fit_vocabulary(model, self.data) for kind, model in self.models.items()}
+        self.conditions = {"data": self.data.describe(), "threads": identify_machine(spec.machine)["threads"]}
         first = self.models[spec.attention[0]]
         self.unigram = None if base.classes else unigram_perplexity(self.data, first, 0, BATCH)
         self.runs: dict[str, dict[str, Any]] = {}
-        self.path = out / "study.json"
-        if self.path.exists():
-            self.runs = self._known()
-        elif out.is_dir() and any(out.iterdir()) and not resume:
-            raise CheckpointError(f"{out} is not empty: go on with --resume, or choose another --out")
-        check_writable(self.path)
+        if known is not None:
+            for key, value in self.conditions.items():
+                if known.get(key) != value:
+                    words = describe_difference(key, known.get(key), value)
+                    raise CheckpointError(f"{self.path} is another study: {words}")
+            self.runs = known["runs"]
+
+    def names(self) -> dict[str, tuple[int, str | None, str]]:
+        """Its runs by name: seed, recipe of training, attention."""
+        recipes = [None, *([self.spec.train_quant] if self.spec.train_quant else [])]
+        kinds = product(self.spec.seeds, recipes, self.spec.attention)
+        return {f"{run_name(kind, quant)}-seed{seed}": (seed, quant, kind) for seed, quant, kind in kinds}
+
+    def _check_space(self, done: Mapping[str, Any]) -> None:
+        """Raises WriteError where the disk has no room for the checkpoints of the runs that are not done."""
+        sizes = {
+            kind: checkpoint_bytes(model, self.optim, self.spec.machine.dtype) for kind, model in self.models.items()
+        }
+        check_space(self.path, sum(sizes[kind] for name, (_, _, kind) in self.names().items() if name not in done))
 
     def run(self) -> None:
-        """Trains and evaluates every run that is not finished. `study.json` is written after each."""
-        for seed in self.spec.seeds:
-            for quant in [None] + ([self.spec.train_quant] if self.spec.train_quant else []):
-                for kind, model in self.models.items():
-                    name = f"{run_name(kind, quant)}-seed{seed}"
-                    if name not in self.runs:
-                        self.runs[name] = self._one(name, kind, model, seed, quant)
-                        self.save()
-        self.save()
+        """Trains and evaluates every run that is not finished. `study.json` is written after each.
+
+        Raises CheckpointError where another process holds the folder, and what `train` raises.
+        """
+        with hold(self.out):
+            for name, (seed, quant, kind) in self.names().items():
+                if name not in self.runs:
+                    self.runs[name] = self._one(name, kind, self.models[kind], seed, quant)
+                    self.save()
+            self.save()
+            self._draw()
+
+    def _draw(self) -> None:
         self.written = ["study.json", "a checkpoint per run"]
         try:
             curves(self.out / "curves.png", {name: self._history(name) for name in self.runs})
@@ -126,6 +151,7 @@ class Study:
             print(f"no picture: {error}", file=sys.stderr)
 
     def save(self) -> None:
+        """Writes `study.json`. Raises WriteError where that cannot be."""
         about = {"calibration_seed": CALIBRATION_SEED, "unigram_perplexity": self.unigram, "runs": self.runs}
         result = {"spec": to_dict(self.spec), **self.conditions, **about}
         write_beside(self.path, json.dumps(result, indent=1, allow_nan=False).encode())
@@ -232,33 +258,31 @@ class Study:
             size = stored_bytes(prepared.params, resolve(chosen, checkpoint.spec), prepared.ranges)
             result["recipes"][name] = as_json(quantized) | {"bytes": size, "ranges": ranges_json(prepared.ranges)}
 
-    def _evaluation(self, model: ModelSpec, limit: int | None = None):
+    def _evaluation(self, model: ModelSpec, limit: int | None = None) -> Iterable[Batch]:
         return self.data.split_batches("evaluation", model, BATCH, 0, limit=limit)
 
     def _history(self, name: str) -> History:
         return History.of(load_checkpoint(self.out / self.runs[name]["checkpoint"]).extra)
 
-    def _known(self) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, Any]:
+        """The study in the folder. Raises CheckpointError where it is not to be gone on with, or another one."""
         if not self.resume:
             raise CheckpointError(f"{self.path} exists: go on with --resume, or choose another --out")
         try:
             known = json.loads(self.path.read_text(encoding="utf-8"))
             was = from_dict(StudySpec, known["spec"])
             runs = known["runs"]
-            if runs and "calibration_seed" not in known:
+            if runs.items() and "calibration_seed" not in known:
                 print(f"{self.path}: the runs it has were calibrated with their own seeds", file=sys.stderr)
-        except (ValueError, KeyError, TypeError, SpecError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, SpecError) as error:
             raise CheckpointError(
                 f"{self.path} is not a study that qtx wrote ({error}); choose another --out"
             ) from None
         if was != self.spec:
             raise CheckpointError(
-                f"{self.path} is another study: {difference('study', to_dict(was), to_dict(self.spec))}"
+                f"{self.path} is another study: {describe_difference('study', to_dict(was), to_dict(self.spec))}"
             )
-        for key, value in self.conditions.items():
-            if known.get(key) != value:
-                raise CheckpointError(f"{self.path} is another study: {difference(key, known.get(key), value)}")
-        return runs
+        return known
 
 
 def degradation(kind: str, before: float, after: float) -> float:

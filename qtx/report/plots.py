@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..engines.backend import need
-from ..jobs.training import History
+from ..measure.history import History
 
 
 def curves(path: Path, runs: Mapping[str, History]) -> None:

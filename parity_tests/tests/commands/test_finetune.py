@@ -22,7 +22,7 @@ from qtx.data.tokenizing import read_bundled_tokenizer
 from qtx.files.artifact import load_artifact
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import sha_of
-from qtx.jobs.starts import continued
+from qtx.jobs.starts import continue_model
 from qtx.jobs.training import Machine, Start, TrainSpec, train
 from qtx.prepare.quantization import evaluate
 from qtx_ref.models.initial import init_params
@@ -329,7 +329,7 @@ def first_loss(spec, params, tmp_path):
 
 def test_going_on_begins_where_the_model_stands(place, tmp_path):
     found = load_checkpoint(place / "mlm.safetensors")
-    spec, params = continued(replace(found, spec=replace(BERT, dropout=0.0)), None, 0)
+    spec, params = continue_model(replace(found, spec=replace(BERT, dropout=0.0)), None, 0)
     assert all(params[name] is found.params[name] for name in params)
     trained, evaluated = first_loss(spec, params, tmp_path)
     assert trained == evaluated
@@ -344,7 +344,7 @@ def test_an_added_gate_changes_little(pi):
     small = build("bert_headless")
     found = Checkpoint(small.spec, small.params)  # gets an MLM head, which has no part in this
     named = "gated" if pi == 0.5 else f"gated:pi={pi}"  # the default opening probability is a half
-    made, gated = continued(found, named, 0)
+    made, gated = continue_model(found, named, 0)
     assert (made.attention.gate, made.attention.pi, made.attention.rescaled) == (Gate.LINEAR, pi, True)
 
     def hidden(spec: ModelSpec, params: dict) -> np.ndarray:
@@ -362,17 +362,17 @@ def test_an_added_gate_changes_little(pi):
 
 def test_a_softmax_is_switched_and_a_gate_kept(place):
     found = load_checkpoint(place / "mlm.safetensors")
-    spec, params = continued(found, "clipped:gamma=-0.03", 0)
+    spec, params = continue_model(found, "clipped:gamma=-0.03", 0)
     assert (spec.attention.softmax, spec.attention.gamma) == (Softmax.CLIPPED, -0.03)
     assert params.keys() == found.params.keys()
-    gated, more = continued(found, "gated:pi=0.25", 0)
-    both, same = continued(Checkpoint(gated, more), "clipped+gated", 0)
+    gated, more = continue_model(found, "gated:pi=0.25", 0)
+    both, same = continue_model(Checkpoint(gated, more), "clipped+gated", 0)
     assert (both.attention.softmax, both.attention.pi, both.attention.rescaled) == (Softmax.CLIPPED, 0.25, True)
     assert all(same[name] is more[name] for name in more)
     with pytest.raises(SpecError, match="drops the model's gate linear"):
-        continued(Checkpoint(gated, more), "clipped", 0)
+        continue_model(Checkpoint(gated, more), "clipped", 0)
     with pytest.raises(SpecError, match="a gate that the model has already"):
-        continued(Checkpoint(gated, more), "gated:pi=0.5", 0)
+        continue_model(Checkpoint(gated, more), "gated:pi=0.5", 0)
 
 
 def test_an_encoder_without_head_gets_one(place, tmp_path):

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from parity_tests.tests.commands.test_cli import TRAIN, call, good
-from qtx.jobs import training
-from qtx.jobs.training import History
+from qtx.jobs import watch
+from qtx.measure.history import History
 from qtx.prepare.quantization import Outliers
 from qtx.report.plots import curves
 from qtx_ref.spec import SpecError
@@ -32,7 +32,7 @@ def test_a_run_is_resumed_only_as_it_was_watched(tmp_path):
 
 
 def test_a_point_that_is_not_finite_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "outliers", lambda *_: Outliers(1.0, "a", math.inf, 1.0, "a"))
+    monkeypatch.setattr(watch, "outliers", lambda *_: Outliers(1.0, "a", math.inf, 1.0, "a"))
     result = call(*TRAIN, "--out", tmp_path, "--watch-integer", 4)
     assert result.exit_code == 1 and "kurtosis not finite" in result.output  # before training; later it goes on
 

@@ -40,7 +40,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
     for package in ("qtx", "qtx_ref", "qtx_torch", "parity_tests"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        ".",
+    ]
     subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
     (wheel,) = folder.glob("qtx-*.whl")
     assert wheel.name.startswith(f"qtx-{qtx.__version__}-")
@@ -58,7 +69,9 @@ def run_installed(installed: Path, *arguments: str) -> subprocess.CompletedProce
 
 def test_every_module_and_data_file_is_installed(installed: Path) -> None:
     for package in ("qtx", "qtx_ref", "qtx_torch", "parity_tests"):
-        here = {p.relative_to(ROOT) for p in (ROOT / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+        here = {
+            p.relative_to(ROOT) for p in (ROOT / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts
+        }
         there = {p.relative_to(installed) for p in (installed / package).rglob("*") if p.is_file()}
         tests = {p for p in here if p.parts[:2] in (("parity_tests", "tests"), ("parity_tests", "fixtures"))}
         assert there == here - tests, package

@@ -1,0 +1,94 @@
+"""Where a run stands: at its beginning, or where its checkpoint left it, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtx_ref.spec import ModelSpec, OptimSpec
+
+from ..engines.backend import backend
+from ..engines.protocols import Arrays, Data, Model, Trainer
+from ..files.checkpoint import Checkpoint, load_checkpoint
+from ..files.container import CheckpointError
+from ..files.writing import check_space
+from ..measure.history import History
+from ..prepare.quantization import bind, calibrate
+from ..recipes.named import training_recipe
+from .run import Machine, TrainSpec, checkpoint_bytes, describe_difference, identify_machine
+
+
+@dataclass
+class State:
+    """All that changes in a run: the model's parameters and learned ranges, the optimizer's averages, the curves."""
+
+    model: Model
+    trainer: Trainer
+    history: History
+
+
+def check_run(path: Path, spec: ModelSpec, optim: OptimSpec, machine: Machine, train_quant: str | None) -> None:
+    """What can be known of a run before its data are read.
+
+    Raises:
+        SpecError, MissingExtra: no such recipe, machine or backend.
+        CheckpointError: what is at `path` is no run, or one of another machine.
+        WriteError: there is no room for its checkpoint.
+    """
+    if train_quant:
+        training_recipe(train_quant, spec)
+    machine.check()
+    if path.exists() and read_run(path, train_quant, identify_machine(machine)).meta.get("done"):
+        return
+    check_space(path, checkpoint_bytes(spec, optim, machine.dtype))
+
+
+def read_run(path: Path, train_quant: str | None, identity: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of a run. Raises CheckpointError where it is of none, or of one with another `identity`."""
+    checkpoint = load_checkpoint(path)
+    if (checkpoint.ranges or checkpoint.transforms) and not train_quant:
+        raise CheckpointError(f"{path} is a quantized model, not a run of qtx train; choose another --out")
+    if "train" not in checkpoint.meta:
+        raise CheckpointError(f"{path} was not made by qtx train and cannot be resumed; choose another --out")
+    for key, value in identity.items():
+        if checkpoint.meta.get(key) != value:
+            raise CheckpointError(f"{path} is another run: {describe_difference(key, checkpoint.meta.get(key), value)}")
+    return checkpoint
+
+
+def begin_run(run: TrainSpec, data: Data, machine: Machine, params: Arrays) -> State:
+    """A run before its first step, with its first parameters; static ranges are calibrated on `data`."""
+    return State(*build(run, data, machine, params, None), History())
+
+
+def resume_run(path: Path, run: TrainSpec, data: Data, machine: Machine, checkpoint: Checkpoint) -> State:
+    """A run where its checkpoint left it; one that diverged has nothing but its curves to go on with.
+
+    Raises CheckpointError, naming `path`, where the checkpoint lacks a part of the run.
+    """
+    model, trainer = build(run, data, machine, checkpoint.params, checkpoint)
+    try:
+        if "diverged_at" not in checkpoint.meta:
+            trainer.load_state(checkpoint.extra)
+            if int(checkpoint.extra["optim.step"]) != checkpoint.extra["history.loss"].size:
+                raise CheckpointError(f"{path}: its curves and its optimizer are at different steps")
+        if not {"done", "diverged"} <= checkpoint.meta.keys():
+            raise KeyError("done")
+        return State(model, trainer, History.of(checkpoint.extra))
+    except KeyError as error:
+        raise CheckpointError(f"{path} cannot be resumed: {error} is missing; choose another --out") from None
+
+
+def build(
+    run: TrainSpec, data: Data, machine: Machine, params: Arrays, checkpoint: Checkpoint | None
+) -> tuple[Model, Trainer]:
+    """The run's model, quantized as it is trained, and its trainer. Ranges are the checkpoint's, where there is one."""
+    model = machine.model(run.model, params)
+    if run.train_quant:
+        chosen = training_recipe(run.train_quant, run.model)
+        static = any(rule.quant is not None and not rule.quant.dynamic for rule in chosen.rules)
+        ranges = checkpoint.ranges if checkpoint else calibrate(model, data, chosen) if static else {}
+        bind(model, chosen, ranges)
+    return model, backend(machine.backend).Trainer(model, run.optim, seed=run.seed)

@@ -1,0 +1,98 @@
+"""What a run of training is: its specs, where it computes, what it begins with, and how one is told from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qtx_ref.models.initial import shapes
+from qtx_ref.spec import ModelSpec, OptimSpec, to_dict
+from qtx_ref.spec.optim import trains
+
+from ..engines.backend import backend
+from ..engines.protocols import Data, Model
+from ..files.container import CheckpointError
+
+HEADER = 2**20  # bytes of a checkpoint beside its numbers: at most about what a tokenizer and the names take
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a model runs."""
+
+    backend: str = "torch"
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def check(self) -> None:
+        """Raises SpecError or MissingExtra where it is not to be had: a backend, a device, a dtype of it."""
+        backend(self.backend).check_machine(self.device, self.dtype)
+
+    def model(self, spec: ModelSpec, params: dict[str, np.ndarray]) -> Model:
+        """The backend's model with these parameters. Raises SpecError where the machine is not to be had."""
+        return backend(self.backend).Model(spec, params, device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """One run: equal specs and data give equal runs."""
+
+    model: ModelSpec
+    optim: OptimSpec
+    batch: int  # sequences or images per step
+    seed: int
+    train_quant: str | None = None  # recipe of the forward pass while training; w8a8 stands for train-w8a8
+    watch_integer: int | None = None  # every so many steps the model is quantized and run in integers
+    init: str | None = None  # sha256 of the checkpoint whose parameters it begins with; None: they are drawn
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with where its parameters are not drawn; the run's `TrainSpec.init` says which file it is of."""
+
+    params: dict[str, np.ndarray]
+    kept: dict[str, Any] = field(default_factory=dict)  # JSON values that every checkpoint of the run keeps
+
+
+def identify_machine(machine: Machine) -> dict[str, Any]:
+    """What must be equal of the machine for two runs to give the same bits, as JSON values."""
+    return {"machine": to_dict(machine), "threads": backend(machine.backend).threads()}
+
+
+def identify(run: TrainSpec, data: Data, machine: Machine) -> dict[str, Any]:
+    """What must be equal for a resumed run to give the bits of an uninterrupted one, as JSON values."""
+    train = to_dict(run)
+    for options, name, unset in ((train, "watch_integer", None), (train, "init", None), (train["optim"], "only", [])):
+        if options[name] == unset:
+            # as runs before it was an option
+            del options[name]
+    return {"train": train, **identify_machine(machine), "data": data.describe()}
+
+
+def describe_difference(key: str, was: Any, now: Any) -> str:
+    """The first place where two JSON values differ, in words; `key` is their own name."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*now, *was]):
+            if was.get(name) != now.get(name):
+                return describe_difference(f"{key}.{name}", was.get(name), now.get(name))
+    remedy = " (set OMP_NUM_THREADS)" if key == "threads" else ""
+    return f"{key} was {was!r} and is {now!r}{remedy}; choose another --out or the same settings"
+
+
+def refuse_existing(path: Path, resume: bool) -> None:
+    """Raises CheckpointError for a file that is there and is not to be gone on with."""
+    if path.exists() and not resume:
+        raise CheckpointError(f"{path} exists: go on with --resume, or choose another --out")
+
+
+def checkpoint_bytes(spec: ModelSpec, optim: OptimSpec, dtype: str) -> int:
+    """About how much a run's checkpoint takes: each parameter, and AdamW's two averages of those that are trained.
+
+    Not counted: learned ranges, which are few numbers.
+    """
+    sizes = {name: int(np.prod(shape, dtype=np.int64)) for name, shape in shapes(spec).items()}
+    count = sum(size * (3 if trains(name, optim) else 1) for name, size in sizes.items())
+    return count * (8 if dtype == "float64" else 4) + 8 * optim.steps + HEADER
