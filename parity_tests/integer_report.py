@@ -25,8 +25,8 @@ from parity_tests.subjects.integer_models import (
     Arrays,
     Batch,
     Lowered,
-    lowered,
-    watched,
+    lower_model,
+    record_run,
 )
 from qtx.data import load
 from qtx.files.checkpoint import file_of, load_checkpoint
@@ -180,13 +180,13 @@ def last_residual(low: Lowered, batches: Sequence[Batch]) -> Tally:
     weights = {name: const(value) for name, value in free.weights.items()}
     for batch in batches:
         models.forward(nx, weights, low.spec, batch)
-        code, want = dict(watched(model, batch).sites)[site], affine.quantize(nx.kept, scale, zero, low.quants[site])
+        code, want = dict(record_run(model, batch).sites)[site], affine.quantize(nx.kept, scale, zero, low.quants[site])
         where = batch["mask"] if "mask" in batch else np.ones(code.shape[:2], bool)
         tally.add(code[where], want[where])
     return tally
 
 
-def trained(name: str, steps: int) -> tuple[ModelSpec, Arrays]:
+def train_model(name: str, steps: int) -> tuple[ModelSpec, Arrays]:
     from qtx_torch.backend import Model as TorchModel
     from qtx_torch.backend import Trainer
 
@@ -209,7 +209,7 @@ def report(name: str, spec: ModelSpec, params: Mapping[str, np.ndarray], recipe:
     data = load(None, spec)
     calibration = list(data.split_batches("calibration", spec, size, 0, limit=16))
     held_out = list(data.split_batches("evaluation", spec, size, 0))
-    low = lowered(spec, {key: params[key] for key in shapes(spec)}, calibration, held_out[0], recipe)
+    low = lower_model(spec, {key: params[key] for key in shapes(spec)}, calibration, held_out[0], recipe)
     nx = beside(low, held_out[0])
     ops = Tally()
     for tally in nx.ops.values():
@@ -238,11 +238,11 @@ def main() -> None:
     rows = []
     for name in options.checkpoint or PRESETS:
         if options.checkpoint:
-            found = load_checkpoint(Path(name))
-            spec, params = found.spec, found.params
+            checkpoint = load_checkpoint(Path(name))
+            spec, params = checkpoint.spec, checkpoint.params
             name = f"{spec.family} {file_of(Path(name)).parent.name}"
         else:
-            spec, params = trained(name, options.steps)
+            spec, params = train_model(name, options.steps)
         rows.append(report(name, spec, params, options.recipe))
     print(table(HEADER, rows))
 

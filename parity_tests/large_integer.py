@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from parity_tests.subjects.integer_models import Batch, Lowered, lowered
+from parity_tests.subjects.integer_models import Batch, Lowered, lower_model
 from qtx_ref.backend import IntegerModel as RefModel
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import attention, preset
@@ -46,7 +46,7 @@ def prepare(name: str) -> Lowered:
         if value.ndim == 1:
             value += stream(0, "large integer", key).normal(0, 0.05, value.shape).astype(np.float32)
     short = [random_batch(spec, SHORT, "calibration", i) for i in range(2)]
-    return replace(lowered(spec, params, short, short[0]), params={})
+    return replace(lower_model(spec, params, short, short[0]), params={})
 
 
 def digest(x: np.ndarray) -> str:
@@ -72,7 +72,7 @@ def first_difference(ref: RefModel, model: IntegerModel, batch: Batch) -> tuple[
 
 def first_generated(ref: RefModel, model: IntegerModel, start: np.ndarray) -> tuple[int, str]:
     """The same of `GENERATED` tokens: their integers, and the text."""
-    found = []
+    runs = []
     for each in (ref, model):
         digests: list[str] = []
 
@@ -81,8 +81,8 @@ def first_generated(ref: RefModel, model: IntegerModel, start: np.ndarray) -> tu
             return scores.argmax(-1)
 
         text = digest(each.generate(start, GENERATED, greedy))
-        found.append([*digests, text])
-    return len(found[0]), "" if found[0] == found[1] else "generated"
+        runs.append([*digests, text])
+    return len(runs[0]), "" if runs[0] == runs[1] else "generated"
 
 
 def check(name: str, count: int, device: str) -> Iterator[tuple[str, int, str]]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.verdict import Verdict, exact
-from parity_tests.table import table
+from parity_tests.table import list_cases
+from qtx import __version__
+from qtx.engines.backend import MissingDevice
+from qtx.engines.backend import backend as find_backend
 from qtx_ref.spec import InputTransform, ModelSpec, QuantSpec, Range, SpecError
 
 
@@ -47,7 +53,9 @@ class Report:
     dtype: str
     rows: list[Row] = field(default_factory=list)
     seconds: float = 0.0
-    first: str = ""  # of a checkpoint: the first site, in forward order, where the backends part
+    first: str = ""  # of a file: the first site, in forward order, where the backends part
+    file: str = ""  # the checkpoint or artifact that was compared; without one it was the table of cases
+    sha256: str = ""  # of that file
 
     @property
     def ok(self) -> bool:
@@ -58,9 +66,20 @@ class Report:
         """Cases by group."""
         return dict(Counter(row.group for row in self.rows))
 
+    def head(self) -> dict[str, Any]:
+        """What was compared, where, and by which versions."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "made_by": describe_machine(self.backend, self.device),
+            "file": {"path": self.file, "sha256": self.sha256} if self.file else None,
+            "backend": self.backend,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+
     def as_json(self) -> dict[str, Any]:
-        head = {"backend": self.backend, "device": self.device, "dtype": self.dtype, "ok": self.ok}
-        return head | {
+        return self.head() | {
+            "ok": self.ok,
             "first": self.first,
             "seconds": round(self.seconds, 2),
             "cases": self.counts,
@@ -70,45 +89,93 @@ class Report:
 
 def as_json(row: Row) -> dict[str, Any]:
     """A row with all its verdicts. What JSON has no number for is written as text."""
-    verdicts = [{key: _plain(value) for key, value in asdict(v).items()} for v in row.verdicts]
-    found = {
+    return {
         "group": row.group,
         "name": row.name,
         "ok": row.ok,
         "seconds": round(row.seconds, 3),
         "failure": row.failure,
+        "verdicts": [{key: _plain_value(value) for key, value in asdict(v).items()} for v in row.verdicts],
     }
-    return found | {"verdicts": verdicts}
+
+
+def describe_machine(backend: str, device: str) -> dict[str, Any]:
+    """What a report's numbers may depend on: versions, the CPU's vector instructions, threads, and the GPU that was used."""
+    about = {
+        "qtx": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": name_blas(),
+        "torch": None,
+        "gpu": None,
+        "platform": platform.platform(),
+        "cpu": platform.machine(),
+        "cpu_flags": read_cpu_flags(),
+        "threads": find_backend(backend).threads(),
+    }
+    if backend == "torch":
+        import torch
+
+        about["torch"] = torch.__version__
+        about["gpu"] = torch.cuda.get_device_name(device) if device != "cpu" else None
+    return about
+
+
+def name_blas() -> str:
+    """NumPy's BLAS and its version, as NumPy was built."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
+
+
+def read_cpu_flags() -> list[str]:
+    """Instructions that arithmetic may use, as Linux names them; empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return sorted({flag for flag in flags if flag.startswith(VECTOR_FLAGS)})
 
 
 Progress = Callable[[int, int, Row], None]
+SCHEMA_VERSION = 1  # of the JSON; it rises when a key is taken away or changes its meaning
+VECTOR_FLAGS = ("sse", "ssse", "avx", "fma", "f16c", "amx", "asimd", "neon", "sve", "i8mm", "bf16")
 
 
 def report_rows(report: Report) -> list[tuple[str, ...]]:
     """The table to print: case, verdict, measure, worst error, tolerance, where, got, want; one line per case."""
-    return [_line(row) for row in report.rows]
+    return [_format_row(row) for row in report.rows]
 
 
 WIDEST = 32  # characters of a value in the table; JSON has all of it
 HEADER = ("case", "verdict", "measure", "worst error", "tolerance", "where", "got", "want")
 
 
-def _line(row: Row) -> tuple[str, ...]:
+def _format_row(row: Row) -> tuple[str, ...]:
     case, verdict, v = f"{row.group}/{row.name}", "ok" if row.ok else "FAIL", row.worst
     if row.failure or v is None:
         return case, verdict, row.failure or "no comparison was made", "", "", "", "", ""
     where = v.what if v.index in (None, ()) else f"{v.what} {list(v.index)}"
-    return case, verdict, v.measure, _number(v.error), _number(v.tolerance), where, _number(v.got), _number(v.want)
+    return (
+        case,
+        verdict,
+        v.measure,
+        _format_number(v.error),
+        _format_number(v.tolerance),
+        where,
+        _format_number(v.got),
+        _format_number(v.want),
+    )
 
 
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
     if value is None:
         return ""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
-def _plain(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
@@ -121,6 +188,29 @@ def select(cases: Sequence[Case], only: str | None) -> list[Case]:
         groups = ", ".join(dict.fromkeys(case.group for case in cases))
         raise SpecError(f"no parity case matches {only!r}: give part of a group/name; groups are {groups}")
     return chosen
+
+
+def check_place(backend: str, device: str) -> None:
+    """Raises where nothing can be computed.
+
+    Raises:
+        SpecError: an unknown backend, or a device that it never computes on.
+        MissingExtra: the backend is not installed.
+        MissingDevice: a GPU that this machine does not have.
+    """
+    find_backend(backend)
+    if backend == "ref":
+        if device != "cpu":
+            raise SpecError(f"device is {device!r}: the reference runs on cpu; use --backend torch for others")
+        return
+    from qtx_torch.backend import find_device
+
+    try:
+        find_device(device)
+    except SpecError as error:
+        if re.fullmatch(r"cuda(:\d+)?", device):
+            raise MissingDevice(str(error)) from None
+        raise
 
 
 def run_case(case: Case, context: Context) -> Row:
@@ -143,16 +233,11 @@ def run(
     """Runs the cases of a backend; `progress(done, all, row)` is called after each.
 
     Raises:
-        SpecError: an unknown backend, dtype or pattern, or a device that is not there.
-        MissingExtra: the backend is torch and torch is not installed.
+        SpecError: an unknown backend, device, dtype or pattern.
+        MissingExtra, MissingDevice: the backend is not installed, or the device not there.
     """
-    cases = select(table(backend, dtype), only)
-    if backend == "ref" and device != "cpu":
-        raise SpecError(f"device is {device!r}: the reference runs on cpu; use --backend torch for others")
-    if backend == "torch":
-        from qtx_torch.backend import find_device
-
-        find_device(device)
+    check_place(backend, device)
+    cases = select(list_cases(backend, dtype), only)
     return run_all(cases, Report(backend, device, dtype), progress)
 
 
@@ -193,7 +278,7 @@ def check_checkpoint(
     quants, transforms = dict(quants or {}), dict(transforms or {})
     if quants and not ranges:
         ranges = Model(spec, params).calibrate(batches, quants, masked_scores=masked_scores, transforms=transforms)
-    cases = torch_checkpoint.cases(
+    cases = torch_checkpoint.list_cases(
         spec, params, batches, quants, ranges or {}, masked_scores, transforms, calibration, quantize
     )
     report = run_all(cases, Report("torch", device, "float32"), progress)
@@ -212,11 +297,11 @@ def check_integers(
 ) -> Report:
     """An integer model in torch against the reference: every code of every site, and the output."""
     start = time.perf_counter()
-    report, want = Report("torch", device, "integer"), integer_run(reference, batch)
-    found = integer_run(model, batch)
-    for done, name in enumerate(dict.fromkeys([*want, *found]), 1):
-        if name in want and name in found:
-            row = Row("integer", name, 0.0, (exact(name, found[name], want[name]),))
+    report, want = Report("torch", device, "integer"), run_integers(reference, batch)
+    got = run_integers(model, batch)
+    for done, name in enumerate(dict.fromkeys([*want, *got]), 1):
+        if name in want and name in got:
+            row = Row("integer", name, 0.0, (exact(name, got[name], want[name]),))
         else:
             row = Row("integer", name, 0.0, failure=f"only {'the reference' if name in want else 'torch'} has it")
         report.rows.append(row)
@@ -227,7 +312,8 @@ def check_integers(
     return report
 
 
-def integer_run(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    output = model.run(batch, found.__setitem__)
-    return found | {f"output {key}": np.asarray(value) for key, value in output._asdict().items()}
+def run_integers(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The codes of every site of an integer model in the order of the forward pass, and its output."""
+    codes: dict[str, np.ndarray] = {}
+    output = model.run(batch, codes.__setitem__)
+    return codes | {f"output {key}": np.asarray(value) for key, value in output._asdict().items()}

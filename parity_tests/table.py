@@ -27,7 +27,7 @@ MODULES = {
 DTYPES = {"ref": ("float32",), "torch": ("float32", "bfloat16")}
 
 
-def table(backend: str, dtype: str = "float32") -> list[Case]:
+def list_cases(backend: str, dtype: str = "float32") -> list[Case]:
     """The cases of a backend, those of `dtype` where they depend on one.
 
     Raises:
@@ -38,4 +38,4 @@ def table(backend: str, dtype: str = "float32") -> list[Case]:
     if dtype not in DTYPES[backend]:
         raise SpecError(f"dtype is {dtype!r}: parity of {backend} has cases for {' and '.join(DTYPES[backend])}")
     modules = [import_module(f"parity_tests.{name}") for name in MODULES[backend]]
-    return [case for module in modules for case in module.cases() if dtype in case.dtypes]
+    return [case for module in modules for case in module.list_cases() if dtype in case.dtypes]

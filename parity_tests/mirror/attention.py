@@ -32,13 +32,13 @@ from qtx_torch.sites import name_sites
 BOUND = 16.0, "two products of n <= 64 with a softmax between; a sink's gradient adds up rows that cancel"
 
 
-def module(spec: ModelSpec, context: Context) -> Attention:
-    found = Attention(spec)
-    name_sites(found)
-    return found.to(context.device, getattr(torch, context.dtype))
+def build_attention(spec: ModelSpec, context: Context) -> Attention:
+    made = Attention(spec)
+    name_sites(made)
+    return made.to(context.device, getattr(torch, context.dtype))
 
 
-def put(net: nn.Module, path: str, value: Tensor) -> None:
+def put_value(net: nn.Module, path: str, value: Tensor) -> None:
     """Puts a tensor, with its gradient, in a parameter's place."""
     owner, _, name = path.rpartition(".")
     site = net.get_submodule(owner)
@@ -51,10 +51,10 @@ def model_spec(spec: AttentionSpec, heads: int, width: int) -> ModelSpec:
     return ModelSpec(Family.BERT, **shape, head=Head.NONE, attention=spec)
 
 
-def attention_case(softmax: str, situation: str, decomposed: bool, context: Context) -> list[Verdict]:
+def check_attention(softmax: str, situation: str, decomposed: bool, context: Context) -> list[Verdict]:
     inputs = attention_inputs(softmax, situation, 8)
     batch, heads, tokens, width = inputs.leaves["q"].shape
-    attn = module(model_spec(inputs.spec, heads, width), context)
+    attn = build_attention(model_spec(inputs.spec, heads, width), context)
     seen: list[str] = []
     if decomposed:  # whoever watches the probabilities gets them
         attn.probs.on_output = Record("probs", lambda site, x, where: seen.append(site))
@@ -63,7 +63,7 @@ def attention_case(softmax: str, situation: str, decomposed: bool, context: Cont
 
     def called(x: dict[str, Tensor]) -> Tensor:
         if "sink" in x:
-            put(attn, "probs.sink", x["sink"])
+            put_value(attn, "probs.sink", x["sink"])
         made = attention.make_mask(rows, tokens, tokens, situation == "causal", x["q"])
         return Float().attention(attn, x["q"], x["k"], x["v"], made, inputs.spec, 0.0)
 
@@ -75,14 +75,14 @@ def attention_case(softmax: str, situation: str, decomposed: bool, context: Cont
     return [*verdicts, equal("probabilities were shown", bool(seen), True)] if decomposed else verdicts
 
 
-def gate_case(kind: Gate, context: Context) -> list[Verdict]:
+def check_gate(kind: Gate, context: Context) -> list[Verdict]:
     inputs: GateInputs = gate_inputs(kind, 8)
-    attn, rows = module(inputs.spec, context), tensor(inputs.rows, context)
+    attn, rows = build_attention(inputs.spec, context), tensor(inputs.rows, context)
 
     def called(x: dict[str, Tensor]) -> Tensor:
         for name, value in x.items():
             if name.startswith("layer.0.attn."):
-                put(attn, name.removeprefix("layer.0.attn."), value)
+                put_value(attn, name.removeprefix("layer.0.attn."), value)
         nx = Float()
         nx.begin(rows)
         return gate(nx, attn, x["x"], x["context"], inputs.spec)
@@ -93,7 +93,7 @@ def gate_case(kind: Gate, context: Context) -> list[Verdict]:
     return errors(called, plain, inputs.reference, inputs.leaves, BOUND, context)
 
 
-def masks_case(context: Context) -> list[Verdict]:
+def check_masks(context: Context) -> list[Verdict]:
     """Boolean masks, those made from them, and additive ones at the border."""
     verdicts = []
     for situation in SITUATIONS:
@@ -121,15 +121,15 @@ def masks_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def cases() -> list[Case]:
+def list_cases() -> list[Case]:
     both = ("float32", "bfloat16")
     rows = [
-        Case("attention", f"{softmax}_{at}", "torch", partial(attention_case, softmax, at, False), both)
+        Case("attention", f"{softmax}_{at}", "torch", partial(check_attention, softmax, at, False), both)
         for softmax, at in product(SOFTMAXES, SITUATIONS)
     ]
     rows += [
-        Case("attention", f"plain_{at}_decomposed", "torch", partial(attention_case, "plain", at, True), both)
+        Case("attention", f"plain_{at}_decomposed", "torch", partial(check_attention, "plain", at, True), both)
         for at in SITUATIONS
     ]
-    rows += [Case("attention", f"gate_{kind}", "torch", partial(gate_case, kind), both) for kind in GATES]
-    return [*rows, Case("attention", "masks", "torch", masks_case)]
+    rows += [Case("attention", f"gate_{kind}", "torch", partial(check_gate, kind), both) for kind in GATES]
+    return [*rows, Case("attention", "masks", "torch", check_masks)]

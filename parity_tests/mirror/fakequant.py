@@ -13,9 +13,9 @@ from torch import nn
 from parity_tests.proof import teacher
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.evaluate_torch import array
-from parity_tests.proof.verdict import Verdict, exact, relative, relative_rms, reported
+from parity_tests.proof.verdict import Verdict, exact, relative, relative_rms, report
 from parity_tests.subjects import small_models
-from parity_tests.subjects.trained import ATTENTIONS, PRESETS, trained
+from parity_tests.subjects.trained import ATTENTIONS, PRESETS, train_preset
 from qtx.jobs.training import Machine
 from qtx.prepare.transforms import transform
 from qtx.recipes import named as recipes
@@ -54,10 +54,10 @@ Batch = dict[str, np.ndarray]
 Subject = tuple[ModelSpec, dict[str, np.ndarray], list[Batch]]
 
 
-def subject(name: str, kind: str, context: Context) -> Subject:
+def build_subject(name: str, kind: str, context: Context) -> Subject:
     """A small preset after 50 steps (two sequences or images a batch), or a small model (with padding)."""
     if name in PRESETS:
-        t = trained(name, kind, context)
+        t = train_preset(name, kind, context)
         return t.spec, t.params, [{key: value[:2] for key, value in batch.items()} for batch in t.batches[:3]]
     small = small_models.build(name)
     return (
@@ -67,18 +67,18 @@ def subject(name: str, kind: str, context: Context) -> Subject:
     )
 
 
-def named_recipe(name: str, spec: ModelSpec) -> tuple[Recipe, dict[str, Quant]]:
+def resolve_recipe(name: str, spec: ModelSpec) -> tuple[Recipe, dict[str, Quant]]:
     """`paper`: the family's. `groups`, `blocks...`: those at every site that can be divided by 2."""
     if name.startswith(("groups", "blocks")):
-        recipe = halved(name, spec)
+        recipe = halve_sites(name, spec)
     elif name in ("outliers", *TRANSFORMS):
-        recipe = operands(name)
+        recipe = quantize_operands(name)
     else:
         recipe = recipes.recipe(f"paper-{spec.family}" if name == "paper" else name, spec)
     return recipe, recipes.resolve(recipe, spec)
 
 
-def halved(name: str, spec: ModelSpec) -> Recipe:
+def halve_sites(name: str, spec: ModelSpec) -> Recipe:
     """Two groups, permuted and static, of operands dynamic; or dynamic blocks of 2, of codes or of small floats."""
     sizes = {site: extent[name != "groups"] for site, extent in extents(spec).items()}
     chosen = tuple(site for site, size in sizes.items() if size % 2 == 0)
@@ -97,7 +97,7 @@ def halved(name: str, spec: ModelSpec) -> Recipe:
     return Recipe(name, (Rule(chosen, first, "every site"), Rule(operands, second, "operands")), batches=2)
 
 
-def operands(name: str) -> Recipe:
+def quantize_operands(name: str) -> Recipe:
     """Every linear's weight and operand, with outlier channels in float, or the operand transformed."""
     rows = QuantSpec(8, True, granularity=Granularity.TOKEN, dynamic=True, outliers=2.0)
     tensors = QuantSpec(8, observer=recipes.RUNNING)
@@ -114,22 +114,22 @@ def operands(name: str) -> Recipe:
     return Recipe(name, rules, batches=2, transforms=made[name])
 
 
-def forced_case(name: str, kind: str, recipe_name: str, context: Context) -> list[Verdict]:
+def check_forced(name: str, kind: str, recipe_name: str, context: Context) -> list[Verdict]:
     """Calibration on two batches, then a forward pass of a third, each op and quantizer fed the reference's tensors."""
-    spec, params, batches = subject(name, kind, context)
-    recipe, quants = named_recipe(recipe_name, spec)
+    spec, params, batches = build_subject(name, kind, context)
+    recipe, quants = resolve_recipe(recipe_name, spec)
     params, transforms = transform(Machine("ref"), spec, params, lambda n: batches[:n], recipe)
     ref, model = RefModel(spec, params), Model(spec, params, device=context.device)
     model.bind({}, {}, transforms=transforms)
     options = {"quantize": recipe.quantize_while_calibrating, "masked_scores": recipe.masked_scores}
-    verdicts, ranges = calibrated(ref, model, batches[:2], quants, transforms, options, context)
+    verdicts, ranges = calibrate_both(ref, model, batches[:2], quants, transforms, options, context)
     held = {"masked_scores": recipe.masked_scores, "transforms": transforms}
     shown = teacher.record(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
     model.bind(quants, ranges, **held)
     return verdicts + teacher.forced(model, batches[2], shown, bound(model), context)
 
 
-def calibrated(
+def calibrate_both(
     ref: RefModel,
     model: Model,
     batches: Sequence[Batch],
@@ -169,19 +169,19 @@ class RecordOutput(nn.Module):
         return self.value
 
 
-def free_case(name: str, kind: str, recipe_name: str, context: Context) -> list[Verdict]:
+def check_free(name: str, kind: str, recipe_name: str, context: Context) -> list[Verdict]:
     """The same ranges, each backend on its own: noise of float32 flips codes near ties, and the flips add up."""
-    spec, params, batches = subject(name, kind, context)
-    recipe, quants = named_recipe(recipe_name, spec)
+    spec, params, batches = build_subject(name, kind, context)
+    recipe, quants = resolve_recipe(recipe_name, spec)
     ref, model = RefModel(spec, params), Model(spec, params, device=context.device)
     options = {"masked_scores": recipe.masked_scores}
     ranges = ref.calibrate(batches[:2], quants, quantize=recipe.quantize_while_calibrating, **options)
     for each in (ref, model):
         each.bind(quants, ranges, **options)
-    return flips(ref, model, batches[2], recipe.masked_scores)
+    return measure_flips(ref, model, batches[2], recipe.masked_scores)
 
 
-def flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool) -> list[Verdict]:
+def measure_flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool) -> list[Verdict]:
     """Of two bound models that run freely: the share of each site's codes that differ, and the loss. A dynamic scale follows
     the tensor's noise: there a code differs where the value does by half a step or more."""
     held = {"masked_scores": masked_scores, "transforms": ref.transforms}
@@ -197,19 +197,19 @@ def flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool) -> lis
             scale, _ = quantizers.dynamic_scale(shown[key].before, quant, shown[key].where, is_weight(key))
             differ = (np.abs(got - want) >= scale / 2) & (scale > 0)  # 0: channels that stay in float
         rate = float(differ.mean())
-        verdicts.append(reported(key, "flip rate", rate, "float noise near ties; reported, not bounded"))
+        verdicts.append(report(key, "flip rate", rate, "float noise near ties; reported, not bounded"))
     if model.spec.head is not Head.NONE:
         losses = [each.evaluate(batch)[0] for each in (model, ref)]
-        verdicts.append(reported("loss", "relative", abs(losses[0] / losses[1] - 1), "follows from the flips"))
+        verdicts.append(report("loss", "relative", abs(losses[0] / losses[1] - 1), "follows from the flips"))
     return verdicts
 
 
-def calibration_case(name: str, context: Context) -> list[Verdict]:
+def check_calibration(name: str, context: Context) -> list[Verdict]:
     """Float calibration, each backend on its own: the extremes of float32 tensors differ by their noise alone."""
-    spec, params, batches = subject(name, "", context)
+    spec, params, batches = build_subject(name, "", context)
     verdicts = []
     for recipe_name in ("w8a8", "w4a8"):
-        _, quants = named_recipe(recipe_name, spec)
+        _, quants = resolve_recipe(recipe_name, spec)
         want = RefModel(spec, params).calibrate(batches, quants)
         got = Model(spec, params, device=context.device).calibrate(batches, quants)
         for key, range in want.items():
@@ -218,12 +218,12 @@ def calibration_case(name: str, context: Context) -> list[Verdict]:
     return verdicts
 
 
-def learned_case(context: Context) -> list[Verdict]:
+def check_learned(context: Context) -> list[Verdict]:
     """Gradients of learned scales and zero points, through whole models and from the same operands."""
     verdicts = []
     for name in ("bert_gate_mlp", "opt_plain", "vit_clipped_row"):
-        spec, params, batches = subject(name, "", context)
-        recipe, quants = named_recipe("lsq-w8a8", spec)
+        spec, params, batches = build_subject(name, "", context)
+        recipe, quants = resolve_recipe("lsq-w8a8", spec)
         ref, model = RefModel(spec, params), Model(spec, params, device=context.device)
         ranges = ref.calibrate(batches[:2], quants)
         for each in (ref, model):
@@ -239,7 +239,7 @@ def learned_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def cases() -> list[Case]:
+def list_cases() -> list[Case]:
     def rows(what: str, run: object, names: tuple, kinds: tuple, recipe_names: tuple) -> list[Case]:
         return [
             Case(
@@ -252,10 +252,10 @@ def cases() -> list[Case]:
         ]
 
     return [
-        *rows("forced", forced_case, SMALL, ("",), RECIPES),
-        *rows("forced", forced_case, PRESETS, tuple(ATTENTIONS), ("w8a8", "paper")),
-        *rows("forced", forced_case, PRESETS, ("gated",), ("fp8-e4m3", "mxfp8", "mxfp4")),
-        *rows("free", free_case, PRESETS, tuple(ATTENTIONS), ("w8a8", "paper")),
-        *[Case("fakequant", f"{name}_calibration", "torch", partial(calibration_case, name)) for name in SMALL],
-        Case("fakequant", "learned_gradients", "torch", learned_case),
+        *rows("forced", check_forced, SMALL, ("",), RECIPES),
+        *rows("forced", check_forced, PRESETS, tuple(ATTENTIONS), ("w8a8", "paper")),
+        *rows("forced", check_forced, PRESETS, ("gated",), ("fp8-e4m3", "mxfp8", "mxfp4")),
+        *rows("free", check_free, PRESETS, tuple(ATTENTIONS), ("w8a8", "paper")),
+        *[Case("fakequant", f"{name}_calibration", "torch", partial(check_calibration, name)) for name in SMALL],
+        Case("fakequant", "learned_gradients", "torch", check_learned),
     ]

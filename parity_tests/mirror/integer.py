@@ -9,7 +9,7 @@ import numpy as np
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.verdict import Verdict, exact
 from parity_tests.subjects import integer_models
-from parity_tests.subjects.integer_models import Lowered, same, watched
+from parity_tests.subjects.integer_models import Lowered, record_run, same
 from qtx_ref import backend as ref_backend
 from qtx_ref.integer.lifting import real
 from qtx_ref.spec import Nonlinear
@@ -21,34 +21,34 @@ SMALL = ("bert_gate_mlp", "opt_post_norm_projected", "vit_clipped_row")
 STRICT = ("bert_sink_and_mlp", "bert_gate_head_conditional", "bert_classify", "opt_gate_linear", "vit_clipped_row")
 
 
-def both(low: Lowered, context: Context) -> list[Verdict]:
+def compare_backends(low: Lowered, context: Context) -> list[Verdict]:
     """torch's run held to the reference's."""
-    want = watched(low.model(ref_backend.IntegerModel), low.batch)
-    return same(watched(low.model(IntegerModel, device=context.device), low.batch), want)
+    want = record_run(low.model(ref_backend.IntegerModel), low.batch)
+    return same(record_run(low.model(IntegerModel, device=context.device), low.batch), want)
 
 
-def trained(name: str, kind: str, context: Context) -> Lowered:
+def lower_preset(name: str, kind: str, context: Context) -> Lowered:
     spec, params, batches = integer_models.preset_after_training(name, kind, context)
-    return integer_models.lowered(spec, params, batches[:2], integer_models.inputs(batches))
+    return integer_models.lower_model(spec, params, batches[:2], integer_models.inputs(batches))
 
 
-def preset_case(name: str, kind: str, context: Context) -> list[Verdict]:
+def check_preset(name: str, kind: str, context: Context) -> list[Verdict]:
     """A small preset after 50 training steps, w8a8, six full-length inputs, two of them with padding."""
-    return both(trained(name, kind, context), context)
+    return compare_backends(lower_preset(name, kind, context), context)
 
 
-def small_case(name: str, recipe: str, profile: str, nonlinear: Nonlinear, context: Context) -> list[Verdict]:
-    return both(integer_models.small(name, recipe, profile, nonlinear), context)
+def check_small(name: str, recipe: str, profile: str, nonlinear: Nonlinear, context: Context) -> list[Verdict]:
+    return compare_backends(integer_models.small(name, recipe, profile, nonlinear), context)
 
 
-def strict_case(nonlinear: Nonlinear, context: Context) -> list[Verdict]:
+def check_strict(nonlinear: Nonlinear, context: Context) -> list[Verdict]:
     """Without a float: the same codes, in both backends. Strict runs on the cpu alone."""
     verdicts = []
     for name in STRICT:
         low = integer_models.small(name, "w8a8", "qtx", nonlinear)
-        want = watched(low.model(ref_backend.IntegerModel), low.batch)
+        want = record_run(low.model(ref_backend.IntegerModel), low.batch)
         for model in (ref_backend.IntegerModel, IntegerModel):
-            verdicts += same(watched(low.model(model, strict=True), low.batch), want)
+            verdicts += same(record_run(low.model(model, strict=True), low.batch), want)
         if low.spec.causal:
             start, make = low.batch["tokens"][:, :2], low.model(ref_backend.IntegerModel).generate
             text = make(start, 4, lambda scores: scores.argmax(-1))
@@ -57,9 +57,9 @@ def strict_case(nonlinear: Nonlinear, context: Context) -> list[Verdict]:
     return verdicts
 
 
-def generate_case(kind: str, context: Context) -> list[Verdict]:
+def check_generate(kind: str, context: Context) -> list[Verdict]:
     """Ten tokens with keys and values cached as codes: the reference's text and logits, and those without a cache."""
-    low = trained("opt-tiny", kind, context)
+    low = lower_preset("opt-tiny", kind, context)
     start, count = low.batch["tokens"][:2, :5], 10
     seen: dict[str, list[np.ndarray]] = {"ref": [], "torch": []}
     texts = {}
@@ -84,10 +84,10 @@ def generate_case(kind: str, context: Context) -> list[Verdict]:
     ]
 
 
-def cases() -> list[Case]:
+def list_cases() -> list[Case]:
     table, polynomial = Nonlinear
     rows = [
-        Case("integer", f"{name}_{kind}", "torch", partial(preset_case, name, kind))
+        Case("integer", f"{name}_{kind}", "torch", partial(check_preset, name, kind))
         for name in integer_models.PRESETS
         for kind in integer_models.attentions(name)
     ]
@@ -95,10 +95,12 @@ def cases() -> list[Case]:
     chosen += [(recipe, "qtx", table) for recipe in RECIPES]
     chosen += [("w8a8", "qtx", polynomial), ("rows", "qtx", polynomial), ("rows", "float32", polynomial)]
     rows += [
-        Case("integer", "_".join((name, recipe, profile, str(kind))), "torch", partial(small_case, name, *choice))
+        Case("integer", "_".join((name, recipe, profile, str(kind))), "torch", partial(check_small, name, *choice))
         for name in SMALL
         for choice in chosen
         for recipe, profile, kind in [choice]
     ]
-    rows += [Case("integer", f"generate_{kind}", "torch", partial(generate_case, kind)) for kind in ("vanilla", "sink")]
-    return rows + [Case("integer", f"strict_{kind}", "torch", partial(strict_case, kind)) for kind in Nonlinear]
+    rows += [
+        Case("integer", f"generate_{kind}", "torch", partial(check_generate, kind)) for kind in ("vanilla", "sink")
+    ]
+    return rows + [Case("integer", f"strict_{kind}", "torch", partial(check_strict, kind)) for kind in Nonlinear]

@@ -39,7 +39,7 @@ def largest(x: np.ndarray) -> float:
     return float(np.abs(x).max())
 
 
-def float64_case(name: str, context: Context) -> list[Verdict]:
+def check_float64(name: str, context: Context) -> list[Verdict]:
     """In float64 hardly anything is left but the formulas: torch, and plain torch, are held to the reference."""
     small = small_models.build(name)
     spec, params, batch = small.spec, small.params, small.batch
@@ -58,17 +58,17 @@ def float64_case(name: str, context: Context) -> list[Verdict]:
     verdicts += [relative("loss", got_loss, want_loss, *FLOAT64), relative("plain loss", loss, want_loss, *FLOAT64)]
     verdicts.append(equal("sums, counts, hits", model.evaluate(batch)[1:], ref.evaluate(batch)[1:]))
     verdicts.append(equal("names", sorted(got), sorted(want_grads)))
-    for who, found in (("", got), ("plain ", grads)):
+    for who, own in (("", got), ("plain ", grads)):
         for key, g in want_grads.items():
             if no_gradient(key, spec):
                 noise = 1e-12 * largest(want_grads[key.replace("bias", "weight")])
-                verdicts += [within(f"{who}gradient of {key}", found[key], np.zeros_like(g), noise, NOTHING)]
+                verdicts += [within(f"{who}gradient of {key}", own[key], np.zeros_like(g), noise, NOTHING)]
             else:
-                verdicts.append(relative(f"{who}gradient of {key}", found[key], g, *FLOAT64))
+                verdicts.append(relative(f"{who}gradient of {key}", own[key], g, *FLOAT64))
     return verdicts
 
 
-def float32_case(name: str, context: Context) -> list[Verdict]:
+def check_float32(name: str, context: Context) -> list[Verdict]:
     """float32 errors of torch and of the reference, beside plain torch's, against the reference in float64."""
     small = small_models.build(name)
     spec, params, batch = small.spec, small.params, small.batch
@@ -96,22 +96,22 @@ def float32_case(name: str, context: Context) -> list[Verdict]:
     return verdicts
 
 
-def records_case(name: str, context: Context) -> list[Verdict]:
+def check_records(name: str, context: Context) -> list[Verdict]:
     """Every named tensor: the same sites in the same order, the same masks, and in float64 the same values."""
     small = small_models.build(name)
     want = ref_backend.Model(small.spec, small.params, dtype="float64").record(small.batch)
     got = backend.Model(small.spec, small.params, device=context.device, dtype="float64").record(small.batch)
     verdicts = [equal("sites", list(got), list(want))]
     for site, (value, where) in want.items():
-        x, seen = got[site]
+        x, mask = got[site]
         counted = np.broadcast_to(True if where is None else where, value.shape)
-        verdicts.append(exact(f"mask of {site}", np.broadcast_to(True if seen is None else seen, value.shape), counted))
+        verdicts.append(exact(f"mask of {site}", np.broadcast_to(True if mask is None else mask, value.shape), counted))
         verdicts.append(relative(site, x, value, *FLOAT64))
     return verdicts
 
 
-def cases() -> list[Case]:
+def list_cases() -> list[Case]:
     names = small_models.specs()
-    rows = [Case("models", f"{name}_float64", "torch", partial(float64_case, name)) for name in names]
-    rows += [Case("models", name, "torch", partial(float32_case, name)) for name in names]
-    return rows + [Case("models", f"{name}_sites", "torch", partial(records_case, name)) for name in names]
+    rows = [Case("models", f"{name}_float64", "torch", partial(check_float64, name)) for name in names]
+    rows += [Case("models", name, "torch", partial(check_float32, name)) for name in names]
+    return rows + [Case("models", f"{name}_sites", "torch", partial(check_records, name)) for name in names]

@@ -116,7 +116,7 @@ def errors(
     return verdicts
 
 
-def op_case(name: str, context: Context) -> list[Verdict]:
+def check_op(name: str, context: Context) -> list[Verdict]:
     op = operations(16)[name]
     held = {key: tensor(value, context) for key, value in op.consts.items()}
     consts: dict[str, Any] = {k: array(v.double()) if v.is_floating_point() else array(v) for k, v in held.items()}
@@ -130,7 +130,7 @@ def op_case(name: str, context: Context) -> list[Verdict]:
     )
 
 
-def total_case(context: Context) -> list[Verdict]:
+def check_total(context: Context) -> list[Verdict]:
     x = operations(16)["gelu"].leaves
     bound = 1e-6, "summed in float64"
     return errors(
@@ -143,13 +143,13 @@ def total_case(context: Context) -> list[Verdict]:
     )
 
 
-def patches_case(context: Context) -> list[Verdict]:
+def check_patches(context: Context) -> list[Verdict]:
     image = np.arange(2 * 3 * 8 * 8, dtype=np.float32).reshape(2, 3, 8, 8)
     got = ops.patches(torch.from_numpy(image).to(context.device), 4)
     return [exact("value", array(got), ref_ops.patches(image, 4))]
 
 
-def transform_bits_case(context: Context) -> list[Verdict]:
+def check_transform_bits(context: Context) -> list[Verdict]:
     """Sums and differences in one order: the same bits, for every block of two widths; and an IEEE division."""
     verdicts = []
     for width, blocks in ((48, (2, 4, 8, 16)), (128, (2, 64, 128))):
@@ -163,12 +163,12 @@ def transform_bits_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def cases() -> list[Case]:
+def list_cases() -> list[Case]:
     both = ("float32", "bfloat16")
-    rows = [Case("ops", name, "torch", partial(op_case, name), both) for name in PLAIN]
+    rows = [Case("ops", name, "torch", partial(check_op, name), both) for name in PLAIN]
     return [
         *rows,
-        Case("ops", "total", "torch", total_case, both),
-        Case("ops", "patches", "torch", patches_case),
-        Case("ops", "transform_bits", "torch", transform_bits_case),
+        Case("ops", "total", "torch", check_total, both),
+        Case("ops", "patches", "torch", check_patches),
+        Case("ops", "transform_bits", "torch", check_transform_bits),
     ]

@@ -41,7 +41,7 @@ REACH: dict[str, dict[str, Any]] = {
 }
 
 
-def twins(names: tuple[str, ...], got: tuple, want: tuple) -> list[Verdict]:
+def compare_twins(names: tuple[str, ...], got: tuple, want: tuple) -> list[Verdict]:
     """What torch gave and what the reference gave, one by one, to the bit."""
     got = tuple(array(value) if isinstance(value, torch.Tensor) else value for value in got)
     return [exact(*three) for three in zip(names, got, map(np.asarray, want), strict=True)]
@@ -91,7 +91,7 @@ def chain(m: Any, x: Any, where: Any, spec: QuantSpec, weight: bool) -> tuple:
 CHAIN = ("low", "high", "scale", "zero point", "codes", "dequantized", "fake-quantized", "gradient passes")
 
 
-def affine_case(data: str, reach: str, context: Context) -> list[Verdict]:
+def check_affine(data: str, reach: str, context: Context) -> list[Verdict]:
     rng = stream(0, "affine", data, reach)
     x = DATA[data](rng).astype(np.float32)
     where = rng.uniform(size=(*x.shape[:-1], 1)) < 0.8
@@ -107,11 +107,11 @@ def affine_case(data: str, reach: str, context: Context) -> list[Verdict]:
         )
         names = tuple(f"{bits} bits, symmetric {symmetric}, {kind}: {name}" for name in CHAIN)
         got = chain(affine, given[0], given[1] if masked else None, spec, weight)
-        verdicts += twins(names, got, chain(ref_affine, x, where if masked else None, spec, weight))
+        verdicts += compare_twins(names, got, chain(ref_affine, x, where if masked else None, spec, weight))
     return verdicts
 
 
-def float_case(form: FloatFormat, context: Context) -> list[Verdict]:
+def check_float(form: FloatFormat, context: Context) -> list[Verdict]:
     """Small floats from a tensor to its scale, codes, values and gradient mask; and beyond the scale, where it saturates."""
     specs = [
         FloatQuantSpec(form, form is FloatFormat.E2M1, dynamic=True, **REACH[reach]) for reach in ("tensor", "token")
@@ -124,18 +124,18 @@ def float_case(form: FloatFormat, context: Context) -> list[Verdict]:
     for (data, make), spec, factor in product(DATA.items(), specs, (1, 1.5)):
         x = make(stream(0, "float", form, data)).astype(np.float32)
         scale, zero = ref_quantizers.dynamic_scale(x, spec, None, False)
-        found = quantizers.dynamic_scale(tensor(x, context), spec, None, False)
+        pair = quantizers.dynamic_scale(tensor(x, context), spec, None, False)
         with np.errstate(over="ignore"):
             x = x * np.float32(factor)
         want = ref_quantizers.quantize(x, scale, zero, spec), *ref_quantizers.fake_quantize(x, scale, zero, spec)
-        moved = tensor(x, context), *found
+        moved = tensor(x, context), *pair
         got = quantizers.quantize(*moved, spec), *quantizers.fake_quantize(*moved, spec)
         names = tuple(f"{data} times {factor}, {spec}: {name}" for name in (*CHAIN[2:5], *CHAIN[6:]))
-        verdicts += twins(names, (*found, *map(marked, got)), (scale, zero, *map(marked, want)))
+        verdicts += compare_twins(names, (*pair, *map(marked, got)), (scale, zero, *map(marked, want)))
     return verdicts
 
 
-def outliers_case(context: Context) -> list[Verdict]:
+def check_outliers(context: Context) -> list[Verdict]:
     """LLM.int8: scales of the channels without outliers, values, codes and gradient masks; padding makes no outlier."""
     verdicts = []
     for (data, make), symmetric, masked in product(DATA.items(), (False, True), (False, True)):
@@ -146,13 +146,13 @@ def outliers_case(context: Context) -> list[Verdict]:
             spec = QuantSpec(8, symmetric, granularity=Granularity.TOKEN, dynamic=True, outliers=threshold)
             scale, zero = ref_quantizers.dynamic_scale(x, spec, where, False)
             kept = None if where is None else tensor(where, context)
-            found = quantizers.dynamic_scale(tensor(x, context), spec, kept, False)
-            moved = tensor(x, context), *found
+            pair = quantizers.dynamic_scale(tensor(x, context), spec, kept, False)
+            moved = tensor(x, context), *pair
             want = ref_quantizers.quantize(x, scale, zero, spec), *ref_quantizers.fake_quantize(x, scale, zero, spec)
             got = quantizers.quantize(*moved, spec), *quantizers.fake_quantize(*moved, spec)
             kind = f"{data}, symmetric {symmetric}, masked {masked}, from {threshold:.3g}"
             names = tuple(f"{kind}: {name}" for name in (*CHAIN[2:5], *CHAIN[6:]))
-            verdicts += twins(names, (*found, *got), (scale, zero, *want))
+            verdicts += compare_twins(names, (*pair, *got), (scale, zero, *want))
     return verdicts
 
 
@@ -162,7 +162,7 @@ def marked(values: Any) -> np.ndarray:
     return np.where(np.isnan(values), 0.123, values).astype(values.dtype)
 
 
-def ties_case(context: Context) -> list[Verdict]:
+def check_ties(context: Context) -> list[Verdict]:
     """Ties and their neighbours, with zero points at both ends and in the middle.
 
     Where the scale is a power of two, x / scale is a tie to the bit; elsewhere x is the float nearest to one, and
@@ -179,11 +179,11 @@ def ties_case(context: Context) -> list[Verdict]:
             got = affine.quantize(*moved, spec), *affine.fake_quantize(*moved, spec)
             want = ref_affine.quantize(*given, spec), *ref_affine.fake_quantize(*given, spec)
             kind = f"{bits} bits, scale {scale:.4g}, zero point {zero}"
-            verdicts += twins(tuple(f"{kind}: {name}" for name in (CHAIN[4], *CHAIN[6:])), got, want)
+            verdicts += compare_twins(tuple(f"{kind}: {name}" for name in (CHAIN[4], *CHAIN[6:])), got, want)
     return verdicts
 
 
-def refusals_case(context: Context) -> list[Verdict]:
+def check_refusals(context: Context) -> list[Verdict]:
     """NaN has no code; infinity saturates but makes no range."""
     one, zero = torch.ones((), device=context.device), torch.zeros((), dtype=torch.int32, device=context.device)
     spec = QuantSpec(symmetric=True)
@@ -205,16 +205,16 @@ def refusals_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def observed(m: Any, batches: Any, where: Any, spec: Quant, weight: bool) -> tuple:
+def observe(m: Any, batches: Any, where: Any, spec: Quant, weight: bool) -> tuple:
     """Low, high, scale and zero point after each batch."""
-    observer, found = m.Observer(spec, weight), []
+    observer, ends = m.Observer(spec, weight), []
     for batch, keep in zip(batches, where, strict=True):
         observer.update(batch, keep)
-        found += [*observer.range(), *m.scale_zero(*observer.range(), spec)]
-    return tuple(found)
+        ends += [*observer.range(), *m.scale_zero(*observer.range(), spec)]
+    return tuple(ends)
 
 
-def observer_case(kind: ObserverKind, context: Context) -> list[Verdict]:
+def check_observer(kind: ObserverKind, context: Context) -> list[Verdict]:
     """The range after each of three batches, masked and not, of activations and weights: of tensors, channels and groups in
     uniform codes, of tensors and channels in small floats."""
     observer = ObserverSpec(kind, percentile=97.0, candidates=40, margin=0.25)
@@ -229,22 +229,22 @@ def observer_case(kind: ObserverKind, context: Context) -> list[Verdict]:
         batches = rng.standard_t(3, size=(3, 2, 8, 6)).astype(np.float32)
         where = rng.uniform(size=(3, 2, 8, 1)) < 0.7
         keep = (where, tensor(where, context)) if part == "masked" else ([None] * 3, [None] * 3)
-        want = observed(ref_observers, batches, keep[0], spec, part == "weight")
-        got = observed(observers, tensor(batches, context), keep[1], spec, part == "weight")
+        want = observe(ref_observers, batches, keep[0], spec, part == "weight")
+        got = observe(observers, tensor(batches, context), keep[1], spec, part == "weight")
         ends = tuple(f"{spec}, {part}: {end} after {n}" for n in (1, 2, 3) for end in CHAIN[:4])
-        verdicts += twins(ends, got, want)
+        verdicts += compare_twins(ends, got, want)
     return verdicts
 
 
-def cases() -> list[Case]:
+def list_cases() -> list[Case]:
     rows = [
-        Case("quant", f"{data}_{reach}", "torch", partial(affine_case, data, reach))
+        Case("quant", f"{data}_{reach}", "torch", partial(check_affine, data, reach))
         for data, reach in product(DATA, REACH)
     ]
-    rows += [Case("quant", f"float_{form}", "torch", partial(float_case, form)) for form in FloatFormat]
+    rows += [Case("quant", f"float_{form}", "torch", partial(check_float, form)) for form in FloatFormat]
     rows += [
-        Case("quant", "outliers", "torch", outliers_case),
-        Case("quant", "ties", "torch", ties_case),
-        Case("quant", "refusals", "torch", refusals_case),
+        Case("quant", "outliers", "torch", check_outliers),
+        Case("quant", "ties", "torch", check_ties),
+        Case("quant", "refusals", "torch", check_refusals),
     ]
-    return rows + [Case("quant", f"observer_{kind}", "torch", partial(observer_case, kind)) for kind in ObserverKind]
+    return rows + [Case("quant", f"observer_{kind}", "torch", partial(check_observer, kind)) for kind in ObserverKind]

@@ -21,10 +21,10 @@ from parity_tests.proof.verdict import (
     holds,
     relative,
     relative_rms,
-    reported,
+    report,
     within,
 )
-from parity_tests.subjects.trained import ATTENTIONS, OPTIM, PRESETS, Trained, trained
+from parity_tests.subjects.trained import ATTENTIONS, OPTIM, PRESETS, Trained, train_preset
 from qtx_ref import backend as ref_backend
 from qtx_torch import backend
 
@@ -35,7 +35,7 @@ GRADIENT = 2e-2, "the design's: kinks, where one ulp flips a derivative"
 ADAMW = 1e-6, "the design's: the same gradients; each of 20 updates rounds"
 
 
-def start(t: Trained, module: object, **where: str) -> tuple:
+def start_training(t: Trained, module: object, **where: str) -> tuple:
     """A model and a trainer of a backend, with the shared parameters and state."""
     model = module.Model(t.spec, t.params, **where)
     trainer = module.Trainer(model, OPTIM)
@@ -43,12 +43,12 @@ def start(t: Trained, module: object, **where: str) -> tuple:
     return model, trainer
 
 
-def steps_case(name: str, kind: str, context: Context) -> list[Verdict]:
-    t = trained(name, kind, context)
+def check_steps(name: str, kind: str, context: Context) -> list[Verdict]:
+    t = train_preset(name, kind, context)
     spec = t.spec
-    ref, ref_trainer = start(t, ref_backend)
-    model, trainer = start(t, backend, device=context.device)
-    fed, fed_trainer = start(t, backend, device=context.device)
+    ref, ref_trainer = start_training(t, ref_backend)
+    model, trainer = start_training(t, backend, device=context.device)
+    fed, fed_trainer = start_training(t, backend, device=context.device)
     pairs, verdicts = [], []
     for step, batch in enumerate(t.batches):
         loss, grads = ref.gradients(batch, training=True, step=ref_trainer.adam.count)
@@ -56,7 +56,7 @@ def steps_case(name: str, kind: str, context: Context) -> list[Verdict]:
         forced_loss, forced_grads = forced.gradients(batch, training=True, step=ref_trainer.adam.count)
         free_loss, _ = trainer.step(batch)
         pairs.append((free_loss if spec.smooth else forced_loss, loss))
-        verdicts += gradient_verdicts(f"step {step}", t, forced_grads, grads)
+        verdicts += compare_gradients(f"step {step}", t, forced_grads, grads)
         fed_trainer.adam.step({key: torch.tensor(g, device=context.device) for key, g in grads.items()})
         ref_trainer.adam.step(grads)
     at = max(range(len(pairs)), key=lambda i: abs(pairs[i][0] - pairs[i][1]))
@@ -69,20 +69,20 @@ def steps_case(name: str, kind: str, context: Context) -> list[Verdict]:
             if not no_gradient(key, spec):
                 verdicts.append(relative_rms(f"{key} after 20 steps", value, want[key], *DRIFT))
     else:
-        verdicts += drift_verdicts(t, model.params(), want, context)
-    before, after = (mean_loss(t, params, context) for params in (t.params, want))
+        verdicts += measure_drift(t, model.params(), want, context)
+    before, after = (average_loss(t, params, context) for params in (t.params, want))
     return [
         *verdicts,
         holds("loss of the 20 batches after the steps over before", after / before, 1.0, "training lowers it"),
     ]
 
 
-def mean_loss(t: Trained, params: Arrays, context: Context) -> float:
+def average_loss(t: Trained, params: Arrays, context: Context) -> float:
     model = backend.Model(t.spec, params, device=context.device)
     return float(np.mean([total / count for total, count, _ in map(model.evaluate, t.batches)]))
 
 
-def gradient_verdicts(step: str, t: Trained, got: Arrays, want: Arrays) -> list[Verdict]:
+def compare_gradients(step: str, t: Trained, got: Arrays, want: Arrays) -> list[Verdict]:
     """Each tensor's gradient from the same parameters; those that are 0 by theory below a bound in both backends."""
     verdicts = []
     for key, g in want.items():
@@ -98,21 +98,21 @@ def gradient_verdicts(step: str, t: Trained, got: Arrays, want: Arrays) -> list[
     return verdicts
 
 
-def drift_verdicts(t: Trained, free: Arrays, ref: Arrays, context: Context) -> list[Verdict]:
+def measure_drift(t: Trained, free: Arrays, ref: Arrays, context: Context) -> list[Verdict]:
     """How far free runs part in 20 steps: torch from the reference, and float32 torch from float64 torch."""
-    wide, wide_trainer = start(t, backend, device=context.device, dtype="float64")
+    wide, wide_trainer = start_training(t, backend, device=context.device, dtype="float64")
     for batch in t.batches:
         wide_trainer.step(batch)
     verdicts = []
     for what, other in (("torch from ref", ref), ("torch from float64 torch", wide.params())):
         shares = {k: relative_rms(k, free[k], x, *DRIFT).error for k, x in other.items() if not no_gradient(k, t.spec)}
         worst = max(shares, key=shares.get)
-        verdicts.append(reported(f"free drift of {what}: {worst}", "relative rms", shares[worst], "kinks: no bound"))
+        verdicts.append(report(f"free drift of {what}: {worst}", "relative rms", shares[worst], "kinks: no bound"))
     return verdicts
 
 
-def cases() -> list[Case]:
+def list_cases() -> list[Case]:
     return [
-        Case("steps", f"{name}_{kind}", "torch", partial(steps_case, name, kind))
+        Case("steps", f"{name}_{kind}", "torch", partial(check_steps, name, kind))
         for name, kind in product(PRESETS, ATTENTIONS)
     ]

@@ -28,7 +28,7 @@ from qtx_torch.backend import Model
 REORDERED = 1e-12, "float64 sums in another order"
 
 
-def philox_case(context: Context) -> list[Verdict]:
+def check_philox(context: Context) -> list[Verdict]:
     """Counters over the whole range of 32-bit words, and the extremes."""
     rng = ref_random.stream(0, "philox")
     counter = rng.integers(0, 2**32, (4, 500), dtype=np.uint64)
@@ -40,7 +40,7 @@ def philox_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def dropout_case(context: Context) -> list[Verdict]:
+def check_dropout(context: Context) -> list[Verdict]:
     """Words by (seed, step, site, count) and the mask that dropout makes of them."""
     verdicts = []
     for seed, step, site, count in (
@@ -56,7 +56,7 @@ def dropout_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def dropped_model_case(name: str, context: Context) -> list[Verdict]:
+def check_dropped_model(name: str, context: Context) -> list[Verdict]:
     """Loss and gradients in float64 with dropout everywhere: both drop the same elements."""
     small = small_models.build(name)
     spec = replace(small.spec, dropout=0.3, attention_dropout=0.2)
@@ -69,7 +69,7 @@ def dropped_model_case(name: str, context: Context) -> list[Verdict]:
     return verdicts + [within(f"gradient of {key}", got[key], g, 1e-12 * largest, reason) for key, g in want.items()]
 
 
-def schedule_case(context: Context) -> list[Verdict]:
+def check_schedule(context: Context) -> list[Verdict]:
     verdicts = []
     for schedule in Schedule:
         spec = OptimSpec(lr=3e-4, warmup=7, steps=23, schedule=schedule)
@@ -78,7 +78,7 @@ def schedule_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def clipping_case(context: Context) -> list[Verdict]:
+def check_clipping(context: Context) -> list[Verdict]:
     """The norm, and gradients above, at and below the limit."""
     rng = ref_random.stream(0, "clip")
     grads = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (("a", (40, 30)), ("b", (7,)))}
@@ -93,7 +93,7 @@ def clipping_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def adamw_case(context: Context) -> list[Verdict]:
+def check_adamw(context: Context) -> list[Verdict]:
     """30 steps from the same gradients, with and without clipping and decay of norm gains; biases and sinks never decay."""
     names = {"ffn.output.weight": (20, 30), "ffn.output.bias": (20,), "ffn.norm.weight": (30,), "attn.probs.sink": (4,)}
     verdicts = []
@@ -116,7 +116,7 @@ def adamw_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def statistics_case(context: Context) -> list[Verdict]:
+def check_statistics(context: Context) -> list[Verdict]:
     """Every statistic of long-tailed tensors, masked and not, by sequence and by token, and of constant ones."""
     rng = ref_random.stream(0, "statistics")
     tails = rng.standard_t(2, size=(3, 11, 8)).astype(np.float32)
@@ -143,7 +143,7 @@ def statistics_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def attention_case(context: Context) -> list[Verdict]:
+def check_attention(context: Context) -> list[Verdict]:
     """Mass, entropy, update, sizes and openings of each head, under causal and padded masks, with rows without keys."""
     rng = ref_random.stream(0, "attention statistics")
     probs, keys = rng.uniform(size=(3, 2, 11, 11)).astype(np.float32), rng.uniform(size=(3, 11)) < 0.3
@@ -173,7 +173,7 @@ def attention_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def learned_case(context: Context) -> list[Verdict]:
+def check_learned(context: Context) -> list[Verdict]:
     """Learned ranges from the same operands: value and gradient of x to the bit, of scale and zero point nearly."""
     rng = ref_random.stream(0, "learned")
     x = rng.standard_t(3, size=(2, 9, 6)).astype(np.float32)
@@ -202,7 +202,7 @@ def learned_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def generate_case(context: Context) -> list[Verdict]:
+def check_generate(context: Context) -> list[Verdict]:
     """Greedy text: with the cache as without it, and the same as the reference's; a full pass gives the same logits."""
     verdicts = []
     for name, spec in small_models.specs().items():
@@ -227,16 +227,16 @@ def generate_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def cases() -> list[Case]:
+def list_cases() -> list[Case]:
     runs = {
-        "random": (philox_case, dropout_case),
-        "optim": (schedule_case, clipping_case, adamw_case),
-        "stats": (statistics_case, attention_case),
-        "quant": (learned_case,),
-        "generate": (generate_case,),
+        "random": (check_philox, check_dropout),
+        "optim": (check_schedule, check_clipping, check_adamw),
+        "stats": (check_statistics, check_attention),
+        "quant": (check_learned,),
+        "generate": (check_generate,),
     }
     rows = [
-        Case(group, run.__name__.removesuffix("_case"), "torch", run) for group, cases in runs.items() for run in cases
+        Case(group, run.__name__.removeprefix("check_"), "torch", run) for group, cases in runs.items() for run in cases
     ]
     names = ("bert_classify", "bert_gate_mlp", "opt_clipped", "vit_plain")
-    return rows + [Case("models", f"{name}_dropout", "torch", partial(dropped_model_case, name)) for name in names]
+    return rows + [Case("models", f"{name}_dropout", "torch", partial(check_dropped_model, name)) for name in names]

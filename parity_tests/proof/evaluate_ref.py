@@ -38,7 +38,7 @@ def central_differences(function: Function, leaves: Leaves, step: float = 1e-5) 
         y = function({name: const(value) for name, value in values.items()}).value
         return float((y * cotangent(y.shape)).sum())
 
-    found = {}
+    slopes = {}
     for name, value in leaves.items():
         slope = np.empty(value.shape)
         for index in np.ndindex(value.shape):
@@ -48,5 +48,5 @@ def central_differences(function: Function, leaves: Leaves, step: float = 1e-5) 
                 moved[index] += sign * step
                 ends.append(weighted(leaves | {name: moved}))
             slope[index] = (ends[0] - ends[1]) / (2 * step)
-        found[name] = slope
-    return found
+        slopes[name] = slope
+    return slopes

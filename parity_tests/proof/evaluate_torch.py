@@ -14,8 +14,8 @@ from parity_tests.proof.evaluate_ref import Leaves, cotangent
 
 def tensor(value: np.ndarray, context: Context) -> Tensor:
     """On the context's device; floating point in its dtype."""
-    found = torch.from_numpy(np.array(value)).to(context.device)
-    return found.to(getattr(torch, context.dtype)) if found.is_floating_point() else found
+    made = torch.from_numpy(np.array(value)).to(context.device)
+    return made.to(getattr(torch, context.dtype)) if made.is_floating_point() else made
 
 
 def array(value: Tensor) -> np.ndarray:
@@ -37,5 +37,5 @@ def value_and_gradients(
     y = function(held)
     back = torch.from_numpy(cotangent(tuple(y.shape))).to(y.device, y.dtype)
     grads = torch.autograd.grad(y, list(held.values()), back, allow_unused=True)
-    found = [torch.zeros_like(x) if g is None else g for x, g in zip(held.values(), grads, strict=True)]
-    return array(y), {name: array(g) for name, g in zip(held, found, strict=True)}
+    dense = [torch.zeros_like(x) if g is None else g for x, g in zip(held.values(), grads, strict=True)]
+    return array(y), {name: array(g) for name, g in zip(held, dense, strict=True)}

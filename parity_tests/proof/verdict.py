@@ -39,32 +39,32 @@ class Verdict:
 def exact(what: str, got: Any, want: Any) -> Verdict:
     """Every element equal to the bit (minus zero is not zero); the error is the largest difference."""
     got, want = np.asarray(got), np.asarray(want)
-    if (wrong := _shapes(what, "exact", got, want)) is not None:
+    if (wrong := _refuse_shapes(what, "exact", got, want)) is not None:
         return wrong
     differs = got != want
     if got.dtype.kind == want.dtype.kind == "f":
         differs |= np.signbit(got) != np.signbit(want)
     error = _difference(got, want)
     worst = np.where(differs, np.maximum(error, np.finfo(float).tiny), 0.0)
-    return _verdict(what, "exact", float(worst.max(initial=0.0)), 0.0, "every bit", got, want, worst)
+    return _judge(what, "exact", float(worst.max(initial=0.0)), 0.0, "every bit", got, want, worst)
 
 
 def within(what: str, got: Any, want: Any, tolerance: float, reason: str) -> Verdict:
     """max |got - want| at most `tolerance`."""
     got, want = np.asarray(got), np.asarray(want)
-    if (wrong := _shapes(what, "max abs", got, want)) is not None:
+    if (wrong := _refuse_shapes(what, "max abs", got, want)) is not None:
         return wrong
     error = _difference(got, want)
-    return _verdict(what, "max abs", float(error.max(initial=0.0)), tolerance, reason, got, want, error)
+    return _judge(what, "max abs", float(error.max(initial=0.0)), tolerance, reason, got, want, error)
 
 
 def relative(what: str, got: Any, want: Any, tolerance: float, reason: str) -> Verdict:
     """max |got - want| at most `tolerance` times max |want|."""
     got, want = np.asarray(got), np.asarray(want)
-    if (wrong := _shapes(what, "max relative", got, want)) is not None:
+    if (wrong := _refuse_shapes(what, "max relative", got, want)) is not None:
         return wrong
     error = _difference(got, want)
-    return _verdict(
+    return _judge(
         what, "max relative", _share(error.max(initial=0.0), _largest(want)), tolerance, reason, got, want, error
     )
 
@@ -72,10 +72,10 @@ def relative(what: str, got: Any, want: Any, tolerance: float, reason: str) -> V
 def relative_rms(what: str, got: Any, want: Any, tolerance: float, reason: str) -> Verdict:
     """RMS of got - want at most `tolerance` times the RMS of want."""
     got, want = np.asarray(got), np.asarray(want)
-    if (wrong := _shapes(what, "relative rms", got, want)) is not None:
+    if (wrong := _refuse_shapes(what, "relative rms", got, want)) is not None:
         return wrong
     error = _difference(got, want)
-    return _verdict(what, "relative rms", _share(rms(error), rms(want)), tolerance, reason, got, want, error)
+    return _judge(what, "relative rms", _share(rms(error), rms(want)), tolerance, reason, got, want, error)
 
 
 def against_truth(
@@ -87,13 +87,13 @@ def against_truth(
     max |truth| where the truth is 0 by theory and only noise is left of its terms.
     """
     got, truth = np.asarray(got), np.asarray(truth)
-    if (wrong := _shapes(what, "rms", got, truth)) is not None:
+    if (wrong := _refuse_shapes(what, "rms", got, truth)) is not None:
         return wrong
     error = _difference(got, truth)
     tolerance = c * eps * (_largest(truth) if scale is None else scale)
     if plain is not None:
         tolerance = max(tolerance, 2 * rms(_difference(np.asarray(plain), truth)))
-    return _verdict(what, "rms", rms(error), tolerance, reason, got, truth, error)
+    return _judge(what, "rms", rms(error), tolerance, reason, got, truth, error)
 
 
 def equal(what: str, got: Any, want: Any) -> Verdict:
@@ -107,7 +107,7 @@ def holds(what: str, got: float, below: float, reason: str) -> Verdict:
     return Verdict(what, "value", got, below, reason, bool(got <= below), None, got, below)
 
 
-def reported(what: str, measure: str, value: float, reason: str) -> Verdict:
+def report(what: str, measure: str, value: float, reason: str) -> Verdict:
     """A measurement without a bound; only NaN and infinity fail."""
     return Verdict(what, measure, value, math.inf, reason, math.isfinite(value))
 
@@ -132,13 +132,13 @@ def _share(error: float, scale: float) -> float:
     return float(error / scale) if scale else (0.0 if error == 0 else math.inf)
 
 
-def _shapes(what: str, measure: str, got: np.ndarray, want: np.ndarray) -> Verdict | None:
+def _refuse_shapes(what: str, measure: str, got: np.ndarray, want: np.ndarray) -> Verdict | None:
     if got.shape == want.shape:
         return None
     return Verdict(what, measure, math.inf, 0.0, "shapes differ", False, None, list(got.shape), list(want.shape))
 
 
-def _verdict(
+def _judge(
     what: str,
     measure: str,
     error: float,

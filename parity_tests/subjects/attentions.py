@@ -84,10 +84,8 @@ def gate_inputs(kind: Gate, n: int) -> GateInputs:
     """Two heads of width 4 n on 3 n tokens, the last n of the second sequence padding."""
     rng = stream(0, "gate", kind, n)
     batch, tokens, width = 2, 3 * n, 8 * n
-    spec = ModelSpec(
-        Family.BERT, layers=1, width=width, heads=2, hidden=width, head=Head.NONE, vocab=5, length=tokens, types=2,
-        attention=AttentionSpec(gate=kind),
-    )  # fmt: skip
+    size = {"layers": 1, "width": width, "heads": 2, "hidden": width, "vocab": 5, "length": tokens, "types": 2}
+    spec = ModelSpec(Family.BERT, **size, head=Head.NONE, attention=AttentionSpec(gate=kind))
     leaves = {name: rng.normal(size=(batch, tokens, width)) for name in ("x", "context")}
     leaves |= {f"layer.0.attn.{name}": rng.normal(size=shape) / n**0.5 for name, shape in gate_shapes(spec).items()}
     return GateInputs(spec, np.arange(tokens) < np.array([[tokens], [tokens - n]]), leaves)

@@ -63,7 +63,7 @@ class Lowered:
 
 
 @dataclass(frozen=True)
-class Seen:
+class RunRecord:
     """All that a run showed, in order, and its output."""
 
     sites: list[tuple[str, np.ndarray]]
@@ -104,7 +104,7 @@ def inputs(batches: list[Batch]) -> Batch:
     return batch
 
 
-def named_recipe(name: str, spec: ModelSpec, nonlinear: Nonlinear = Nonlinear.TABLE) -> Recipe:
+def make_recipe(name: str, spec: ModelSpec, nonlinear: Nonlinear = Nonlinear.TABLE) -> Recipe:
     """A recipe of `qtx.recipes.named`, or w8a8 with one of the changes below."""
     base = recipes.recipe("w8a8", spec)
     gated = spec.attention.gate is not Gate.NONE
@@ -124,7 +124,7 @@ def named_recipe(name: str, spec: ModelSpec, nonlinear: Nonlinear = Nonlinear.TA
     return replace(base, name=name, rules=(*base.rules, *changes[name]))
 
 
-def lowered(
+def lower_model(
     spec: ModelSpec,
     params: Arrays,
     batches: list[Batch],
@@ -134,7 +134,7 @@ def lowered(
     nonlinear: Nonlinear = Nonlinear.TABLE,
 ) -> Lowered:
     """Calibrated on `batches` and lowered, to be run on `batch`."""
-    quants, chosen = recipes.resolve(named_recipe(recipe, spec, nonlinear), spec), profile(profile_name)
+    quants, chosen = recipes.resolve(make_recipe(recipe, spec, nonlinear), spec), profile(profile_name)
     ranges = backend.Model(spec, params).calibrate(batches, quants)
     constants = lower(spec, params, quants, ranges, chosen, nonlinear)
     return Lowered(spec, params, ranges, constants, quants, chosen, batch)
@@ -143,22 +143,22 @@ def lowered(
 def small(name: str, *choice: Any) -> Lowered:
     """A small model of `small_models`, its batch with padding."""
     model = small_models.build(name, batch_size=4)
-    return lowered(model.spec, model.params, [model.batch], model.batch, *choice)
+    return lower_model(model.spec, model.params, [model.batch], model.batch, *choice)
 
 
-def watched(model: Any, batch: Batch) -> Seen:
+def record_run(model: Any, batch: Batch) -> RunRecord:
     sites: list[tuple[str, np.ndarray]] = []
     output = model.run(batch, lambda name, value: sites.append((name, value)))
-    return Seen(sites, output)
+    return RunRecord(sites, output)
 
 
-def same(got: Seen, want: Seen) -> list[Verdict]:
+def same(got: RunRecord, want: RunRecord) -> list[Verdict]:
     """Every code and accumulator of every site, their dtypes and their order, and the output."""
     kinds = ([f"{site} {x.dtype}" for site, x in seen.sites] for seen in (got, want))
     pairs = list(zip_longest(*kinds))
     first = next((pair for pair in pairs if pair[0] != pair[1]), (len(pairs), len(pairs)))
     verdicts = [equal("sites and dtypes", *first)]
-    found = dict(got.sites)
-    verdicts += [exact(site, found[site], value) for site, value in want.sites if site in found]
+    codes = dict(got.sites)
+    verdicts += [exact(site, codes[site], value) for site, value in want.sites if site in codes]
     pairs = zip(Output._fields, got.output, want.output, strict=True)
     return verdicts + [exact(f"output {part}", a, b) for part, a, b in pairs]

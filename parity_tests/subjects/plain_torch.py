@@ -140,5 +140,5 @@ def run(
     targets = inputs["targets"] if "targets" in inputs else inputs["labels"]
     loss = F.cross_entropy(output.flatten(0, -2), targets.flatten(), ignore_index=-1)
     grads = torch.autograd.grad(loss, list(p.values()), allow_unused=True, materialize_grads=True)
-    found = {name: g.cpu().numpy() for name, g in zip(p, grads, strict=True)}
-    return output.detach().cpu().numpy(), loss.item(), found
+    named = {name: g.cpu().numpy() for name, g in zip(p, grads, strict=True)}
+    return output.detach().cpu().numpy(), loss.item(), named

@@ -25,34 +25,32 @@ BERT = ModelSpec(Family.BERT, **TEXT, head=Head.MLM, types=2, norm_eps=1e-12)
 OPT = ModelSpec(
     Family.OPT, **TEXT, head=Head.CAUSAL, activation=Activation.RELU, pre_norm=True, final_norm=True, position_offset=2
 )
-VIT = ModelSpec(
-    Family.VIT, **SIZE, head=Head.CLASSIFY, pre_norm=True, final_norm=True, norm_eps=1e-6, classes=5, image_size=4,
-    patch_size=2, channels=2, patch_norm=True,
-)  # fmt: skip
+IMAGE = SIZE | {"classes": 5, "image_size": 4, "patch_size": 2, "channels": 2}
+VIT = ModelSpec(Family.VIT, **IMAGE, head=Head.CLASSIFY, pre_norm=True, final_norm=True, norm_eps=1e-6, patch_norm=True)
 
 
 def _attentions() -> dict[str, AttentionSpec]:
-    found = dict(SOFTMAXES)
-    found |= {f"gate_{kind}": AttentionSpec(gate=kind) for kind in GATES}
-    found["clipped_alpha"] = AttentionSpec(softmax=Softmax.CLIPPED, alpha=0.7)
-    found["sink_and_mlp"] = AttentionSpec(softmax=Softmax.SINK, gate=Gate.MLP, gate_hidden=3)
-    return found
+    attentions = dict(SOFTMAXES)
+    attentions |= {f"gate_{kind}": AttentionSpec(gate=kind) for kind in GATES}
+    attentions["clipped_alpha"] = AttentionSpec(softmax=Softmax.CLIPPED, alpha=0.7)
+    attentions["sink_and_mlp"] = AttentionSpec(softmax=Softmax.SINK, gate=Gate.MLP, gate_hidden=3)
+    return attentions
 
 
 def specs() -> dict[str, ModelSpec]:
     """Every family x attention x gate that exists, then heads and shapes that differ."""
-    found = {}
+    named = {}
     for family in (BERT, OPT, VIT):
         for name, attention in _attentions().items():
             if not (family.causal and attention.gate is Gate.HEAD_CONDITIONAL):
-                found[f"{family.family}_{name}"] = replace(family, attention=attention)
-    found["bert_classify"] = replace(BERT, head=Head.CLASSIFY, classes=4)
-    found["bert_headless"] = replace(BERT, head=Head.NONE)
-    found["opt_post_norm_projected"] = replace(OPT, embed_width=10, pre_norm=False, final_norm=False)  # as opt-350m
-    found["opt_headless"] = replace(OPT, head=Head.NONE)
-    found["vit_without_patch_norm"] = replace(VIT, patch_norm=False)
-    found["vit_headless"] = replace(VIT, head=Head.NONE)
-    return found
+                named[f"{family.family}_{name}"] = replace(family, attention=attention)
+    named["bert_classify"] = replace(BERT, head=Head.CLASSIFY, classes=4)
+    named["bert_headless"] = replace(BERT, head=Head.NONE)
+    named["opt_post_norm_projected"] = replace(OPT, embed_width=10, pre_norm=False, final_norm=False)  # as opt-350m
+    named["opt_headless"] = replace(OPT, head=Head.NONE)
+    named["vit_without_patch_norm"] = replace(VIT, patch_norm=False)
+    named["vit_headless"] = replace(VIT, head=Head.NONE)
+    return named
 
 
 @dataclass(frozen=True)

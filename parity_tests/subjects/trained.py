@@ -31,7 +31,7 @@ class Trained:
     batches: tuple[Batch, ...]
 
 
-def trained(name: str, kind: str, context: Context) -> Trained:
+def train_preset(name: str, kind: str, context: Context) -> Trained:
     """4 texts of 128 tokens, or 128 images, a step; the 50 shared steps are torch's.
 
     With 32 images vit-tiny is chaotic: float32 and float64 torch part fivefold each step, whatever the backend.

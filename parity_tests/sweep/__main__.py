@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch._dynamo.utils import counters
 
-from parity_tests.sweep.cases import CASES, MODULES, Case
+from parity_tests.sweep.cases import DRAWS, Configuration
 from qtx_torch.integer import products as integer
 
 
@@ -80,7 +80,7 @@ def compare(tally: Tally, label: str, got: dict[str, np.ndarray] | str, want: di
             tally.first.append(f"{label}: {name}: {count} of {want[name].size} differ")
 
 
-def settled(case: Case) -> Any:
+def settled(case: Configuration) -> Any:
     """The context that a configuration runs in: whether torch may use byte instructions."""
     use = case.axes.get("vnni", True) and integer.byte_instructions("cpu")
     return mock.patch.object(integer, "byte_instructions", lambda device: use)
@@ -94,7 +94,7 @@ def sweep(module: str, codes: int, configurations: int, compiled: bool = False, 
     )
     tally, index, size = Tally(), 0, max(3000, codes // configurations)  # long enough for vector instructions
     while index < configurations or (tally.codes < codes and index < 2 * configurations):
-        case = CASES[module](index, size)
+        case = DRAWS[module](index, size)
         run = own = chain or case.chain
         if compiled:
             torch._dynamo.reset()
@@ -112,7 +112,7 @@ def sweep(module: str, codes: int, configurations: int, compiled: bool = False, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="reference = torch eager = torch compiled, over random configurations")
-    parser.add_argument("--module", required=True, choices=CASES)
+    parser.add_argument("--module", required=True, choices=DRAWS)
     parser.add_argument("--codes", type=int, default=10_000_000, help="compared eagerly, at least")
     parser.add_argument("--configurations", type=int, default=1000, help="eager ones, at least")
     parser.add_argument("--compiled", type=int, default=30, help="configurations compiled as well")

@@ -1,7 +1,7 @@
 """Random configurations of the integer arithmetic, and the chain of calls that each puts through a backend.
 
 A chain takes the backend's module (`qtx_ref.quant.affine` or `qtx_torch.quant.affine`, ...): functions and parameters have the same
-names. `CASES[module](index, codes)` draws configuration `index`: each axis goes through all its values, in an order of
+names. `DRAWS[module](index, codes)` draws configuration `index`: each axis goes through all its values, in an order of
 its own, before it repeats one, so n configurations meet every value of every axis with at most n values.
 """
 
@@ -37,7 +37,7 @@ F32 = np.float32
 
 
 @dataclass(frozen=True)
-class Case:
+class Configuration:
     """chain(module, **arrays, **settings) -> named results. `axes` says what was drawn."""
 
     chain: Callable[..., dict[str, Any]]
@@ -110,7 +110,7 @@ def affine_chain(m, x, special, scale, zero, words, special_words, spec, profile
     }
 
 
-def affine_case(index: int, codes: int) -> Case:
+def draw_affine(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "affine", index), pick(AFFINE, index)
     fields = {k: v for k, v in axes.items() if k in QTX.__dataclass_fields__}
     profile = replace(QTX, name="drawn", **fields)
@@ -144,7 +144,7 @@ def affine_case(index: int, codes: int) -> Case:
     special = np.concatenate([special, limits])
     draw = {"words": rng.integers(0, 2**32, x.shape), "special_words": rng.integers(0, 2**32, special.shape)}
     arrays = {"x": x, "special": special, "scale": np.array(scale), "zero": np.array(zero), **draw}
-    return Case(affine_chain, arrays, {"spec": spec, "profile": profile, "weight": axes["weight"]}, axes)
+    return Configuration(affine_chain, arrays, {"spec": spec, "profile": profile, "weight": axes["weight"]}, axes)
 
 
 FIXED = {
@@ -171,7 +171,7 @@ def fixed_chain(m, a, b, real, zero, exponent, scales, spec, profile):
     }
 
 
-def fixed_case(index: int, codes: int) -> Case:
+def draw_fixed(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "fixed_point", index), pick(FIXED, index)
     kind = axes["requantization"]
     wide = axes["accumulator"] is np.int64 and kind not in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP)
@@ -206,7 +206,7 @@ def fixed_case(index: int, codes: int) -> Case:
         "exponent": rng.integers(0, 32, b.shape[1]).astype(np.int32),
         "scales": rng.uniform(1e-4, 1, (3, 64)).astype(F32),
     }
-    return Case(fixed_chain, arrays, {"spec": spec, "profile": replace(QTX, requantization=kind)}, axes)
+    return Configuration(fixed_chain, arrays, {"spec": spec, "profile": replace(QTX, requantization=kind)}, axes)
 
 
 INTEGER = {
@@ -242,7 +242,7 @@ def integer_chain(m, a, b, zero_a, zero_b, bias, bytes_a, bytes_b, a_spec, b_spe
     }
 
 
-def integer_case(index: int, codes: int) -> Case:
+def draw_integer(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "integer", index), pick(INTEGER, index)
     a_spec, b_spec = (QuantSpec(axes[f"bits_{s}"], axes[f"signed_{s}"]) for s in "ab")
     depth = axes["depth"]
@@ -282,7 +282,7 @@ def integer_case(index: int, codes: int) -> Case:
         "profile": replace(QTX, overflow=axes["overflow"]),
         "integers": axes["integers"],
     }
-    return Case(integer_chain, arrays, settings, axes)
+    return Configuration(integer_chain, arrays, settings, axes)
 
 
 FORMATS = {
@@ -311,7 +311,7 @@ def formats_chain(m, x, given, ends, kind, saturate, rule, block):
     }
 
 
-def formats_case(index: int, codes: int) -> Case:
+def draw_formats(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "formats", index), pick(FORMATS, index)
     count = max(4, codes // 9 // 64)
     x = (rng.standard_normal((count, 64)) * 2.0 ** rng.integers(-20, 20, (count, 1))).astype(F32)
@@ -333,14 +333,7 @@ def formats_case(index: int, codes: int) -> Case:
     given = F32(2.0 ** rng.integers(-140, 120, (count, 1))) if index % 2 else F32(rng.uniform(0.01, 1, (count, 1)))
     ends = (rng.standard_normal((2, count)) * 2.0 ** rng.integers(-150, 100, count)).astype(F32)
     ends[:, 0] = 0
-    return Case(formats_chain, {"x": x, "given": given, "ends": ends}, settings, axes)
+    return Configuration(formats_chain, {"x": x, "given": given, "ends": ends}, settings, axes)
 
 
-MODULES = {  # where each is, in either backend
-    "affine": "quant.affine",
-    "fixed_point": "integer.fixed_point",
-    "integer": "integer.products",
-    "formats": "quant.formats",
-    "rounding": "quant.rounding",
-}
-CASES = {"affine": affine_case, "fixed_point": fixed_case, "integer": integer_case, "formats": formats_case}
+DRAWS = {"affine": draw_affine, "fixed_point": draw_fixed, "integer": draw_integer, "formats": draw_formats}

@@ -25,19 +25,19 @@ class RecordPairs(FakeQuant):
         return y
 
 
-def every_site(model: Model, batch: dict[str, np.ndarray], bits: int) -> dict[str, QuantSpec]:
+def quantize_every_site(model: Model, batch: dict[str, np.ndarray], bits: int) -> dict[str, QuantSpec]:
     """Every named tensor asymmetric, every matrix and table symmetric, one range each."""
     weights = [name for name in model.weights if name.endswith(".weight") and "norm" not in name and "cls" not in name]
     return {site: QuantSpec(bits, symmetric=site in weights) for site in [*model.record(batch), *weights]}
 
 
-def nearest(context: Context) -> list[Verdict]:
+def check_nearest(context: Context) -> list[Verdict]:
     """Each 4-bit site passes on the value of a code, and of all codes one of the nearest."""
     verdicts = []
     for name in MODELS:
         small = small_models.build(name)
         model = Model(small.spec, small.params)
-        quants = every_site(model, small.batch, 4)
+        quants = quantize_every_site(model, small.batch, 4)
         ranges = model.calibrate([small.batch], quants)
         nx = RecordPairs(quants, ranges)
         models.forward(nx, {key: const(value) for key, value in model.weights.items()}, small.spec, small.batch)
@@ -52,14 +52,14 @@ def nearest(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def sixteen_bits(context: Context) -> list[Verdict]:
+def check_sixteen_bits(context: Context) -> list[Verdict]:
     """Quantizers on every site at 16 bits hardly change the loss; without quantizers nothing changes."""
     verdicts = []
     for name in MODELS:
         small = small_models.build(name)
         model = Model(small.spec, small.params)
         plain, _, _ = model.evaluate(small.batch)
-        quants = every_site(model, small.batch, 16)
+        quants = quantize_every_site(model, small.batch, 16)
         model.bind(quants, model.calibrate([small.batch], quants))
         reason = "steps of 2^-16 of each range through two layers"
         verdicts.append(relative(f"{name}: loss at 16 bits", model.evaluate(small.batch)[0], plain, 1e-3, reason))
@@ -69,5 +69,6 @@ def sixteen_bits(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def cases() -> list[Case]:
-    return [Case("fakequant", run.__name__, "ref", run) for run in (nearest, sixteen_bits)]
+def list_cases() -> list[Case]:
+    runs = check_nearest, check_sixteen_bits
+    return [Case("fakequant", run.__name__.removeprefix("check_"), "ref", run) for run in runs]

@@ -84,7 +84,7 @@ FORMULAS = {
 }
 
 
-def forward_case(name: str, context: Context) -> list[Verdict]:
+def check_forward(name: str, context: Context) -> list[Verdict]:
     op = operations(1)[name]
     got = op.call(ops, {key: const(value) for key, value in op.leaves.items()}, op.consts).value
     return [relative("value", got, FORMULAS[name](op.leaves, op.consts), *FLOAT64)]
@@ -101,18 +101,18 @@ def float32_errors(function: Function, leaves: Leaves, bound: tuple[float, str])
     return verdicts
 
 
-def float32_case(name: str, context: Context) -> list[Verdict]:
+def check_float32(name: str, context: Context) -> list[Verdict]:
     op: Operation = operations(16)[name]
     return float32_errors(lambda x: op.call(ops, x, op.consts), op.leaves, op.bound)
 
 
-def patches_case(context: Context) -> list[Verdict]:
+def check_patches(context: Context) -> list[Verdict]:
     image = np.arange(96, dtype=np.float32).reshape(2, 3, 4, 4)
     want = np.stack([[one[:, r : r + 2, c : c + 2].ravel() for r in (0, 2) for c in (0, 2)] for one in image])
     return [relative("value", ops.patches(image, 2), want, 0.0, "values are moved, none is changed")]
 
 
-def attention_case(softmax: str, situation: str, context: Context) -> list[Verdict]:
+def check_attention(softmax: str, situation: str, context: Context) -> list[Verdict]:
     inputs = attention_inputs(softmax, situation, 1)
     x, shape = inputs.leaves, inputs.leaves["q"].shape
     mask = np.broadcast_to(inputs.mask, (*shape[:3], shape[2]))
@@ -129,7 +129,7 @@ def attention_case(softmax: str, situation: str, context: Context) -> list[Verdi
     return [relative("value", got, want, *FLOAT64)]
 
 
-def gate_case(kind: str, context: Context) -> list[Verdict]:
+def check_gate(kind: str, context: Context) -> list[Verdict]:
     inputs = gate_inputs(kind, 1)
     x = inputs.leaves
     rows = zip(x["x"], x["context"], inputs.rows, strict=True)
@@ -138,7 +138,7 @@ def gate_case(kind: str, context: Context) -> list[Verdict]:
     return [relative("value", got, want, *FLOAT64)]
 
 
-def model_case(name: str, context: Context) -> list[Verdict]:
+def check_model(name: str, context: Context) -> list[Verdict]:
     small = small_models.build(name)
     model = Model(small.spec, small.params, dtype="float64")
     want = naive.forward(small.spec, small.params, small.batch)
@@ -150,12 +150,12 @@ def model_case(name: str, context: Context) -> list[Verdict]:
     return verdicts
 
 
-def cases() -> list[Case]:
-    rows = [Case("ops", f"{name}_value", "ref", partial(forward_case, name)) for name in FORMULAS]
-    rows += [Case("ops", f"{name}_float32", "ref", partial(float32_case, name)) for name in FORMULAS]
-    rows.append(Case("ops", "patches", "ref", patches_case))
+def list_cases() -> list[Case]:
+    rows = [Case("ops", f"{name}_value", "ref", partial(check_forward, name)) for name in FORMULAS]
+    rows += [Case("ops", f"{name}_float32", "ref", partial(check_float32, name)) for name in FORMULAS]
+    rows.append(Case("ops", "patches", "ref", check_patches))
     for softmax, at in product(SOFTMAXES, SITUATIONS):
-        rows.append(Case("attention", f"{softmax}_{at}_value", "ref", partial(attention_case, softmax, at)))
-    rows += [Case("attention", f"gate_{kind}_value", "ref", partial(gate_case, kind)) for kind in GATES]
-    rows += [Case("models", f"{name}_value", "ref", partial(model_case, name)) for name in small_models.specs()]
+        rows.append(Case("attention", f"{softmax}_{at}_value", "ref", partial(check_attention, softmax, at)))
+    rows += [Case("attention", f"gate_{kind}_value", "ref", partial(check_gate, kind)) for kind in GATES]
+    rows += [Case("models", f"{name}_value", "ref", partial(check_model, name)) for name in small_models.specs()]
     return rows

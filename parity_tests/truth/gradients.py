@@ -39,26 +39,26 @@ def _compare(name: str, gradient: np.ndarray, slope: np.ndarray) -> Verdict:
     return relative(f"gradient of {name}", gradient, slope, 1e-6, REASON)
 
 
-def op_case(name: str, context: Context) -> list[Verdict]:
+def check_op(name: str, context: Context) -> list[Verdict]:
     op = operations(1)[name]
     return check_gradients(lambda x: op.call(ops, x, op.consts), op.leaves)
 
 
-def total_case(context: Context) -> list[Verdict]:
+def check_total(context: Context) -> list[Verdict]:
     return check_gradients(lambda x: ops.total(x["x"]), {"x": stream(0, "total").normal(size=(3, 4))})
 
 
-def attention_case(softmax: str, situation: str, context: Context) -> list[Verdict]:
+def check_attention(softmax: str, situation: str, context: Context) -> list[Verdict]:
     inputs = attention_inputs(softmax, situation, 1)
     return check_gradients(inputs.reference, inputs.leaves)
 
 
-def gate_case(kind: str, context: Context) -> list[Verdict]:
+def check_gate(kind: str, context: Context) -> list[Verdict]:
     inputs = gate_inputs(kind, 1)
     return check_gradients(inputs.reference, inputs.leaves)
 
 
-def model_case(name: str, context: Context) -> list[Verdict]:
+def check_model(name: str, context: Context) -> list[Verdict]:
     """The loss along one random unit direction of each parameter tensor."""
     small = small_models.build(name)
     model = Model(small.spec, small.params, dtype="float64")
@@ -78,16 +78,16 @@ def model_case(name: str, context: Context) -> list[Verdict]:
     return verdicts
 
 
-def cases() -> list[Case]:
+def list_cases() -> list[Case]:
     def rows(group: str, named: dict[str, Callable[[Context], list[Verdict]]]) -> list[Case]:
         return [Case(group, f"{name}_gradient", "ref", run) for name, run in named.items()]
 
     return [
-        *rows("ops", {name: partial(op_case, name) for name in operations(1)} | {"total": total_case}),
+        *rows("ops", {name: partial(check_op, name) for name in operations(1)} | {"total": check_total}),
         *rows(
             "attention",
-            {f"{s}_{at}": partial(attention_case, s, at) for s in SOFTMAXES for at in SITUATIONS}
-            | {f"gate_{kind}": partial(gate_case, kind) for kind in GATES},
+            {f"{s}_{at}": partial(check_attention, s, at) for s in SOFTMAXES for at in SITUATIONS}
+            | {f"gate_{kind}": partial(check_gate, kind) for kind in GATES},
         ),
-        *rows("models", {n: partial(model_case, n) for n, s in small_models.specs().items() if s.head != "none"}),
+        *rows("models", {n: partial(check_model, n) for n, s in small_models.specs().items() if s.head != "none"}),
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.verdict import Verdict, equal, exact, holds, within
 from parity_tests.subjects import integer_models
-from parity_tests.subjects.integer_models import same, watched
+from parity_tests.subjects.integer_models import record_run, same
 from qtx_ref.backend import IntegerModel
 from qtx_ref.integer import lowering
 from qtx_ref.integer import ops as integer_ops
@@ -30,13 +30,13 @@ def half_away(x: Fraction) -> int:
     return half_up(x) if x >= 0 else -half_up(-x)
 
 
-def literals(context: Context) -> list[Verdict]:
+def check_literals(context: Context) -> list[Verdict]:
     """Worked by hand."""
     table = np.int32([4, 2, 1])  # stands for 1, 1/2, 1/4 and what follows
     code, mask = np.int8([[[[7, 6, 0, 7]]]]), np.array([[[[True, True, True, False]]]])
     p = [ONE * 4 / 7, ONE * 2 / 7, ONE / 7, 0]
     eps = np.int64(0)
-    found = {
+    pairs = {
         "half_up": (integer_ops.half_up(np.array([-5, -3, -1, 1, 3, 5]), np.array(2)).tolist(), [-2, -1, 0, 1, 2, 3]),
         "softmax": (integer_ops.softmax(code, mask, table)[0, 0, 0].tolist(), [math.floor(x + 0.5) for x in p]),
         "softmax of no key": (integer_ops.softmax(code, mask & False, table).tolist(), [[[[0, 0, 0, 0]]]]),
@@ -68,11 +68,11 @@ def literals(context: Context) -> list[Verdict]:
         "sigmoid(0)": (integer_ops.sigmoid_polynomial(np.array(0)).item(), 134198951),
     }
     multipliers, shift = lowering.common_shift([np.array(0.75), np.array(2.0**-30)])
-    found["common_shift"] = ([int(m) for m in multipliers] + [int(shift)], [3 << 28, 1, 30])
-    return [equal(name, got, want) for name, (got, want) in found.items()]
+    pairs["common_shift"] = ([int(m) for m in multipliers] + [int(shift)], [3 << 28, 1, 30])
+    return [equal(name, got, want) for name, (got, want) in pairs.items()]
 
 
-def softmax_case(context: Context) -> list[Verdict]:
+def check_softmax(context: Context) -> list[Verdict]:
     """Exactly, by its definition; and near the softmax of the scores."""
     rng = stream(0, "integer softmax")
     table = np.rint(np.exp(-STEP * np.arange(256)) * 2.0**integer_ops.EXP_BITS).astype(np.int32)
@@ -103,7 +103,7 @@ def softmax_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def clip_case(context: Context) -> list[Verdict]:
+def check_clip(context: Context) -> list[Verdict]:
     rng = stream(0, "integer clip")
     p = np.concatenate([rng.integers(0, ONE + 1, 200), [0, 1, ONE - 1, ONE]])
     verdicts = []
@@ -123,7 +123,7 @@ def clip_case(context: Context) -> list[Verdict]:
     return [*verdicts, exact("gamma of a row", integer_ops.row_gamma(np.int64(12345), mask), np.array(want))]
 
 
-def root_case(context: Context) -> list[Verdict]:
+def check_root(context: Context) -> list[Verdict]:
     """math.isqrt at both ends, around squares, and anywhere."""
     rng = stream(0, "integer root")
     roots = [2**30, 2**31 - 1, 2**30 + 12345, *rng.integers(2**30, 2**31, 300).tolist()]
@@ -132,7 +132,7 @@ def root_case(context: Context) -> list[Verdict]:
     return [exact("square_root", integer_ops.square_root(np.array(x)), np.array([math.isqrt(v) for v in x]))]
 
 
-def normalize_case(context: Context) -> list[Verdict]:
+def check_normalize(context: Context) -> list[Verdict]:
     rng = stream(0, "integer norm")
     verdicts = []
     for bits, width, eps in ((8, 5, 0), (8, 768, 1000), (16, 768, 3), (16, 4096, 0), (16, 8, 10**12)):
@@ -153,7 +153,7 @@ def normalize_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def sums_case(context: Context) -> list[Verdict]:
+def check_sums(context: Context) -> list[Verdict]:
     rng = stream(0, "integer sums")
     ends = [-(2**31), 2**31 - 1, -1, 0, 1]
     a, b = (np.concatenate([ends, rng.integers(-(2**31), 2**31, 200)]).astype(np.int32) for _ in range(2))
@@ -179,7 +179,7 @@ def sums_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def polynomial_case(context: Context) -> list[Verdict]:
+def check_polynomial(context: Context) -> list[Verdict]:
     """Exactly, in Python's integers; and within what the papers' polynomials err."""
     rng = stream(0, "integer polynomials")
     x = np.concatenate([rng.integers(-(2**20), 2**20, 500), [0, 1, -1, 2**31 - 1, -(2**31), 2**26, 45426, 45425]])
@@ -222,20 +222,20 @@ def polynomial_case(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def tables_case(context: Context) -> list[Verdict]:
+def check_tables(context: Context) -> list[Verdict]:
     """Every entry the code nearest to the function in float64."""
     functions = {
         "gelu": lambda v: v / 2 * math.erfc(-v / 2**0.5),
         "sigmoid": lambda v: 1 / (1 + math.exp(-v)) if v > 0 else math.exp(v) / (1 + math.exp(v)),
         "tanh": math.tanh,
     }
-    found = {
+    tables = {
         ("bert_gate_mlp", "layer.0.ffn.hidden", "layer.0.ffn.activation"): "gelu",
         ("bert_gate_mlp", "layer.1.attn.gate_logit", "layer.1.attn.gate"): "sigmoid",
         ("bert_classify", "head.pool", "head.activation"): "tanh",
     }
     verdicts = []
-    for (name, before, after), kind in found.items():
+    for (name, before, after), kind in tables.items():
         low = integer_models.small(name)
         c, spec = low.constants, low.quants[after]
         scale, zero = float(c[f"{before}.scale"]), int(c[f"{before}.zero_point"])
@@ -251,18 +251,28 @@ def tables_case(context: Context) -> list[Verdict]:
     return [*verdicts, holds("exponentials beyond", last if table.size < 256 else 0.0, 0.5, "round to the last, 0")]
 
 
-def strict_case(context: Context) -> list[Verdict]:
+def check_strict(context: Context) -> list[Verdict]:
     """Matmuls in NumPy's integers and not a float anywhere: the same codes as through float BLAS."""
     verdicts = []
     for name in ("bert_sink_and_mlp", "opt_gate_linear", "vit_clipped_row"):
         low = integer_models.small(name)
-        found = [watched(low.model(IntegerModel, strict=strict), low.batch) for strict in (True, False)]
-        verdicts += same(*found)
+        runs = [record_run(low.model(IntegerModel, strict=strict), low.batch) for strict in (True, False)]
+        verdicts += same(*runs)
     return verdicts
 
 
-def cases() -> list[Case]:
-    runs = (
-        literals, softmax_case, clip_case, root_case, normalize_case, sums_case, polynomial_case, tables_case, strict_case
-    )  # fmt: skip
-    return [Case("integer", run.__name__.removesuffix("_case"), "ref", run) for run in runs]
+RUNS = (
+    check_literals,
+    check_softmax,
+    check_clip,
+    check_root,
+    check_normalize,
+    check_sums,
+    check_polynomial,
+    check_tables,
+    check_strict,
+)
+
+
+def list_cases() -> list[Case]:
+    return [Case("integer", run.__name__.removeprefix("check_"), "ref", run) for run in RUNS]

@@ -21,13 +21,13 @@ F32, I32 = np.float32, np.int32
 ROUNDING = 2e-7, "worked in exact arithmetic; float32 rounds at 6e-8"
 
 
-def ties(context: Context) -> list[Verdict]:
+def check_ties(context: Context) -> list[Verdict]:
     x = F32([-1e30, -129, -128.5, -2.5, -1.5, -0.5, -0.0, 0.5, 1.5, 2.5, 126.5, 127.5, 1e30, np.inf, -np.inf])
     want = I32([-128, -128, -128, -2, -2, 0, 0, 0, 2, 2, 126, 127, 127, 127, -128])
     return [exact("codes", affine.quantize(x, F32(1), I32(0), SIGNED), want)]
 
 
-def zero_point(context: Context) -> list[Verdict]:
+def check_zero_point(context: Context) -> list[Verdict]:
     """Range [-1, 2] in 2 bits: scale 1, zero point 1. Rounding comes before the zero point: 0.5 -> 0, 1.5 -> 2."""
     spec = QuantSpec(bits=2)
     scale, zero = affine.scale_zero(F32(-1), F32(2), spec)
@@ -43,7 +43,7 @@ def zero_point(context: Context) -> list[Verdict]:
     ]
 
 
-def scales(context: Context) -> list[Verdict]:
+def check_scales(context: Context) -> list[Verdict]:
     """A range is widened to hold 0; an empty one has scale 1; no scale is below the smallest normal number."""
     low, high = F32([-1, 2, -4, 0, 0]), F32([3, 4, -2, 0, 1e-44])
     scale, zero = affine.scale_zero(low, high, UNSIGNED)
@@ -60,7 +60,7 @@ def scales(context: Context) -> list[Verdict]:
     ]
 
 
-def limits(context: Context) -> list[Verdict]:
+def check_limits(context: Context) -> list[Verdict]:
     """Codes of 2 to 16 bits, and a NaN that no code stands for."""
     verdicts = []
     for bits in range(2, 17):
@@ -74,7 +74,7 @@ def limits(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def granularities(context: Context) -> list[Verdict]:
+def check_granularities(context: Context) -> list[Verdict]:
     """Ranges by tensor, channel and token of x = [[1, -2], [3, 4]], and by channel of the same as a weight."""
     x = F32([[[1, -2], [3, 4]]])
 
@@ -92,7 +92,7 @@ def granularities(context: Context) -> list[Verdict]:
     ]
 
 
-def outliers(context: Context) -> list[Verdict]:
+def check_outliers(context: Context) -> list[Verdict]:
     """Magnitudes from 6 on keep a channel in float: the second by -6, not the first and fourth, whose 127 and 9 are padding.
 
     Row scales are absmax of the other channels / 127: of 2, 5.9, and in the padded row 127.
@@ -114,7 +114,7 @@ def outliers(context: Context) -> list[Verdict]:
     ]
 
 
-def learned_symmetric(context: Context) -> list[Verdict]:
+def check_learned_symmetric(context: Context) -> list[Verdict]:
     """s = 1, codes -2..1: v = 0.3 and -1.6 are inside, 5 and -7 outside. ds = (-0.3 - 0.4 + 1 - 2) / sqrt(4 * 1)."""
     x, s, z = leaf(F32([[0.3, -1.6, 5, -7]])), leaf(F32([[1]])), const(F32([[0]]))
     y = numerics.learned_quantize(x, s, z, QuantSpec(bits=2, symmetric=True, learned=True))
@@ -126,7 +126,7 @@ def learned_symmetric(context: Context) -> list[Verdict]:
     ]
 
 
-def learned_asymmetric(context: Context) -> list[Verdict]:
+def check_learned_asymmetric(context: Context) -> list[Verdict]:
     """s = 2, z = 1, codes 0..3: v = 5, 0.2, -4. ds = (2 - 0.2 - 1) / sqrt(3 * 3), dz = -(2 + 2) / sqrt(3 * 3)."""
     x, s, z = leaf(F32([[10, 0.4, -8]])), leaf(F32([[2]])), leaf(F32([[1.2]]))
     y = numerics.learned_quantize(x, s, z, QuantSpec(bits=2, learned=True))
@@ -139,21 +139,21 @@ def learned_asymmetric(context: Context) -> list[Verdict]:
     ]
 
 
-def running(context: Context) -> list[Verdict]:
+def check_running(context: Context) -> list[Verdict]:
     """0.9 * old + 0.1 * new: [-1, 1] then [-3, 2] gives [-1.2, 1.1]. Current keeps [-3, 2]."""
-    found = {}
+    ends = {}
     for kind in (ObserverKind.RUNNING, ObserverKind.CURRENT):
         observer = Observer(QuantSpec(observer=ObserverSpec(kind)))
         observer.update(F32([[-1, 0, 1]]))
         observer.update(F32([[-3, 2, 99]]), np.array([[True, True, False]]))
-        found[kind] = np.ravel(observer.range())
+        ends[kind] = np.ravel(observer.range())
     return [
-        relative("running", found[ObserverKind.RUNNING], [-1.2, 1.1], *ROUNDING),
-        exact("current", found[ObserverKind.CURRENT], [-3, 2]),
+        relative("running", ends[ObserverKind.RUNNING], [-1.2, 1.1], *ROUNDING),
+        exact("current", ends[ObserverKind.CURRENT], [-3, 2]),
     ]
 
 
-def percentiles(context: Context) -> list[Verdict]:
+def check_percentiles(context: Context) -> list[Verdict]:
     """numpy.percentile, linear interpolation, both sides; over all batches, and each batch's with momentum 0.9."""
     batches = random.stream(0, "percentile").standard_t(2, size=(3, 4, 97)).astype(F32)
     ends = [100 - 99.5, 99.5]
@@ -171,7 +171,7 @@ def percentiles(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def least_squares(context: Context) -> list[Verdict]:
+def check_least_squares(context: Context) -> list[Verdict]:
     """The grid against every candidate tried here; the golden section against a grid ten times as fine."""
     x = random.stream(0, "mse").standard_t(3, size=400).astype(F32)
     verdicts = []
@@ -184,10 +184,10 @@ def least_squares(context: Context) -> list[Verdict]:
         best = (int(np.argmin(errors)) + 1) / 100
         verdicts.append(relative(f"grid, symmetric {symmetric}", _range(x, spec), [low * best, high * best], *ROUNDING))
         golden = replace(spec, observer=ObserverSpec(ObserverKind.MSE_GOLDEN, margin=0.5))
-        found = squared_error(x, *_range(x, golden), golden)
+        error = squared_error(x, *_range(x, golden), golden)
         fine = min(_squared_error(x, low * i / 1000, high * i / 1000, symmetric) for i in range(10, 1001))
         reason = "the error is not quite unimodal: 2% above the best of 1000"
-        verdicts.append(holds(f"golden, symmetric {symmetric}: error over the best", found / fine, 1.02, reason))
+        verdicts.append(holds(f"golden, symmetric {symmetric}: error over the best", error / fine, 1.02, reason))
     return verdicts
 
 
@@ -217,19 +217,19 @@ def refuses(what: str, attempt: Callable[[], object]) -> Verdict:
 
 
 RUNS = (
-    ties,
-    zero_point,
-    scales,
-    limits,
-    granularities,
-    outliers,
-    learned_symmetric,
-    learned_asymmetric,
-    running,
-    percentiles,
-    least_squares,
+    check_ties,
+    check_zero_point,
+    check_scales,
+    check_limits,
+    check_granularities,
+    check_outliers,
+    check_learned_symmetric,
+    check_learned_asymmetric,
+    check_running,
+    check_percentiles,
+    check_least_squares,
 )
 
 
-def cases() -> list[Case]:
-    return [Case("quant", run.__name__, "ref", run) for run in RUNS]
+def list_cases() -> list[Case]:
+    return [Case("quant", run.__name__.removeprefix("check_"), "ref", run) for run in RUNS]

@@ -24,7 +24,7 @@ F32 = np.float32
 ROUNDING = 2e-7, "worked in exact arithmetic; float32 rounds at 6e-8"
 
 
-def adamw(context: Context) -> list[Verdict]:
+def check_adamw(context: Context) -> list[Verdict]:
     """b1 = b2 = 1/2, lr 0.1, decay 0.5, gradients 1/2 then 1/4.
 
     Step 1: m' = 1/2, v' = 1/4, so w = 0.95 - 0.1. Step 2: m' = 1/3, v' = 1/8, so w = 0.95 w - 0.1 / 3 * sqrt(8).
@@ -48,7 +48,7 @@ def adamw(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def clipping(context: Context) -> list[Verdict]:
+def check_clipping(context: Context) -> list[Verdict]:
     grads, norm = optim.clip_by_norm({"a": F32([3]), "b": F32([4])}, 1.0)
     same, _ = optim.clip_by_norm({"a": F32([3]), "b": F32([4])}, 5.0)
     return [
@@ -60,7 +60,7 @@ def clipping(context: Context) -> list[Verdict]:
     ]
 
 
-def schedules(context: Context) -> list[Verdict]:
+def check_schedules(context: Context) -> list[Verdict]:
     def rates(schedule: Schedule) -> list[float]:
         spec = OptimSpec(lr=1.0, warmup=4, steps=10, schedule=schedule)
         return [optim.learning_rate(spec, step) for step in range(11)]
@@ -79,7 +79,7 @@ def schedules(context: Context) -> list[Verdict]:
     ]
 
 
-def probabilities(context: Context) -> list[Verdict]:
+def check_probabilities(context: Context) -> list[Verdict]:
     """exp(ln 3) : exp(0) = 3 : 1; a masked row is 0; softmax1 adds 1 to the sum; clipped: from p = 3/4 and 1/4."""
     scores, mask = const(np.array([[math.log(3), 0.0], [5.0, 7.0]])), np.array([[True, True], [False, False]])
     p = ops.softmax(scores, mask)
@@ -99,7 +99,7 @@ def probabilities(context: Context) -> list[Verdict]:
     ]
 
 
-def masks(context: Context) -> list[Verdict]:
+def check_masks(context: Context) -> list[Verdict]:
     additive = boolean_mask(F32([[0, -10000, -np.inf, np.finfo(F32).min, -0.0]]))
     return [
         exact("additive", additive, np.array([[True, False, False, False, True]])),
@@ -108,7 +108,7 @@ def masks(context: Context) -> list[Verdict]:
     ]
 
 
-def gate_sizes(context: Context) -> list[Verdict]:
+def check_gate_sizes(context: Context) -> list[Verdict]:
     """Added parameters per layer: H, H(K+1), H(m(K+2)+1), H(D+1), D D."""
     verdicts = []
     for heads, width, hidden in ((1, 1, 1), (2, 8, 3), (12, 64, 16)):
@@ -139,7 +139,7 @@ def gate_sizes(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def published_sizes(context: Context) -> list[Verdict]:
+def check_published_sizes(context: Context) -> list[Verdict]:
     """Parameters of the published models, tied weights once; ViT-S/16 has no norm after its patches there."""
     known = {
         "bert-base": (PRESETS["bert-base"], 109_514_298),  # with the masked-language-model head
@@ -153,7 +153,7 @@ def published_sizes(context: Context) -> list[Verdict]:
     ]
 
 
-def philox(context: Context) -> list[Verdict]:
+def check_philox(context: Context) -> list[Verdict]:
     """The known answers that Random123 publishes for Philox 4x32, 10 rounds."""
     table = [
         ("0 0 0 0", "0 0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -168,7 +168,7 @@ def philox(context: Context) -> list[Verdict]:
     return verdicts
 
 
-def dropped(context: Context) -> list[Verdict]:
+def check_dropped(context: Context) -> list[Verdict]:
     """Word e does not depend on how many are drawn; the share that dropout keeps is 1 - rate."""
     words = random.bits(2**40 + 7, 5, "layer.0.ffn.output", 4099)
     kept = random.keep_mask(1, 2, "a", (1000, 1000), 0.1).mean()
@@ -178,7 +178,7 @@ def dropped(context: Context) -> list[Verdict]:
     ]
 
 
-def statistics(context: Context) -> list[Verdict]:
+def check_statistics(context: Context) -> list[Verdict]:
     """1, 2, 3, 4: m2 = 5/4, m4 = 41/16, unbiased s^2 = 5/3; and SciPy's moments on long tails."""
     x = F32([[[1, 2], [3, 4], [50, 60]]])
     where = np.array([[[True], [True], [False]]])
@@ -215,11 +215,11 @@ def statistics(context: Context) -> list[Verdict]:
     ]
 
 
-def attention(context: Context) -> list[Verdict]:
+def check_attention(context: Context) -> list[Verdict]:
     """Two queries by hand: (1/2, 1/2) over two keys and (1/4, 1/4, 1/2) over three; parts of length 5 against 10."""
     probs = np.array([[[[0.5, 0.5, 0], [0.25, 0.25, 0.5], [0.1, 0.2, 0.7]]]])
     allowed = np.array([[[[True, True, False], [True, True, True], [False] * 3]]])
-    found = stats.attention(probs, allowed, {"ends": np.array([[True, False, True]])})
+    sums = stats.attention(probs, allowed, {"ends": np.array([[True, False, True]])})
     entropies = np.log(2), 1.5 * np.log(2)
     tolerance = 1e-14, "logarithms rounded to float64"
     context_, weight = np.array([[[3.0, 4.0, 9.0, 9.0]]]), np.zeros((4, 4))
@@ -232,7 +232,7 @@ def attention(context: Context) -> list[Verdict]:
     parts = stats.sizes(values, real, {"ends": np.array([[False, True, True]])}, 2)
     gates = stats.openings(np.array([[[0.25, 0.75], [0.5, 1.0], [9.0, 9.0]]]), real, 2)
     return [
-        exact("kept", found["kept"], [2]),
+        exact("kept", sums["kept"], [2]),
         exact("sizes", [parts["all"], parts["count.all"]], [[15, 3], [2, 2]]),
         exact("sizes at marked tokens", [parts["ends"], parts["count.ends"]], [[10, 2], [1, 1]]),
         exact("openings", [gates["gate"], gates["gates"]], [[0.75, 1.75], [2, 2]]),
@@ -240,17 +240,17 @@ def attention(context: Context) -> list[Verdict]:
             "openings of features", stats.openings(np.array([[[0.25, 0.75, 0.5, 1.0]]]), None, 2)["gate"], [0.5, 0.75]
         ),
         exact("openings of heads", stats.openings(np.array([0.25, 0.75]), None, 2)["gate"], [0.25, 0.75]),
-        exact("queries", found["queries"], [2]),
-        exact("mass", found["mass.ends"], [0.5 + 0.75]),
-        relative("even attention", found["even.ends"], [1 / 2 + 2 / 3], *tolerance),
-        relative("entropy", found["entropy"], [sum(entropies)], *tolerance),
-        relative("relative entropy", found["relative"], [1 + entropies[1] / np.log(3)], *tolerance),
+        exact("queries", sums["queries"], [2]),
+        exact("mass", sums["mass.ends"], [0.5 + 0.75]),
+        relative("even attention", sums["even.ends"], [1 / 2 + 2 / 3], *tolerance),
+        relative("entropy", sums["entropy"], [sum(entropies)], *tolerance),
+        relative("relative entropy", sums["relative"], [1 + entropies[1] / np.log(3)], *tolerance),
         relative("update", sizes["update"], [0.5, 0.0], *tolerance),
         exact("tokens", sizes["tokens"], [1, 1]),
     ]
 
 
-def cache(context: Context) -> list[Verdict]:
+def check_cache(context: Context) -> list[Verdict]:
     """Greedy text with cached keys and values is that of a whole forward pass per token."""
     verdicts = []
     for name, spec in small_models.specs().items():
@@ -267,14 +267,16 @@ def cache(context: Context) -> list[Verdict]:
 
 
 RUNS = {
-    "attention": (probabilities, masks),
-    "models": (gate_sizes, published_sizes),
-    "optim": (adamw, clipping, schedules),
-    "random": (philox, dropped),
-    "stats": (statistics, attention),
-    "generate": (cache,),
-}  # fmt: skip
+    "attention": (check_probabilities, check_masks),
+    "models": (check_gate_sizes, check_published_sizes),
+    "optim": (check_adamw, check_clipping, check_schedules),
+    "random": (check_philox, check_dropped),
+    "stats": (check_statistics, check_attention),
+    "generate": (check_cache,),
+}
 
 
-def cases() -> list[Case]:
-    return [Case(group, run.__name__, "ref", run) for group, runs in RUNS.items() for run in runs]
+def list_cases() -> list[Case]:
+    return [
+        Case(group, run.__name__.removeprefix("check_"), "ref", run) for group, runs in RUNS.items() for run in runs
+    ]

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from qtx_ref.spec import SpecError
 
-from ..engines.backend import backend
+from ..data import DataError
+from ..engines.backend import MissingDevice, MissingExtra
 from ..files.artifact import SUFFIX, Artifact
+from ..files.checkpoint import file_of
+from ..files.container import CheckpointError, check_writable, sha_of, write_beside
 from ..jobs.training import Machine
 from ..progress import Progress, clock
 from ..recipes import named as recipes
 from ..report.tables import table
 from .options import (
+    DATA,
     JSON,
     artifact_model,
     is_artifact,
@@ -26,52 +35,175 @@ from .options import (
 )
 
 FEW = 4  # sequences of a batch
+DIFFERS, REFUSED, MISSING = 1, 2, 3  # exit statuses; click's own for a wrong option is 2 as well
+NARROWEST = 20  # characters of the case's name that a narrow terminal leaves at least
+OPTIONAL = ("want", "got", "where", "measure")  # columns that a narrow terminal goes without, the first one first
 
 
-@click.command()
+class Verdicts(click.Command):
+    """A command whose exit status tells a difference from an input that is refused and from what is missing."""
+
+    def make_context(self, *given: Any, **options: Any) -> click.Context:
+        with exit_statuses():
+            return super().make_context(*given, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with exit_statuses():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def exit_statuses() -> Iterator[None]:
+    """Turns an error that a user can mend into one line and its exit status."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (SpecError, DataError, CheckpointError, MissingExtra, OSError) as error:
+        refusal = click.ClickException(" ".join(str(error).split()))
+        refusal.exit_code = MISSING if isinstance(error, (MissingDevice, MissingExtra)) else REFUSED
+        raise refusal from None
+
+
+def check_junit(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuses a place that cannot be written, or that holds anything but an earlier report, before any work."""
+    if path is None:
+        return None
+    from parity_tests.proof import junit
+
+    if path.is_symlink() or (path.is_file() and not path.read_bytes().startswith(junit.BEGINNING)):
+        raise CheckpointError(f"--junit {path} exists and is no report of qtx parity: choose another")
+    check_writable(path)
+    return path
+
+
+@click.command(cls=Verdicts)
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False, metavar=f"[CHECKPOINT|MODEL{SUFFIX}]")
-@click.option("--backend", "backend_name", default="torch", show_default=True,
-              help="torch: held to the reference. ref: the reference held to outside truth.")  # fmt: skip
+@click.option(
+    "--backend",
+    "backend_name",
+    default="torch",
+    show_default=True,
+    help="torch: held to the reference. ref: the reference held to outside truth.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda with --backend torch.")
-@click.option("--dtype", default="float32", show_default=True,
-              help="Of the cases: float32, float64; bfloat16 with torch. A file is compared in its own.")  # fmt: skip
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    help="Of the cases: float32; bfloat16 with torch. A file is compared in its own.",
+)
+@DATA
 @click.option("--only", help="Only cases whose group/name contains this text or matches this pattern.")
+@click.option(
+    "--junit",
+    "junit_path",
+    type=click.Path(path_type=Path),
+    callback=check_junit,
+    help="Also write JUnit XML there, one test case a row.",
+)
 @JSON
-def parity(checkpoint, backend_name, device, dtype, only, json_path):
+def parity(checkpoint, backend_name, device, dtype, data, tokenizer, only, junit_path, json_path):
     """Prove that the backends agree, by case or on a file.
 
     Without a file: the table of cases. CHECKPOINT: every site of that model, in float32 and under its recipe. MODEL.qtx:
-    every code of every site. Exit status 1 if anything fails.
+    every code of every site.
+
+    \b
+    Exit status:
+      0  all agree
+      1  something differs: the table says where
+      2  an option or a file is refused
+      3  the backend, the device or a package that was asked for is not here
+
+    docs/parity-in-ci.md has a workflow to copy.
     """
     from parity_tests import runner  # only here: the proof is not needed to use qtx
+    from parity_tests.proof import junit  # only here: the proof is not needed to use qtx
 
-    report = run_parity(runner, checkpoint, backend_name, device, dtype, only)
-    say(table(runner.HEADER, runner.report_rows(report)), json_path)
-    groups = ", ".join(f"{group} {count}" for group, count in report.counts.items())
-    failed = sum(not row.ok for row in report.rows)
-    say(f"{len(report.rows)} cases ({groups}): {failed} failed, {clock(report.seconds)}", json_path)
-    if report.first:
-        say(f"the backends part first at site {report.first}", json_path)
-    write_json(json_path, report.as_json())
-    if not report.ok:
-        sys.exit(1)
-
-
-def run_parity(runner: Any, path: Path | None, backend_name: str, device: str, dtype: str, only: str | None) -> Any:
-    backend(backend_name)
+    if junit_path is not None and junit_path.resolve() in others(checkpoint, json_path):
+        raise CheckpointError(f"--junit {junit_path} is another file of this command: choose another")
+    if checkpoint is None and (given := data or tokenizer):
+        raise SpecError(f"{given}: the table of cases has its own data; give a CHECKPOINT, or leave it out")
+    runner.check_place(backend_name, device)
     with Progress("parity", 0) as bar:
 
-        def seen(done: int, total: int, row: Any) -> None:
+        def advance(done: int, total: int, row: Any) -> None:
             bar.total = total
             bar.advance(note=row.name)
 
-        if path is None:
-            return runner.run(backend=backend_name, device=device, dtype=dtype, only=only, progress=seen)
-        return parity_of(runner, path, backend_name, device, dtype, only, seen)
+        if checkpoint is None:
+            report = runner.run(backend_name, device, dtype, only, advance)
+        else:
+            refuse_options(checkpoint, backend_name, dtype, only)
+            report = check_file(runner, checkpoint, device, data, tokenizer, advance)
+    width = shutil.get_terminal_size().columns  # 80 where there is no terminal
+    say(fitted(runner.HEADER, runner.report_rows(report), width), json_path)
+    groups = ", ".join(f"{group} {count}" for group, count in report.counts.items())
+    failed = sum(not row.ok for row in report.rows)
+    total = f"{len(report.rows)} cases ({groups}): {failed} failed, {clock(report.seconds)}"
+    say(textwrap.fill(total, width, break_on_hyphens=False), json_path)
+    if report.first:
+        say(f"the backends part first at site {report.first}", json_path)
+    write_json(json_path, report.as_json())
+    if junit_path is not None:
+        write_beside(junit_path, junit.document(report))
+    if not report.ok:
+        sys.exit(DIFFERS)
 
 
-def parity_of(runner: Any, path: Path, backend_name: str, device: str, dtype: str, only: str | None, seen: Any) -> Any:
-    """The report on a checkpoint or an artifact. Raises SpecError for an option that belongs to the table of cases."""
+def others(checkpoint: Path | None, json_path: str | None) -> set[Path]:
+    """Files that the command reads or writes beside its JUnit report."""
+    paths = [] if checkpoint is None else [checkpoint, file_of(checkpoint)]
+    return {path.resolve() for path in (*paths, *([] if json_path in (None, "-") else [Path(json_path)]))}
+
+
+def fitted(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
+    """The table in lines of at most `width` characters.
+
+    Where it is too wide, it goes without some columns, which then follow for the rows that failed, and with shorter names.
+    """
+    chosen = list(header)
+    for dropped in OPTIONAL:
+        if table_width(header, rows, chosen) <= width:
+            break
+        chosen.remove(dropped)
+    excess = table_width(header, rows, chosen) - width
+    longest = max(len(row[0]) for row in rows)
+    room = max(NARROWEST, longest - max(0, excess))
+    kept = [header.index(name) for name in chosen]
+    short = [[shortened(row[0], room), *(row[i] for i in kept[1:])] for row in rows]
+    details = [] if len(chosen) == len(header) else [detail(dict(zip(header, row, strict=True))) for row in rows]
+    wrapped = [textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in details if line]
+    return "\n".join([table(chosen, short), *wrapped])
+
+
+def table_width(header: Sequence[str], rows: Sequence[Sequence[str]], chosen: Sequence[str]) -> int:
+    """Characters of a line of the table with these columns: each has three around it, and one ends the line."""
+    places = [header.index(name) for name in chosen]
+    return 1 + sum(3 + max(len(row[i]) for row in [header, *rows]) for i in places)
+
+
+def shortened(name: str, room: int) -> str:
+    """A name in at most `room` characters: its beginning and its end."""
+    half = (room - 3) // 2
+    return name if len(name) <= room else f"{name[: room - 3 - half]}...{name[len(name) - half :]}"
+
+
+def detail(row: Mapping[str, str]) -> str:
+    """Of a row that failed, in words, what has no column."""
+    if row["verdict"] == "ok":
+        return ""
+    if not row["where"]:
+        return f"{row['case']}: {row['measure']}"
+    return (
+        f"{row['case']}: {row['where']}: {row['measure']} {row['worst error']} above {row['tolerance']}; got {row['got']}, "
+        f"want {row['want']}"
+    )
+
+
+def refuse_options(path: Path, backend_name: str, dtype: str, only: str | None) -> None:
+    """Raises SpecError for an option that belongs to the table of cases."""
     if backend_name != "torch":
         raise SpecError(f"--backend {backend_name}: {path} is held to the reference in torch; leave it out")
     if dtype != "float32":
@@ -79,28 +211,37 @@ def parity_of(runner: Any, path: Path, backend_name: str, device: str, dtype: st
         raise SpecError(f"--dtype {dtype}: {reason}; leave it out")
     if only:
         raise SpecError(f"--only {only}: a file has no table of cases; leave it out")
-    opened = open_model(path, Machine("ref"))
-    found = opened.found
 
-    def some(split: str, count: int) -> list:
-        return list(opened.data.split_batches(split, found.spec, FEW, 0, limit=count))
 
-    batches = some("evaluation", 1)
-    if isinstance(found, Artifact):
-        other = artifact_model(found, Machine("torch", device))
-        return runner.check_integers(opened.model, other, batches[0], device=device, progress=seen)
-    quants = recipes.resolve(found.recipe, found.spec) if found.recipe else {}
-    masked = found.recipe.masked_scores if found.recipe else False
-    return runner.check_checkpoint(
-        found.spec,
-        found.params,
-        batches,
-        quants,
-        found.ranges,
-        masked_scores=masked,
-        transforms=found.transforms,
-        calibration=some("calibration", 2) if found.recipe else (),
-        quantize=bool(found.recipe and found.recipe.quantize_while_calibrating),
-        device=device,
-        progress=seen,
-    )
+def check_file(runner: Any, path: Path, device: str, data: str | None, tokenizer: Path | None, progress: Any) -> Any:
+    """The report on a checkpoint or an artifact, from its evaluation and calibration data.
+
+    Raises SpecError, CheckpointError or DataError for a file or data that cannot be had.
+    """
+    opened = open_model(path, Machine("ref"), data, tokenizer)
+    source = opened.found
+
+    def read_batches(split: str, count: int) -> list[dict[str, np.ndarray]]:
+        return list(opened.data.split_batches(split, source.spec, FEW, 0, limit=count))
+
+    batches = read_batches("evaluation", 1)
+    if isinstance(source, Artifact):
+        other = artifact_model(source, Machine("torch", device))
+        report = runner.check_integers(opened.model, other, batches[0], device=device, progress=progress)
+    else:
+        chosen = source.recipe
+        report = runner.check_checkpoint(
+            source.spec,
+            source.params,
+            batches,
+            recipes.resolve(chosen, source.spec) if chosen else {},
+            source.ranges,
+            masked_scores=bool(chosen and chosen.masked_scores),
+            transforms=source.transforms,
+            calibration=read_batches("calibration", 2) if chosen else (),
+            quantize=bool(chosen and chosen.quantize_while_calibrating),
+            device=device,
+            progress=progress,
+        )
+    report.file, report.sha256 = str(path), sha_of(file_of(path))
+    return report

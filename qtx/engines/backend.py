@@ -19,6 +19,10 @@ class MissingExtra(ImportError):
     """An optional package is not installed. The message says which extra brings it."""
 
 
+class MissingDevice(SpecError):
+    """A device that a backend could compute on, and that this machine does not have."""
+
+
 def need(package: str, extra: str, what: str, without: str = "") -> ModuleType:
     """The imported package. Raises MissingExtra with the command that installs it, and `without`: what works as it is."""
     try:

@@ -75,7 +75,7 @@ def test_compiled_slice(module):
 @given(st.sampled_from(sorted(AXES)), st.integers(1000, 10**6))
 def test_drawn_configurations(module, index):
     """Any configuration, by hypothesis, which shrinks to the first index that fails."""
-    case = sweep_cases.CASES[module](index, 2000)
+    case = sweep_cases.DRAWS[module](index, 2000)
     reference, accelerated = (
         importlib.import_module(f"{package}.{sweep_cases.MODULES[module]}") for package in ("qtx_ref", "qtx_torch")
     )

@@ -414,7 +414,6 @@ def test_what_cannot_run_in_integers_is_refused_by_site(recipe, site, checkpoint
         (("vectors", "MODEL", "--out", "v.QTX"), "vectors are no model"),
         (("quantize", "CHECKPOINT", "--out", "m.QTX"), "give a name ending in .qtx"),
         (("quantize", "CHECKPOINT", "--out", "a/b/m"), "give a name ending in .qtx"),
-        (("parity", "MODEL"), "is held to the reference in torch"),
         (("generate", "MODEL", "--prompt", "a"), "only a causal model"),
     ],
 )

@@ -39,7 +39,7 @@ import qtx_torch.optim  # noqa: E402
 import qtx_torch.quant.affine  # noqa: E402
 import qtx_torch.random  # noqa: E402
 import qtx_torch.stats  # noqa: E402
-from parity_tests.table import table  # noqa: E402
+from parity_tests.table import list_cases  # noqa: E402
 from qtx_ref.tape import node  # noqa: E402
 from qtx_torch import backend  # noqa: E402
 
@@ -97,8 +97,8 @@ def test_bounds_of_truth() -> None:
 
 def test_numbers_that_are_not() -> None:
     assert not compare.holds("x", math.nan, 1.0, "test").ok
-    assert not compare.reported("x", "rate", math.nan, "test").ok
-    assert not compare.reported("x", "rate", math.inf, "test").ok
+    assert not compare.report("x", "rate", math.nan, "test").ok
+    assert not compare.report("x", "rate", math.inf, "test").ok
     assert not compare.equal("names", ["a", "b"], ["b", "a"]).ok
 
 
@@ -117,8 +117,8 @@ def test_report_names_the_worst_and_is_json() -> None:
     report = Report("ref", "cpu", "float32", [Row("g", "fine", 0.1, (good,)), Row("g", "bad", 0.1, (good, bad))])
     assert [line[1] for line in report_rows(report)] == ["ok", "FAIL"] and not report.ok
     assert report_rows(report)[1][5] == "b [2, 3]"
-    found = json.loads(json.dumps(report.as_json(), allow_nan=False))
-    assert found["cases"] == {"g": 2} and found["rows"][1]["verdicts"][1]["error"] == "nan"
+    written = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    assert written["cases"] == {"g": 2} and written["rows"][1]["verdicts"][1]["error"] == "nan"
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend_name, case_id, plant = FAULTS[fault]
-    case = next(case for case in table(backend_name) if case.id == case_id)
+    case = next(case for case in list_cases(backend_name) if case.id == case_id)
     plant(monkeypatch)
     row = run_case(case, Context())
     assert not row.ok and not row.failure and row.worst is not None and not row.worst.ok, row

@@ -121,9 +121,8 @@ def run_fresh(code: str) -> str:
 def test_the_reference_never_loads_torch() -> None:
     modules = [*REF, "qtx", "parity_tests.runner"]
     code = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
-    code += (
-        "from parity_tests.table import table\ntable('ref')\nprint([n for n in sys.modules if n.startswith('torch')])"
-    )
+    code += "from parity_tests.table import list_cases\nlist_cases('ref')\n"
+    code += "print([n for n in sys.modules if n.startswith('torch')])"
     assert run_fresh(code) == "[]"
 
 

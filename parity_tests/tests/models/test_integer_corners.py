@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the torch backend needs the extra t
 
 from parity_tests import integer_report  # noqa: E402
 from parity_tests.subjects import small_models  # noqa: E402
-from parity_tests.subjects.integer_models import Lowered, Seen, same, watched  # noqa: E402
+from parity_tests.subjects.integer_models import Lowered, RunRecord, record_run, same  # noqa: E402
 from qtx.prepare.quantization import IntegerScorer  # noqa: E402
 from qtx.recipes import named as recipes  # noqa: E402
 from qtx_ref.backend import IntegerModel as RefModel  # noqa: E402
@@ -48,10 +48,10 @@ def corner(
     return Lowered(model.spec, params, ranges, constants, quants, profile(profile_name), model.batch)
 
 
-def both(low: Lowered) -> Seen:
+def both(low: Lowered) -> RunRecord:
     """The reference's run, which torch's must equal."""
-    want = watched(low.model(RefModel), low.batch)
-    assert all(verdict.ok for verdict in same(watched(low.model(IntegerModel), low.batch), want))
+    want = record_run(low.model(RefModel), low.batch)
+    assert all(verdict.ok for verdict in same(record_run(low.model(IntegerModel), low.batch), want))
     return want
 
 

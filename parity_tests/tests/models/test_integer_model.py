@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the torch backend needs the extra t
 
 from parity_tests import integer_report, large_integer  # noqa: E402
 from parity_tests.subjects import integer_models  # noqa: E402
-from parity_tests.subjects.integer_models import Seen, same, watched  # noqa: E402
+from parity_tests.subjects.integer_models import RunRecord, record_run, same  # noqa: E402
 from qtx.prepare.quantization import IntegerScorer  # noqa: E402
 from qtx_ref.backend import IntegerModel as RefModel  # noqa: E402
 from qtx_ref.integer import fixed_point, lowering  # noqa: E402
@@ -159,21 +159,21 @@ def test_integers_and_fake_quantization_give_the_same_loss() -> None:
 )
 def test_one_constant_that_is_off_is_caught(name: str, step: int) -> None:
     low = integer_models.small("bert_plain")
-    want = watched(low.model(RefModel), low.batch)
-    assert all(verdict.ok for verdict in same(watched(low.model(IntegerModel), low.batch), want))
+    want = record_run(low.model(RefModel), low.batch)
+    assert all(verdict.ok for verdict in same(record_run(low.model(IntegerModel), low.batch), want))
     changed = replace(
         low, constants={**low.constants, name: low.constants[name] - low.constants[name].dtype.type(step)}
     )
-    assert any(not verdict.ok for verdict in same(watched(changed.model(IntegerModel), low.batch), want))
+    assert any(not verdict.ok for verdict in same(record_run(changed.model(IntegerModel), low.batch), want))
 
 
 def test_a_site_left_out_is_caught() -> None:
     low = integer_models.small("vit_plain")
-    seen = watched(low.model(RefModel), low.batch)
+    seen = record_run(low.model(RefModel), low.batch)
     for missing in (0, len(seen.sites) // 2, -1):
         rest = list(seen.sites)
         del rest[missing]
-        assert not all(verdict.ok for verdict in same(Seen(rest, seen.output), seen))
+        assert not all(verdict.ok for verdict in same(RunRecord(rest, seen.output), seen))
 
 
 def test_the_large_command_names_the_first_site_that_differs() -> None:

@@ -7,24 +7,24 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
 
-from parity_tests.mirror.fakequant import flips, named_recipe  # noqa: E402
+from parity_tests.mirror.fakequant import measure_flips, resolve_recipe  # noqa: E402
 from parity_tests.proof.case import Case, Context  # noqa: E402
 from parity_tests.runner import check_checkpoint, report_rows, run, run_case  # noqa: E402
 from parity_tests.subjects import small_models  # noqa: E402
-from parity_tests.table import table  # noqa: E402
+from parity_tests.table import list_cases  # noqa: E402
 from qtx_ref.backend import Model as RefModel  # noqa: E402
 from qtx_torch.backend import Model  # noqa: E402
 
 CONTEXT = Context()
 
 
-@pytest.mark.parametrize("case", table("torch"), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", list_cases("torch"), ids=lambda case: case.id)
 def test_torch(case: Case) -> None:
     row = run_case(case, CONTEXT)
     assert row.ok, row.failure or row.worst
 
 
-@pytest.mark.parametrize("case", table("torch", "bfloat16"), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", list_cases("torch", "bfloat16"), ids=lambda case: case.id)
 def test_torch_in_bfloat16(case: Case) -> None:
     row = run_case(case, Context(dtype="bfloat16"))
     assert row.ok, row.failure or row.worst
@@ -42,7 +42,7 @@ def test_torch_on_cuda(dtype: str) -> None:
 )
 def test_users_checkpoint(name: str, recipe: str | None) -> None:
     small = small_models.build(name)
-    quants = named_recipe(recipe, small.spec)[1] if recipe else None
+    quants = resolve_recipe(recipe, small.spec)[1] if recipe else None
     report = check_checkpoint(small.spec, small.params, [small.batch], quants)
     assert report.ok, report_rows(report)
     assert report.first == "" and len(report.rows) == (4 if recipe else 2)
@@ -51,12 +51,12 @@ def test_users_checkpoint(name: str, recipe: str | None) -> None:
 def test_flips_of_dynamic_ranges_are_of_codes() -> None:
     """Float noise moves a dynamic scale and with it each value; few codes flip. A planted fault flips many."""
     small = small_models.build("opt_plain")
-    quants = named_recipe("train-w8a8", small.spec)[1]
+    quants = resolve_recipe("train-w8a8", small.spec)[1]
     moved = {name: value + np.float32(0.1) * np.sign(value) for name, value in small.params.items()}
     rates = []
     for params in (small.params, moved):
         ref, other = RefModel(small.spec, small.params), Model(small.spec, params)
         for model in (ref, other):
             model.bind(quants, {})
-        rates.append([v.error for v in flips(ref, other, small.batch, False) if v.measure == "flip rate"])
+        rates.append([v.error for v in measure_flips(ref, other, small.batch, False) if v.measure == "flip rate"])
     assert max(rates[0]) < 0.05 < 0.5 < max(rates[1])
