@@ -18,6 +18,8 @@ from .models import opt
 from .models.initial import init_params, shapes
 from .numerics import Calibrate, FakeQuant, Float, Record
 from .optim import AdamW
+from .quant import affine
+from .quant import quantizer as quantizers
 from .spec import (
     Family,
     Granularity,
@@ -83,11 +85,13 @@ class Model:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too.
 
-        Raises SpecError for a static site without a range.
+        Raises SpecError for a static site without a range, and for a scale or zero point that no quantizer has.
         """
         for site, spec in quants.items():
             if not spec.dynamic and site not in ranges:
                 raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
+            if not spec.dynamic:
+                check_bound(site, ranges[site], spec)
         self.quants, self.fixed, self.masked_scores = dict(quants), dict(ranges), masked_scores
         self.transforms = dict(transforms or {})
         self.learned = {}
@@ -101,7 +105,7 @@ class Model:
         found = dict(self.fixed)
         for site, spec in self.quants.items():
             if spec.learned:
-                scale = np.abs(self.learned[f"{site}.scale"])
+                scale = np.maximum(np.abs(self.learned[f"{site}.scale"]), affine.TINY)
                 zero = np.clip(np.rint(self.learned[f"{site}.zero_point"]), spec.code_min, spec.code_max).astype(
                     np.int32
                 )
@@ -300,6 +304,14 @@ class IntegerModel:
     def _output(self, out: Code) -> Output:
         scale = out.unit if out.measured else self.constants["output.scale"]
         return Output(np.asarray(out.value), np.asarray(scale, np.float64), np.asarray(out.zero_point))
+
+
+def check_bound(site: str, range: Range, spec: Quant) -> None:
+    """Raises SpecError naming a site whose static scale or zero point no quantizer has."""
+    try:
+        quantizers.check_quantizer(np.shape(range.scale), range.scale, range.zero_point, spec)
+    except ValueError as error:
+        raise SpecError(f"site {site}: {error}") from None
 
 
 def check_device(name: str) -> None:

@@ -33,6 +33,8 @@ from .arrays import find_device, to_numpy, to_tensors
 from .integer.model import Code, Integer, Whole
 from .numerics import Calibrate, FakeQuant, Float, Record, Transformed
 from .optim import AdamW
+from .quant import affine
+from .quant import quantizer as quantizers
 from .sites import attach, attached, slots, transform, transforming
 
 Batch = Mapping[str, np.ndarray]
@@ -89,13 +91,16 @@ class Model:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too.
 
-        Raises SpecError for a static site without a range, and for a site that the model does not have.
+        Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a site
+        that the model does not have.
         """
         hooks = {}
         for site, spec in quants.items():
             if not spec.dynamic and site not in ranges:
                 raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
             tensors = None if spec.dynamic else Range(*(torch.tensor(np.asarray(part)) for part in ranges[site]))
+            if tensors is not None:
+                check_bound(site, tensors, spec)
             hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores).to(self.device)
         attach(self.net, hooks)
         transform(self.net, self._transforms(transforms))
@@ -110,7 +115,8 @@ class Model:
         for site, spec in self.quants.items():
             if spec.learned:
                 scale, zero = (to_numpy(self.learned[f"{site}.{name}"]) for name in ("scale", "zero_point"))
-                scale, zero = np.abs(scale), np.clip(np.rint(zero), spec.code_min, spec.code_max).astype(np.int32)
+                scale = np.maximum(np.abs(scale), np.float32(affine.TINY))
+                zero = np.clip(np.rint(zero), spec.code_min, spec.code_max).astype(np.int32)
                 found[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
         return found
 
@@ -335,6 +341,14 @@ class IntegerModel:
     def _numerics(self, watch: Callable[[str, np.ndarray], None] | None) -> Integer:
         shown = None if watch is None else lambda name, value: watch(name, to_numpy(value))
         return Integer(self.constants, self.quants, self.profile, strict=self.strict, watch=shown)
+
+
+def check_bound(site: str, range: Range, spec: Quant) -> None:
+    """Raises SpecError naming a site whose static scale or zero point no quantizer has."""
+    try:
+        quantizers.check_quantizer(range.scale.shape, range.scale, range.zero_point, spec)
+    except ValueError as error:
+        raise SpecError(f"site {site}: {error}") from None
 
 
 def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:

@@ -225,7 +225,7 @@ class Calibrate(Quantizer):
         if self.scale is None:
             try:
                 self.observer.update(x, where)
-                scale = quantizers.scale_zero(*self.observer.range(), self.spec) if self.quantize else ()
+                scale = self.observer.scale_zero() if self.quantize else ()
             except ValueError as error:
                 raise ValueError(f"site {self.key}: {error}") from None
             if self.is_weight:  # the same in every batch
@@ -239,7 +239,7 @@ class Calibrate(Quantizer):
         if not self.observer.shape:
             raise ValueError(f"site {self.key} was not reached in calibration; is it a site of this model?")
         low, high = self.observer.range()
-        return Range(low, high, *quantizers.scale_zero(low, high, self.spec))
+        return Range(low, high, *self.observer.scale_zero())
 
 
 class FakeQuant(Quantizer):
@@ -263,7 +263,8 @@ class FakeQuant(Quantizer):
 
 
 class StraightThrough(torch.autograd.Function):
-    """One node where `x + (q - x).detach()` takes many; keeps the levels before the clamp."""
+    """One node where `x + (q - x).detach()` takes many; keeps the levels before the clamp. Scale and zero point are not
+    looked at, which would wait for the device: `scale_zero` made them, or `bind` has checked them."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
@@ -287,7 +288,7 @@ class Selected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
-        y, inside = quantizers.fake_quantize(x, scale, zero_point, spec)
+        y, inside = quantizers.simulate(x, scale, zero_point, spec)
         ctx.save_for_backward(inside)
         return y
 
@@ -310,7 +311,7 @@ class LearnedStep(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
         z = zero_point.round().clamp(spec.code_min, spec.code_max)
         s = scale.abs().clamp(min=affine.TINY)
-        y, inside = affine.fake_quantize(x, s, z, spec)
+        y, inside = affine.simulate(x, s, z, spec)
         ctx.save_for_backward(x, scale, s, z, inside)
         ctx.spec = spec
         return y

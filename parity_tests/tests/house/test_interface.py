@@ -17,10 +17,13 @@ import qtx_ref
 ROOT = Path(qtx_ref.__file__).parent.parent
 REF = ["qtx_ref", *(module.name for module in pkgutil.walk_packages(qtx_ref.__path__, "qtx_ref."))]
 PURE = (
-    "affine", "fixed_point", "integer", "integer_ops", "formats", "quantizers", "observers", "stats", "random", "ops",
-    "optim",
+    "affine", "checks", "fixed_point", "integer", "integer_ops", "formats", "quantizers", "observers", "stats", "random",
+    "ops", "optim",
 )  # fmt: skip
-ONLY_REF = {"random": {"stream"}}  # weights, masking and batch order are drawn in NumPy whichever the backend
+ONLY_REF = {
+    "random": {"stream"},  # weights, masking and batch order are drawn in NumPy whichever the backend
+    "quantizers": {"was_silent"},  # ranges are lowered, and kept by `qtx ptq`, in NumPy
+}
 FUSED = ("ops", "integer")  # torch may have more of these: several of the reference's in one, or a device's own way
 
 
