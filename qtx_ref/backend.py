@@ -19,6 +19,7 @@ from .models import opt
 from .models.initial import init_params, shapes
 from .numerics import Calibrate, FakeQuant, Float, Record, learned_scale_zero
 from .optim import AdamW
+from .quant import quantizer as quantizers
 from .spec import (
     READ,
     Gate,
@@ -85,11 +86,13 @@ class Model:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too.
 
-        Raises SpecError for a static site without a range.
+        Raises SpecError for a static site without a range, and for a scale or zero point that no quantizer has.
         """
         for site, spec in quants.items():
             if not spec.dynamic and site not in ranges:
                 raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
+            if not spec.dynamic:
+                check_bound(site, ranges[site], spec)
         self.quants, self.fixed, self.masked_scores = dict(quants), dict(ranges), masked_scores
         self.transforms = dict(transforms or {})
         self.learned = {}
@@ -348,6 +351,14 @@ def to_arrays(batch: Batch, dtype: np.dtype) -> Arrays:
         else:
             found[name] = value.astype(dtype if name == "images" else np.int64)
     return found
+
+
+def check_bound(site: str, range: Range, spec: Quant) -> None:
+    """Raises SpecError naming a site whose static scale or zero point no quantizer has."""
+    try:
+        quantizers.check_quantizer(np.shape(range.scale), range.scale, range.zero_point, spec)
+    except ValueError as error:
+        raise SpecError(f"site {site}: {error}") from None
 
 
 def check_device(name: str) -> None:

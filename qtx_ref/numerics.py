@@ -225,7 +225,7 @@ class Calibrate(Quantizers):
         if site not in self.weights:
             try:
                 observer.update(x.value, where)
-                scale = quantizers.scale_zero(*observer.range(), spec) if self.quantize else None
+                scale = observer.scale_zero() if self.quantize else None
             except ValueError as error:
                 raise ValueError(f"site {site}: {error}") from None
             if is_weight(site):  # the same in every batch
@@ -243,7 +243,7 @@ class Calibrate(Quantizers):
             if site not in self.observers:
                 raise ValueError(f"site {site} was not reached in calibration; is it a site of this model?")
             low, high = self.observers[site].range()
-            found[site] = Range(low, high, *quantizers.scale_zero(low, high, spec))
+            found[site] = Range(low, high, *self.observers[site].scale_zero())
         return found
 
 
@@ -288,7 +288,7 @@ def is_weight(site: str) -> bool:
 
 def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> Var:
     """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
-    y, inside = quantizers.fake_quantize(x.value, scale, zero_point, spec)
+    y, inside = quantizers.simulate(x.value, scale, zero_point, spec)
     return node(y, (x, lambda g: g * inside))
 
 
@@ -306,7 +306,7 @@ def learned_quantize(x: Var, scale: Var, zero_point: Var, spec: QuantSpec) -> Va
     dz = -g s outside and 0 inside. ds and dz are multiplied by 1 / sqrt(elements per range * code_max).
     """
     s, z = learned_scale_zero(scale.value, zero_point.value, spec)
-    y, inside = affine.fake_quantize(x.value, s, z, spec)
+    y, inside = affine.simulate(x.value, s, z, spec)
     v = x.value / s
     level = affine.rounded(x.value, s, z)
     outside = np.clip(level, spec.code_min, spec.code_max) - z

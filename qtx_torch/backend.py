@@ -46,6 +46,7 @@ from .numerics import (
     learned_scale_zero,
 )
 from .optim import AdamW
+from .quant import quantizer as quantizers
 from .sites import attach, attached, slots, transform, transforming
 
 Batch = Mapping[str, np.ndarray]
@@ -100,13 +101,16 @@ class Model:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too.
 
-        Raises SpecError for a static site without a range, and for a site that the model does not have.
+        Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a site
+        that the model does not have.
         """
         hooks = {}
         for site, spec in quants.items():
             if not spec.dynamic and site not in ranges:
                 raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
             tensors = None if spec.dynamic else Range(*(torch.tensor(np.asarray(part)) for part in ranges[site]))
+            if tensors is not None:
+                check_bound(site, tensors, spec)
             hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores).to(self.device)
         attach(self.net, hooks)
         transform(self.net, self._transforms(transforms))
@@ -369,6 +373,14 @@ class IntegerModel:
         """What `compute` gave as arrays, with the scale that it has."""
         scale = to_numpy(out.unit) if out.measured else self.constants["output.scale"].cpu().numpy()
         return Output(to_numpy(out.value), np.asarray(scale, np.float64), to_numpy(out.zero_point))
+
+
+def check_bound(site: str, range: Range, spec: Quant) -> None:
+    """Raises SpecError naming a site whose static scale or zero point no quantizer has."""
+    try:
+        quantizers.check_quantizer(range.scale.shape, range.scale, range.zero_point, spec)
+    except ValueError as error:
+        raise SpecError(f"site {site}: {error}") from None
 
 
 def check_machine(device: str, dtype: str) -> None:

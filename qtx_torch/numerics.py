@@ -230,7 +230,7 @@ class Calibrate(Quantizer):
         if self.scale is None:
             try:
                 self.observer.update(x, where)
-                scale = quantizers.scale_zero(*self.observer.range(), self.spec) if self.quantize else ()
+                scale = self.observer.scale_zero() if self.quantize else ()
             except ValueError as error:
                 raise ValueError(f"site {self.site}: {error}") from None
             if self.is_weight:  # the same in every batch
@@ -244,7 +244,7 @@ class Calibrate(Quantizer):
         if not self.observer.shape:
             raise ValueError(f"site {self.site} was not reached in calibration; is it a site of this model?")
         low, high = self.observer.range()
-        return Range(low, high, *quantizers.scale_zero(low, high, self.spec))
+        return Range(low, high, *self.observer.scale_zero())
 
 
 class FakeQuant(Quantizer):
@@ -268,7 +268,8 @@ class FakeQuant(Quantizer):
 
 
 class StraightThrough(torch.autograd.Function):
-    """One node where `x + (q - x).detach()` takes many; keeps the levels before the clamp."""
+    """One node where `x + (q - x).detach()` takes many; keeps the levels before the clamp. Scale and zero point are not
+    looked at, which would wait for the device: `scale_zero` made them, or `bind` has checked them."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
@@ -292,7 +293,7 @@ class Selected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
-        y, inside = quantizers.fake_quantize(x, scale, zero_point, spec)
+        y, inside = quantizers.simulate(x, scale, zero_point, spec)
         ctx.save_for_backward(inside)
         return y
 
@@ -320,7 +321,7 @@ class LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
         s, z = learned_scale_zero(scale, zero_point, spec)
-        y, inside = affine.fake_quantize(x, s, z, spec)
+        y, inside = affine.simulate(x, s, z, spec)
         ctx.save_for_backward(x, scale, s, z, inside)
         ctx.spec = spec
         return y

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch._dynamo.utils import counters
 
-from parity_tests.sweep.cases import DRAWS, Configuration
+from parity_tests.sweep.cases import DRAWS, MODULES, Configuration
 from qtx_torch.integer import products as integer
 
 

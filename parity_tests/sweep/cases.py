@@ -336,4 +336,12 @@ def draw_formats(index: int, codes: int) -> Configuration:
     return Configuration(formats_chain, {"x": x, "given": given, "ends": ends}, settings, axes)
 
 
+# where each module is, in either backend
+MODULES = {
+    "affine": "quant.affine",
+    "fixed_point": "integer.fixed_point",
+    "integer": "integer.products",
+    "formats": "quant.formats",
+    "rounding": "quant.rounding",
+}
 DRAWS = {"affine": draw_affine, "fixed_point": draw_fixed, "integer": draw_integer, "formats": draw_formats}

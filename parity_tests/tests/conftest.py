@@ -13,16 +13,20 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def tensors(value):
+    """An array as a tensor, lists and tuples of them alike; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(tensors, value))
+    return torch.from_numpy(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
+
+
 @pytest.fixture(params=["qtx_ref", "qtx_torch"])
 def call(request):
     """call("module.function", ...) in one backend: NumPy in, NumPy out."""
 
     def run(name, *values):
         module, function = name.rsplit(".", 1)
-        tensor = request.param == "qtx_torch"
-        given = [
-            torch.from_numpy(np.asarray(v)) if tensor and isinstance(v, (np.ndarray, np.generic)) else v for v in values
-        ]
+        given = tensors(values) if request.param == "qtx_torch" else values
         result = getattr(importlib.import_module(f"{request.param}.{module}"), function)(*given)
         return tuple(map(np.asarray, result)) if isinstance(result, tuple) else np.asarray(result)
 

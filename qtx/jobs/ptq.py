@@ -131,7 +131,7 @@ class Calibrated:
     def __init__(self, model: Any, batches: Batches) -> None:
         self.model = model
         self.batches = batches
-        self.known: dict[frozenset[str], dict[tuple[str, Any], tuple[np.ndarray, np.ndarray]]] = {}
+        self.known: dict[frozenset[str], dict[tuple[str, Any], tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
 
     def of(self, chosen: Recipe, quants: Mapping[str, Quant]) -> dict[str, Range] | None:
         """The static ranges of a recipe; None where they depend on more than the float model."""
@@ -141,9 +141,12 @@ class Calibrated:
         known = self.known.setdefault(frozenset(quants), {})
         if any((site, observed(quant)) not in known for site, quant in static.items()):
             for site, found in self.model.calibrate(self.batches(), quants).items():
-                known[site, observed(quants[site])] = found.low, found.high
-        ends = {site: known[site, observed(quant)] for site, quant in static.items()}
-        return {site: Range(*pair, *quantizers.scale_zero(*pair, quants[site])) for site, pair in ends.items()}
+                known[site, observed(quants[site])] = found.low, found.high, quantizers.was_silent(found)
+        ranges = {site: known[site, observed(quant)] for site, quant in static.items()}
+        return {
+            site: Range(low, high, *quantizers.static_scale(low, high, silent, quants[site]))
+            for site, (low, high, silent) in ranges.items()
+        }
 
 
 def observed(quant: Quant) -> Any:

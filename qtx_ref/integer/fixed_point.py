@@ -20,20 +20,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..quant.checks import check_integers, check_range, check_shape
 from ..quant.rounding import round_integer
 from ..spec import QTX, Profile, QuantSpec, Requantization, Rounding
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 WIDE = (Requantization.FIXED_ONE, Requantization.FIXED_ONE_NARROW)  # defined for int64 accumulators
 FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_AWAY: Rounding.HALF_AWAY}
-
-
-def check_range(what: str, value: np.ndarray, low: int, high: int, remedy: str) -> None:
-    """Raises ValueError naming the first value outside [low, high]."""
-    value = np.asanyarray(value)
-    bad = (value < low) | (value > high)
-    if bad.any():
-        raise ValueError(f"{what} {value[bad][0]} is outside {low} to {high}: {remedy}")
 
 
 def check_real(real: np.ndarray) -> None:
@@ -130,6 +123,7 @@ def multiply_two_roundings(a: np.ndarray, multiplier: np.ndarray, shift: np.ndar
     """FIXED_TWO -> int32. a * 2^left must fit int32; engines leave it undefined."""
     shift = np.asanyarray(shift, np.int64)
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
+    check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
     raised = np.asanyarray(a, np.int64) << np.maximum(shift, 0)
     check_range("shifted accumulator", raised, INT32_MIN, INT32_MAX, "two roundings need a * 2^shift in int32")
     return rounding_divide_by_power_of_two(rounding_doubling_high_multiply(raised, multiplier), np.maximum(-shift, 0))
@@ -139,6 +133,7 @@ def multiply_high_half_up(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarr
     """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates."""
     shift = np.asanyarray(shift, np.int64)
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
+    check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
     right = np.maximum(-shift, 1)
     raised = np.clip(np.asanyarray(a, np.int64) << (shift + right), INT32_MIN, INT32_MAX)
     return rounding_shift_right(doubling_high_multiply(raised, multiplier), right)
@@ -147,17 +142,38 @@ def multiply_high_half_up(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarr
 def real_multiplier(
     x_scale: np.ndarray, w_scale: np.ndarray, y_scale: np.ndarray, profile: Profile = QTX
 ) -> np.ndarray:
-    """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step."""
+    """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step.
+
+    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1) as
+    `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape (O,).
+    Raises ValueError for weight scales of another shape.
+    """
     exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
     kind = np.float64 if exact else np.float32
-    return np.asanyarray(x_scale, kind) * np.asanyarray(w_scale, kind) / np.asanyarray(y_scale, kind)
+    x_scale, w_scale, y_scale = (np.asanyarray(scale, kind) for scale in (x_scale, w_scale, y_scale))
+    return one_or_all(x_scale) * per_column(w_scale) / one_or_all(y_scale)
+
+
+def one_or_all(scale: np.ndarray) -> np.ndarray:
+    """A single scale without axes; several as they are."""
+    return scale.reshape(()) if scale.size == 1 else scale
+
+
+def per_column(scale: np.ndarray) -> np.ndarray:
+    """Scales of a weight, one, (O,) or (O, 1), as they belong to the accumulator's columns."""
+    if scale.ndim > 1 and scale.size > 1 and (scale.ndim > 2 or scale.shape[1] != 1):
+        raise ValueError(f"weight scales of shape {scale.shape}: give one, (O,), or (O, 1) as of a weight (O, I)")
+    return one_or_all(scale.reshape(-1))
 
 
 def multiply(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, requantization: Requantization) -> np.ndarray:
     """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
 
-    a: int32, or int64 where one rounding.
+    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do not, or
+    values are beyond their width.
     """
+    check_shape("multiplier", multiplier, np.shape(a), "give one, or one per column or row")
+    check_shape("shift", shift, np.shape(a), "give one, or one per column or row")
     if np.asanyarray(a).dtype == np.int64 and requantization not in WIDE:
         raise ValueError(f"requantization {requantization} is not defined for 64-bit accumulators: use fixed_one")
     rule = {
@@ -180,13 +196,24 @@ def round_by(a: np.ndarray, real: np.ndarray, requantization: Requantization) ->
     if requantization not in FLOATS:
         return multiply(a, *quantize_multiplier(real), requantization)
     check_real(real)
-    return round_float(np.asanyarray(a).astype(np.float32) * np.asanyarray(real, np.float32), requantization)
+    a = np.asanyarray(a)
+    check_integers("accumulator", a)
+    check_shape("multiplier", real, a.shape, "give one, or one per column or row")
+    return round_float(a.astype(np.float32) * np.asanyarray(real, np.float32), requantization)
 
 
 def requantize(
     a: np.ndarray, real: np.ndarray, zero_point: np.ndarray, spec: QuantSpec, profile: Profile = QTX
 ) -> np.ndarray:
-    """Accumulators -> codes (int32): round(real * a) + zero_point, clamped. `real` (from `real_multiplier`) and
-    `zero_point` broadcast against a."""
+    """Accumulators a (..., N, O) -> codes (int32), shaped alike: round(real * a) + zero_point, clamped.
+
+    real: from `real_multiplier`; it and `zero_point` (a code of `spec`) are one, or broadcast against a.
+
+    Raises:
+        ValueError: a multiplier or zero point that does not fit the shape of a or is outside its range, or accumulators
+            beyond the width that the profile requantizes.
+    """
+    check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
+    check_shape("zero point", zero_point, np.shape(a), "give one, or one per column or row")
     level = round_by(a, real, profile.requantization) + zero_point
     return np.clip(level, spec.code_min, spec.code_max).astype(np.int32)

@@ -15,6 +15,7 @@ from .. import models
 from ..models.initial import shapes
 from ..numerics import Params
 from ..quant import affine
+from ..quant import quantizer as quantizers
 from ..spec import (
     QTX,
     AttentionSpec,
@@ -38,9 +39,6 @@ GAMMA_LIMIT = 64  # |gamma| that integer_ops.clip_stretch has bits for
 ZETA_LIMIT = 64
 FACTOR_BITS = 36  # of a sink's factor: its product with an exponential stays below 2^62
 SINK_STEPS = 2**20  # codes between the scores' zero and a sink
-DEAD_SCALE = np.float32(
-    2.0**-8
-)  # of a tensor that is all 0: a scale of 1 would be a coarse unit for what is added to it
 POLYNOMIAL_LIMIT = 1024.0  # largest argument of the GELU polynomial
 EPS_BITS = 60  # of eps in units of integer_ops.normalize
 
@@ -111,14 +109,13 @@ class Lowering(Integer):
             self.put_scale(site, *self.scale_zero(self.ranges[site], spec))
         return spec
 
-    def scale_zero(self, found: Range, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
+    def scale_zero(self, calibrated: Range, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
         """As calibrated, which was by QTX, or learned; anew where the profile makes scales in another way."""
         if spec.learned or all(getattr(self.profile, key) == getattr(QTX, key) for key in SCALE_FIELDS):
-            scale, zero = found.scale, found.zero_point
-        else:
-            scale, zero = affine.scale_zero(found.low, found.high, spec, self.profile)
-        dead = (np.asarray(found.low) == 0) & (np.asarray(found.high) == 0)
-        return np.where(np.reshape(dead, np.shape(scale)), DEAD_SCALE, scale), zero
+            return calibrated.scale, calibrated.zero_point
+        scale, zero = affine.scale_zero(calibrated.low, calibrated.high, spec, self.profile)
+        silent = np.reshape(quantizers.was_silent(calibrated), np.shape(scale))
+        return np.where(silent, quantizers.SILENT_SCALE, scale), zero
 
     def put_scale(self, site: str, scale: np.ndarray, zero: np.ndarray) -> None:
         self.constants[f"{site}.scale"], self.constants[f"{site}.zero_point"] = plain(scale), plain(zero)
@@ -139,10 +136,10 @@ class Lowering(Integer):
             return
         if spec.dynamic:
             low, high = affine.ranges(value, spec, True)
-            found = Range(low, high, *affine.scale_zero(low, high, spec, self.profile))
+            scale, zero = affine.scale_zero(low, high, spec, self.profile)
+            scale = np.where((low == 0) & (high == 0), quantizers.SILENT_SCALE, scale)  # it is all of the tensor
         else:
-            found = self.ranges[site]
-        scale, zero = self.scale_zero(found, spec)
+            scale, zero = self.scale_zero(self.ranges[site], spec)
         self.put_scale(site, scale, zero)
         self.constants[site] = affine.quantize(value, scale, zero, spec, self.profile).astype(code_dtype(spec))
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..quant.checks import check_integers, check_range, check_shape
 from ..spec import QTX, Overflow, Profile, QuantSpec
 
 FLOAT_BITS = {np.float32: 24, np.float64: 53}
@@ -37,8 +38,7 @@ def block_length(a_spec: QuantSpec, b_spec: QuantSpec) -> tuple[int, type]:
 
 def check_codes(what: str, code: np.ndarray, spec: QuantSpec) -> None:
     """Raises ValueError where codes are not integers of the spec. A dtype that cannot hold others is not searched."""
-    if code.dtype.kind not in "iu":
-        raise ValueError(f"{what} has dtype {code.dtype}: codes are integers")
+    check_integers(what, code)
     limits = np.iinfo(code.dtype)
     if code.size == 0 or (limits.min >= spec.code_min and limits.max <= spec.code_max):
         return
@@ -99,12 +99,13 @@ def matmul(
     Args:
         a_zero: zero point of a: one, or (..., M, 1); None is 0.
         b_zero: zero point of b: one, or (N,); None is 0.
-        bias: whole numbers in units of a's scale times b's, (N,).
+        bias: integers in units of a's scale times b's, (N,), or (..., 1, N) where there are several products.
         accumulator: 32 or 64 bits. Codes of more than 8 bits want 64.
         integers: multiply in integers, without float carriers: slow, the same result.
 
     Raises:
-        ValueError: codes outside their spec, or accumulators beyond their width where the profile reports.
+        ValueError: codes outside their spec, zero points or a bias that vary along another axis, or accumulators beyond
+            their width where the profile reports.
     """
     check_codes("left operand", a, a_spec)
     check_codes("right operand", b, b_spec)
@@ -114,19 +115,43 @@ def matmul(
     a_zero, b_zero = recentred_zero(a_zero, a_spec, -1), recentred_zero(b_zero, b_spec, -2)
     # |each of the four terms| <= depth max|A| max|B|: below 2^29 they and their sum stay in int32
     bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
-    largest_bias = 0 if bias is None else int(np.abs(bias.astype(np.int64)).max(initial=0))
+    largest_bias = 0
+    if bias is not None:
+        check_bias(bias, b.shape[-1])
+        ends = bias.min(initial=0), bias.max(initial=0)
+        largest_bias = max(-int(ends[0]), int(ends[1]))  # Python's integers: -2^63 has no magnitude in int64
     wide = np.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else np.int64
     length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
     a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
     total = block_product(a, b, length, wide)
+    for what, value in (("zero point", a_zero), ("zero point", b_zero), ("bias", bias)):
+        check_shape(what, 0 if value is None else value, total.shape, "give one per row of a, or per column of b")
     if a_zero is not None:  # sums along k are products with ones, and as exact
         total -= (a_zero * block_product(np.ones((1, depth), carrier), b, length, wide)).astype(wide)
     if b_zero is not None:
         total -= (b_zero * block_product(a, np.ones((depth, 1), carrier), length, wide)).astype(wide)
         total += 0 if a_zero is None else (depth * a_zero * b_zero).astype(wide)
     if bias is not None:
-        total += bias.astype(wide)
+        total = add_bias(total, bias.astype(wide), 4 * bound + largest_bias, profile)
     return total if total.dtype == np.int32 else fit(total, accumulator, profile)
+
+
+def check_bias(bias: np.ndarray, columns: int) -> None:
+    """Raises ValueError unless a bias is int64 at most and has one number per column."""
+    check_range("bias", bias, -(2**63), 2**63 - 1, "an accumulator has 64 bits at most")
+    if np.ndim(bias) == 0 or bias.shape[-1] != columns or (bias.ndim > 1 and bias.shape[-2] != 1):
+        raise ValueError(f"bias of shape {np.shape(bias)}: give one number per column, ({columns},)")
+
+
+def add_bias(total: np.ndarray, bias: np.ndarray, bound: int, profile: Profile) -> np.ndarray:
+    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile wraps."""
+    result = total + bias
+    if bound >= 2**63 and profile.overflow is Overflow.REPORT:
+        lost = ((total ^ result) & (bias ^ result)) < 0  # the sum has neither's sign
+        if lost.any():
+            exact = int(total[lost][0]) + int(np.broadcast_to(bias, lost.shape)[lost][0])
+            raise ValueError(f"accumulators reach {exact}, beyond int64: use a smaller bias, or larger scales")
+    return result
 
 
 def recentred(code: np.ndarray, spec: QuantSpec, carrier: type) -> np.ndarray:
@@ -148,7 +173,9 @@ def linear(
     profile: Profile = QTX,
     integers: bool = False,
 ) -> np.ndarray:
-    """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1) or one -> (..., O)."""
+    """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1), (O,) or one -> (..., O).
+
+    The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError."""
     w_zero = None if w_zero is None else np.asanyarray(w_zero).T
     return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, profile, integers)
 

@@ -26,6 +26,7 @@ from ..spec import (
     check_axes,
     check_where,
 )
+from .checks import check_range, check_shape
 from .rounding import SMALLEST, round_dtype, round_integer
 
 TINY = np.float32(2.0**-126)  # the smallest normal float32; no float32 scale is below it
@@ -35,6 +36,31 @@ def check_width(spec: QuantSpec, profile: Profile) -> None:
     """Raises ValueError where the arithmetic cannot hold the codes."""
     if profile.arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
         raise ValueError(f"code {spec.code_max} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
+
+
+def check_scale(scale: np.ndarray, profile: Profile = QTX) -> None:
+    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has no
+    finite reciprocal where the profile multiplies by that."""
+    scale = np.asanyarray(scale)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        step = round_dtype(scale, profile.arithmetic)
+        good = np.isfinite(step) & (step > 0)
+        if profile.reciprocal:
+            good &= np.isfinite(round_dtype(np.ones_like(step) / step, profile.arithmetic))
+    if not good.all():
+        remedy = "a finite number above 0" + ", and so its reciprocal" * profile.reciprocal
+        raise ValueError(f"scale {scale[~good][0]}: in {profile.arithmetic} it must be {remedy}")
+
+
+def check_quantizer(
+    shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: QuantSpec, profile: Profile = QTX
+) -> None:
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point that
+    is one of the codes, both broadcast against the tensor. What `scale_zero` made passes."""
+    check_scale(scale, profile)
+    check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
+    for what, value in (("scale", scale), ("zero point", zero_point)):
+        check_shape(what, value, shape, "give one, or one for each that has its own")
 
 
 def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
@@ -99,6 +125,15 @@ def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np
     return shared(low, np.minimum), shared(high, np.maximum)
 
 
+def check_order(low: np.ndarray, high: np.ndarray) -> None:
+    """Raises ValueError naming the first range whose low end is above its high end."""
+    low, high = np.broadcast_arrays(low, high)
+    if (reversed_ends := low > high).any():
+        raise ValueError(
+            f"range {low[reversed_ends][0]} to {high[reversed_ends][0]}: its low end is above its high end"
+        )
+
+
 def scale_zero(
     low: np.ndarray, high: np.ndarray, spec: QuantSpec, profile: Profile = QTX
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -107,9 +142,12 @@ def scale_zero(
     Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
     real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1); else
     high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
-    the arithmetic's dtype. Raises ValueError where the range, or the scale in its dtype, is not finite.
+    the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their reciprocals
+    finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the scale in its dtype,
+    is not finite.
     """
     check_width(spec, profile)
+    check_order(low, high)
     if spec.granularity is Granularity.GROUP and np.size(low) > 1:
         low, high = unite_groups(low, high, spec)
 
@@ -182,8 +220,13 @@ def quantize(
     profile: Profile = QTX,
     words: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Codes (int32) of x. Raises ValueError on NaN and on infinity where the profile says so."""
+    """Codes (int32) of x, in its shape; each lies between the spec's limits.
+
+    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer has
+    (`check_quantizer`) or that does not fit the shape of x.
+    """
     check_width(spec, profile)
+    check_quantizer(x.shape, scale, zero_point, spec, profile)
     nan = np.isnan(x)
     if profile.nan is NanPolicy.RAISE and nan.any():
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
@@ -195,8 +238,17 @@ def quantize(
 
 
 def dequantize(code: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, profile: Profile = QTX) -> np.ndarray:
-    """scale * (code - zero_point), the difference in integers, the product rounded to the profile's arithmetic."""
-    difference = round_dtype(code.astype(np.int32) - zero_point, profile.arithmetic)
+    """scale * (code - zero_point), the difference in integers (int64), the product rounded to the profile's arithmetic.
+
+    Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale as
+    `check_scale`, and where either does not fit the shape of the codes.
+    """
+    check_scale(scale, profile)
+    check_range("code", code, -(2**62), 2**62, "an accumulator has 48 bits at most")
+    check_range("zero point", zero_point, -(2**31), 2**31 - 1, "it is one of the codes")
+    for what, value in (("scale", scale), ("zero point", zero_point)):
+        check_shape(what, value, np.shape(code), "give one, or one for each that has its own")
+    difference = round_dtype(code.astype(np.int64) - zero_point, profile.arithmetic)
     return round_dtype(round_dtype(scale, profile.arithmetic) * difference, profile.arithmetic)
 
 
@@ -210,8 +262,23 @@ def fake_quantize(
 ) -> tuple[np.ndarray, np.ndarray]:
     """dequantize(quantize(x)) in x's dtype, and where the straight-through gradient passes: codes inside their limits.
 
-    NaN stays NaN where the profile would raise, so that a training run shows it.
+    NaN stays NaN where the profile would raise, so that a training run shows it. Raises ValueError as `quantize` for
+    infinity, scale and zero point.
     """
+    check_quantizer(x.shape, scale, zero_point, spec, profile)
+    return simulate(x, scale, zero_point, spec, profile, words)
+
+
+def simulate(
+    x: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    spec: QuantSpec,
+    profile: Profile = QTX,
+    words: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`fake_quantize` without looking at scale and zero point: for those that `scale_zero` made, that were checked when the
+    model was bound, or that are being learned. A NaN among them gives NaN."""
     check_width(spec, profile)
     if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..spec import FloatFormat, FloatQuantSpec, SharedScale
+from .affine import check_order, check_scale
+from .checks import check_range, check_shape
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,22 @@ def values(kind: FloatFormat) -> np.ndarray:
 
 
 def decode(code: np.ndarray, kind: FloatFormat) -> np.ndarray:
-    """The values (float32) of codes."""
+    """The values (float32) of codes. Raises ValueError for what is no code of the format."""
+    check_range("code", code, 0, 2 * LAYOUTS[kind].sign - 1, f"it is no code of {kind}")
+    return look_up(code, kind)
+
+
+def look_up(code: np.ndarray, kind: FloatFormat) -> np.ndarray:
+    """`decode` of codes that `encode` made."""
     return values(kind)[code]
 
 
 def scale_zero(low: np.ndarray, high: np.ndarray, spec: FloatQuantSpec) -> tuple[np.ndarray, np.ndarray]:
     """Scale (float32) of a range, absmax / largest finite value, and zero point 0. An empty range has scale 1.
 
-    Raises ValueError where the range is not finite.
+    Raises ValueError where low is above high, or the range is not finite.
     """
+    check_order(low, high)
     span = np.maximum(-np.minimum(np.float32(low), 0), np.maximum(np.float32(high), 0))
     if not np.isfinite(span).all():
         raise ValueError(f"range {np.min(low)} to {np.max(high)} is not finite; look for NaN or infinity upstream")
@@ -116,11 +125,23 @@ def fake_quantize(
     x: np.ndarray, kind: FloatFormat, saturate: bool = True, scale: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
-    passes: numbers that are not rounded beyond the largest value. NaN, in x or scale, stays NaN."""
+    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN. Raises ValueError for a scale that is
+    no finite number above 0, or does not fit the shape of x."""
+    if scale is not None:
+        check_scale(scale)
+        check_shape("scale", scale, x.shape, "give one, or one for each that has its own")
+    return simulate(x, kind, saturate, scale)
+
+
+def simulate(
+    x: np.ndarray, kind: FloatFormat, saturate: bool = True, scale: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is that of
+    a block with NaN or infinity, stays NaN."""
     with np.errstate(over="ignore", invalid="ignore"):
         ratio = x.astype(np.float32) if scale is None else x.astype(np.float32) / scale
         nan = np.isnan(ratio)
-        y = decode(encode(np.where(nan, 0, ratio), kind, saturate), kind)
+        y = look_up(encode(np.where(nan, 0, ratio), kind, saturate), kind)
         y = np.where(nan, np.float32(np.nan), y if scale is None else y * scale)
         return y.astype(x.dtype), np.abs(ratio) <= np.float32(LAYOUTS[kind].limit)
 
@@ -137,6 +158,8 @@ def mx_exponent(x: np.ndarray, kind: FloatFormat, rule: SharedScale, block: int)
         bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
     elif rule is SharedScale.EVEN:
         bits = bits + (1 << (22 - f.mantissa))  # half a unit of the element's last place
+    elif rule is not SharedScale.FLOOR:  # a string passes for no member
+        raise ValueError(f"rule is {rule!r}: give a SharedScale")
     return np.clip(((bits >> 23) & 0xFF) - 127 - f.emax, -127, 127), ~np.isfinite(largest)
 
 
@@ -157,7 +180,12 @@ def mx_quantize(
 
 
 def mx_dequantize(scale: np.ndarray, code: np.ndarray, kind: FloatFormat) -> np.ndarray:
-    """2^(scale - 127) times the elements' values, float32; NaN where the scale is NaN."""
+    """2^(scale - 127) times the elements' values, float32; NaN where the scale is NaN. Raises ValueError for scales or
+    elements that are no codes, and where each scale is not that of as many elements."""
+    check_range("scale code", scale, 0, 255, "it is a byte, 127 for 1")
+    blocks = scale.shape[-1] if scale.ndim else 0
+    if scale.ndim != code.ndim or scale.shape[:-1] != code.shape[:-1] or blocks == 0 or code.shape[-1] % blocks:
+        raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit codes of shape {tuple(code.shape)}")
     parts = decode(code, kind).reshape(*scale.shape, -1)
     power = np.where(scale == SCALE_NAN, np.nan, power_of_two(scale.astype(np.int32) - SCALE_BIAS))
     with np.errstate(over="ignore"):
@@ -170,8 +198,16 @@ def mx_scale(x: np.ndarray, kind: FloatFormat, rule: SharedScale, block: int) ->
     return np.repeat(np.where(broken, np.nan, power_of_two(exponent)).astype(np.float32), block, -1)
 
 
+def check_shared(scale: np.ndarray) -> None:
+    """Raises ValueError naming the first scale that no MX block has: a power of two from 2^-127 to 2^127, or NaN."""
+    scale = np.asarray(scale, np.float32)
+    good = np.isnan(scale) | ((np.frexp(scale)[0] == 0.5) & (scale >= 2.0**-127))
+    if not good.all():
+        raise ValueError(f"scale {scale[~good][0]} of a block: it is a power of two from 2^-127 to 2^127, or NaN")
+
+
 def mx_fake_quantize(
     x: np.ndarray, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """mx_dequantize(mx_quantize(x)) in x's dtype, and where the gradient passes: elements that did not saturate."""
-    return fake_quantize(x, kind, True, mx_scale(x, kind, rule, block))
+    return simulate(x, kind, True, mx_scale(x, kind, rule, block))

@@ -11,7 +11,7 @@ from scipy import optimize
 
 from ..spec import Granularity, ObserverKind, Quant
 from .affine import min_max, range_axes
-from .quantizer import fake_quantize, scale_zero
+from .quantizer import scale_zero, simulate, static_scale
 
 
 def groups(x: np.ndarray, spec: Quant, weight: bool, where: np.ndarray | None) -> np.ndarray:
@@ -46,7 +46,7 @@ def percentile(values: np.ndarray, q: float) -> np.ndarray:
 def squared_error(values: np.ndarray, low: float, high: float, spec: Quant) -> float:
     """Sum of squared quantization errors of one group under a range; float64."""
     scale, zero = scale_zero(np.float32(low), np.float32(high), spec)
-    approximation, _ = fake_quantize(values, scale, zero, spec)
+    approximation, _ = simulate(values, scale, zero, spec)
     return float(np.square(values.astype(np.float64) - approximation.astype(np.float64)).sum())
 
 
@@ -85,6 +85,7 @@ class Observer:
         self.shape: tuple[int, ...] = ()
         self.low: np.ndarray | None = None
         self.high: np.ndarray | None = None
+        self.silent: np.ndarray | None = None  # where every element so far was 0
         self.held: list[np.ndarray] = []
 
     def update(self, x: np.ndarray, where: np.ndarray | None = None) -> None:
@@ -98,6 +99,7 @@ class Observer:
         low, high = min_max(x, axes, where)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise ValueError(f"values run from {low.min().item()} to {high.max().item()}; a range needs finite numbers")
+        self.silent = (low == 0) & (high == 0) & (True if self.silent is None else self.silent)
         self.shape = low.shape
         if self.kind in (ObserverKind.CURRENT, ObserverKind.RUNNING):
             self._combine(low, high)
@@ -122,6 +124,10 @@ class Observer:
         if self.low is None or self.high is None:
             raise ValueError("the observer has seen no element")
         return self.low.reshape(self.shape), self.high.reshape(self.shape)
+
+    def scale_zero(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and zero point of the range so far: `quantizers.static_scale`. Raises ValueError as `range`."""
+        return static_scale(*self.range(), self.silent, self.spec)
 
     def _combine(self, low: np.ndarray, high: np.ndarray) -> None:
         """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are (0.1

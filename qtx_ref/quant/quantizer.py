@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..spec import (
-    FloatQuantSpec,
-    Granularity,
-    Quant,
-    QuantSpec,
-    check_axes,
-    check_where,
-)
+from ..spec import FloatQuantSpec, Granularity, Quant, QuantSpec, Range, check_axes, check_where
 from . import affine, formats
+
+SILENT_SCALE = np.float32(2.0**-8)  # of a tensor that was 0 in all of calibration
 
 
 def scale_zero(low: np.ndarray, high: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point of a range."""
     return (formats if isinstance(spec, FloatQuantSpec) else affine).scale_zero(low, high, spec)
+
+
+def static_scale(low: np.ndarray, high: np.ndarray, silent: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
+    """`scale_zero` of a calibrated range, in one for all numerics. Where `silent`, in the shape of low, says that the tensor
+    was 0 in all of calibration, the scale of a uniform quantizer is 2^-8: in integers 1 would be a coarse unit for what is
+    added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; so do groups, which no
+    integer model has."""
+    scale, zero = scale_zero(low, high, spec)
+    if isinstance(spec, FloatQuantSpec) or spec.granularity is Granularity.GROUP:
+        return scale, zero
+    return np.where(silent, SILENT_SCALE, scale), zero
+
+
+def was_silent(range: Range) -> np.ndarray:
+    """Where a calibrated range says that its tensor was 0 in all of calibration."""
+    return (range.low == 0) & (range.high == 0) & (range.scale == SILENT_SCALE)
 
 
 def dynamic_scale(x: np.ndarray, spec: Quant, where: np.ndarray | None, weight: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +45,8 @@ def dynamic_scale(x: np.ndarray, spec: Quant, where: np.ndarray | None, weight: 
 
 def beside_outliers(x: np.ndarray, spec: QuantSpec, where: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al. 2022,
-    section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, which leaves it in float.
+    section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, by which `check_quantizer`,
+    `quantize` and `simulate` know that it stays in float; no other scale is 0.
     """
     check_axes(spec, x.ndim)
     large = np.abs(x) >= spec.outliers
@@ -46,9 +58,22 @@ def beside_outliers(x: np.ndarray, spec: QuantSpec, where: np.ndarray | None) ->
     return np.where(kept, np.float32(0), scale), np.broadcast_to(zero, x.shape)
 
 
+def check_quantizer(shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> None:
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: each scale a finite number above
+    0, each zero point a code. An MX block's scale is a power of two, or NaN where the block holds NaN or infinity; beside
+    outliers the scale 0 says that a channel stays in float."""
+    if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
+        formats.check_shared(scale)
+        scale = np.ones_like(scale)
+    elif spec.outliers is not None:
+        scale = np.where(scale == 0, 1, scale)
+    affine.check_quantizer(shape, scale, zero_point, spec)
+
+
 def quantize(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> np.ndarray:
-    """Codes of x: int32, or the uint8 of a small float."""
+    """Codes of x: int32, or the uint8 of a small float. Raises ValueError as `check_quantizer` and both modules."""
     if isinstance(spec, FloatQuantSpec):
+        check_quantizer(x.shape, scale, zero_point, spec)
         return formats.encode(x.astype(np.float32) / scale, spec.format, spec.saturate)
     if spec.outliers is not None:  # what stays in float has the code of 0
         codes = affine.quantize(np.where(scale == 0, 0, x), np.where(scale == 0, 1, scale), zero_point, spec)
@@ -59,10 +84,18 @@ def quantize(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Qua
 def fake_quantize(
     x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes."""
+    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes. Raises ValueError
+    as `check_quantizer`."""
+    check_quantizer(x.shape, scale, zero_point, spec)
+    return simulate(x, scale, zero_point, spec)
+
+
+def simulate(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
+    """`fake_quantize` without looking at scale and zero point: for those made by `dynamic_scale` or `scale_zero`, or checked
+    when a model was bound."""
     if isinstance(spec, FloatQuantSpec):
-        return formats.fake_quantize(x, spec.format, spec.saturate, scale)
+        return formats.simulate(x, spec.format, spec.saturate, scale)
     if spec.outliers is not None:
-        y, inside = affine.fake_quantize(x, np.where(scale == 0, 1, scale), zero_point, spec)
+        y, inside = affine.simulate(x, np.where(scale == 0, 1, scale), zero_point, spec)
         return np.where(scale == 0, x, y), inside | (scale == 0)
-    return affine.fake_quantize(x, scale, zero_point, spec)
+    return affine.simulate(x, scale, zero_point, spec)

@@ -34,6 +34,8 @@ def round_dtype(x: np.ndarray, dtype: Dtype) -> np.ndarray:
             return x
         if dtype is Dtype.FLOAT16:
             return x.astype(np.float16).astype(np.float32)
+    if dtype is not Dtype.BFLOAT16:  # a string passes for no member
+        raise ValueError(f"dtype is {dtype!r}: give a Dtype")
     bits = x.view(np.uint32)
     upper = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) & np.uint32(0xFFFF0000)
     return np.where(np.isnan(x), x, upper.view(np.float32))
@@ -57,6 +59,8 @@ def round_integer(x: np.ndarray, rounding: Rounding, words: np.ndarray | None = 
             return whole
         if rounding is Rounding.HALF_UP:
             return whole + (x - whole >= 0.5).astype(x.dtype)
+    if rounding is not Rounding.STOCHASTIC:  # a string passes for no member
+        raise ValueError(f"rounding is {rounding!r}: give a Rounding")
     if words is None:
         raise ValueError("stochastic rounding needs words: one random 32-bit word per element (random.bits)")
     x = np.clip(x, -SATURATED, SATURATED)  # infinity has no remainder

@@ -7,7 +7,7 @@ value and what would be accepted.
 
 from __future__ import annotations
 
-from .base import Name, SpecError, from_dict, to_dict
+from .base import Name, Spec, SpecError, from_dict, to_dict
 from .formats import FloatFormat, SharedScale
 from .inputs import (
     MASKS,
@@ -104,6 +104,7 @@ __all__ = [
     "Schedule",
     "SharedScale",
     "Softmax",
+    "Spec",
     "SpecError",
     "Transform",
     "TransformKind",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import types
 import typing
 from enum import Enum
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -21,7 +24,12 @@ class Name(str, Enum):
 
 
 def refuse(what: str, value: Any, remedy: str) -> None:
-    raise SpecError(f"{what} is {value!r}: {remedy}")
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = f"a number of {value.bit_length()} bits"
+    text = text if len(text) <= 200 else f"{text[:200]}..."
+    raise SpecError(f"{what} is {text}: {remedy}")
 
 
 def is_number(value: Any) -> bool:
@@ -31,6 +39,71 @@ def is_number(value: Any) -> bool:
         and value == value
         and abs(value) != float("inf")
     )
+
+
+def settled(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
+    """`value` as a field of type `kind` holds it. Raises SpecError naming `what`, the value and what is accepted.
+
+    An enum's member or its value becomes the member; a number of NumPy, Python's own; a whole number given for a float, a
+    float; a list, a tuple. A bool is no number, and a string no tuple of strings. `otherwise`: what else is accepted.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        kinds = tuple(one for one in arguments if one is not types.NoneType)
+        otherwise = " or None" if types.NoneType in arguments else ""
+        if (value is None and otherwise) or (kinds[1:] and isinstance(value, kinds)):
+            return value
+        if kinds[1:]:
+            refuse(what, value, f"expected {' or '.join(one.__name__ for one in kinds)}{otherwise}")
+        return settled(kinds[0], value, what, otherwise)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            refuse(what, value, f"expected a tuple of {arguments[0].__name__}{otherwise}")
+        return tuple(settled(arguments[0], item, f"{what}[{i}]") for i, item in enumerate(value))
+    if getattr(value, "shape", None) == ():  # a scalar of NumPy
+        value = value.item()
+    if issubclass(kind, Enum):
+        if isinstance(value, str) and (isinstance(value, kind) or not isinstance(value, Enum)):
+            for member in kind:
+                if value == member:
+                    return member
+        refuse(what, value, f"known values are {', '.join(str(member) for member in kind)}{otherwise}")
+    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool) and is_finite(value):
+        return float(value)
+    if kind not in (int, float) and isinstance(value, kind) and not isinstance(value, Enum):
+        return value
+    accepted = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string"}
+    refuse(what, value, f"expected {accepted.get(kind, kind.__name__)}{otherwise}")
+
+
+def is_finite(value: Real) -> bool:
+    """Whether a float64 holds it."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+    """What each field of a spec may hold, its strings of annotations evaluated."""
+    return typing.get_type_hints(kind)
+
+
+class Spec:
+    """What every spec class is: each field holds what its annotation says, however the spec was made (positions, names,
+    `dataclasses.replace`, `from_dict`), and `check` has passed."""
+
+    def __post_init__(self) -> None:
+        for name, kind in field_types(type(self)).items():
+            value = settled(kind, getattr(self, name), f"{type(self).__name__} {name}")
+            object.__setattr__(self, name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raises SpecError where fields have values that the spec cannot have, alone or together."""
 
 
 def to_dict(spec: Any) -> Any:
@@ -55,7 +128,7 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(data, dict):
             refuse(where, data, "expected an object with keys")
-        hints = typing.get_type_hints(kind)
+        hints = field_types(kind)
         for key in data:
             if key not in hints:
                 refuse(f"unknown key in {where}", key, f"known keys are {', '.join(hints)}")
@@ -76,13 +149,4 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
         if not isinstance(data, (list, tuple)):
             refuse(where, data, "expected a list")
         return tuple(from_dict(arguments[0], item, where) for item in data)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        try:
-            return kind(data)
-        except ValueError:
-            refuse(where, data, f"known values are {', '.join(str(member) for member in kind)}")
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
-        refuse(where, data, f"expected {kind.__name__}")
-    return data
+    return settled(kind, data, where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from .base import Name, is_number, refuse
+from .base import Name, Spec, refuse
 
 
 class Family(Name):
@@ -45,7 +45,7 @@ class Gate(Name):
 
 
 @dataclass(frozen=True)
-class AttentionSpec:
+class AttentionSpec(Spec):
     """How probabilities are made from scores, and how the attention's output is gated.
 
     `alpha` with `CLIPPED` stands for gamma = -alpha / T and is replaced by that gamma when a `ModelSpec`, which knows
@@ -61,10 +61,7 @@ class AttentionSpec:
     pi: float | None = None  # opening probability of a new LINEAR gate: its bias starts at logit(pi); None: bias 0
     rescaled: bool = False  # the gate is multiplied by 1 / pi: for one added to a trained model (paper, appendix B.6)
 
-    def __post_init__(self) -> None:
-        for key in ("gamma", "zeta"):
-            if not is_number(getattr(self, key)):
-                refuse(f"attention {key}", getattr(self, key), "give a finite number")
+    def check(self) -> None:
         if self.gamma > 0:
             refuse("attention gamma", self.gamma, "clipped softmax needs gamma <= 0, for example -0.025")
         if self.zeta < 1:
@@ -72,7 +69,7 @@ class AttentionSpec:
         clips = self.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW)
         if not clips and (self.gamma != 0 or self.zeta != 1 or self.alpha is not None):
             refuse("attention softmax", str(self.softmax), "gamma, zeta and alpha belong to clipped or clipped_row")
-        if self.alpha is not None and (not is_number(self.alpha) or self.alpha < 0):
+        if self.alpha is not None and self.alpha < 0:
             refuse("attention alpha", self.alpha, "alpha sets gamma = -alpha / T and must be a number >= 0")
         if self.alpha is not None and self.gamma != 0:
             refuse("attention alpha", self.alpha, "give gamma or alpha, not both")
@@ -86,7 +83,7 @@ class AttentionSpec:
             refuse("attention pi", self.pi, "an opening probability belongs to the linear gate")
         if self.rescaled and self.pi is None:
             refuse("attention rescaled", True, "the factor 1 / pi needs pi")
-        if self.pi is not None and not (is_number(self.pi) and 0 < self.pi < 1):
+        if self.pi is not None and not 0 < self.pi < 1:
             refuse("attention pi", self.pi, "give a probability between 0 and 1, both excluded")
 
     def with_length(self, length: int) -> AttentionSpec:
@@ -102,7 +99,7 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(Spec):
     """The shape of a model. Letters in comments are those of the design: D width, H heads, F hidden, V vocab, T length."""
 
     family: Family
@@ -131,11 +128,10 @@ class ModelSpec:
     channels: int = 0
     patch_norm: bool = False  # LayerNorm after the patch embedding
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for key in ("layers", "width", "heads", "hidden"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < 1:
-                refuse(f"model {key}", value, "give a whole number, at least 1")
+            if getattr(self, key) < 1:
+                refuse(f"model {key}", getattr(self, key), "give a whole number, at least 1")
         if self.width % self.heads:
             refuse("model heads", self.heads, f"it must divide the width {self.width}")
         for key in ("dropout", "attention_dropout"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Name, is_number, refuse
+from .base import Name, Spec, refuse
 
 
 class Schedule(Name):
@@ -14,7 +14,7 @@ class Schedule(Name):
 
 
 @dataclass(frozen=True)
-class OptimSpec:
+class OptimSpec(Spec):
     """AdamW (Loshchilov and Hutter 2019): decoupled decay, on matrices and tables only."""
 
     lr: float = 1e-3
@@ -29,9 +29,9 @@ class OptimSpec:
     steps: int = 1  # steps of the whole schedule
     only: tuple[str, ...] = ()  # beginnings of the names of the parameters that are trained; none: all of them
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for key in ("lr", "eps", "weight_decay", "clip_norm"):
-            if not is_number(getattr(self, key)) or getattr(self, key) < 0:
+            if getattr(self, key) < 0:
                 refuse(f"optimizer {key}", getattr(self, key), "give a number >= 0")
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Name, refuse
+from .base import Name, Spec, refuse
 
 
 class Rounding(Name):
@@ -81,7 +81,7 @@ class Nonlinear(Name):
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Spec):
     """What an engine's numbers mean. No field has a default: engines differ in every one of them."""
 
     name: str
@@ -99,7 +99,7 @@ class Profile:
     requantization: Requantization
     overflow: Overflow
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.zero_point_rounding is Rounding.STOCHASTIC:
             refuse("profile zero_point_rounding", "stochastic", "a zero point is rounded the same each time")
         if self.version < 1:

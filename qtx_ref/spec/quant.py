@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from .base import Name, is_number, refuse
+from .base import Name, Spec, refuse
 from .formats import FloatFormat, SharedScale
 
 
@@ -28,7 +28,7 @@ class ObserverKind(Name):
 
 
 @dataclass(frozen=True)
-class ObserverSpec:
+class ObserverSpec(Spec):
     """How a static range is found from calibration batches."""
 
     kind: ObserverKind = ObserverKind.CURRENT
@@ -37,14 +37,14 @@ class ObserverSpec:
     candidates: int = 100  # fractions i / candidates of the range tried by the grid
     margin: float = 0.0  # the grid's range reaches this far beyond the extremes; the published simulator has 0.5
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not 0 <= self.momentum < 1:
             refuse("observer momentum", self.momentum, "give the weight of the old range, in [0, 1)")
         if not 50 < self.percentile <= 100:
             refuse("observer percentile", self.percentile, "give a percentage in (50, 100]; the lower end mirrors it")
         if self.candidates < 2:
             refuse("observer candidates", self.candidates, "give at least 2")
-        if not is_number(self.margin) or self.margin < 0:
+        if self.margin < 0:
             refuse("observer margin", self.margin, "give a number >= 0")
 
 
@@ -55,7 +55,7 @@ def refuse_static(granularity: Granularity, dynamic: bool) -> None:
 
 
 @dataclass(frozen=True)
-class QuantSpec:
+class QuantSpec(Spec):
     """A uniform quantizer: `real = scale * (code - zero_point)`.
 
     Codes of a symmetric quantizer are signed with zero point 0 and scale absmax / (2^(bits-1) - 1); those of an
@@ -79,13 +79,13 @@ class QuantSpec:
     # asymmetric codes for the published simulator's symmetric quantizer, which turns unsigned where nothing is negative
     mirrored: bool = False
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+    def check(self) -> None:
+        if not 2 <= self.bits <= 16:
             refuse("quantizer bits", self.bits, "give a whole number from 2 to 16")
         refuse_static(self.granularity, self.dynamic)
         for key, owner in (("groups", Granularity.GROUP), ("block", Granularity.BLOCK)):
             value, needed = getattr(self, key), self.granularity is owner
-            if needed and not (isinstance(value, int) and value >= 1):
+            if needed and (value is None or value < 1):
                 refuse(f"quantizer {key}", value, f"granularity {owner} needs a whole number, at least 1")
             if not needed and value is not None:
                 refuse(f"quantizer {key}", value, f"it belongs to granularity {owner}")
@@ -93,7 +93,7 @@ class QuantSpec:
             refuse("quantizer permute", True, "it belongs to granularity group")
         if self.learned and self.granularity is Granularity.GROUP:
             refuse("quantizer learned", True, "the channels of a group share a scale, and learning would part them")
-        if self.outliers is not None and not (is_number(self.outliers) and self.outliers > 0):
+        if self.outliers is not None and self.outliers <= 0:
             refuse("quantizer outliers", self.outliers, "give the magnitude, above 0, that makes a channel an outlier")
         if self.outliers is not None and self.granularity is not Granularity.TOKEN:
             refuse(
@@ -114,7 +114,7 @@ class QuantSpec:
 
 
 @dataclass(frozen=True)
-class FloatQuantSpec:
+class FloatQuantSpec(Spec):
     """A quantizer to a small float: `real = scale * value`, the value nearest to x / scale, ties to even.
 
     A scale is float32, absmax / the format's largest finite value (1 where absmax is 0). With BLOCK it is the power of
@@ -129,7 +129,7 @@ class FloatQuantSpec:
     block: int | None = None  # elements per block of BLOCK, 32 unless said otherwise; it divides the last axis
     shared: SharedScale | None = None  # of BLOCK, FLOOR unless said otherwise
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         blocks = self.granularity is Granularity.BLOCK
         if self.granularity is Granularity.GROUP:
             refuse("float quantizer granularity", "group", "a small float has tensor, channel, token or block")
@@ -141,7 +141,7 @@ class FloatQuantSpec:
         if not blocks and (self.block, self.shared) != (None, None):
             value = str(self.shared) if self.block is None else self.block
             refuse("float quantizer block or shared", value, "they belong to granularity block")
-        if blocks and not (isinstance(self.block, int) and self.block >= 1):
+        if blocks and self.block < 1:
             refuse("float quantizer block", self.block, "give a whole number, at least 1")
         if not self.saturate and (blocks or self.format is FloatFormat.E2M1):
             refuse("float quantizer saturate", False, "MX blocks and e2m1 always saturate")
@@ -197,7 +197,7 @@ class Output(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Spec):
     """Sites that match one of `sites` (shell patterns) get `quant`; None leaves them in float."""
 
     sites: tuple[str, ...]
@@ -213,7 +213,7 @@ class TransformKind(Name):
 
 
 @dataclass(frozen=True)
-class Transform:
+class Transform(Spec):
     """Linear sites that match one of `sites` (shell patterns, such as layer.*.ffn.hidden) get this transform."""
 
     sites: tuple[str, ...]
@@ -222,16 +222,15 @@ class Transform:
     strength: float | None = None  # SMOOTH: migration strength alpha, in [0, 1]
     block: int | None = None  # HADAMARD: a power of two that divides the width; None: the largest that does
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         smooth = self.kind is TransformKind.SMOOTH
-        if smooth and not (is_number(self.strength) and 0 <= self.strength <= 1):
+        if smooth and (self.strength is None or not 0 <= self.strength <= 1):
             refuse("transform strength", self.strength, "smooth needs a migration strength in [0, 1], for example 0.5")
         if not smooth and self.strength is not None:
             refuse("transform strength", self.strength, "it belongs to smooth")
         if smooth and self.block is not None:
             refuse("transform block", self.block, "it belongs to hadamard")
-        power = isinstance(self.block, int) and self.block >= 2 and self.block & (self.block - 1) == 0
-        if self.block is not None and not power:
+        if self.block is not None and (self.block < 2 or self.block & (self.block - 1)):
             refuse("transform block", self.block, "give a power of two, at least 2")
 
 
@@ -251,7 +250,7 @@ class Rewrite(Name):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Spec):
     """Which site is quantized, and how. The last rule that matches a site decides; a site without one stays in float.
     So does the last of `transforms` that matches a linear; `rewrite` is done once the ranges stand.
 
@@ -268,7 +267,7 @@ class Recipe:
     transforms: tuple[Transform, ...] = ()
     rewrite: Rewrite | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.batches < 1:
             refuse("recipe batches", self.batches, "calibration needs at least 1")
 

@@ -23,19 +23,12 @@ from torch import Tensor
 
 from qtx_ref.spec import QTX, Profile, QuantSpec, Requantization, Rounding
 
+from ..quant.checks import check_integers, check_range, check_shape
 from ..quant.rounding import round_integer
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 WIDE = (Requantization.FIXED_ONE, Requantization.FIXED_ONE_NARROW)  # defined for int64 accumulators
 FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_AWAY: Rounding.HALF_AWAY}
-
-
-def check_range(what: str, value: Tensor | int, low: int, high: int, remedy: str) -> None:
-    """Raises ValueError naming the first value outside [low, high]."""
-    value = torch.as_tensor(value).long()  # a bound beyond int32 would wrap
-    bad = (value < low) | (value > high)
-    if bad.any():
-        raise ValueError(f"{what} {value[bad][0].item()} is outside {low} to {high}: {remedy}")
 
 
 def check_real(real: Tensor) -> None:
@@ -134,6 +127,7 @@ def multiply_two_roundings(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tens
     """FIXED_TWO -> int32. a * 2^left must fit int32; engines leave it undefined."""
     shift = shift.long()
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
+    check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
     raised = a.long() << shift.clamp(min=0)
     check_range("shifted accumulator", raised, INT32_MIN, INT32_MAX, "two roundings need a * 2^shift in int32")
     return rounding_divide_by_power_of_two(rounding_doubling_high_multiply(raised, multiplier), (-shift).clamp(min=0))
@@ -143,23 +137,47 @@ def multiply_high_half_up(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tenso
     """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates."""
     shift = shift.long()
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
+    check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
     right = (-shift).clamp(min=1)
     raised = (a.long() << (shift + right)).clamp(INT32_MIN, INT32_MAX)
     return rounding_shift_right(doubling_high_multiply(raised, multiplier), right)
 
 
 def real_multiplier(x_scale: Tensor, w_scale: Tensor | int, y_scale: Tensor, profile: Profile = QTX) -> Tensor:
-    """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step."""
+    """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step.
+
+    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1) as
+    `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape (O,).
+    Raises ValueError for weight scales of another shape.
+    """
     exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
     kind = torch.float64 if exact else torch.float32
-    return x_scale.to(kind) * torch.as_tensor(w_scale).to(kind) / y_scale.to(kind)
+    x_scale, w_scale, y_scale = (torch.as_tensor(scale).to(kind) for scale in (x_scale, w_scale, y_scale))
+    return one_or_all(x_scale) * per_column(w_scale) / one_or_all(y_scale)
+
+
+def one_or_all(scale: Tensor) -> Tensor:
+    """A single scale without axes; several as they are."""
+    return scale.reshape(()) if scale.numel() == 1 else scale
+
+
+def per_column(scale: Tensor) -> Tensor:
+    """Scales of a weight, one, (O,) or (O, 1), as they belong to the accumulator's columns."""
+    if scale.ndim > 1 and scale.numel() > 1 and (scale.ndim > 2 or scale.shape[1] != 1):
+        raise ValueError(
+            f"weight scales of shape {tuple(scale.shape)}: give one, (O,), or (O, 1) as of a weight (O, I)"
+        )
+    return one_or_all(scale.reshape(-1))
 
 
 def multiply(a: Tensor, multiplier: Tensor, shift: Tensor, requantization: Requantization) -> Tensor:
     """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
 
-    a: int32, or int64 where one rounding.
+    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do not, or
+    values are beyond their width.
     """
+    check_shape("multiplier", multiplier, a.shape, "give one, or one per column or row")
+    check_shape("shift", shift, a.shape, "give one, or one per column or row")
     if a.dtype == torch.int64 and requantization not in WIDE:
         raise ValueError(f"requantization {requantization} is not defined for 64-bit accumulators: use fixed_one")
     rule = {
@@ -182,11 +200,21 @@ def round_by(a: Tensor, real: Tensor, requantization: Requantization) -> Tensor:
     if requantization not in FLOATS:
         return multiply(a, *quantize_multiplier(real), requantization)
     check_real(real)
+    check_integers("accumulator", a)
+    check_shape("multiplier", real, a.shape, "give one, or one per column or row")
     return round_float(a.float() * real.float(), requantization)
 
 
 def requantize(a: Tensor, real: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX) -> Tensor:
-    """Accumulators -> codes (int32): round(real * a) + zero_point, clamped. `real` (from `real_multiplier`) and
-    `zero_point` broadcast against a."""
+    """Accumulators a (..., N, O) -> codes (int32), shaped alike: round(real * a) + zero_point, clamped.
+
+    real: from `real_multiplier`; it and `zero_point` (a code of `spec`) are one, or broadcast against a.
+
+    Raises:
+        ValueError: a multiplier or zero point that does not fit the shape of a or is outside its range, or accumulators
+            beyond the width that the profile requantizes.
+    """
+    check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
+    check_shape("zero point", zero_point, a.shape, "give one, or one per column or row")
     level = round_by(a, real, profile.requantization) + zero_point
     return level.clamp(spec.code_min, spec.code_max).int()

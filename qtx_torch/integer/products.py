@@ -25,6 +25,8 @@ from torch import Tensor
 
 from qtx_ref.spec import QTX, Overflow, Profile, QuantSpec
 
+from ..quant.checks import check_integers, check_range, check_shape
+
 FLOAT_BITS = {torch.float32: 24, torch.float64: 53}
 SHORTEST = 256  # float32 blocks shorter than this cost more in additions than float64 does
 
@@ -72,12 +74,13 @@ def name(dtype: torch.dtype) -> str:
 
 def check_codes(what: str, code: Tensor, spec: QuantSpec) -> None:
     """Raises ValueError where codes are not integers of the spec. A dtype that cannot hold others is not searched."""
-    if code.is_floating_point() or code.dtype is torch.bool:
-        raise ValueError(f"{what} has dtype {name(code.dtype)}: codes are integers")
+    check_integers(what, code)
     limits = torch.iinfo(code.dtype)
     if code.numel() == 0 or (limits.min >= spec.code_min and limits.max <= spec.code_max):
         return
-    low, high = code.min().item(), code.max().item()
+    if code.dtype is torch.uint64:
+        check_range(what, code, spec.code_min, spec.code_max, "check its spec")
+    low, high = code.long().min().item(), code.long().max().item()  # torch has no minimum of uint16 and wider
     if low < spec.code_min or high > spec.code_max:
         raise ValueError(
             f"{what} runs from {low} to {high}, outside {spec.code_min} to {spec.code_max}: check its spec"
@@ -149,12 +152,13 @@ def matmul(
     Args:
         a_zero: zero point of a: one, or (..., M, 1); None is 0.
         b_zero: zero point of b: one, or (N,); None is 0.
-        bias: whole numbers in units of a's scale times b's, (N,).
+        bias: integers in units of a's scale times b's, (N,), or (..., 1, N) where there are several products.
         accumulator: 32 or 64 bits. Codes of more than 8 bits want 64.
         integers: multiply in integers, without float carriers: slow, the same result, CPU only.
 
     Raises:
-        ValueError: codes outside their spec, or accumulators beyond their width where the profile reports.
+        ValueError: codes outside their spec, zero points or a bias that vary along another axis, or accumulators beyond
+            their width where the profile reports.
     """
     check_codes("left operand", a, a_spec)
     check_codes("right operand", b, b_spec)
@@ -164,7 +168,11 @@ def matmul(
     a_zero, b_zero = recentred_zero(a_zero, a_spec, -1), recentred_zero(b_zero, b_spec, -2)
     # |each of the four terms| <= depth max|A| max|B|: below 2^29 they and their sum stay in int32
     bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
-    largest_bias = 0 if bias is None else int(bias.long().abs().max())
+    largest_bias = 0
+    if bias is not None:
+        check_bias(bias, b.shape[-1])
+        ends = (bias.long().min(), bias.long().max()) if bias.numel() else (0, 0)
+        largest_bias = max(-int(ends[0]), int(ends[1]), 0)  # Python's integers: -2^63 has no magnitude in int64
     wide = torch.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else torch.int64
     length, kind = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
     product = functools.partial(block_product, length=length, wide=wide)
@@ -174,14 +182,35 @@ def matmul(
             product = functools.partial(byte_product, wide=wide)
     a, b = recentred(a, a_spec, kind), recentred(b, b_spec, kind)
     total = product(a, b)
+    for what, value in (("zero point", a_zero), ("zero point", b_zero), ("bias", bias)):
+        if value is not None:
+            check_shape(what, value, total.shape, "give one per row of a, or per column of b")
     if a_zero is not None:  # sums along k are products with ones, and as exact
         total -= (a_zero * product(torch.ones(1, depth, dtype=kind, device=b.device), b)).to(wide)
     if b_zero is not None:
         total -= (b_zero * product(a, torch.ones(depth, 1, dtype=kind, device=b.device))).to(wide)
         total += 0 if a_zero is None else (depth * a_zero * b_zero).to(wide)
     if bias is not None:
-        total += bias.to(wide)
+        total = add_bias(total, bias.to(wide), 4 * bound + largest_bias, profile)
     return total if total.dtype == torch.int32 else fit(total, accumulator, profile)
+
+
+def check_bias(bias: Tensor, columns: int) -> None:
+    """Raises ValueError unless a bias is int64 at most and has one number per column."""
+    check_range("bias", bias, -(2**63), 2**63 - 1, "an accumulator has 64 bits at most")
+    if bias.ndim == 0 or bias.shape[-1] != columns or (bias.ndim > 1 and bias.shape[-2] != 1):
+        raise ValueError(f"bias of shape {tuple(bias.shape)}: give one number per column, ({columns},)")
+
+
+def add_bias(total: Tensor, bias: Tensor, bound: int, profile: Profile) -> Tensor:
+    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile wraps."""
+    result = total + bias
+    if bound >= 2**63 and profile.overflow is Overflow.REPORT:
+        lost = ((total ^ result) & (bias ^ result)) < 0  # the sum has neither's sign
+        if lost.any():
+            exact = int(total[lost][0]) + int(bias.expand(lost.shape)[lost][0])
+            raise ValueError(f"accumulators reach {exact}, beyond int64: use a smaller bias, or larger scales")
+    return result
 
 
 def recentred(code: Tensor, spec: QuantSpec, carrier: torch.dtype) -> Tensor:
@@ -204,7 +233,9 @@ def linear(
     profile: Profile = QTX,
     integers: bool = False,
 ) -> Tensor:
-    """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1) or one -> (..., O)."""
+    """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1), (O,) or one -> (..., O).
+
+    The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError."""
     w_zero = None if w_zero is None else w_zero.mT if w_zero.ndim > 1 else w_zero
     return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, profile, integers)
 

@@ -32,6 +32,7 @@ from qtx_ref.spec import (
     check_where,
 )
 
+from .checks import check_range, check_shape
 from .rounding import SMALLEST, round_dtype, round_integer
 
 TINY = 2.0**-126  # the smallest normal float32; no float32 scale is below it
@@ -41,6 +42,29 @@ def check_width(spec: QuantSpec, profile: Profile) -> None:
     """Raises ValueError where the arithmetic cannot hold the codes."""
     if profile.arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
         raise ValueError(f"code {spec.code_max} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
+
+
+def check_scale(scale: Tensor, profile: Profile = QTX) -> None:
+    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has no
+    finite reciprocal where the profile multiplies by that."""
+    step = round_dtype(scale, profile.arithmetic)
+    good = torch.isfinite(step) & (step > 0)
+    if profile.reciprocal:
+        good &= torch.isfinite(round_dtype(torch.ones_like(step) / step, profile.arithmetic))
+    if not good.all():
+        remedy = "a finite number above 0" + ", and so its reciprocal" * profile.reciprocal
+        raise ValueError(f"scale {scale[~good][0].item()}: in {profile.arithmetic} it must be {remedy}")
+
+
+def check_quantizer(
+    shape: tuple[int, ...], scale: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX
+) -> None:
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point that
+    is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. It waits for the device."""
+    check_scale(scale, profile)
+    check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
+    for what, value in (("scale", scale), ("zero point", zero_point)):
+        check_shape(what, value, shape, "give one, or one for each that has its own")
 
 
 def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
@@ -117,15 +141,26 @@ def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
     return shared(low, torch.amin), shared(high, torch.amax)
 
 
+def check_order(low: Tensor, high: Tensor) -> None:
+    """Raises ValueError naming the first range whose low end is above its high end."""
+    low, high = torch.broadcast_tensors(low, high)
+    if (reversed_ends := low > high).any():
+        first, last = low[reversed_ends][0].item(), high[reversed_ends][0].item()
+        raise ValueError(f"range {first} to {last}: its low end is above its high end")
+
+
 def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QTX) -> tuple[Tensor, Tensor]:
     """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for FLOAT64).
 
     Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
     real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1); else
     high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
-    the arithmetic's dtype. Raises ValueError where the range, or the scale in its dtype, is not finite.
+    the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their reciprocals
+    finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the scale in its dtype,
+    is not finite.
     """
     check_width(spec, profile)
+    reversed_ends, ends = low > high, (low, high)
     if spec.granularity is Granularity.GROUP and low.numel() > 1:
         low, high = unite_groups(low, high, spec)
 
@@ -138,7 +173,9 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
         return number(torch.full_like(low, value))
 
     span = torch.maximum(-low, high) if spec.symmetric or spec.mirrored else number(high - low)
-    if not torch.isfinite(span).all():
+    # both at once: asking waits for the device
+    if not (torch.isfinite(span) & ~reversed_ends).all():
+        check_order(*ends)
         raise ValueError(
             f"range {low.min().item()} to {high.max().item()} is not finite; look for NaN or infinity upstream"
         )
@@ -197,8 +234,13 @@ def quantize(
     profile: Profile = QTX,
     words: Tensor | None = None,
 ) -> Tensor:
-    """Codes (int32) of x. Raises ValueError on NaN and on infinity where the profile says so."""
+    """Codes (int32) of x, in its shape; each lies between the spec's limits.
+
+    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer has
+    (`check_quantizer`) or that does not fit the shape of x.
+    """
     check_width(spec, profile)
+    check_quantizer(x.shape, scale, zero_point, spec, profile)
     nan = torch.isnan(x)
     if profile.nan is NanPolicy.RAISE and nan.any():
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
@@ -212,8 +254,17 @@ def quantize(
 
 
 def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor, profile: Profile = QTX) -> Tensor:
-    """scale * (code - zero_point), the difference in integers, the product rounded to the profile's arithmetic."""
-    difference = round_dtype(code.to(torch.int32) - zero_point, profile.arithmetic)
+    """scale * (code - zero_point), the difference in integers (int64), the product rounded to the profile's arithmetic.
+
+    Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale as
+    `check_scale`, and where either does not fit the shape of the codes.
+    """
+    check_scale(scale, profile)
+    check_range("code", code, -(2**62), 2**62, "an accumulator has 48 bits at most")
+    check_range("zero point", zero_point, -(2**31), 2**31 - 1, "it is one of the codes")
+    for what, value in (("scale", scale), ("zero point", zero_point)):
+        check_shape(what, value, code.shape, "give one, or one for each that has its own")
+    difference = round_dtype(code.long() - zero_point.long(), profile.arithmetic)
     return round_dtype(round_dtype(scale, profile.arithmetic) * difference, profile.arithmetic)
 
 
@@ -227,8 +278,23 @@ def fake_quantize(
 ) -> tuple[Tensor, Tensor]:
     """dequantize(quantize(x)) in x's dtype, and where the straight-through gradient passes: codes inside their limits.
 
-    NaN stays NaN where the profile would raise, so that a training run shows it.
+    NaN stays NaN where the profile would raise, so that a training run shows it. Raises ValueError as `quantize` for
+    infinity, scale and zero point.
     """
+    check_quantizer(x.shape, scale, zero_point, spec, profile)
+    return simulate(x, scale, zero_point, spec, profile, words)
+
+
+def simulate(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    spec: QuantSpec,
+    profile: Profile = QTX,
+    words: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`fake_quantize` without looking at scale and zero point, which would wait for the device: for those that `scale_zero`
+    made, that were checked when the model was bound, or that are being learned. A NaN among them gives NaN."""
     check_width(spec, profile)
     if profile.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")

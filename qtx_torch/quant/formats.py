@@ -18,6 +18,9 @@ from torch import Tensor
 
 from qtx_ref.spec import FloatFormat, FloatQuantSpec, SharedScale
 
+from .affine import check_order, check_scale
+from .checks import check_range, check_shape
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -97,17 +100,24 @@ def values(kind: FloatFormat) -> Tensor:
 
 
 def decode(code: Tensor, kind: FloatFormat) -> Tensor:
-    """The values (float32) of codes."""
+    """The values (float32) of codes. Raises ValueError for what is no code of the format."""
+    check_range("code", code, 0, 2 * LAYOUTS[kind].sign - 1, f"it is no code of {kind}")
+    return look_up(code, kind)
+
+
+def look_up(code: Tensor, kind: FloatFormat) -> Tensor:
+    """`decode` of codes that `encode` made."""
     return values(kind).to(code.device)[code.long()]
 
 
 def scale_zero(low: Tensor, high: Tensor, spec: FloatQuantSpec) -> tuple[Tensor, Tensor]:
     """Scale (float32) of a range, absmax / largest finite value, and zero point 0. An empty range has scale 1.
 
-    Raises ValueError where the range is not finite.
+    Raises ValueError where low is above high, or the range is not finite.
     """
     span = torch.maximum(-low.float().clamp(max=0), high.float().clamp(min=0))
-    if not torch.isfinite(span).all():
+    if not (torch.isfinite(span) & (low <= high)).all():  # both at once: asking waits for the device
+        check_order(low, high)
         raise ValueError(
             f"range {low.min().item()} to {high.max().item()} is not finite; look for NaN or infinity upstream"
         )
@@ -119,10 +129,20 @@ def fake_quantize(
     x: Tensor, kind: FloatFormat, saturate: bool = True, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
-    passes: numbers that are not rounded beyond the largest value. NaN, in x or scale, stays NaN."""
+    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN. Raises ValueError for a scale that is
+    no finite number above 0, or does not fit the shape of x."""
+    if scale is not None:
+        check_scale(scale)
+        check_shape("scale", scale, x.shape, "give one, or one for each that has its own")
+    return simulate(x, kind, saturate, scale)
+
+
+def simulate(x: Tensor, kind: FloatFormat, saturate: bool = True, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is that of
+    a block with NaN or infinity, stays NaN."""
     ratio = x.float() if scale is None else x.float() / scale
     nan = torch.isnan(ratio)
-    y = decode(encode(ratio.masked_fill(nan, 0), kind, saturate), kind)
+    y = look_up(encode(ratio.masked_fill(nan, 0), kind, saturate), kind)
     y = (y if scale is None else y * scale).masked_fill(nan, torch.nan)
     return y.to(x.dtype), ratio.abs() <= LAYOUTS[kind].limit
 
@@ -139,6 +159,8 @@ def mx_exponent(x: Tensor, kind: FloatFormat, rule: SharedScale, block: int) -> 
         bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
     elif rule is SharedScale.EVEN:
         bits = bits + (1 << (22 - f.mantissa))  # half a unit of the element's last place
+    elif rule is not SharedScale.FLOOR:  # a string passes for no member
+        raise ValueError(f"rule is {rule!r}: give a SharedScale")
     return (((bits >> 23) & 0xFF) - 127 - f.emax).clamp(-127, 127), ~torch.isfinite(largest)
 
 
@@ -158,7 +180,12 @@ def mx_quantize(
 
 
 def mx_dequantize(scale: Tensor, code: Tensor, kind: FloatFormat) -> Tensor:
-    """2^(scale - 127) times the elements' values, float32; NaN where the scale is NaN."""
+    """2^(scale - 127) times the elements' values, float32; NaN where the scale is NaN. Raises ValueError for scales or
+    elements that are no codes, and where each scale is not that of as many elements."""
+    check_range("scale code", scale, 0, 255, "it is a byte, 127 for 1")
+    blocks = scale.shape[-1] if scale.ndim else 0
+    if scale.ndim != code.ndim or scale.shape[:-1] != code.shape[:-1] or blocks == 0 or code.shape[-1] % blocks:
+        raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit codes of shape {tuple(code.shape)}")
     parts = decode(code, kind).reshape(*scale.shape, -1)
     power = power_of_two(scale.int() - SCALE_BIAS).masked_fill(scale == SCALE_NAN, torch.nan)
     return (parts * power[..., None]).float().reshape(code.shape)
@@ -170,8 +197,17 @@ def mx_scale(x: Tensor, kind: FloatFormat, rule: SharedScale, block: int) -> Ten
     return power_of_two(exponent).float().masked_fill(broken, torch.nan).repeat_interleave(block, -1)
 
 
+def check_shared(scale: Tensor) -> None:
+    """Raises ValueError naming the first scale that no MX block has: a power of two from 2^-127 to 2^127, or NaN."""
+    good = torch.isnan(scale) | ((torch.frexp(scale.float())[0] == 0.5) & (scale >= 2.0**-127))
+    if not good.all():
+        raise ValueError(
+            f"scale {scale[~good][0].item()} of a block: it is a power of two from 2^-127 to 2^127, or NaN"
+        )
+
+
 def mx_fake_quantize(
     x: Tensor, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[Tensor, Tensor]:
     """mx_dequantize(mx_quantize(x)) in x's dtype, and where the gradient passes: elements that did not saturate."""
-    return fake_quantize(x, kind, True, mx_scale(x, kind, rule, block))
+    return simulate(x, kind, True, mx_scale(x, kind, rule, block))

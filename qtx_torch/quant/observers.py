@@ -15,7 +15,7 @@ from torch import Tensor
 from qtx_ref.spec import Granularity, ObserverKind, Quant
 
 from .affine import min_max, range_axes
-from .quantizer import fake_quantize, scale_zero
+from .quantizer import scale_zero, simulate, static_scale
 
 
 def groups(x: Tensor, spec: Quant, weight: bool, where: Tensor | None) -> Tensor:
@@ -50,7 +50,7 @@ def percentile(values: Tensor, q: float) -> Tensor:
 def squared_error(values: Tensor, low: float, high: float, spec: Quant) -> float:
     """Sum of squared quantization errors of one group under a range; float64."""
     ends = torch.tensor([low, high], dtype=torch.float32, device=values.device)
-    approximation, _ = fake_quantize(values, *scale_zero(ends[0], ends[1], spec), spec)
+    approximation, _ = simulate(values, *scale_zero(ends[0], ends[1], spec), spec)
     return float((values.double() - approximation.double()).square_().sum())
 
 
@@ -89,6 +89,7 @@ class Observer:
         self.shape: tuple[int, ...] = ()
         self.low: Tensor | None = None
         self.high: Tensor | None = None
+        self.silent: Tensor | None = None  # where every element so far was 0
         self.held: list[Tensor] = []
 
     def update(self, x: Tensor, where: Tensor | None = None) -> None:
@@ -102,6 +103,7 @@ class Observer:
         low, high = min_max(x, range_axes(self.spec, x.ndim, self.weight), where)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise ValueError(f"values run from {low.min().item()} to {high.max().item()}; a range needs finite numbers")
+        self.silent = (low == 0) & (high == 0) & (True if self.silent is None else self.silent)
         self.shape = tuple(low.shape)
         if self.kind in (ObserverKind.CURRENT, ObserverKind.RUNNING):
             self._combine(low, high)
@@ -126,6 +128,10 @@ class Observer:
         if self.low is None or self.high is None:
             raise ValueError("the observer has seen no element")
         return self.low.reshape(self.shape), self.high.reshape(self.shape)
+
+    def scale_zero(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the range so far: `quantizers.static_scale`. Raises ValueError as `range`."""
+        return static_scale(*self.range(), self.silent, self.spec)
 
     def _combine(self, low: Tensor, high: Tensor) -> None:
         """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are (0.1

@@ -18,10 +18,23 @@ from qtx_ref.spec import (
 
 from . import affine, formats
 
+SILENT_SCALE = 2.0**-8  # of a tensor that was 0 in all of calibration
+
 
 def scale_zero(low: Tensor, high: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a range."""
     return (formats if isinstance(spec, FloatQuantSpec) else affine).scale_zero(low, high, spec)
+
+
+def static_scale(low: Tensor, high: Tensor, silent: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
+    """`scale_zero` of a calibrated range, in one for all numerics. Where `silent`, in the shape of low, says that the tensor
+    was 0 in all of calibration, the scale of a uniform quantizer is 2^-8: in integers 1 would be a coarse unit for what is
+    added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; so do groups, which no
+    integer model has."""
+    scale, zero = scale_zero(low, high, spec)
+    if isinstance(spec, FloatQuantSpec) or spec.granularity is Granularity.GROUP:
+        return scale, zero
+    return scale.masked_fill(silent, SILENT_SCALE), zero
 
 
 def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) -> tuple[Tensor, Tensor]:
@@ -38,7 +51,8 @@ def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) ->
 
 def beside_outliers(x: Tensor, spec: QuantSpec, where: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al. 2022,
-    section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, which leaves it in float.
+    section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, by which `check_quantizer`,
+    `quantize` and `simulate` know that it stays in float; no other scale is 0.
     """
     check_axes(spec, x.ndim)
     large = x.abs() >= spec.outliers
@@ -50,9 +64,22 @@ def beside_outliers(x: Tensor, spec: QuantSpec, where: Tensor | None) -> tuple[T
     return torch.where(kept, 0, scale), zero.expand(x.shape)
 
 
+def check_quantizer(shape: tuple[int, ...], scale: Tensor, zero_point: Tensor, spec: Quant) -> None:
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: each scale a finite number above
+    0, each zero point a code. An MX block's scale is a power of two, or NaN where the block holds NaN or infinity; beside
+    outliers the scale 0 says that a channel stays in float."""
+    if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
+        formats.check_shared(scale)
+        scale = torch.ones_like(scale)
+    elif spec.outliers is not None:
+        scale = torch.where(scale == 0, 1, scale)
+    affine.check_quantizer(shape, scale, zero_point, spec)
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
-    """Codes of x: int32, or the uint8 of a small float."""
+    """Codes of x: int32, or the uint8 of a small float. Raises ValueError as `check_quantizer` and both modules."""
     if isinstance(spec, FloatQuantSpec):
+        check_quantizer(x.shape, scale, zero_point, spec)
         return formats.encode(x.float() / scale, spec.format, spec.saturate)
     if spec.outliers is not None:  # what stays in float has the code of 0
         codes = affine.quantize(torch.where(scale == 0, 0, x), torch.where(scale == 0, 1, scale), zero_point, spec)
@@ -61,10 +88,18 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tenso
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
-    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes."""
+    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes. Raises ValueError
+    as `check_quantizer`."""
+    check_quantizer(x.shape, scale, zero_point, spec)
+    return simulate(x, scale, zero_point, spec)
+
+
+def simulate(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
+    """`fake_quantize` without looking at scale and zero point: for those made by `dynamic_scale` or `scale_zero`, or checked
+    when a model was bound."""
     if isinstance(spec, FloatQuantSpec):
-        return formats.fake_quantize(x, spec.format, spec.saturate, scale)
+        return formats.simulate(x, spec.format, spec.saturate, scale)
     if spec.outliers is not None:
-        y, inside = affine.fake_quantize(x, torch.where(scale == 0, 1, scale), zero_point, spec)
+        y, inside = affine.simulate(x, torch.where(scale == 0, 1, scale), zero_point, spec)
         return torch.where(scale == 0, x, y), inside | (scale == 0)
-    return affine.fake_quantize(x, scale, zero_point, spec)
+    return affine.simulate(x, scale, zero_point, spec)

@@ -35,6 +35,8 @@ def round_dtype(x: Tensor, dtype: Dtype) -> Tensor:
     x = x.float()
     if dtype is Dtype.FLOAT32:
         return x
+    if dtype is not Dtype.BFLOAT16 and dtype is not Dtype.FLOAT16:  # a string passes for no member
+        raise ValueError(f"dtype is {dtype!r}: give a Dtype")
     bits, kept = x.view(torch.int32), 16 if dtype is Dtype.BFLOAT16 else 13
     upper = bits + ((1 << (kept - 1)) - 1 + ((bits >> kept) & 1))
     y = (upper & -(1 << kept)).view(torch.float32)
@@ -62,6 +64,8 @@ def round_integer(x: Tensor, rounding: Rounding, words: Tensor | None = None) ->
         return whole
     if rounding is Rounding.HALF_UP:
         return whole + (x - whole >= 0.5).to(x.dtype)
+    if rounding is not Rounding.STOCHASTIC:  # a string passes for no member
+        raise ValueError(f"rounding is {rounding!r}: give a Rounding")
     if words is None:
         raise ValueError("stochastic rounding needs words: one random 32-bit word per element (random.bits)")
     x = x.clamp(-SATURATED, SATURATED)  # infinity has no remainder
