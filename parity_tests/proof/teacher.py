@@ -123,6 +123,7 @@ class Quantized(Pupil):
             ]
         else:
             scale, zero = array(quantizer.scale), array(quantizer.zero_point)
+            zero = np.rint(zero).astype(np.int32)  # a learned one is a float, and rounded as it is used
         moved = tensor(scale, self.context), tensor(zero, self.context)
         codes = quantizers.quantize(given.detach(), *moved, spec)
         self.verdicts.append(exact(f"{key}: codes", array(codes), ref_quantizers.quantize(x, scale, zero, spec)))
