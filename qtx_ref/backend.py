@@ -53,9 +53,7 @@ class Model:
         Raises:
             SpecError: a device other than cpu, or a dtype that the reference does not compute in.
         """
-        check_device(device)
-        if dtype not in DTYPES:
-            raise SpecError(f"dtype is {dtype!r}: the reference computes in {' or '.join(DTYPES)}")
+        check_machine(device, dtype)
         self.spec = spec
         self.weights = {name: np.array(params[name], dtype) for name in shapes(spec)}
         self.quants: dict[str, Quant] = {}
@@ -307,6 +305,13 @@ def check_device(name: str) -> None:
         raise SpecError(f"device is {name!r}: the reference runs on cpu; use --backend torch for others")
 
 
+def check_machine(device: str, dtype: str) -> None:
+    """Raises SpecError for a device other than cpu, or a dtype that the reference does not compute in."""
+    check_device(device)
+    if dtype not in DTYPES:
+        raise SpecError(f"dtype is {dtype!r}: the reference computes in {' or '.join(DTYPES)}")
+
+
 def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:
     """Raises SpecError where a model cannot generate `length` tokens in all under these quantizers."""
     if spec.family is not Family.OPT:
@@ -367,4 +372,14 @@ def threads() -> int:
     return os.cpu_count() or 1
 
 
-__all__ = ["Batch", "IntegerModel", "Model", "Trainer", "check_generation", "init_params", "shapes", "threads"]
+__all__ = [
+    "Batch",
+    "IntegerModel",
+    "Model",
+    "Trainer",
+    "check_generation",
+    "check_machine",
+    "init_params",
+    "shapes",
+    "threads",
+]

@@ -52,8 +52,7 @@ class Model:
         Raises:
             SpecError: a device that is not there, or a dtype that is not one of DTYPES.
         """
-        if dtype not in DTYPES:
-            raise SpecError(f"dtype is {dtype!r}: torch computes in {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+        check_machine(device, dtype)
         self.spec = spec
         self.device = find_device(device)
         self.dtype = dtype
@@ -337,6 +336,13 @@ class IntegerModel:
         return Integer(self.constants, self.quants, self.profile, strict=self.strict, watch=shown)
 
 
+def check_machine(device: str, dtype: str) -> None:
+    """Raises SpecError for a device that is not there, or a dtype that is not one of DTYPES."""
+    if dtype not in DTYPES:
+        raise SpecError(f"dtype is {dtype!r}: torch computes in {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    find_device(device)
+
+
 def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:
     """Raises SpecError where a model cannot generate `length` tokens in all under these quantizers."""
     if spec.family is not Family.OPT:
@@ -394,4 +400,4 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_generation", "threads"]
+__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_generation", "check_machine", "threads"]

@@ -6,7 +6,7 @@ perplexity, and the degradation.
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,8 @@ from qtx_ref.spec import ModelSpec, SpecError, from_dict, to_dict
 from ..data import load, unigram_perplexity
 from ..engines.backend import MissingExtra, backend
 from ..files.checkpoint import Checkpoint, load_checkpoint
-from ..files.container import CheckpointError, check_writable, write_beside
+from ..files.container import STUDY, CheckpointError, check_writable, write_sealed_json
+from ..files.results import read_study
 from ..prepare.quantization import (
     BATCH,
     as_json,
@@ -32,7 +33,7 @@ from ..prepare.quantization import (
 )
 from ..recipes.named import recipe, training_recipe
 from ..report.plots import curves
-from ..report.tables import number, spread, table
+from ..report.tables import DIVERGED, number, spread, table
 from .training import (
     History,
     Machine,
@@ -115,15 +116,19 @@ class Study:
                         self.save()
         self.save()
         self.written = ["study.json", "a checkpoint per run"]
+        histories = {name: self._history(name) for name in self.runs}
         try:
-            curves(self.out / "curves.png", {name: self._history(name) for name in self.runs})
+            curves(self.out / "curves.png", histories)
             self.written.append("curves.png")
-        except MissingExtra as error:
+        except (MissingExtra, CheckpointError) as error:
             print(f"no picture: {error}", file=sys.stderr)
 
+    def result(self) -> dict[str, Any]:
+        """What `study.json` holds."""
+        return {"spec": to_dict(self.spec), **self.conditions, "unigram_perplexity": self.unigram, "runs": self.runs}
+
     def save(self) -> None:
-        result = {"spec": to_dict(self.spec), **self.conditions, "unigram_perplexity": self.unigram, "runs": self.runs}
-        write_beside(self.path, json.dumps(result, indent=1, allow_nan=False).encode())
+        write_sealed_json(self.path, STUDY, self.result())
 
     def table(self) -> str:
         """The table; several seeds give mean and sample standard deviation."""
@@ -151,10 +156,11 @@ class Study:
         def values(*keys: str) -> list[float | None]:
             collected = []
             for run in found:
-                value: Any = run
-                for key in keys:
-                    value = None if value is None else value.get(key)
-                collected.append(value)
+                scores: Any = run
+                for key in keys[:-1]:
+                    scores = None if scores is None else scores.get(key)
+                value = None if scores is None else scores.get(keys[-1])
+                collected.append(math.inf if value is None and keys[-1] in (scores or {}) else value)  # was not finite
             return collected
 
         float_scores = values("float", kind)
@@ -167,7 +173,7 @@ class Study:
             cells.append(spread(scores))
             pairs = zip(float_scores, scores, strict=True)
             cells.append(spread([None if None in pair else degradation(kind, *pair) for pair in pairs], 2))
-            cells[-1] += "" if cells[-1] == "-" else " pt" if kind == "accuracy" else " %"
+            cells[-1] += "" if cells[-1] in ("-", DIVERGED) else " pt" if kind == "accuracy" else " %"
         return cells
 
     def _one(self, name: str, kind: str, model: ModelSpec, seed: int, quant: str | None) -> dict[str, Any]:
@@ -216,16 +222,19 @@ class Study:
         return self.data.split_batches("evaluation", model, BATCH, 0, limit=limit)
 
     def _history(self, name: str) -> History:
-        return History.of(load_checkpoint(self.out / self.runs[name]["checkpoint"]).extra)
+        path = self.out / self.runs[name]["checkpoint"]
+        try:
+            return History.of(load_checkpoint(path).extra)
+        except KeyError as error:
+            raise CheckpointError(f"{path} is no run of this study: tensor {error} is missing") from None
 
     def _known(self) -> dict[str, dict[str, Any]]:
         if not self.resume:
             raise CheckpointError(f"{self.path} exists: go on with --resume, or choose another --out")
+        known = read_study(self.path)
         try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
             was = from_dict(StudySpec, known["spec"])
-            runs = known["runs"]
-        except (ValueError, KeyError, TypeError, SpecError) as error:
+        except SpecError as error:
             raise CheckpointError(
                 f"{self.path} is not a study that qtx wrote ({error}); choose another --out"
             ) from None
@@ -236,7 +245,7 @@ class Study:
         for key, value in self.conditions.items():
             if known.get(key) != value:
                 raise CheckpointError(f"{self.path} is another study: {difference(key, known.get(key), value)}")
-        return runs
+        return known["runs"]
 
 
 def degradation(kind: str, before: float, after: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from qtx_ref.spec import (
     from_dict,
 )
 
+from ..files.container import CheckpointError, read_json
 from . import remedies
 from .remedies import RUNNING, varied
 from .sites import KEYS, extents, sites
@@ -204,10 +204,7 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
         SpecError: an unknown name, bits outside 2 to 16, or a file that is no recipe.
     """
     if name.endswith(".json"):
-        try:
-            return from_dict(Recipe, json.loads(Path(name).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise SpecError(f"recipe file {name}: {error}") from None
+        return read_recipe(Path(name))
     if match := re.fullmatch(r"(|lsq-|train-|token-|linear-)w(\d+)a(\d+)((?:-(?:float\[[^\]]+\]|[a-z0-9.]+))*)", name):
         kind, bits = match[1], (int(match[2]), int(match[3]))
         more = re.findall(r"-(float\[[^\]]+\]|[a-z0-9.]+)", match[4])
@@ -224,6 +221,20 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
     if name in ("paper-bert", "paper-opt", "paper-vit"):
         return paper(Family(name.removeprefix("paper-")), spec)
     raise SpecError(f"recipe {name!r} is not known: choose {NAMES}")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a JSON file: its fields, or, as `qtx recipes --json` writes it, an object that has it as `recipe`.
+
+    Raises:
+        SpecError: no such file, or no recipe.
+    """
+    try:
+        content = read_json(path)
+        printed = isinstance(content, dict) and isinstance(content.get("recipe"), dict)
+        return from_dict(Recipe, content["recipe"] if printed else content)
+    except (CheckpointError, OSError, SpecError) as error:
+        raise SpecError(f"recipe file {path}: {error}") from None
 
 
 def training_recipe(name: str, spec: ModelSpec) -> Recipe:

@@ -62,7 +62,7 @@ def test_backends_have_the_same_interface(name: str) -> None:
 def test_backends_have_the_same_functions() -> None:
     pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     ref, ours = (importlib.import_module(f"{package}.backend") for package in ("qtx_ref", "qtx_torch"))
-    for name in ("check_generation", "threads"):
+    for name in ("check_generation", "check_machine", "threads"):
         assert shape(getattr(ref, name)) == shape(getattr(ours, name)), name
     ref, ours = (importlib.import_module(f"{package}.timing") for package in ("qtx_ref", "qtx_torch"))
     for name in ("products", "quantizers"):
