@@ -89,7 +89,7 @@ def change_json(value: Any, rng: np.random.Generator) -> Any:
                 holder[pick(("", "x", "sha256", "format", f"{key}x"), rng)] = pick(VALUES, rng)
             case 2:
                 number = holder[key]
-                if isinstance(number, (int, float)) and not isinstance(number, bool):
+                if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < 1e300:
                     holder[key] = pick((-number, number + 1, number * 2, number / 3, float(number), int(number)), rng)
             case 3:
                 part = value
