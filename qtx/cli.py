@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from qtx_ref.presets import PRESETS, attention, preset
-from qtx_ref.spec import SpecError, check_generation, to_dict
+from qtx_ref.spec import ModelSpec, SpecError, check_generation, to_dict
 
 from . import __version__
 from .commands.analyze import analyze
@@ -31,6 +31,7 @@ from .commands.options import (
     RATE,
     VOCAB,
     WATCH,
+    Number,
     claim,
     hold_out,
     need_head,
@@ -46,7 +47,8 @@ from .commands.quantize import quantize
 from .data import DataError, load
 from .data.tokenizing import encode_prompt, open_tokenizer
 from .engines.backend import MissingExtra
-from .files.artifact import SUFFIX
+from .files.artifact import SUFFIX, Artifact
+from .files.checkpoint import Checkpoint
 from .files.container import CheckpointError
 from .jobs.resume import check_run
 from .jobs.run import Machine, Start, TrainSpec
@@ -59,6 +61,7 @@ from .recipes import named as recipes
 from .report.tables import number, table
 from .signals import Interrupted, exit_status, handle, interrupt
 
+HOTTEST = 1e100  # temperature at which every token is as likely as any other, and nothing overflows
 MENDABLE = (SpecError, DataError, CheckpointError, MissingExtra, OSError)
 
 
@@ -161,7 +164,7 @@ def study(
     job.run()
     say(job.table(), json_path)
     say(f"written to {out}: {', '.join(job.written)}", json_path)
-    write_json(json_path, json.loads(job.path.read_text(encoding="utf-8")))
+    write_json(json_path, job.result())
 
 
 @main.command(name="train")
@@ -268,17 +271,23 @@ def evaluate(
     quantization of the same codes.
     """
     opened = open_model(
-        checkpoint, Machine(backend_name, device, dtype), data, tokenizer, recipe_name=recipe_name, numerics=numerics,
-        strict=strict, split="evaluation",
-    )  # fmt: skip
-
-    need_head(checkpoint, opened)
+        checkpoint,
+        Machine(backend_name, device, dtype),
+        data,
+        tokenizer,
+        recipe_name=recipe_name,
+        numerics=numerics,
+        strict=strict,
+        split="evaluation",
+        check=lambda found: need_head(checkpoint, found.spec),
+    )
 
     def evaluation():
         return opened.data.split_batches("evaluation", opened.found.spec, quantization.BATCH, 0, limit=batches)
 
     label, total = f"evaluate {opened.numerics}", sum(1 for _ in evaluation())
     score = quantization.evaluate(opened.scored, evaluation(), label, total)
+    check_finite(str(checkpoint), score, opened.found.spec)
     result = {"numerics": opened.numerics, **quantization.as_json(score)}
     rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
     note = opened.note
@@ -286,12 +295,21 @@ def evaluate(
     write_json(json_path, result | ({"note": note} if note else {}))
 
 
+def check_finite(what: str, score: quantization.Score, spec: ModelSpec) -> None:
+    """Raises SpecError where a model's loss or its metric is no finite number."""
+    for name in ("loss", quantization.metric(spec)):
+        if not math.isfinite(value := getattr(score, name)):
+            raise SpecError(
+                f"{what} diverges: {name} is {value} over {score.targets} targets; take another model or recipe"
+            )
+
+
 @main.command()
 @EITHER
 @click.option("--prompt", required=True, help="Text to go on from.")
 @click.option("--tokens", type=click.IntRange(1), default=40, show_default=True, help="Number of new tokens.")
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token."
+    "--temperature", type=Number(0, HOTTEST), default=0.0, show_default=True, help="0 takes the likeliest token."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
@@ -308,11 +326,12 @@ def generate(checkpoint, prompt, tokens, temperature, seed, recipe_name, data, t
     """
     from qtx_ref.random import stream
 
-    opened = open_model(
-        checkpoint, Machine(backend_name, device, dtype), data, tokenizer, recipe_name=recipe_name
-    )  # fmt: skip
-    check_generation(opened.found.spec, {}, 1)
-    need_head(checkpoint, opened)
+    def check(found: Checkpoint | Artifact) -> None:
+        check_generation(found.spec, {}, tokens + 1)
+        need_head(checkpoint, found.spec)
+
+    machine = Machine(backend_name, device, dtype)
+    opened = open_model(checkpoint, machine, data, tokenizer, recipe_name=recipe_name, check=check)
     model = opened.model
     words, _, _ = open_tokenizer(opened.data.tokenizer_json, "a prompt")
     start = np.array([encode_prompt(words, prompt)], np.int64)

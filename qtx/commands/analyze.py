@@ -7,7 +7,7 @@ import click
 from qtx_ref.stats import SIGMAS
 
 from ..engines.backend import need
-from ..files.container import check_writable
+from ..files.container import ANALYSIS, check_writable, write_sealed_json
 from ..jobs.training import Machine
 from ..measure.analysis import PERCENTILES, Analysis, Carrier
 from ..measure.analysis import analyze as run
@@ -29,8 +29,10 @@ from .options import (
     LIMIT,
     MACHINE,
     OUT,
+    float_model,
     hold_out,
     open_checkpoint,
+    open_data,
     say,
     write_json,
 )
@@ -54,8 +56,11 @@ def analyze(checkpoint, data, tokenizer, batches, out, backend_name, device, dty
     if out is not None:
         need("matplotlib", "report", "--out")
         hold_out(out)
-        check_writable(out / "analysis.json")
-    found, model, source = open_checkpoint(checkpoint, Machine(backend_name, device, dtype), data, tokenizer)
+        for name in ("analysis.json", *outliers.NAMES):
+            check_writable(out / name)
+    found = open_checkpoint(checkpoint)
+    source = open_data(checkpoint, found.spec, found.meta, data, tokenizer)
+    model = float_model(found, Machine(backend_name, device, dtype))
 
     def evaluation():
         return source.split_batches("evaluation", found.spec, quantization.BATCH, 0, limit=batches or 16)
@@ -64,7 +69,7 @@ def analyze(checkpoint, data, tokenizer, batches, out, backend_name, device, dty
     say("\n\n".join(f"{title}\n{body}" for title, body in tables(result)), json_path)
     if out is not None:
         written = outliers.draw(out, model, result)
-        write_json(str(out / "analysis.json"), result.as_json())
+        write_sealed_json(out / "analysis.json", ANALYSIS, result.as_json())
         say(f"\nwritten to {out}: {', '.join([*written, 'analysis.json'])}", json_path)
     write_json(json_path, result.as_json())
 

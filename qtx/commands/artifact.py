@@ -124,7 +124,7 @@ def diff(first, second, json_path):
     if found:
         say(table(["differs", f"{first} and {second}"], [[d.where, d.what] for d in found]), json_path)
     say(f"{len(found)} difference(s)", json_path)
-    write_json(json_path, [asdict(d) for d in found])
+    write_json(json_path, {"differences": [asdict(d) for d in found]})
     if found:
         sys.exit(1)
 

@@ -14,7 +14,7 @@ import click
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import PRESETS, preset
 from qtx_ref.profiles import profile
-from qtx_ref.spec import Nonlinear, Recipe, SpecError
+from qtx_ref.spec import Nonlinear, Recipe, SpecError, check_integer
 
 from ..cost import compare as cost
 from ..cost.attention import DEFAULT, attention_cost
@@ -30,10 +30,11 @@ from ..data import DataError
 from ..engines.backend import MissingExtra, backend
 from ..files.artifact import SUFFIX, Artifact, load_artifact, make_artifact, save_artifact
 from ..files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ..files.container import CheckpointError, check_writable, write_beside
+from ..files.container import COST, CheckpointError, check_writable, write_beside, write_sealed_json
 from ..files.locks import make_scratch
 from ..jobs.training import Machine
 from ..progress import Progress
+from ..recipes.named import resolve
 from ..report.costs import attention_table, bars, cost_table, kernel_table, paragraph
 from .options import (
     DATA,
@@ -46,7 +47,7 @@ from .options import (
     split_list,
     write_json,
 )
-from .quantize import ranges_of
+from .quantize import choose_recipe, ranges_of
 
 NAMES = ("cost.json", "cost.txt", "cost.png")
 
@@ -98,6 +99,7 @@ def cost_command(checkpoint, model, data, tokenizer, recipe_name, profile_name, 
     if out is not None:
         hold_out(out)
     check_out(out)
+    backend(backend_name).check_machine(device, "float32")
 
     def tell(text: str) -> None:
         say(text, json_path)
@@ -220,10 +222,12 @@ def own_variants(
         meaning = profile(given.profile or "qtx")
         machine = Machine(workers.common["backend"], workers.common["device"])
         with Progress("calibrate", 0) as bar:
-            recipe, prepared, _, _ = ranges_of(found, machine, Counted(calibrating, bar), given.recipe, None)
+            recipe = choose_recipe(found, given.recipe, None)
+            prepared, _, _ = ranges_of(found, machine, Counted(calibrating, bar), recipe)
         params, ranges, transforms = prepared.params, prepared.ranges, prepared.transforms
         integers = cost.Variant("integers", "integer", whole)
         try:
+            check_integer(resolve(recipe, spec), meaning, transforms=transforms)
             rewritten = replace(found, params=params, transforms=transforms)
             save_artifact(whole, make_artifact(plain, rewritten, recipe, ranges, meaning, Nonlinear.TABLE, []))
         except SpecError as error:  # such as a recipe of small floats
@@ -239,7 +243,7 @@ def as_record(variant: cost.Variant) -> dict[str, Any]:
 
 def write(out: Path, result: dict[str, Any], text: str) -> list[str]:
     """Table, JSON and, with matplotlib, the picture; the names of what is there."""
-    write_json(str(out / "cost.json"), result)
+    write_sealed_json(out / "cost.json", COST, result)
     write_beside(out / "cost.txt", (text + "\n").encode())
     if "variants" not in result:
         return ["cost.json", "cost.txt"]

@@ -28,7 +28,7 @@ def import_command(folder, out, json_path):
     ViT, with or without its head.
     """
     if json_path not in (None, "-") and Path(json_path).resolve().parent == folder.resolve():
-        raise CheckpointError(f"--json {json_path} is in the folder that is read: choose another")
+        raise SpecError(f"--json {json_path} is in the folder that is read: choose another")
     if out.suffix != ".safetensors":
         raise SpecError(f"--out {out}: give a name ending in .safetensors")
     if out.exists():

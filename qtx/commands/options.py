@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..data import Dataset, load
 from ..engines.backend import backend
 from ..files.artifact import SUFFIX, Artifact, load_artifact
 from ..files.checkpoint import Checkpoint, load_checkpoint
-from ..files.container import CheckpointError, check_writable, write_beside
+from ..files.container import RESULT, CheckpointError, check_writable, to_json, write_beside
 from ..files.locks import hold
 from ..jobs.run import Machine, refuse_existing
 from ..jobs.training import check_rate
@@ -77,25 +77,26 @@ def claim(path: Path, resume: bool) -> None:
 
 
 def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
-    """Refuses a place that cannot be written, or a file that is no JSON, before any work."""
+    """Refuses a place that cannot be written, or where something else than such a result is, before any work."""
     if path is not None and path != "-":
-        if Path(path).exists() and Path(path).suffix != ".json":
-            raise CheckpointError(f"--json {path} exists and is no .json file: choose another")
-        check_writable(Path(path))
+        try:
+            check_writable(Path(path), RESULT)
+        except CheckpointError as error:
+            raise SpecError(f"--json: {error}") from None
     return path
 
 
 def refuse_shared(given: dict[str, Any]) -> None:
-    """Raises CheckpointError where --json names a file that the command reads or writes for another purpose."""
+    """Raises SpecError where --json names a file that the command reads or writes for another purpose."""
     json_path, out = given["json_path"], given.get("out")
     if json_path in (None, "-"):
         return
     place = Path(json_path).resolve()
     for name in PLACES:
         if given.get(name) is not None and Path(given[name]).resolve() == place:
-            raise CheckpointError(f"--json {json_path} is also the command's {name}: choose another file")
+            raise SpecError(f"--json {json_path} is also the command's {name}: choose another file")
     if out is not None and place.name in WRITTEN and place.is_relative_to(out.resolve()):
-        raise CheckpointError(f"--json {json_path} is a file that the command writes: choose another")
+        raise SpecError(f"--json {json_path} is a file that the command writes: choose another")
 
 
 def with_json(command: Any) -> Any:
@@ -110,6 +111,24 @@ def with_json(command: Any) -> Any:
     return option(checked)
 
 
+class Number(click.ParamType):
+    """A finite number from `low` to `high`. What is not 0 and rounds to it is refused."""
+
+    name = "number"
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number, exact = float(value), Decimal(str(value))
+        except (ValueError, ArithmeticError):
+            self.fail(f"{value!r} is no number", param, ctx)
+        if not self.low <= number <= self.high or (number == 0) != (exact == 0):
+            self.fail(f"{value} is no number from {self.low:g} to {self.high:g} that a float64 holds", param, ctx)
+        return number
+
+
 def options(*chosen: Any) -> Any:
     def decorate(command: Any) -> Any:
         for option in reversed(chosen):
@@ -119,11 +138,23 @@ def options(*chosen: Any) -> Any:
     return decorate
 
 
-MACHINE = options(
+def with_machine(command: Any) -> Any:
+    """--backend, --device and --dtype, of which the backend is asked before anything is read."""
+
+    @wraps(command)
+    def checked(**given: Any) -> Any:
+        backend(given["backend_name"]).check_machine(given["device"], given["dtype"])
+        return command(**given)
+
+    return PLACE(checked)
+
+
+PLACE = options(
     click.option("--backend", "backend_name", default="torch", show_default=True, help="torch, or ref (NumPy)."),
     click.option("--device", default="cpu", show_default=True, help="cpu, or cuda with --backend torch."),
     click.option("--dtype", default="float32", show_default=True, help="float32, float64; bfloat16 with torch."),
 )
+MACHINE = with_machine
 JSON = with_json
 DATA = options(
     click.option(
@@ -143,14 +174,15 @@ EITHER = click.argument("checkpoint", type=click.Path(path_type=Path), metavar=f
 LIMIT = click.option("--batches", type=click.IntRange(1), help="At most this many evaluation batches.")
 
 
-def write_json(path: str | None, result: Any) -> None:
+def write_json(path: str | None, result: dict[str, Any]) -> None:
+    """The result of a command, with its format, to stdout (-) or a file."""
     if path is None:
         return
-    text = json.dumps(result, indent=1, allow_nan=False)
+    text = to_json({"format": RESULT} | result)
     if path == "-":
-        click.echo(text)
+        click.echo(text, nl=False)
     else:
-        write_beside(Path(path), (text + "\n").encode())
+        write_beside(Path(path), text.encode())
 
 
 def say(text: str, json_path: str | None) -> None:
@@ -194,17 +226,21 @@ def check_tokenizer(path: Path, meta: Mapping[str, Any], data: Dataset) -> None:
         )
 
 
-def open_checkpoint(path: Path, machine: Machine, data_name: str | None, tokenizer: Path | None):
-    """A checkpoint, its model in float, and data to evaluate it on."""
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint that holds a model. Raises CheckpointError where it cannot be read, or its training diverged."""
     checkpoint = load_checkpoint(path)
     if "diverged_at" in checkpoint.meta:
         raise CheckpointError(
             f"{path}: training diverged at step {checkpoint.meta['diverged_at']}; no model is left to use"
         )
-    data = open_data(path, checkpoint.spec, checkpoint.meta, data_name, tokenizer)
+    return checkpoint
+
+
+def float_model(checkpoint: Checkpoint, machine: Machine) -> Any:
+    """The checkpoint's model in float, with the transforms for which its parameters are made."""
     model = machine.model(checkpoint.spec, checkpoint.params)
     model.bind({}, {}, transforms=checkpoint.transforms)
-    return checkpoint, model, data
+    return model
 
 
 def is_artifact(path: Path) -> bool:
@@ -232,9 +268,12 @@ class Opened:
 def open_model(
     path: Path, machine: Machine, data_name: str | None = None, tokenizer: Path | None = None, *,
     recipe_name: str | None = None, numerics: str | None = None, strict: bool = False, split: str | None = None,
+    check: Callable[[Checkpoint | Artifact], None] = lambda found: None,
 ) -> Opened:  # fmt: skip
     """A checkpoint in float or under a recipe, or an artifact in integers or fake quantization; data of `split` are
     compared with those it was trained and calibrated on.
+
+    check: refuses a file that the command cannot use, before any data are read.
 
     Raises:
         SpecError, CheckpointError, DataError, MissingExtra: a file, data, or an option that does not belong to it.
@@ -242,25 +281,29 @@ def open_model(
     if not is_artifact(path):
         if numerics or strict:
             raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
-        found, model, data = open_checkpoint(path, machine, data_name, tokenizer)
+        found = open_checkpoint(path)
+        chosen = recipe_of(found, recipe_name)
+        check(found)
+        data = open_data(path, found.spec, found.meta, data_name, tokenizer)
         if split:
             quantization.refuse_overlap(found.meta, data, split)
-        model, words = as_evaluated(found, machine, model, data, recipe_name)
-        return Opened(found, model, data, words)
+        model = model_under(found, machine, data, chosen)
+        return Opened(found, model, data, "float" if chosen is None else chosen.name)
     if recipe_name is not None:
         raise SpecError(f"--recipe {recipe_name}: {path} has its own; leave it out")
     found, kind = load_artifact(path), numerics or "integer"
-    data = open_data(path, found.spec, found.meta, data_name, tokenizer)
+    check(found)
     model = artifact_model(found, machine, kind, strict)
+    data = open_data(path, found.spec, found.meta, data_name, tokenizer)
     if split:
         quantization.refuse_overlap(found.meta, data, split)
     words = f"{kind}{', strict' if strict else ''}, {found.recipe.name}, profile {found.profile.name}"
     return Opened(found, model, data, words, kind == "integer", head_note(found))
 
 
-def need_head(path: Path, opened: Opened) -> None:
+def need_head(path: Path, spec: ModelSpec) -> None:
     """Raises SpecError where a model has no head, and so no words or classes to tell."""
-    if opened.found.spec.head is Head.NONE:
+    if spec.head is Head.NONE:
         raise SpecError(f"{path} has no head: it can be analyzed and compared, not evaluated or asked for words")
 
 
@@ -297,19 +340,27 @@ def head_note(artifact: Artifact) -> str:
     return f"{note}; its int{accumulator_bits(entering, weight)} accumulators are the output"
 
 
-def as_evaluated(
-    checkpoint: Checkpoint, machine: Machine, model: Any, data: Any, recipe_name: str | None
-) -> tuple[Any, str]:
-    """The model that a checkpoint, opened as `model`, is evaluated as, and that in words: under its own recipe, another, or
-    float."""
+def recipe_of(checkpoint: Checkpoint, recipe_name: str | None) -> Recipe | None:
+    """The recipe that a checkpoint is run under: its own, or the one of that name; None for float. Raises SpecError for one
+    that does not exist, or does not fit the model."""
     if recipe_name == "float" or (recipe_name is None and checkpoint.recipe is None):
-        return model, "float"
+        return None
     if recipe_name is None:
-        quantization.bind(model, checkpoint.recipe, checkpoint.ranges, checkpoint.transforms)
-        return model, checkpoint.recipe.name
+        return checkpoint.recipe
     chosen = recipes.recipe(recipe_name, checkpoint.spec)
-    prepared = prepared_anew(checkpoint, machine, data, chosen)
-    return prepared.model(machine, checkpoint.spec, chosen), chosen.name
+    recipes.resolve(chosen, checkpoint.spec)
+    refuse_transformed(checkpoint, f"recipe {chosen.name}")
+    return chosen
+
+
+def model_under(checkpoint: Checkpoint, machine: Machine, data: Any, chosen: Recipe | None) -> Any:
+    """The model that a checkpoint is run as: in float, under its own recipe, or under another, calibrated here."""
+    if chosen is not None and chosen is not checkpoint.recipe:
+        return prepared_anew(checkpoint, machine, data, chosen).model(machine, checkpoint.spec, chosen)
+    model = float_model(checkpoint, machine)
+    if chosen is not None:
+        quantization.bind(model, chosen, checkpoint.ranges, checkpoint.transforms)
+    return model
 
 
 def refuse_transformed(checkpoint: Checkpoint, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from qtx_ref.spec import Head, ModelSpec, SpecError
 
 from ..engines.backend import MissingExtra
 from ..files.checkpoint import file_of
-from ..files.container import sha_of
-from ..jobs.ptq import CONFIDENCE, Comparison, PtqSpec, kept_name
+from ..files.container import CHECKPOINT as CHECKPOINT_FORMAT
+from ..files.container import COMPARISON, CheckpointError, check_writable, opened, sha_of
+from ..jobs.ptq import CONFIDENCE, RESULTS, Comparison, PtqSpec, kept_name
 from ..jobs.training import Machine
 from ..prepare import quantization
 from ..recipes import remedies
+from ..recipes.named import recipe, resolve
 from ..report.ptq import picture
-from ..report.tables import number, table
+from ..report.tables import DIVERGED, number, table
 from .options import (
     CHECKPOINT,
     DATA,
@@ -29,6 +31,7 @@ from .options import (
     OUT,
     hold_out,
     open_checkpoint,
+    open_data,
     refuse_transformed,
     say,
     split_list,
@@ -68,12 +71,10 @@ def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, 
     for option, value in (("recipes", names), ("skip", skip), ("also", also), ("keep", keep)):
         if sensitivity and value:
             raise SpecError(f"--sensitivity {sensitivity} and --{option} {value}: give one of them")
-    found, _, source = open_checkpoint(checkpoint, machine, data, tokenizer)
+    found = open_checkpoint(checkpoint)
     if found.spec.head is Head.NONE:
         raise SpecError(f"{checkpoint} has no head, so no task to compare on: give it one with qtx finetune")
     refuse_transformed(found, str(checkpoint))
-    for split in ("evaluation", "calibration"):
-        quantization.refuse_overlap(found.meta, source, split)
     chosen = (sensitivity,) if sensitivity else split_list(names) if names else remedies.list_standard(found.spec)
     chosen = tuple(name for name in chosen if not any(fnmatch.fnmatch(name, p) for p in split_list(skip)))
     chosen += split_list(also)
@@ -85,11 +86,17 @@ def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, 
     files = [kept_name(name) for name in kept]
     if twice := [name for name in files if files.count(name) > 1]:
         raise SpecError(f"--keep {keep}: two recipes would be left as {twice[0]}; rename one")
+    for name in chosen:
+        resolve(recipe(name, found.spec), found.spec)
+    sha256 = sha_of(file_of(checkpoint))
+    check_out(out, resume, files, sha256)
+    source = open_data(checkpoint, found.spec, found.meta, data, tokenizer)
+    for split in ("evaluation", "calibration"):
+        quantization.refuse_overlap(found.meta, source, split)
     spec = PtqSpec(chosen, sequences, calibration, seed, machine)
-    identity = {"checkpoint": sha_of(file_of(checkpoint)),
-                **{split: source.fingerprint(split) for split in ("calibration", "evaluation")}}  # fmt: skip
+    identity = {"checkpoint": sha256} | {split: source.fingerprint(split) for split in ("calibration", "evaluation")}
     job = Comparison(spec, found, source, out, identity, resume=resume)
-    written = ["ptq.json"]
+    written = [RESULTS]
     if sensitivity:
         job.sensitivity(sensitivity)
         say(sensitivity_table(job, sensitivity), json_path)
@@ -100,10 +107,24 @@ def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, 
         try:
             picture(out / "ptq.png", job.kind, job.rows)
             written.append("ptq.png")
-        except MissingExtra as error:
+        except (MissingExtra, CheckpointError) as error:
             print(f"no picture: {error}", file=sys.stderr)
     say(f"written to {out}: {', '.join(written)}", json_path)
     write_json(json_path, {"rows": job.rows, "sensitivity": job.sites})
+
+
+def check_out(out: Path, resume: bool, kept: Sequence[str], sha256: str) -> None:
+    """Raises CheckpointError where the folder cannot take the results, or has a file of that name that is not of a
+    comparison of the checkpoint with this sha256. kept: files of models."""
+    if (out / RESULTS).exists() and not resume:
+        raise CheckpointError(f"{out / RESULTS} exists: go on with --resume, or choose another --out")
+    check_writable(out / RESULTS, COMPARISON)
+    for name in kept:
+        check_writable(out / name, CHECKPOINT_FORMAT)
+        if (out / name).exists():
+            with opened(out / name, CHECKPOINT_FORMAT) as (header, _):
+                if not resume or header.get("meta", {}).get("quantized_from") != sha256:
+                    raise CheckpointError(f"{out / name} exists: choose another --out")
 
 
 def row_table(job: Comparison, spec: ModelSpec) -> str:
@@ -125,7 +146,9 @@ def row_table(job: Comparison, spec: ModelSpec) -> str:
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    def shown(key: str, digits: int = 3, of: Mapping[str, Any] = row) -> str:
+    def write(key: str, digits: int = 3, of: Mapping[str, Any] = row) -> str:
+        if key in of and of[key] is None and row["runs_as"] != "failed":
+            return DIVERGED
         return number(of.get(key), digits)
 
     interval = "-" if row["low"] is None or row["high"] is None else f"{row['low']:+.2f} to {row['high']:+.2f}"
@@ -133,18 +156,28 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     site, error = row["worst"][0] if row["worst"] else ("-", None)
     size = "-" if row["bytes"] is None else f"{row['bytes'] / 2**20:.1f}"
     return [
-        shown("value", 2), shift, interval, shown("loss", 4), shown("value", 2, row.get("simulated", {})), site,
-        "-" if error is None else f"{error:.1e}", shown("ms", 2), size, row["runs_as"],
-    ]  # fmt: skip
+        write("value", 2),
+        shift,
+        interval,
+        write("loss", 4),
+        write("value", 2, row.get("simulated", {})),
+        site,
+        "-" if error is None else f"{error:.1e}",
+        write("ms", 2),
+        size,
+        row["runs_as"],
+    ]
 
 
 def sensitivity_table(job: Comparison, name: str) -> str:
     unit = "accuracy %" if job.kind == "accuracy" else "perplexity"
-    rows = [
-        [entry["site"], number(entry["value"], 2), "-" if entry["difference"] is None else f"{entry['difference']:+.2f}",
-         number(entry["loss"], 4)]
-        for entry in job.sites[name]
-    ]  # fmt: skip
+    rows = []
+    for entry in job.sites[name]:
+        shift = "-" if entry["difference"] is None else f"{entry['difference']:+.2f}"
+        value, loss = (
+            DIVERGED if entry[key] is None else number(entry[key], n) for key, n in (("value", 2), ("loss", 4))
+        )
+        rows.append([entry["site"], value, shift, loss])
     plain = job.rows["float"]
     title = (
         f"one site of {name} quantized at a time; float: {number(plain['value'], 2)}, loss {number(plain['loss'], 4)}"

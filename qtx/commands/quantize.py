@@ -36,7 +36,9 @@ from .options import (
     OUT,
     is_artifact,
     open_checkpoint,
+    open_data,
     prepared_anew,
+    refuse_transformed,
     say,
     write_json,
 )
@@ -76,10 +78,10 @@ def quantize(
         raise SpecError(f"--profile and --nonlinear belong to integers: give --out a name ending in {SUFFIX}")
     meaning, kind = profile(profile_name), Nonlinear(nonlinear)
     machine = Machine(backend_name, device, dtype)
-    found, _, source = open_checkpoint(checkpoint, machine, data, tokenizer)
-    chosen, prepared, calibration, words = ranges_of(
-        found, machine, source, recipe_name, meaning if is_artifact(out) else None
-    )
+    found = open_checkpoint(checkpoint)
+    chosen = choose_recipe(found, recipe_name, meaning if is_artifact(out) else None)
+    source = open_data(checkpoint, found.spec, found.meta, data, tokenizer)
+    prepared, calibration, words = ranges_of(found, machine, source, chosen)
     ranges = prepared.ranges
     result = {"checkpoint": str(out), "recipe": to_dict(chosen), "ranges": words, **numbers_of(ranges)}
     if is_artifact(out):
@@ -113,25 +115,32 @@ def check_out(out: Path) -> None:
     check_writable(out)
 
 
-def ranges_of(
-    found: Checkpoint, machine: Machine, source: Any, recipe_name: str | None, integers: Profile | None
-) -> tuple[Recipe, Prepared, list[str], str]:
-    """Recipe, what it makes of the model, hashes of the calibration data, and in words where the ranges are from: the
-    checkpoint, where it has some and no other recipe is named, else its calibration data.
+def choose_recipe(found: Checkpoint, recipe_name: str | None, integers: Profile | None) -> Recipe:
+    """The recipe of that name; None: the checkpoint's own where it is quantized, else w8a8.
 
-    Raises SpecError, before any calibration, for what cannot run in integers under the profile `integers`.
+    Raises SpecError, before any data are read, for one that does not exist, does not fit the model, or cannot run in
+    integers under the profile `integers`.
     """
     own = quantized(found) and recipe_name in (None, found.recipe.name)
     chosen = found.recipe if own else recipes.recipe(recipe_name or "w8a8", found.spec)
+    quants = recipes.resolve(chosen, found.spec)
     if integers is not None:
-        left = left_sites(chosen, found.spec)
-        check_integer(recipes.resolve(chosen, found.spec), integers, transforms=left)
-    if own:  # `qtx quantize` says what they were calibrated on; training takes the calibration split
-        seen = found.meta.get("data", {}).get("hashes", {}).get("calibration", [])
-        own_state = Prepared(found.params, found.ranges, found.transforms)
-        return chosen, own_state, found.meta.get("calibration", seen), "the checkpoint's own ranges"
+        check_integer(quants, integers, transforms=left_sites(chosen, found.spec))
+    if not own:
+        refuse_transformed(found, f"recipe {chosen.name}")
+    return chosen
+
+
+def ranges_of(found: Checkpoint, machine: Machine, source: Any, chosen: Recipe) -> tuple[Prepared, list[str], str]:
+    """What a recipe makes of the model, hashes of the calibration data, and in words where the ranges are from: the
+    checkpoint, where the recipe is its own, else its calibration data."""
+    if chosen is found.recipe and quantized(found):
+        # `qtx quantize` says what they were calibrated on; training takes the calibration split
+        known = found.meta.get("data", {}).get("hashes", {}).get("calibration", [])
+        own = Prepared(found.params, found.ranges, found.transforms)
+        return own, found.meta.get("calibration", known), "the checkpoint's own ranges"
     prepared = prepared_anew(found, machine, source, chosen)
-    return chosen, prepared, source.hashes("calibration"), f"ranges of {chosen.batches} calibration batches"
+    return prepared, source.hashes("calibration"), f"ranges of {chosen.batches} calibration batches"
 
 
 def quantized(found: Checkpoint) -> bool:

@@ -1,8 +1,9 @@
 """Checkpoints: one safetensors file with JSON in its metadata. Nothing is ever unpickled.
 
 Tensors: parameters by name (tied weights once), `optim.*` of a trainer, `history.*` of its run, and for a quantized model
-`range.<site>.{low,high,scale,zero_point}` and `transform.<site>.divisor`. Metadata `qtx`: format, version, model spec, and
-what made the file. A file is written beside its final name and renamed, so that a kill leaves the old one.
+`range.<site>.{low,high,scale,zero_point}` and `transform.<site>.divisor`. Metadata `qtx`: format, version, model spec, what
+made the file, and a sha256 over all of it, which reading compares. A file is written beside its final name and renamed, so
+that a kill leaves the old one.
 """
 
 from __future__ import annotations
@@ -28,10 +29,19 @@ from qtx_ref.spec import (
 )
 
 from ..prepare.transforms import left_sites, left_transforms
-from .container import CHECKPOINT, VERSION, CheckpointError, opened, write_tensors
+from .container import (
+    CHECKPOINT,
+    VERSION,
+    CheckpointError,
+    check_seal,
+    opened,
+    tell_unsealed,
+    write_sealed,
+)
 
 APART = ("optim.", "history.", "range.", "learned.", "transform.", "hub.")
 STATE = ("range.", "transform.")  # of these, what `Checkpoint` has fields for
+KEYS = {"format", "version", "spec", "recipe", "meta"}  # of the header, beside its sha256
 
 
 @dataclass
@@ -67,7 +77,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "recipe": to_dict(checkpoint.recipe),
         "meta": checkpoint.meta,
     }
-    write_tensors(path, header, tensors)
+    write_sealed(path, header, tensors)
 
 
 def file_of(path: Path) -> Path:
@@ -79,7 +89,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a file that `save_checkpoint` wrote; every shape is compared before a tensor is read.
 
     Raises:
-        CheckpointError: missing, empty, truncated, of another format, wrong or missing tensors, NaN.
+        CheckpointError: missing, empty, truncated, of another format, wrong or missing tensors, NaN, anything changed since.
     """
     path = file_of(path)
     if not path.is_file():
@@ -89,6 +99,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         names = set(file.keys())
         check_shapes(path, spec, {name: tuple(file.get_slice(name).get_shape()) for name in names})
         tensors = {name: file.get_tensor(name) for name in sorted(names)}
+        if sealed := "sha256" in header:
+            check_seal(path, header, file.metadata()["qtx"], tensors)
     params = {name: tensors[name] for name in shapes(spec)}
     for name, value in tensors.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
@@ -100,21 +112,29 @@ def load_checkpoint(path: Path) -> Checkpoint:
         recipe = None if header["recipe"] is None else from_dict(Recipe, header["recipe"])
     except SpecError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    sites = sorted({name.removeprefix("range.").rpartition(".")[0] for name in names if name.startswith("range.")})
+    ranges = read_ranges(path, recipe, tensors)
+    transforms = read_transforms(path, spec, params, recipe, tensors)
+    extra = {name: value for name, value in tensors.items() if name.startswith(APART) and not name.startswith(STATE)}
+    if not sealed:
+        tell_unsealed(path)
+    return Checkpoint(spec, params, extra, recipe, ranges, header["meta"], transforms)
+
+
+def read_ranges(path: Path, recipe: Recipe | None, tensors: Mapping[str, np.ndarray]) -> dict[str, Range]:
+    """The static ranges. Raises CheckpointError for one that is not whole, or that the recipe's quantizer cannot have."""
+    sites = sorted({name.removeprefix("range.").rpartition(".")[0] for name in tensors if name.startswith("range.")})
     try:
         ranges = {site: Range(*(tensors[f"range.{site}.{key}"] for key in Range._fields)) for site in sites}
     except KeyError as error:
         raise CheckpointError(f"{path}: tensor {error} is missing") from None
-    for site, found in ranges.items():
+    for site, range_ in ranges.items():
         quant = recipe.quant(site) if recipe else None
-        zeros = found.zero_point
-        if not (found.scale > 0).all() or found.scale.shape != zeros.shape:
+        zeros = range_.zero_point
+        if not (range_.scale > 0).all() or range_.scale.shape != zeros.shape or not zeros.size:
             raise CheckpointError(f"{path}: the scale of site {site} must be positive and of its zero point's shape")
         if quant is None or zeros.dtype.kind != "i" or zeros.min() < quant.code_min or zeros.max() > quant.code_max:
             raise CheckpointError(f"{path}: the zero point of site {site} is no code of the recipe's quantizer")
-    transforms = read_transforms(path, spec, params, recipe, tensors)
-    extra = {name: value for name, value in tensors.items() if name.startswith(APART) and not name.startswith(STATE)}
-    return Checkpoint(spec, params, extra, recipe, ranges, header["meta"], transforms)
+    return ranges
 
 
 def read_transforms(
@@ -149,9 +169,11 @@ def read_transforms(
 
 
 def read_spec(path: Path, header: Mapping[str, Any]) -> ModelSpec:
-    """The model's spec. Raises CheckpointError where the header lacks a key or the spec is none."""
-    if missing := {"spec", "recipe", "meta"} - header.keys():
+    """The model's spec. Raises CheckpointError where the header lacks a key or has an unknown one, or the spec is none."""
+    if missing := KEYS - header.keys():
         raise CheckpointError(f"{path}: metadata lacks {sorted(missing)[0]!r}")
+    if unknown := header.keys() - KEYS - {"sha256"}:
+        raise CheckpointError(f"{path}: unknown key in its metadata is {sorted(unknown)[0]!r}")
     try:
         return from_dict(ModelSpec, header["spec"])
     except SpecError as error:

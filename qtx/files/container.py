@@ -1,13 +1,18 @@
-"""qtx's files: safetensors with JSON in their metadata, read with one clear error for whatever is wrong.
+"""qtx's files, read with one clear error for whatever is wrong: safetensors with JSON in their metadata, and JSON.
 
-Three formats: a checkpoint, an artifact, golden vectors. The last two carry a sha256 over all that they hold.
+Tensors: a checkpoint, an artifact, golden vectors. JSON: the results of study, ptq, cost and analyze. Each carries a sha256
+over all that it holds, its seal, and a mark by which qtx knows what it may replace.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterator, Mapping
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,17 @@ from .writing import missing_folders, open_beside, remove_empty, write_whole
 
 VERSION = 1
 CHECKPOINT, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-artifact", "qtx-vectors"
+STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-cost", "qtx-analysis", "qtx-result"
+# in a file's first bytes: of JSON, or of a safetensors file's header
+FORMAT = re.compile(rb'\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')
+PICTURE, PICTURE_MARK = "picture", b"tEXtSoftware\0qtx"  # and a PNG's
+EARLIER = {  # and of results from before they had a format
+    b'{\n "of": {\n  "spec": {\n   "recipes": [': COMPARISON,
+    b'{\n "spec": {\n  "model": "': STUDY,
+}
+MARKED_BYTES = 512
+DIGITS = 40  # of a whole number
+JSON_BYTES = 2**28  # more is no result or recipe of ours
 USES = {
     CHECKPOINT: "a checkpoint: make integers of it with qtx quantize CHECKPOINT --out MODEL.qtx",
     ARTIFACT: "an artifact: qtx evaluate, show, diff, vectors, generate and parity take it, named MODEL.qtx",
@@ -36,13 +52,14 @@ class CheckpointError(ValueError):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, kind: str | None = None) -> None:
     """Raises CheckpointError where a file of that name could not be written, before any work is done for it. Leaves
-    nothing behind."""
+    nothing behind. kind: as of `check_replaceable`."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} cannot be written (it is a folder): choose another place")
+    check_replaceable(path, kind)
     made = missing_folders(path.parent)
     try:
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_beside(path):
             pass
@@ -53,8 +70,9 @@ def check_writable(path: Path) -> None:
 
 
 def write_beside(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment either the old or the new one is whole. Raises WriteError where it cannot be
-    written."""
+    """Writes a file so that at any moment either the old or the new one is whole. Raises CheckpointError where the old one
+    is not of its kind, WriteError where it cannot be written."""
+    check_replaceable(path, kind_of(content[:MARKED_BYTES]))
     write_whole(path, content)
 
 
@@ -65,8 +83,52 @@ def write_tensors(path: Path, header: Mapping[str, Any], tensors: Mapping[str, n
 
 
 def write_sealed(path: Path, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-    """The same with the sha256 that `read_sealed` compares."""
-    write_tensors(path, {**header, "sha256": digest(header, tensors)}, tensors)
+    """The same with the sha256 that `check_seal` compares."""
+    plain = json.loads(json.dumps(header))
+    write_tensors(path, {**plain, "sha256": digest(plain, tensors)}, tensors)
+
+
+def write_sealed_json(path: Path, form: str, content: Mapping[str, Any]) -> None:
+    """JSON values as a file of format `form`, which `read_sealed_json` reads back."""
+    plain = json.loads(json.dumps({"format": form, **content}, allow_nan=False))
+    write_beside(path, to_json({**plain, "sha256": digest(plain, {})}).encode())
+
+
+def write_picture(path: Path, figure: Any) -> None:
+    """A matplotlib figure as a PNG that is known as ours."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120, metadata={"Software": "qtx"})
+    write_beside(path, content.getvalue())
+
+
+def to_json(content: Any) -> str:
+    """Text of JSON values, as every file of ours has them. Raises ValueError for a number that is not finite."""
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+# --- what may be replaced ---------------------------------------------------------------------------------------------
+
+
+def check_replaceable(path: Path, kind: str | None = None) -> None:
+    """Raises CheckpointError where a link, or something else than a file of that kind, has that name; kind: None for any
+    that qtx writes. An empty file is nobody's."""
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link: name the file itself, or choose another")
+    if path.is_file():
+        with open(path, "rb") as file:
+            head = file.read(MARKED_BYTES)
+        if head and (not kind_of(head) or kind not in (None, kind_of(head))):
+            what = USES.get(kind_of(head), f"a {kind_of(head)}" if kind_of(head) else "not qtx's")
+            raise CheckpointError(f"{path} exists and is {what}: choose another name")
+
+
+def kind_of(head: bytes) -> str:
+    """The kind of a file by its first bytes: its format, or picture; empty for what qtx does not write."""
+    if (match := FORMAT.search(head)) is not None:
+        return match[1].decode()
+    if PICTURE_MARK in head:
+        return PICTURE
+    return next((kind for mark, kind in EARLIER.items() if head.startswith(mark)), "")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -92,7 +154,7 @@ def opened(path: Path, form: str) -> Iterator[tuple[dict[str, Any], Any]]:
 def read_header(path: Path, form: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """The JSON of a file's metadata. Raises CheckpointError; of another of our formats, with what to do with it."""
     try:
-        header = json.loads((metadata or {})["qtx"])
+        header = json.loads((metadata or {})["qtx"], parse_int=parse_whole)
     except (KeyError, ValueError, RecursionError):
         raise CheckpointError(f"{path}: a safetensors file without qtx's metadata; was it made by qtx?") from None
     found = header.get("format") if isinstance(header, dict) else None
@@ -108,10 +170,75 @@ def read_sealed(path: Path, form: str) -> tuple[dict[str, Any], dict[str, np.nda
     """Header and tensors that `write_sealed` wrote. Raises CheckpointError, also where anything has changed."""
     with opened(path, form) as (header, file):
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        same = header.pop("sha256", None) == digest(header, tensors)
-    if not same:
-        raise CheckpointError(f"{path}: its content is not what was written (sha256 differs); make it again")
+        if "sha256" not in header:
+            raise CheckpointError(f"{path}: its sha256 is missing; make it again")
+        check_seal(path, header, file.metadata()["qtx"], tensors)
     return header, tensors
+
+
+def check_seal(path: Path, header: dict[str, Any], text: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Takes the sha256 out of a header, whose text in the file is `text`. Raises CheckpointError where it is not that of
+    header and tensors."""
+    seal = header.pop("sha256")
+    # the text too: it can change and mean the same (1e-05 and 1E-05)
+    if seal != digest(header, tensors) or text != json.dumps({**header, "sha256": seal}):
+        raise CheckpointError(f"{path}: its content is not what was written (sha256 differs); make it again")
+
+
+def tell_unsealed(path: Path) -> None:
+    sys.stderr.write(f"note: {path} is from before files had a sha256: whether it has changed since cannot be told\n")
+
+
+def read_sealed_json(path: Path, form: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The content that `write_sealed_json` wrote. Raises CheckpointError: missing, no JSON, of another format, changed, or
+    what `check` refuses. An object with neither format nor sha256, as results were, gets a note."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no object: it is none of qtx's results")
+    if not content.keys() & {"format", "sha256"}:
+        check(content)
+        tell_unsealed(path)
+        return content
+    seal = content.pop("sha256", None)
+    if content.get("format") != form:
+        raise CheckpointError(f"{path}: format is not {form}; use the qtx that wrote it")
+    if seal != digest(content, {}):
+        raise CheckpointError(
+            f"{path}: its content is not what qtx wrote (sha256 differs); remove it and measure again"
+        )
+    del content["format"]
+    check(content)
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """A file's JSON value. Raises CheckpointError: missing, no regular file, too large, or no JSON, NaN and infinity
+    included."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if (count := path.stat().st_size) > JSON_BYTES:
+        raise CheckpointError(
+            f"{path} has {count:,} bytes: nothing that qtx reads as JSON has more than {JSON_BYTES:,}"
+        )
+    try:
+        text = path.read_bytes().decode()
+        return json.loads(text, parse_int=parse_whole, parse_float=parse_real, parse_constant=parse_real)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(f"{path} is not JSON ({error})") from None
+
+
+def parse_whole(text: str) -> int:
+    """A whole number that arithmetic can take. Raises ValueError for more digits than any file of ours has."""
+    if len(text) > DIGITS:
+        raise ValueError(f"a whole number of {len(text)} digits")
+    return int(text)
+
+
+def parse_real(text: str) -> float:
+    """A finite number. Raises ValueError for NaN, infinity and what rounds to it."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:DIGITS]} is no finite number")
+    return value
 
 
 def digest(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:

@@ -62,9 +62,9 @@ def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
             f"{path} has quantizers (recipe {checkpoint.recipe.name}), which transformers lacks: export {origin}"
         )
     check_expressible(spec)
-    check_writable(out / WEIGHTS)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out} exists and is not an empty folder: choose another")
+    check_writable(out / WEIGHTS)
     hub = find_import(checkpoint)
     if hub:
         config, tensors = restore_import(checkpoint, hub)

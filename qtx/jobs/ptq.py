@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qtx_ref.integer.lowering import lower
+from qtx_ref.integer.lowering import make_constants
 from qtx_ref.numerics import is_weight
 from qtx_ref.ops import hadamard
 from qtx_ref.quant import quantizer as quantizers
@@ -43,8 +43,9 @@ from ..data import DataError
 from ..engines.backend import backend
 from ..files.artifact import Artifact, stored_bytes
 from ..files.checkpoint import Checkpoint, save_checkpoint
-from ..files.container import CheckpointError, check_writable, sha_of, write_beside
+from ..files.container import COMPARISON, CheckpointError, check_writable, sha_of, write_sealed_json
 from ..files.locks import hold
+from ..files.results import read_comparison
 from ..prepare.quantization import (
     BATCH,
     CALIBRATION_SEED,
@@ -60,6 +61,7 @@ from .run import Machine, describe_difference
 
 RESAMPLES = 2000  # of the bootstrap
 CONFIDENCE = 95  # percent, of its interval
+RESULTS = "ptq.json"
 PROBED = 4  # calibration sequences on which each quantizer's error is taken
 WORST = 3  # sites named in a row
 Batches = Callable[[], Iterable[Mapping[str, np.ndarray]]]
@@ -217,7 +219,7 @@ def integer_model(spec: ModelSpec, found: Prepared, chosen: Recipe, machine: Mac
     run in integers."""
     quants = resolve(chosen, spec)
     check_integer(quants, QTX, transforms=found.transforms)
-    constants = lower(spec, found.params, quants, found.ranges)
+    constants = make_constants(spec, found.params, quants, found.ranges, QTX, Nonlinear.TABLE)
     size = sum(stored_bytes(Artifact(spec, chosen, QTX, Nonlinear.TABLE, constants)).values())
     return backend(machine.backend).IntegerModel(spec, constants, quants, QTX, device=machine.device), size
 
@@ -243,7 +245,7 @@ class Comparison:
         self.identity = {"spec": json.loads(json.dumps(to_dict(spec))), **identity} | (
             {"files": files} if files else {}
         )
-        self.path = out / "ptq.json"
+        self.path = out / RESULTS
         self.rows: dict[str, dict[str, Any]] = {}
         self.sites: dict[str, list[dict[str, Any]]] = {}
         if self.path.exists():
@@ -253,17 +255,14 @@ class Comparison:
     def _resume(self, resume: bool) -> None:
         if not resume:
             raise CheckpointError(f"{self.path} exists: go on with --resume, or choose another --out")
-        try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-            was, self.rows, self.sites = known["of"], known["rows"], known["sensitivity"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path} is no comparison that qtx wrote ({error}); choose another") from None
+        known = read_comparison(self.path, self.kind, self.recipes)
+        was, self.rows, self.sites = known["of"], known["rows"], known["sensitivity"]
         if was != self.identity:
             raise CheckpointError(f"{self.path} is another comparison: {describe_difference('of', was, self.identity)}")
 
     def save(self) -> None:
         found = {"of": self.identity, "metric": self.kind, "rows": self.rows, "sensitivity": self.sites}
-        write_beside(self.path, json.dumps(found, indent=1, allow_nan=False).encode())
+        write_sealed_json(self.path, COMPARISON, found)
 
     def evaluation(self) -> Iterable[Mapping[str, np.ndarray]]:
         limit = -(-self.spec.sequences // BATCH)
@@ -281,6 +280,10 @@ class Comparison:
         for batch in islice(self.evaluation(), 1):  # the first pass is slower
             answers(self.model, batch)
         self.plain = measure(self.model, self.evaluation())
+        if not math.isfinite(self.plain.loss) or not math.isfinite(self.plain.values(self.kind)[0]):
+            raise SpecError(
+                f"the float model diverges: its loss is {self.plain.loss}, so there is nothing to compare with"
+            )
         self.calibrated = Calibrated(self.model, lambda: self.calibration(self.spec.calibration))
         if (first := next(iter(self.calibration(1)), None)) is None:
             raise SpecError("calibration found nothing: the data are empty")

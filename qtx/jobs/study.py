@@ -6,7 +6,7 @@ perplexity, and the degradation.
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +21,9 @@ from ..data import load, unigram_perplexity
 from ..engines.backend import MissingExtra
 from ..engines.protocols import Batch
 from ..files.checkpoint import Checkpoint, load_checkpoint
-from ..files.container import CheckpointError, check_writable, write_beside
+from ..files.container import STUDY, CheckpointError, check_writable, write_sealed_json
 from ..files.locks import LOCK, hold
+from ..files.results import read_study
 from ..files.writing import check_space
 from ..measure.history import History
 from ..measure.published import column
@@ -41,7 +42,7 @@ from ..prepare.quantization import (
 )
 from ..recipes.named import recipe, resolve, training_recipe
 from ..report.plots import curves
-from ..report.tables import number, spread, table
+from ..report.tables import DIVERGED, number, spread, table
 from .run import Machine, TrainSpec, checkpoint_bytes, describe_difference, identify_machine
 from .training import default_optim, fit_vocabulary, train
 
@@ -144,17 +145,21 @@ class Study:
 
     def _draw(self) -> None:
         self.written = ["study.json", "a checkpoint per run"]
+        histories = {name: self._history(name) for name in self.runs}
         try:
-            curves(self.out / "curves.png", {name: self._history(name) for name in self.runs})
+            curves(self.out / "curves.png", histories)
             self.written.append("curves.png")
-        except MissingExtra as error:
+        except (MissingExtra, CheckpointError) as error:
             print(f"no picture: {error}", file=sys.stderr)
+
+    def result(self) -> dict[str, Any]:
+        """What `study.json` holds."""
+        about = {"calibration_seed": CALIBRATION_SEED, "unigram_perplexity": self.unigram, "runs": self.runs}
+        return {"spec": to_dict(self.spec), **self.conditions, **about}
 
     def save(self) -> None:
         """Writes `study.json`. Raises WriteError where that cannot be."""
-        about = {"calibration_seed": CALIBRATION_SEED, "unigram_perplexity": self.unigram, "runs": self.runs}
-        result = {"spec": to_dict(self.spec), **self.conditions, **about}
-        write_beside(self.path, json.dumps(result, indent=1, allow_nan=False).encode())
+        write_sealed_json(self.path, STUDY, self.result())
 
     def table(self) -> str:
         """The table; several seeds give mean and sample standard deviation."""
@@ -194,10 +199,11 @@ class Study:
         def values(*keys: str) -> list[float | None]:
             collected = []
             for run in found:
-                value: Any = run
-                for key in keys:
-                    value = None if value is None else value.get(key)
-                collected.append(value)
+                scores: Any = run
+                for key in keys[:-1]:
+                    scores = None if scores is None else scores.get(key)
+                value = None if scores is None else scores.get(keys[-1])
+                collected.append(math.inf if value is None and keys[-1] in (scores or {}) else value)  # was not finite
             return collected
 
         float_scores = values("float", kind)
@@ -210,7 +216,7 @@ class Study:
             cells.append(spread(scores))
             pairs = zip(float_scores, scores, strict=True)
             cells.append(spread([None if None in pair else degradation(kind, *pair) for pair in pairs], 2))
-            cells[-1] += "" if cells[-1] == "-" else " pt" if kind == "accuracy" else " %"
+            cells[-1] += "" if cells[-1] in ("-", DIVERGED) else " pt" if kind == "accuracy" else " %"
         return cells
 
     def _one(self, name: str, kind: str, model: ModelSpec, seed: int, quant: str | None) -> dict[str, Any]:
@@ -262,19 +268,22 @@ class Study:
         return self.data.split_batches("evaluation", model, BATCH, 0, limit=limit)
 
     def _history(self, name: str) -> History:
-        return History.of(load_checkpoint(self.out / self.runs[name]["checkpoint"]).extra)
+        path = self.out / self.runs[name]["checkpoint"]
+        try:
+            return History.of(load_checkpoint(path).extra)
+        except KeyError as error:
+            raise CheckpointError(f"{path} is no run of this study: tensor {error} is missing") from None
 
     def _read(self) -> dict[str, Any]:
         """The study in the folder. Raises CheckpointError where it is not to be gone on with, or another one."""
         if not self.resume:
             raise CheckpointError(f"{self.path} exists: go on with --resume, or choose another --out")
+        known = read_study(self.path)
         try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
             was = from_dict(StudySpec, known["spec"])
-            runs = known["runs"]
-            if runs.items() and "calibration_seed" not in known:
+            if known["runs"] and "calibration_seed" not in known:
                 print(f"{self.path}: the runs it has were calibrated with their own seeds", file=sys.stderr)
-        except (ValueError, KeyError, TypeError, AttributeError, SpecError) as error:
+        except SpecError as error:
             raise CheckpointError(
                 f"{self.path} is not a study that qtx wrote ({error}); choose another --out"
             ) from None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.backend import need
+from ..files.container import write_picture
 from .tables import number, table
 
 FASTER, SLOWER = 0.95, 1.05  # ratios of time between which two variants are called equal
@@ -203,6 +204,5 @@ def bars(path: Path, result: Mapping[str, Any]) -> None:
         axis.set_xticks([k + 0.4 - width / 2 for k in range(len(cells))], cells)
         axis.set(xlabel="batch x length", ylabel=label)
     axes[0].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure)
     pyplot.close(figure)

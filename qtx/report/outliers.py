@@ -12,11 +12,13 @@ from scipy.special import erf
 from qtx_ref.stats import SIGMAS
 
 from ..engines.backend import need
+from ..files.container import write_picture
 from ..measure.analysis import Analysis, bin_edges
 from ..measure.heads import Head
 
 MAPS = 6  # heads whose attention is drawn
 WORDS = 40  # tokens on an axis: more cannot be read
+NAMES = ("depth.png", "channels.png", "histogram.png", "attention.png", "patches.png")  # the last one of images alone
 OCTAVE = 8  # bins of the drawn histogram between a number and its double
 
 
@@ -26,7 +28,6 @@ def draw(folder: Path, model: Any, found: Analysis) -> list[str]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     chosen = found.heads[:MAPS]
     probs = {}
     for layer in {head.layer for head in chosen}:
@@ -47,7 +48,7 @@ def draw(folder: Path, model: Any, found: Analysis) -> list[str]:
         pictures["patches.png"] = lambda: patches(pyplot, found, example)
     for name, make in pictures.items():
         figure = make()
-        figure.savefig(folder / name, dpi=120)
+        write_picture(folder / name, figure)
         pyplot.close(figure)
     return list(pictures)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..engines.backend import need
+from ..files.container import write_picture
 from ..measure.history import History
 
 
@@ -46,6 +47,5 @@ def curves(path: Path, runs: Mapping[str, History]) -> None:
         key.legend(*loss.get_legend_handles_labels(), loc="center")
     else:
         loss.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure)
     pyplot.close(figure)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.backend import need
+from ..files.container import write_picture
 
 
 def picture(path: Path, kind: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -33,6 +34,5 @@ def picture(path: Path, kind: str, rows: Mapping[str, Mapping[str, Any]]) -> Non
     handles = [pyplot.Line2D([], [], color=color, marker="o", label=label)
                for color, label in (("tab:blue", "integers"), ("tab:orange", "simulation"))]  # fmt: skip
     axis.legend(handles=handles, loc="lower left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure)
     pyplot.close(figure)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+DIVERGED = "diverged"  # in a cell whose number was measured and is not finite
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to one width: the first to the left, the others to the right."""
@@ -29,8 +31,11 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def spread(values: Sequence[float | None], digits: int = 3) -> str:
-    """One value; or mean and sample standard deviation of several; `-` where one is missing."""
-    known = [v for v in values if v is not None and math.isfinite(v)]
+    """One value; or mean and sample standard deviation of several; `diverged` where one is not finite, `-` where one is
+    missing."""
+    known = [v for v in values if v is not None]
+    if not all(map(math.isfinite, known)):
+        return DIVERGED
     if len(known) < len(values) or not known:
         return "-"
     mean = sum(known) / len(known)

@@ -72,6 +72,18 @@ def lower(
     Raises SpecError where a site cannot run in integers, naming it and why.
     """
     check_integer(quants, profile)
+    return make_constants(spec, params, quants, ranges, profile, nonlinear)
+
+
+def make_constants(
+    spec: ModelSpec,
+    params: Mapping[str, np.ndarray],
+    quants: Mapping[str, QuantSpec],
+    ranges: Mapping[str, Range],
+    profile: Profile,
+    nonlinear: Nonlinear,
+) -> dict[str, np.ndarray]:
+    """The constants of `lower`, of quantizers that `check_integer` allows under the profile."""
     nx = Lowering(quants, ranges, profile, nonlinear)
     weights = {name: const(params[name]) for name in shapes(spec)}
     if spec.family is Family.VIT:

@@ -53,7 +53,8 @@ def test_other_commands_say_what_an_imported_model_lacks(tmp_path):
     path = tmp_path / "run" / "model.safetensors"
     save_checkpoint(path, import_model(tmp_path / "theirs"))
     for words, message in [
-        (("evaluate", path), "found no tokenizer.json"),
+        (("analyze", path), "found no tokenizer.json"),
+        (("evaluate", path), "has no head"),
         (
             ("train", "--model", "bert-tiny", "--steps", 1, "--resume", "--out", path.parent),
             "was not made by qtx train",

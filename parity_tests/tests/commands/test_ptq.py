@@ -303,7 +303,7 @@ def test_resume_goes_on_and_refuses_another(vit, tmp_path, monkeypatch):
         "ptq", vit, *SMALL[:3], "50", *SMALL[4:], "--recipes", "w8a8,w4a4,w6a6", "--out", out, "--resume"
     )
     (out / "ptq.json").write_text("{}")
-    assert "no comparison" in bad(*arguments, "--resume")
+    assert "not qtx's" in bad(*arguments, "--resume")
 
 
 def test_sensitivity_ranks_sites(vit, tmp_path):

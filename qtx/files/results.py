@@ -1,0 +1,119 @@
+"""Results read back, `study.json` and `ptq.json`: what they must hold before a command goes on with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from .container import COMPARISON, STUDY, CheckpointError, read_sealed_json
+
+LARGEST = 2**63  # of whole numbers
+RUNS_AS = ("float", "integers", "simulation", "failed")
+WAYS = {"runs_as": f"one of {', '.join(RUNS_AS)}"}
+MEASURED = dict.fromkeys(("value", "loss", "difference", "low", "high", "ms"), "a number or null")
+ROW = MEASURED | WAYS | {"bytes": "a whole number or null", "worst": "a list of sites and numbers"}
+SCORES = ("loss", "perplexity", "accuracy", "max_inf_norm", "average_kurtosis")
+RUN = {
+    "attention": "a text",
+    "checkpoint": "a text",
+    "diverged": "true or false",
+    "float": "scores or null",
+    "outliers": "scores or null",
+    "trained": "scores or null",
+    "recipes": "an object",
+    "watch": "an object",
+}
+
+
+def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> dict[str, Any]:
+    """What `qtx ptq` wrote: `of`, `rows` by recipe, `sensitivity`. Raises CheckpointError where a value that is shown or
+    gone on with is not of its kind, or a row is of a recipe other than `recipes` and float."""
+
+    def check(content: dict[str, Any]) -> None:
+        kinds = {"of": "an object", "metric": "a text", "rows": "an object", "sensitivity": "an object"}
+        expect_all(path, "", content, kinds)
+        if content["metric"] != metric:
+            raise CheckpointError(f"{path} is another comparison: its metric is not {metric}")
+        for name, row in content["rows"].items():
+            if name not in ("float", *recipes):
+                raise CheckpointError(f"{path} has a row of {name}, which is not among the recipes compared")
+            check_row(path, f"rows.{name}", row)
+        for name, sites in content["sensitivity"].items():
+            expect(path, f"sensitivity.{name}", sites, "a list")
+            for entry in sites:
+                expect_all(path, f"sensitivity.{name}", entry, {"site": "a text"} | MEASURED)
+
+    return read_sealed_json(path, COMPARISON, check)
+
+
+def check_row(path: Path, where: str, row: Any) -> None:
+    """Raises CheckpointError where a recipe's row is not what `qtx ptq` makes."""
+    expect_all(path, where, row, ROW)
+    if "simulated" in row:
+        expect_all(path, f"{where}.simulated", row["simulated"], MEASURED)
+    if "why" in row or row["runs_as"] == "failed":
+        expect(path, f"{where}.why", row.get("why"), "a text")
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """What `qtx study` wrote. Raises CheckpointError where a value that is shown or gone on with is not of its kind."""
+
+    def check(content: dict[str, Any]) -> None:
+        expect_all(path, "", content, {"spec": "an object", "runs": "an object"})
+        for name, run in content["runs"].items():
+            expect_all(path, f"runs.{name}", run, RUN)
+            if run["checkpoint"] != (file := f"{name}/model.safetensors"):
+                raise CheckpointError(f"{path} is not what qtx wrote: runs.{name}.checkpoint must be {file}")
+            for recipe, scores in run["recipes"].items():
+                expect(path, f"runs.{name}.recipes.{recipe}", scores, "scores or null")
+
+    return read_sealed_json(path, STUDY, check)
+
+
+def expect_all(path: Path, where: str, value: Any, kinds: Mapping[str, str]) -> None:
+    """Raises CheckpointError unless `value` is an object whose keys are of these kinds."""
+    expect(path, where or "the file", value, "an object")
+    for key, kind in kinds.items():
+        expect(path, f"{where}.{key}".removeprefix("."), value.get(key, MISSING), kind)
+
+
+def expect(path: Path, where: str, value: Any, kind: str) -> None:
+    if not KINDS[kind](value):
+        raise CheckpointError(f"{path} is not what qtx wrote: {where} must be {kind}; remove it and measure again")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a JSON value is a number that arithmetic can take."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def is_score(value: Any) -> bool:
+    """Whether a JSON value is null, or an object whose numbers for the table are numbers or null."""
+    return value is None or (
+        isinstance(value, dict) and all(value.get(key) is None or is_finite(value[key]) for key in SCORES)
+    )
+
+
+def is_error(value: Any) -> bool:
+    """Whether a JSON value is a pair of a site and its error."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and is_finite(value[1])
+
+
+MISSING = object()
+KINDS = {
+    "an object": lambda value: isinstance(value, dict),
+    "a list": lambda value: isinstance(value, list),
+    "a text": lambda value: isinstance(value, str),
+    "true or false": lambda value: isinstance(value, bool),
+    "a number or null": lambda value: value is None or is_finite(value),
+    "a whole number or null": lambda value: value is None or is_whole(value),
+    "scores or null": is_score,
+    "a list of sites and numbers": lambda value: isinstance(value, list) and all(map(is_error, value)),
+    WAYS["runs_as"]: lambda value: value in RUNS_AS,
+}
