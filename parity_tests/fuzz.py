@@ -31,8 +31,8 @@ from safetensors.numpy import save_file
 from parity_tests.subjects import mutations
 from parity_tests.subjects.mutations import pick
 from qtx.cli import main as qtx
-from qtx.data.corpus import bundled_tokenizer
 from qtx.data.splits import digest
+from qtx.data.tokenizing import read_bundled_tokenizer
 from qtx.files.checkpoint import Checkpoint, save_checkpoint
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import Family, Head, ModelSpec
@@ -144,7 +144,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 def make_folder(folder: Path) -> None:
     """Models, results, data and files of other programs: what the cases read and may not harm."""
     os.chdir(folder)
-    tokenizer = bundled_tokenizer()
+    tokenizer = read_bundled_tokenizer()
     text = {"tokenizer": tokenizer, "data": {"kind": "text", "tokenizer_sha256": digest(tokenizer.encode())}}
     for name, spec, meta in (("vit", VIT, {}), ("opt", OPT, text), ("bert", BERT, text)):
         save_checkpoint(Path(f"{name}.safetensors"), Checkpoint(spec, init_params(spec, 0), meta=meta))

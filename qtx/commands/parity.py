@@ -69,7 +69,7 @@ def check_junit(ctx: click.Context, parameter: click.Parameter, path: Path | Non
     """Refuses a place that cannot be written, or that holds anything but an earlier report, before any work."""
     if path is None:
         return None
-    from parity_tests.proof import junit
+    from parity_tests import junit
 
     if path.is_symlink() or (path.is_file() and not path.read_bytes().startswith(junit.BEGINNING)):
         raise CheckpointError(f"--junit {path} exists and is no report of qtx parity: choose another")
@@ -118,8 +118,10 @@ def parity(checkpoint, backend_name, device, dtype, data, tokenizer, only, junit
 
     docs/parity-in-ci.md has a workflow to copy.
     """
-    from parity_tests import runner  # only here: the proof is not needed to use qtx
-    from parity_tests.proof import junit  # only here: the proof is not needed to use qtx
+    from parity_tests import (
+        junit,  # only here: the proof is not needed to use qtx
+        runner,  # only here: the proof is not needed to use qtx
+    )
 
     if junit_path is not None and junit_path.resolve() in others(checkpoint, json_path):
         raise CheckpointError(f"--junit {junit_path} is another file of this command: choose another")

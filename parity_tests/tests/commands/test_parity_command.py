@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from parity_tests import runner
+from parity_tests.junit import document
 from parity_tests.proof.case import Case, Context
-from parity_tests.proof.junit import document
 from parity_tests.proof.verdict import Verdict, exact
 from parity_tests.runner import Report, Row
 from parity_tests.tests.shell import call, good

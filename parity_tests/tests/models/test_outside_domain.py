@@ -16,7 +16,7 @@ import qtx_torch.ops  # noqa: E402
 import qtx_torch.quant.observers  # noqa: E402
 import qtx_torch.quant.quantizer  # noqa: E402
 import qtx_torch.stats  # noqa: E402
-from parity_tests.subjects.integer_models import lowered  # noqa: E402
+from parity_tests.subjects.integer_models import lower_model  # noqa: E402
 from qtx_ref import attention, backend, ops, stats  # noqa: E402
 from qtx_ref.models.initial import init_params  # noqa: E402
 from qtx_ref.presets import preset  # noqa: E402
@@ -212,7 +212,7 @@ def test_pictures_that_are_no_numbers_are_seen_in_the_result():
 @pytest.fixture(scope="module")
 def integers():
     """A model in integers of each backend, and its batch."""
-    made = lowered(IMAGES, init_params(IMAGES, 0), [pictures()], pictures())
+    made = lower_model(IMAGES, init_params(IMAGES, 0), [pictures()], pictures())
     return [made.model(module.IntegerModel) for module in BOTH], pictures()
 
 
@@ -247,7 +247,7 @@ def test_integers_of_what_is_no_number(integers, odd):
 )
 def test_what_is_chosen_is_checked_as_what_is_given(chosen, error):
     start = np.array([[3, 4]], "u1")
-    low = lowered(CAUSAL, init_params(CAUSAL, 0), [text()], text())
+    low = lower_model(CAUSAL, init_params(CAUSAL, 0), [text()], text())
     for module in BOTH:
         for model in (module.Model(CAUSAL, init_params(CAUSAL, 0)), low.model(module.IntegerModel)):
             got = answer(model.generate, start, 3, lambda logits: chosen)
