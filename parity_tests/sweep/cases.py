@@ -1,8 +1,8 @@
 """Random configurations of the integer arithmetic, and the chain of calls that each puts through a backend.
 
 A chain takes the backend's module (`qtx_ref.quant.affine` or `qtx_torch.quant.affine`, ...): functions and parameters
-have the same names. `DRAWS[module](index, codes)` draws configuration `index`: each axis goes through all its values, in an order of
-its own, before it repeats one, so n configurations meet every value of every axis with at most n values.
+have the same names. `DRAWS[module](index, codes)` draws configuration `index`: each axis goes through all its values, in
+an order of its own, before it repeats one, so n configurations meet every value of every axis with at most n values.
 """
 
 from __future__ import annotations

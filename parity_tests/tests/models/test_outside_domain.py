@@ -22,7 +22,7 @@ from qtx_ref.models.initial import init_params  # noqa: E402
 from qtx_ref.presets import preset  # noqa: E402
 from qtx_ref.quant import observers  # noqa: E402
 from qtx_ref.quant import quantizer as quantizers  # noqa: E402
-from qtx_ref.spec import (
+from qtx_ref.spec import (  # noqa: E402
     AttentionSpec,
     FloatQuantSpec,
     Granularity,
