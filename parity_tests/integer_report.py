@@ -30,7 +30,7 @@ from parity_tests.subjects.integer_models import (
 )
 from qtx.data import load
 from qtx.files.checkpoint import file_of, load_checkpoint
-from qtx.prepare.quantization import IntegerScorer
+from qtx.measure.scores import IntegerScorer
 from qtx.report.tables import table
 from qtx_ref import models
 from qtx_ref.attention import probabilities

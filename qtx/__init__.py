@@ -1,3 +1,3 @@
 """qtx: train transformers that survive integers, quantize them, and prove that what runs is what was measured."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

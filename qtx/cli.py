@@ -34,9 +34,6 @@ from .commands.options import (
     Number,
     claim,
     hold_out,
-    need_head,
-    open_data,
-    open_model,
     say,
     split_list,
     write_json,
@@ -44,19 +41,21 @@ from .commands.options import (
 from .commands.parity import parity
 from .commands.ptq import ptq
 from .commands.quantize import quantize
-from .data import DataError, load
+from .data import DataError, load, splits
 from .data.tokenizing import encode_prompt, open_tokenizer
 from .engines.backend import MissingExtra
+from .engines.machine import Machine
 from .files.artifact import SUFFIX, Artifact
 from .files.checkpoint import Checkpoint
 from .files.container import CheckpointError
+from .jobs.opening import need_head, open_data, open_model
 from .jobs.resume import check_run
-from .jobs.run import Machine, Start, TrainSpec
+from .jobs.run import Start, TrainSpec
 from .jobs.starts import continue_model, open_origin
 from .jobs.study import Study, StudySpec
 from .jobs.training import default_optim, fit_vocabulary, train
+from .measure import scores
 from .measure.history import History
-from .prepare import quantization
 from .recipes import named as recipes
 from .report.tables import number, table
 from .signals import Interrupted, exit_status, handle, interrupt
@@ -236,7 +235,7 @@ def train_command(
     else:
         source = open_data(init, spec, origin.checkpoint.meta, data, None)
         for split in ("evaluation", "calibration"):
-            quantization.refuse_overlap(origin.checkpoint.meta, source, split)
+            splits.refuse_overlap(origin.checkpoint.meta, source, split)
     run = TrainSpec(spec, optim, batch, seed, train_quant, watch_integer, origin and origin.sha256)
     checkpoint = train(run, source, path, machine, resume=resume, label=attention_name or out.name, start=start)
     curve = checkpoint.extra["history.loss"]
@@ -283,21 +282,21 @@ def evaluate(
     )
 
     def evaluation():
-        return opened.data.split_batches("evaluation", opened.found.spec, quantization.BATCH, 0, limit=batches)
+        return opened.data.split_batches("evaluation", opened.found.spec, splits.BATCH, 0, limit=batches)
 
     label, total = f"evaluate {opened.numerics}", sum(1 for _ in evaluation())
-    score = quantization.evaluate(opened.scored, evaluation(), label, total)
+    score = scores.evaluate(opened.scored, evaluation(), label, total)
     check_finite(str(checkpoint), score, opened.found.spec)
-    result = {"numerics": opened.numerics, **quantization.as_json(score)}
+    result = {"numerics": opened.numerics, **scores.as_json(score)}
     rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
     note = opened.note
     say(table(["", str(checkpoint)], rows) + (f"\n{note}" if note else ""), json_path)
     write_json(json_path, result | ({"note": note} if note else {}))
 
 
-def check_finite(what: str, score: quantization.Score, spec: ModelSpec) -> None:
+def check_finite(what: str, score: scores.Score, spec: ModelSpec) -> None:
     """Raises SpecError where a model's loss or its metric is no finite number."""
-    for name in ("loss", quantization.metric(spec)):
+    for name in ("loss", scores.metric(spec)):
         if not math.isfinite(value := getattr(score, name)):
             raise SpecError(
                 f"{what} diverges: {name} is {value} over {score.targets} targets; take another model or recipe"

@@ -6,8 +6,10 @@ import click
 
 from qtx_ref.stats import SIGMAS
 
+from ..data import splits
 from ..engines.backend import need
 from ..files.container import ANALYSIS, check_writable, write_sealed_json
+from ..jobs.opening import make_float_model, open_checkpoint, open_data
 from ..jobs.training import Machine
 from ..measure.analysis import PERCENTILES, Analysis, Carrier
 from ..measure.analysis import analyze as run
@@ -19,23 +21,9 @@ from ..measure.heads import (
     UPDATE,
     Head,
 )
-from ..prepare import quantization
 from ..report import outliers
 from ..report.tables import number, table
-from .options import (
-    CHECKPOINT,
-    DATA,
-    JSON,
-    LIMIT,
-    MACHINE,
-    OUT,
-    float_model,
-    hold_out,
-    open_checkpoint,
-    open_data,
-    say,
-    write_json,
-)
+from .options import CHECKPOINT, DATA, JSON, LIMIT, MACHINE, OUT, hold_out, say, write_json
 
 SHOWN = 12  # heads in the table; all of them are in the JSON
 
@@ -60,10 +48,10 @@ def analyze(checkpoint, data, tokenizer, batches, out, backend_name, device, dty
             check_writable(out / name)
     found = open_checkpoint(checkpoint)
     source = open_data(checkpoint, found.spec, found.meta, data, tokenizer)
-    model = float_model(found, Machine(backend_name, device, dtype))
+    model = make_float_model(found, Machine(backend_name, device, dtype))
 
     def evaluation():
-        return source.split_batches("evaluation", found.spec, quantization.BATCH, 0, limit=batches or 16)
+        return source.split_batches("evaluation", found.spec, splits.BATCH, 0, limit=batches or 16)
 
     result = run(model, source, evaluation(), sum(1 for _ in evaluation()))
     say("\n\n".join(f"{title}\n{body}" for title, body in tables(result)), json_path)

@@ -23,19 +23,10 @@ from ..files.artifact import (
 )
 from ..files.container import CheckpointError, check_writable
 from ..files.vectors import differing, inputs, load_vectors, run_vectors, save_vectors
+from ..jobs.opening import describe_head, make_artifact_model, open_model
 from ..jobs.training import Machine
 from ..report.tables import table
-from .options import (
-    DATA,
-    JSON,
-    MACHINE,
-    OUT,
-    artifact_model,
-    head_note,
-    open_model,
-    say,
-    write_json,
-)
+from .options import DATA, JSON, MACHINE, OUT, say, write_json
 
 MODEL = click.argument("model", type=click.Path(path_type=Path), metavar=f"MODEL{SUFFIX}")
 
@@ -67,7 +58,7 @@ def show(model, json_path):
     rows = site_rows(artifact, stored)
     header = ["site", "bits", "codes", "per", "scale", "zero point", "constants", "bytes"]
     say(table(header, [[str(row[key]) for key in header] for row in rows]), json_path)
-    if note := head_note(artifact):
+    if note := describe_head(artifact):
         say(note, json_path)
     write_json(json_path, {
         "spec": to_dict(artifact.spec), "recipe": to_dict(artifact.recipe), "profile": to_dict(artifact.profile),
@@ -152,7 +143,7 @@ def vectors(model, data, tokenizer, out, check, count, strict, backend_name, dev
     if check is not None:
         artifact = load_artifact(model)
         expected = load_vectors(check, model, artifact.spec)
-        compare(expected, artifact_model(artifact, machine, strict=strict), json_path)
+        compare(expected, make_artifact_model(artifact, machine, strict=strict), json_path)
         return
     if out.suffix.lower() == SUFFIX:
         raise SpecError(f"--out {out}: vectors are no model; give a name ending in .safetensors")

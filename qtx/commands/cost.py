@@ -32,21 +32,12 @@ from ..files.artifact import SUFFIX, Artifact, load_artifact, make_artifact, sav
 from ..files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..files.container import COST, CheckpointError, check_writable, write_beside, write_sealed_json
 from ..files.locks import make_scratch
+from ..jobs.opening import is_artifact, open_data
 from ..jobs.training import Machine
 from ..progress import Progress
 from ..recipes.named import resolve
 from ..report.costs import attention_table, bars, cost_table, kernel_table, paragraph
-from .options import (
-    DATA,
-    JSON,
-    OUT,
-    hold_out,
-    is_artifact,
-    open_data,
-    say,
-    split_list,
-    write_json,
-)
+from .options import DATA, JSON, OUT, hold_out, say, split_list, write_json
 from .quantize import choose_recipe, ranges_of
 
 NAMES = ("cost.json", "cost.txt", "cost.png")

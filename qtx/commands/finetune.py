@@ -10,25 +10,17 @@ import click
 
 from qtx_ref.spec import Family, OptimSpec, SpecError
 
-from ..data import SPLITS, ImageData, LabelledText, load
+from ..data import SPLITS, ImageData, LabelledText, load, splits
+from ..engines.machine import Machine
 from ..engines.protocols import Batch
+from ..jobs.opening import check_tokenizer, need_tokenizer
 from ..jobs.resume import check_run
-from ..jobs.run import Machine, Start, TrainSpec
+from ..jobs.run import Start, TrainSpec
 from ..jobs.starts import Origin, make_classifier, open_origin
 from ..jobs.training import train
-from ..prepare import quantization
+from ..measure import scores
 from ..report.tables import number, table
-from .options import (
-    JSON,
-    MACHINE,
-    OUT,
-    RATE,
-    check_tokenizer,
-    claim,
-    need_tokenizer,
-    say,
-    write_json,
-)
+from .options import JSON, MACHINE, OUT, RATE, claim, say, write_json
 
 FULL_LR, HEAD_LR = 5e-5, 1e-3
 EPOCHS = 3.0
@@ -111,12 +103,12 @@ def finetune(
         raise SpecError(f"{path}: training diverged at step {made.meta['diverged_at']}: give a lower --lr")
 
     def evaluation() -> Iterable[Batch]:
-        return source.split_batches("evaluation", spec, quantization.BATCH, 0)
+        return source.split_batches("evaluation", spec, splits.BATCH, 0)
 
     total = sum(1 for _ in evaluation())
-    score = quantization.evaluate(machine.model(spec, made.params), evaluation(), "evaluate", total)
+    score = scores.evaluate(machine.model(spec, made.params), evaluation(), "evaluate", total)
     loss = made.extra["history.loss"]
-    result = {"steps": len(loss), **quantization.as_json(score)}
+    result = {"steps": len(loss), **scores.as_json(score)}
     rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
     say(table(["", str(path)], rows), json_path)
     write_json(
@@ -146,5 +138,5 @@ def load_labelled(origin: Origin, data: str, length: int | None) -> LabelledText
         name = untrained[0] if source.names is None else source.names[untrained[0]]
         raise SpecError(f"{data} has no train rows of class {name!r}: give it some, or remove the class")
     for split in ("evaluation", "calibration"):
-        quantization.refuse_overlap(meta, source, split)
+        splits.refuse_overlap(meta, source, split)
     return source

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import wraps
 from pathlib import Path
@@ -11,20 +9,14 @@ from typing import Any
 
 import click
 
-from qtx_ref.integer.model import accumulator_bits
-from qtx_ref.spec import Family, Head, ModelSpec, Recipe, SpecError
+from qtx_ref.spec import SpecError
 
-from ..data import Dataset, load
 from ..engines.backend import backend
-from ..files.artifact import SUFFIX, Artifact, load_artifact
-from ..files.checkpoint import Checkpoint, load_checkpoint
+from ..files.artifact import SUFFIX
 from ..files.container import RESULT, CheckpointError, check_writable, to_json, write_beside
 from ..files.locks import hold
-from ..jobs.run import Machine, refuse_existing
+from ..jobs.run import refuse_existing
 from ..jobs.training import check_rate
-from ..prepare import quantization
-from ..recipes import named as recipes
-from ..recipes.sites import sites
 
 # in the folders that train, study, export, analyze, ptq and cost write
 WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "tokenizer.json", "preprocessor_config.json",
@@ -192,190 +184,3 @@ def say(text: str, json_path: str | None) -> None:
 
 def split_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def open_data(path: Path, spec: ModelSpec, meta: dict[str, Any], name: str | None, tokenizer: Path | None) -> Any:
-    """The data to evaluate a model on: its own unless said otherwise, with its own tokenizer. Raises SpecError where they
-    are gone, or another tokenizer's."""
-    need_tokenizer(path, spec, meta)
-    about = meta.get("data", {})
-    source = about.get("source") if name is None else name
-    if name is None and source not in (None, "books", "digits") and not Path(source).exists():
-        raise SpecError(f"{path} has its data from {source}, which is not there now: say where with --data")
-    own = {"length": about.get("length"), "names": about.get("names"), "scaling": meta.get("images")}
-    data = load(source, spec, tokenizer=tokenizer or meta.get("tokenizer"), **own)
-    check_tokenizer(path, meta, data)
-    return data
-
-
-def need_tokenizer(path: Path, spec: ModelSpec, meta: Mapping[str, Any]) -> None:
-    """Raises SpecError for an imported model of text without the tokenizer that its token ids are of."""
-    if spec.family is not Family.VIT and "hub" in meta and not meta.get("tokenizer"):
-        raise SpecError(
-            f"{path} is a model whose import found no tokenizer.json: import it again with one in its folder"
-        )
-
-
-def check_tokenizer(path: Path, meta: Mapping[str, Any], data: Dataset) -> None:
-    """Raises SpecError where data are not read with the tokenizer of a checkpoint's own."""
-    trained_with = meta.get("data", {}).get("tokenizer_sha256")
-    given = data.describe().get("tokenizer_sha256")
-    if trained_with != given:
-        raise SpecError(
-            f"tokenizer {given and given[:12]} is not the one of {path} ({trained_with and trained_with[:12]})"
-        )
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint that holds a model. Raises CheckpointError where it cannot be read, or its training diverged."""
-    checkpoint = load_checkpoint(path)
-    if "diverged_at" in checkpoint.meta:
-        raise CheckpointError(
-            f"{path}: training diverged at step {checkpoint.meta['diverged_at']}; no model is left to use"
-        )
-    return checkpoint
-
-
-def float_model(checkpoint: Checkpoint, machine: Machine) -> Any:
-    """The checkpoint's model in float, with the transforms for which its parameters are made."""
-    model = machine.model(checkpoint.spec, checkpoint.params)
-    model.bind({}, {}, transforms=checkpoint.transforms)
-    return model
-
-
-def is_artifact(path: Path) -> bool:
-    """Whether a name stands for integers. What the file then is, its content says, and a wrong name is refused."""
-    return path.suffix == SUFFIX
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model as a command runs it, where it came from, data to run it on, and what it is in words."""
-
-    found: Checkpoint | Artifact
-    model: Any
-    data: Any
-    numerics: str
-    integer: bool = False
-    note: str = ""
-
-    @property
-    def scored(self) -> Any:
-        """What `quantization.evaluate` takes."""
-        return quantization.IntegerScorer(self.model) if self.integer else self.model
-
-
-def open_model(
-    path: Path, machine: Machine, data_name: str | None = None, tokenizer: Path | None = None, *,
-    recipe_name: str | None = None, numerics: str | None = None, strict: bool = False, split: str | None = None,
-    check: Callable[[Checkpoint | Artifact], None] = lambda found: None,
-) -> Opened:  # fmt: skip
-    """A checkpoint in float or under a recipe, or an artifact in integers or fake quantization; data of `split` are
-    compared with those it was trained and calibrated on.
-
-    check: refuses a file that the command cannot use, before any data are read.
-
-    Raises:
-        SpecError, CheckpointError, DataError, MissingExtra: a file, data, or an option that does not belong to it.
-    """
-    if not is_artifact(path):
-        if numerics or strict:
-            raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
-        found = open_checkpoint(path)
-        chosen = recipe_of(found, recipe_name)
-        check(found)
-        data = open_data(path, found.spec, found.meta, data_name, tokenizer)
-        if split:
-            quantization.refuse_overlap(found.meta, data, split)
-        model = model_under(found, machine, data, chosen)
-        return Opened(found, model, data, "float" if chosen is None else chosen.name)
-    if recipe_name is not None:
-        raise SpecError(f"--recipe {recipe_name}: {path} has its own; leave it out")
-    found, kind = load_artifact(path), numerics or "integer"
-    check(found)
-    model = artifact_model(found, machine, kind, strict)
-    data = open_data(path, found.spec, found.meta, data_name, tokenizer)
-    if split:
-        quantization.refuse_overlap(found.meta, data, split)
-    words = f"{kind}{', strict' if strict else ''}, {found.recipe.name}, profile {found.profile.name}"
-    return Opened(found, model, data, words, kind == "integer", head_note(found))
-
-
-def need_head(path: Path, spec: ModelSpec) -> None:
-    """Raises SpecError where a model has no head, and so no words or classes to tell."""
-    if spec.head is Head.NONE:
-        raise SpecError(f"{path} has no head: it can be analyzed and compared, not evaluated or asked for words")
-
-
-def artifact_model(artifact: Artifact, machine: Machine, numerics: str = "integer", strict: bool = False) -> Any:
-    """The model in integers, or under the fake quantization of the same codes."""
-    if numerics == "fake":
-        if strict:
-            raise SpecError("--strict belongs to --numerics integer: fake quantization is floats")
-        model = machine.model(artifact.spec, artifact.float_params())
-        model.bind(artifact.quants, artifact.ranges(), masked_scores=artifact.recipe.masked_scores)
-        return model
-    if machine.dtype != "float32":
-        raise SpecError(f"--dtype {machine.dtype}: an integer model has no float dtype; leave it out")
-    make = backend(machine.backend).IntegerModel
-    return make(
-        artifact.spec, artifact.constants, artifact.quants, artifact.profile, device=machine.device, strict=strict
-    )
-
-
-def head_note(artifact: Artifact) -> str:
-    """What becomes of a language model's last linear where the recipe leaves its weights or its result in float."""
-    quants, order = artifact.quants, sites(artifact.spec).results
-    own, result = "head.decoder.weight" in quants, "head.decoder" in quants
-    if artifact.spec.head not in (Head.MLM, Head.CAUSAL) or (own and result):
-        return ""
-    name = "head.decoder.weight" if own else "embed.token.weight"
-    weight = quants[name]
-    codes = f"{'int' if weight.symmetric else 'uint'}{weight.bits}"
-    part = "whose result" if own else "whose weights" if result else "which"
-    note = f"head.decoder, {part} recipe {artifact.recipe.name} leaves in float, multiplies the {codes} codes of {name}"
-    if result:
-        return note
-    entering = quants.get("head.decoder.input", quants.get(order[order.index("head.decoder") - 1]))
-    return f"{note}; its int{accumulator_bits(entering, weight)} accumulators are the output"
-
-
-def recipe_of(checkpoint: Checkpoint, recipe_name: str | None) -> Recipe | None:
-    """The recipe that a checkpoint is run under: its own, or the one of that name; None for float. Raises SpecError for one
-    that does not exist, or does not fit the model."""
-    if recipe_name == "float" or (recipe_name is None and checkpoint.recipe is None):
-        return None
-    if recipe_name is None:
-        return checkpoint.recipe
-    chosen = recipes.recipe(recipe_name, checkpoint.spec)
-    recipes.resolve(chosen, checkpoint.spec)
-    refuse_transformed(checkpoint, f"recipe {chosen.name}")
-    return chosen
-
-
-def model_under(checkpoint: Checkpoint, machine: Machine, data: Any, chosen: Recipe | None) -> Any:
-    """The model that a checkpoint is run as: in float, under its own recipe, or under another, calibrated here."""
-    if chosen is not None and chosen is not checkpoint.recipe:
-        return prepared_anew(checkpoint, machine, data, chosen).model(machine, checkpoint.spec, chosen)
-    model = float_model(checkpoint, machine)
-    if chosen is not None:
-        quantization.bind(model, chosen, checkpoint.ranges, checkpoint.transforms)
-    return model
-
-
-def refuse_transformed(checkpoint: Checkpoint, what: str) -> None:
-    """Raises SpecError where the parameters are made for transforms, without which they are another model."""
-    if checkpoint.transforms:
-        raise SpecError(
-            f"{what}: the checkpoint's weights are made for the transforms of {checkpoint.recipe.name}; take the float "
-            "checkpoint that it was made from"
-        )
-
-
-def prepared_anew(checkpoint: Checkpoint, machine: Machine, data: Any, chosen: Recipe) -> quantization.Prepared:
-    """A checkpoint's parameters under a recipe, from its calibration data. Raises SpecError where the parameters are made
-    for transforms of another recipe, and for data that the checkpoint knows from another split."""
-    refuse_transformed(checkpoint, f"recipe {chosen.name}")
-    quantization.refuse_overlap(checkpoint.meta, data, "calibration")
-    batches = quantization.calibration(data, checkpoint.spec)
-    return quantization.prepare(machine, checkpoint.spec, checkpoint.params, batches, chosen)

@@ -20,19 +20,12 @@ from ..engines.backend import MissingDevice, MissingExtra
 from ..files.artifact import SUFFIX, Artifact
 from ..files.checkpoint import file_of
 from ..files.container import CheckpointError, check_writable, sha_of, write_beside
+from ..jobs.opening import is_artifact, make_artifact_model, open_model
 from ..jobs.training import Machine
 from ..progress import Progress, clock
 from ..recipes import named as recipes
 from ..report.tables import table
-from .options import (
-    DATA,
-    JSON,
-    artifact_model,
-    is_artifact,
-    open_model,
-    say,
-    write_json,
-)
+from .options import DATA, JSON, say, write_json
 
 FEW = 4  # sequences of a batch
 DIFFERS, REFUSED, MISSING = 1, 2, 3  # exit statuses; click's own for a wrong option is 2 as well
@@ -228,7 +221,7 @@ def check_file(runner: Any, path: Path, device: str, data: str | None, tokenizer
 
     batches = read_batches("evaluation", 1)
     if isinstance(source, Artifact):
-        other = artifact_model(source, Machine("torch", device))
+        other = make_artifact_model(source, Machine("torch", device))
         report = runner.check_integers(opened.model, other, batches[0], device=device, progress=progress)
     else:
         chosen = source.recipe

@@ -12,31 +12,19 @@ import click
 
 from qtx_ref.spec import Head, ModelSpec, SpecError
 
+from ..data import splits
 from ..engines.backend import MissingExtra
 from ..files.checkpoint import file_of
 from ..files.container import CHECKPOINT as CHECKPOINT_FORMAT
 from ..files.container import COMPARISON, CheckpointError, check_writable, opened, sha_of
+from ..jobs.opening import open_checkpoint, open_data, refuse_transformed
 from ..jobs.ptq import CONFIDENCE, RESULTS, Comparison, PtqSpec, kept_name
 from ..jobs.training import Machine
-from ..prepare import quantization
 from ..recipes import remedies
 from ..recipes.named import recipe, resolve
 from ..report.ptq import picture
 from ..report.tables import DIVERGED, number, table
-from .options import (
-    CHECKPOINT,
-    DATA,
-    JSON,
-    MACHINE,
-    OUT,
-    hold_out,
-    open_checkpoint,
-    open_data,
-    refuse_transformed,
-    say,
-    split_list,
-    write_json,
-)
+from .options import CHECKPOINT, DATA, JSON, MACHINE, OUT, hold_out, say, split_list, write_json
 
 
 @click.command()
@@ -49,7 +37,7 @@ from .options import (
 @click.option("--also", default="", help="Comma list of recipes beside these: 'w8a8-float[layer.*.ffn.residual]'.")
 @click.option("--sequences", type=click.IntRange(2), default=512, show_default=True, help="Of the evaluation split.")
 @click.option("--calibration", type=click.IntRange(1), default=8, show_default=True,
-              help=f"Batches of {quantization.BATCH} from the calibration split.")  # fmt: skip
+              help=f"Batches of {splits.BATCH} from the calibration split.")  # fmt: skip
 @click.option(
     "--sensitivity", metavar="RECIPE", help="Quantize one site of RECIPE at a time and rank the sites, instead."
 )
@@ -92,7 +80,7 @@ def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, 
     check_out(out, resume, files, sha256)
     source = open_data(checkpoint, found.spec, found.meta, data, tokenizer)
     for split in ("evaluation", "calibration"):
-        quantization.refuse_overlap(found.meta, source, split)
+        splits.refuse_overlap(found.meta, source, split)
     spec = PtqSpec(chosen, sequences, calibration, seed, machine)
     identity = {"checkpoint": sha256} | {split: source.fingerprint(split) for split in ("calibration", "evaluation")}
     job = Comparison(spec, found, source, out, identity, resume=resume)
@@ -136,7 +124,7 @@ def row_table(job: Comparison, spec: ModelSpec) -> str:
     shift = "points" if job.kind == "accuracy" else "percent"
     count = len(job.plain.answers.count)
     note = (
-        f"{count} evaluation sequences, {job.spec.calibration} calibration batches of {quantization.BATCH}; to float in "
+        f"{count} evaluation sequences, {job.spec.calibration} calibration batches of {splits.BATCH}; to float in "
         f"{shift}, its interval by a paired bootstrap over sequences. Metric, ms (of a sequence, as evaluated) and MiB of a "
         "row are of one thing: the integer artifact, or the simulation, which is float32 parameters and quantizers. error: "
         "squared error over squared tensor of the site's quantizer, fed the float model's tensor."

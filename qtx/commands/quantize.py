@@ -23,25 +23,13 @@ from qtx_ref.spec import (
 from ..files.artifact import SUFFIX, make_artifact, save_artifact, size
 from ..files.checkpoint import Checkpoint, file_of, save_checkpoint
 from ..files.container import CheckpointError, check_writable
+from ..jobs.opening import is_artifact, open_checkpoint, open_data, prepare_anew, refuse_transformed
 from ..jobs.training import Machine
-from ..prepare.quantization import Prepared
-from ..prepare.transforms import left_sites
+from ..prepare.prepare import Prepared
 from ..recipes import named as recipes
+from ..recipes.transforms import list_left_transforms
 from .artifact import size_text
-from .options import (
-    CHECKPOINT,
-    DATA,
-    JSON,
-    MACHINE,
-    OUT,
-    is_artifact,
-    open_checkpoint,
-    open_data,
-    prepared_anew,
-    refuse_transformed,
-    say,
-    write_json,
-)
+from .options import CHECKPOINT, DATA, JSON, MACHINE, OUT, say, write_json
 
 PROFILE_HELP = (  # of qtx_ref/profiles, in a line
     "qtx (fixed point, one rounding), float32 (requantizes in float32), gemmlowp (fixed point, two roundings), tflite "
@@ -125,7 +113,7 @@ def choose_recipe(found: Checkpoint, recipe_name: str | None, integers: Profile 
     chosen = found.recipe if own else recipes.recipe(recipe_name or "w8a8", found.spec)
     quants = recipes.resolve(chosen, found.spec)
     if integers is not None:
-        check_integer(quants, integers, transforms=left_sites(chosen, found.spec))
+        check_integer(quants, integers, transforms=list_left_transforms(chosen, found.spec))
     if not own:
         refuse_transformed(found, f"recipe {chosen.name}")
     return chosen
@@ -139,7 +127,7 @@ def ranges_of(found: Checkpoint, machine: Machine, source: Any, chosen: Recipe) 
         known = found.meta.get("data", {}).get("hashes", {}).get("calibration", [])
         own = Prepared(found.params, found.ranges, found.transforms)
         return own, found.meta.get("calibration", known), "the checkpoint's own ranges"
-    prepared = prepared_anew(found, machine, source, chosen)
+    prepared = prepare_anew(found, machine, source, chosen)
     return prepared, source.hashes("calibration"), f"ranges of {chosen.batches} calibration batches"
 
 

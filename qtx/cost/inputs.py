@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 
-from ..prepare.quantization import BATCH, CALIBRATION_SEED
+from ..data.splits import BATCH
+from ..prepare.calibration import CALIBRATION_SEED
 from ..progress import Progress
 
 SEARCHED = 16  # evaluation batches looked through for sequences that are long enough

@@ -32,7 +32,7 @@ from ..engines import ort as onnx_engine
 from ..engines.backend import backend
 from ..files.artifact import load_artifact
 from ..files.checkpoint import load_checkpoint
-from ..prepare import quantization
+from ..prepare import calibration
 
 WARM = 3  # passes before any that counts
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal this process gets when its parent ends
@@ -71,7 +71,7 @@ def load(task: Task, kind: str, file: str) -> Any:
     found = load_checkpoint(path)
     model = module.Model(found.spec, found.params, device=device)
     if kind == "fake":
-        quantization.bind(model, found.recipe, found.ranges, found.transforms)
+        calibration.bind(model, found.recipe, found.ranges, found.transforms)
     if not torch:
         return PlainRunner(model.forward, model)
     if kind == "bfloat16":

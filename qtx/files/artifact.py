@@ -35,7 +35,7 @@ from qtx_ref.spec import (
 )
 
 from .. import __version__
-from ..prepare.quantization import SHORT
+from ..data.splits import SHORT
 from ..recipes.named import resolve
 from .artifact_check import check_constants, check_size
 from .checkpoint import Checkpoint

@@ -28,7 +28,7 @@ from qtx_ref.spec import (
     to_dict,
 )
 
-from ..prepare.transforms import left_sites, left_transforms
+from ..recipes.transforms import list_left_transforms, make_left_transforms
 from .container import (
     CHECKPOINT,
     VERSION,
@@ -154,7 +154,7 @@ def read_transforms(
     if not divisors and not (recipe and recipe.transforms):
         return {}
     try:
-        left = left_sites(recipe, spec) if recipe else {}
+        left = list_left_transforms(recipe, spec) if recipe else {}
         expected = {site for site, how in left.items() if how.kind is TransformKind.SMOOTH}
         if odd := sorted(expected ^ divisors.keys()):
             raise CheckpointError(f"{path}: its recipe and tensor transform.{odd[0]}.divisor do not belong together")
@@ -163,7 +163,7 @@ def read_transforms(
             width = weight.shape[-1] * (len(weight) if weight.ndim == 3 else 1)
             if divisor.shape != (width,) or divisor.dtype != np.float32 or not (divisor > 0).all():
                 raise CheckpointError(f"{path}: the divisor of {site} must be {width} positive numbers, float32")
-        return left_transforms(recipe, spec, params, divisors) if recipe else {}
+        return make_left_transforms(recipe, spec, params, divisors) if recipe else {}
     except SpecError as error:
         raise CheckpointError(f"{path}: {error}") from None
 

@@ -40,24 +40,20 @@ from qtx_ref.spec import (
 from qtx_ref.tape import const
 
 from ..data import DataError
+from ..data.splits import BATCH
 from ..engines.backend import backend
+from ..engines.machine import Machine
 from ..files.artifact import Artifact, stored_bytes
 from ..files.checkpoint import Checkpoint, save_checkpoint
 from ..files.container import COMPARISON, CheckpointError, check_writable, sha_of, write_sealed_json
 from ..files.locks import hold
 from ..files.results import read_comparison
-from ..prepare.quantization import (
-    BATCH,
-    CALIBRATION_SEED,
-    Answers,
-    Prepared,
-    answers,
-    metric,
-    prepare,
-)
+from ..measure.scores import Answers, answers, metric
+from ..prepare.calibration import CALIBRATION_SEED
+from ..prepare.prepare import Prepared, prepare
 from ..progress import Progress
 from ..recipes.named import recipe, resolve
-from .run import Machine, describe_difference
+from .run import describe_difference
 
 RESAMPLES = 2000  # of the bootstrap
 CONFIDENCE = 95  # percent, of its interval

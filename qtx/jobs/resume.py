@@ -10,14 +10,15 @@ from typing import Any
 from qtx_ref.spec import ModelSpec, OptimSpec
 
 from ..engines.backend import backend
+from ..engines.machine import Machine, identify_machine
 from ..engines.protocols import Arrays, Data, Model, Trainer
 from ..files.checkpoint import Checkpoint, load_checkpoint
 from ..files.container import CheckpointError
 from ..files.writing import check_space
 from ..measure.history import History
-from ..prepare.quantization import bind, calibrate
+from ..prepare.calibration import bind, calibrate
 from ..recipes.named import training_recipe
-from .run import Machine, TrainSpec, checkpoint_bytes, describe_difference, identify_machine
+from .run import TrainSpec, checkpoint_bytes, describe_difference
 
 
 @dataclass

@@ -12,28 +12,11 @@ from qtx_ref.models.initial import shapes
 from qtx_ref.spec import ModelSpec, OptimSpec, to_dict
 from qtx_ref.spec.optim import trains
 
-from ..engines.backend import backend
-from ..engines.protocols import Data, Model
+from ..engines.machine import Machine, identify_machine
+from ..engines.protocols import Data
 from ..files.container import CheckpointError
 
 HEADER = 2**20  # bytes of a checkpoint beside its numbers: at most about what a tokenizer and the names take
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a model runs."""
-
-    backend: str = "torch"
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    def check(self) -> None:
-        """Raises SpecError or MissingExtra where it is not to be had: a backend, a device, a dtype of it."""
-        backend(self.backend).check_machine(self.device, self.dtype)
-
-    def model(self, spec: ModelSpec, params: dict[str, np.ndarray]) -> Model:
-        """The backend's model with these parameters. Raises SpecError where the machine is not to be had."""
-        return backend(self.backend).Model(spec, params, device=self.device, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -55,11 +38,6 @@ class Start:
 
     params: dict[str, np.ndarray]
     kept: dict[str, Any] = field(default_factory=dict)  # JSON values that every checkpoint of the run keeps
-
-
-def identify_machine(machine: Machine) -> dict[str, Any]:
-    """What must be equal of the machine for two runs to give the same bits, as JSON values."""
-    return {"machine": to_dict(machine), "threads": backend(machine.backend).threads()}
 
 
 def identify(run: TrainSpec, data: Data, machine: Machine) -> dict[str, Any]:

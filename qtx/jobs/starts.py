@@ -13,9 +13,9 @@ from qtx_ref.presets import attention
 from qtx_ref.spec import Family, Gate, Head, ModelSpec, SpecError
 
 from .. import hub
+from ..data.splits import SHORT
 from ..files.checkpoint import Checkpoint, file_of, load_checkpoint
 from ..files.container import CheckpointError, sha_of
-from ..prepare.quantization import SHORT
 
 PI = 0.5  # opening probability of a gate that is added
 Params = dict[str, np.ndarray]

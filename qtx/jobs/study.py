@@ -18,7 +18,9 @@ from qtx_ref.presets import attention, preset
 from qtx_ref.spec import ModelSpec, SpecError, from_dict, to_dict
 
 from ..data import load, unigram_perplexity
+from ..data.splits import BATCH
 from ..engines.backend import MissingExtra
+from ..engines.machine import Machine, identify_machine
 from ..engines.protocols import Batch
 from ..files.checkpoint import Checkpoint, load_checkpoint
 from ..files.container import STUDY, CheckpointError, check_writable, write_sealed_json
@@ -26,24 +28,16 @@ from ..files.locks import LOCK, hold
 from ..files.results import read_study
 from ..files.writing import check_space
 from ..measure.history import History
+from ..measure.outliers import measure_outliers
 from ..measure.published import column
-from ..prepare.quantization import (
-    BATCH,
-    CALIBRATION_SEED,
-    as_json,
-    bind,
-    calibration,
-    evaluate,
-    metric,
-    outliers,
-    prepare,
-    ranges_json,
-    stored_bytes,
-)
+from ..measure.scores import as_json, evaluate, metric
+from ..measure.sizes import count_stored_bytes, ranges_json
+from ..prepare.calibration import CALIBRATION_SEED, bind, calibration_batches
+from ..prepare.prepare import prepare
 from ..recipes.named import recipe, resolve, training_recipe
 from ..report.plots import curves
 from ..report.tables import DIVERGED, number, spread, table
-from .run import Machine, TrainSpec, checkpoint_bytes, describe_difference, identify_machine
+from .run import TrainSpec, checkpoint_bytes, describe_difference
 from .training import default_optim, fit_vocabulary, train
 
 OUTLIER_BATCHES = 16  # evaluation batches behind inf norm and kurtosis
@@ -245,15 +239,15 @@ class Study:
         model = self.spec.machine.model(checkpoint.spec, checkpoint.params)
         total = sum(1 for _ in self._evaluation(checkpoint.spec))
         result["float"] = as_json(evaluate(model, self._evaluation(checkpoint.spec), label, total))
-        result["float_bytes"] = stored_bytes(checkpoint.params, {}, {})
-        result["outliers"] = as_json(outliers(model, self._evaluation(checkpoint.spec, OUTLIER_BATCHES)))
+        result["float_bytes"] = count_stored_bytes(checkpoint.params, {}, {})
+        result["outliers"] = as_json(measure_outliers(model, self._evaluation(checkpoint.spec, OUTLIER_BATCHES)))
         if result["train_quant"]:
             bind(model, checkpoint.recipe, checkpoint.ranges)
             trained = evaluate(model, self._evaluation(checkpoint.spec), f"{label} as trained", total)
             result["trained"] = as_json(trained)
         for name in self.spec.recipes:
             chosen = recipe(name, checkpoint.spec)
-            batches = calibration(self.data, checkpoint.spec)
+            batches = calibration_batches(self.data, checkpoint.spec)
             try:
                 prepared = prepare(self.spec.machine, checkpoint.spec, checkpoint.params, batches, chosen)
             except SpecError as error:  # a model near divergence must not stop the others
@@ -261,7 +255,7 @@ class Study:
                 continue
             model = prepared.model(self.spec.machine, checkpoint.spec, chosen)
             quantized = evaluate(model, self._evaluation(checkpoint.spec), f"{label} {name}", total)
-            size = stored_bytes(prepared.params, resolve(chosen, checkpoint.spec), prepared.ranges)
+            size = count_stored_bytes(prepared.params, resolve(chosen, checkpoint.spec), prepared.ranges)
             result["recipes"][name] = as_json(quantized) | {"bytes": size, "ranges": ranges_json(prepared.ranges)}
 
     def _evaluation(self, model: ModelSpec, limit: int | None = None) -> Iterable[Batch]:

@@ -14,24 +14,18 @@ import numpy as np
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import ModelSpec, OptimSpec, SpecError
 
+from ..data.splits import BATCH
+from ..engines.machine import Machine
 from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint, save_checkpoint
 from ..files.container import check_writable
 from ..files.locks import hold
 from ..files.writing import WriteError, check_space
-from ..prepare.quantization import BATCH
 from ..progress import Progress
 from ..recipes.named import training_recipe
 from ..signals import Interrupted, postpone
 from .resume import State, begin_run, read_run, resume_run
-from .run import (
-    Machine,
-    Start,
-    TrainSpec,
-    checkpoint_bytes,
-    identify,
-    refuse_existing,
-)
+from .run import Start, TrainSpec, checkpoint_bytes, identify, refuse_existing
 from .watch import measure_inf_norm, watch_integers
 
 SAVE_SECONDS = 30  # a kill loses at most this much

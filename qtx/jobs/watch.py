@@ -9,13 +9,17 @@ from dataclasses import replace
 from qtx_ref.integer.lowering import lower
 from qtx_ref.spec import QTX
 
+from ..data.splits import BATCH
 from ..engines.backend import backend
+from ..engines.machine import Machine
 from ..engines.protocols import Batch, Data, Model
 from ..measure.history import WATCHED, History
-from ..prepare.quantization import BATCH, IntegerScorer, calibrate, evaluate, outliers
+from ..measure.outliers import measure_outliers
+from ..measure.scores import IntegerScorer, evaluate
+from ..prepare.calibration import calibrate
 from ..recipes.named import recipe, resolve
 from ..recipes.sites import paper_sites
-from .run import Machine, TrainSpec
+from .run import TrainSpec
 
 WATCH_BATCHES = 2  # of the integer watch: of calibration, and of the evaluation slice
 
@@ -45,7 +49,7 @@ def watch_integers(run: TrainSpec, model: Model, data: Data, machine: Machine, h
         return data.split_batches(split, run.model, BATCH, 0, limit=WATCH_BATCHES)
 
     point = [evaluate(scored, read("evaluation")).perplexity for scored in (integers, plain)]
-    sizes = outliers(plain, read("calibration"))
+    sizes = measure_outliers(plain, read("calibration"))
     point += [sizes.average_kurtosis, sizes.max_inf_norm]
     if strange := [name for name, value in zip(WATCHED[1:], point, strict=True) if not math.isfinite(value)]:
         raise ValueError(f"{', '.join(strange)} not finite")

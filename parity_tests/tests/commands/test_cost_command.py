@@ -20,7 +20,7 @@ from qtx.cost import compare as cost
 from qtx.cost import inputs as cost_inputs
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.jobs.training import Machine
-from qtx.prepare.quantization import prepare
+from qtx.prepare.prepare import prepare
 from qtx.recipes.named import recipe, resolve
 from qtx.report import costs
 from qtx_ref.models.initial import init_params

@@ -24,7 +24,7 @@ from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import sha_of
 from qtx.jobs.starts import continue_model
 from qtx.jobs.training import Machine, Start, TrainSpec, train
-from qtx.prepare.quantization import evaluate
+from qtx.measure.scores import evaluate
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import (
     Family,

@@ -18,7 +18,8 @@ from qtx.jobs.ptq import (
     site_errors,
 )
 from qtx.jobs.training import Machine
-from qtx.prepare.quantization import Answers, Prepared, answers, prepare
+from qtx.measure.scores import Answers, answers
+from qtx.prepare.prepare import Prepared, prepare
 from qtx.progress import Progress
 from qtx.recipes import remedies
 from qtx.recipes.named import recipe, resolve

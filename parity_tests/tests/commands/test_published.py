@@ -10,8 +10,8 @@ import qtx_ref.backend
 import qtx_torch.backend
 from parity_tests.subjects import small_models
 from qtx.jobs.study import Study, StudySpec
+from qtx.measure.outliers import measure_outliers
 from qtx.measure.published import published
-from qtx.prepare.quantization import outliers
 from qtx.recipes.named import recipe
 from qtx.recipes.sites import paper_sites
 from qtx_ref.presets import attention, preset
@@ -54,7 +54,7 @@ def test_average_kurtosis_is_over_the_published_list(name, backend):
     model = BACKENDS[backend](small.spec, small.params, dtype="float64")
     tensors = model.record(small.batch)
     values = [published_kurtosis(*tensors[site], unit) for site, unit in published_list(small.spec)]
-    found = outliers(model, [small.batch])
+    found = measure_outliers(model, [small.batch])
     assert found.average_kurtosis == pytest.approx(np.mean(values), rel=1e-10)  # float64 sums in another order
     assert found.max_kurtosis == pytest.approx(max(values), rel=1e-10)
 

@@ -8,7 +8,7 @@ import pytest
 from parity_tests.tests.commands.test_cli import TRAIN, call, good
 from qtx.jobs import watch
 from qtx.measure.history import History
-from qtx.prepare.quantization import Outliers
+from qtx.measure.outliers import Outliers
 from qtx.report.plots import curves
 from qtx_ref.spec import SpecError
 

@@ -11,11 +11,11 @@ from safetensors.numpy import load_file
 
 from parity_tests.runner import check_integers
 from parity_tests.tests.commands.test_cli import TRAIN, call, good
-from qtx.commands.options import head_note
 from qtx.files.artifact import Artifact, differences, load_artifact, save_artifact, size
 from qtx.files.artifact_check import check_constants, check_size, reaching_one
 from qtx.files.checkpoint import load_checkpoint, save_checkpoint
 from qtx.files.container import ARTIFACT, VECTORS, CheckpointError, read_sealed, write_sealed
+from qtx.jobs.opening import describe_head
 from qtx.recipes.named import recipe, resolve
 from qtx.recipes.sites import shortened
 from qtx_ref.backend import IntegerModel, Model
@@ -386,8 +386,8 @@ def test_the_note_on_a_head_in_float(base, rules, said):
     head = Rule(("head.decoder.weight",), None, "a test")
     rules = (rules[0], head) if rules and rules[0].sites == ("*.weight",) else rules
     made = Artifact(spec, replace(chosen, name="mine", rules=(*chosen.rules, *rules)), QTX, Nonlinear.TABLE, {})
-    assert said in head_note(made) if said else head_note(made) == ""
-    assert ("accumulators" in head_note(made)) == ("head.decoder" not in made.quants)
+    assert said in describe_head(made) if said else describe_head(made) == ""
+    assert ("accumulators" in describe_head(made)) == ("head.decoder" not in made.quants)
 
 
 @pytest.mark.parametrize(

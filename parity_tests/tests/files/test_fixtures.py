@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from parity_tests.tests.shell import good
-from qtx.commands.options import artifact_model
 from qtx.files.artifact import load_artifact
 from qtx.files.checkpoint import load_checkpoint
+from qtx.jobs.opening import make_artifact_model
 from qtx.jobs.training import Machine
 from qtx.recipes.named import recipe
 from qtx_ref.presets import PRESETS
@@ -69,7 +69,7 @@ def codes(name: str, backend: str) -> dict[str, str]:
         hashes[site] = text_hash(np.asarray(value))
 
     batch = {key: inputs[key] for key in keys[artifact.spec.family]}
-    output = artifact_model(artifact, Machine(backend)).run(batch, keep)
+    output = make_artifact_model(artifact, Machine(backend)).run(batch, keep)
     return hashes | {f"output {part}": text_hash(np.asarray(value)) for part, value in output._asdict().items()}
 
 

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the torch backend needs the extra t
 from parity_tests import integer_report  # noqa: E402
 from parity_tests.subjects import small_models  # noqa: E402
 from parity_tests.subjects.integer_models import Lowered, RunRecord, record_run, same  # noqa: E402
-from qtx.prepare.quantization import IntegerScorer  # noqa: E402
+from qtx.measure.scores import IntegerScorer  # noqa: E402
 from qtx.recipes import named as recipes  # noqa: E402
 from qtx_ref.backend import IntegerModel as RefModel  # noqa: E402
 from qtx_ref.backend import Model as RefBackend  # noqa: E402

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the torch backend needs the extra t
 from parity_tests import integer_report, large_integer  # noqa: E402
 from parity_tests.subjects import integer_models  # noqa: E402
 from parity_tests.subjects.integer_models import RunRecord, record_run, same  # noqa: E402
-from qtx.prepare.quantization import IntegerScorer  # noqa: E402
+from qtx.measure.scores import IntegerScorer  # noqa: E402
 from qtx_ref.backend import IntegerModel as RefModel  # noqa: E402
 from qtx_ref.integer import fixed_point, lowering  # noqa: E402
 from qtx_ref.integer import ops as integer_ops  # noqa: E402

@@ -15,12 +15,12 @@ from parity_tests.tests.files.test_checkpoint import rewrite
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import CheckpointError
 from qtx.jobs.training import Machine
-from qtx.prepare import quantization
+from qtx.prepare import calibration, prepare
 from qtx.prepare import transforms as preparation
-from qtx.prepare.transforms import left_sites
 from qtx.recipes import named as recipes
 from qtx.recipes.named import resolve
 from qtx.recipes.sites import linears
+from qtx.recipes.transforms import list_left_transforms
 from qtx_ref.integer.lowering import lower
 from qtx_ref.quant import affine, rewriting
 from qtx_ref.quant.rounding_choice import row_errors
@@ -70,9 +70,9 @@ def batches_of(name: str) -> tuple[dict[str, np.ndarray], ...]:
     return tuple(small_models.make_batch(spec, size) for size in (3, 4))
 
 
-def prepared(name: str, recipe: Recipe, machine: Machine, **given: Any) -> quantization.Prepared:
+def prepared(name: str, recipe: Recipe, machine: Machine, **given: Any) -> prepare.Prepared:
     small = small_models.build(name)
-    return quantization.prepare(machine, small.spec, small.params, lambda n: batches_of(name)[:n], recipe, **given)
+    return prepare.prepare(machine, small.spec, small.params, lambda n: batches_of(name)[:n], recipe, **given)
 
 
 # transforms ---------------------------------------------------------------------------------------------------------------
@@ -107,9 +107,9 @@ def test_a_norm_takes_in_the_divisor_where_it_feeds_nothing_else(name: str) -> N
     heads = {f"layer.{i}.attn.{part}" for i in range(2) for part in ("query", "key", "value")}
     read = spec.attention.gate is Gate.LINEAR  # by the gate, which has no divisor
     left = hidden | heads if not spec.pre_norm else heads if read else set()
-    assert set(found.transforms) == left == set(left_sites(weights(8, smooth(*FOLDED)), spec))
+    assert set(found.transforms) == left == set(list_left_transforms(weights(8, smooth(*FOLDED)), spec))
     two = weights(8, smooth("*.query", "*.key"))  # the value would get a tensor that it does not expect
-    assert set(left_sites(two, spec)) == {site for site in heads if not site.endswith("value")}
+    assert set(list_left_transforms(two, spec)) == {site for site in heads if not site.endswith("value")}
 
 
 def test_smoothing_shares_the_range_between_input_and_weights() -> None:
@@ -227,7 +227,7 @@ def test_a_recipe_without_remedies_takes_the_steps_it_always_took(machine: Machi
     assert all(
         found.params[key] is not None and (found.params[key] == value).all() for key, value in small.params.items()
     )
-    quantization.bind(model, recipe, want)
+    calibration.bind(model, recipe, want)
     np.testing.assert_array_equal(
         found.model(machine, small.spec, recipe).forward(small.batch), model.forward(small.batch)
     )
@@ -326,7 +326,7 @@ def test_a_file_keeps_transforms(saved: Any) -> None:
     assert set(again.transforms) == set(found.transforms) and not again.extra
     assert again.transforms["layer.0.ffn.output"].block == 8  # 24 = 8 * 3
     model = MACHINES[0].model(small.spec, again.params)
-    quantization.bind(model, again.recipe, again.ranges, again.transforms)
+    calibration.bind(model, again.recipe, again.ranges, again.transforms)
     want = found.model(MACHINES[0], small.spec, recipe).forward(small.batch)
     np.testing.assert_array_equal(model.forward(small.batch), want)
 
@@ -356,7 +356,7 @@ def test_integers_refuse_what_is_left_in_float() -> None:
     spec = small_models.specs()["bert_plain"]
     recipe = weights(8, smooth(*FOLDED))
     with pytest.raises(SpecError, match="site layer.0.attn.query cannot run in integers: a transform of its input"):
-        check_integer(resolve(recipe, spec), QTX, transforms=left_sites(recipe, spec))
+        check_integer(resolve(recipe, spec), QTX, transforms=list_left_transforms(recipe, spec))
     rows = QuantSpec(granularity=Granularity.TOKEN, dynamic=True, outliers=6.0)
     with pytest.raises(SpecError, match="site embed.norm cannot run in integers: its outlier channels"):
         check_integer({"embed.norm": rows}, QTX)
