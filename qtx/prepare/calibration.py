@@ -25,7 +25,7 @@ CALIBRATION_SEED = (
 
 
 def calibration_batches(data: Any, spec: ModelSpec) -> Callable[[int], Iterable[Mapping[str, Any]]]:
-    """What `prepare` takes: the first n batches of the calibration_batches split, anew each time, the same for every command."""
+    """What `prepare` takes: the first n batches of the calibration split, anew each time, the same for every command."""
     return lambda count: data.split_batches("calibration", spec, BATCH, CALIBRATION_SEED, limit=count)
 
 
