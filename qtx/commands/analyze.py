@@ -28,7 +28,7 @@ from .options import (
     write_json,
 )
 
-SHOWN = 12  # heads in the table; all of them are in the JSON
+LISTED = 12  # heads in the table; all of them are in the JSON
 
 
 @click.command()
@@ -47,122 +47,188 @@ def analyze(checkpoint, data, tokenizer, batches, out, backend_name, device, dty
     if out is not None:
         need("matplotlib", "report", "--out")
         check_writable(out / "analysis.json")
-    found, model, source = open_checkpoint(checkpoint, Machine(backend_name, device, dtype), data, tokenizer)
+    checkpoint_file, model, source = open_checkpoint(checkpoint, Machine(backend_name, device, dtype), data, tokenizer)
 
     def evaluation():
-        return source.split_batches("evaluation", found.spec, quantization.BATCH, 0, limit=batches or 16)
+        return source.split_batches("evaluation", checkpoint_file.spec, quantization.BATCH, 0, limit=batches or 16)
 
     result = run(model, source, evaluation(), sum(1 for _ in evaluation()))
-    say("\n\n".join(f"{title}\n{body}" for title, body in tables(result)), json_path)
+    say("\n\n".join(f"{title}\n{body}" for title, body in tabulate(result)), json_path)
     if out is not None:
-        written = outliers.draw(out, model, result)
+        written = outliers.draw_analysis(out, model, result, f"qtx analyze: {checkpoint}")
         write_json(str(out / "analysis.json"), result.as_json())
         say(f"\nwritten to {out}: {', '.join([*written, 'analysis.json'])}", json_path)
     write_json(json_path, result.as_json())
 
 
-def percent(share: float, digits: int = 1) -> str:
+def format_percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def tables(found: Analysis) -> list[tuple[str, str]]:
+def tabulate(analysis: Analysis) -> list[tuple[str, str]]:
     """Each table with its title."""
     parts = [
-        ("size: largest |x| (mean over sequences, and of all), ends, root mean square, and percentiles of |x| (within 1/128 "
-         "of the exact value)", sizes(found)),
-        (f"tails: kurtosis (3 for a normal variable; mean over sequences, the published form, and of all elements), energy "
-         f"in the largest channels, elements beyond {SIGMAS:g} sigma of their sequence and channels that have them",
-         tails(found)),
-        ("growth: the residual stream by depth, and what is added to it", growth(found)),
-    ]  # fmt: skip
-    if found.channels:
+        (
+            "size: largest |x| (mean over sequences, and of all), ends, root mean square, and percentiles of |x| "
+            "(within 1/128 of the exact value)",
+            tabulate_sizes(analysis),
+        ),
+        (
+            "tails: kurtosis (3 for a normal variable; mean over sequences, the published form, and of all elements), "
+            f"energy in the largest channels, elements beyond {SIGMAS:g} sigma of their sequence and "
+            "channels that have them",
+            tabulate_tails(analysis),
+        ),
+        ("growth: the residual stream by depth, and what is added to it", tabulate_growth(analysis)),
+    ]
+    if analysis.channels:
         title = (
             "channels that recur: outliers in most tokens, over all sites of the residual stream (embedding: a layer)"
         )
-        parts.append((title, channels(found)))
-    if any(kind.outliers for kind in found.kinds):
-        parts.append(("tokens that carry the residual stream's outliers, by kind", carriers(found.kinds, "kind")))
-    if found.words:
-        parts.append(("and the most frequent of them", carriers(found.words, "token")))
-    idle = sum(head.idle for head in found.heads)
-    parts.append((f"attention by layer: {idle} of {len(found.heads)} heads do nothing", layers(found)))
-    title = (f"heads, those that do nothing first: on the marked keys at least {percent(MASS, 0)} of the probability and "
-             f"{EXCESS:g} times what even attention would give, and an update of at most {percent(UPDATE, 0)} of the "
-             "residual's norm")  # fmt: skip
-    return [*parts, (title, heads(found))]
+        parts.append((title, tabulate_channels(analysis)))
+    if any(kind.outliers for kind in analysis.kinds):
+        parts.append(
+            ("tokens that carry the residual stream's outliers, by kind", tabulate_carriers(analysis.kinds, "kind"))
+        )
+    if analysis.words:
+        parts.append(("and the most frequent of them", tabulate_carriers(analysis.words, "token")))
+    idle = sum(head.idle for head in analysis.heads)
+    parts.append((f"attention by layer: {idle} of {len(analysis.heads)} heads do nothing", tabulate_layers(analysis)))
+    title = (
+        f"heads, those that do nothing first: on the marked keys at least {format_percent(MASS, 0)} of the probability and "
+        f"{EXCESS:g} times what even attention would give, and an update of at most {format_percent(UPDATE, 0)} of the "
+        "residual's norm"
+    )
+    return [*parts, (title, tabulate_heads(analysis))]
 
 
-def sizes(found: Analysis) -> str:
+def tabulate_sizes(analysis: Analysis) -> str:
     header = ["site", "inf norm", "largest", "lowest", "highest", "rms", *(f"{q:g} %" for q in PERCENTILES)]
-    return table(header, [
-        [s.site, *(number(x, 2) for x in (s.inf_norm, s.inf_norm_max, s.lowest, s.highest)), number(s.rms),
-         *(number(x) for x in s.percentiles.values())]
-        for s in found.sites
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                s.site,
+                *(number(x, 2) for x in (s.inf_norm, s.inf_norm_max, s.lowest, s.highest)),
+                number(s.rms),
+                *(number(x) for x in s.percentiles.values()),
+            ]
+            for s in analysis.sites
+        ],
+    )
 
 
-def tails(found: Analysis) -> str:
+def tabulate_tails(analysis: Analysis) -> str:
     sigma = f"> {SIGMAS:g} sigma"
     header = ["site", "kurtosis", "published", "pooled", "top 1 %", "top 0.1 %", sigma, "per million", "channels"]
-    return table(header, [
-        [s.site, *(number(x, 2) for x in (s.kurtosis, s.kurtosis_published, s.kurtosis_pooled)), percent(s.top_energy),
-         percent(s.top_energy_tenth), str(s.beyond_6_sigma), number(1e6 * s.beyond_6_sigma / max(s.elements, 1), 1),
-         f"{len(s.beyond_channels)} of {s.channels}"]
-        for s in found.sites
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                s.site,
+                *(number(x, 2) for x in (s.kurtosis, s.kurtosis_published, s.kurtosis_pooled)),
+                format_percent(s.top_energy),
+                format_percent(s.top_energy_tenth),
+                str(s.beyond_6_sigma),
+                number(1e6 * s.beyond_6_sigma / max(s.elements, 1), 1),
+                f"{len(s.beyond_channels)} of {s.channels}",
+            ]
+            for s in analysis.sites
+        ],
+    )
 
 
-def growth(found: Analysis) -> str:
+def tabulate_growth(analysis: Analysis) -> str:
     header = ["site", "inf norm", "to the first", "rms", "kurtosis"]
-    return table(header, [
-        [row["site"] if row["stream"] else f"+ {row['site']}", number(row["inf_norm"], 2), number(row["ratio"], 2),
-         number(row["rms"]), number(row["kurtosis"], 2)]
-        for row in found.growth()
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                row["site"] if row["stream"] else f"+ {row['site']}",
+                number(row["inf_norm"], 2),
+                number(row["ratio"], 2),
+                number(row["rms"]),
+                number(row["kurtosis"], 2),
+            ]
+            for row in analysis.growth()
+        ],
+    )
 
 
-def channels(found: Analysis) -> str:
-    depth = 1 + len({site.split(".")[1] for site in found.stream if site.startswith("layer.")})
+def tabulate_channels(analysis: Analysis) -> str:
+    depth = 1 + len({site.split(".")[1] for site in analysis.stream if site.startswith("layer.")})
     header = ["channel", "layers", "sites", "of the tokens", "most", "at"]
-    return table(header, [
-        [str(c.channel), f"{c.layers} of {depth}", f"{c.sites} of {len(found.stream)}", percent(c.token_share, 2),
-         percent(c.largest_share, 2), c.largest_site]
-        for c in found.channels
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                str(c.channel),
+                f"{c.layers} of {depth}",
+                f"{c.sites} of {len(analysis.stream)}",
+                format_percent(c.token_share, 2),
+                format_percent(c.largest_share, 2),
+                c.largest_site,
+            ]
+            for c in analysis.channels
+        ],
+    )
 
 
-def carriers(rows: list[Carrier], name: str) -> str:
+def tabulate_carriers(rows: list[Carrier], name: str) -> str:
     header = [name, "of the tokens", "of the outliers", "times its share"]
-    return table(header, [
-        [row.name, percent(row.tokens, 2), percent(row.outliers, 2), number(row.outliers / row.tokens, 2)] for row in rows
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                row.name,
+                format_percent(row.tokens, 2),
+                format_percent(row.outliers, 2),
+                number(row.outliers / row.tokens, 2),
+            ]
+            for row in rows
+        ],
+    )
 
 
-def layers(found: Analysis) -> str:
-    names = list(found.heads[0].mass)
+def tabulate_layers(analysis: Analysis) -> str:
+    names = list(analysis.heads[0].mass)
     rows = []
-    for layer in sorted({head.layer for head in found.heads}):
-        part = [head for head in found.heads if head.layer == layer]
+    for layer in sorted({head.layer for head in analysis.heads}):
+        part = [head for head in analysis.heads if head.layer == layer]
 
         def mean(values: list[float]) -> float:
             return sum(values) / len(values)
 
-        rows.append([
-            f"layer {layer}", str(sum(head.idle for head in part)),
-            *(percent(mean([head.mass[name] for head in part])) for name in names),
-            number(mean([head.entropy for head in part]), 2), percent(mean([head.relative_entropy for head in part])),
-            percent(mean([head.update for head in part])),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"layer {layer}",
+                str(sum(head.idle for head in part)),
+                *(format_percent(mean([head.mass[name] for head in part])) for name in names),
+                number(mean([head.entropy for head in part]), 2),
+                format_percent(mean([head.relative_entropy for head in part])),
+                format_percent(mean([head.update for head in part])),
+            ]
+        )
     return table(["mean over heads", "idle", *names, "entropy", "of largest", "update"], rows)
 
 
-def heads(found: Analysis) -> str:
-    names = list(found.heads[0].mass)
-    shown = found.heads[: max(SHOWN, sum(head.idle for head in found.heads))]
+def tabulate_heads(analysis: Analysis) -> str:
+    names = list(analysis.heads[0].mass)
+    listed = analysis.heads[: max(LISTED, sum(head.idle for head in analysis.heads))]
     header = ["head", "does nothing", *names, "marked", "even", "entropy", "of largest", "update"]
-    return table(header, [
-        [f"layer {head.layer} head {head.head}", "yes" if head.idle else "no",
-         *(percent(head.mass[name]) for name in names), percent(head.marked), percent(head.even),
-         number(head.entropy, 2), percent(head.relative_entropy), percent(head.update)]
-        for head in shown
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                f"layer {head.layer} head {head.head}",
+                "yes" if head.idle else "no",
+                *(format_percent(head.mass[name]) for name in names),
+                format_percent(head.marked),
+                format_percent(head.even),
+                number(head.entropy, 2),
+                format_percent(head.relative_entropy),
+                format_percent(head.update),
+            ]
+            for head in listed
+        ],
+    )

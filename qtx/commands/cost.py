@@ -34,7 +34,7 @@ from ..files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..files.container import CheckpointError, check_writable, write_beside
 from ..jobs.training import Machine
 from ..progress import Progress
-from ..report.costs import attention_table, bars, cost_table, kernel_table, paragraph
+from ..report.costs import describe_costs, draw_cost, tabulate_attentions, tabulate_costs, tabulate_kernels
 from .options import (
     DATA,
     JSON,
@@ -107,10 +107,10 @@ def cost_command(checkpoint, model, data, tokenizer, recipe_name, profile_name, 
             names = split_list(attentions)
             rows = attention_cost(workers, given.found.spec, names, sizes, rounds, Path(name), training=training)
             result: dict[str, Any] = {"attentions": rows}
-            text = attention_table(rows)
+            text = tabulate_attentions(rows)
         else:
             result = measured(workers, Path(name), given, sizes, rounds, chosen, tell)
-            text = "\n\n".join([cost_table(result), kernel_table(result), paragraph(result)])
+            text = "\n\n".join([tabulate_costs(result), tabulate_kernels(result), describe_costs(result)])
     about = {"checkpoint": None if checkpoint is None else str(checkpoint), "model": model, "rounds": rounds}
     result = about | workers.common | result
     say(text, json_path)
@@ -240,6 +240,6 @@ def write(out: Path, result: dict[str, Any], text: str) -> list[str]:
     if "variants" not in result:
         return ["cost.json", "cost.txt"]
     with contextlib.suppress(MissingExtra):
-        bars(out / "cost.png", result)
+        draw_cost(out / "cost.png", result)
         return list(NAMES)
     return ["cost.json", "cost.txt"]

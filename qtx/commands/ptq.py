@@ -19,7 +19,7 @@ from ..jobs.ptq import CONFIDENCE, Comparison, PtqSpec, kept_name
 from ..jobs.training import Machine
 from ..prepare import quantization
 from ..recipes import remedies
-from ..report.ptq import picture
+from ..report.ptq import draw_rows
 from ..report.tables import number, table
 from .options import (
     CHECKPOINT,
@@ -95,7 +95,10 @@ def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, 
         written += [name for name in files if (out / name).exists()]
         say(row_table(job, found.spec), json_path)
         try:
-            picture(out / "ptq.png", job.kind, job.rows)
+            about = (
+                f"{len(job.plain.answers.count)} sequences, {calibration} calibration batches of {quantization.BATCH}"
+            )
+            draw_rows(out / "ptq.png", job.kind, job.rows, f"qtx ptq: {checkpoint}, {about}")
             written.append("ptq.png")
         except MissingExtra as error:
             print(f"no picture: {error}", file=sys.stderr)

@@ -31,7 +31,7 @@ from ..prepare.quantization import (
     prepare,
 )
 from ..recipes.named import recipe, training_recipe
-from ..report.plots import curves
+from ..report.plots import draw_curves
 from ..report.tables import number, spread, table
 from .training import (
     History,
@@ -116,7 +116,10 @@ class Study:
         self.save()
         self.written = ["study.json", "a checkpoint per run"]
         try:
-            curves(self.out / "curves.png", {name: self._history(name) for name in self.runs})
+            lost = {name: " (diverged)" if run["diverged"] else "" for name, run in self.runs.items()}
+            histories = {name + lost[name]: self._history(name) for name in self.runs}
+            about = f"{self.spec.data or 'bundled data'}, {self.spec.steps} steps of batch {self.spec.batch}"
+            draw_curves(self.out / "curves.png", histories, f"qtx study: {self.spec.model} on {about}")
             self.written.append("curves.png")
         except MissingExtra as error:
             print(f"no picture: {error}", file=sys.stderr)
