@@ -25,7 +25,7 @@ from ..report import outliers
 from ..report.tables import number, table
 from .options import CHECKPOINT, DATA, JSON, LIMIT, MACHINE, OUT, hold_out, say, write_json
 
-SHOWN = 12  # heads in the table; all of them are in the JSON
+LISTED = 12  # heads in the table; all of them are in the JSON
 
 
 @click.command()
@@ -46,145 +46,199 @@ def analyze(checkpoint, data, tokenizer, batches, out, backend_name, device, dty
         hold_out(out)
         for name in ("analysis.json", *outliers.NAMES):
             check_writable(out / name)
-    found = open_checkpoint(checkpoint)
-    source = open_data(checkpoint, found.spec, found.meta, data, tokenizer)
-    model = make_float_model(found, Machine(backend_name, device, dtype))
+    opened = open_checkpoint(checkpoint)
+    source = open_data(checkpoint, opened.spec, opened.meta, data, tokenizer)
+    model = make_float_model(opened, Machine(backend_name, device, dtype))
 
     def evaluation():
-        return source.split_batches("evaluation", found.spec, splits.BATCH, 0, limit=batches or 16)
+        return source.split_batches("evaluation", opened.spec, splits.BATCH, 0, limit=batches or 16)
 
     result = run(model, source, evaluation(), sum(1 for _ in evaluation()))
-    say("\n\n".join(f"{title}\n{body}" for title, body in tables(result)), json_path)
+    say("\n\n".join(f"{title}\n{body}" for title, body in tabulate(result)), json_path)
     if out is not None:
-        written = outliers.draw(out, model, result)
+        written = outliers.draw_analysis(out, model, result, f"qtx analyze: {checkpoint}")
         write_sealed_json(out / "analysis.json", ANALYSIS, result.as_json())
         say(f"\nwritten to {out}: {', '.join([*written, 'analysis.json'])}", json_path)
     write_json(json_path, result.as_json())
 
 
-def percent(share: float, digits: int = 1) -> str:
+def format_percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def tables(found: Analysis) -> list[tuple[str, str]]:
+def tabulate(analysis: Analysis) -> list[tuple[str, str]]:
     """Each table with its title."""
     parts = [
-        ("size: largest |x| (mean over sequences, and of all), ends, root mean square, and percentiles of |x| (within 1/128 "
-         "of the exact value)", sizes(found)),
-        (f"tails: kurtosis (3 for a normal variable; mean over sequences, the published form, and of all elements), energy "
-         f"in the largest channels, elements beyond {SIGMAS:g} sigma of their sequence and channels that have them",
-         tails(found)),
-        ("growth: the residual stream by depth, and what is added to it", growth(found)),
-    ]  # fmt: skip
-    if found.channels:
+        (
+            "size: largest |x| (mean over sequences, and of all), ends, root mean square, and percentiles of |x| "
+            "(within 1/128 of the exact value)",
+            tabulate_sizes(analysis),
+        ),
+        (
+            "tails: kurtosis (3 for a normal variable; mean over sequences, the published form, and of all elements), "
+            f"energy in the largest channels, elements beyond {SIGMAS:g} sigma of their sequence and "
+            "channels that have them",
+            tabulate_tails(analysis),
+        ),
+        ("growth: the residual stream by depth, and what is added to it", tabulate_growth(analysis)),
+    ]
+    if analysis.channels:
         title = (
             "channels that recur: outliers in most tokens, over all sites of the residual stream (embedding: a layer)"
         )
-        parts.append((title, channels(found)))
-    if any(kind.outliers for kind in found.kinds):
-        parts.append(("tokens that carry the residual stream's outliers, by kind", carriers(found.kinds, "kind")))
-    if found.words:
-        parts.append(("and the most frequent of them", carriers(found.words, "token")))
-    idle = sum(head.idle for head in found.heads)
-    parts.append((f"attention by layer: {idle} of {len(found.heads)} heads do nothing", layers(found)))
+        parts.append((title, tabulate_channels(analysis)))
+    if any(kind.outliers for kind in analysis.kinds):
+        parts.append(
+            ("tokens that carry the residual stream's outliers, by kind", tabulate_carriers(analysis.kinds, "kind"))
+        )
+    if analysis.words:
+        parts.append(("and the most frequent of them", tabulate_carriers(analysis.words, "token")))
+    idle = sum(head.idle for head in analysis.heads)
+    parts.append((f"attention by layer: {idle} of {len(analysis.heads)} heads do nothing", tabulate_layers(analysis)))
     title = (
-        f"heads, those that do nothing first: an update of at most {percent(UPDATE, 0)} of the residual's norm, whatever "
-        f"the reason: gate closed (a mean opening of at most {percent(OPEN, 0)}), no probability (at most "
-        f"{percent(KEPT, 0)} on all keys), marked keys (at least {percent(MASS, 0)} of the probability, and {EXCESS:g} "
-        "times what even attention would give them), or small values"
+        f"heads, those that do nothing first: an update of at most {format_percent(UPDATE, 0)} of the residual's norm, "
+        f"whatever the reason: gate closed (a mean opening of at most {format_percent(OPEN, 0)}), no probability (at most "
+        f"{format_percent(KEPT, 0)} on all keys), marked keys (at least {format_percent(MASS, 0)} of the probability, "
+        f"and {EXCESS:g} times what even attention would give them), or small values"
     )
     sizes_title = (
         "and the size of their values V and of the product P V: mean L2 norm at all tokens and at the marked ones"
     )
-    return [*parts, (title, heads(found)), (sizes_title, head_sizes(found))]
+    return [*parts, (title, tabulate_heads(analysis)), (sizes_title, tabulate_head_sizes(analysis))]
 
 
-def sizes(found: Analysis) -> str:
+def tabulate_sizes(analysis: Analysis) -> str:
     header = ["site", "inf norm", "largest", "lowest", "highest", "rms", *(f"{q:g} %" for q in PERCENTILES)]
-    return table(header, [
-        [s.site, *(number(x, 2) for x in (s.inf_norm, s.inf_norm_max, s.lowest, s.highest)), number(s.rms),
-         *(number(x) for x in s.percentiles.values())]
-        for s in found.sites
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                s.site,
+                *(number(x, 2) for x in (s.inf_norm, s.inf_norm_max, s.lowest, s.highest)),
+                number(s.rms),
+                *(number(x) for x in s.percentiles.values()),
+            ]
+            for s in analysis.sites
+        ],
+    )
 
 
-def tails(found: Analysis) -> str:
+def tabulate_tails(analysis: Analysis) -> str:
     sigma = f"> {SIGMAS:g} sigma"
     header = ["site", "kurtosis", "published", "pooled", "top 1 %", "top 0.1 %", sigma, "per million", "channels"]
-    return table(header, [
-        [s.site, *(number(x, 2) for x in (s.kurtosis, s.kurtosis_published, s.kurtosis_pooled)), percent(s.top_energy),
-         percent(s.top_energy_tenth), str(s.beyond_6_sigma), number(1e6 * s.beyond_6_sigma / max(s.elements, 1), 1),
-         f"{len(s.beyond_channels)} of {s.channels}"]
-        for s in found.sites
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                s.site,
+                *(number(x, 2) for x in (s.kurtosis, s.kurtosis_published, s.kurtosis_pooled)),
+                format_percent(s.top_energy),
+                format_percent(s.top_energy_tenth),
+                str(s.beyond_6_sigma),
+                number(1e6 * s.beyond_6_sigma / max(s.elements, 1), 1),
+                f"{len(s.beyond_channels)} of {s.channels}",
+            ]
+            for s in analysis.sites
+        ],
+    )
 
 
-def growth(found: Analysis) -> str:
+def tabulate_growth(analysis: Analysis) -> str:
     header = ["site", "inf norm", "to the first", "rms", "kurtosis"]
-    return table(header, [
-        [row["site"] if row["stream"] else f"+ {row['site']}", number(row["inf_norm"], 2), number(row["ratio"], 2),
-         number(row["rms"]), number(row["kurtosis"], 2)]
-        for row in found.growth()
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                row["site"] if row["stream"] else f"+ {row['site']}",
+                number(row["inf_norm"], 2),
+                number(row["ratio"], 2),
+                number(row["rms"]),
+                number(row["kurtosis"], 2),
+            ]
+            for row in analysis.growth()
+        ],
+    )
 
 
-def channels(found: Analysis) -> str:
-    depth = 1 + len({site.split(".")[1] for site in found.stream if site.startswith("layer.")})
+def tabulate_channels(analysis: Analysis) -> str:
+    depth = 1 + len({site.split(".")[1] for site in analysis.stream if site.startswith("layer.")})
     header = ["channel", "layers", "sites", "of the tokens", "most", "at"]
-    return table(header, [
-        [str(c.channel), f"{c.layers} of {depth}", f"{c.sites} of {len(found.stream)}", percent(c.token_share, 2),
-         percent(c.largest_share, 2), c.largest_site]
-        for c in found.channels
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                str(c.channel),
+                f"{c.layers} of {depth}",
+                f"{c.sites} of {len(analysis.stream)}",
+                format_percent(c.token_share, 2),
+                format_percent(c.largest_share, 2),
+                c.largest_site,
+            ]
+            for c in analysis.channels
+        ],
+    )
 
 
-def carriers(rows: list[Carrier], name: str) -> str:
+def tabulate_carriers(rows: list[Carrier], name: str) -> str:
     header = [name, "of the tokens", "of the outliers", "times its share"]
-    return table(header, [
-        [row.name, percent(row.tokens, 2), percent(row.outliers, 2), number(row.outliers / row.tokens, 2)] for row in rows
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                row.name,
+                format_percent(row.tokens, 2),
+                format_percent(row.outliers, 2),
+                number(row.outliers / row.tokens, 2),
+            ]
+            for row in rows
+        ],
+    )
 
 
-def layers(found: Analysis) -> str:
-    names = list(found.heads[0].mass)
+def tabulate_layers(analysis: Analysis) -> str:
+    names = list(analysis.heads[0].mass)
     rows = []
-    for layer in sorted({head.layer for head in found.heads}):
-        part = [head for head in found.heads if head.layer == layer]
+    for layer in sorted({head.layer for head in analysis.heads}):
+        part = [head for head in analysis.heads if head.layer == layer]
 
         def mean(values: list[float]) -> float:
             return sum(values) / len(values)
 
-        rows.append([
-            f"layer {layer}", str(sum(head.idle for head in part)),
-            *(percent(mean([head.mass[name] for head in part])) for name in names),
-            number(mean([head.entropy for head in part]), 2), percent(mean([head.relative_entropy for head in part])),
-            percent(mean([head.update for head in part])),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"layer {layer}",
+                str(sum(head.idle for head in part)),
+                *(format_percent(mean([head.mass[name] for head in part])) for name in names),
+                number(mean([head.entropy for head in part]), 2),
+                format_percent(mean([head.relative_entropy for head in part])),
+                format_percent(mean([head.update for head in part])),
+            ]
+        )
     return table(["mean over heads", "idle", *names, "entropy", "of largest", "update"], rows)
 
 
-def heads(found: Analysis) -> str:
-    names = list(found.heads[0].mass)
+def tabulate_heads(analysis: Analysis) -> str:
+    names = list(analysis.heads[0].mass)
     header = ["head", "does nothing", *names, "marked", "even", "kept", "gate", "entropy", "of largest", "update"]
     rows = []
-    for head in listed_heads(found):
+    for head in list_heads(analysis):
         row = [f"layer {head.layer} head {head.head}", head.reason or "no"]
-        row += [percent(share) for share in (*head.mass.values(), head.marked, head.even, head.kept)]
-        row += ["-" if head.gate is None else percent(head.gate), number(head.entropy, 2)]
-        rows.append([*row, percent(head.relative_entropy), percent(head.update)])
+        row += [format_percent(share) for share in (*head.mass.values(), head.marked, head.even, head.kept)]
+        row += ["-" if head.gate is None else format_percent(head.gate), number(head.entropy, 2)]
+        rows.append([*row, format_percent(head.relative_entropy), format_percent(head.update)])
     return table(header, rows)
 
 
-def listed_heads(found: Analysis) -> list[Head]:
-    """Those that do nothing, at least SHOWN."""
-    return found.heads[: max(SHOWN, sum(head.idle for head in found.heads))]
+def list_heads(analysis: Analysis) -> list[Head]:
+    """Those that do nothing, at least LISTED."""
+    return analysis.heads[: max(LISTED, sum(head.idle for head in analysis.heads))]
 
 
-def head_sizes(found: Analysis) -> str:
-    names = list(found.heads[0].value)
+def tabulate_head_sizes(analysis: Analysis) -> str:
+    names = list(analysis.heads[0].value)
     header = ["head", *(f"{part} {name}" for part in ("V", "P V") for name in names)]
     rows = []
-    for head in listed_heads(found):
+    for head in list_heads(analysis):
         row = [f"layer {head.layer} head {head.head}"]
         rows.append(row + [number(part[name], 2) for part in (head.value, head.product) for name in names])
     return table(header, rows)

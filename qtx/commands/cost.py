@@ -36,7 +36,7 @@ from ..jobs.opening import is_artifact, open_data
 from ..jobs.training import Machine
 from ..progress import Progress
 from ..recipes.named import resolve
-from ..report.costs import attention_table, bars, cost_table, kernel_table, paragraph
+from ..report.costs import describe_costs, draw_cost, tabulate_attentions, tabulate_costs, tabulate_kernels
 from .options import DATA, JSON, OUT, hold_out, say, split_list, write_json
 from .quantize import choose_recipe, ranges_of
 
@@ -104,10 +104,10 @@ def cost_command(checkpoint, model, data, tokenizer, recipe_name, profile_name, 
             names = split_list(attentions)
             rows = attention_cost(workers, given.found.spec, names, sizes, rounds, folder, training=training)
             result: dict[str, Any] = {"attentions": rows}
-            text = attention_table(rows)
+            text = tabulate_attentions(rows)
         else:
             result = measured(workers, folder, given, sizes, rounds, chosen, tell)
-            text = "\n\n".join([cost_table(result), kernel_table(result), paragraph(result)])
+            text = "\n\n".join([tabulate_costs(result), tabulate_kernels(result), describe_costs(result)])
     about = {"checkpoint": None if checkpoint is None else str(checkpoint), "model": model, "rounds": rounds}
     result = about | workers.common | result
     say(text, json_path)
@@ -239,6 +239,6 @@ def write(out: Path, result: dict[str, Any], text: str) -> list[str]:
     if "variants" not in result:
         return ["cost.json", "cost.txt"]
     with contextlib.suppress(MissingExtra):
-        bars(out / "cost.png", result)
+        draw_cost(out / "cost.png", result)
         return list(NAMES)
     return ["cost.json", "cost.txt"]

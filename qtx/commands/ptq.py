@@ -22,7 +22,7 @@ from ..jobs.ptq import CONFIDENCE, RESULTS, Comparison, PtqSpec, kept_name
 from ..jobs.training import Machine
 from ..recipes import remedies
 from ..recipes.named import recipe, resolve
-from ..report.ptq import picture
+from ..report.ptq import draw_rows
 from ..report.tables import DIVERGED, number, table
 from .options import CHECKPOINT, DATA, JSON, MACHINE, OUT, hold_out, say, split_list, write_json
 
@@ -93,7 +93,8 @@ def ptq(checkpoint, data, tokenizer, names, skip, also, sequences, calibration, 
         written += [name for name in files if (out / name).exists()]
         say(row_table(job, found.spec), json_path)
         try:
-            picture(out / "ptq.png", job.kind, job.rows)
+            about = f"{len(job.plain.answers.count)} sequences, {calibration} calibration batches of {splits.BATCH}"
+            draw_rows(out / "ptq.png", job.kind, job.rows, f"qtx ptq: {checkpoint}, {about}")
             written.append("ptq.png")
         except (MissingExtra, CheckpointError) as error:
             print(f"no picture: {error}", file=sys.stderr)

@@ -35,7 +35,7 @@ from ..measure.sizes import count_stored_bytes, ranges_json
 from ..prepare.calibration import CALIBRATION_SEED, bind, calibration_batches
 from ..prepare.prepare import prepare
 from ..recipes.named import recipe, resolve, training_recipe
-from ..report.plots import curves
+from ..report.plots import draw_curves
 from ..report.tables import DIVERGED, number, spread, table
 from .run import TrainSpec, checkpoint_bytes, describe_difference
 from .training import default_optim, fit_vocabulary, train
@@ -139,9 +139,11 @@ class Study:
 
     def _draw(self) -> None:
         self.written = ["study.json", "a checkpoint per run"]
-        histories = {name: self._history(name) for name in self.runs}
+        lost = {name: " (diverged)" if run["diverged"] else "" for name, run in self.runs.items()}
+        histories = {name + lost[name]: self._history(name) for name in self.runs}
         try:
-            curves(self.out / "curves.png", histories)
+            about = f"{self.spec.data or 'bundled data'}, {self.spec.steps} steps of batch {self.spec.batch}"
+            draw_curves(self.out / "curves.png", histories, f"qtx study: {self.spec.model} on {about}")
             self.written.append("curves.png")
         except (MissingExtra, CheckpointError) as error:
             print(f"no picture: {error}", file=sys.stderr)

@@ -2,196 +2,260 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from scipy.special import erf
 
 from qtx_ref.stats import SIGMAS
 
-from ..engines.backend import need
-from ..files.container import write_picture
 from ..measure.analysis import Analysis, bin_edges
 from ..measure.heads import Head
+from .figures import (
+    COLORS,
+    GRAY,
+    add_legend,
+    choose_looks,
+    choose_scale,
+    finite,
+    new_figure,
+    new_panels,
+    plain,
+    save_figure,
+    set_title,
+    spans_decades,
+)
 
-MAPS = 6  # heads whose attention is drawn
-WORDS = 40  # tokens on an axis: more cannot be read
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+WHAT = "the pictures of an analysis"
 NAMES = ("depth.png", "channels.png", "histogram.png", "attention.png", "patches.png")  # the last one of images alone
+MAPS = 6  # heads whose attention is drawn
+WORDS, LAST = 40, 5  # tokens on an axis: more cannot be read; and how many of them are a sequence's last
 OCTAVE = 8  # bins of the drawn histogram between a number and its double
+PARTS = ("attn.output", "attn.residual", "ffn.output", "ffn.residual")
 
 
-def draw(folder: Path, model: Any, found: Analysis) -> list[str]:
+class Recorder(Protocol):
+    """What is asked of a float model: named tensors of a pass with their masks, and statistics by site."""
+
+    def record(
+        self, batch: Mapping[str, np.ndarray], sites: Iterable[str]
+    ) -> Mapping[str, tuple[np.ndarray, np.ndarray | None]]: ...
+
+    def statistics(
+        self, batch: Mapping[str, np.ndarray], units: Mapping[str, str], names: tuple[str, ...]
+    ) -> Mapping[str, Mapping[str, np.ndarray]]: ...
+
+
+def draw_analysis(folder: Path, model: Recorder, analysis: Analysis, title: str) -> list[str]:
     """Writes the pictures of an analysis as PNGs and gives their names. Raises MissingExtra without matplotlib."""
-    matplotlib = need("matplotlib", "report", "the pictures of an analysis")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    chosen = found.heads[:MAPS]
+    chosen = analysis.heads[:MAPS]
     probs = {}
     for layer in {head.layer for head in chosen}:
         site = f"layer.{layer}.attn.probs"
-        probs[layer] = model.record(found.example, [site])[site][0][0]  # (H, T, T)
-    pictures: dict[str, Callable[[], Any]] = {
-        "depth.png": lambda: depth(pyplot, found),
-        "channels.png": lambda: channels(pyplot, found),
-        "histogram.png": lambda: histogram(pyplot, found),
+        probs[layer] = model.record(analysis.example, [site])[site][0][0]  # (H, T, T)
+    figures = {
+        "depth.png": make_depth_figure(analysis, title),
+        "channels.png": make_channel_figure(analysis, title),
+        "histogram.png": make_histogram_figure(analysis, title),
     }
-    if found.image is None:
-        pictures["attention.png"] = lambda: text_attention(pyplot, found, chosen, probs)
+    if analysis.image is None:
+        figures["attention.png"] = make_text_figure(analysis, chosen, probs, title)
     else:
-        sites = dict.fromkeys(found.stream, "sequence")
-        own = model.statistics(found.example, sites, ("beyond_tokens",))
+        sites = dict.fromkeys(analysis.stream, "sequence")
+        own = model.statistics(analysis.example, sites, ("beyond_tokens",))
         example = sum(part["beyond_tokens"][0] for part in own.values())  # (T,)
-        pictures["attention.png"] = lambda: image_attention(pyplot, found, chosen, probs)
-        pictures["patches.png"] = lambda: patches(pyplot, found, example)
-    for name, make in pictures.items():
-        figure = make()
-        write_picture(folder / name, figure)
-        pyplot.close(figure)
-    return list(pictures)
+        figures["attention.png"] = make_image_figure(analysis, chosen, probs, title)
+        figures["patches.png"] = make_patch_figure(analysis, example, title)
+    for name, figure in figures.items():
+        save_figure(figure, folder / name)
+    return list(figures)
 
 
-def depth(pyplot: Any, found: Analysis) -> Any:
-    """Kurtosis and inf norm of each layer's sums and of what is added."""
-    known = found.by_site()
-    count = sum(site.endswith(".ffn.residual") for site in found.stream)
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for part, style in (("attn.output", "o--"), ("attn.residual", "o-"), ("ffn.output", "s--"), ("ffn.residual", "s-")):
-        rows = [known[f"layer.{i}.{part}"] for i in range(count)]
-        for axis, name in zip(axes, ("kurtosis", "inf_norm"), strict=True):
-            axis.plot(range(count), [getattr(row, name) for row in rows], style, label=part, linewidth=1, markersize=4)
-    axes[0].axhline(3, color="gray", linewidth=0.8, linestyle=":")
-    axes[0].set(xlabel="layer", ylabel="kurtosis (dotted: normal)", yscale="log", xticks=range(count))
-    axes[1].set(xlabel="layer", ylabel="inf norm, mean over sequences", yscale="log", xticks=range(count))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+def make_depth_figure(analysis: Analysis, title: str) -> Figure:
+    """Kurtosis and inf norm of each layer's sums and of what is added. Raises MissingExtra without matplotlib."""
+    known = analysis.by_site()
+    count = sum(site.endswith(".ffn.residual") for site in analysis.stream)
+    figure, panels = new_panels(5.5, 3.9, 2, 2, WHAT)
+    labels = {"kurtosis": "kurtosis", "inf_norm": "inf norm, mean over sequences"}
+    looks = choose_looks(PARTS)
+    for panel, (name, label) in zip(panels, labels.items(), strict=True):
+        lines = {part: [getattr(known[f"layer.{i}.{part}"], name) for i in range(count)] for part in PARTS}
+        for part, values in lines.items():
+            panel.plot(range(count), values, **looks[part].style(count), label=part)
+        choose_scale(panel, "y", [value for values in lines.values() for value in values])
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set(xlabel="layer", ylabel=label)
+        panel.grid(alpha=0.25)
+    normal = panels[0].axhline(3, color=GRAY, linewidth=1, linestyle=":")
+    add_legend(figure, [*panels[0].get_lines()[: len(PARTS)], normal], [*PARTS, "a normal variable (3)"])
+    set_title(figure, f"{title}: by depth", "output: what is added to the residual stream; residual: the sum")
     return figure
 
 
-def channels(pyplot: Any, found: Analysis) -> Any:
-    """Root mean square of each channel along the residual stream; the recurring channels are named."""
-    rows = np.log10(np.sqrt(np.stack([found.energy[site] for site in found.stream])) + 1e-12)
-    size = 1.5 + 0.24 * len(rows)
-    figure, axis = pyplot.subplots(figsize=(12, size), layout="constrained")
-    middle = np.median(rows)
-    picture = axis.imshow(
-        rows, aspect="auto", interpolation="nearest", cmap="magma", vmin=middle - 0.5, vmax=rows.max()
-    )
-    axis.set_yticks(range(len(rows)), found.stream, fontsize=8)
-    named = sorted({channel.channel for channel in found.channels})
-    apart = [c for i, c in enumerate(named) if not i or c - named[i - 1] > rows.shape[1] / 60]
-    axis.set_xticks(apart, apart, fontsize=8, rotation=90)
-    axis.set_xlabel("channel (named: outliers in most tokens)" if named else "channel")
-    figure.colorbar(picture, label="log10 of the channel's root mean square")
+def make_channel_figure(analysis: Analysis, title: str) -> Figure:
+    """Root mean square of each channel along the residual stream; the recurring channels are named on top, every one.
+    Raises MissingExtra without matplotlib."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    rows = np.sqrt(np.stack([analysis.energy[site] for site in analysis.stream])) + 1e-12  # (S, C)
+    count, width = rows.shape
+    figure = new_figure(12, 2.2 + min(0.24 * count, 14), WHAT)
+    axis = figure.subplots()
+    low, high = float(np.median(rows)) / 10**0.5, float(rows.max())
+    norm = LogNorm(low, high) if spans_decades([low, high]) else Normalize(min(low, float(rows.min())), high)
+    drawn = axis.imshow(rows, aspect="auto", interpolation="nearest", cmap="magma", norm=norm)
+    every = -(-count // 58)  # rows that have room for a name
+    axis.set_yticks(range(0, count, every), analysis.stream[::every], fontsize=8)
+    axis.set_xlabel("channel")
+    named = sorted({channel.channel for channel in analysis.channels})
+    for channel, place in zip(named, space_apart(named, width / 50, width), strict=True):
+        axis.annotate(
+            str(channel),
+            (channel, -0.5),
+            (place, -0.5 - 0.025 * count - 0.2),
+            fontsize=8,
+            rotation=90,
+            ha="center",
+            va="bottom",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.6},
+            annotation_clip=False,
+        )
+    figure.colorbar(drawn, label="root mean square of the channel")
+    note = "numbers on top: channels that are outliers in most tokens" if named else ""
+    set_title(figure, f"{title}: channels along the residual stream", note)
     return figure
 
 
-def histogram(pyplot: Any, found: Analysis) -> Any:
-    """Share of elements by |x| over the site's root mean square, of the sum after each FFN and of a normal variable."""
-    known, edges = found.by_site(), bin_edges()
-    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    names = [site for site in found.stream if site.endswith(".ffn.residual")]
-    grid = 2.0 ** (np.arange(-6 * OCTAVE, 9 * OCTAVE + 1) / OCTAVE)
+def space_apart(places: Sequence[int], gap: float, end: float) -> list[float]:
+    """Ascending places moved as little to the right, and from the end back to the left, as leaves `gap` between them."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(float(place), moved[-1] + gap) if moved else float(place))
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], moved[i + 1] - gap if i + 1 < len(moved) else end)
+    return moved
+
+
+def make_histogram_figure(analysis: Analysis, title: str) -> Figure:
+    """A panel for each layer's sum after its FFN: share of elements by |x| over the site's root mean square, beside a
+    normal variable's. A bin without elements reaches down to the axis. Raises MissingExtra without matplotlib."""
+    known, edges = analysis.by_site(), bin_edges()
+    names = [site for site in analysis.stream if site.endswith(".ffn.residual")]
     some = np.isfinite(edges[1:])
     middle = (edges[:-1][some] + edges[1:][some]) / 2
-    for site, color in zip(names, pyplot.cm.viridis(np.linspace(0, 0.9, len(names))), strict=True):
-        counts = found.histograms[site][some]
-        shares, _ = np.histogram(middle / (known[site].rms or 1), grid, weights=counts / max(counts.sum(), 1))
-        axis.stairs(
-            np.where(shares > 0, shares, np.nan),
-            grid,
-            baseline=None,
-            color=color,
-            label=site.removesuffix(".ffn.residual"),
-        )
+    scaled = {name: middle / (known[name].rms or 1) for name in names}
+    ends = [1.0, *(scaled[name][analysis.histograms[name][some] > 0].max(initial=1) for name in names)]
+    octaves = int(np.ceil(np.log2(max(finite(ends))))) + 1
+    grid = 2.0 ** (np.arange(-6 * OCTAVE, max(octaves, 4) * OCTAVE + 1) / OCTAVE)
+    shares = {}
+    for name in names:
+        counts = analysis.histograms[name][some]
+        shares[name] = np.histogram(scaled[name], grid, weights=counts / max(counts.sum(), 1))[0]
+    least = min([1e-6, *(part[part > 0].min(initial=1) for part in shares.values())])
     normal = np.diff(erf(grid / np.sqrt(2)))
-    axis.stairs(
-        np.where(normal > 1e-9, normal, np.nan), grid, baseline=None, color="black", linestyle=":", label="normal"
-    )
-    axis.axvline(SIGMAS, color="gray", linewidth=0.8)
-    axis.set(xscale="log", yscale="log", xlabel=f"|x| / root mean square, ffn.residual (line: {SIGMAS:g})",
-             ylabel=f"share of elements, {OCTAVE} bins an octave")  # fmt: skip
-    axis.legend(fontsize=8, ncols=1 + len(names) // 8)
+    figure, panels = new_panels(3.7, 2.7, len(names), 3 if len(names) < 13 else 6, WHAT)
+    for panel, name in zip(panels, names, strict=True):
+        if shares[name].any():
+            panel.stairs(shares[name], grid, fill=True, color=COLORS[6], label="elements")
+        else:
+            panel.text(0.5, 0.5, "no data", transform=panel.transAxes, ha="center", va="center", color=GRAY)
+        panel.stairs(normal, grid, baseline=None, color="black", linestyle=":", label="a normal variable")
+        panel.axvline(SIGMAS, color=COLORS[1], linewidth=1, label=f"{SIGMAS:g} times the root mean square")
+        panel.set(xscale="log", yscale="log", xlim=(grid[0], grid[-1]), ylim=(least / 2, 0.2))
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("|x| / root mean square", fontsize=9)
+        panel.set_ylabel(f"share of elements\n({OCTAVE} bins an octave)", fontsize=9)
+        panel.grid(alpha=0.25)
+    if panels:
+        handles = {h.get_label(): h for panel in panels for h in panel.get_legend_handles_labels()[0]}
+        add_legend(figure, list(handles.values()), list(handles))
+    set_title(figure, f"{title}: sizes in the residual stream")
     return figure
 
 
-def title(head: Head) -> str:
+def describe_head(head: Head) -> str:
     kind = "does nothing" if head.idle else "acts"
     return f"layer {head.layer} head {head.head}: {kind}\nmarked {head.marked:.0%}, update {head.update:.1%}"
 
 
-def grid_of(pyplot: Any, count: int, size: float) -> tuple[Any, list[Any]]:
-    """A figure of `count` pictures in rows of three."""
-    columns = min(3, count)
-    rows = -(-count // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(size * columns, size * rows), layout="constrained", squeeze=False
-    )
-    for axis in list(axes.flat)[count:]:
-        axis.axis("off")
-    return figure, list(axes.flat)[:count]
-
-
-def text_attention(pyplot: Any, found: Analysis, chosen: list[Head], probs: dict[int, np.ndarray]) -> Any:
-    """Probabilities that each query (down) of one sequence gives to each key (across), of its first and last tokens."""
-    real = np.flatnonzero(found.example["mask"][0])
-    shown = real if len(real) <= WORDS else np.concatenate([real[: WORDS - 5], real[-5:]])
-    # a character that the fonts lack would be a warning, and a $ would begin a formula
-    words = [
-        found.tokens.word(found.example["tokens"][0, i]).encode("latin-1", "replace").decode("latin-1") for i in shown
-    ]
-    words = [word.replace("$", r"\$") for word in words]
-    figure, axes = grid_of(pyplot, len(chosen), 6.0)
-    for axis, head in zip(axes, chosen, strict=True):
-        rows = probs[head.layer][head.head][np.ix_(shown, shown)]
-        axis.imshow(rows, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(title(head), fontsize=10)
-        axis.set_xticks(range(len(shown)), words, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(shown)), words, fontsize=7)
-        if len(shown) < len(real):  # what is left out
-            axis.axvline(WORDS - 5.5, color="gray", linewidth=0.8)
-            axis.axhline(WORDS - 5.5, color="gray", linewidth=0.8)
+def make_text_figure(analysis: Analysis, chosen: Sequence[Head], probs: Mapping[int, np.ndarray], title: str) -> Figure:
+    """Probabilities that each query (down) of one sequence gives to each key (across), of its first and last tokens; probs:
+    by layer (H, T, T). Raises MissingExtra without matplotlib."""
+    real = np.flatnonzero(analysis.example["mask"][0])
+    places = real if len(real) <= WORDS else np.concatenate([real[: WORDS - LAST], real[-LAST:]])
+    figure, panels = new_panels(6.0, 6.0, len(chosen), 3, WHAT)
+    words = [plain(analysis.tokens.word(analysis.example["tokens"][0, i]), 16) for i in places]
+    note = "one sequence"
+    if len(places) < len(real):
+        note += f"; lines: {len(real) - len(places)} tokens left out between"
+    maps = [probs[head.layer][head.head][np.ix_(places, places)] for head in chosen]
+    top = max([1e-6, *(float(rows.max()) for rows in maps)])  # one scale for all
+    for panel, head, rows in zip(panels, chosen, maps, strict=True):
+        drawn = panel.imshow(rows, cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
+        panel.set_title(describe_head(head), fontsize=10)
+        panel.set_xticks(range(len(places)), words, rotation=90, fontsize=7)
+        panel.set_yticks(range(len(places)), words, fontsize=7)
+        panel.set(xlabel="key", ylabel="query")
+        if len(places) < len(real):
+            panel.axvline(WORDS - LAST - 0.5, color=GRAY, linewidth=0.8)
+            panel.axhline(WORDS - LAST - 0.5, color=GRAY, linewidth=0.8)
+    if panels:
+        figure.colorbar(drawn, ax=panels, shrink=0.5, label="probability")
+    set_title(figure, f"{title}: attention", note)
     return figure
 
 
-def pixels(image: np.ndarray) -> np.ndarray:
+def scale_pixels(image: np.ndarray) -> np.ndarray:
     """An image (C, S, S) as matplotlib draws it, from 0 to 1."""
     spread = image - image.min()
-    shown = spread / (spread.max() or 1)
-    return shown.transpose(1, 2, 0) if len(image) == 3 else shown.mean(axis=0)
+    part = spread / (spread.max() or 1)
+    return part.transpose(1, 2, 0) if len(image) == 3 else part.mean(axis=0)
 
 
-def over_image(axis: Any, image: np.ndarray, by_patch: np.ndarray) -> Any:
+def draw_over_image(axis: Axes, image: np.ndarray, by_patch: np.ndarray) -> AxesImage:
     """One number per patch (n n,) over an image in grey: the larger, the less of the image is seen."""
     n, size = int(np.sqrt(len(by_patch))), image.shape[-1]
     place = {"extent": (0, size, size, 0), "interpolation": "nearest"}
     top = by_patch.max() or 1
-    axis.imshow(pixels(image), cmap="gray", vmin=-0.5, vmax=1.1, **place)
-    shown = by_patch.reshape(n, n)
-    drawn = axis.imshow(shown, cmap="autumn_r", alpha=0.8 * shown / top, vmin=0, vmax=top, **place)
+    axis.imshow(scale_pixels(image), cmap="gray", vmin=-0.5, vmax=1.1, **place)
+    square = by_patch.reshape(n, n)
+    drawn = axis.imshow(square, cmap="autumn_r", alpha=0.8 * square / top, vmin=0, vmax=top, **place)
     axis.set(xticks=[], yticks=[])
     return drawn
 
 
-def image_attention(pyplot: Any, found: Analysis, chosen: list[Head], probs: dict[int, np.ndarray]) -> Any:
-    """Probability that CLS gives to each patch of one image."""
-    figure, axes = grid_of(pyplot, len(chosen), 3.6)
-    for axis, head in zip(axes, chosen, strict=True):
+def make_image_figure(
+    analysis: Analysis, chosen: Sequence[Head], probs: Mapping[int, np.ndarray], title: str
+) -> Figure:
+    """Probability that CLS gives to each patch of one image; probs: by layer (H, T, T). Raises MissingExtra without
+    matplotlib."""
+    figure, panels = new_panels(3.8, 3.4, len(chosen), 3, WHAT)
+    for panel, head in zip(panels, chosen, strict=True):
         row = probs[head.layer][head.head][0]  # (T,)
-        drawn = over_image(axis, found.example["images"][0], row[1:])
-        axis.set_title(f"{title(head)}, to CLS {row[0]:.0%}", fontsize=9)
-        figure.colorbar(drawn, ax=axis, shrink=0.7)
+        drawn = draw_over_image(panel, analysis.example["images"][0], row[1:])
+        panel.set_title(f"{describe_head(head)}, to CLS {row[0]:.0%}", fontsize=9)
+        figure.colorbar(drawn, ax=panel, shrink=0.7, label="probability")
+    set_title(figure, f"{title}: attention of CLS", "one image")
     return figure
 
 
-def patches(pyplot: Any, found: Analysis, example: np.ndarray) -> Any:
-    """Outliers of the residual stream by patch: of all images over their mean, of one image over itself."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
-    every = sum(found.places.values())
-    parts = ("all images, over their mean", found.image, every), ("one image", found.example["images"][0], example)
-    for axis, (name, image, counts) in zip(axes, parts, strict=True):
-        drawn = over_image(axis, image, counts[1:])
-        axis.set_title(f"outliers by patch: {name}\n{counts[0]} on CLS, {counts[1:].sum()} on patches", fontsize=10)
-        figure.colorbar(drawn, ax=axis, shrink=0.8)
+def make_patch_figure(analysis: Analysis, example: np.ndarray, title: str) -> Figure:
+    """Outliers of the residual stream by patch: of all images over their mean, of one image over itself; example: its
+    outliers by token (T,). Raises MissingExtra without matplotlib."""
+    figure, panels = new_panels(4.6, 4.0, 2, 2, WHAT)
+    every = sum(analysis.places.values())
+    first = analysis.example["images"][0]
+    parts = ("all images, over their mean", analysis.image, every), ("one image", first, example)
+    for panel, (name, image, counts) in zip(panels, parts, strict=True):
+        drawn = draw_over_image(panel, image, counts[1:])
+        panel.set_title(f"{name}: {counts[0]} on CLS, {counts[1:].sum()} on patches", fontsize=9)
+        figure.colorbar(drawn, ax=panel, shrink=0.8, label="outliers")
+    set_title(figure, f"{title}: outliers by patch", f"beyond {SIGMAS:g} sigma, over all sites of the residual stream")
     return figure

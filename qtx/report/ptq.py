@@ -1,38 +1,164 @@
-"""The picture of `qtx ptq`."""
+"""The picture of `qtx ptq`: a row for each row of its table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
-from ..engines.backend import need
-from ..files.container import write_picture
+import numpy as np
+
+from .figures import (
+    COLORS,
+    GRAY,
+    finite,
+    new_figure,
+    plain,
+    save_figure,
+    set_title,
+)
+from .tables import number
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MIB = 2**20
+ROW = 0.21  # inches
+NEAR = 75  # percent of the rows that the enlarged panel is made for
+ENLARGED = 3.0  # times that the whole must be wider than those rows for an enlarged panel
+LINEAR = 1.0  # percent of perplexity up to which an axis that spans decades is linear
+# colour and marker of what a row's numbers were measured on
+KINDS = {
+    "float": (COLORS[4], "D"),
+    "integers": (COLORS[0], "o"),
+    "simulation": (COLORS[1], "s"),
+    "failed": (GRAY, "x"),
+}
+MEANS = {
+    "float": "the model in float",
+    "integers": "measured in integers",
+    "simulation": "simulated: float32 with quantizers",
+    "failed": "could not be prepared",
+}
 
 
-def picture(path: Path, kind: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Each recipe's difference to float with its interval, as a PNG. Raises MissingExtra without matplotlib."""
-    matplotlib = need("matplotlib", "report", "the picture of the rows")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+class Row(TypedDict):
+    """What is drawn of a row of ptq.json. A number that is not finite is None."""
 
-    shown = {name: row for name, row in rows.items() if name != "float" and None not in (row["low"], row["high"])}
-    figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.24 * len(shown)), layout="constrained")
-    for place, row in enumerate(shown.values()):
-        color = "tab:blue" if row["runs_as"] == "integers" else "tab:orange"
-        axis.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2)
-        axis.plot(row["difference"], place, "o", color=color, markersize=5)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(shown)), labels=list(shown), fontsize=8)
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
-    if kind == "accuracy":
-        axis.set_xlabel("accuracy, points to float, with the bootstrap interval")
-    else:
-        axis.set_xlabel("perplexity, percent above float, with the bootstrap interval")
-        axis.set_xscale("symlog", linthresh=1)
-    handles = [pyplot.Line2D([], [], color=color, marker="o", label=label)
-               for color, label in (("tab:blue", "integers"), ("tab:orange", "simulation"))]  # fmt: skip
-    axis.legend(handles=handles, loc="lower left")
-    write_picture(path, figure)
-    pyplot.close(figure)
+    runs_as: str  # a key of KINDS
+    value: float | None  # accuracy in percent, or perplexity
+    difference: float | None  # to float: points of accuracy, or percent of perplexity
+    low: float | None  # ends of its interval
+    high: float | None
+    ms: float | None  # of a sequence
+    bytes: int | None
+
+
+def draw_rows(path: Path, kind: str, rows: Mapping[str, Row], title: str) -> None:
+    """Writes `make_row_figure` as a PNG. Raises MissingExtra without matplotlib."""
+    save_figure(make_row_figure(kind, rows, title), path)
+
+
+def make_row_figure(kind: str, rows: Mapping[str, Row], title: str) -> Figure:
+    """Every row's difference to float with its bootstrap interval; a second time, enlarged, where a few rows lie far from
+    the others; and the row's latency and size.
+
+    kind: "accuracy" (differences in points) or "perplexity" (in percent). A row without numbers says why. Raises
+    MissingExtra without matplotlib.
+    """
+    ends = [end for row in rows.values() for end in finite([row["low"], row["high"], row["difference"]])]
+    limit = near_limit(rows)
+    enlarged = bool(ends) and max(map(abs, ends)) > ENLARGED * limit
+    widths = [4.0, *([4.0] if enlarged else []), 1.3, 1.3]
+    longest = max([0, *(len(plain(name)) for name in rows)])
+    figure = new_figure(sum(widths) + 0.085 * longest + 0.4, 2.0 + ROW * max(len(rows), 3), "the picture of the rows")
+    panels = list(
+        figure.subplots(1, len(widths), sharey=True, gridspec_kw={"width_ratios": widths}, squeeze=False).flat
+    )
+    unit = "accuracy, points to float" if kind == "accuracy" else "perplexity, % above float"
+    for panel in panels[: 1 + enlarged]:
+        draw_intervals(panel, rows)
+        panel.axvline(0, color="black", linewidth=0.8, zorder=1)
+        panel.set_xlabel(unit)
+    if enlarged:
+        panels[0].set_title("all", fontsize=10)
+        panels[1].set_title("enlarged (arrows: beyond the edge)", fontsize=10)
+        panels[1].set_xlim(max(-limit, 1.15 * min(ends)), min(limit, 1.15 * max(0.0, *ends) + 0.05 * limit))
+        draw_arrows(panels[1], rows)
+    if kind == "perplexity" and ends and max(map(abs, ends)) > 10**1.5 * LINEAR:
+        panels[0].set_xscale("symlog", linthresh=LINEAR)
+        panels[0].set_xlim(2 * min(0.0, *ends) - LINEAR / 4, 2 * max(0.0, *ends) + LINEAR / 4)
+        panels[0].set_xlabel(f"{unit} (logarithmic beyond {LINEAR:g})")
+    draw_dots(panels[-2], [row["ms"] for row in rows.values()], rows, "latency, ms\nof a sequence")
+    draw_dots(
+        panels[-1], [None if row["bytes"] is None else row["bytes"] / MIB for row in rows.values()], rows, "size, MiB"
+    )
+    panels[0].set_yticks(range(len(rows)), [plain(name) for name in rows], fontsize=8)
+    panels[0].set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    values = "accuracy, %" if kind == "accuracy" else "perplexity"
+    side = panels[0].secondary_yaxis("right")
+    side.set_yticks(range(len(rows)), [number(row["value"], 2) for row in rows.values()], fontsize=7)
+    side.tick_params(length=0)
+    panels[0].text(1.02, 1.0, f"{values}\n", transform=panels[0].transAxes, fontsize=7, va="center")
+    for panel in panels:
+        panel.grid(axis="both", alpha=0.25)
+    add_kinds(figure, rows)
+    set_title(figure, title, "line: 95 % bootstrap interval over sequences")
+    return figure
+
+
+def near_limit(rows: Mapping[str, Row]) -> float:
+    """How far from 0 the intervals of most rows go, with a margin."""
+    farthest = [
+        max(map(abs, ends)) for row in rows.values() if (ends := finite([row["low"], row["high"]])) and any(ends)
+    ]
+    return 1.15 * float(np.percentile(farthest, NEAR, method="lower")) if farthest else 1.0
+
+
+def draw_intervals(panel: Axes, rows: Mapping[str, Row]) -> None:
+    """Each row's difference as a point on its interval, or words where it has none."""
+    for place, row in enumerate(rows.values()):
+        color, marker = KINDS[row["runs_as"]]
+        if row["difference"] is None:
+            words = "failed" if row["runs_as"] == "failed" else "not finite"
+            panel.text(0, place, f" {words}", fontsize=8, va="center", color=GRAY)
+            continue
+        if None not in (row["low"], row["high"]):
+            panel.plot([row["low"], row["high"]], [place, place], color=color, linewidth=1.8)
+        panel.plot(row["difference"], place, marker, color=color, markersize=5)
+
+
+def draw_arrows(panel: Axes, rows: Mapping[str, Row]) -> None:
+    """At the edge of the enlarged panel, where a row's point lies beyond it."""
+    low, high = panel.get_xlim()
+    inset = 0.015 * (high - low)
+    for place, row in enumerate(rows.values()):
+        if row["difference"] is not None and not low < row["difference"] < high:
+            x, marker = (low + inset, "<") if row["difference"] <= low else (high - inset, ">")
+            panel.plot(x, place, marker, color=KINDS[row["runs_as"]][0], markersize=6)
+
+
+def draw_dots(panel: Axes, values: Sequence[float | None], rows: Mapping[str, Row], label: str) -> None:
+    """One number of each row, from 0 on."""
+    for place, (value, row) in enumerate(zip(values, rows.values(), strict=True)):
+        if value is not None:
+            color, marker = KINDS[row["runs_as"]]
+            panel.plot(value, place, marker, color=color, markersize=4)
+    panel.set_xlabel(label)
+    panel.set_xlim(0, 1.1 * max([*finite(values), 1e-3]))
+    panel.locator_params(axis="x", nbins=4)
+
+
+def add_kinds(figure: Figure, rows: Mapping[str, Row]) -> None:
+    """A legend of what the rows that are there were measured on."""
+    from matplotlib.lines import Line2D
+
+    there = [kind for kind in KINDS if kind in {row["runs_as"] for row in rows.values()}]
+    handles: list[Artist] = []
+    for kind in there:
+        color, marker = KINDS[kind]
+        handles.append(Line2D([], [], color=color, marker=marker, linestyle="-", markersize=5, label=MEANS[kind]))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)

@@ -214,7 +214,7 @@ def test_only_what_was_compared_is_timed(tmp_path):
     assert list(workers.run.timed["variants"]) == ["float32", "integer", "onnxruntime int8 static"]
     assert variants[1].cells["1x4"]["memory"] == 50 and variants[1].cells["1x4"]["median"] == 1.5
     result = {"variants": [vars(v) for v in variants], "cells": [{"name": "1x4"}]}
-    text = costs.cost_table(result)
+    text = costs.tabulate_costs(result)
     assert "onnxruntime int8 dynamic: not timed: crashed (signal 11)" in text
     results(workers, {"float32": "no memory"})
     with pytest.raises(SpecError, match="float32 does not run: no memory"):
@@ -228,7 +228,7 @@ def described(fake: float, integer: float, memory: int = 100) -> str:
         cells = {"1x8": {"ratio": ratio, "memory": size, "error": 0.1}}
         return {"name": name, "bytes": size, "finding": None, "cells": cells, "profile": profile}
 
-    return costs.paragraph({
+    return costs.describe_costs({
         "variants": [
             variant("float32", 1.0, 100, matmuls=0.625),
             variant("fake quantization", fake, memory, quantizers=7, weight_quantizers=3, quantizing=0.5),
@@ -254,5 +254,5 @@ def test_picture(tmp_path):
     pytest.importorskip("matplotlib", reason="pictures need the extra report")
     ran = {"1x8": {"median": 0.1, "p95": 0.2, "memory": 10}, "2x8": {"median": 0.2, "p95": 0.2, "memory": 10}}
     variants = [{"name": "float32", "cells": ran}, {"name": "wrong", "cells": {"1x8": {"memory": None}}}]
-    costs.bars(tmp_path / "cost.png", {"cells": [{"name": "1x8"}, {"name": "2x8"}], "variants": variants})
+    costs.draw_cost(tmp_path / "cost.png", {"cells": [{"name": "1x8"}, {"name": "2x8"}], "variants": variants})
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")

@@ -85,7 +85,7 @@ def test_whole_command(checkpoint, tmp_path):
     quants = resolve(recipe("w8a8", preset("opt-tiny")), replace(preset("opt-tiny"), layers=1))
     assert fake["profile"]["quantizers"] == len(quants)
     assert integers["profile"]["kernels"] == {"float32 blocks (NumPy)": 4 + 2 + 2 + 1}
-    assert integers["bytes"] < fake["bytes"] and costs.paragraph(found) in text
+    assert integers["bytes"] < fake["bytes"] and costs.describe_costs(found) in text
     assert (out / "cost.txt").read_text().strip() in text
     assert "exists: choose another --out" in ran(*command, "--out", out)
 

@@ -9,7 +9,7 @@ from parity_tests.tests.commands.test_cli import TRAIN, call, good
 from qtx.jobs import watch
 from qtx.measure.history import History
 from qtx.measure.outliers import Outliers
-from qtx.report.plots import curves
+from qtx.report.plots import draw_curves
 from qtx_ref.spec import SpecError
 
 
@@ -40,8 +40,8 @@ def test_a_point_that_is_not_finite_is_said(tmp_path, monkeypatch):
 def test_the_watch_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra report is not installed")
     watched = History([3.0, 2.0], [1, 2], [5.0, 6.0], [1, 2], [20.0, 8.0], [19.0, 7.5], [3.0, 3.1])
-    curves(tmp_path / "a.png", {"plain": History([3.0], [1], [5.0])})
-    curves(tmp_path / "b.png", {"watched": watched})
+    draw_curves(tmp_path / "a.png", {"plain": History([3.0], [1], [5.0])}, "one")
+    draw_curves(tmp_path / "b.png", {"watched": watched}, "two")
     assert (tmp_path / "b.png").stat().st_size > (tmp_path / "a.png").stat().st_size
 
 
