@@ -11,7 +11,6 @@ from parity_tests.proof.verdict import Verdict
 from parity_tests.runner import Report, Row
 
 SUITE = "qtx parity"
-BEGINNING = f"<?xml version='1.0' encoding='utf-8'?>\n<testsuites name=\"{SUITE}\"".encode()
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 has no character for
 
 

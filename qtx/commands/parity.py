@@ -19,7 +19,7 @@ from ..data import DataError
 from ..engines.backend import MissingDevice, MissingExtra
 from ..files.artifact import SUFFIX, Artifact
 from ..files.checkpoint import file_of
-from ..files.container import CheckpointError, check_writable, sha_of, write_beside
+from ..files.container import REPORT, CheckpointError, check_writable, sha_of, write_beside
 from ..jobs.opening import is_artifact, make_artifact_model, open_model
 from ..jobs.training import Machine
 from ..progress import Progress, clock
@@ -62,11 +62,7 @@ def check_junit(ctx: click.Context, parameter: click.Parameter, path: Path | Non
     """Refuses a place that cannot be written, or that holds anything but an earlier report, before any work."""
     if path is None:
         return None
-    from parity_tests import junit
-
-    if path.is_symlink() or (path.is_file() and not path.read_bytes().startswith(junit.BEGINNING)):
-        raise CheckpointError(f"--junit {path} exists and is no report of qtx parity: choose another")
-    check_writable(path)
+    check_writable(path, REPORT)
     return path
 
 

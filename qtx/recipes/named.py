@@ -211,7 +211,7 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         data = json.loads(read_regular(path).decode())
-        printed = isinstance(data, dict) and data.keys() == {"recipe", "sites"}
+        printed = isinstance(data, dict) and data.keys() - {"format"} == {"recipe", "sites"}
         return from_dict(Recipe, data["recipe"] if printed else data)
     except OSError as error:
         raise SpecError(f"recipe file {path} cannot be read ({error.strerror}): give one that qtx wrote") from None

@@ -1,4 +1,7 @@
-"""A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`)."""
+"""A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`).
+
+Differs from the reference: was_silent: ranges are lowered, and kept by `qtx ptq`, in NumPy.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_commands(tmp_path):
     over = run(
         "import", tmp_path / "theirs", "--out", tmp_path / "z.safetensors", "--json", tmp_path / "theirs/config.json"
     )
-    assert "in the folder that is read" in over.output
+    assert "choose another" in over.output
     assert sorted((path.name, path.read_bytes()) for path in out.iterdir()) == before
 
 

@@ -15,8 +15,8 @@ from parity_tests import fuzz
 from parity_tests.subjects.mutations import flip_bit
 from parity_tests.tests.shell import call, good
 from qtx import data
-from qtx.commands import options
 from qtx.commands import quantize as cli_quantize
+from qtx.engines.machine import Machine
 from qtx.files import artifact
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import (
@@ -24,11 +24,13 @@ from qtx.files.container import (
     STUDY,
     CheckpointError,
     check_replaceable,
+    check_writable,
     digest,
     kind_of,
     write_beside,
     write_sealed_json,
 )
+from qtx.jobs import opening
 from qtx_ref import spec
 from qtx_ref.integer import lowering
 from qtx_ref.models.initial import init_params
@@ -236,7 +238,7 @@ def test_options_are_tried_before_data_are_read(place, monkeypatch, arguments, m
     def load(*_, **__):
         raise AssertionError("data are read")
 
-    for module in (options, data):
+    for module in (opening, data):
         monkeypatch.setattr(module, "load", load)
     assert message in refuse(*arguments, "--backend", "ref")
 
@@ -255,7 +257,7 @@ def test_a_prompt_without_words_is_refused(place):
 
 def test_quantize_checks_once_and_builds_what_it_calibrates(place, monkeypatch):
     checked, built = [], []
-    whole_check, model = spec.check_integer, options.Machine.model
+    whole_check, model = spec.check_integer, Machine.model
 
     def check(*arguments, **more):
         checked.append(1)
@@ -263,9 +265,20 @@ def test_quantize_checks_once_and_builds_what_it_calibrates(place, monkeypatch):
 
     for module in (cli_quantize, artifact, lowering):
         monkeypatch.setattr(module, "check_integer", check)
-    monkeypatch.setattr(options.Machine, "model", lambda *given: built.append(1) or model(*given))
+    monkeypatch.setattr(Machine, "model", lambda *given: built.append(1) or model(*given))
     good("quantize", "vit.safetensors", "--backend", "ref", "--out", "new.qtx")
     assert (len(checked), len(built)) == (1, 1)
     built.clear()
     good("quantize", "ranges.safetensors", "--backend", "ref", "--out", "own.qtx")
     assert built == []  # it has its ranges
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    """A pipe stands for a device, which root could replace by a file of that name."""
+    place = tmp_path / "null.json"
+    os.mkfifo(place)
+    for write in (lambda: check_writable(place), lambda: write_beside(place, b"{}")):
+        with pytest.raises(CheckpointError, match="no regular file"):
+            write()
+    result = call("recipes", "w8a8", "--json", place)
+    assert result.exit_code != 0 and "no regular file" in result.output and place.is_fifo()

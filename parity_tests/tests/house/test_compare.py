@@ -174,7 +174,7 @@ def unclamped_zero_point(sound: Callable) -> Callable:
     def learned(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: object) -> torch.Tensor:
         wide = replace(spec, bits=16)  # its clamp lets more zero points through
         s, z = scale.abs(), zero_point.round().clamp(wide.code_min - 9, wide.code_max)
-        y, _ = qtx_torch.quant.affine.fake_quantize(x, s, z, spec)
+        y, _ = qtx_torch.quant.affine.simulate(x, s, z, spec)
         good = sound(x, scale, zero_point, spec)
         return good + (y - good).detach()
 
