@@ -134,8 +134,9 @@ class Model:
         known = self.trainable()
         given = {name: leaf(x) if only is None or name in only else const(x) for name, x in known.items()}
         nx = self._numerics(given, training=training, seed=seed, step=step)
+        nx.load(given)
         inputs = self.accept(batch)
-        loss = models.loss(models.forward(nx, given, self.spec, inputs), inputs)
+        loss = models.loss(models.forward(nx, self.spec, inputs), inputs)
         leaves = {name: x for name, x in given.items() if x.wanted}
         return float(loss.value), dict(zip(leaves, backward(loss, leaves.values()), strict=True))
 
@@ -252,10 +253,10 @@ class Model:
     @quiet
     def compute(self, nx: Float, inputs: Batch, cache: list | None = None) -> Var:
         """A forward pass of what `accept` gave under a numerics; cache as `models.opt` takes it."""
-        weights = {name: const(value) for name, value in self.weights.items()}
+        nx.load(self.weights)
         if cache is None:
-            return models.forward(nx, weights, self.spec, inputs)
-        return opt.forward(nx, weights, self.spec, inputs, cache)
+            return models.forward(nx, self.spec, inputs)
+        return opt.forward(nx, self.spec, inputs, cache)
 
     def _numerics(self, leaves: Mapping[str, Var] | None = None, **context: Any) -> Float:
         context["transforms"] = self.transforms
@@ -333,8 +334,8 @@ class IntegerModel:
     def compute(self, nx: Integer, inputs: Batch, cache: list | None = None) -> Code:
         """A forward pass of what `accept` gave; cache as `models.opt` takes it."""
         if cache is None:
-            return models.forward(nx, {}, self.spec, inputs)
-        return opt.forward(nx, {}, self.spec, inputs, cache)
+            return models.forward(nx, self.spec, inputs)
+        return opt.forward(nx, self.spec, inputs, cache)
 
     def read_output(self, out: Code) -> Output:
         """What `compute` gave as arrays, with the scale that it has."""

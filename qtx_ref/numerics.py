@@ -1,8 +1,8 @@
 """Numerics: the arithmetic that a model asks for.
 
 A model is wiring. It hands every computation to one of these objects together with the name of the tensor that comes
-out (its site). `Float` computes; its three hooks see each operand of a matmul, each weight and each named result, and
-what they return is what the model goes on with:
+out (its site); the object has the parameters. `Float` computes; its three hooks see each operand of a matmul, each weight
+and each named result, and what they return is what the model goes on with:
 
     Record     shows tensors to a callback
     Calibrate  feeds them to observers, with or without quantizing them
@@ -12,7 +12,7 @@ what they return is what the model goes on with:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,13 +22,54 @@ from .quant import affine
 from .quant import quantizer as quantizers
 from .quant.observers import Observer
 from .spec import AttentionSpec, InputTransform, Quant, QuantSpec, Range
-from .tape import Var, const, node
+from .tape import V, Var, const, node
 
-Params = Mapping[str, Var]
 ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh": ops.tanh}
 
 
-class Float:
+class Numerics(Protocol[V]):
+    """What a model asks for, of values V: variables of the tape, or integer codes. `Float` says what each op is."""
+
+    rows: np.ndarray | None = None
+
+    def begin(self, rows: np.ndarray | None) -> None:
+        """Starts a forward pass. rows (B, T), boolean, is true at real tokens, None where all are."""
+        self.rows = rows
+
+    def input(self, site: str, value: np.ndarray) -> V: ...
+
+    def parameter(self, site: str) -> V: ...
+
+    def linear(self, site: str, x: V, *, weight: str | None = None, named: bool = True) -> V: ...
+
+    def embedding(self, site: str, index: np.ndarray) -> V: ...
+
+    def norm(self, site: str, x: V, eps: float) -> V: ...
+
+    def add(self, site: str, a: V, b: V) -> V: ...
+
+    def mul(self, site: str, a: V, b: V) -> V: ...
+
+    def mean(self, site: str, x: V) -> V: ...
+
+    def scale(self, x: V, factor: float) -> V: ...
+
+    def prepend(self, site: str, x: V) -> V: ...
+
+    def activation(self, site: str, x: V, kind: str) -> V: ...
+
+    def dropout(self, site: str, x: V, rate: float) -> V: ...
+
+    def attention(self, site: str, q: V, k: V, v: V, mask: np.ndarray, spec: AttentionSpec, rate: float) -> V: ...
+
+    def _where(self, y: V) -> np.ndarray | None:
+        """The rows that are real, as a mask for (B, T, ...) tensors."""
+        if self.rows is None or y.ndim != 3 or y.shape[:2] != self.rows.shape:
+            return None
+        return self.rows[:, :, None]
+
+
+class Float(Numerics[Var]):
     """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element). `transforms` are those of
     linears' inputs, by site; every numerics has them, for the weights are made for what they give."""
 
@@ -44,11 +85,11 @@ class Float:
         self.training = training
         self.seed = seed
         self.step = step
-        self.rows: np.ndarray | None = None
+        self.params: dict[str, Var] = {}
 
-    def begin(self, rows: np.ndarray | None) -> None:
-        """Starts a forward pass. rows (B, T) is true at real tokens, None where all are."""
-        self.rows = rows
+    def load(self, params: Mapping[str, np.ndarray | Var]) -> None:
+        """Takes a model's parameters, by name, for the passes to come: arrays, or variables where a gradient is wanted."""
+        self.params = {name: x if isinstance(x, Var) else Var(x) for name, x in params.items()}
 
     # hooks ------------------------------------------------------------------------------------------------------------
 
@@ -64,12 +105,6 @@ class Float:
         """Sees a result. `where` is true at elements that belong to real tokens; None where all do."""
         return y
 
-    def _where(self, y: Var) -> np.ndarray | None:
-        """The rows that are real, as a mask for (B, T, ...) tensors."""
-        if self.rows is None or y.ndim != 3 or y.shape[:2] != self.rows.shape:
-            return None
-        return self.rows[:, :, None]
-
     def _named(self, site: str, y: Var) -> Var:
         return self.named(site, y, self._where(y))
 
@@ -79,26 +114,26 @@ class Float:
         """An input that is itself a tensor of the model."""
         return self._named(site, const(value))
 
-    def parameter(self, site: str, p: Params) -> Var:
+    def parameter(self, site: str) -> Var:
         """`<site>.bias`, where a parameter is itself a tensor of the model."""
-        return self._named(site, p[f"{site}.bias"])
+        return self._named(site, self.params[f"{site}.bias"])
 
-    def linear(self, site: str, x: Var, p: Params, *, weight: str | None = None, named: bool = True) -> Var:
+    def linear(self, site: str, x: Var, *, weight: str | None = None, named: bool = True) -> Var:
         """x W^T + b with `<site>.weight` (or the tied parameter `weight`) and `<site>.bias`, if there is one."""
         if site in self.transforms:
             x = transformed(x, self.transforms[site])
         x = self.operand(f"{site}.input", x, self._where(x))
-        w = self.weight(f"{site}.weight", p[weight or f"{site}.weight"])
-        y = ops.linear(x, w, p.get(f"{site}.bias"))
+        w = self.weight(f"{site}.weight", self.params[weight or f"{site}.weight"])
+        y = ops.linear(x, w, self.params.get(f"{site}.bias"))
         return self._named(site, y) if named else y
 
-    def embedding(self, site: str, index: np.ndarray, p: Params) -> Var:
+    def embedding(self, site: str, index: np.ndarray) -> Var:
         """Rows of `<site>.weight`."""
-        return self._named(site, ops.embedding(self.weight(f"{site}.weight", p[f"{site}.weight"]), index))
+        return self._named(site, ops.embedding(self.weight(f"{site}.weight", self.params[f"{site}.weight"]), index))
 
-    def norm(self, site: str, x: Var, p: Params, eps: float) -> Var:
-        gain = self.weight(f"{site}.weight", p[f"{site}.weight"])
-        return self._named(site, ops.layer_norm(x, gain, p[f"{site}.bias"], eps))
+    def norm(self, site: str, x: Var, eps: float) -> Var:
+        gain = self.weight(f"{site}.weight", self.params[f"{site}.weight"])
+        return self._named(site, ops.layer_norm(x, gain, self.params[f"{site}.bias"], eps))
 
     def add(self, site: str, a: Var, b: Var) -> Var:
         return self._named(site, ops.add(a, b))
@@ -114,9 +149,9 @@ class Float:
         """factor x. No site: what it scales has one."""
         return ops.scale(x, factor)
 
-    def prepend(self, site: str, x: Var, p: Params) -> Var:
+    def prepend(self, site: str, x: Var) -> Var:
         """`<site>.weight` (D,) as one more token in front: (B, N, D) -> (B, N + 1, D)."""
-        first = ops.add(p[f"{site}.weight"], const(np.zeros((x.shape[0], 1, 1), x.value.dtype)))  # (B, 1, D)
+        first = ops.add(self.params[f"{site}.weight"], const(np.zeros((x.shape[0], 1, 1), x.value.dtype)))  # (B, 1, D)
         return self._named(site, ops.concat([first, x], axis=1))
 
     def activation(self, site: str, x: Var, kind: str) -> Var:
@@ -130,12 +165,10 @@ class Float:
         keep = random.keep_mask(self.seed, self.step, site, x.shape, rate)
         return ops.mul(x, const((keep / (1 - rate)).astype(x.value.dtype)))
 
-    def softmax(self, site: str, scores: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var | None) -> Var:
-        return self.named(site, probabilities(scores, mask, spec, sink), self._pairs(mask))
+    def softmax(self, site: str, scores: Var, mask: np.ndarray, spec: AttentionSpec) -> Var:
+        return self.named(site, probabilities(scores, mask, spec, self.params.get(f"{site}.sink")), self._pairs(mask))
 
-    def attention(
-        self, site: str, q: Var, k: Var, v: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var | None, rate: float
-    ) -> Var:
+    def attention(self, site: str, q: Var, k: Var, v: Var, mask: np.ndarray, spec: AttentionSpec, rate: float) -> Var:
         """softmax(q k^T / sqrt(K)) v: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, Tq, H K).
 
         Sites `scores` (scaled, before the mask), `probs`, `context`. Dropout follows the clip.
@@ -144,7 +177,7 @@ class Float:
         kt = ops.swap_last(self.operand(f"{site}.scores.rhs", k, heads))
         scores = ops.scale(ops.matmul(self.operand(f"{site}.scores.lhs", q, heads), kt), q.shape[-1] ** -0.5)
         scores = self.named(f"{site}.scores", scores, self._pairs(mask))
-        probs = self.softmax(f"{site}.probs", scores, mask, spec, sink)
+        probs = self.softmax(f"{site}.probs", scores, mask, spec)
         probs = self.dropout(f"{site}.probs", probs, rate)
         probs = self.operand(f"{site}.context.lhs", probs, self._pairs(mask))
         context = ops.matmul(probs, self.operand(f"{site}.context.rhs", v, heads))  # (B, H, Tq, K)
@@ -257,7 +290,7 @@ class FakeQuant(Quantizers):
         self,
         specs: Mapping[str, Quant],
         ranges: Mapping[str, Range],
-        learned: Params | None = None,
+        learned: Mapping[str, Var] | None = None,
         *,
         masked_scores: bool = False,
         **context: Any,

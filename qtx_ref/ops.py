@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
-from .tape import Var, node, unbroadcast
+from .tape import V, Var, node, unbroadcast
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
@@ -237,33 +237,33 @@ def embedding(table: Var, index: np.ndarray) -> Var:
     return node(table.value[index], (table, dtable))
 
 
-def split_heads(x: Var, heads: int) -> Var:
+def split_heads(x: V, heads: int) -> V:
     """(B, T, D) -> (B, H, T, K)."""
 
     def move(v: np.ndarray) -> np.ndarray:
         parts = min(heads, v.shape[-1])  # a scale per token has one channel, whatever the heads
         return v.reshape(*v.shape[:2], parts, -1).transpose(0, 2, 1, 3)
 
-    return x.arranged(move, [x], (x, lambda g: g.transpose(0, 2, 1, 3).reshape(x.shape)))
+    return x.arrange(move, edges=[(x, lambda g: g.transpose(0, 2, 1, 3).reshape(x.shape))])
 
 
-def merge_heads(x: Var) -> Var:
+def merge_heads(x: V) -> V:
     """(B, H, T, K) -> (B, T, H K)."""
     b, h, t, k = x.shape
 
     def move(v: np.ndarray) -> np.ndarray:
         return v.transpose(0, 2, 1, 3).reshape(v.shape[0], v.shape[2], -1)
 
-    return x.arranged(move, [x], (x, lambda g: g.reshape(b, t, h, k).transpose(0, 2, 1, 3)))
+    return x.arrange(move, edges=[(x, lambda g: g.reshape(b, t, h, k).transpose(0, 2, 1, 3))])
 
 
-def spread_heads(x: Var, width: int) -> Var:
+def spread_heads(x: V, width: int) -> V:
     """(..., H) -> (..., H K): each head's value K times. dx sums each group of K."""
 
     def move(v: np.ndarray) -> np.ndarray:
         return np.repeat(v, width, axis=-1) if v.shape[-1] == x.shape[-1] else v  # a scale per token stays one
 
-    return x.arranged(move, [x], (x, lambda g: g.reshape(*x.shape, width).sum(axis=-1)))
+    return x.arrange(move, edges=[(x, lambda g: g.reshape(*x.shape, width).sum(axis=-1))])
 
 
 def swap_last(x: Var) -> Var:
@@ -275,14 +275,14 @@ def reshape(x: Var, shape: tuple[int, ...]) -> Var:
     return node(x.value.reshape(shape), (x, lambda g: g.reshape(x.shape)))
 
 
-def concat(parts: list[Var], axis: int) -> Var:
+def concat(parts: list[V], axis: int) -> V:
     """Joins along one axis; the gradient is cut at the same places."""
     cuts = np.cumsum([p.shape[axis] for p in parts])[:-1]
     edges = [(p, lambda g, i=i: np.split(g, cuts, axis=axis)[i]) for i, p in enumerate(parts)]
-    return parts[0].arranged(lambda *v: np.concatenate(v, axis=axis), parts, *edges)
+    return parts[0].arrange(lambda *v: np.concatenate(v, axis=axis), *parts[1:], edges=edges)
 
 
-def token(x: Var, position: int) -> Var:
+def token(x: V, position: int) -> V:
     """(B, T, D) -> (B, D): one token of every sequence."""
 
     def dx(g: np.ndarray) -> np.ndarray:
@@ -290,7 +290,7 @@ def token(x: Var, position: int) -> Var:
         out[:, position] = g
         return out
 
-    return x.arranged(lambda v: v[:, position], [x], (x, dx))
+    return x.arrange(lambda v: v[:, position], edges=[(x, dx)])
 
 
 def patches(image: np.ndarray, size: int) -> np.ndarray:

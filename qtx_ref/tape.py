@@ -11,21 +11,23 @@ vector-Jacobian product):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 Vjp = Callable[[np.ndarray], np.ndarray]
+V = TypeVar("V", bound="Var")
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Var:
-    """An array on the tape. `parents` is empty where nothing upstream wants a gradient."""
+    """An array on the tape, of any shape and dtype. `parents` are the inputs that want a gradient, each with its
+    vector-Jacobian product: none where nothing upstream wants one. `wanted`: a gradient of it is."""
 
-    __slots__ = ("value", "parents", "wanted")
-
-    def __init__(self, value: np.ndarray, parents: tuple[tuple[Var, Vjp], ...] = (), wanted: bool = False) -> None:
-        self.value = value
-        self.parents = parents
-        self.wanted = wanted
+    value: np.ndarray
+    parents: tuple[tuple[Var, Vjp], ...] = ()
+    wanted: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,11 +37,10 @@ class Var:
     def ndim(self) -> int:
         return self.value.ndim
 
-    @staticmethod
-    def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Var], *edges: tuple[Var, Vjp]) -> Var:
-        """The values of `inputs` in another arrangement: `move` changes none of them. Integer codes take their scale
-        along (`integer_numerics.Code`)."""
-        return node(move(*(x.value for x in inputs)), *edges)
+    def arrange(self: V, move: Callable[..., np.ndarray], *others: V, edges: Sequence[tuple[Var, Vjp]]) -> V:
+        """The values of this and `others` in another arrangement: `move` changes none of them. Integer codes take their
+        scale along (`integer.model.Code`)."""
+        return node(move(self.value, *(x.value for x in others)), *edges)  # type: ignore[return-value]  # a Code has its own
 
 
 def leaf(value: np.ndarray) -> Var:

@@ -19,7 +19,7 @@ from qtx_ref import models as ref_models
 from qtx_ref import numerics as ref_numerics
 from qtx_ref.backend import Model as RefModel
 from qtx_ref.quant import quantizer as ref_quantizers
-from qtx_ref.tape import Var, const
+from qtx_ref.tape import Var
 from qtx_torch import numerics
 from qtx_torch.backend import Model
 from qtx_torch.quant import quantizer as quantizers
@@ -71,8 +71,8 @@ class Calibrate(Recording, ref_numerics.Calibrate):
 def record(nx: Recording, model: RefModel, batch: dict[str, np.ndarray]) -> dict[str, Shown]:
     """What the hooks of a numerics see in one forward pass of the reference."""
     nx.shown = {}
-    weights = {name: const(value) for name, value in model.weights.items()}
-    ref_models.forward(nx, weights, model.spec, batch)
+    nx.load(model.weights)
+    ref_models.forward(nx, model.spec, batch)
     return nx.shown
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,11 @@ class Machine:
         """Raises SpecError or MissingExtra where it is not to be had: a backend, a device, a dtype of it."""
         backend(self.backend).check_machine(self.device, self.dtype)
 
-    def model(self, spec: ModelSpec, params: dict[str, np.ndarray]) -> Model:
-        """The backend's model with these parameters. Raises SpecError where the machine is not to be had."""
-        return backend(self.backend).Model(spec, params, device=self.device, dtype=self.dtype)
+    @property
+    def model(self) -> Callable[[ModelSpec, Mapping[str, np.ndarray]], Model]:
+        """The backend's model of a spec and parameters, on this device in this dtype. Called, it raises SpecError where the
+        machine is not to be had."""
+        return partial(backend(self.backend).Model, device=self.device, dtype=self.dtype)
 
 
 def identify_machine(machine: Machine) -> dict[str, Any]:
