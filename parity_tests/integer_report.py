@@ -99,7 +99,7 @@ class Beside(Integer):
         self.beside(self.ops.setdefault(site, Tally()), site, code, truth)
         return code
 
-    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+    def named(self, site: str, x: Code) -> Code:
         code = super().named(site, x)
         self.beside(self.single, site, code, decode(x))
         return code

@@ -1,7 +1,7 @@
 """Every differentiable op, named as in the reference: the equation, and how torch computes it.
 
 Differs from the reference: scores, stretch, clipped_softmax: several of the reference's ops in one kernel.
-Differs from the reference: arranged: a method of the reference's tape.
+Differs from the reference: arrange: a method of the reference's tape.
 
 Ops take and return tensors and compute in the dtype of their input, float32 or float64 (under autocast in what torch
 chooses); means and losses sum in float64. Letters: B batch, T tokens, D width, H heads, K = D / H, V classes.
@@ -206,21 +206,21 @@ def embedding(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table)
 
 
-def arranged(move: Callable[..., Tensor], *parts: Any) -> Any:
+def arrange(move: Callable[..., Tensor], *parts: Any) -> Any:
     """`parts` in another arrangement: `move` changes no value. Integer codes take their scale and zero point along
     (`integer_numerics.Code`)."""
-    return move(*parts) if isinstance(parts[0], Tensor) else parts[0].arranged(move, parts)
+    return move(*parts) if isinstance(parts[0], Tensor) else parts[0].arrange(move, parts)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, T, D) -> (B, H, T, K)."""
     # a scale per token has one channel, whatever the heads
-    return arranged(lambda v: v.unflatten(-1, (min(heads, v.shape[-1]), -1)).transpose(1, 2), x)
+    return arrange(lambda v: v.unflatten(-1, (min(heads, v.shape[-1]), -1)).transpose(1, 2), x)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, T, K) -> (B, T, H K)."""
-    return arranged(lambda v: v.transpose(1, 2).flatten(-2), x)
+    return arrange(lambda v: v.transpose(1, 2).flatten(-2), x)
 
 
 def spread_heads(x: Tensor, width: int) -> Tensor:
@@ -230,7 +230,7 @@ def spread_heads(x: Tensor, width: int) -> Tensor:
         one = v.shape[-1] != x.shape[-1]  # a scale per token stays one
         return v if one else v.unsqueeze(-1).expand(*v.shape, width).flatten(-2)
 
-    return arranged(move, x)
+    return arrange(move, x)
 
 
 def swap_last(x: Tensor) -> Tensor:
@@ -244,12 +244,12 @@ def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def concat(parts: list[Tensor], axis: int) -> Tensor:
     """Joins along one axis."""
-    return arranged(lambda *v: torch.cat(v, dim=axis), *parts)
+    return arrange(lambda *v: torch.cat(v, dim=axis), *parts)
 
 
 def token(x: Tensor, position: int) -> Tensor:
     """(B, T, D) -> (B, D): one token of every sequence."""
-    return arranged(lambda v: v[:, position], x)
+    return arrange(lambda v: v[:, position], x)
 
 
 def patches(image: Tensor, size: int) -> Tensor:

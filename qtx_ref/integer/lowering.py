@@ -188,7 +188,7 @@ class Lowering(Integer):
 
     # ops --------------------------------------------------------------------------------------------------------------
 
-    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+    def named(self, site: str, x: Code) -> Code:
         spec = self.quants.get(site)
         if spec is not None and not spec.dynamic:
             self.target(site, "")

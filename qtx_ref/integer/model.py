@@ -158,7 +158,7 @@ class Integer(Numerics[Code]):
 
     # from accumulators to codes ---------------------------------------------------------------------------------------
 
-    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+    def named(self, site: str, x: Code) -> Code:
         """The result of an op, whatever its unit, as the code of its site."""
         spec = self.quants.get(site)
         if spec is None:
@@ -173,7 +173,7 @@ class Integer(Numerics[Code]):
             self.record(site, x.value)
         return x
 
-    def operand(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+    def operand(self, site: str, x: Code) -> Code:
         """An operand for which the recipe has a quantizer of its own."""
         return self.named(site, x) if site in self.quants else x
 
@@ -207,7 +207,7 @@ class Integer(Numerics[Code]):
         """The scale of a static site; None under strict."""
         return self.constants.get(f"{site}.scale")
 
-    def weight(self, site: str, w: Var | None = None) -> Code:
+    def weight(self, site: str) -> Code:
         """The codes of a weight."""
         return Code(self.constants[site], self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
 

@@ -1,6 +1,6 @@
 """Gates on an attention's output (Bondarenko et al. 2023, eq. 5).
 
-Differs from the reference: gate_sites, p, name, attn: a gate's parameters are in the modules of its sites.
+Differs from the reference: gate_sites, name, attn: a gate's parameters are in the modules of its sites.
 """
 
 from __future__ import annotations
