@@ -21,13 +21,15 @@ def probabilities(scores: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var 
     if spec.softmax is Softmax.PLUS_ONE:
         return ops.softmax(scores, mask, const(np.zeros((1, 1), scores.value.dtype)))
     if spec.softmax is Softmax.SINK:
+        assert sink is not None  # a parameter of such a model
         return ops.softmax(scores, mask, ops.reshape(sink, (-1, 1, 1)))
     p = ops.softmax(scores, mask)
     if spec.softmax is Softmax.PLAIN:
         return p
-    gamma = spec.gamma
+    gamma: float | np.ndarray = spec.gamma
     if spec.softmax is Softmax.CLIPPED_ROW:
         keys = np.broadcast_to(mask, scores.shape).sum(axis=-1, keepdims=True)
+        assert spec.alpha is not None  # the spec has checked it
         gamma = -spec.alpha / np.maximum(keys, 1)
     return ops.clip_stretch(p, gamma, spec.zeta)
 

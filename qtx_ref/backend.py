@@ -105,7 +105,7 @@ class Model:
         """The static ranges in force, learned ones as they now stand."""
         found = dict(self.fixed)
         for site, spec in self.quants.items():
-            if spec.learned:
+            if isinstance(spec, QuantSpec) and spec.learned:
                 scale, zero = learned_scale_zero(
                     self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec
                 )
@@ -192,6 +192,7 @@ class Model:
             block, _, part = site.partition(".attn.")
             layer = int(block.removeprefix("layer."))
             if part == "probs":
+                assert where is not None  # the mask
                 sums[layer] |= stats.attention(x, where, marks)
             elif part == "gate":
                 sums[layer] |= stats.openings(x, where, heads)

@@ -303,7 +303,7 @@ class FakeQuant(Quantizers):
         spec = self.specs[site]
         if spec.dynamic:
             return fake_quantize(x, *quantizers.dynamic_scale(x.value, spec, where, is_weight(site)), spec)
-        if spec.learned and f"{site}.scale" in self.learned:
+        if isinstance(spec, QuantSpec) and spec.learned and f"{site}.scale" in self.learned:
             return learned_quantize(x, self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec)
         return fake_quantize(x, self.ranges[site].scale, self.ranges[site].zero_point, spec)
 

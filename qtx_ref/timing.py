@@ -19,8 +19,8 @@ from .tape import Var
 class TimedInteger(Integer):
     """`Integer` that notes each matmul: site, what carries its products, seconds."""
 
-    def __init__(self, *given: object, **named: object) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, model: IntegerModel) -> None:
+        super().__init__(model.constants, model.quants, model.profile, strict=model.strict)
         self.timed: list[tuple[str, str, float]] = []
 
     def matmul(self, site: str, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
@@ -35,8 +35,8 @@ class TimedInteger(Integer):
 class TimedFakeQuant(FakeQuant):
     """`FakeQuant` that notes each quantizer: site and seconds."""
 
-    def __init__(self, *given: object, **named: object) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, model: Model) -> None:
+        super().__init__(model.quants, model.ranges(), masked_scores=model.masked_scores, transforms=model.transforms)
         self.timed: list[tuple[str, float]] = []
 
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
@@ -48,7 +48,7 @@ class TimedFakeQuant(FakeQuant):
 
 def products(model: IntegerModel, batch: Batch) -> tuple[list[tuple[str, str, float]], float]:
     """(site, kernel, seconds) of every integer matmul of one pass, in its order, and the seconds of the pass."""
-    nx = TimedInteger(model.constants, model.quants, model.profile, strict=model.strict)
+    nx = TimedInteger(model)
     start = time.perf_counter()
     model.compute(nx, model.accept(batch))
     return nx.timed, time.perf_counter() - start
@@ -56,7 +56,7 @@ def products(model: IntegerModel, batch: Batch) -> tuple[list[tuple[str, str, fl
 
 def quantizers(model: Model, batch: Batch) -> tuple[list[tuple[str, float]], float]:
     """(site, seconds) of every fake quantizer of one pass, in its order, and the seconds of the pass."""
-    nx = TimedFakeQuant(model.quants, model.ranges(), masked_scores=model.masked_scores)
+    nx = TimedFakeQuant(model)
     start = time.perf_counter()
     model.compute(nx, model.accept(batch))
     return nx.timed, time.perf_counter() - start

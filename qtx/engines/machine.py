@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from qtx.engines.backend import backend
-from qtx.engines.protocols import Model
 from qtx_ref.spec import ModelSpec, to_dict
+
+from .backend import backend
+from .protocols import Model
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,6 @@ class Machine:
         return partial(backend(self.backend).Model, device=self.device, dtype=self.dtype)
 
 
-def identify_machine(machine: Machine) -> dict[str, Any]:
+def identify_machine(machine: Machine) -> dict[str, object]:
     """What must be equal of the machine for two runs to give the same bits, as JSON values."""
     return {"machine": to_dict(machine), "threads": backend(machine.backend).threads()}

@@ -27,7 +27,7 @@ def gate(nx: Numerics[V], x: V, context: V, spec: ModelSpec, name: str) -> V:
     else:
         z = nx.linear(logit, x)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
     g = nx.activation(f"{name}.gate", z, "sigmoid")
-    if spec.attention.rescaled:
+    if spec.attention.rescaled and spec.attention.pi:
         g = nx.scale(g, 1 / spec.attention.pi)
     if kind is not Gate.ELEMENTWISE:
         g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)

@@ -28,7 +28,7 @@ from ..spec import (
 def gate_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Parameters that the gate adds to one layer, by site within `attn`."""
     h, k, d, m = spec.heads, spec.head_width, spec.width, spec.gate_hidden
-    return {
+    known: dict[Gate, dict[str, tuple[int, ...]]] = {
         Gate.NONE: {},
         Gate.HEAD: {"gate_logit.bias": (h,)},
         Gate.HEAD_CONDITIONAL: {"gate_logit.weight": (h, 1, k), "gate_logit.bias": (h, 1)},
@@ -41,7 +41,8 @@ def gate_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         },
         Gate.ALL_FEATURES: {"gate_logit.weight": (h, d), "gate_logit.bias": (h,)},
         Gate.ELEMENTWISE: {"gate_logit.weight": (d, d)},
-    }[spec.attention.gate]
+    }
+    return known[spec.attention.gate]
 
 
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

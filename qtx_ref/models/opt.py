@@ -39,7 +39,7 @@ def forward(
     x = nx.add("embed.sum", x, nx.embedding("embed.position", positions + spec.position_offset))
     mask = attention_mask(rows, count, past + count, causal=True)
     for i in range(spec.layers):
-        x, present = block(nx, x, mask, spec, i, cache[i] if past else None)
+        x, present = block(nx, x, mask, spec, i, cache[i] if cache and past else None)
         if cache is not None:
             cache[i : i + 1] = [present]
     if spec.final_norm:
