@@ -41,6 +41,22 @@ from .spec import (
 )
 from .tape import Var, backward, const, leaf
 
+__all__ = [
+    "Arrays",
+    "Batch",
+    "DTYPES",
+    "IntegerModel",
+    "Model",
+    "Trainer",
+    "check_bound",
+    "check_device",
+    "check_machine",
+    "init_params",
+    "shapes",
+    "threads",
+    "to_arrays",
+]
+
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
 DTYPES = ("float32", "float64")
@@ -163,7 +179,8 @@ class Model:
     def input_moments(
         self, batch: Batch, sites: Iterable[str], names: tuple[str, ...] = stats.MOMENTS
     ) -> dict[str, Arrays]:
-        """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward pass."""
+        """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward
+        pass."""
         found: dict[str, Arrays] = {}
         memo = stats.Memo(lambda x, where: stats.moments(x, where, names))
 
@@ -174,9 +191,9 @@ class Model:
         return found
 
     def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
-        """Of each layer, by head (H,): `stats.attention` of the keys of each mark (B, T), `stats.updates`, `stats.sizes` of
-        values (`value.*`) and of their product with the probabilities, before a gate (`product.*`), and `stats.openings`
-        where there is a gate.
+        """Of each layer, by head (H,): `stats.attention` of the keys of each mark (B, T), `stats.updates`,
+        `stats.sizes` of values (`value.*`) and of their product with the probabilities, before a gate (`product.*`),
+        and `stats.openings` where there is a gate.
 
         streams: for each layer the site that its attention's output is added to.
         """
@@ -217,15 +234,16 @@ class Model:
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
     ) -> dict[str, Range]:
-        """Static ranges of `quants` from batches, under these transforms (not those of `bind`). Raises ValueError naming a
-        site without finite values."""
+        """Static ranges of `quants` from batches, under these transforms (not those of `bind`). Raises ValueError
+        naming a site without finite values."""
         nx = Calibrate(quants, quantize=quantize, masked_scores=masked_scores, transforms=transforms)
         for batch in batches:
             self.compute(nx, self.accept(batch))
         return nx.ranges()
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """`count` further tokens after tokens (B, T), each chosen from logits (B, V) -> (B,); keys and values are cached.
+        """`count` further tokens after tokens (B, T), each chosen from logits (B, V) -> (B,); keys and values are
+        cached.
 
         Raises:
             SpecError: the model is not causal, the text would outgrow it, a quantizer would see the future, or tokens,
@@ -308,8 +326,8 @@ class IntegerModel:
         return self.read_output(self.compute(self.make_numerics(record), self.accept(batch)))
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """`count` further tokens after tokens (B, T), each chosen from logits (B, V), float64 -> (B,). Keys and values are
-        cached as codes. Raises SpecError as `Model.generate`."""
+        """`count` further tokens after tokens (B, T), each chosen from logits (B, V), float64 -> (B,). Keys and values
+        are cached as codes. Raises SpecError as `Model.generate`."""
         check_generation(self.spec, self.quants, tokens.shape[1] + count)
         check_tokens(self.spec, tokens)
         cache: list = []
@@ -323,7 +341,8 @@ class IntegerModel:
         return tokens
 
     def accept(self, batch: Batch) -> Batch:
-        """The batch as `compute` takes it: whole numbers int64, the mask boolean, images float32. Raises as `Model`'s."""
+        """The batch as `compute` takes it: whole numbers int64, the mask boolean, images float32. Raises as
+        `Model`'s."""
         check_batch(self.spec, batch)
         return to_arrays(batch, np.dtype(np.float32))
 
@@ -345,7 +364,8 @@ class IntegerModel:
 
 
 def to_arrays(batch: Batch, dtype: np.dtype) -> Arrays:
-    """What a model reads of a batch: whole numbers int64, the mask boolean, images in `dtype`."""
+    """What a model reads of a batch, in the shapes of `spec.check_batch`: whole numbers int64, the mask boolean, images
+    in `dtype`. Raises ValueError for a mask that is neither boolean nor additive."""
     found = {name: np.asarray(batch[name]) for name in READ if name in batch}
     for name, value in found.items():
         if name == "mask":
@@ -364,6 +384,7 @@ def check_bound(site: str, range: Range, spec: Quant) -> None:
 
 
 def check_device(name: str) -> None:
+    """Raises SpecError for a device other than cpu."""
     if name != "cpu":
         raise SpecError(f"device is {name!r}: the reference runs on cpu; use --backend torch for others")
 
@@ -418,15 +439,3 @@ def threads() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return os.cpu_count() or 1
-
-
-__all__ = [
-    "Batch",
-    "IntegerModel",
-    "Model",
-    "Trainer",
-    "check_machine",
-    "init_params",
-    "shapes",
-    "threads",
-]

@@ -1,8 +1,8 @@
 """Numerics: the arithmetic that a model asks for.
 
 A model is wiring. It hands every computation to one of these objects together with the name of the tensor that comes
-out (its site); the object has the parameters. `Float` computes; its three hooks see each operand of a matmul, each weight
-and each named result, and what they return is what the model goes on with:
+out (its site); the object has the parameters. `Float` computes; its three hooks see each operand of a matmul, each
+weight and each named result, and what they return is what the model goes on with:
 
     Record     shows tensors to a callback
     Calibrate  feeds them to observers, with or without quantizing them
@@ -24,11 +24,26 @@ from .quant.observers import Observer
 from .spec import AttentionSpec, InputTransform, Quant, QuantSpec, Range
 from .tape import V, Var, const, node
 
+__all__ = [
+    "ACTIVATIONS",
+    "Calibrate",
+    "FakeQuant",
+    "Float",
+    "Numerics",
+    "Quantizers",
+    "Record",
+    "fake_quantize",
+    "is_weight",
+    "learned_quantize",
+    "learned_scale_zero",
+    "transform_input",
+]
+
 ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh": ops.tanh}
 
 
 class Numerics(Protocol[V]):
-    """What a model asks for, of values V: variables of the tape, or integer codes. `Float` says what each op is."""
+    """What a model asks for, of values V: variables of the tape, or integer codes."""
 
     rows: np.ndarray | None = None
 
@@ -36,31 +51,49 @@ class Numerics(Protocol[V]):
         """Starts a forward pass. rows (B, T), boolean, is true at real tokens, None where all are."""
         self.rows = rows
 
-    def input(self, site: str, value: np.ndarray) -> V: ...
+    def input(self, site: str, value: np.ndarray) -> V:
+        """The model's input (B, N, C), which is itself a tensor of the model."""
 
-    def parameter(self, site: str) -> V: ...
+    def parameter(self, site: str) -> V:
+        """`<site>.bias` (H,), where a parameter is itself a tensor of the model."""
 
-    def linear(self, site: str, x: V, *, weight: str | None = None, named: bool = True) -> V: ...
+    def linear(self, site: str, x: V, *, weight: str | None = None, named: bool = True) -> V:
+        """x W^T + b: x (..., I) -> (..., O); one matrix (O, I), or one per head (H, O, I) on the head's own slice of x.
 
-    def embedding(self, site: str, index: np.ndarray) -> V: ...
+        `<site>.weight`, or the tied parameter `weight`, and `<site>.bias`, if there is one. named: the result is a
+        tensor of the site.
+        """
 
-    def norm(self, site: str, x: V, eps: float) -> V: ...
+    def embedding(self, site: str, index: np.ndarray) -> V:
+        """Rows of `<site>.weight` (V, D), by an index of integers (...): (..., D)."""
 
-    def add(self, site: str, a: V, b: V) -> V: ...
+    def norm(self, site: str, x: V, eps: float) -> V:
+        """LayerNorm over the last axis (Ba et al. 2016), with `<site>.weight` and `<site>.bias` (D,)."""
 
-    def mul(self, site: str, a: V, b: V) -> V: ...
+    def add(self, site: str, a: V, b: V) -> V:
+        """a + b, broadcast."""
 
-    def mean(self, site: str, x: V) -> V: ...
+    def mul(self, site: str, a: V, b: V) -> V:
+        """a b, broadcast."""
 
-    def scale(self, x: V, factor: float) -> V: ...
+    def mean(self, site: str, x: V) -> V:
+        """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
 
-    def prepend(self, site: str, x: V) -> V: ...
+    def scale(self, x: V, factor: float) -> V:
+        """factor x. No site: what it scales has one."""
 
-    def activation(self, site: str, x: V, kind: str) -> V: ...
+    def prepend(self, site: str, x: V) -> V:
+        """`<site>.weight` (D,) as one more token in front: (B, N, D) -> (B, N + 1, D)."""
 
-    def dropout(self, site: str, x: V, rate: float) -> V: ...
+    def activation(self, site: str, x: V, kind: str) -> V:
+        """gelu, relu, sigmoid or tanh, element by element."""
 
-    def attention(self, site: str, q: V, k: V, v: V, mask: np.ndarray, spec: AttentionSpec, rate: float) -> V: ...
+    def dropout(self, site: str, x: V, rate: float) -> V:
+        """While training: zero with probability `rate`, else x / (1 - rate)."""
+
+    def attention(self, site: str, q: V, k: V, v: V, mask: np.ndarray, spec: AttentionSpec, rate: float) -> V:
+        """softmax(q k^T / sqrt(K)) v: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, Tq, H K). mask, boolean, broadcasts
+        to (B, H, Tq, Tk). Sites `<site>.scores`, scaled and before the mask, `.probs` and `.context`."""
 
     def _where(self, y: V) -> np.ndarray | None:
         """The rows that are real, as a mask for (B, T, ...) tensors."""
@@ -88,7 +121,8 @@ class Float(Numerics[Var]):
         self.params: dict[str, Var] = {}
 
     def load(self, params: Mapping[str, np.ndarray | Var]) -> None:
-        """Takes a model's parameters, by name, for the passes to come: arrays, or variables where a gradient is wanted."""
+        """Takes a model's parameters by name, for the passes to come: arrays, or variables where gradients are
+        wanted."""
         self.params = {name: x if isinstance(x, Var) else Var(x) for name, x in params.items()}
 
     # hooks ------------------------------------------------------------------------------------------------------------
@@ -121,7 +155,7 @@ class Float(Numerics[Var]):
     def linear(self, site: str, x: Var, *, weight: str | None = None, named: bool = True) -> Var:
         """x W^T + b with `<site>.weight` (or the tied parameter `weight`) and `<site>.bias`, if there is one."""
         if site in self.transforms:
-            x = transformed(x, self.transforms[site])
+            x = transform_input(x, self.transforms[site])
         x = self.operand(f"{site}.input", x, self._where(x))
         w = self.weight(f"{site}.weight", self.params[weight or f"{site}.weight"])
         y = ops.linear(x, w, self.params.get(f"{site}.bias"))
@@ -166,12 +200,18 @@ class Float(Numerics[Var]):
         return ops.mul(x, const((keep / (1 - rate)).astype(x.value.dtype)))
 
     def softmax(self, site: str, scores: Var, mask: np.ndarray, spec: AttentionSpec) -> Var:
+        """`attention.probabilities` of scores (B, H, Tq, Tk), with the sink `<site>.sink`, if there is one."""
         return self.named(site, probabilities(scores, mask, spec, self.params.get(f"{site}.sink")), self._pairs(mask))
 
     def attention(self, site: str, q: Var, k: Var, v: Var, mask: np.ndarray, spec: AttentionSpec, rate: float) -> Var:
         """softmax(q k^T / sqrt(K)) v: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, Tq, H K).
 
         Sites `scores` (scaled, before the mask), `probs`, `context`. Dropout follows the clip.
+
+        At a key that is masked from a query, finite v, and k of finite scores, change no bit of its result. NaN or
+        infinity in v makes it NaN, 0 times either being NaN; in k it changes nothing (in torch's fused kernel, which
+        adds -inf to scores, it may make NaN, never another number). Nothing passes from one sequence or head to
+        another.
         """
         heads = None if self.rows is None else self.rows[:, None, :, None]
         kt = ops.swap_last(self.operand(f"{site}.scores.rhs", k, heads))
@@ -189,7 +229,7 @@ class Float(Numerics[Var]):
 
 
 class Record(Float):
-    """Shows each named tensor and operand among `sites` (None: every named tensor) to `callback(site, value, where)`."""
+    """Shows each named tensor and operand among `sites` (None: each named tensor) to `callback(site, value, where)`."""
 
     def __init__(
         self,
@@ -221,7 +261,8 @@ class Quantizers(Float):
         self.masked_scores = masked_scores
 
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
-        raise AssertionError("a Quantizers numerics says what happens at a site")
+        """What the site's quantizer makes of x, of whose elements those count where `where` is true (None: all)."""
+        raise NotImplementedError
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
         return self.apply(site, x, where) if site in self.specs else x
@@ -308,32 +349,38 @@ class FakeQuant(Quantizers):
         return fake_quantize(x, self.ranges[site].scale, self.ranges[site].zero_point, spec)
 
 
-def transformed(x: Var, how: InputTransform) -> Var:
-    """(x / divisor) R."""
+def transform_input(x: Var, how: InputTransform) -> Var:
+    """(x / divisor) R of x (..., I), in its dtype: SmoothQuant (Xiao et al. 2023, eq. 3) and Hadamard rotations
+    (Ashkboos et al. 2024), whichever the transform has."""
     if how.divisor is not None:
         x = ops.divide(x, how.divisor)
     return ops.hadamard(x, how.block) if how.block else x
 
 
 def is_weight(site: str) -> bool:
+    """Whether a site is a weight as it is used, which has ranges along its first axis."""
     return site.endswith(".weight")
 
 
 def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> Var:
-    """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
+    """x of any shape, float32 or float64, as the values of its codes, in its dtype; scale and zero point broadcast.
+
+    The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0.
+    """
     y, inside = quantizers.simulate(x.value, scale, zero_point, spec)
     return node(y, (x, lambda g: g * inside))
 
 
 def learned_scale_zero(scale: np.ndarray, zero_point: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
-    """The scale and zero point that learned ones, float32, stand for: |scale|, no smaller than the smallest normal
-    float32, and the nearest code, int32."""
+    """The scale and zero point that learned ones, float32, stand for, in their shape: |scale|, no smaller than the
+    smallest normal float32, and the nearest code, int32."""
     zero = np.clip(np.rint(zero_point), spec.code_min, spec.code_max).astype(np.int32)
     return np.maximum(np.abs(scale), affine.TINY), zero
 
 
 def learned_quantize(x: Var, scale: Var, zero_point: Var, spec: QuantSpec) -> Var:
-    """Learned step size (Esser et al. 2020, eq. 3 and 5) with a learned zero point (Bhalgat et al. 2020).
+    """Learned step size (Esser et al. 2020, eq. 3 and 5) with a learned zero point (Bhalgat et al. 2020): x as
+    `fake_quantize` has it; scale and zero point, float32, in a shape of as many axes, each of x's length or of 1.
 
     With v = x / s and z the rounded zero point: dx = g inside; ds = g (round(v) - v) inside and g (limit - z) outside;
     dz = -g s outside and 0 inside. ds and dz are multiplied by 1 / sqrt(elements per range * code_max).

@@ -1,8 +1,10 @@
 """Every differentiable op of the reference: the equation, the forward and its vector-Jacobian product, side by side.
 
-Ops take and return `Var`. They compute in the dtype of their input (float32 or float64); norms, softmax, means and
-losses sum in float64 and round once at the end, matmuls stay in the input's dtype. Letters: B batch, T tokens,
-D width, H heads, K = D / H, V classes.
+Ops take and return `Var`. Norms, softmax, means and losses sum in float64 and round once at the end, matmuls stay in
+the input's dtype. Letters: B batch, T tokens, D width, H heads, K = D / H, V classes.
+
+Arrays: float32 or float64, computed and returned in the dtype of x; element by element, (...) -> (...), where nothing
+else is said.
 """
 
 from __future__ import annotations
@@ -11,6 +13,35 @@ import numpy as np
 from scipy import special
 
 from .tape import V, Var, node, unbroadcast
+
+__all__ = [
+    "add",
+    "clip_stretch",
+    "concat",
+    "cross_entropy",
+    "divide",
+    "embedding",
+    "gelu",
+    "hadamard",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "mean",
+    "merge_heads",
+    "mul",
+    "patches",
+    "relu",
+    "reshape",
+    "scale",
+    "sigmoid",
+    "softmax",
+    "split_heads",
+    "spread_heads",
+    "swap_last",
+    "tanh",
+    "token",
+    "total",
+]
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
@@ -43,7 +74,8 @@ def linear(x: Var, weight: Var, bias: Var | None = None) -> Var:
 
 
 def matmul(a: Var, b: Var) -> Var:
-    """y = a b over the last two axes; leading axes agree. da = g b^T, db = a^T g."""
+    """y = a b over the last two axes, (..., M, I) and (..., I, N) -> (..., M, N); leading axes agree. da = g b^T, db =
+    a^T g."""
     return node(
         a.value @ b.value,
         (a, lambda g: g @ np.swapaxes(b.value, -1, -2)),
@@ -72,7 +104,7 @@ def scale(x: Var, factor: float) -> Var:
 
 
 def divide(x: Var, divisor: np.ndarray) -> Var:
-    """y = x / d, d of x's last axis, in x's dtype. dx = g / d."""
+    """y = x / d, x (..., I), d (I,). dx = g / d."""
     d = divisor.astype(x.value.dtype)
     return node(x.value / d, (x, lambda g: g / d))
 
@@ -80,8 +112,9 @@ def divide(x: Var, divisor: np.ndarray) -> Var:
 def hadamard(x: Var, block: int) -> Var:
     """y = x R, R block-diagonal of H_n / sqrt(n) with n = `block`, a power of two that divides the last axis.
 
-    H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester). R is symmetric and its own inverse: dx = g R. Computed by log2 n
-    rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits everywhere.
+    H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester). R is symmetric and its own inverse: dx = g R. Computed by
+    log2 n rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits
+    everywhere.
     """
 
     def rotate(v: np.ndarray) -> np.ndarray:
@@ -97,7 +130,8 @@ def hadamard(x: Var, block: int) -> Var:
 
 
 def mean(x: Var, axis: int, where: np.ndarray | None = None) -> Var:
-    """Mean over one axis, kept, of the elements where `where` (broadcast) is true; 0 where there are none. dx = g / n."""
+    """y = sum x / n over one axis, kept, of the n elements where `where` (boolean, broadcast) is true; 0 where n = 0.
+    dx = g / n there."""
     keep = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
     n = np.maximum(keep.sum(axis=axis, keepdims=True), 1)
     y = (x.value.sum(axis=axis, where=keep, dtype=np.float64, keepdims=True) / n).astype(x.value.dtype)
@@ -105,7 +139,7 @@ def mean(x: Var, axis: int, where: np.ndarray | None = None) -> Var:
 
 
 def total(x: Var) -> Var:
-    """The sum of all elements, in float64. dx = g."""
+    """The sum of all elements, (), in float64. dx = g."""
     return node(x.value.sum(dtype=np.float64), (x, lambda g: np.broadcast_to(g, x.shape)))
 
 
@@ -113,7 +147,8 @@ def total(x: Var) -> Var:
 
 
 def layer_norm(x: Var, weight: Var, bias: Var, eps: float) -> Var:
-    """y = (x - mean) / sqrt(var + eps) * w + b over the last axis, var biased (Ba et al. 2016).
+    """y = (x - mean) / sqrt(var + eps) * w + b over the last axis of x (..., D), var biased (Ba et al. 2016); w and b
+    (D,).
 
     With n = (x - mean) / sigma and u = g w: dx = (u - mean(u) - n mean(u n)) / sigma.
     """
@@ -200,7 +235,8 @@ def tanh(x: Var) -> Var:
 
 
 def cross_entropy(logits: Var, targets: np.ndarray) -> Var:
-    """sum over targets >= 0 of -log softmax(logits)[target], divided by their number; float64. Targets < 0 do not count.
+    """sum over targets >= 0 of -log softmax(logits)[target], divided by their number; float64. Targets < 0 do not
+    count.
 
     logits (..., V), targets (...) integers. dlogits = g (softmax - onehot) / n. Raises ValueError without any target.
     """
@@ -272,6 +308,7 @@ def swap_last(x: Var) -> Var:
 
 
 def reshape(x: Var, shape: tuple[int, ...]) -> Var:
+    """(...) -> shape, row by row."""
     return node(x.value.reshape(shape), (x, lambda g: g.reshape(x.shape)))
 
 

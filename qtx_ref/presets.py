@@ -1,7 +1,7 @@
 """Named model shapes and attentions.
 
-Published shapes: BERT-base (Devlin et al. 2019), OPT (Zhang et al. 2022, as released), ViT-S/16 (Dosovitskiy et al. 2021,
-Touvron et al. 2021). The `-tiny` ones train on two cores; their data set fixes vocabulary or image size.
+Published shapes: BERT-base (Devlin et al. 2019), OPT (Zhang et al. 2022, as released), ViT-S/16 (Dosovitskiy et al.
+2021, Touvron et al. 2021). The `-tiny` ones train on two cores; their data set fixes vocabulary or image size.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from .spec import (
     Softmax,
     SpecError,
 )
+
+__all__ = ["GATES", "PRESETS", "SOFTMAXES", "attention", "preset", "shrink_text"]
 
 BERT_BASE = ModelSpec(
     family=Family.BERT,
@@ -70,7 +72,7 @@ VIT_S16 = ModelSpec(
 
 
 def shrink_text(spec: ModelSpec) -> ModelSpec:
-    """A text model of a published family at a size that trains on two cores."""
+    """A published text model at a size that trains on two cores."""
     return replace(spec, layers=4, width=128, heads=4, hidden=512, vocab=2048, length=128, dropout=0.0)
 
 
@@ -90,8 +92,9 @@ PRESETS: dict[str, ModelSpec] = {
     ),
 }
 
-# alpha = 1 clips about half of a uniform row. A tiny model's attention begins uniform, and from alpha = 2 on (the published
-# commands have 3.2 and 12) every probability of a bidirectional row is clipped to 0: no gradient reaches query and key.
+# alpha = 1 clips about half of a uniform row. A tiny model's attention begins uniform, and from alpha = 2 on (the
+# published commands have 3.2 and 12) every probability of a bidirectional row is clipped to 0: no gradient reaches
+# query and key.
 SOFTMAXES: dict[str, AttentionSpec] = {
     "vanilla": AttentionSpec(),
     "clipped": AttentionSpec(softmax=Softmax.CLIPPED, alpha=1.0),
@@ -113,8 +116,8 @@ def preset(name: str) -> ModelSpec:
 def attention(text: str) -> AttentionSpec:
     """The attention that a text such as `clipped:gamma=-0.025`, `mlp:gate_hidden=16` or `clipped+gated:pi=0.25` names.
 
-    Parts are joined by `+`: at most one softmax and one gate, each followed by `:key=value` settings. `clipped` alone has
-    alpha = 1, `gated` is the linear gate. Raises SpecError naming the part it cannot read.
+    Parts are joined by `+`: at most one softmax and one gate, each followed by `:key=value` settings. `clipped` alone
+    has alpha = 1, `gated` is the linear gate. Raises SpecError naming the part it cannot read.
     """
     fields: dict[str, Any] = {}
     for part in text.split("+"):

@@ -15,6 +15,8 @@ from .integer.model import Code, Integer
 from .numerics import FakeQuant
 from .tape import Var
 
+__all__ = ["TimedFakeQuant", "TimedInteger", "products", "quantizers"]
+
 
 class TimedInteger(Integer):
     """`Integer` that notes each matmul: site, what carries its products, seconds."""
@@ -24,6 +26,7 @@ class TimedInteger(Integer):
         self.timed: list[tuple[str, str, float]] = []
 
     def matmul(self, site: str, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
+        """As `Integer`, timed."""
         start = time.perf_counter()
         acc = super().matmul(site, a, b, bias)
         carrier = integer.block_length(a.spec, b.spec)[1].__name__
@@ -40,6 +43,7 @@ class TimedFakeQuant(FakeQuant):
         self.timed: list[tuple[str, float]] = []
 
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        """As `FakeQuant`, timed."""
         start = time.perf_counter()
         y = super().apply(site, x, where)
         self.timed.append((site, time.perf_counter() - start))
@@ -47,7 +51,8 @@ class TimedFakeQuant(FakeQuant):
 
 
 def products(model: IntegerModel, batch: Batch) -> tuple[list[tuple[str, str, float]], float]:
-    """(site, kernel, seconds) of every integer matmul of one pass, in its order, and the seconds of the pass."""
+    """(site, kernel, seconds) of every integer matmul of one pass, in its order, and the seconds of the pass. Raises as
+    `IntegerModel.run`."""
     nx = TimedInteger(model)
     start = time.perf_counter()
     model.compute(nx, model.accept(batch))
@@ -55,7 +60,8 @@ def products(model: IntegerModel, batch: Batch) -> tuple[list[tuple[str, str, fl
 
 
 def quantizers(model: Model, batch: Batch) -> tuple[list[tuple[str, float]], float]:
-    """(site, seconds) of every fake quantizer of one pass, in its order, and the seconds of the pass."""
+    """(site, seconds) of every fake quantizer of one pass, in its order, and the seconds of the pass. Raises as
+    `Model.forward`."""
     nx = TimedFakeQuant(model)
     start = time.perf_counter()
     model.compute(nx, model.accept(batch))

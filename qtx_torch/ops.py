@@ -42,7 +42,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor, factor: float) -> Tensor:
-    """y = factor q k^T, q (B, H, Tq, K) and k (B, H, Tk, K) -> (B, H, Tq, Tk); the factor is taken in by the product."""
+    """y = factor q k^T, q (B, H, Tq, K) and k (B, H, Tk, K) -> (B, H, Tq, Tk); the factor is taken in by the
+    product."""
     unused = q.new_zeros(1, 1, 1)  # times beta = 0
     y = torch.baddbmm(unused, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=factor)
     return y.unflatten(0, q.shape[:2])
@@ -71,8 +72,9 @@ def divide(x: Tensor, divisor: Tensor) -> Tensor:
 def hadamard(x: Tensor, block: int) -> Tensor:
     """y = x R, R block-diagonal of H_n / sqrt(n) with n = `block`, a power of two that divides the last axis.
 
-    H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester). R is symmetric and its own inverse: dx = g R. Computed by log2 n
-    rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits everywhere.
+    H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester). R is symmetric and its own inverse: dx = g R. Computed by
+    log2 n rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits
+    everywhere.
     """
     y, half = x.float() if x.dtype == torch.bfloat16 else x, 1
     while half < block:
@@ -106,9 +108,9 @@ def softmax(x: Tensor, mask: Tensor | None = None, sink: Tensor | None = None) -
     """p_i = exp(x_i) / (sum_j exp(x_j) + exp(s)) over the last axis.
 
     mask, boolean and broadcast, is true where a key may be attended to. Masked keys get 0 whatever their score, NaN and
-    infinities too, and so does a row without keys. A row is NaN, masked keys too, where it may attend to NaN or infinity,
-    or to -infinity alone. sink s, broadcast to (..., 1), takes probability that no key receives: 0 for softmax1, learned
-    for a sink per head.
+    infinities too, and so does a row without keys. A row is NaN, masked keys too, where it may attend to NaN or
+    infinity, or to -infinity alone. sink s, broadcast to (..., 1), takes probability that no key receives: 0 for
+    softmax1, learned for a sink per head.
     """
     empty = None
     if mask is not None:

@@ -1,12 +1,12 @@
 """Outlier statistics of one batch's tensor, and of its attention, in float64.
 
-A batch holds sequences: the real tokens of one, times the channels, are its elements. A unit is a sequence, or a token of
-(B, T, C). What is given per unit and per channel can be pooled over batches, so that a data set takes one pass. The
+A batch holds sequences: the real tokens of one, times the channels, are its elements. A unit is a sequence, or a token
+of (B, T, C). What is given per unit and per channel can be pooled over batches, so that a data set takes one pass. The
 published "max inf norm" is the largest, over a list of sites, of the mean of `inf_norm` over units (Bondarenko et al.
 2023, section 5, and the code behind it).
 
-Channels are the last axis of (B, T, C) and (B, C), and the heads of (B, H, T, n), whose last axis is keys or a head's own
-channels. `where`, true at elements that count, is (B, T, 1) for the first and (B or 1, 1, T, n or 1) for the last.
+Channels are the last axis of (B, T, C) and (B, C), and the heads of (B, H, T, n), whose last axis is keys or a head's
+own channels. `where`, true at elements that count, is (B, T, 1) for the first and (B or 1, 1, T, n or 1) for the last.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def _held(device: torch.device, thread: int) -> Tensor:
 
 
 def _buffers(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Two float64 tensors to write into. Held from call to call, by thread: fresh pages cost more than what is written to
-    them."""
+    """Two float64 tensors to write into. Held from call to call, by thread: fresh pages cost more than what is written
+    to them."""
     size = shape.numel()
     held = _held(device, threading.get_ident())
     held = held if size <= held.shape[1] else torch.empty((2, size), dtype=torch.float64, device=device)
@@ -137,15 +137,15 @@ def central_moments(values: Tensor) -> Tensor:
 
 
 def kurtosis_published(moments: Tensor) -> Tensor:
-    """m4 / (s^4 + 1e-6) with the unbiased deviation s, of moments (..., 5), as in the published code; a normal variable has
-    about 3."""
+    """m4 / (s^4 + 1e-6) with the unbiased deviation s, of moments (..., 5), as in the published code; a normal variable
+    has about 3."""
     n, _, second, _, fourth = moments.unbind(dim=-1)
     return fourth / n / ((second / (n - 1).clamp(min=1)) ** 2 + 1e-6)
 
 
 def kurtosis(moments: Tensor) -> Tensor:
-    """m4 / m2^2, of moments (..., 5): the textbook definition (Pearson), 3 for a normal variable; 0 where all are equal,
-    NaN where one is not finite."""
+    """m4 / m2^2, of moments (..., 5): the textbook definition (Pearson), 3 for a normal variable; 0 where all are
+    equal, NaN where one is not finite."""
     n, _, second, _, fourth = moments.unbind(dim=-1)
     return torch.where(second != 0, n * fourth / second**2, 0.0)
 
@@ -164,8 +164,8 @@ def top_share(energy: Tensor, fraction: float) -> float:
 
 
 def moments(x: Tensor, where: Tensor | None = None, names: tuple[str, ...] = MOMENTS) -> dict[str, Tensor]:
-    """Of the rows of x (..., I) that count: their number (), and in float64 their sum (I,), the largest magnitude (I,) and
-    x^T x (I, I), the Gram matrix."""
+    """Of the rows of x (..., I) that count: their number (), and in float64 their sum (I,), the largest magnitude (I,)
+    and x^T x (I, I), the Gram matrix."""
     x = at_least(x, 1)
     check_places(x, where)
     keep = torch.ones((*x.shape[:-1], 1), dtype=torch.bool, device=x.device)
@@ -284,11 +284,11 @@ def _summary(
 def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sums over the queries that have keys, by head, (H,) each; `queries` and `choices` are their numbers.
 
-    probs (B, H, Tq, Tk); where broadcasts to it and is true at allowed pairs; each of marks (B, Tk) is true at marked keys.
-    `mass.<mark>`: the probability given to the marked keys; `even.<mark>`: the share of the allowed keys that they are.
-    `entropy` in nats, of the row scaled to sum 1 (clipping leaves less; a row of zeros has 0); `relative`: divided by its
-    largest value, the logarithm of the number of keys, over the `choices`, queries with more than one key. `kept`: the
-    probability given to all keys, of which clipping and sinks leave less than 1.
+    probs (B, H, Tq, Tk); where broadcasts to it and is true at allowed pairs; each of marks (B, Tk) is true at marked
+    keys. `mass.<mark>`: the probability given to the marked keys; `even.<mark>`: the share of the allowed keys that
+    they are. `entropy` in nats, of the row scaled to sum 1 (clipping leaves less; a row of zeros has 0); `relative`:
+    divided by its largest value, the logarithm of the number of keys, over the `choices`, queries with more than one
+    key. `kept`: the probability given to all keys, of which clipping and sinks leave less than 1.
     """
     check_places(probs, where)
     keep = where.expand(len(probs), 1, *probs.shape[2:])
@@ -316,8 +316,8 @@ def updates(context: Tensor, weight: Tensor, residual: Tensor, where: Tensor | N
     """How large each head's part of the attention's output is against what it is added to, summed over real tokens.
 
     context (B, T, D), what enters the output projection, heads side by side; weight (D, D) of that projection; residual
-    (B, T, D); where (B, T, 1). `update` (H,): the L2 norm of a head's part over that of the residual, NaN where a token's
-    is not finite; `tokens`: how many.
+    (B, T, D); where (B, T, 1). `update` (H,): the L2 norm of a head's part over that of the residual, NaN where a
+    token's is not finite; `tokens`: how many.
     """
     check_places(context, where)
     rows = slice(None) if where is None else where.expand(*context.shape[:2], 1).flatten().nonzero()[:, 0]
@@ -332,11 +332,11 @@ def updates(context: Tensor, weight: Tensor, residual: Tensor, where: Tensor | N
 
 
 def sizes(x: Tensor, where: Tensor | None, marks: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """L2 norms of the heads' parts of a tensor, summed over real tokens, by head, (H,) each: as the figures of Bondarenko et
-    al. 2023 (section 3) show values and their products with probabilities.
+    """L2 norms of the heads' parts of a tensor, summed over real tokens, by head, (H,) each: as the figures of
+    Bondarenko et al. 2023 (section 3) show values and their products with probabilities.
 
-    x (B, T, D), heads side by side; where (B, T, 1); each of marks (B, T) is true at marked tokens. `<mark>`: of the marked
-    tokens, `count.<mark>`: how many they are; `all`: of all tokens.
+    x (B, T, D), heads side by side; where (B, T, 1); each of marks (B, T) is true at marked tokens. `<mark>`: of the
+    marked tokens, `count.<mark>`: how many they are; `all`: of all tokens.
     """
     norms = torch.linalg.vector_norm(x.double().unflatten(-1, (heads, -1)), dim=-1)  # (B, T, H)
     real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

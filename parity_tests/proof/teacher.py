@@ -23,7 +23,7 @@ from qtx_ref.tape import Var
 from qtx_torch import numerics
 from qtx_torch.backend import Model
 from qtx_torch.quant import quantizer as quantizers
-from qtx_torch.sites import attached
+from qtx_torch.sites import swap_hooks
 
 OP = 4.0, "two float32 results of one op from the same operands: sums of n <= 512 products, c = 1 and more each"
 
@@ -145,6 +145,6 @@ def forced(
     for key, seen in shown.items():
         cancelled = stretch if key.endswith(".probs") else 0.0
         pupils[key] = kind.get(key, Pupil)(key, seen, hooks.get(key), context, cancelled).to(context.device)
-    with attached(model.net, pupils):
+    with swap_hooks(model.net, pupils):
         model.forward(batch)
     return [verdict for pupil in pupils.values() for verdict in pupil.verdicts]

@@ -12,14 +12,19 @@ from ..spec import Family, ModelSpec
 from ..tape import V, Var
 from . import bert, opt, vit
 
+__all__ = ["forward", "loss"]
+
 
 def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -> V:
-    """Logits (or hidden states, for a model without head) of a batch under a numerics, which has the parameters."""
+    """Logits (B, T, V) or (B, classes) of a batch under a numerics, which has the parameters; hidden states (B, T, D)
+    of a model without head. In the parameters' dtype, or integer codes. The batch is as `backend.Model.accept` gives
+    it."""
     if spec.family is Family.BERT:
         return bert.forward(nx, spec, batch)
     return opt.forward(nx, spec, batch) if spec.family is Family.OPT else vit.forward(nx, spec, batch)
 
 
 def loss(logits: Var, batch: Mapping[str, np.ndarray]) -> Var:
-    """Cross entropy in nats, summed over the batch's targets (or labels) and divided by their number; float64."""
+    """Cross entropy in nats of logits (..., V), summed over the batch's targets, or labels, (...) integers, and divided
+    by their number; float64, ()."""
     return cross_entropy(logits, batch["targets"] if "targets" in batch else batch["labels"])

@@ -13,6 +13,8 @@ from ..spec import Head, ModelSpec
 from ..tape import V
 from .block import block
 
+__all__ = ["forward", "head"]
+
 
 def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -> V:
     """tokens, mask and types (B, T) -> hidden states (B, T, D), MLM logits (B, T, V) or class logits (B, C).
@@ -33,6 +35,7 @@ def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -
 
 
 def head(nx: Numerics[V], spec: ModelSpec, x: V) -> V:
+    """x (B, T, D), float or integer codes -> MLM logits (B, T, V), class logits (B, C), or x where there is no head."""
     if spec.head is Head.MLM:
         h = nx.activation("head.activation", nx.linear("head.transform", x), "gelu")
         h = nx.norm("head.norm", h, spec.norm_eps)

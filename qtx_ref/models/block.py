@@ -10,13 +10,16 @@ from ..spec import Gate, ModelSpec
 from ..tape import V
 from .gate import gate
 
+__all__ = ["Cache", "block", "feed_forward", "self_attention"]
+
 Cache = tuple[V, V]  # keys and values, (B, H, T, K)
 
 
 def self_attention(
     nx: Numerics[V], x: V, mask: np.ndarray, spec: ModelSpec, name: str, past: Cache[V] | None
 ) -> tuple[V, Cache[V]]:
-    """x (B, T, D) -> (B, T, D), and the keys and values so far."""
+    """x (B, T, D), float or integer codes -> (B, T, D), and the keys and values so far. mask, boolean, broadcasts to
+    (B, H, T, Tk)."""
     q = ops.split_heads(nx.linear(f"{name}.query", x), spec.heads)  # (B, T, D) -> (B, H, T, K)
     k = ops.split_heads(nx.linear(f"{name}.key", x), spec.heads)
     v = ops.split_heads(nx.linear(f"{name}.value", x), spec.heads)
@@ -29,6 +32,7 @@ def self_attention(
 
 
 def feed_forward(nx: Numerics[V], x: V, spec: ModelSpec, name: str) -> V:
+    """x (B, T, D), float or integer codes -> (B, T, D), through F hidden units."""
     h = nx.linear(f"{name}.hidden", x)  # (B, T, D) -> (B, T, F)
     h = nx.activation(f"{name}.activation", h, str(spec.activation))
     return nx.linear(f"{name}.output", h)  # (B, T, F) -> (B, T, D)
@@ -37,7 +41,8 @@ def feed_forward(nx: Numerics[V], x: V, spec: ModelSpec, name: str) -> V:
 def block(
     nx: Numerics[V], x: V, mask: np.ndarray, spec: ModelSpec, index: int, past: Cache[V] | None = None
 ) -> tuple[V, Cache[V]]:
-    """Pre-norm: x + f(norm(x)), twice. Post-norm: norm(x + f(x)), twice."""
+    """Pre-norm: x + f(norm(x)), twice. Post-norm: norm(x + f(x)), twice. x (B, T, D), float or integer codes -> (B, T,
+    D) and the layer's keys and values; mask as in `self_attention`."""
     attn, ffn = f"layer.{index}.attn", f"layer.{index}.ffn"
     h = nx.norm(f"{attn}.norm", x, spec.norm_eps) if spec.pre_norm else x
     h, present = self_attention(nx, h, mask, spec, attn, past)

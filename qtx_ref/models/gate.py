@@ -7,6 +7,8 @@ from ..numerics import Numerics
 from ..spec import Gate, ModelSpec
 from ..tape import V
 
+__all__ = ["gate"]
+
 
 def gate(nx: Numerics[V], x: V, context: V, spec: ModelSpec, name: str) -> V:
     """sigmoid(logit) * context (times 1 / pi where rescaled), as the spec's gate says.

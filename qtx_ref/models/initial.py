@@ -1,9 +1,9 @@
 """Parameter names, shapes and first values, the same for every backend: drawn in NumPy, one stream per name.
 
 BERT and OPT: normal(0, init_std), biases 0, norms 1 and 0 (Devlin et al. 2019, Zhang et al. 2022; OPT's output weights
-by 1 / sqrt(2 layers)). ViT: the same cut at two deviations, its class token at 1e-6 (Dosovitskiy et al. 2021 as in timm).
-Gates: weights as torch draws a new linear layer, uniform within 1 / sqrt(inputs), as in the code of Bondarenko et al.;
-biases 0, or logit(pi) for the linear form.
+by 1 / sqrt(2 layers)). ViT: the same cut at two deviations, its class token at 1e-6 (Dosovitskiy et al. 2021 as in
+timm). Gates: weights as torch draws a new linear layer, uniform within 1 / sqrt(inputs), as in the code of Bondarenko
+et al.; biases 0, or logit(pi) for the linear form.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from ..spec import (
     Softmax,
     SpecError,
 )
+
+__all__ = ["add_gate", "first_value", "gate_shapes", "init_params", "shapes"]
 
 
 def gate_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -107,8 +109,8 @@ def init_params(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:
 def add_gate(
     params: dict[str, np.ndarray], spec: ModelSpec, pi: float, seed: int
 ) -> tuple[dict[str, np.ndarray], ModelSpec]:
-    """A trained model with a linear gate that changes little at first: weights normal(0, 0.01), bias logit(pi), and the
-    gate multiplied by 1 / pi (Bondarenko et al. 2023, appendix B.6). Returns parameters and spec.
+    """A trained model, float32, with a linear gate that changes little at first: weights normal(0, 0.01), bias
+    logit(pi), and the gate multiplied by 1 / pi (Bondarenko et al. 2023, appendix B.6). Returns parameters and spec.
 
     Raises SpecError where the model has a gate already, or pi is not between 0 and 1.
     """
@@ -127,6 +129,7 @@ def add_gate(
 
 
 def first_value(spec: ModelSpec, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """The first value of the parameter of that name and shape, float32; see the module for which distribution."""
     rng = stream(seed, "init", name)
     site, _, kind = name.rpartition(".")
     if kind == "sink":

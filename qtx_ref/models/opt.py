@@ -16,6 +16,8 @@ from ..spec import Head, ModelSpec
 from ..tape import V
 from .block import Cache, block
 
+__all__ = ["forward"]
+
 
 def forward(
     nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray], cache: list[Cache[V]] | None = None
@@ -23,7 +25,8 @@ def forward(
     """tokens and mask (B, T) -> hidden states (B, T, D) or next-token logits (B, T, V).
 
     mask is boolean, as `attention.boolean_mask` makes it. cache, a list that starts empty, holds each layer's keys and
-    values of the tokens before these; it is filled and brought up to date in place, and then every token counts as real.
+    values of the tokens before these; it is filled and brought up to date in place, and then every token counts as
+    real.
     """
     tokens = batch["tokens"]
     count, past = tokens.shape[1], cache[0][0].shape[2] if cache else 0

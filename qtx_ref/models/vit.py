@@ -16,6 +16,8 @@ from ..spec import Head, ModelSpec
 from ..tape import V
 from .block import block
 
+__all__ = ["forward"]
+
 
 def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -> V:
     """images (B, C, S, S), in the parameters' dtype -> hidden states (B, T, D) or class logits (B, classes)."""

@@ -18,9 +18,9 @@ from ..sites import SiteModule, linears
 class DynamicInt8(Float):
     """torch's dynamic int8: weights in int8 with one scale each, activations measured as they come, float32 results.
 
-    As `torch.ao.quantization.quantize_dynamic` sets up `nn.Linear`: weights by absmax / 127.5, activations in 7 bits, which
-    its u8 x s8 kernels need where pairs saturate in int16. Linears of one matrix only: a gate per head stays in float.
-    The float weights that it replaces are let go.
+    As `torch.ao.quantization.quantize_dynamic` sets up `nn.Linear`: weights by absmax / 127.5, activations in 7 bits,
+    which its u8 x s8 kernels need where pairs saturate in int16. Linears of one matrix only: a gate per head stays in
+    float. The float weights that it replaces are let go.
     """
 
     def __init__(self, model: Model) -> None:

@@ -2,8 +2,8 @@
 
 Not in the reference: it keeps no result on a device, so that its models are runners as they are.
 
-A runner takes a batch to the device once (`inputs`), is called with it, and leaves its result where it is; `output` fetches
-it. So latency is that of the pass alone.
+A runner takes a batch to the device once (`inputs`), is called with it, and leaves its result where it is; `output`
+fetches it. So latency is that of the pass alone.
 """
 
 from __future__ import annotations
