@@ -3,8 +3,7 @@
 Ops take and return `Var`. Norms, softmax, means and losses sum in float64 and round once at the end, matmuls stay in
 the input's dtype. Letters: B batch, T tokens, D width, H heads, K = D / H, V classes.
 
-Arrays: float32 or float64, computed and returned in the dtype of x; element by element, (...) -> (...), where nothing
-else is said.
+Arrays: float32 or float64, computed and returned in the dtype of x, and in the shape of x where nothing else is said.
 """
 
 from __future__ import annotations
