@@ -119,14 +119,14 @@ class Model:
 
     def ranges(self) -> dict[str, Range]:
         """The static ranges in force, learned ones as they now stand."""
-        found = dict(self.fixed)
+        static = dict(self.fixed)
         for site, spec in self.quants.items():
             if isinstance(spec, QuantSpec) and spec.learned:
                 scale, zero = learned_scale_zero(
                     self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec
                 )
-                found[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
-        return found
+                static[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
+        return static
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits, or hidden states of a model without head."""
@@ -160,35 +160,35 @@ class Model:
         self, batch: Batch, sites: Iterable[str] | None = None
     ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
-        found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-        self._show(batch, sites, lambda site, x, where: found.__setitem__(site, (x, where)))
-        return found
+        tensors: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._show(batch, sites, lambda site, x, where: tensors.__setitem__(site, (x, where)))
+        return tensors
 
     def statistics(
         self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS
     ) -> dict[str, Arrays]:
         """`stats.describe` of each site of `units` (site -> "sequence" or "token") in a float forward pass."""
-        found: dict[str, Arrays] = {}
+        results: dict[str, Arrays] = {}
 
         def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
-            found[site] = stats.describe(x, where, units[site], names)
+            results[site] = stats.describe(x, where, units[site], names)
 
         self._show(batch, units, show)
-        return found
+        return results
 
     def input_moments(
         self, batch: Batch, sites: Iterable[str], names: tuple[str, ...] = stats.MOMENTS
     ) -> dict[str, Arrays]:
         """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward
         pass."""
-        found: dict[str, Arrays] = {}
+        results: dict[str, Arrays] = {}
         memo = stats.Memo(lambda x, where: stats.moments(x, where, names))
 
         def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
-            found[site.removesuffix(".input")] = memo.get(x, where)
+            results[site.removesuffix(".input")] = memo.get(x, where)
 
         self._show(batch, [f"{site}.input" for site in sites], show)
-        return found
+        return results
 
     def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
         """Of each layer, by head (H,): `stats.attention` of the keys of each mark (B, T), `stats.updates`,
@@ -366,13 +366,13 @@ class IntegerModel:
 def to_arrays(batch: Batch, dtype: np.dtype) -> Arrays:
     """What a model reads of a batch, in the shapes of `spec.check_batch`: whole numbers int64, the mask boolean, images
     in `dtype`. Raises ValueError for a mask that is neither boolean nor additive."""
-    found = {name: np.asarray(batch[name]) for name in READ if name in batch}
-    for name, value in found.items():
+    arrays = {name: np.asarray(batch[name]) for name in READ if name in batch}
+    for name, value in arrays.items():
         if name == "mask":
-            found[name] = boolean_mask(value)
+            arrays[name] = boolean_mask(value)
         else:
-            found[name] = value.astype(dtype if name == "images" else np.int64)
-    return found
+            arrays[name] = value.astype(dtype if name == "images" else np.int64)
+    return arrays
 
 
 def check_bound(site: str, range: Range, spec: Quant) -> None:

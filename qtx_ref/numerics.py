@@ -309,16 +309,16 @@ class Calibrate(Quantizers):
         return x if scale is None else fake_quantize(x, *scale, spec)
 
     def ranges(self) -> dict[str, Range]:
-        """The ranges found. Raises ValueError naming a static site that no batch has reached."""
-        found = {}
+        """The ranges of the batches so far. Raises ValueError naming a static site that no batch has reached."""
+        static = {}
         for site, spec in self.specs.items():
             if spec.dynamic:
                 continue
             if site not in self.observers:
                 raise ValueError(f"site {site} was not reached in calibration; is it a site of this model?")
             low, high = self.observers[site].range()
-            found[site] = Range(low, high, *self.observers[site].scale_zero())
-        return found
+            static[site] = Range(low, high, *self.observers[site].scale_zero())
+        return static
 
 
 class FakeQuant(Quantizers):

@@ -191,7 +191,7 @@ def describe(
             far_tokens[i] = far.sum()
     low, high = np.concatenate(ends).T
     units = np.concatenate(moments)
-    found = {
+    results = {
         "inf_norm": np.maximum(-low, high),
         "kurtosis_published": kurtosis_published(units),
         "kurtosis": kurtosis(units),
@@ -203,7 +203,7 @@ def describe(
         "beyond_channels": far_channels,
         "beyond_tokens": far_tokens,
     }
-    return {name: found[name] for name in names}
+    return {name: results[name] for name in names}
 
 
 def attention(probs: np.ndarray, where: np.ndarray, marks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -223,7 +223,7 @@ def attention(probs: np.ndarray, where: np.ndarray, marks: Mapping[str, np.ndarr
     whole = p.sum(axis=-1, keepdims=True)
     entropy = entr(p / np.where(whole == 0, 1, whole)).sum(axis=-1)  # (B, H, Tq)
     heads = np.ones(probs.shape[1], np.int64)
-    found = {
+    sums = {
         "queries": (keys > 0).sum() * heads,
         "choices": (keys > 1).sum() * heads,
         "entropy": entropy.sum(axis=(0, 2)),
@@ -232,9 +232,9 @@ def attention(probs: np.ndarray, where: np.ndarray, marks: Mapping[str, np.ndarr
     }
     for mark, marked in marks.items():
         chosen = marked[:, None, None, :]
-        found[f"mass.{mark}"] = (p * chosen).sum(axis=(0, 2, 3))
-        found[f"even.{mark}"] = ((keep & chosen).sum(axis=-1) / np.maximum(keys, 1)).sum() * heads
-    return found
+        sums[f"mass.{mark}"] = (p * chosen).sum(axis=(0, 2, 3))
+        sums[f"even.{mark}"] = ((keep & chosen).sum(axis=-1) / np.maximum(keys, 1)).sum() * heads
+    return sums
 
 
 @quiet
@@ -271,11 +271,11 @@ def sizes(
     """
     real = np.ones(x.shape[:2], bool) if where is None else np.broadcast_to(where, (*x.shape[:2], 1))[..., 0]
     norms = np.linalg.norm(x.astype(np.float64).reshape(*x.shape[:2], heads, -1), axis=-1)  # (B, T, H)
-    found = {}
+    sums = {}
     for name, marked in {"all": real, **marks}.items():
         chosen = real & np.broadcast_to(marked, real.shape)
-        found[name], found[f"count.{name}"] = norms[chosen].sum(axis=0), np.full(heads, chosen.sum())
-    return found
+        sums[name], sums[f"count.{name}"] = norms[chosen].sum(axis=0), np.full(heads, chosen.sum())
+    return sums
 
 
 def openings(gate: np.ndarray, where: np.ndarray | None, heads: int) -> dict[str, np.ndarray]:

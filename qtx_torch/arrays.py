@@ -21,15 +21,15 @@ Batch = Mapping[str, np.ndarray]
 def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
     """What a model reads of a batch, on the device: whole numbers int64; a boolean mask, or None without padding, which
     spares the kernels a mask. Raises ValueError for a mask that is neither boolean nor additive."""
-    found: dict[str, Tensor | None] = {}
+    tensors: dict[str, Tensor | None] = {}
     for name in READ:
         if name == "mask" and name in batch:
             rows = boolean_mask(torch.tensor(make_native(np.asarray(batch[name]))))
-            found[name] = None if rows.all() else rows
+            tensors[name] = None if rows.all() else rows
         elif name in batch:
             value = make_native(np.asarray(batch[name]))
-            found[name] = torch.tensor(value if name == "images" else value.astype(np.int64))
-    return {name: None if value is None else value.to(device) for name, value in found.items()}
+            tensors[name] = torch.tensor(value if name == "images" else value.astype(np.int64))
+    return {name: None if value is None else value.to(device) for name, value in tensors.items()}
 
 
 def make_native(x: np.ndarray) -> np.ndarray:

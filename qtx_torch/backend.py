@@ -121,13 +121,13 @@ class Model:
 
     def ranges(self) -> dict[str, Range]:
         """The static ranges in force, learned ones as they now stand."""
-        found = dict(self.fixed)
+        static = dict(self.fixed)
         for site, spec in self.quants.items():
             if spec.learned:
                 held = (self.learned[f"{site}.{name}"] for name in ("scale", "zero_point"))
                 scale, zero = map(to_numpy, learned_scale_zero(*held, spec))
-                found[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
-        return found
+                static[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
+        return static
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> np.ndarray:
@@ -166,39 +166,39 @@ class Model:
         self, batch: Batch, sites: Iterable[str] | None = None
     ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
-        found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        tensors: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
 
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
-            found[site] = (to_numpy(x), None if where is None else to_numpy(where))
+            tensors[site] = (to_numpy(x), None if where is None else to_numpy(where))
 
         self._show(batch, self._results() if sites is None else sites, show)
-        return found
+        return tensors
 
     def statistics(
         self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS
     ) -> dict[str, Arrays]:
         """`stats.describe` of each site of `units` (site -> "sequence" or "token") in a float forward pass."""
-        found: dict[str, Arrays] = {}
+        results: dict[str, Arrays] = {}
 
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
-            found[site] = {k: to_numpy(v) for k, v in stats.describe(x, where, units[site], names).items()}
+            results[site] = {k: to_numpy(v) for k, v in stats.describe(x, where, units[site], names).items()}
 
         self._show(batch, units, show)
-        return found
+        return results
 
     def input_moments(
         self, batch: Batch, sites: Iterable[str], names: tuple[str, ...] = stats.MOMENTS
     ) -> dict[str, Arrays]:
         """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward
         pass."""
-        found: dict[str, Arrays] = {}
+        results: dict[str, Arrays] = {}
         memo = stats.Memo(lambda x, where: {k: to_numpy(v) for k, v in stats.moments(x, where, names).items()})
 
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
-            found[site.removesuffix(".input")] = memo.get(x, where)
+            results[site.removesuffix(".input")] = memo.get(x, where)
 
         self._show(batch, [f"{site}.input" for site in sites], show)
-        return found
+        return results
 
     def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
         """Of each layer, by head (H,): `stats.attention` of the keys of each mark (B, T), `stats.updates`,

@@ -246,7 +246,7 @@ class Calibrate(Quantizer):
         return fake_quantize(x, *scale, self.spec) if scale else x
 
     def range(self) -> Range:
-        """The range found. Raises ValueError naming the site where no batch has reached it."""
+        """The range of the batches so far. Raises ValueError naming the site where no batch has reached it."""
         if not self.observer.shape:
             raise ValueError(f"site {self.site} was not reached in calibration; is it a site of this model?")
         low, high = self.observer.range()

@@ -74,12 +74,12 @@ def name_sites(net: nn.Module) -> None:
 
 def slots(net: nn.Module) -> dict[str, tuple[SiteModule, str]]:
     """Every slot of a model by its key: the site's module and the attribute."""
-    found = {}
+    by_key = {}
     for module in net.modules():
         if isinstance(module, SiteModule):
             for slot in module.slots:
-                found[module.site if slot == "output" else f"{module.site}.{slot}"] = (module, f"on_{slot}")
-    return found
+                by_key[module.site if slot == "output" else f"{module.site}.{slot}"] = (module, f"on_{slot}")
+    return by_key
 
 
 def attach(net: nn.Module, hooks: Mapping[str, nn.Module]) -> None:

@@ -199,10 +199,10 @@ def describe(
     names = tuple(names)
     rows = list(_rows(x, where)) if x.numel() else []
     apply = map if x.is_cuda or torch.get_num_threads() == 1 else _workers().map
-    found = apply(lambda row: _summary(*row, heads, unit, names), rows)
-    parts = [(place, part) for (_, place, _), part in zip(rows, found, strict=True)]
+    results = apply(lambda row: _summary(*row, heads, unit, names), rows)
+    parts = [(place, part) for (_, place, _), part in zip(rows, results, strict=True)]
 
-    def joined(name: str, *shape: int) -> Tensor:
+    def join(name: str, *shape: int) -> Tensor:
         empty = torch.zeros((0, *shape), dtype=torch.float64, device=x.device)
         return torch.cat([empty, *(part[name] for _, part in parts)])
 
@@ -217,12 +217,12 @@ def describe(
 
     channels = heads or x.shape[-1]
     make = {
-        "inf_norm": lambda: torch.maximum(-joined("lowest"), joined("highest")),
-        "lowest": lambda: joined("lowest"),
-        "highest": lambda: joined("highest"),
-        "moments": lambda: joined("moments", 5),
-        "kurtosis": lambda: kurtosis(joined("moments", 5)),
-        "kurtosis_published": lambda: kurtosis_published(joined("moments", 5)),
+        "inf_norm": lambda: torch.maximum(-join("lowest"), join("highest")),
+        "lowest": lambda: join("lowest"),
+        "highest": lambda: join("highest"),
+        "moments": lambda: join("moments", 5),
+        "kurtosis": lambda: kurtosis(join("moments", 5)),
+        "kurtosis_published": lambda: kurtosis_published(join("moments", 5)),
         "energy": lambda: total("energy", channels, torch.float64),
         "histogram": lambda: total("histogram", BINS),
         "beyond_channels": lambda: total("beyond_channels", channels),
@@ -239,46 +239,46 @@ def _summary(
     size = tokens * values.shape[1]  # elements of each sequence
 
     low, high = values.amin(dim=1).double(), values.amax(dim=1).double()
-    found = {"lowest": low, "highest": high}
+    results = {"lowest": low, "highest": high}
     if unit == "sequence":
-        pairs = zip(found.items(), ("amin", "amax"), strict=True)
+        pairs = zip(results.items(), ("amin", "amax"), strict=True)
         ends = {
             k: low.new_zeros(len(size)).scatter_reduce_(0, owner, v, how, include_self=False) for (k, v), how in pairs
         }
-        found |= ends
+        results |= ends
     if "histogram" in names:
-        found["histogram"] = torch.bincount(magnitude_bins(values).flatten(), minlength=BINS)
+        results["histogram"] = torch.bincount(magnitude_bins(values).flatten(), minlength=BINS)
     outliers = "beyond_channels" in names or "beyond_tokens" in names
     spread = "moments" in names or "kurtosis" in names or "kurtosis_published" in names
     if not (outliers or spread or "energy" in names):
-        return found
+        return results
     wide, square = _buffers(values.shape, values.device)
     wide.copy_(values)
     torch.mul(wide, wide, out=square)
     if "energy" in names:
         by_row = square.sum(dim=1 if heads else 0)
-        found["energy"] = by_row.new_zeros(heads).index_add_(0, place % heads, by_row) if heads else by_row
+        results["energy"] = by_row.new_zeros(heads).index_add_(0, place % heads, by_row) if heads else by_row
     if unit == "token" and spread:
-        found["moments"] = central_moments(wide)
+        results["moments"] = central_moments(wide)
     if outliers or (spread and unit == "sequence"):
         mean = low.new_zeros(len(size)).index_add_(0, owner, wide.sum(dim=1)) / size
         if unit == "sequence":
-            mean = torch.where(found["lowest"] == found["highest"], found["lowest"], mean)
+            mean = torch.where(results["lowest"] == results["highest"], results["lowest"], mean)
         deviation = wide.sub_(mean[owner, None])
         torch.mul(deviation, deviation, out=square)
         parts = [x.flatten().split(size.tolist()) for x in (deviation, square)]
         sums = torch.stack([torch.stack([d.dot(d), s.dot(d), s.dot(s)]) for d, s in zip(*parts, strict=True)])
         if unit == "sequence":
-            found["moments"] = torch.cat([size[:, None], mean[:, None], sums], dim=1)
+            results["moments"] = torch.cat([size[:, None], mean[:, None], sums], dim=1)
         limit, mean = (SIGMAS**2 * sums[:, 0] / size)[owner], mean[owner]
-        found["beyond_rows"] = torch.zeros_like(place)
-        found["beyond_channels"] = place.new_zeros(heads or values.shape[1])
+        results["beyond_rows"] = torch.zeros_like(place)
+        results["beyond_channels"] = place.new_zeros(heads or values.shape[1])
         if (torch.maximum(high - mean, mean - low).square() > limit).any():
             row, column = (square > limit[:, None]).nonzero().unbind(dim=1)
-            found["beyond_rows"] = torch.bincount(row, minlength=len(place))
+            results["beyond_rows"] = torch.bincount(row, minlength=len(place))
             channel = place[row] % heads if heads else column
-            found["beyond_channels"] = torch.bincount(channel, minlength=heads or values.shape[1])
-    return found
+            results["beyond_channels"] = torch.bincount(channel, minlength=heads or values.shape[1])
+    return results
 
 
 def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -297,7 +297,7 @@ def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict
     whole = p.sum(dim=-1, keepdim=True)
     entropy = torch.special.entr(p / whole.masked_fill(whole == 0, 1)).sum(dim=-1)  # (B, H, Tq)
     largest = keys.double().clamp(min=1).log()
-    found = {
+    sums = {
         "queries": (keys > 0).sum().expand(probs.shape[1]),
         "choices": (keys > 1).sum().expand(probs.shape[1]),
         "entropy": entropy.sum(dim=(0, 2)),
@@ -306,10 +306,10 @@ def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict
     }
     for mark, marked in marks.items():
         chosen = marked[:, None, :, None].double()  # (B, 1, Tk, 1)
-        found[f"mass.{mark}"] = (p @ chosen).sum(dim=(0, 2, 3))
+        sums[f"mass.{mark}"] = (p @ chosen).sum(dim=(0, 2, 3))
         share = (keep.double() @ chosen)[..., 0] / keys.clamp(min=1)  # (B, 1, Tq)
-        found[f"even.{mark}"] = share.sum().expand(probs.shape[1])
-    return found
+        sums[f"even.{mark}"] = share.sum().expand(probs.shape[1])
+    return sums
 
 
 def updates(context: Tensor, weight: Tensor, residual: Tensor, where: Tensor | None, heads: int) -> dict[str, Tensor]:
@@ -341,12 +341,12 @@ def sizes(x: Tensor, where: Tensor | None, marks: Mapping[str, Tensor], heads: i
     norms = torch.linalg.vector_norm(x.double().unflatten(-1, (heads, -1)), dim=-1)  # (B, T, H)
     real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     real = real if where is None else where.expand(*x.shape[:2], 1).squeeze(-1)
-    found = {}
+    sums = {}
     for name, marked in {"all": real, **marks}.items():
         chosen = (real & marked.expand(real.shape)).double()
-        found[name] = torch.einsum("bth,bt->h", norms, chosen)
-        found[f"count.{name}"] = chosen.sum().long().expand(heads)
-    return found
+        sums[name] = torch.einsum("bth,bt->h", norms, chosen)
+        sums[f"count.{name}"] = chosen.sum().long().expand(heads)
+    return sums
 
 
 def openings(gate: Tensor, where: Tensor | None, heads: int) -> dict[str, Tensor]:

@@ -50,29 +50,29 @@ def gate_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every parameter's name and shape, in the order of the forward pass."""
     d, f, e = spec.width, spec.hidden, spec.embed_width or spec.width
-    found: dict[str, tuple[int, ...]] = {}
+    known: dict[str, tuple[int, ...]] = {}
 
     def linear(site: str, outputs: int, inputs: int, bias: bool = True) -> None:
-        found[f"{site}.weight"] = (outputs, inputs)
+        known[f"{site}.weight"] = (outputs, inputs)
         if bias:
-            found[f"{site}.bias"] = (outputs,)
+            known[f"{site}.bias"] = (outputs,)
 
     def norm(site: str, width: int) -> None:
-        found[f"{site}.weight"] = (width,)
-        found[f"{site}.bias"] = (width,)
+        known[f"{site}.weight"] = (width,)
+        known[f"{site}.bias"] = (width,)
 
     if spec.family is Family.VIT:
         linear("embed.patch", d, spec.channels * spec.patch_size**2)
         if spec.patch_norm:
             norm("embed.norm", d)
-        found["embed.cls.weight"] = (d,)
+        known["embed.cls.weight"] = (d,)
     else:
-        found["embed.token.weight"] = (spec.vocab, e)
+        known["embed.token.weight"] = (spec.vocab, e)
     if spec.embed_width:
         linear("embed.project", d, e, bias=False)
     if spec.family is Family.BERT:
-        found["embed.type.weight"] = (spec.types, d)
-    found["embed.position.weight"] = (spec.length + spec.position_offset, d)
+        known["embed.type.weight"] = (spec.types, d)
+    known["embed.position.weight"] = (spec.length + spec.position_offset, d)
     if spec.family is Family.BERT:
         norm("embed.norm", d)
     for i in range(spec.layers):
@@ -81,8 +81,8 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         for part in ("query", "key", "value", "output"):
             linear(f"{attn}.{part}", d, d)
         if spec.attention.softmax is Softmax.SINK:
-            found[f"{attn}.probs.sink"] = (spec.heads,)
-        found.update({f"{attn}.{name}": shape for name, shape in gate_shapes(spec).items()})
+            known[f"{attn}.probs.sink"] = (spec.heads,)
+        known.update({f"{attn}.{name}": shape for name, shape in gate_shapes(spec).items()})
         norm(f"{ffn}.norm", d)
         linear(f"{ffn}.hidden", f, d)
         linear(f"{ffn}.output", d, f)
@@ -93,12 +93,12 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.head is Head.MLM:
         linear("head.transform", d, d)
         norm("head.norm", d)
-        found["head.decoder.bias"] = (spec.vocab,)
+        known["head.decoder.bias"] = (spec.vocab,)
     if spec.head is Head.CLASSIFY:
         if spec.family is Family.BERT:
             linear("head.pool", d, d)
         linear("head.classifier", spec.classes, d)
-    return found
+    return known
 
 
 def init_params(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:
@@ -117,15 +117,15 @@ def add_gate(
     if spec.attention.gate is not Gate.NONE:
         raise SpecError(f"the model has the gate {spec.attention.gate}: a gate is added to a model without one")
     gated = replace(spec, attention=replace(spec.attention, gate=Gate.LINEAR, pi=pi, rescaled=True))
-    found = {}
+    values = {}
     for name, shape in shapes(gated).items():
         if name in params:
-            found[name] = params[name]
+            values[name] = params[name]
         elif name.endswith(".weight"):
-            found[name] = stream(seed, "gate", name).normal(0, 0.01, shape).astype(np.float32)
+            values[name] = stream(seed, "gate", name).normal(0, 0.01, shape).astype(np.float32)
         else:
-            found[name] = first_value(gated, name, shape, seed)
-    return found, gated
+            values[name] = first_value(gated, name, shape, seed)
+    return values, gated
 
 
 def first_value(spec: ModelSpec, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
