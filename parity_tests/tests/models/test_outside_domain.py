@@ -1,5 +1,4 @@
-"""Where inputs leave the domain of the arithmetic, the two backends give one answer: a value, or an error and its
-words."""
+"""Where inputs leave the domain of the arithmetic, the two backends give one answer: a value, or an error and its words."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,16 +12,14 @@ torch = pytest.importorskip("torch", reason="the torch backend needs the extra t
 
 import qtx_torch.attention  # noqa: E402
 import qtx_torch.backend  # noqa: E402
-import qtx_torch.numerics  # noqa: E402
 import qtx_torch.ops  # noqa: E402
 import qtx_torch.quant.observers  # noqa: E402
 import qtx_torch.quant.quantizer  # noqa: E402
 import qtx_torch.stats  # noqa: E402
 from parity_tests.subjects.integer_models import lower_model  # noqa: E402
-from qtx_ref import attention, backend, numerics, ops, stats  # noqa: E402
+from qtx_ref import attention, backend, ops, stats  # noqa: E402
 from qtx_ref.models.initial import init_params  # noqa: E402
-from qtx_ref.presets import SOFTMAXES, preset  # noqa: E402
-from qtx_ref.presets import attention as attention_named  # noqa: E402
+from qtx_ref.presets import preset  # noqa: E402
 from qtx_ref.quant import observers  # noqa: E402
 from qtx_ref.quant import quantizer as quantizers  # noqa: E402
 from qtx_ref.spec import (  # noqa: E402
@@ -36,7 +33,6 @@ from qtx_ref.spec import (  # noqa: E402
     SpecError,
 )
 from qtx_ref.tape import Var, const  # noqa: E402
-from qtx_torch.models.block import Attention  # noqa: E402
 
 NAN, INF = np.nan, np.inf
 SIZE = {"layers": 1, "width": 16, "heads": 2, "hidden": 32}
@@ -304,53 +300,6 @@ def test_a_row_that_attends_to_what_is_no_number_is_none(odd):
     assert np.isnan(ops.softmax(const(x), mask).value).all()
     assert torch.softmax(torch.tensor(x).masked_fill(~torch.tensor(mask), -torch.inf), -1).isnan().all()
     assert qtx_torch.ops.softmax(torch.tensor(x), torch.tensor(mask)).isnan().all()
-
-
-def attend(module: Any, kind: str, x: dict[str, np.ndarray], mask: np.ndarray, looked_at: bool) -> np.ndarray:
-    """The context (B, T, H K) of q, k, v (B, H, T, K) in a backend; torch's kernel unless somebody looks at
-    probabilities."""
-    spec, (_, heads, tokens, width) = attention_named(kind).with_length(4), x["q"].shape
-    if module is backend:
-        nx = numerics.Float()
-        nx.load({"a.probs.sink": np.zeros(heads, np.float32)})
-        return nx.attention("a", *map(const, x.values()), mask, spec, 0.0).value
-    size = {"width": heads * width, "heads": heads, "length": tokens, "attention": spec}
-    attn = Attention(replace(TEXT, **size))
-    if looked_at:
-        attn.probs.on_output = qtx_torch.numerics.Record("probs", lambda *seen: None)
-    masks = qtx_torch.attention.Mask(torch.tensor(mask), torch.float32, triangle=not mask[0, 0, 0, -2])
-    with torch.no_grad():
-        return qtx_torch.numerics.Float().attention(attn, *map(torch.tensor, x.values()), masks, spec, 0.0).numpy()
-
-
-@pytest.mark.parametrize(("module", "looked_at"), [(BOTH[0], True), (BOTH[1], True), (BOTH[1], False)])
-@pytest.mark.parametrize("kind", SOFTMAXES)
-@pytest.mark.parametrize("causal", [False, True])
-def test_what_a_masked_key_may_hold(module, looked_at, kind, causal):
-    """The last key of the first head of the first sequence, masked by padding or the future: finite numbers change no
-    bit; NaN and infinity in v make NaN, in k NaN at most, and that in a fused kernel alone."""
-    rng = np.random.default_rng(0)
-    x = {name: rng.normal(size=(2, 2, 6, 4)).astype(np.float32) for name in "qkv"}
-    real = np.arange(6) < np.array([[5], [6]])
-    mask = np.tril(np.ones((1, 1, 6, 6), bool)) if causal else real[:, None, None]
-    want = attend(module, kind, x, mask, looked_at)
-    assert np.isfinite(want).all()
-    fused = kind == "vanilla" and not looked_at
-    hidden, rest = np.zeros(want.shape, bool), np.ones(want.shape, bool)
-    hidden[0, :5, :4] = True  # queries that do not see the key
-    rest[0, :, :4] = False  # another sequence or head
-    for name, odd in product("kv", (1e30, -1e30, NAN, INF, -INF)):
-        given = {key: value.copy() for key, value in x.items()}
-        given[name][0, 0, 5] = odd
-        with np.errstate(invalid="ignore"):
-            got = attend(module, kind, given, mask, looked_at)
-        np.testing.assert_array_equal(got[rest], want[rest])
-        if np.isfinite(odd) or (name == "k" and not fused):
-            np.testing.assert_array_equal(got[hidden], want[hidden])
-        elif name == "v":
-            assert np.isnan(got[hidden]).all()
-        else:
-            assert (np.isnan(got) | (got == want))[hidden].all()
 
 
 MASKS = [np.array([0, -10000, -(10**9)])] + [np.array([0, -1, -20000]), np.array([1, 0, 1]), np.array([0, 0, 0])]
