@@ -24,7 +24,7 @@ REF, TORCH = qtx_ref.numerics, qtx_torch.numerics
 
 
 def attend(backend: ModuleType, kind: str, x: dict[str, np.ndarray], mask: np.ndarray, fused: bool) -> np.ndarray:
-    """The context (B, T, H K) of q, k, v (B, H, T, K) in a backend; in torch by a kernel, where there is one, or by parts."""
+    """The context (B, T, H K) of q, k, v (B, H, T, K) in a backend; fused: in torch's kernel, where there is one."""
     spec, (_, heads, tokens, width) = attention(kind).with_length(4), x["q"].shape
     if backend is REF:
         nx = REF.Float()
@@ -44,15 +44,15 @@ def attend(backend: ModuleType, kind: str, x: dict[str, np.ndarray], mask: np.nd
 @pytest.mark.parametrize("kind", SOFTMAXES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_a_masked_key_may_hold(backend: ModuleType, fused: bool, kind: str, causal: bool) -> None:
-    """The last key of the first head of the first sequence, masked as padding or as the future: finite numbers change no
-    bit; NaN and infinity in v make NaN, in k NaN at most, and that in a fused kernel alone."""
+    """The last key of the first head of the first sequence, masked as padding or as the future: finite numbers change
+    no bit; NaN and infinity in v make NaN, in k NaN at most, and that in a fused kernel alone."""
     rng = np.random.default_rng(0)
     x = {name: rng.normal(size=(2, 2, 6, 4)).astype(np.float32) for name in "qkv"}
     real = np.arange(6) < np.array([[5], [6]])
     mask = np.tril(np.ones((1, 1, 6, 6), bool)) if causal else real[:, None, None]
     want = attend(backend, kind, x, mask, fused)
     assert np.isfinite(want).all()
-    fused = fused and kind == "vanilla"  # others have no kernel
+    kernel = fused and kind == "vanilla"  # others have none
     blind, apart = np.zeros(want.shape, bool), np.ones(want.shape, bool)
     blind[0, :5, :4] = True  # queries that the key is masked from
     apart[0, :, :4] = False  # another sequence or head
@@ -62,7 +62,7 @@ def test_what_a_masked_key_may_hold(backend: ModuleType, fused: bool, kind: str,
         with np.errstate(invalid="ignore"):
             got = attend(backend, kind, given, mask, fused)
         np.testing.assert_array_equal(got[apart], want[apart])
-        if np.isfinite(odd) or (name == "k" and not fused):
+        if np.isfinite(odd) or (name == "k" and not kernel):
             np.testing.assert_array_equal(got[blind], want[blind])
         elif name == "v":
             assert np.isnan(got[blind]).all()
