@@ -1,4 +1,4 @@
-"""The three models as functions over a parameter dict, their parameters' shapes and first values."""
+"""The three models as functions of a numerics, which has the parameters; the parameters' shapes and first values."""
 
 from __future__ import annotations
 
