@@ -29,8 +29,8 @@ from .spec import (
 )
 
 __all__ = [
+    "add_axes",
     "Memo",
-    "at_least",
     "attention",
     "central_moments",
     "check_places",
@@ -85,7 +85,7 @@ class Memo:
         return self.result
 
 
-def at_least(x: np.ndarray, axes: int) -> np.ndarray:
+def add_axes(x: np.ndarray, axes: int) -> np.ndarray:
     """x with so many axes or more, (1, ..., *shape): a number is a vector of one, and a vector one row."""
     return x.reshape((1,) * (axes - x.ndim) + x.shape)
 
@@ -145,7 +145,7 @@ def top_share(energy: np.ndarray, fraction: float) -> float:
 def moments(x: np.ndarray, where: np.ndarray | None = None, names: tuple[str, ...] = MOMENTS) -> dict[str, np.ndarray]:
     """Of the rows of x (..., I) that count: their number (), and in float64 their sum (I,), the largest magnitude (I,)
     and x^T x (I, I), the Gram matrix. Raises ValueError as `check_places`."""
-    x = at_least(x, 1)
+    x = add_axes(x, 1)
     check_places(x, where)
     keep = np.ones((*x.shape[:-1], 1), bool) if where is None else np.broadcast_to(where, (*x.shape[:-1], 1))
     rows = x.reshape(keep.size, x.shape[-1])[keep.reshape(-1)].astype(np.float64)
@@ -170,7 +170,7 @@ def describe(
     their own sequence. `beyond_tokens`: those by token, (B, T) of (B, T, C), and by sequence, (B, 1), of other tensors.
     `histogram` (BINS,): the number of |x| in each bin. Raises ValueError as `check_places`.
     """
-    x = at_least(x, 2)
+    x = add_axes(x, 2)
     check_places(x, where)
     channels = x.shape[1 if x.ndim == 4 else -1]
     ends, moments = [np.zeros((0, 2))], [np.zeros((0, 5))]

@@ -110,7 +110,7 @@ class Memo:
         return self.result
 
 
-def at_least(x: Tensor, axes: int) -> Tensor:
+def add_axes(x: Tensor, axes: int) -> Tensor:
     """x with so many axes or more: a number is a vector of one, and a vector one row."""
     return x.reshape((1,) * (axes - x.ndim) + tuple(x.shape))
 
@@ -166,7 +166,7 @@ def top_share(energy: Tensor, fraction: float) -> float:
 def moments(x: Tensor, where: Tensor | None = None, names: tuple[str, ...] = MOMENTS) -> dict[str, Tensor]:
     """Of the rows of x (..., I) that count: their number (), and in float64 their sum (I,), the largest magnitude (I,)
     and x^T x (I, I), the Gram matrix."""
-    x = at_least(x, 1)
+    x = add_axes(x, 1)
     check_places(x, where)
     keep = torch.ones((*x.shape[:-1], 1), dtype=torch.bool, device=x.device)
     keep = keep if where is None else where.expand(keep.shape)
@@ -191,7 +191,7 @@ def describe(
     their own sequence. `beyond_tokens`: those by token, (B, T) of (B, T, C), and by sequence, (B, 1), of other tensors.
     `histogram` (BINS,): the number of |x| in each bin.
     """
-    x = at_least(x, 2)
+    x = add_axes(x, 2)
     check_places(x, where)
     if x.ndim == 4 and where is not None:
         where = where[(None,) * (4 - where.ndim)]

@@ -69,5 +69,5 @@ def make_bfloat16_runner(model: Model) -> FloatRunner:
 def unfuse(model: Model) -> Model:
     """The model with probabilities that somebody looks at, so that no fused kernel stands in for its attention."""
     sites = [f"layer.{i}.attn.probs" for i in range(model.spec.layers)]
-    attach(model.net, {site: Record(site, lambda *shown: None) for site in sites})
+    attach(model.net, {site: Record(site, lambda site, value, where: None) for site in sites})
     return model
