@@ -29,8 +29,8 @@ from .spec import (
 )
 
 __all__ = [
-    "add_axes",
     "Memo",
+    "add_axes",
     "attention",
     "central_moments",
     "check_places",
