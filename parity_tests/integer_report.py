@@ -39,7 +39,7 @@ from qtx_ref.integer.lifting import float_params
 from qtx_ref.integer.lowering import ACTIVATIONS
 from qtx_ref.integer.model import Code, Integer
 from qtx_ref.models.initial import init_params, shapes
-from qtx_ref.numerics import FakeQuant, Params
+from qtx_ref.numerics import FakeQuant
 from qtx_ref.presets import preset
 from qtx_ref.quant import affine
 from qtx_ref.spec import AttentionSpec, Family, ModelSpec
@@ -99,13 +99,13 @@ class Beside(Integer):
         self.beside(self.ops.setdefault(site, Tally()), site, code, truth)
         return code
 
-    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+    def named(self, site: str, x: Code) -> Code:
         code = super().named(site, x)
         self.beside(self.single, site, code, decode(x))
         return code
 
-    def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
-        y = super().linear(site, x, p, weight=weight, named=named)
+    def linear(self, site: str, x: Code, *, weight: str | None = None, named: bool = True) -> Code:
+        y = super().linear(site, x, weight=weight, named=named)
         if not named or f"{site}.input" in self.quants:
             return y
         w = self.float[weight or f"{site}.weight"].astype(np.float64)
@@ -114,12 +114,12 @@ class Beside(Integer):
         truth = (rows @ w.swapaxes(1, 2)).swapaxes(0, 1).reshape(*x.shape[:-1], -1)
         return self.op(site, y, truth + np.ravel(self.float.get(f"{site}.bias", 0)))
 
-    def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
+    def norm(self, site: str, x: Code, eps: float) -> Code:
         r = decode(x)
         r = r - r.mean(-1, keepdims=True)
         truth = r / np.sqrt((r * r).mean(-1, keepdims=True) + eps)
         truth = truth * self.float[f"{site}.weight"] + self.float[f"{site}.bias"]
-        return self.op(site, super().norm(site, x, p, eps), truth)
+        return self.op(site, super().norm(site, x, eps), truth)
 
     def add(self, site: str, a: Code, b: Code) -> Code:
         return self.op(site, super().add(site, a, b), decode(a) + decode(b))
@@ -131,16 +131,16 @@ class Beside(Integer):
         truth = np.maximum(decode(x), 0) if kind == "relu" else ACTIVATIONS[kind](decode(x))
         return self.op(site, super().activation(site, x, kind), truth)
 
-    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: object) -> Code:
+    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec) -> Code:
         logit = self.float.get(f"{site}.sink")
         p = probabilities(const(decode(scores)), mask, spec, None if logit is None else const(logit.astype(np.float64)))
-        return self.op(site, super().softmax(site, scores, mask, spec, sink), p.value)
+        return self.op(site, super().softmax(site, scores, mask, spec), p.value)
 
 
 def beside(low: Lowered, batch: Batch) -> Beside:
     """The model run on a batch with each op held to its float form."""
     nx = Beside(low)
-    models.forward(nx, {}, low.spec, batch)
+    models.forward(nx, low.spec, batch)
     return nx
 
 
@@ -177,9 +177,9 @@ def last_residual(low: Lowered, batches: Sequence[Batch]) -> Tally:
     scale, zero = (low.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
     model, free, tally = low.model(IntegerModel), fake(low), Tally()
     nx = RecordSite(free, site)
-    weights = {name: const(value) for name, value in free.weights.items()}
+    nx.load(free.weights)
     for batch in batches:
-        models.forward(nx, weights, low.spec, batch)
+        models.forward(nx, low.spec, batch)
         code, want = dict(record_run(model, batch).sites)[site], affine.quantize(nx.kept, scale, zero, low.quants[site])
         where = batch["mask"] if "mask" in batch else np.ones(code.shape[:2], bool)
         tally.add(code[where], want[where])

@@ -41,6 +41,22 @@ from .spec import (
 )
 from .tape import Var, backward, const, leaf
 
+__all__ = [
+    "Arrays",
+    "Batch",
+    "DTYPES",
+    "IntegerModel",
+    "Model",
+    "Trainer",
+    "check_bound",
+    "check_device",
+    "check_machine",
+    "init_params",
+    "shapes",
+    "threads",
+    "to_arrays",
+]
+
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
 DTYPES = ("float32", "float64")
@@ -103,14 +119,14 @@ class Model:
 
     def ranges(self) -> dict[str, Range]:
         """The static ranges in force, learned ones as they now stand."""
-        found = dict(self.fixed)
+        static = dict(self.fixed)
         for site, spec in self.quants.items():
-            if spec.learned:
+            if isinstance(spec, QuantSpec) and spec.learned:
                 scale, zero = learned_scale_zero(
                     self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec
                 )
-                found[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
-        return found
+                static[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
+        return static
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits, or hidden states of a model without head."""
@@ -134,8 +150,9 @@ class Model:
         known = self.trainable()
         given = {name: leaf(x) if only is None or name in only else const(x) for name, x in known.items()}
         nx = self._numerics(given, training=training, seed=seed, step=step)
+        nx.load(given)
         inputs = self.accept(batch)
-        loss = models.loss(models.forward(nx, given, self.spec, inputs), inputs)
+        loss = models.loss(models.forward(nx, self.spec, inputs), inputs)
         leaves = {name: x for name, x in given.items() if x.wanted}
         return float(loss.value), dict(zip(leaves, backward(loss, leaves.values()), strict=True))
 
@@ -143,39 +160,40 @@ class Model:
         self, batch: Batch, sites: Iterable[str] | None = None
     ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
-        found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-        self._show(batch, sites, lambda site, x, where: found.__setitem__(site, (x, where)))
-        return found
+        tensors: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._show(batch, sites, lambda site, x, where: tensors.__setitem__(site, (x, where)))
+        return tensors
 
     def statistics(
         self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS
     ) -> dict[str, Arrays]:
         """`stats.describe` of each site of `units` (site -> "sequence" or "token") in a float forward pass."""
-        found: dict[str, Arrays] = {}
+        results: dict[str, Arrays] = {}
 
         def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
-            found[site] = stats.describe(x, where, units[site], names)
+            results[site] = stats.describe(x, where, units[site], names)
 
         self._show(batch, units, show)
-        return found
+        return results
 
     def input_moments(
         self, batch: Batch, sites: Iterable[str], names: tuple[str, ...] = stats.MOMENTS
     ) -> dict[str, Arrays]:
-        """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward pass."""
-        found: dict[str, Arrays] = {}
+        """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward
+        pass."""
+        results: dict[str, Arrays] = {}
         memo = stats.Memo(lambda x, where: stats.moments(x, where, names))
 
         def show(site: str, x: np.ndarray, where: np.ndarray | None) -> None:
-            found[site.removesuffix(".input")] = memo.get(x, where)
+            results[site.removesuffix(".input")] = memo.get(x, where)
 
         self._show(batch, [f"{site}.input" for site in sites], show)
-        return found
+        return results
 
     def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
-        """Of each layer, by head (H,): `stats.attention` of the keys of each mark (B, T), `stats.updates`, `stats.sizes` of
-        values (`value.*`) and of their product with the probabilities, before a gate (`product.*`), and `stats.openings`
-        where there is a gate.
+        """Of each layer, by head (H,): `stats.attention` of the keys of each mark (B, T), `stats.updates`,
+        `stats.sizes` of values (`value.*`) and of their product with the probabilities, before a gate (`product.*`),
+        and `stats.openings` where there is a gate.
 
         streams: for each layer the site that its attention's output is added to.
         """
@@ -191,6 +209,7 @@ class Model:
             block, _, part = site.partition(".attn.")
             layer = int(block.removeprefix("layer."))
             if part == "probs":
+                assert where is not None  # the mask
                 sums[layer] |= stats.attention(x, where, marks)
             elif part == "gate":
                 sums[layer] |= stats.openings(x, where, heads)
@@ -215,15 +234,16 @@ class Model:
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
     ) -> dict[str, Range]:
-        """Static ranges of `quants` from batches, under these transforms (not those of `bind`). Raises ValueError naming a
-        site without finite values."""
+        """Static ranges of `quants` from batches, under these transforms (not those of `bind`). Raises ValueError
+        naming a site without finite values."""
         nx = Calibrate(quants, quantize=quantize, masked_scores=masked_scores, transforms=transforms)
         for batch in batches:
             self.compute(nx, self.accept(batch))
         return nx.ranges()
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """`count` further tokens after tokens (B, T), each chosen from logits (B, V) -> (B,); keys and values are cached.
+        """`count` further tokens after tokens (B, T), each chosen from logits (B, V) -> (B,); keys and values are
+        cached.
 
         Raises:
             SpecError: the model is not causal, the text would outgrow it, a quantizer would see the future, or tokens,
@@ -252,10 +272,10 @@ class Model:
     @quiet
     def compute(self, nx: Float, inputs: Batch, cache: list | None = None) -> Var:
         """A forward pass of what `accept` gave under a numerics; cache as `models.opt` takes it."""
-        weights = {name: const(value) for name, value in self.weights.items()}
+        nx.load(self.weights)
         if cache is None:
-            return models.forward(nx, weights, self.spec, inputs)
-        return opt.forward(nx, weights, self.spec, inputs, cache)
+            return models.forward(nx, self.spec, inputs)
+        return opt.forward(nx, self.spec, inputs, cache)
 
     def _numerics(self, leaves: Mapping[str, Var] | None = None, **context: Any) -> Float:
         context["transforms"] = self.transforms
@@ -306,8 +326,8 @@ class IntegerModel:
         return self.read_output(self.compute(self.make_numerics(record), self.accept(batch)))
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """`count` further tokens after tokens (B, T), each chosen from logits (B, V), float64 -> (B,). Keys and values are
-        cached as codes. Raises SpecError as `Model.generate`."""
+        """`count` further tokens after tokens (B, T), each chosen from logits (B, V), float64 -> (B,). Keys and values
+        are cached as codes. Raises SpecError as `Model.generate`."""
         check_generation(self.spec, self.quants, tokens.shape[1] + count)
         check_tokens(self.spec, tokens)
         cache: list = []
@@ -321,7 +341,8 @@ class IntegerModel:
         return tokens
 
     def accept(self, batch: Batch) -> Batch:
-        """The batch as `compute` takes it: whole numbers int64, the mask boolean, images float32. Raises as `Model`'s."""
+        """The batch as `compute` takes it: whole numbers int64, the mask boolean, images float32. Raises as
+        `Model`'s."""
         check_batch(self.spec, batch)
         return to_arrays(batch, np.dtype(np.float32))
 
@@ -333,8 +354,8 @@ class IntegerModel:
     def compute(self, nx: Integer, inputs: Batch, cache: list | None = None) -> Code:
         """A forward pass of what `accept` gave; cache as `models.opt` takes it."""
         if cache is None:
-            return models.forward(nx, {}, self.spec, inputs)
-        return opt.forward(nx, {}, self.spec, inputs, cache)
+            return models.forward(nx, self.spec, inputs)
+        return opt.forward(nx, self.spec, inputs, cache)
 
     def read_output(self, out: Code) -> Output:
         """What `compute` gave as arrays, with the scale that it has."""
@@ -343,14 +364,15 @@ class IntegerModel:
 
 
 def to_arrays(batch: Batch, dtype: np.dtype) -> Arrays:
-    """What a model reads of a batch: whole numbers int64, the mask boolean, images in `dtype`."""
-    found = {name: np.asarray(batch[name]) for name in READ if name in batch}
-    for name, value in found.items():
+    """What a model reads of a batch, in the shapes of `spec.check_batch`: whole numbers int64, the mask boolean, images
+    in `dtype`. Raises ValueError for a mask that is neither boolean nor additive."""
+    arrays = {name: np.asarray(batch[name]) for name in READ if name in batch}
+    for name, value in arrays.items():
         if name == "mask":
-            found[name] = boolean_mask(value)
+            arrays[name] = boolean_mask(value)
         else:
-            found[name] = value.astype(dtype if name == "images" else np.int64)
-    return found
+            arrays[name] = value.astype(dtype if name == "images" else np.int64)
+    return arrays
 
 
 def check_bound(site: str, range: Range, spec: Quant) -> None:
@@ -362,6 +384,7 @@ def check_bound(site: str, range: Range, spec: Quant) -> None:
 
 
 def check_device(name: str) -> None:
+    """Raises SpecError for a device other than cpu."""
     if name != "cpu":
         raise SpecError(f"device is {name!r}: the reference runs on cpu; use --backend torch for others")
 
@@ -416,15 +439,3 @@ def threads() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return os.cpu_count() or 1
-
-
-__all__ = [
-    "Batch",
-    "IntegerModel",
-    "Model",
-    "Trainer",
-    "check_machine",
-    "init_params",
-    "shapes",
-    "threads",
-]

@@ -1,8 +1,8 @@
 """Numerics: the arithmetic that a model asks for.
 
 A model is wiring. It hands every computation to one of these objects together with the name of the tensor that comes
-out (its site). `Float` computes; its three hooks see each operand of a matmul, each weight and each named result, and
-what they return is what the model goes on with:
+out (its site); the object has the parameters. `Float` computes; its three hooks see each operand of a matmul, each
+weight and each named result, and what they return is what the model goes on with:
 
     Record     shows tensors to a callback
     Calibrate  feeds them to observers, with or without quantizing them
@@ -12,7 +12,7 @@ what they return is what the model goes on with:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,13 +22,87 @@ from .quant import affine
 from .quant import quantizer as quantizers
 from .quant.observers import Observer
 from .spec import AttentionSpec, InputTransform, Quant, QuantSpec, Range
-from .tape import Var, const, node
+from .tape import V, Var, const, node
 
-Params = Mapping[str, Var]
+__all__ = [
+    "ACTIVATIONS",
+    "Calibrate",
+    "FakeQuant",
+    "Float",
+    "Numerics",
+    "Quantizers",
+    "Record",
+    "fake_quantize",
+    "is_weight",
+    "learned_quantize",
+    "learned_scale_zero",
+    "transform_input",
+]
+
 ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh": ops.tanh}
 
 
-class Float:
+class Numerics(Protocol[V]):
+    """What a model asks for, of values V: variables of the tape, or integer codes."""
+
+    rows: np.ndarray | None = None
+
+    def begin(self, rows: np.ndarray | None) -> None:
+        """Starts a forward pass. rows (B, T), boolean, is true at real tokens, None where all are."""
+        self.rows = rows
+
+    def input(self, site: str, value: np.ndarray) -> V:
+        """The model's input (B, N, C), which is itself a tensor of the model."""
+
+    def parameter(self, site: str) -> V:
+        """`<site>.bias` (H,), where a parameter is itself a tensor of the model."""
+
+    def linear(self, site: str, x: V, *, weight: str | None = None, named: bool = True) -> V:
+        """x W^T + b: x (..., I) -> (..., O); one matrix (O, I), or one per head (H, O, I) on the head's own slice of x.
+
+        `<site>.weight`, or the tied parameter `weight`, and `<site>.bias`, if there is one. named: the result is a
+        tensor of the site.
+        """
+
+    def embedding(self, site: str, index: np.ndarray) -> V:
+        """Rows of `<site>.weight` (V, D), by an index of integers (...): (..., D)."""
+
+    def norm(self, site: str, x: V, eps: float) -> V:
+        """LayerNorm over the last axis (Ba et al. 2016), with `<site>.weight` and `<site>.bias` (D,)."""
+
+    def add(self, site: str, a: V, b: V) -> V:
+        """a + b, broadcast."""
+
+    def mul(self, site: str, a: V, b: V) -> V:
+        """a b, broadcast."""
+
+    def mean(self, site: str, x: V) -> V:
+        """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
+
+    def scale(self, x: V, factor: float) -> V:
+        """factor x. No site: what it scales has one."""
+
+    def prepend(self, site: str, x: V) -> V:
+        """`<site>.weight` (D,) as one more token in front: (B, N, D) -> (B, N + 1, D)."""
+
+    def activation(self, site: str, x: V, kind: str) -> V:
+        """gelu, relu, sigmoid or tanh, element by element."""
+
+    def dropout(self, site: str, x: V, rate: float) -> V:
+        """While training: zero with probability `rate`, else x / (1 - rate)."""
+
+    def attention(self, site: str, q: V, k: V, v: V, mask: np.ndarray, spec: AttentionSpec, rate: float) -> V:
+        """softmax(q k^T / sqrt(K)) v: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, Tq, H K). mask, boolean, broadcasts
+        to (B, H, Tq, Tk). Sites `<site>.scores`, scaled and before the mask, `.probs` and `.context`."""
+
+    def _where(self, y: V) -> np.ndarray | None:
+        """The rows that are real, as a mask for (B, T, ...) tensors."""
+        if self.rows is None or y.ndim != 3 or y.shape[:2] != self.rows.shape:
+            return None
+        return self.rows[:, :, None]
+
+
+class Float(Numerics[Var]):
     """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element). `transforms` are those of
     linears' inputs, by site; every numerics has them, for the weights are made for what they give."""
 
@@ -44,11 +118,12 @@ class Float:
         self.training = training
         self.seed = seed
         self.step = step
-        self.rows: np.ndarray | None = None
+        self.params: dict[str, Var] = {}
 
-    def begin(self, rows: np.ndarray | None) -> None:
-        """Starts a forward pass. rows (B, T) is true at real tokens, None where all are."""
-        self.rows = rows
+    def load(self, params: Mapping[str, np.ndarray | Var]) -> None:
+        """Takes a model's parameters by name, for the passes to come: arrays, or variables where gradients are
+        wanted."""
+        self.params = {name: x if isinstance(x, Var) else Var(x) for name, x in params.items()}
 
     # hooks ------------------------------------------------------------------------------------------------------------
 
@@ -64,12 +139,6 @@ class Float:
         """Sees a result. `where` is true at elements that belong to real tokens; None where all do."""
         return y
 
-    def _where(self, y: Var) -> np.ndarray | None:
-        """The rows that are real, as a mask for (B, T, ...) tensors."""
-        if self.rows is None or y.ndim != 3 or y.shape[:2] != self.rows.shape:
-            return None
-        return self.rows[:, :, None]
-
     def _named(self, site: str, y: Var) -> Var:
         return self.named(site, y, self._where(y))
 
@@ -79,26 +148,26 @@ class Float:
         """An input that is itself a tensor of the model."""
         return self._named(site, const(value))
 
-    def parameter(self, site: str, p: Params) -> Var:
+    def parameter(self, site: str) -> Var:
         """`<site>.bias`, where a parameter is itself a tensor of the model."""
-        return self._named(site, p[f"{site}.bias"])
+        return self._named(site, self.params[f"{site}.bias"])
 
-    def linear(self, site: str, x: Var, p: Params, *, weight: str | None = None, named: bool = True) -> Var:
+    def linear(self, site: str, x: Var, *, weight: str | None = None, named: bool = True) -> Var:
         """x W^T + b with `<site>.weight` (or the tied parameter `weight`) and `<site>.bias`, if there is one."""
         if site in self.transforms:
-            x = transformed(x, self.transforms[site])
+            x = transform_input(x, self.transforms[site])
         x = self.operand(f"{site}.input", x, self._where(x))
-        w = self.weight(f"{site}.weight", p[weight or f"{site}.weight"])
-        y = ops.linear(x, w, p.get(f"{site}.bias"))
+        w = self.weight(f"{site}.weight", self.params[weight or f"{site}.weight"])
+        y = ops.linear(x, w, self.params.get(f"{site}.bias"))
         return self._named(site, y) if named else y
 
-    def embedding(self, site: str, index: np.ndarray, p: Params) -> Var:
+    def embedding(self, site: str, index: np.ndarray) -> Var:
         """Rows of `<site>.weight`."""
-        return self._named(site, ops.embedding(self.weight(f"{site}.weight", p[f"{site}.weight"]), index))
+        return self._named(site, ops.embedding(self.weight(f"{site}.weight", self.params[f"{site}.weight"]), index))
 
-    def norm(self, site: str, x: Var, p: Params, eps: float) -> Var:
-        gain = self.weight(f"{site}.weight", p[f"{site}.weight"])
-        return self._named(site, ops.layer_norm(x, gain, p[f"{site}.bias"], eps))
+    def norm(self, site: str, x: Var, eps: float) -> Var:
+        gain = self.weight(f"{site}.weight", self.params[f"{site}.weight"])
+        return self._named(site, ops.layer_norm(x, gain, self.params[f"{site}.bias"], eps))
 
     def add(self, site: str, a: Var, b: Var) -> Var:
         return self._named(site, ops.add(a, b))
@@ -114,9 +183,9 @@ class Float:
         """factor x. No site: what it scales has one."""
         return ops.scale(x, factor)
 
-    def prepend(self, site: str, x: Var, p: Params) -> Var:
+    def prepend(self, site: str, x: Var) -> Var:
         """`<site>.weight` (D,) as one more token in front: (B, N, D) -> (B, N + 1, D)."""
-        first = ops.add(p[f"{site}.weight"], const(np.zeros((x.shape[0], 1, 1), x.value.dtype)))  # (B, 1, D)
+        first = ops.add(self.params[f"{site}.weight"], const(np.zeros((x.shape[0], 1, 1), x.value.dtype)))  # (B, 1, D)
         return self._named(site, ops.concat([first, x], axis=1))
 
     def activation(self, site: str, x: Var, kind: str) -> Var:
@@ -130,21 +199,25 @@ class Float:
         keep = random.keep_mask(self.seed, self.step, site, x.shape, rate)
         return ops.mul(x, const((keep / (1 - rate)).astype(x.value.dtype)))
 
-    def softmax(self, site: str, scores: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var | None) -> Var:
-        return self.named(site, probabilities(scores, mask, spec, sink), self._pairs(mask))
+    def softmax(self, site: str, scores: Var, mask: np.ndarray, spec: AttentionSpec) -> Var:
+        """`attention.probabilities` of scores (B, H, Tq, Tk), with the sink `<site>.sink`, if there is one."""
+        return self.named(site, probabilities(scores, mask, spec, self.params.get(f"{site}.sink")), self._pairs(mask))
 
-    def attention(
-        self, site: str, q: Var, k: Var, v: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var | None, rate: float
-    ) -> Var:
+    def attention(self, site: str, q: Var, k: Var, v: Var, mask: np.ndarray, spec: AttentionSpec, rate: float) -> Var:
         """softmax(q k^T / sqrt(K)) v: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, Tq, H K).
 
         Sites `scores` (scaled, before the mask), `probs`, `context`. Dropout follows the clip.
+
+        At a key that is masked from a query, finite v, and k of finite scores, change no bit of its result. NaN or
+        infinity in v makes it NaN, 0 times either being NaN; in k it changes nothing (in torch's fused kernel, which
+        adds -inf to scores, it may make NaN, never another number). Nothing passes from one sequence or head to
+        another.
         """
         heads = None if self.rows is None else self.rows[:, None, :, None]
         kt = ops.swap_last(self.operand(f"{site}.scores.rhs", k, heads))
         scores = ops.scale(ops.matmul(self.operand(f"{site}.scores.lhs", q, heads), kt), q.shape[-1] ** -0.5)
         scores = self.named(f"{site}.scores", scores, self._pairs(mask))
-        probs = self.softmax(f"{site}.probs", scores, mask, spec, sink)
+        probs = self.softmax(f"{site}.probs", scores, mask, spec)
         probs = self.dropout(f"{site}.probs", probs, rate)
         probs = self.operand(f"{site}.context.lhs", probs, self._pairs(mask))
         context = ops.matmul(probs, self.operand(f"{site}.context.rhs", v, heads))  # (B, H, Tq, K)
@@ -156,7 +229,7 @@ class Float:
 
 
 class Record(Float):
-    """Shows each named tensor and operand among `sites` (None: every named tensor) to `callback(site, value, where)`."""
+    """Shows each named tensor and operand among `sites` (None: each named tensor) to `callback(site, value, where)`."""
 
     def __init__(
         self,
@@ -188,7 +261,8 @@ class Quantizers(Float):
         self.masked_scores = masked_scores
 
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
-        raise AssertionError("a Quantizers numerics says what happens at a site")
+        """What the site's quantizer makes of x, of whose elements those count where `where` is true (None: all)."""
+        raise NotImplementedError
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
         return self.apply(site, x, where) if site in self.specs else x
@@ -235,16 +309,16 @@ class Calibrate(Quantizers):
         return x if scale is None else fake_quantize(x, *scale, spec)
 
     def ranges(self) -> dict[str, Range]:
-        """The ranges found. Raises ValueError naming a static site that no batch has reached."""
-        found = {}
+        """The ranges of the batches so far. Raises ValueError naming a static site that no batch has reached."""
+        static = {}
         for site, spec in self.specs.items():
             if spec.dynamic:
                 continue
             if site not in self.observers:
                 raise ValueError(f"site {site} was not reached in calibration; is it a site of this model?")
             low, high = self.observers[site].range()
-            found[site] = Range(low, high, *self.observers[site].scale_zero())
-        return found
+            static[site] = Range(low, high, *self.observers[site].scale_zero())
+        return static
 
 
 class FakeQuant(Quantizers):
@@ -257,7 +331,7 @@ class FakeQuant(Quantizers):
         self,
         specs: Mapping[str, Quant],
         ranges: Mapping[str, Range],
-        learned: Params | None = None,
+        learned: Mapping[str, Var] | None = None,
         *,
         masked_scores: bool = False,
         **context: Any,
@@ -270,37 +344,43 @@ class FakeQuant(Quantizers):
         spec = self.specs[site]
         if spec.dynamic:
             return fake_quantize(x, *quantizers.dynamic_scale(x.value, spec, where, is_weight(site)), spec)
-        if spec.learned and f"{site}.scale" in self.learned:
+        if isinstance(spec, QuantSpec) and spec.learned and f"{site}.scale" in self.learned:
             return learned_quantize(x, self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec)
         return fake_quantize(x, self.ranges[site].scale, self.ranges[site].zero_point, spec)
 
 
-def transformed(x: Var, how: InputTransform) -> Var:
-    """(x / divisor) R."""
+def transform_input(x: Var, how: InputTransform) -> Var:
+    """(x / divisor) R of x (..., I), in its dtype: SmoothQuant (Xiao et al. 2023, eq. 3) and Hadamard rotations
+    (Ashkboos et al. 2024), whichever the transform has."""
     if how.divisor is not None:
         x = ops.divide(x, how.divisor)
     return ops.hadamard(x, how.block) if how.block else x
 
 
 def is_weight(site: str) -> bool:
+    """Whether a site is a weight as it is used, which has ranges along its first axis."""
     return site.endswith(".weight")
 
 
 def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> Var:
-    """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
+    """x of any shape, float32 or float64, as the values of its codes, in its dtype; scale and zero point broadcast.
+
+    The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0.
+    """
     y, inside = quantizers.simulate(x.value, scale, zero_point, spec)
     return node(y, (x, lambda g: g * inside))
 
 
 def learned_scale_zero(scale: np.ndarray, zero_point: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
-    """The scale and zero point that learned ones, float32, stand for: |scale|, no smaller than the smallest normal
-    float32, and the nearest code, int32."""
+    """The scale and zero point that learned ones, float32, stand for, in their shape: |scale|, no smaller than the
+    smallest normal float32, and the nearest code, int32."""
     zero = np.clip(np.rint(zero_point), spec.code_min, spec.code_max).astype(np.int32)
     return np.maximum(np.abs(scale), affine.TINY), zero
 
 
 def learned_quantize(x: Var, scale: Var, zero_point: Var, spec: QuantSpec) -> Var:
-    """Learned step size (Esser et al. 2020, eq. 3 and 5) with a learned zero point (Bhalgat et al. 2020).
+    """Learned step size (Esser et al. 2020, eq. 3 and 5) with a learned zero point (Bhalgat et al. 2020): x as
+    `fake_quantize` has it; scale and zero point, float32, in a shape of as many axes, each of x's length or of 1.
 
     With v = x / s and z the rounded zero point: dx = g inside; ds = g (round(v) - v) inside and g (limit - z) outside;
     dz = -g s outside and 0 inside. ds and dz are multiplied by 1 / sqrt(elements per range * code_max).

@@ -1,8 +1,9 @@
 """Every differentiable op of the reference: the equation, the forward and its vector-Jacobian product, side by side.
 
-Ops take and return `Var`. They compute in the dtype of their input (float32 or float64); norms, softmax, means and
-losses sum in float64 and round once at the end, matmuls stay in the input's dtype. Letters: B batch, T tokens,
-D width, H heads, K = D / H, V classes.
+Ops take and return `Var`. Norms, softmax, means and losses sum in float64 and round once at the end, matmuls stay in
+the input's dtype. Letters: B batch, T tokens, D width, H heads, K = D / H, V classes.
+
+Arrays: float32 or float64, computed and returned in the dtype of x, and in the shape of x where nothing else is said.
 """
 
 from __future__ import annotations
@@ -10,7 +11,36 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
-from .tape import Var, node, unbroadcast
+from .tape import V, Var, node, unbroadcast
+
+__all__ = [
+    "add",
+    "clip_stretch",
+    "concat",
+    "cross_entropy",
+    "divide",
+    "embedding",
+    "gelu",
+    "hadamard",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "mean",
+    "merge_heads",
+    "mul",
+    "patches",
+    "relu",
+    "reshape",
+    "scale",
+    "sigmoid",
+    "softmax",
+    "split_heads",
+    "spread_heads",
+    "swap_last",
+    "tanh",
+    "token",
+    "total",
+]
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
@@ -43,7 +73,8 @@ def linear(x: Var, weight: Var, bias: Var | None = None) -> Var:
 
 
 def matmul(a: Var, b: Var) -> Var:
-    """y = a b over the last two axes; leading axes agree. da = g b^T, db = a^T g."""
+    """y = a b over the last two axes, (..., M, I) and (..., I, N) -> (..., M, N); leading axes agree. da = g b^T, db =
+    a^T g."""
     return node(
         a.value @ b.value,
         (a, lambda g: g @ np.swapaxes(b.value, -1, -2)),
@@ -72,7 +103,7 @@ def scale(x: Var, factor: float) -> Var:
 
 
 def divide(x: Var, divisor: np.ndarray) -> Var:
-    """y = x / d, d of x's last axis, in x's dtype. dx = g / d."""
+    """y = x / d, x (..., I), d (I,). dx = g / d."""
     d = divisor.astype(x.value.dtype)
     return node(x.value / d, (x, lambda g: g / d))
 
@@ -80,8 +111,9 @@ def divide(x: Var, divisor: np.ndarray) -> Var:
 def hadamard(x: Var, block: int) -> Var:
     """y = x R, R block-diagonal of H_n / sqrt(n) with n = `block`, a power of two that divides the last axis.
 
-    H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester). R is symmetric and its own inverse: dx = g R. Computed by log2 n
-    rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits everywhere.
+    H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester). R is symmetric and its own inverse: dx = g R. Computed by
+    log2 n rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits
+    everywhere.
     """
 
     def rotate(v: np.ndarray) -> np.ndarray:
@@ -97,7 +129,8 @@ def hadamard(x: Var, block: int) -> Var:
 
 
 def mean(x: Var, axis: int, where: np.ndarray | None = None) -> Var:
-    """Mean over one axis, kept, of the elements where `where` (broadcast) is true; 0 where there are none. dx = g / n."""
+    """y = sum x / n over one axis, kept, of the n elements where `where` (boolean, broadcast) is true; 0 where n = 0.
+    dx = g / n there."""
     keep = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
     n = np.maximum(keep.sum(axis=axis, keepdims=True), 1)
     y = (x.value.sum(axis=axis, where=keep, dtype=np.float64, keepdims=True) / n).astype(x.value.dtype)
@@ -105,7 +138,7 @@ def mean(x: Var, axis: int, where: np.ndarray | None = None) -> Var:
 
 
 def total(x: Var) -> Var:
-    """The sum of all elements, in float64. dx = g."""
+    """The sum of all elements, (), in float64. dx = g."""
     return node(x.value.sum(dtype=np.float64), (x, lambda g: np.broadcast_to(g, x.shape)))
 
 
@@ -113,7 +146,8 @@ def total(x: Var) -> Var:
 
 
 def layer_norm(x: Var, weight: Var, bias: Var, eps: float) -> Var:
-    """y = (x - mean) / sqrt(var + eps) * w + b over the last axis, var biased (Ba et al. 2016).
+    """y = (x - mean) / sqrt(var + eps) * w + b over the last axis of x (..., D), var biased (Ba et al. 2016); w and b
+    (D,).
 
     With n = (x - mean) / sigma and u = g w: dx = (u - mean(u) - n mean(u n)) / sigma.
     """
@@ -200,7 +234,8 @@ def tanh(x: Var) -> Var:
 
 
 def cross_entropy(logits: Var, targets: np.ndarray) -> Var:
-    """sum over targets >= 0 of -log softmax(logits)[target], divided by their number; float64. Targets < 0 do not count.
+    """sum over targets >= 0 of -log softmax(logits)[target], divided by their number; float64. Targets < 0 do not
+    count.
 
     logits (..., V), targets (...) integers. dlogits = g (softmax - onehot) / n. Raises ValueError without any target.
     """
@@ -237,33 +272,33 @@ def embedding(table: Var, index: np.ndarray) -> Var:
     return node(table.value[index], (table, dtable))
 
 
-def split_heads(x: Var, heads: int) -> Var:
+def split_heads(x: V, heads: int) -> V:
     """(B, T, D) -> (B, H, T, K)."""
 
     def move(v: np.ndarray) -> np.ndarray:
         parts = min(heads, v.shape[-1])  # a scale per token has one channel, whatever the heads
         return v.reshape(*v.shape[:2], parts, -1).transpose(0, 2, 1, 3)
 
-    return x.arranged(move, [x], (x, lambda g: g.transpose(0, 2, 1, 3).reshape(x.shape)))
+    return x.arrange(move, edges=[(x, lambda g: g.transpose(0, 2, 1, 3).reshape(x.shape))])
 
 
-def merge_heads(x: Var) -> Var:
+def merge_heads(x: V) -> V:
     """(B, H, T, K) -> (B, T, H K)."""
     b, h, t, k = x.shape
 
     def move(v: np.ndarray) -> np.ndarray:
         return v.transpose(0, 2, 1, 3).reshape(v.shape[0], v.shape[2], -1)
 
-    return x.arranged(move, [x], (x, lambda g: g.reshape(b, t, h, k).transpose(0, 2, 1, 3)))
+    return x.arrange(move, edges=[(x, lambda g: g.reshape(b, t, h, k).transpose(0, 2, 1, 3))])
 
 
-def spread_heads(x: Var, width: int) -> Var:
+def spread_heads(x: V, width: int) -> V:
     """(..., H) -> (..., H K): each head's value K times. dx sums each group of K."""
 
     def move(v: np.ndarray) -> np.ndarray:
         return np.repeat(v, width, axis=-1) if v.shape[-1] == x.shape[-1] else v  # a scale per token stays one
 
-    return x.arranged(move, [x], (x, lambda g: g.reshape(*x.shape, width).sum(axis=-1)))
+    return x.arrange(move, edges=[(x, lambda g: g.reshape(*x.shape, width).sum(axis=-1))])
 
 
 def swap_last(x: Var) -> Var:
@@ -272,17 +307,18 @@ def swap_last(x: Var) -> Var:
 
 
 def reshape(x: Var, shape: tuple[int, ...]) -> Var:
+    """(...) -> shape, row by row."""
     return node(x.value.reshape(shape), (x, lambda g: g.reshape(x.shape)))
 
 
-def concat(parts: list[Var], axis: int) -> Var:
+def concat(parts: list[V], axis: int) -> V:
     """Joins along one axis; the gradient is cut at the same places."""
     cuts = np.cumsum([p.shape[axis] for p in parts])[:-1]
     edges = [(p, lambda g, i=i: np.split(g, cuts, axis=axis)[i]) for i, p in enumerate(parts)]
-    return parts[0].arranged(lambda *v: np.concatenate(v, axis=axis), parts, *edges)
+    return parts[0].arrange(lambda *v: np.concatenate(v, axis=axis), *parts[1:], edges=edges)
 
 
-def token(x: Var, position: int) -> Var:
+def token(x: V, position: int) -> V:
     """(B, T, D) -> (B, D): one token of every sequence."""
 
     def dx(g: np.ndarray) -> np.ndarray:
@@ -290,7 +326,7 @@ def token(x: Var, position: int) -> Var:
         out[:, position] = g
         return out
 
-    return x.arranged(lambda v: v[:, position], [x], (x, dx))
+    return x.arrange(lambda v: v[:, position], edges=[(x, dx)])
 
 
 def patches(image: np.ndarray, size: int) -> np.ndarray:

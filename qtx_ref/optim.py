@@ -8,9 +8,12 @@ import numpy as np
 
 from .spec import OptimSpec, Schedule, decays
 
+__all__ = ["AdamW", "clip_by_norm", "learning_rate"]
+
 
 def learning_rate(spec: OptimSpec, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up from lr / warmup, then the schedule, reaching 0 after the last step."""
+    """The rate of step 0, 1, ...: linear warm-up from lr / warmup, then the schedule, which reaches 0 after the
+    last."""
     if step < spec.warmup:
         return spec.lr * (step + 1) / spec.warmup
     done = (step - spec.warmup) / max(1, spec.steps - spec.warmup)
@@ -22,7 +25,8 @@ def learning_rate(spec: OptimSpec, step: int) -> float:
 
 
 def clip_by_norm(grads: dict[str, np.ndarray], limit: float) -> tuple[dict[str, np.ndarray], float]:
-    """Gradients scaled so that their joint 2-norm is at most `limit` (0: as they are), and the norm before; float64 sums."""
+    """Gradients by name, of any shape, scaled so that their joint 2-norm is at most `limit` (0: as they are) in their
+    own dtype, and the norm before; sums in float64 (Pascanu et al. 2013, algorithm 1, with 1e-6 beside the norm)."""
     norm = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in grads.values()))
     if limit == 0 or norm <= limit:
         return grads, norm
@@ -34,7 +38,8 @@ class AdamW:
     """m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w = w (1 - lr d) - lr m' / (sqrt(v') + eps)
 
     with m' = m / (1 - b1^t) and v' = v / (1 - b2^t) (Kingma and Ba 2015; decay d as in Loshchilov and Hutter 2019).
-    `params` are updated in place; `m` and `v` have their dtype.
+    `params` are updated in place; `m` and `v` have their shapes and their dtype, float32 or float64. Clipping comes
+    first.
     """
 
     def __init__(self, params: dict[str, np.ndarray], spec: OptimSpec) -> None:

@@ -1,12 +1,13 @@
 """Named model shapes and attentions.
 
-Published shapes: BERT-base (Devlin et al. 2019), OPT (Zhang et al. 2022, as released), ViT-S/16 (Dosovitskiy et al. 2021,
-Touvron et al. 2021). The `-tiny` ones train on two cores; their data set fixes vocabulary or image size.
+Published shapes: BERT-base (Devlin et al. 2019), OPT (Zhang et al. 2022, as released), ViT-S/16 (Dosovitskiy et al.
+2021, Touvron et al. 2021). The `-tiny` ones train on two cores; their data set fixes vocabulary or image size.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from .spec import (
     Activation,
@@ -18,6 +19,8 @@ from .spec import (
     Softmax,
     SpecError,
 )
+
+__all__ = ["GATES", "PRESETS", "SOFTMAXES", "attention", "preset", "shrink_text"]
 
 BERT_BASE = ModelSpec(
     family=Family.BERT,
@@ -66,7 +69,12 @@ VIT_S16 = ModelSpec(
     channels=3,
     patch_norm=True,
 )
-TINY_TEXT = {"layers": 4, "width": 128, "heads": 4, "hidden": 512, "vocab": 2048, "length": 128, "dropout": 0.0}
+
+
+def shrink_text(spec: ModelSpec) -> ModelSpec:
+    """A published text model at a size that trains on two cores."""
+    return replace(spec, layers=4, width=128, heads=4, hidden=512, vocab=2048, length=128, dropout=0.0)
+
 
 PRESETS: dict[str, ModelSpec] = {
     "bert-base": BERT_BASE,
@@ -77,15 +85,16 @@ PRESETS: dict[str, ModelSpec] = {
     ),
     "opt-1.3b": replace(OPT_125M, layers=24, width=2048, heads=32, hidden=8192),
     "vit-s16": VIT_S16,
-    "bert-tiny": replace(BERT_BASE, **TINY_TEXT, attention_dropout=0.0),
-    "opt-tiny": replace(OPT_125M, **TINY_TEXT, init_std=0.02, init_output_scaled=False),
+    "bert-tiny": replace(shrink_text(BERT_BASE), attention_dropout=0.0),
+    "opt-tiny": replace(shrink_text(OPT_125M), init_std=0.02, init_output_scaled=False),
     "vit-tiny": replace(
         VIT_S16, layers=4, width=64, heads=4, hidden=256, classes=10, image_size=8, patch_size=2, channels=1
     ),
 }
 
-# alpha = 1 clips about half of a uniform row. A tiny model's attention begins uniform, and from alpha = 2 on (the published
-# commands have 3.2 and 12) every probability of a bidirectional row is clipped to 0: no gradient reaches query and key.
+# alpha = 1 clips about half of a uniform row. A tiny model's attention begins uniform, and from alpha = 2 on (the
+# published commands have 3.2 and 12) every probability of a bidirectional row is clipped to 0: no gradient reaches
+# query and key.
 SOFTMAXES: dict[str, AttentionSpec] = {
     "vanilla": AttentionSpec(),
     "clipped": AttentionSpec(softmax=Softmax.CLIPPED, alpha=1.0),
@@ -107,10 +116,10 @@ def preset(name: str) -> ModelSpec:
 def attention(text: str) -> AttentionSpec:
     """The attention that a text such as `clipped:gamma=-0.025`, `mlp:gate_hidden=16` or `clipped+gated:pi=0.25` names.
 
-    Parts are joined by `+`: at most one softmax and one gate, each followed by `:key=value` settings. `clipped` alone has
-    alpha = 1, `gated` is the linear gate. Raises SpecError naming the part it cannot read.
+    Parts are joined by `+`: at most one softmax and one gate, each followed by `:key=value` settings. `clipped` alone
+    has alpha = 1, `gated` is the linear gate. Raises SpecError naming the part it cannot read.
     """
-    fields: dict[str, object] = {}
+    fields: dict[str, Any] = {}
     for part in text.split("+"):
         name, *settings = part.strip().split(":")
         if name in SOFTMAXES and "softmax" not in fields:

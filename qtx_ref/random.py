@@ -12,6 +12,8 @@ import zlib
 
 import numpy as np
 
+__all__ = ["bits", "keep_mask", "philox", "stream"]
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW = np.uint64(0xFFFFFFFF)
@@ -43,9 +45,10 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def bits(seed: int, step: int, site: str, count: int) -> np.ndarray:
-    """`count` words of 32 random bits, (count,) uint64 below 2^32.
+    """`count` words of 32 random bits, shape (count,), uint64 below 2^32.
 
-    Word e is word e % 4 of Philox with key (seed low, seed high) and counter (e // 4 low, e // 4 high, step, crc32(site)).
+    Word e is word e % 4 of Philox with key (seed low, seed high) and counter (e // 4 low, e // 4 high, step,
+    crc32(site)).
     """
     block = np.arange(-(-count // 4), dtype=np.uint64)
     fixed = np.empty_like(block)
@@ -57,6 +60,7 @@ def bits(seed: int, step: int, site: str, count: int) -> np.ndarray:
 
 
 def keep_mask(seed: int, step: int, site: str, shape: tuple[int, ...], rate: float) -> np.ndarray:
-    """Dropout's boolean mask: an element is dropped where its word is below rate * 2^32, rounded."""
+    """Dropout's mask of a tensor of `shape`, boolean: an element is dropped, False, where its word is below rate *
+    2^32, rounded. rate is in [0, 1)."""
     words = bits(seed, step, site, int(np.prod(shape)))
     return (words >= np.uint64(round(rate * 2**32))).reshape(shape)

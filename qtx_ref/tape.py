@@ -6,40 +6,58 @@ vector-Jacobian product):
     return node(y, (x, lambda g: g * dy_dx))
 
 `backward` walks the graph from a scalar in reverse topological order and adds the products up.
+
+Arrays: of any shape; float32 or float64 where a gradient is wanted, any dtype elsewhere. A gradient has the shape and
+the dtype of what it is of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+__all__ = [
+    "V",
+    "Var",
+    "Vjp",
+    "backward",
+    "const",
+    "leaf",
+    "node",
+    "unbroadcast",
+]
+
 Vjp = Callable[[np.ndarray], np.ndarray]
+V = TypeVar("V", bound="Var")
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Var:
-    """An array on the tape. `parents` is empty where nothing upstream wants a gradient."""
+    """An array on the tape, of any shape and dtype. `parents` are the inputs that want a gradient, each with its
+    vector-Jacobian product: none where nothing upstream wants one. `wanted`: a gradient of it is."""
 
-    __slots__ = ("value", "parents", "wanted")
-
-    def __init__(self, value: np.ndarray, parents: tuple[tuple[Var, Vjp], ...] = (), wanted: bool = False) -> None:
-        self.value = value
-        self.parents = parents
-        self.wanted = wanted
+    value: np.ndarray
+    parents: tuple[tuple[Var, Vjp], ...] = ()
+    wanted: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the value."""
         return self.value.shape
 
     @property
     def ndim(self) -> int:
+        """How many axes the value has."""
         return self.value.ndim
 
-    @staticmethod
-    def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Var], *edges: tuple[Var, Vjp]) -> Var:
-        """The values of `inputs` in another arrangement: `move` changes none of them. Integer codes take their scale
-        along (`integer_numerics.Code`)."""
-        return node(move(*(x.value for x in inputs)), *edges)
+    def arrange(self: V, move: Callable[..., np.ndarray], *others: V, edges: Sequence[tuple[Var, Vjp]]) -> V:
+        """The values of this and `others` in another arrangement: `move` changes none of them. Integer codes take their
+        scale along (`integer.model.Code`)."""
+        moved = node(move(self.value, *(x.value for x in others)), *edges)
+        return moved  # type: ignore[return-value]  # of a Var alone: a Code has an `arrange` of its own
 
 
 def leaf(value: np.ndarray) -> Var:
@@ -67,13 +85,13 @@ def backward(root: Var, leaves: Iterable[Var]) -> list[np.ndarray]:
     if root.value.size != 1:
         raise ValueError(f"backward starts from a scalar, not from shape {root.shape}")
     order: list[Var] = []
-    stack, seen = [(root, False)], set()
+    stack, reached = [(root, False)], set()
     while stack:
         var, expanded = stack.pop()
         if expanded:
             order.append(var)
-        elif id(var) not in seen:
-            seen.add(id(var))
+        elif id(var) not in reached:
+            reached.add(id(var))
             stack.append((var, True))
             stack.extend((parent, False) for parent, _ in var.parents)
     grads = {id(root): np.ones_like(root.value)}

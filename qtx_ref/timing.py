@@ -15,15 +15,18 @@ from .integer.model import Code, Integer
 from .numerics import FakeQuant
 from .tape import Var
 
+__all__ = ["TimedFakeQuant", "TimedInteger", "products", "quantizers"]
+
 
 class TimedInteger(Integer):
     """`Integer` that notes each matmul: site, what carries its products, seconds."""
 
-    def __init__(self, *given: object, **named: object) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, model: IntegerModel) -> None:
+        super().__init__(model.constants, model.quants, model.profile, strict=model.strict)
         self.timed: list[tuple[str, str, float]] = []
 
     def matmul(self, site: str, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
+        """As `Integer`, timed."""
         start = time.perf_counter()
         acc = super().matmul(site, a, b, bias)
         carrier = integer.block_length(a.spec, b.spec)[1].__name__
@@ -35,11 +38,12 @@ class TimedInteger(Integer):
 class TimedFakeQuant(FakeQuant):
     """`FakeQuant` that notes each quantizer: site and seconds."""
 
-    def __init__(self, *given: object, **named: object) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, model: Model) -> None:
+        super().__init__(model.quants, model.ranges(), masked_scores=model.masked_scores, transforms=model.transforms)
         self.timed: list[tuple[str, float]] = []
 
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        """As `FakeQuant`, timed."""
         start = time.perf_counter()
         y = super().apply(site, x, where)
         self.timed.append((site, time.perf_counter() - start))
@@ -47,16 +51,18 @@ class TimedFakeQuant(FakeQuant):
 
 
 def products(model: IntegerModel, batch: Batch) -> tuple[list[tuple[str, str, float]], float]:
-    """(site, kernel, seconds) of every integer matmul of one pass, in its order, and the seconds of the pass."""
-    nx = TimedInteger(model.constants, model.quants, model.profile, strict=model.strict)
+    """(site, kernel, seconds) of every integer matmul of one pass, in its order, and the seconds of the pass. Raises as
+    `IntegerModel.run`."""
+    nx = TimedInteger(model)
     start = time.perf_counter()
     model.compute(nx, model.accept(batch))
     return nx.timed, time.perf_counter() - start
 
 
 def quantizers(model: Model, batch: Batch) -> tuple[list[tuple[str, float]], float]:
-    """(site, seconds) of every fake quantizer of one pass, in its order, and the seconds of the pass."""
-    nx = TimedFakeQuant(model.quants, model.ranges(), masked_scores=model.masked_scores)
+    """(site, seconds) of every fake quantizer of one pass, in its order, and the seconds of the pass. Raises as
+    `Model.forward`."""
+    nx = TimedFakeQuant(model)
     start = time.perf_counter()
     model.compute(nx, model.accept(batch))
     return nx.timed, time.perf_counter() - start

@@ -21,20 +21,20 @@ Batch = Mapping[str, np.ndarray]
 def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
     """What a model reads of a batch, on the device: whole numbers int64; a boolean mask, or None without padding, which
     spares the kernels a mask. Raises ValueError for a mask that is neither boolean nor additive."""
-    found: dict[str, Tensor | None] = {}
+    tensors: dict[str, Tensor | None] = {}
     for name in READ:
         if name == "mask" and name in batch:
-            rows = boolean_mask(torch.tensor(native(np.asarray(batch[name]))))
-            found[name] = None if rows.all() else rows
+            rows = boolean_mask(torch.tensor(make_native(np.asarray(batch[name]))))
+            tensors[name] = None if rows.all() else rows
         elif name in batch:
-            value = native(np.asarray(batch[name]))
-            found[name] = torch.tensor(value if name == "images" else value.astype(np.int64))
-    return {name: None if value is None else value.to(device) for name, value in found.items()}
+            value = make_native(np.asarray(batch[name]))
+            tensors[name] = torch.tensor(value if name == "images" else value.astype(np.int64))
+    return {name: None if value is None else value.to(device) for name, value in tensors.items()}
 
 
-def native(x: np.ndarray) -> np.ndarray:
-    """The same numbers in an order and a dtype that torch has: no negative strides, no bytes the other way round, float64
-    for a wider float."""
+def make_native(x: np.ndarray) -> np.ndarray:
+    """The same numbers in an order and a dtype that torch has: no negative strides, no bytes the other way round,
+    float64 for a wider float."""
     wide = x.dtype.kind == "f" and x.dtype.itemsize > 8
     return np.array(x, np.float64 if wide else x.dtype.newbyteorder("="), order="C")
 

@@ -1,6 +1,6 @@
 """Attention variants: masks, and how probabilities are made from scores.
 
-Differs from the reference: Mask, make_mask, masked_probabilities, fused: kernels want a mask in several forms.
+Differs from the reference: Mask, make_mask, masked_probabilities, attend_fused: kernels want a mask in several forms.
 
 Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4). The gates of eq. 5 are in `models.gate`.
 """
@@ -33,8 +33,8 @@ def attention_mask(rows: Tensor | None, queries: int, keys: int, causal: bool) -
 def boolean_mask(mask: Tensor) -> Tensor:
     """A boolean mask as it is; an additive one with 0 as true and -10000 and below as false.
 
-    Raises ValueError naming the first other value, or an unsigned dtype, which has no negative number: a mask of 0 and 1
-    is not read as either kind.
+    Raises ValueError naming the first other value, or an unsigned dtype, which has no negative number: a mask of 0 and
+    1 is not read as either kind.
     """
     if mask.dtype == torch.bool:
         return mask
@@ -125,7 +125,7 @@ def masked_probabilities(scores: Tensor, mask: Mask, spec: AttentionSpec, sink: 
     return mask.close(p)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(K)) v in one kernel: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, H, Tq, K)."""
     bias = None if mask.triangle else mask.bias
     return mask.close(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=mask.triangle))

@@ -47,7 +47,7 @@ from .numerics import (
 )
 from .optim import AdamW
 from .quant import quantizer as quantizers
-from .sites import attach, attached, slots, transform, transforming
+from .sites import attach, slots, swap_hooks, swap_transforms, transform
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
@@ -101,8 +101,8 @@ class Model:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too.
 
-        Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a site
-        that the model does not have.
+        Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a
+        site that the model does not have.
         """
         hooks = {}
         for site, spec in quants.items():
@@ -121,13 +121,13 @@ class Model:
 
     def ranges(self) -> dict[str, Range]:
         """The static ranges in force, learned ones as they now stand."""
-        found = dict(self.fixed)
+        static = dict(self.fixed)
         for site, spec in self.quants.items():
             if spec.learned:
                 held = (self.learned[f"{site}.{name}"] for name in ("scale", "zero_point"))
                 scale, zero = map(to_numpy, learned_scale_zero(*held, spec))
-                found[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
-        return found
+                static[site] = Range(scale * (spec.code_min - zero), scale * (spec.code_max - zero), scale, zero)
+        return static
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> np.ndarray:
@@ -166,43 +166,44 @@ class Model:
         self, batch: Batch, sites: Iterable[str] | None = None
     ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
-        found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        tensors: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
 
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
-            found[site] = (to_numpy(x), None if where is None else to_numpy(where))
+            tensors[site] = (to_numpy(x), None if where is None else to_numpy(where))
 
         self._show(batch, self._results() if sites is None else sites, show)
-        return found
+        return tensors
 
     def statistics(
         self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS
     ) -> dict[str, Arrays]:
         """`stats.describe` of each site of `units` (site -> "sequence" or "token") in a float forward pass."""
-        found: dict[str, Arrays] = {}
+        results: dict[str, Arrays] = {}
 
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
-            found[site] = {k: to_numpy(v) for k, v in stats.describe(x, where, units[site], names).items()}
+            results[site] = {k: to_numpy(v) for k, v in stats.describe(x, where, units[site], names).items()}
 
         self._show(batch, units, show)
-        return found
+        return results
 
     def input_moments(
         self, batch: Batch, sites: Iterable[str], names: tuple[str, ...] = stats.MOMENTS
     ) -> dict[str, Arrays]:
-        """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward pass."""
-        found: dict[str, Arrays] = {}
+        """`stats.moments` of the input of each linear of `sites`, (..., I), over real tokens in a float forward
+        pass."""
+        results: dict[str, Arrays] = {}
         memo = stats.Memo(lambda x, where: {k: to_numpy(v) for k, v in stats.moments(x, where, names).items()})
 
         def show(site: str, x: Tensor, where: Tensor | None) -> None:
-            found[site.removesuffix(".input")] = memo.get(x, where)
+            results[site.removesuffix(".input")] = memo.get(x, where)
 
         self._show(batch, [f"{site}.input" for site in sites], show)
-        return found
+        return results
 
     def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
-        """Of each layer, by head (H,): `stats.attention` of the keys of each mark (B, T), `stats.updates`, `stats.sizes` of
-        values (`value.*`) and of their product with the probabilities, before a gate (`product.*`), and `stats.openings`
-        where there is a gate.
+        """Of each layer, by head (H,): `stats.attention` of the keys of each mark (B, T), `stats.updates`,
+        `stats.sizes` of values (`value.*`) and of their product with the probabilities, before a gate (`product.*`),
+        and `stats.openings` where there is a gate.
 
         streams: for each layer the site that its attention's output is added to.
         """
@@ -245,17 +246,18 @@ class Model:
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
     ) -> dict[str, Range]:
-        """Static ranges of `quants` from batches, under these transforms (not those of `bind`). Raises ValueError naming a
-        site without finite values."""
+        """Static ranges of `quants` from batches, under these transforms (not those of `bind`). Raises ValueError
+        naming a site without finite values."""
         hooks = {k: Calibrate(k, q, quantize=quantize, masked_scores=masked_scores) for k, q in quants.items()}
-        with attached(self.net, hooks), transforming(self.net, self._transforms(transforms)):
+        with swap_hooks(self.net, hooks), swap_transforms(self.net, self._transforms(transforms)):
             for batch in batches:
                 self.compute(Float(), self.accept(batch))
         return {k: Range(*map(to_numpy, hooks[k].range())) for k, q in quants.items() if not q.dynamic}
 
     @torch.no_grad()
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """`count` further tokens after tokens (B, T), each chosen from logits (B, V) -> (B,); keys and values are cached.
+        """`count` further tokens after tokens (B, T), each chosen from logits (B, V) -> (B,); keys and values are
+        cached.
 
         Raises:
             SpecError: the model is not causal, the text would outgrow it, a quantizer would see the future, or tokens,
@@ -273,8 +275,8 @@ class Model:
         return tokens
 
     def accept(self, batch: Batch) -> dict[str, Tensor | None]:
-        """The batch as `compute` takes it: tensors on the device, whole numbers int64, the mask boolean, or None where every
-        token is real.
+        """The batch as `compute` takes it: tensors on the device, whole numbers int64, the mask boolean, or None where
+        every token is real.
 
         Raises SpecError where it is not one of this model's (`spec.check_batch`), ValueError for a mask that is neither
         boolean nor additive.
@@ -297,7 +299,7 @@ class Model:
     @torch.no_grad()
     def _show(self, batch: Batch, sites: Iterable[str], show: Callable[[str, Tensor, Tensor | None], None]) -> None:
         """A float forward pass that shows the results, or operands, of `sites`."""
-        with attached(self.net, {site: Record(site, show) for site in sites}):
+        with swap_hooks(self.net, {site: Record(site, show) for site in sites}):
             self.compute(Float(), self.accept(batch))
 
 
@@ -314,7 +316,8 @@ class IntegerModel:
         device: str = "cpu",
         strict: bool = False,
     ):
-        """constants: what the reference's `lowering.lower` made. strict: no float anywhere, at the price of slow matmuls.
+        """constants: what the reference's `lowering.lower` made. strict: no float anywhere, at the price of slow
+        matmuls.
 
         Raises:
             SpecError: a device that is not there; under strict, one that is not the cpu, and a profile or a quantizer
@@ -337,8 +340,8 @@ class IntegerModel:
         return self.read_output(self.compute(self.make_numerics(record), self.accept(batch)))
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """`count` further tokens after tokens (B, T), each chosen from logits (B, V), float64 -> (B,). Keys and values are
-        cached as codes. Raises SpecError as `Model.generate`."""
+        """`count` further tokens after tokens (B, T), each chosen from logits (B, V), float64 -> (B,). Keys and values
+        are cached as codes. Raises SpecError as `Model.generate`."""
         check_generation(self.spec, self.quants, tokens.shape[1] + count)
         check_tokens(self.spec, tokens)
         cache: list = []

@@ -1,9 +1,10 @@
 """Numerics: the arithmetic that a model asks for.
 
-Differs from the reference: site, module, attn, p, sink: a site's module knows its site and holds its parameters.
-Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Quantizers, Calibrate, FakeQuant,
-is_weight: hooks are modules in a site's slots, not methods of the numerics.
-Differs from the reference: transforms, transformed, Transformed: so are the transforms of inputs.
+Differs from the reference: site, module, attn, Float.load: a site's module knows its site and holds its parameters.
+Differs from the reference: Numerics, Float.begin: torch's integers have no numerics of floats above them.
+Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Quantizers, Calibrate,
+FakeQuant, is_weight: hooks are modules in a site's slots, not methods of the numerics.
+Differs from the reference: transforms, transform_input, Transformed: so are the transforms of inputs.
 
 A model is wiring. It hands every computation to one of these objects together with the site that comes out. `Float`
 computes. What a site's slots hold sees operands, weights and results, and the model goes on with what it returns:
@@ -34,7 +35,7 @@ from qtx_ref.spec import (
 )
 
 from . import ops, random
-from .attention import Mask, fused, masked_probabilities
+from .attention import Mask, attend_fused, masked_probabilities
 from .quant import affine
 from .quant import quantizer as quantizers
 from .quant.observers import Observer
@@ -146,11 +147,15 @@ class Float:
 
         Sites `scores` (scaled, before the mask), `probs`, `context`. Dropout follows the clip. One fused kernel where
         nobody wants to see or change what lies between q, k, v and the context.
+
+        At a key that is masked from a query, finite v, and k of finite scores, change no bit of its result. NaN or
+        infinity in v makes it NaN, 0 times either being NaN; in k it changes nothing (in the fused kernel, which adds
+        -inf to scores, it may make NaN, never another number). Nothing passes from one sequence or head to another.
         """
         s, p, c = attn.scores, attn.probs, attn.context
         unseen = all(slot is None for slot in (s.on_lhs, s.on_rhs, s.on_output, p.on_output, c.on_lhs, c.on_rhs))
         if unseen and spec.softmax is Softmax.PLAIN and not (self.training and rate):
-            context = fused(q, k, v, mask)
+            context = attend_fused(q, k, v, mask)
         else:
             probs = self._probs(attn, q, k, mask, spec, rate)
             probs = probs if c.on_lhs is None else c.on_lhs(probs, self._pairs(mask))
@@ -199,7 +204,8 @@ class Transformed(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """What `Calibrate` and `FakeQuant` share: a slot's key, `site`, and its spec. Their `apply_to` is what happens there."""
+    """What `Calibrate` and `FakeQuant` share: a slot's key, `site`, and its spec. Their `apply_to` is what happens
+    there."""
 
     def __init__(self, site: str, spec: Quant, *, masked_scores: bool = False) -> None:
         super().__init__()
@@ -240,7 +246,7 @@ class Calibrate(Quantizer):
         return fake_quantize(x, *scale, self.spec) if scale else x
 
     def range(self) -> Range:
-        """The range found. Raises ValueError naming the site where no batch has reached it."""
+        """The range of the batches so far. Raises ValueError naming the site where no batch has reached it."""
         if not self.observer.shape:
             raise ValueError(f"site {self.site} was not reached in calibration; is it a site of this model?")
         low, high = self.observer.range()
@@ -248,7 +254,8 @@ class Calibrate(Quantizer):
 
 
 class FakeQuant(Quantizer):
-    """Quantize-dequantize: a static site by its range, a dynamic one by the tensor itself, a learned one by parameters."""
+    """Quantize-dequantize: a static site by its range, a dynamic one by the tensor itself, a learned one by
+    parameters."""
 
     def __init__(self, site: str, spec: Quant, range: Range | None, *, masked_scores: bool = False) -> None:
         """range: tensors; None where the spec is dynamic."""

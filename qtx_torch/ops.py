@@ -1,7 +1,7 @@
 """Every differentiable op, named as in the reference: the equation, and how torch computes it.
 
 Differs from the reference: scores, stretch, clipped_softmax: several of the reference's ops in one kernel.
-Differs from the reference: arranged: a method of the reference's tape.
+Differs from the reference: arrange: a method of the reference's tape.
 
 Ops take and return tensors and compute in the dtype of their input, float32 or float64 (under autocast in what torch
 chooses); means and losses sum in float64. Letters: B batch, T tokens, D width, H heads, K = D / H, V classes.
@@ -42,7 +42,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor, factor: float) -> Tensor:
-    """y = factor q k^T, q (B, H, Tq, K) and k (B, H, Tk, K) -> (B, H, Tq, Tk); the factor is taken in by the product."""
+    """y = factor q k^T, q (B, H, Tq, K) and k (B, H, Tk, K) -> (B, H, Tq, Tk); the factor is taken in by the
+    product."""
     unused = q.new_zeros(1, 1, 1)  # times beta = 0
     y = torch.baddbmm(unused, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=factor)
     return y.unflatten(0, q.shape[:2])
@@ -71,8 +72,9 @@ def divide(x: Tensor, divisor: Tensor) -> Tensor:
 def hadamard(x: Tensor, block: int) -> Tensor:
     """y = x R, R block-diagonal of H_n / sqrt(n) with n = `block`, a power of two that divides the last axis.
 
-    H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester). R is symmetric and its own inverse: dx = g R. Computed by log2 n
-    rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits everywhere.
+    H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester). R is symmetric and its own inverse: dx = g R. Computed by
+    log2 n rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits
+    everywhere.
     """
     y, half = x.float() if x.dtype == torch.bfloat16 else x, 1
     while half < block:
@@ -106,9 +108,9 @@ def softmax(x: Tensor, mask: Tensor | None = None, sink: Tensor | None = None) -
     """p_i = exp(x_i) / (sum_j exp(x_j) + exp(s)) over the last axis.
 
     mask, boolean and broadcast, is true where a key may be attended to. Masked keys get 0 whatever their score, NaN and
-    infinities too, and so does a row without keys. A row is NaN, masked keys too, where it may attend to NaN or infinity,
-    or to -infinity alone. sink s, broadcast to (..., 1), takes probability that no key receives: 0 for softmax1, learned
-    for a sink per head.
+    infinities too, and so does a row without keys. A row is NaN, masked keys too, where it may attend to NaN or
+    infinity, or to -infinity alone. sink s, broadcast to (..., 1), takes probability that no key receives: 0 for
+    softmax1, learned for a sink per head.
     """
     empty = None
     if mask is not None:
@@ -206,21 +208,21 @@ def embedding(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table)
 
 
-def arranged(move: Callable[..., Tensor], *parts: Any) -> Any:
+def arrange(move: Callable[..., Tensor], *parts: Any) -> Any:
     """`parts` in another arrangement: `move` changes no value. Integer codes take their scale and zero point along
     (`integer_numerics.Code`)."""
-    return move(*parts) if isinstance(parts[0], Tensor) else parts[0].arranged(move, parts)
+    return move(*parts) if isinstance(parts[0], Tensor) else parts[0].arrange(move, parts)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, T, D) -> (B, H, T, K)."""
     # a scale per token has one channel, whatever the heads
-    return arranged(lambda v: v.unflatten(-1, (min(heads, v.shape[-1]), -1)).transpose(1, 2), x)
+    return arrange(lambda v: v.unflatten(-1, (min(heads, v.shape[-1]), -1)).transpose(1, 2), x)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, T, K) -> (B, T, H K)."""
-    return arranged(lambda v: v.transpose(1, 2).flatten(-2), x)
+    return arrange(lambda v: v.transpose(1, 2).flatten(-2), x)
 
 
 def spread_heads(x: Tensor, width: int) -> Tensor:
@@ -230,7 +232,7 @@ def spread_heads(x: Tensor, width: int) -> Tensor:
         one = v.shape[-1] != x.shape[-1]  # a scale per token stays one
         return v if one else v.unsqueeze(-1).expand(*v.shape, width).flatten(-2)
 
-    return arranged(move, x)
+    return arrange(move, x)
 
 
 def swap_last(x: Tensor) -> Tensor:
@@ -244,12 +246,12 @@ def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def concat(parts: list[Tensor], axis: int) -> Tensor:
     """Joins along one axis."""
-    return arranged(lambda *v: torch.cat(v, dim=axis), *parts)
+    return arrange(lambda *v: torch.cat(v, dim=axis), *parts)
 
 
 def token(x: Tensor, position: int) -> Tensor:
     """(B, T, D) -> (B, D): one token of every sequence."""
-    return arranged(lambda v: v[:, position], x)
+    return arrange(lambda v: v[:, position], x)
 
 
 def patches(image: Tensor, size: int) -> Tensor:

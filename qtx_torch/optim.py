@@ -11,7 +11,8 @@ from qtx_ref.spec import OptimSpec, Schedule, decays
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up from lr / warmup, then the schedule, reaching 0 after the last step."""
+    """The rate of step 0, 1, ...: linear warm-up from lr / warmup, then the schedule, reaching 0 after the last
+    step."""
     if step < spec.warmup:
         return spec.lr * (step + 1) / spec.warmup
     done = (step - spec.warmup) / max(1, spec.steps - spec.warmup)

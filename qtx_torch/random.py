@@ -39,7 +39,8 @@ def _high(product: Tensor) -> Tensor:
 def bits(seed: int, step: int, site: str, count: int) -> Tensor:
     """`count` words of 32 random bits, (count,) int64 below 2^32.
 
-    Word e is word e % 4 of Philox with key (seed low, seed high) and counter (e // 4 low, e // 4 high, step, crc32(site)).
+    Word e is word e % 4 of Philox with key (seed low, seed high) and counter (e // 4 low, e // 4 high, step,
+    crc32(site)).
     """
     block = torch.arange(-(-count // 4))
     fixed = (torch.full_like(block, word) for word in (step, zlib.crc32(site.encode())))

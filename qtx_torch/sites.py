@@ -35,7 +35,8 @@ class SiteModule(nn.Module):
 
 class Linear(SiteModule):
     """weight (O, I) and bias (O,), or one of each per head: (H, O, I) and (H, O). `tied` names another's weight,
-    where it has none of its own. `transform`, None or a module, is what happens to its input before any slot sees it."""
+    where it has none of its own. `transform`, None or a module, is what happens to its input before any slot sees
+    it."""
 
     def __init__(self, outputs: int, inputs: int, *, heads: int = 0, bias: bool = True, tied: str = "") -> None:
         lead = (heads,) if heads else ()
@@ -73,12 +74,12 @@ def name_sites(net: nn.Module) -> None:
 
 def slots(net: nn.Module) -> dict[str, tuple[SiteModule, str]]:
     """Every slot of a model by its key: the site's module and the attribute."""
-    found = {}
+    by_key = {}
     for module in net.modules():
         if isinstance(module, SiteModule):
             for slot in module.slots:
-                found[module.site if slot == "output" else f"{module.site}.{slot}"] = (module, f"on_{slot}")
-    return found
+                by_key[module.site if slot == "output" else f"{module.site}.{slot}"] = (module, f"on_{slot}")
+    return by_key
 
 
 def attach(net: nn.Module, hooks: Mapping[str, nn.Module]) -> None:
@@ -94,8 +95,8 @@ def attach(net: nn.Module, hooks: Mapping[str, nn.Module]) -> None:
 
 
 @contextmanager
-def attached(net: nn.Module, hooks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """`attach` for the length of a `with` block; what was attached before comes back."""
+def swap_hooks(net: nn.Module, hooks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`attach` for the length of a `with` block; what was there before comes back."""
     held = {site: getattr(module, slot) for site, (module, slot) in slots(net).items()}
     before = {site: hook for site, hook in held.items() if hook is not None}
     attach(net, hooks)
@@ -106,7 +107,7 @@ def attached(net: nn.Module, hooks: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def transforming(net: nn.Module, transforms: Mapping[str, nn.Module]) -> Iterator[None]:
+def swap_transforms(net: nn.Module, transforms: Mapping[str, nn.Module]) -> Iterator[None]:
     """`transform` for the length of a `with` block; what was there before comes back."""
     before = {site: module.transform for site, module in linears(net).items() if module.transform is not None}
     transform(net, transforms)
@@ -122,7 +123,8 @@ def linears(net: nn.Module) -> dict[str, Linear]:
 
 
 def transform(net: nn.Module, transforms: Mapping[str, nn.Module]) -> None:
-    """Puts each transform at the input of its linear and takes all others away. Raises SpecError naming an unknown one."""
+    """Puts each transform at the input of its linear and takes all others away. Raises SpecError naming an unknown
+    one."""
     known = linears(net)
     for site in transforms:
         if site not in known:

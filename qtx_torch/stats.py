@@ -1,12 +1,12 @@
 """Outlier statistics of one batch's tensor, and of its attention, in float64.
 
-A batch holds sequences: the real tokens of one, times the channels, are its elements. A unit is a sequence, or a token of
-(B, T, C). What is given per unit and per channel can be pooled over batches, so that a data set takes one pass. The
+A batch holds sequences: the real tokens of one, times the channels, are its elements. A unit is a sequence, or a token
+of (B, T, C). What is given per unit and per channel can be pooled over batches, so that a data set takes one pass. The
 published "max inf norm" is the largest, over a list of sites, of the mean of `inf_norm` over units (Bondarenko et al.
 2023, section 5, and the code behind it).
 
-Channels are the last axis of (B, T, C) and (B, C), and the heads of (B, H, T, n), whose last axis is keys or a head's own
-channels. `where`, true at elements that count, is (B, T, 1) for the first and (B or 1, 1, T, n or 1) for the last.
+Channels are the last axis of (B, T, C) and (B, C), and the heads of (B, H, T, n), whose last axis is keys or a head's
+own channels. `where`, true at elements that count, is (B, T, 1) for the first and (B or 1, 1, T, n or 1) for the last.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def _held(device: torch.device, thread: int) -> Tensor:
 
 
 def _buffers(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Two float64 tensors to write into. Held from call to call, by thread: fresh pages cost more than what is written to
-    them."""
+    """Two float64 tensors to write into. Held from call to call, by thread: fresh pages cost more than what is written
+    to them."""
     size = shape.numel()
     held = _held(device, threading.get_ident())
     held = held if size <= held.shape[1] else torch.empty((2, size), dtype=torch.float64, device=device)
@@ -110,7 +110,7 @@ class Memo:
         return self.result
 
 
-def at_least(x: Tensor, axes: int) -> Tensor:
+def add_axes(x: Tensor, axes: int) -> Tensor:
     """x with so many axes or more: a number is a vector of one, and a vector one row."""
     return x.reshape((1,) * (axes - x.ndim) + tuple(x.shape))
 
@@ -137,15 +137,15 @@ def central_moments(values: Tensor) -> Tensor:
 
 
 def kurtosis_published(moments: Tensor) -> Tensor:
-    """m4 / (s^4 + 1e-6) with the unbiased deviation s, of moments (..., 5), as in the published code; a normal variable has
-    about 3."""
+    """m4 / (s^4 + 1e-6) with the unbiased deviation s, of moments (..., 5), as in the published code; a normal variable
+    has about 3."""
     n, _, second, _, fourth = moments.unbind(dim=-1)
     return fourth / n / ((second / (n - 1).clamp(min=1)) ** 2 + 1e-6)
 
 
 def kurtosis(moments: Tensor) -> Tensor:
-    """m4 / m2^2, of moments (..., 5): the textbook definition (Pearson), 3 for a normal variable; 0 where all are equal,
-    NaN where one is not finite."""
+    """m4 / m2^2, of moments (..., 5): the textbook definition (Pearson), 3 for a normal variable; 0 where all are
+    equal, NaN where one is not finite."""
     n, _, second, _, fourth = moments.unbind(dim=-1)
     return torch.where(second != 0, n * fourth / second**2, 0.0)
 
@@ -164,9 +164,9 @@ def top_share(energy: Tensor, fraction: float) -> float:
 
 
 def moments(x: Tensor, where: Tensor | None = None, names: tuple[str, ...] = MOMENTS) -> dict[str, Tensor]:
-    """Of the rows of x (..., I) that count: their number (), and in float64 their sum (I,), the largest magnitude (I,) and
-    x^T x (I, I), the Gram matrix."""
-    x = at_least(x, 1)
+    """Of the rows of x (..., I) that count: their number (), and in float64 their sum (I,), the largest magnitude (I,)
+    and x^T x (I, I), the Gram matrix."""
+    x = add_axes(x, 1)
     check_places(x, where)
     keep = torch.ones((*x.shape[:-1], 1), dtype=torch.bool, device=x.device)
     keep = keep if where is None else where.expand(keep.shape)
@@ -191,7 +191,7 @@ def describe(
     their own sequence. `beyond_tokens`: those by token, (B, T) of (B, T, C), and by sequence, (B, 1), of other tensors.
     `histogram` (BINS,): the number of |x| in each bin.
     """
-    x = at_least(x, 2)
+    x = add_axes(x, 2)
     check_places(x, where)
     if x.ndim == 4 and where is not None:
         where = where[(None,) * (4 - where.ndim)]
@@ -199,10 +199,10 @@ def describe(
     names = tuple(names)
     rows = list(_rows(x, where)) if x.numel() else []
     apply = map if x.is_cuda or torch.get_num_threads() == 1 else _workers().map
-    found = apply(lambda row: _summary(*row, heads, unit, names), rows)
-    parts = [(place, part) for (_, place, _), part in zip(rows, found, strict=True)]
+    results = apply(lambda row: _summary(*row, heads, unit, names), rows)
+    parts = [(place, part) for (_, place, _), part in zip(rows, results, strict=True)]
 
-    def joined(name: str, *shape: int) -> Tensor:
+    def join(name: str, *shape: int) -> Tensor:
         empty = torch.zeros((0, *shape), dtype=torch.float64, device=x.device)
         return torch.cat([empty, *(part[name] for _, part in parts)])
 
@@ -217,12 +217,12 @@ def describe(
 
     channels = heads or x.shape[-1]
     make = {
-        "inf_norm": lambda: torch.maximum(-joined("lowest"), joined("highest")),
-        "lowest": lambda: joined("lowest"),
-        "highest": lambda: joined("highest"),
-        "moments": lambda: joined("moments", 5),
-        "kurtosis": lambda: kurtosis(joined("moments", 5)),
-        "kurtosis_published": lambda: kurtosis_published(joined("moments", 5)),
+        "inf_norm": lambda: torch.maximum(-join("lowest"), join("highest")),
+        "lowest": lambda: join("lowest"),
+        "highest": lambda: join("highest"),
+        "moments": lambda: join("moments", 5),
+        "kurtosis": lambda: kurtosis(join("moments", 5)),
+        "kurtosis_published": lambda: kurtosis_published(join("moments", 5)),
         "energy": lambda: total("energy", channels, torch.float64),
         "histogram": lambda: total("histogram", BINS),
         "beyond_channels": lambda: total("beyond_channels", channels),
@@ -239,56 +239,56 @@ def _summary(
     size = tokens * values.shape[1]  # elements of each sequence
 
     low, high = values.amin(dim=1).double(), values.amax(dim=1).double()
-    found = {"lowest": low, "highest": high}
+    results = {"lowest": low, "highest": high}
     if unit == "sequence":
-        pairs = zip(found.items(), ("amin", "amax"), strict=True)
+        pairs = zip(results.items(), ("amin", "amax"), strict=True)
         ends = {
             k: low.new_zeros(len(size)).scatter_reduce_(0, owner, v, how, include_self=False) for (k, v), how in pairs
         }
-        found |= ends
+        results |= ends
     if "histogram" in names:
-        found["histogram"] = torch.bincount(magnitude_bins(values).flatten(), minlength=BINS)
+        results["histogram"] = torch.bincount(magnitude_bins(values).flatten(), minlength=BINS)
     outliers = "beyond_channels" in names or "beyond_tokens" in names
     spread = "moments" in names or "kurtosis" in names or "kurtosis_published" in names
     if not (outliers or spread or "energy" in names):
-        return found
+        return results
     wide, square = _buffers(values.shape, values.device)
     wide.copy_(values)
     torch.mul(wide, wide, out=square)
     if "energy" in names:
         by_row = square.sum(dim=1 if heads else 0)
-        found["energy"] = by_row.new_zeros(heads).index_add_(0, place % heads, by_row) if heads else by_row
+        results["energy"] = by_row.new_zeros(heads).index_add_(0, place % heads, by_row) if heads else by_row
     if unit == "token" and spread:
-        found["moments"] = central_moments(wide)
+        results["moments"] = central_moments(wide)
     if outliers or (spread and unit == "sequence"):
         mean = low.new_zeros(len(size)).index_add_(0, owner, wide.sum(dim=1)) / size
         if unit == "sequence":
-            mean = torch.where(found["lowest"] == found["highest"], found["lowest"], mean)
+            mean = torch.where(results["lowest"] == results["highest"], results["lowest"], mean)
         deviation = wide.sub_(mean[owner, None])
         torch.mul(deviation, deviation, out=square)
         parts = [x.flatten().split(size.tolist()) for x in (deviation, square)]
         sums = torch.stack([torch.stack([d.dot(d), s.dot(d), s.dot(s)]) for d, s in zip(*parts, strict=True)])
         if unit == "sequence":
-            found["moments"] = torch.cat([size[:, None], mean[:, None], sums], dim=1)
+            results["moments"] = torch.cat([size[:, None], mean[:, None], sums], dim=1)
         limit, mean = (SIGMAS**2 * sums[:, 0] / size)[owner], mean[owner]
-        found["beyond_rows"] = torch.zeros_like(place)
-        found["beyond_channels"] = place.new_zeros(heads or values.shape[1])
+        results["beyond_rows"] = torch.zeros_like(place)
+        results["beyond_channels"] = place.new_zeros(heads or values.shape[1])
         if (torch.maximum(high - mean, mean - low).square() > limit).any():
             row, column = (square > limit[:, None]).nonzero().unbind(dim=1)
-            found["beyond_rows"] = torch.bincount(row, minlength=len(place))
+            results["beyond_rows"] = torch.bincount(row, minlength=len(place))
             channel = place[row] % heads if heads else column
-            found["beyond_channels"] = torch.bincount(channel, minlength=heads or values.shape[1])
-    return found
+            results["beyond_channels"] = torch.bincount(channel, minlength=heads or values.shape[1])
+    return results
 
 
 def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sums over the queries that have keys, by head, (H,) each; `queries` and `choices` are their numbers.
 
-    probs (B, H, Tq, Tk); where broadcasts to it and is true at allowed pairs; each of marks (B, Tk) is true at marked keys.
-    `mass.<mark>`: the probability given to the marked keys; `even.<mark>`: the share of the allowed keys that they are.
-    `entropy` in nats, of the row scaled to sum 1 (clipping leaves less; a row of zeros has 0); `relative`: divided by its
-    largest value, the logarithm of the number of keys, over the `choices`, queries with more than one key. `kept`: the
-    probability given to all keys, of which clipping and sinks leave less than 1.
+    probs (B, H, Tq, Tk); where broadcasts to it and is true at allowed pairs; each of marks (B, Tk) is true at marked
+    keys. `mass.<mark>`: the probability given to the marked keys; `even.<mark>`: the share of the allowed keys that
+    they are. `entropy` in nats, of the row scaled to sum 1 (clipping leaves less; a row of zeros has 0); `relative`:
+    divided by its largest value, the logarithm of the number of keys, over the `choices`, queries with more than one
+    key. `kept`: the probability given to all keys, of which clipping and sinks leave less than 1.
     """
     check_places(probs, where)
     keep = where.expand(len(probs), 1, *probs.shape[2:])
@@ -297,7 +297,7 @@ def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict
     whole = p.sum(dim=-1, keepdim=True)
     entropy = torch.special.entr(p / whole.masked_fill(whole == 0, 1)).sum(dim=-1)  # (B, H, Tq)
     largest = keys.double().clamp(min=1).log()
-    found = {
+    sums = {
         "queries": (keys > 0).sum().expand(probs.shape[1]),
         "choices": (keys > 1).sum().expand(probs.shape[1]),
         "entropy": entropy.sum(dim=(0, 2)),
@@ -306,18 +306,18 @@ def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict
     }
     for mark, marked in marks.items():
         chosen = marked[:, None, :, None].double()  # (B, 1, Tk, 1)
-        found[f"mass.{mark}"] = (p @ chosen).sum(dim=(0, 2, 3))
+        sums[f"mass.{mark}"] = (p @ chosen).sum(dim=(0, 2, 3))
         share = (keep.double() @ chosen)[..., 0] / keys.clamp(min=1)  # (B, 1, Tq)
-        found[f"even.{mark}"] = share.sum().expand(probs.shape[1])
-    return found
+        sums[f"even.{mark}"] = share.sum().expand(probs.shape[1])
+    return sums
 
 
 def updates(context: Tensor, weight: Tensor, residual: Tensor, where: Tensor | None, heads: int) -> dict[str, Tensor]:
     """How large each head's part of the attention's output is against what it is added to, summed over real tokens.
 
     context (B, T, D), what enters the output projection, heads side by side; weight (D, D) of that projection; residual
-    (B, T, D); where (B, T, 1). `update` (H,): the L2 norm of a head's part over that of the residual, NaN where a token's
-    is not finite; `tokens`: how many.
+    (B, T, D); where (B, T, 1). `update` (H,): the L2 norm of a head's part over that of the residual, NaN where a
+    token's is not finite; `tokens`: how many.
     """
     check_places(context, where)
     rows = slice(None) if where is None else where.expand(*context.shape[:2], 1).flatten().nonzero()[:, 0]
@@ -332,21 +332,21 @@ def updates(context: Tensor, weight: Tensor, residual: Tensor, where: Tensor | N
 
 
 def sizes(x: Tensor, where: Tensor | None, marks: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """L2 norms of the heads' parts of a tensor, summed over real tokens, by head, (H,) each: as the figures of Bondarenko et
-    al. 2023 (section 3) show values and their products with probabilities.
+    """L2 norms of the heads' parts of a tensor, summed over real tokens, by head, (H,) each: as the figures of
+    Bondarenko et al. 2023 (section 3) show values and their products with probabilities.
 
-    x (B, T, D), heads side by side; where (B, T, 1); each of marks (B, T) is true at marked tokens. `<mark>`: of the marked
-    tokens, `count.<mark>`: how many they are; `all`: of all tokens.
+    x (B, T, D), heads side by side; where (B, T, 1); each of marks (B, T) is true at marked tokens. `<mark>`: of the
+    marked tokens, `count.<mark>`: how many they are; `all`: of all tokens.
     """
     norms = torch.linalg.vector_norm(x.double().unflatten(-1, (heads, -1)), dim=-1)  # (B, T, H)
     real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     real = real if where is None else where.expand(*x.shape[:2], 1).squeeze(-1)
-    found = {}
+    sums = {}
     for name, marked in {"all": real, **marks}.items():
         chosen = (real & marked.expand(real.shape)).double()
-        found[name] = torch.einsum("bth,bt->h", norms, chosen)
-        found[f"count.{name}"] = chosen.sum().long().expand(heads)
-    return found
+        sums[name] = torch.einsum("bth,bt->h", norms, chosen)
+        sums[f"count.{name}"] = chosen.sum().long().expand(heads)
+    return sums
 
 
 def openings(gate: Tensor, where: Tensor | None, heads: int) -> dict[str, Tensor]:

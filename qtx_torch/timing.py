@@ -35,8 +35,8 @@ def now(device: torch.device) -> float:
 class TimedInteger(Integer):
     """`Integer` that notes each matmul: site, what carries its products, seconds."""
 
-    def __init__(self, *given: object, **named: object) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, model: IntegerModel) -> None:
+        super().__init__(model.constants, model.quants, model.profile, strict=model.strict)
         self.timed: list[tuple[str, str, float]] = []
 
     def matmul(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ class TimedInteger(Integer):
 
 def products(model: IntegerModel, batch: Batch) -> tuple[list[tuple[str, str, float]], float]:
     """(site, kernel, seconds) of every integer matmul of one pass, in its order, and the seconds of the pass."""
-    nx = TimedInteger(model.constants, model.quants, model.profile, strict=model.strict)
+    nx = TimedInteger(model)
     inputs = model.accept(batch)
     start = now(model.device)
     model.compute(nx, inputs)

@@ -41,7 +41,7 @@ from qtx_ref.spec import (
 )
 from qtx_torch import numerics
 from qtx_torch.backend import Model
-from qtx_torch.sites import attached
+from qtx_torch.sites import swap_hooks
 
 SMALL = ("bert_gate_mlp", "opt_plain", "opt_gate_linear", "opt_post_norm_projected", "vit_clipped_row", "bert_classify")
 BLOCKS = tuple(f"blocks-{form}" for form in FloatFormat)  # as MX, in models too narrow for blocks of 32
@@ -187,7 +187,7 @@ def measure_flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool
     held = {"masked_scores": masked_scores, "transforms": ref.transforms}
     shown = teacher.record(teacher.FakeQuant(ref.quants, ref.fixed, **held), ref, batch)
     keepers = {key: RecordOutput(hook) for key, hook in bound(model).items()}
-    with attached(model.net, keepers):
+    with swap_hooks(model.net, keepers):
         model.forward(batch)
     verdicts = []
     for key in (key for key in shown if key in keepers):

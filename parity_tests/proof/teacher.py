@@ -19,11 +19,11 @@ from qtx_ref import models as ref_models
 from qtx_ref import numerics as ref_numerics
 from qtx_ref.backend import Model as RefModel
 from qtx_ref.quant import quantizer as ref_quantizers
-from qtx_ref.tape import Var, const
+from qtx_ref.tape import Var
 from qtx_torch import numerics
 from qtx_torch.backend import Model
 from qtx_torch.quant import quantizer as quantizers
-from qtx_torch.sites import attached
+from qtx_torch.sites import swap_hooks
 
 OP = 4.0, "two float32 results of one op from the same operands: sums of n <= 512 products, c = 1 and more each"
 
@@ -71,8 +71,8 @@ class Calibrate(Recording, ref_numerics.Calibrate):
 def record(nx: Recording, model: RefModel, batch: dict[str, np.ndarray]) -> dict[str, Shown]:
     """What the hooks of a numerics see in one forward pass of the reference."""
     nx.shown = {}
-    weights = {name: const(value) for name, value in model.weights.items()}
-    ref_models.forward(nx, weights, model.spec, batch)
+    nx.load(model.weights)
+    ref_models.forward(nx, model.spec, batch)
     return nx.shown
 
 
@@ -145,6 +145,6 @@ def forced(
     for key, seen in shown.items():
         cancelled = stretch if key.endswith(".probs") else 0.0
         pupils[key] = kind.get(key, Pupil)(key, seen, hooks.get(key), context, cancelled).to(context.device)
-    with attached(model.net, pupils):
+    with swap_hooks(model.net, pupils):
         model.forward(batch)
     return [verdict for pupil in pupils.values() for verdict in pupil.verdicts]

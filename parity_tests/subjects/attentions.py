@@ -42,7 +42,9 @@ class AttentionInputs:
     leaves: dict[str, np.ndarray]
 
     def reference(self, x: dict[str, Var]) -> Var:
-        return Float().attention("a", x["q"], x["k"], x["v"], self.mask, self.spec, x.get("sink"), 0.0)
+        nx = Float()
+        nx.load({"a.probs.sink": x["sink"]} if "sink" in x else {})
+        return nx.attention("a", x["q"], x["k"], x["v"], self.mask, self.spec, 0.0)
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ class GateInputs:
 
     def reference(self, x: dict[str, Var]) -> Var:
         nx = Float()
+        nx.load(x)
         nx.begin(self.rows)
-        return gate(nx, x, x["x"], x["context"], self.spec, "layer.0.attn")
+        return gate(nx, x["x"], x["context"], self.spec, "layer.0.attn")
 
 
 def attention_inputs(softmax: str, situation: str, n: int) -> AttentionInputs:

@@ -11,7 +11,7 @@ from qtx_ref import models
 from qtx_ref.backend import Model
 from qtx_ref.numerics import FakeQuant
 from qtx_ref.spec import QuantSpec
-from qtx_ref.tape import Var, const
+from qtx_ref.tape import Var
 
 MODELS = ("bert_gate_mlp", "opt_post_norm_projected", "vit_clipped")
 
@@ -40,7 +40,8 @@ def check_nearest(context: Context) -> list[Verdict]:
         quants = quantize_every_site(model, small.batch, 4)
         ranges = model.calibrate([small.batch], quants)
         nx = RecordPairs(quants, ranges)
-        models.forward(nx, {key: const(value) for key, value in model.weights.items()}, small.spec, small.batch)
+        nx.load(model.weights)
+        models.forward(nx, small.spec, small.batch)
         verdicts.append(equal(f"{name}: sites seen", sorted(nx.pairs), sorted(quants)))
         for site, (x, y) in nx.pairs.items():
             codes = np.arange(-8, 8) if quants[site].symmetric else np.arange(16)

@@ -17,7 +17,6 @@ from qtx_ref import models, ops
 from qtx_ref.backend import Model
 from qtx_ref.numerics import Float
 from qtx_ref.random import stream
-from qtx_ref.tape import const
 
 STEP = 1e-5
 REASON = "central differences with h = 1e-5 in float64 are good to about 1e-10; inputs are away from kinks"
@@ -65,8 +64,9 @@ def check_model(name: str, context: Context) -> list[Verdict]:
     _, grads = model.gradients(small.batch)
 
     def loss(name: str, moved: np.ndarray) -> float:
-        p = {key: const(value) for key, value in (model.weights | {name: moved}).items()}
-        return float(models.loss(models.forward(Float(), p, small.spec, small.batch), small.batch).value)
+        nx = Float()
+        nx.load(model.weights | {name: moved})
+        return float(models.loss(models.forward(nx, small.spec, small.batch), small.batch).value)
 
     verdicts = []
     for key, value in model.weights.items():

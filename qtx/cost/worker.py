@@ -63,11 +63,11 @@ def load(task: Task, kind: str, file: str) -> Any:
     module, torch = backend(task["backend"]), task["backend"] == "torch"
     if torch:
         importlib.import_module("torch").set_num_threads(threads)
-        engines = importlib.import_module("qtx_torch.runners")
+        passes = importlib.import_module("qtx_torch.runners.passes")
     if kind == "integer":
         found = load_artifact(path)
         model = module.IntegerModel(found.spec, found.constants, found.quants, found.profile, device=device)
-        return engines.IntegerRunner(model) if torch else PlainRunner(model.run, model)
+        return passes.IntegerRunner(model) if torch else PlainRunner(model.run, model)
     found = load_checkpoint(path)
     model = module.Model(found.spec, found.params, device=device)
     if kind == "fake":
@@ -75,15 +75,18 @@ def load(task: Task, kind: str, file: str) -> Any:
     if not torch:
         return PlainRunner(model.forward, model)
     if kind == "bfloat16":
-        return engines.bfloat16_runner(model)
-    return engines.FloatRunner(model, engines.DynamicInt8(model) if kind == "torch-dynamic" else None)
+        return passes.make_bfloat16_runner(model)
+    if kind == "torch-dynamic":
+        return passes.FloatRunner(model, importlib.import_module("qtx_torch.runners.dynamic_int8").DynamicInt8(model))
+    return passes.FloatRunner(model)
 
 
 def clock(task: Task, kind: str) -> Callable[[Callable[[], Any]], float]:
     """How a variant is timed: by the clock, or by CUDA's."""
     if kind.startswith("onnx") or task["device"] == "cpu":
         return onnx_engine.by_clock
-    return importlib.import_module("qtx_torch.runners").timer(importlib.import_module("torch").device(task["device"]))
+    device = importlib.import_module("torch").device(task["device"])
+    return importlib.import_module("qtx_torch.runners.clocks").make_timer(device)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -131,8 +134,8 @@ def prepare(task: Task) -> Task:
     source, path = Path(task["source"]), Path(task["file"])
     if task["kind"] == "onnx":
         found = load_checkpoint(source)
-        engines = importlib.import_module("qtx_torch.runners")
-        engines.export_onnx(found.spec, found.params, path, masked=task["masked"])
+        exporter = importlib.import_module("qtx_torch.runners.onnx_export")
+        exporter.export_onnx(found.spec, found.params, path, masked=task["masked"])
     else:
         batches = (load_file(file) for file in task["calibration"])
         onnx_engine.quantize(source, path, task["kind"] == "onnx-static", iter(batches))
@@ -149,8 +152,8 @@ def probe(task: Task) -> Task:
     reset_peak()
 
     if cuda:
-        engines = importlib.import_module("qtx_torch.runners")
-        peak = engines.cuda_peak(runner.device, lambda: repeated(runner, inputs))
+        clocks = importlib.import_module("qtx_torch.runners.clocks")
+        peak = clocks.measure_peak(runner.device, lambda: repeated(runner, inputs))
     else:
         repeated(runner, inputs)
         peak = resident_peak()
@@ -181,8 +184,8 @@ def kernels(task: Task, runner: Any, batch: Any, inputs: Any) -> Task:
         return {"ops": ops, "matmuls": matmuls}
     result: Task = {}
     if task["backend"] == "torch":
-        engines = importlib.import_module("qtx_torch.runners")
-        result["ops"], result["matmuls"] = engines.shares(runner.device, lambda: repeated(runner, inputs))
+        clocks = importlib.import_module("qtx_torch.runners.clocks")
+        result["ops"], result["matmuls"] = clocks.measure_shares(runner.device, lambda: repeated(runner, inputs))
     profiling = importlib.import_module(f"qtx_{task['backend']}.timing")
     if kind == "integer":
         timed, seconds = profiling.products(runner.model, batch)
@@ -231,7 +234,7 @@ def time_attentions(task: Task) -> Task:
     module, spec, torch = backend(task["backend"]), from_dict(ModelSpec, task["spec"]), task["backend"] == "torch"
     if torch:
         importlib.import_module("torch").set_num_threads(task["threads"])
-        engines = importlib.import_module("qtx_torch.runners")
+        passes = importlib.import_module("qtx_torch.runners.passes")
     result: dict[str, dict[str, dict[str, list[float]]]] = {"forward": {}, "step": {}}
     for cell, file in task["cells"].items():
         batch = load_file(file)
@@ -240,9 +243,9 @@ def time_attentions(task: Task) -> Task:
             shape = replace(spec, attention=attention(text), dropout=0.0, attention_dropout=0.0)
             models[name] = module.Model(shape, init_params(shape, 0), device=task["device"])
             if name in task["unfused"]:
-                engines.unfused(models[name])
+                passes.unfuse(models[name])
         measure = clock(task, "float32")
-        runners = {n: engines.FloatRunner(m) if torch else PlainRunner(m.forward, m) for n, m in models.items()}
+        runners = {n: passes.FloatRunner(m) if torch else PlainRunner(m.forward, m) for n, m in models.items()}
         given = {name: runner.inputs(batch) for name, runner in runners.items()}
         calls = {n: (lambda n=n: runners[n](given[n]), measure) for n in models}  # noqa: B023
         kinds = {"forward": calls}

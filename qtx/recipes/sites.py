@@ -12,7 +12,7 @@ from qtx_ref.models import forward
 from qtx_ref.models.initial import shapes
 from qtx_ref.numerics import Float
 from qtx_ref.spec import Family, ModelSpec
-from qtx_ref.tape import Var, const
+from qtx_ref.tape import Var
 
 KEYS = (".scores", ".probs", ".context.lhs")  # sites whose last axis is the keys
 
@@ -75,7 +75,8 @@ def record_shapes(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
     """What passes the hooks in the forward pass of one short text or small image, by kind and name, with its shape."""
     shape, batch = shortened(spec)
     nx = RecordShapes()
-    forward(nx, {name: const(np.zeros(size, np.float32)) for name, size in shapes(shape).items()}, shape, batch)
+    nx.load({name: np.zeros(size, np.float32) for name, size in shapes(shape).items()})
+    forward(nx, shape, batch)
     return nx.shapes
 
 

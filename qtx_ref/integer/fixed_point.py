@@ -197,7 +197,7 @@ def round_by(a: np.ndarray, real: np.ndarray, requantization: Requantization) ->
         return multiply(a, *quantize_multiplier(real), requantization)
     check_real(real)
     a = np.asanyarray(a)
-    check_integers("accumulator", a)
+    check_integers("accumulator", a.dtype)
     check_shape("multiplier", real, a.shape, "give one, or one per column or row")
     return round_float(a.astype(np.float32) * np.asanyarray(real, np.float32), requantization)
 

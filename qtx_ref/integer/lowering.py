@@ -12,8 +12,6 @@ import numpy as np
 from scipy import special
 
 from .. import models
-from ..models.initial import shapes
-from ..numerics import Params
 from ..quant import affine
 from ..quant import quantizer as quantizers
 from ..spec import (
@@ -29,7 +27,6 @@ from ..spec import (
     check_integer,
     refuse_integer,
 )
-from ..tape import Var, const
 from . import fixed_point
 from . import ops as integer_ops
 from .model import Code, Integer, accumulator_bits, at, code_dtype
@@ -84,14 +81,13 @@ def make_constants(
     nonlinear: Nonlinear,
 ) -> dict[str, np.ndarray]:
     """The constants of `lower`, of quantizers that `check_integer` allows under the profile."""
-    nx = Lowering(quants, ranges, profile, nonlinear)
-    weights = {name: const(params[name]) for name in shapes(spec)}
+    nx = Lowering(params, quants, ranges, profile, nonlinear)
     if spec.family is Family.VIT:
         batch = {"images": np.zeros((1, spec.channels, spec.image_size, spec.image_size), np.float32)}
     else:
         token = np.zeros((1, 1), np.int64)
         batch = {"tokens": token, "types": token, "mask": token == 0}
-    output = models.forward(nx, weights, spec, batch)
+    output = models.forward(nx, spec, batch)
     if not output.measured:
         nx.constants["output.scale"] = np.asarray(output.unit, np.float64)
         nx.constants["output.zero_point"] = np.asarray(output.zero_point, np.int32)
@@ -104,9 +100,15 @@ class Lowering(Integer):
     constants: dict[str, np.ndarray]
 
     def __init__(
-        self, quants: Mapping[str, QuantSpec], ranges: Mapping[str, Range], profile: Profile, nonlinear: Nonlinear
+        self,
+        params: Mapping[str, np.ndarray],
+        quants: Mapping[str, QuantSpec],
+        ranges: Mapping[str, Range],
+        profile: Profile,
+        nonlinear: Nonlinear,
     ) -> None:
         super().__init__({}, quants, profile)
+        self.params = params
         self.ranges = ranges
         self.nonlinear = nonlinear
 
@@ -186,7 +188,7 @@ class Lowering(Integer):
 
     # ops --------------------------------------------------------------------------------------------------------------
 
-    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+    def named(self, site: str, x: Code) -> Code:
         spec = self.quants.get(site)
         if spec is not None and not spec.dynamic:
             self.target(site, "")
@@ -216,39 +218,39 @@ class Lowering(Integer):
             refuse_integer(site, "the model's input needs a static range")
         return super().input(site, value)
 
-    def parameter(self, site: str, p: Params) -> Code:
-        self.put_own_codes(site, "bias", p[f"{site}.bias"].value)
-        return super().parameter(site, p)
+    def parameter(self, site: str) -> Code:
+        self.put_own_codes(site, "bias", self.params[f"{site}.bias"])
+        return super().parameter(site)
 
-    def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
+    def linear(self, site: str, x: Code, *, weight: str | None = None, named: bool = True) -> Code:
         own, name = f"{site}.weight", weight or f"{site}.weight"
-        self.put_weight(name, p[name].value)
+        self.put_weight(name, self.params[name])
         if own != name and own in self.quants:
             if self.quants[own] != self.quants[name]:
                 refuse_integer(own, f"it is tied to {name}, whose quantizer is another one")
             self.put_scale(own, self.constants[f"{name}.scale"], self.constants[f"{name}.zero_point"])
-        return super().linear(site, x, p, weight=weight, named=named)
+        return super().linear(site, x, weight=weight, named=named)
 
-    def product(self, site: str, x: Code, w: Code, p: Params) -> Code:
+    def product(self, site: str, x: Code, w: Code) -> Code:
         self.check_codes(site, x)
-        bias = p.get(f"{site}.bias")
+        bias = self.params.get(f"{site}.bias")
         if bias is not None and x.measured:
-            self.constants[f"{site}.bias"] = bias.value.astype(np.float32)
+            self.constants[f"{site}.bias"] = bias.astype(np.float32)
         elif bias is not None:
-            self.put_bias(site, bias.value, self.unit(x.unit, w.unit), accumulator_bits(x.spec, w.spec))
-        y = super().product(site, x, w, p)
+            self.put_bias(site, bias, self.unit(x.unit, w.unit), accumulator_bits(x.spec, w.spec))
+        y = super().product(site, x, w)
         if y.offset is not None and site not in self.quants:
             refuse_integer(site, "its input has a scale per token, so its bias no unit: give its result a quantizer")
         return y
 
-    def embedding(self, site: str, index: np.ndarray, p: Params) -> Code:
-        self.put_weight(f"{site}.weight", p[f"{site}.weight"].value)
-        return super().embedding(site, index, p)
+    def embedding(self, site: str, index: np.ndarray) -> Code:
+        self.put_weight(f"{site}.weight", self.params[f"{site}.weight"])
+        return super().embedding(site, index)
 
-    def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
+    def norm(self, site: str, x: Code, eps: float) -> Code:
         self.check_codes(site, x)
         self.target(site, "a norm's result")
-        self.put_weight(f"{site}.weight", p[f"{site}.weight"].value)
+        self.put_weight(f"{site}.weight", self.params[f"{site}.weight"])
         gain = self.weight(f"{site}.weight")
         if x.measured:
             refuse_integer(site, "its input has a scale per token, so its eps no unit: use a static range there")
@@ -257,8 +259,8 @@ class Lowering(Integer):
             refuse_integer(site, f"its eps, {eps}, dwarfs values of scale {x.unit}")
         self.constants[f"{site}.eps"] = code.astype(np.int64)
         step = self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)
-        self.put_bias(site, p[f"{site}.bias"].value, step, accumulator_bits(gain.spec))
-        return super().norm(site, x, p, eps)
+        self.put_bias(site, self.params[f"{site}.bias"], step, accumulator_bits(gain.spec))
+        return super().norm(site, x, eps)
 
     def add(self, site: str, a: Code, b: Code) -> Code:
         spec = self.target(site, "a sum is rounded to its codes")
@@ -292,10 +294,10 @@ class Lowering(Integer):
             refuse_integer(site, "it is a mean over tokens, and each has a scale of its own: use a static range")
         return super().mean(site, x)
 
-    def prepend(self, site: str, x: Code, p: Params) -> Code:
-        self.put_own_codes(site, "weight", p[f"{site}.weight"].value)
+    def prepend(self, site: str, x: Code) -> Code:
+        self.put_own_codes(site, "weight", self.params[f"{site}.weight"])
         self.put_requantization(site, x)
-        return super().prepend(site, x, p)
+        return super().prepend(site, x)
 
     def activation(self, site: str, x: Code, kind: str) -> Code:
         if kind == "relu":
@@ -329,7 +331,7 @@ class Lowering(Integer):
         return (codes - x.zero_point) * np.float64(x.unit)
 
     def attention(
-        self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None, rate: float
+        self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, rate: float
     ) -> Code:
         self.check_codes(f"{site}.scores", q, k)
         self.check_codes(f"{site}.context", v)
@@ -337,22 +339,22 @@ class Lowering(Integer):
             refuse_integer(
                 f"{site}.context", "its values have a scale per token, which varies along the sum: use a static range"
             )
-        return super().attention(site, q, k, v, mask, spec, sink, rate)
+        return super().attention(site, q, k, v, mask, spec, rate)
 
-    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None) -> Code:
+    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec) -> Code:
         self.check_codes(site, scores)
         if scores.measured:
             refuse_integer(site, "a table of exponentials needs one static scale, and its scores have several")
         self.target(site, "probabilities are rounded to its codes")
-        self.put_softmax(site, scores, spec, sink)
-        return super().softmax(site, scores, mask, spec, sink)
+        self.put_softmax(site, scores, spec)
+        return super().softmax(site, scores, mask, spec)
 
-    def put_softmax(self, site: str, scores: Code, spec: AttentionSpec, sink: Var | None) -> None:
+    def put_softmax(self, site: str, scores: Code, spec: AttentionSpec) -> None:
         """Exponentials of the distances between codes; sinks; the clip's numbers."""
         step, zero = float(scores.unit), int(scores.zero_point)
         lowest, highest = scores.spec.code_min, scores.spec.code_max
         if spec.softmax in (Softmax.SINK, Softmax.PLUS_ONE):
-            logit = np.zeros(1) if sink is None else sink.value.astype(np.float64)
+            logit = np.asarray(self.params.get(f"{site}.sink", np.zeros(1)), np.float64)
             below = np.floor(logit / step)
             factor = np.rint(np.exp(logit - below * step) * 2.0**integer_ops.SINK_BITS)
             if factor.max() >= 2**FACTOR_BITS or np.abs(below).max() > SINK_STEPS:

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from .. import ops
-from ..numerics import Float, Params
+from ..numerics import Numerics
 from ..quant import affine
 from ..spec import (
     AttentionSpec,
@@ -70,18 +70,17 @@ class Code(Var):
         self.measured = measured
         self.offset = offset
 
-    @staticmethod
-    def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Var], *edges: tuple[Var, Vjp]) -> Var:
+    def arrange(self, move: Callable[..., np.ndarray], *others: Code, edges: Sequence[tuple[Var, Vjp]] = ()) -> Code:
         """The same, with scale and zero point where there is more than one of them; of several inputs, such as the tokens
         before and a new one, only where each has its own."""
-        first = inputs[0]
-        shared = len(inputs) > 1 and not first.measured
+        inputs = (self, *others)
+        shared = bool(others) and not self.measured
 
         def follow(parts: list[np.ndarray | None]) -> np.ndarray | None:
             return parts[0] if shared or parts[0] is None or np.ndim(parts[0]) == 0 else move(*parts)
 
         units, zeros = follow([x.unit for x in inputs]), follow([x.zero_point for x in inputs])
-        return Code(move(*(x.value for x in inputs)), units, zeros, first.spec, first.measured)
+        return Code(move(*(x.value for x in inputs)), units, zeros, self.spec, self.measured)
 
     def centred(self) -> np.ndarray:
         """value - zero_point: int32, or int64 for an accumulator of that width."""
@@ -127,7 +126,7 @@ def at(site: str) -> Iterator[None]:
         raise SpecError(f"site {site}: {error}") from None
 
 
-class Integer(Float):
+class Integer(Numerics[Code]):
     """See the module. `record(name, value)` is shown every site's codes, and each matmul's `<site>.accumulator`."""
 
     def __init__(
@@ -139,7 +138,6 @@ class Integer(Float):
         strict: bool = False,
         record: Callable[[str, np.ndarray], None] | None = None,
     ) -> None:
-        super().__init__()
         self.entry = constants
         if strict:
             constants = {name: c.view(Whole) for name, c in constants.items() if c.dtype.kind in "iu"}
@@ -160,7 +158,7 @@ class Integer(Float):
 
     # from accumulators to codes ---------------------------------------------------------------------------------------
 
-    def named(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+    def named(self, site: str, x: Code) -> Code:
         """The result of an op, whatever its unit, as the code of its site."""
         spec = self.quants.get(site)
         if spec is None:
@@ -175,7 +173,7 @@ class Integer(Float):
             self.record(site, x.value)
         return x
 
-    def operand(self, site: str, x: Code, where: np.ndarray | None = None) -> Code:
+    def operand(self, site: str, x: Code) -> Code:
         """An operand for which the recipe has a quantizer of its own."""
         return self.named(site, x) if site in self.quants else x
 
@@ -209,7 +207,7 @@ class Integer(Float):
         """The scale of a static site; None under strict."""
         return self.constants.get(f"{site}.scale")
 
-    def weight(self, site: str, w: Var | None = None) -> Code:
+    def weight(self, site: str) -> Code:
         """The codes of a weight."""
         return Code(self.constants[site], self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
 
@@ -237,27 +235,27 @@ class Integer(Float):
             site, Code(code.astype(code_dtype(spec)).view(type(zero)), self.scale_of(site), zero, spec)
         )
 
-    def parameter(self, site: str, p: Params) -> Code:
+    def parameter(self, site: str) -> Code:
         """The codes of `<site>.bias`, made with the site's own scale."""
         zero = self.constants[f"{site}.zero_point"]
         return self.record_codes(
             site, Code(self.constants[f"{site}.bias"], self.scale_of(site), zero, self.quants[site])
         )
 
-    def linear(self, site: str, x: Code, p: Params, *, weight: str | None = None, named: bool = True) -> Code:
+    def linear(self, site: str, x: Code, *, weight: str | None = None, named: bool = True) -> Code:
         """x W^T + b: one matrix (O, I), or one per head (H, O, I) on the head's own slice of x."""
         x = self.operand(f"{site}.input", x)
-        y = self.product(site, x, self.weight(weight or f"{site}.weight"), p)
+        y = self.product(site, x, self.weight(weight or f"{site}.weight"))
         return self.named(site, y) if named else y
 
-    def product(self, site: str, x: Code, w: Code, p: Params) -> Code:
+    def product(self, site: str, x: Code, w: Code) -> Code:
         """The accumulators of a linear layer; those of a measured unit with their bias beside."""
-        heads = w.shape[0] if w.ndim == 3 else 1
+        heads = w.value.shape[0] if w.value.ndim == 3 else 1
 
         def split(v: np.ndarray) -> np.ndarray:  # (..., H n) -> (H, N, n)
             return v.reshape(-1, heads, v.shape[-1] // heads).swapaxes(0, 1)
 
-        wt = w.value.reshape(heads, *w.shape[-2:]).swapaxes(1, 2)  # (H, I, O)
+        wt = w.value.reshape(heads, *w.value.shape[-2:]).swapaxes(1, 2)  # (H, I, O)
         w_zero = w.zero_point if np.size(w.zero_point) == 1 else w.zero_point.reshape(heads, 1, -1)
         x_zero = x.zero_point if np.size(x.zero_point) == 1 else x.zero_point.reshape(1, -1, 1)
         w_unit = w.unit if np.size(w.unit) == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
@@ -269,13 +267,13 @@ class Integer(Float):
         y_unit = self.unit(x.unit, w_unit)
         return Code(acc, y_unit, measured=x.measured, offset=bias if x.measured else None)
 
-    def embedding(self, site: str, index: np.ndarray, p: Params) -> Code:
+    def embedding(self, site: str, index: np.ndarray) -> Code:
         """Rows of the codes of `<site>.weight`; their own scales, where each row has one."""
         table = self.weight(f"{site}.weight")
         pick = [part if np.size(part) == 1 else part[index] for part in (table.unit, table.zero_point)]
         return self.named(site, Code(table.value[index], *pick, table.spec, np.size(table.unit) > 1))
 
-    def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
+    def norm(self, site: str, x: Code, eps: float) -> Code:
         gain = self.weight(f"{site}.weight")
         acc = integer_ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.centred()
         bias = self.constants[f"{site}.bias"]
@@ -314,12 +312,16 @@ class Integer(Float):
         total = integer_ops.mean(x.centred(), self._where(x)).astype(x.centred().dtype)
         return self.named(site, Code(total, x.unit, measured=x.measured))
 
-    def prepend(self, site: str, x: Code, p: Params) -> Code:
+    def prepend(self, site: str, x: Code) -> Code:
         """The codes of `<site>.weight`, made with the site's own scale, and x requantized to it."""
         spec = self.quants[site]
         x = self.quantized(site, spec, x.real()) if x.measured else self.requantized(site, spec, x)
         first = np.broadcast_to(self.constants[f"{site}.weight"], (x.shape[0], 1, x.shape[2]))
         return self.record_codes(site, Code(np.concatenate([first, x.value], axis=1), x.unit, x.zero_point, x.spec))
+
+    def dropout(self, site: str, x: Code, rate: float) -> Code:
+        """As it is: integers are not trained."""
+        return x
 
     def activation(self, site: str, x: Code, kind: str) -> Code:
         """relu: max(x, 0). Others: a table, or a polynomial of I-BERT."""
@@ -341,15 +343,15 @@ class Integer(Float):
         return self.named(site, Code(y, self.unit(2.0**-bits)))
 
     def attention(
-        self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None, rate: float
+        self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, rate: float
     ) -> Code:
         """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
         q, k = self.operand(f"{site}.scores.lhs", q), self.operand(f"{site}.scores.rhs", k)
-        kt = k.arranged(lambda x: x.swapaxes(-1, -2), [k])
+        kt = k.arrange(lambda x: x.swapaxes(-1, -2))
         acc = self.record_accumulator(f"{site}.scores", self.matmul(f"{site}.scores", q, kt))
         step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
         scores = self.named(f"{site}.scores", Code(acc, step, measured=measured))
-        probs = self.operand(f"{site}.context.lhs", self.softmax(f"{site}.probs", scores, mask, spec, sink))
+        probs = self.operand(f"{site}.context.lhs", self.softmax(f"{site}.probs", scores, mask, spec))
         v = self.operand(f"{site}.context.rhs", v)
         acc, step = self.matmul(f"{site}.context", probs, v), self.unit(probs.unit, v.unit)
         step = step if np.ndim(step) == 0 else np.broadcast_to(step, acc.shape)  # per query and head, or per channel
@@ -358,7 +360,7 @@ class Integer(Float):
         self.record_accumulator(f"{site}.context", context.value)
         return self.named(f"{site}.context", context)
 
-    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None) -> Code:
+    def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec) -> Code:
         find = self.constants.get
         exponential = find(f"{site}.table")
         if exponential is None:

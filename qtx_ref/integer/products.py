@@ -38,7 +38,7 @@ def block_length(a_spec: QuantSpec, b_spec: QuantSpec) -> tuple[int, type]:
 
 def check_codes(what: str, code: np.ndarray, spec: QuantSpec) -> None:
     """Raises ValueError where codes are not integers of the spec. A dtype that cannot hold others is not searched."""
-    check_integers(what, code)
+    check_integers(what, code.dtype)
     limits = np.iinfo(code.dtype)
     if code.size == 0 or (limits.min >= spec.code_min and limits.max <= spec.code_max):
         return

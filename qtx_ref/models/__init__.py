@@ -1,4 +1,4 @@
-"""The three models as functions over a parameter dict, their parameters' shapes and first values."""
+"""The three models as functions of a numerics, which has the parameters; the parameters' shapes and first values."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..numerics import Float
+from ..numerics import Numerics
 from ..ops import cross_entropy
 from ..spec import Family, ModelSpec
-from ..tape import Var
+from ..tape import V, Var
 from . import bert, opt, vit
 
-FORWARD = {Family.BERT: bert.forward, Family.OPT: opt.forward, Family.VIT: vit.forward}
+__all__ = ["forward", "loss"]
 
 
-def forward(nx: Float, p: Mapping[str, Var], spec: ModelSpec, batch: dict[str, np.ndarray]) -> Var:
-    """Logits (or hidden states, for a model without head) of a batch under a numerics."""
-    return FORWARD[spec.family](nx, p, spec, batch)
+def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -> V:
+    """Logits (B, T, V) or (B, classes) of a batch under a numerics, which has the parameters; hidden states (B, T, D)
+    of a model without head. In the parameters' dtype, or integer codes. The batch is as `backend.Model.accept` gives
+    it."""
+    if spec.family is Family.BERT:
+        return bert.forward(nx, spec, batch)
+    return opt.forward(nx, spec, batch) if spec.family is Family.OPT else vit.forward(nx, spec, batch)
 
 
-def loss(logits: Var, batch: dict[str, np.ndarray]) -> Var:
-    """Cross entropy in nats, summed over the batch's targets (or labels) and divided by their number; float64."""
+def loss(logits: Var, batch: Mapping[str, np.ndarray]) -> Var:
+    """Cross entropy in nats of logits (..., V), summed over the batch's targets, or labels, (...) integers, and divided
+    by their number; float64, ()."""
     return cross_entropy(logits, batch["targets"] if "targets" in batch else batch["labels"])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from .. import ops
 from ..attention import attention_mask
-from ..numerics import Float, Params
+from ..numerics import Numerics
 from ..spec import Head, ModelSpec
-from ..tape import Var
+from ..tape import V
 from .block import block
 
+__all__ = ["forward", "head"]
 
-def forward(nx: Float, p: Params, spec: ModelSpec, batch: dict[str, np.ndarray]) -> Var:
+
+def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -> V:
     """tokens, mask and types (B, T) -> hidden states (B, T, D), MLM logits (B, T, V) or class logits (B, C).
 
     mask is boolean, as `attention.boolean_mask` makes it.
@@ -20,22 +24,23 @@ def forward(nx: Float, p: Params, spec: ModelSpec, batch: dict[str, np.ndarray])
     tokens, rows = batch["tokens"], batch["mask"]
     length = tokens.shape[1]
     nx.begin(rows)
-    x = nx.embedding("embed.token", tokens, p)  # (B, T) -> (B, T, D)
-    x = nx.add("embed.pair", x, nx.embedding("embed.type", batch["types"], p))
-    x = nx.add("embed.sum", x, nx.embedding("embed.position", np.arange(length), p))
-    x = nx.dropout("embed.norm", nx.norm("embed.norm", x, p, spec.norm_eps), spec.dropout)
+    x = nx.embedding("embed.token", tokens)  # (B, T) -> (B, T, D)
+    x = nx.add("embed.pair", x, nx.embedding("embed.type", batch["types"]))
+    x = nx.add("embed.sum", x, nx.embedding("embed.position", np.arange(length)))
+    x = nx.dropout("embed.norm", nx.norm("embed.norm", x, spec.norm_eps), spec.dropout)
     mask = attention_mask(rows, length, length, causal=False)
     for i in range(spec.layers):
-        x, _ = block(nx, p, x, mask, spec, i)
-    return head(nx, p, spec, x)
+        x, _ = block(nx, x, mask, spec, i)
+    return head(nx, spec, x)
 
 
-def head(nx: Float, p: Params, spec: ModelSpec, x: Var) -> Var:
+def head(nx: Numerics[V], spec: ModelSpec, x: V) -> V:
+    """x (B, T, D), float or integer codes -> MLM logits (B, T, V), class logits (B, C), or x where there is no head."""
     if spec.head is Head.MLM:
-        h = nx.activation("head.activation", nx.linear("head.transform", x, p), "gelu")
-        h = nx.norm("head.norm", h, p, spec.norm_eps)
-        return nx.linear("head.decoder", h, p, weight="embed.token.weight")  # (B, T, D) -> (B, T, V)
+        h = nx.activation("head.activation", nx.linear("head.transform", x), "gelu")
+        h = nx.norm("head.norm", h, spec.norm_eps)
+        return nx.linear("head.decoder", h, weight="embed.token.weight")  # (B, T, D) -> (B, T, V)
     if spec.head is Head.CLASSIFY:
-        h = nx.activation("head.activation", nx.linear("head.pool", ops.token(x, 0), p), "tanh")  # (B, T, D) -> (B, D)
-        return nx.linear("head.classifier", nx.dropout("head.activation", h, spec.dropout), p)  # (B, D) -> (B, C)
+        h = nx.activation("head.activation", nx.linear("head.pool", ops.token(x, 0)), "tanh")  # (B, T, D) -> (B, D)
+        return nx.linear("head.classifier", nx.dropout("head.activation", h, spec.dropout))  # (B, D) -> (B, C)
     return x

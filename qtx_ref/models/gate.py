@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from .. import ops
-from ..numerics import Float, Params
+from ..numerics import Numerics
 from ..spec import Gate, ModelSpec
-from ..tape import Var
+from ..tape import V
+
+__all__ = ["gate"]
 
 
-def gate(nx: Float, p: Params, x: Var, context: Var, spec: ModelSpec, name: str) -> Var:
+def gate(nx: Numerics[V], x: V, context: V, spec: ModelSpec, name: str) -> V:
     """sigmoid(logit) * context (times 1 / pi where rescaled), as the spec's gate says.
 
     The logit is made from the attention's input x (B, T, D). context (B, T, D) has its heads side by side. Every form
@@ -18,16 +20,16 @@ def gate(nx: Float, p: Params, x: Var, context: Var, spec: ModelSpec, name: str)
     if kind is Gate.NONE:
         return context
     if kind is Gate.HEAD:
-        z = nx.parameter(logit, p)  # (H,)
+        z = nx.parameter(logit)  # (H,)
     elif kind is Gate.MLP:
-        h = nx.activation(hidden, nx.linear(hidden, x, p, named=False), "relu")  # (B, T, D) -> (B, T, H m)
-        z = nx.linear(logit, h, p)  # (B, T, H m) -> (B, T, H)
+        h = nx.activation(hidden, nx.linear(hidden, x, named=False), "relu")  # (B, T, D) -> (B, T, H m)
+        z = nx.linear(logit, h)  # (B, T, H m) -> (B, T, H)
     elif kind is Gate.HEAD_CONDITIONAL:
-        z = nx.mean(logit, nx.linear(logit, x, p, named=False))  # (B, T, H) -> (B, 1, H)
+        z = nx.mean(logit, nx.linear(logit, x, named=False))  # (B, T, H) -> (B, 1, H)
     else:
-        z = nx.linear(logit, x, p)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
+        z = nx.linear(logit, x)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
     g = nx.activation(f"{name}.gate", z, "sigmoid")
-    if spec.attention.rescaled:
+    if spec.attention.rescaled and spec.attention.pi:
         g = nx.scale(g, 1 / spec.attention.pi)
     if kind is not Gate.ELEMENTWISE:
         g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)

@@ -1,9 +1,9 @@
 """Parameter names, shapes and first values, the same for every backend: drawn in NumPy, one stream per name.
 
 BERT and OPT: normal(0, init_std), biases 0, norms 1 and 0 (Devlin et al. 2019, Zhang et al. 2022; OPT's output weights
-by 1 / sqrt(2 layers)). ViT: the same cut at two deviations, its class token at 1e-6 (Dosovitskiy et al. 2021 as in timm).
-Gates: weights as torch draws a new linear layer, uniform within 1 / sqrt(inputs), as in the code of Bondarenko et al.;
-biases 0, or logit(pi) for the linear form.
+by 1 / sqrt(2 layers)). ViT: the same cut at two deviations, its class token at 1e-6 (Dosovitskiy et al. 2021 as in
+timm). Gates: weights as torch draws a new linear layer, uniform within 1 / sqrt(inputs), as in the code of Bondarenko
+et al.; biases 0, or logit(pi) for the linear form.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from ..spec import (
     SpecError,
 )
 
+__all__ = ["add_gate", "first_value", "gate_shapes", "init_params", "shapes"]
+
 
 def gate_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Parameters that the gate adds to one layer, by site within `attn`."""
     h, k, d, m = spec.heads, spec.head_width, spec.width, spec.gate_hidden
-    return {
+    known: dict[Gate, dict[str, tuple[int, ...]]] = {
         Gate.NONE: {},
         Gate.HEAD: {"gate_logit.bias": (h,)},
         Gate.HEAD_CONDITIONAL: {"gate_logit.weight": (h, 1, k), "gate_logit.bias": (h, 1)},
@@ -41,35 +43,36 @@ def gate_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         },
         Gate.ALL_FEATURES: {"gate_logit.weight": (h, d), "gate_logit.bias": (h,)},
         Gate.ELEMENTWISE: {"gate_logit.weight": (d, d)},
-    }[spec.attention.gate]
+    }
+    return known[spec.attention.gate]
 
 
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every parameter's name and shape, in the order of the forward pass."""
     d, f, e = spec.width, spec.hidden, spec.embed_width or spec.width
-    found: dict[str, tuple[int, ...]] = {}
+    known: dict[str, tuple[int, ...]] = {}
 
     def linear(site: str, outputs: int, inputs: int, bias: bool = True) -> None:
-        found[f"{site}.weight"] = (outputs, inputs)
+        known[f"{site}.weight"] = (outputs, inputs)
         if bias:
-            found[f"{site}.bias"] = (outputs,)
+            known[f"{site}.bias"] = (outputs,)
 
     def norm(site: str, width: int) -> None:
-        found[f"{site}.weight"] = (width,)
-        found[f"{site}.bias"] = (width,)
+        known[f"{site}.weight"] = (width,)
+        known[f"{site}.bias"] = (width,)
 
     if spec.family is Family.VIT:
         linear("embed.patch", d, spec.channels * spec.patch_size**2)
         if spec.patch_norm:
             norm("embed.norm", d)
-        found["embed.cls.weight"] = (d,)
+        known["embed.cls.weight"] = (d,)
     else:
-        found["embed.token.weight"] = (spec.vocab, e)
+        known["embed.token.weight"] = (spec.vocab, e)
     if spec.embed_width:
         linear("embed.project", d, e, bias=False)
     if spec.family is Family.BERT:
-        found["embed.type.weight"] = (spec.types, d)
-    found["embed.position.weight"] = (spec.length + spec.position_offset, d)
+        known["embed.type.weight"] = (spec.types, d)
+    known["embed.position.weight"] = (spec.length + spec.position_offset, d)
     if spec.family is Family.BERT:
         norm("embed.norm", d)
     for i in range(spec.layers):
@@ -78,8 +81,8 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         for part in ("query", "key", "value", "output"):
             linear(f"{attn}.{part}", d, d)
         if spec.attention.softmax is Softmax.SINK:
-            found[f"{attn}.probs.sink"] = (spec.heads,)
-        found.update({f"{attn}.{name}": shape for name, shape in gate_shapes(spec).items()})
+            known[f"{attn}.probs.sink"] = (spec.heads,)
+        known.update({f"{attn}.{name}": shape for name, shape in gate_shapes(spec).items()})
         norm(f"{ffn}.norm", d)
         linear(f"{ffn}.hidden", f, d)
         linear(f"{ffn}.output", d, f)
@@ -90,12 +93,12 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.head is Head.MLM:
         linear("head.transform", d, d)
         norm("head.norm", d)
-        found["head.decoder.bias"] = (spec.vocab,)
+        known["head.decoder.bias"] = (spec.vocab,)
     if spec.head is Head.CLASSIFY:
         if spec.family is Family.BERT:
             linear("head.pool", d, d)
         linear("head.classifier", spec.classes, d)
-    return found
+    return known
 
 
 def init_params(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:
@@ -106,26 +109,27 @@ def init_params(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:
 def add_gate(
     params: dict[str, np.ndarray], spec: ModelSpec, pi: float, seed: int
 ) -> tuple[dict[str, np.ndarray], ModelSpec]:
-    """A trained model with a linear gate that changes little at first: weights normal(0, 0.01), bias logit(pi), and the
-    gate multiplied by 1 / pi (Bondarenko et al. 2023, appendix B.6). Returns parameters and spec.
+    """A trained model, float32, with a linear gate that changes little at first: weights normal(0, 0.01), bias
+    logit(pi), and the gate multiplied by 1 / pi (Bondarenko et al. 2023, appendix B.6). Returns parameters and spec.
 
     Raises SpecError where the model has a gate already, or pi is not between 0 and 1.
     """
     if spec.attention.gate is not Gate.NONE:
         raise SpecError(f"the model has the gate {spec.attention.gate}: a gate is added to a model without one")
     gated = replace(spec, attention=replace(spec.attention, gate=Gate.LINEAR, pi=pi, rescaled=True))
-    found = {}
+    values = {}
     for name, shape in shapes(gated).items():
         if name in params:
-            found[name] = params[name]
+            values[name] = params[name]
         elif name.endswith(".weight"):
-            found[name] = stream(seed, "gate", name).normal(0, 0.01, shape).astype(np.float32)
+            values[name] = stream(seed, "gate", name).normal(0, 0.01, shape).astype(np.float32)
         else:
-            found[name] = first_value(gated, name, shape, seed)
-    return found, gated
+            values[name] = first_value(gated, name, shape, seed)
+    return values, gated
 
 
 def first_value(spec: ModelSpec, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """The first value of the parameter of that name and shape, float32; see the module for which distribution."""
     rng = stream(seed, "init", name)
     site, _, kind = name.rpartition(".")
     if kind == "sink":

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ..spec import Profile, SpecError, from_dict
 
+__all__ = ["NAMES", "profile", "sources"]
+
 FOLDER = Path(__file__).parent
 NAMES = ("qtx", "float32", "gemmlowp", "tflite", "onnx")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 
-def check_integers(what: str, value: np.ndarray) -> None:
-    """Raises ValueError where the dtype is not an integer's."""
-    dtype = np.asanyarray(value).dtype
+def check_integers(what: str, dtype: np.dtype) -> None:
+    """Raises ValueError where a dtype is not an integer's."""
     if dtype.kind not in "iu":
         raise ValueError(f"{what} has dtype {dtype}: codes are integers, and so is what they make")
 
@@ -15,7 +14,7 @@ def check_integers(what: str, value: np.ndarray) -> None:
 def check_range(what: str, value: np.ndarray | int, low: int, high: int, remedy: str) -> None:
     """Raises ValueError naming the first value outside [low, high]. A dtype that holds no other is not searched."""
     value = np.asanyarray(value)
-    check_integers(what, value)
+    check_integers(what, value.dtype)
     limits = np.iinfo(value.dtype)
     if limits.min >= low and limits.max <= high:
         return

@@ -200,7 +200,7 @@ def round_by(a: Tensor, real: Tensor, requantization: Requantization) -> Tensor:
     if requantization not in FLOATS:
         return multiply(a, *quantize_multiplier(real), requantization)
     check_real(real)
-    check_integers("accumulator", a)
+    check_integers("accumulator", a.dtype)
     check_shape("multiplier", real, a.shape, "give one, or one per column or row")
     return round_float(a.float() * real.float(), requantization)
 

@@ -1,8 +1,7 @@
 """`Integer`: a whole model in integer codes, as a device computes it.
 
-Differs from the reference: site, module, attn, p, sink: a site's module knows its site and holds its parameters.
-Differs from the reference: where, Integer.weight, Code.arranged, Whole: there is no tape, and torch forbids floats in
-another way.
+Differs from the reference: site, module, attn: a site's module knows its site and holds its parameters.
+Differs from the reference: Integer.dropout, Code.arrange, Whole: there is no tape, and torch forbids floats in another way.
 
 Every value is a `Code`, `real = unit * (value - zero_point)`. A matmul of codes gives an int32 accumulator (int64 where
 a factor has more than 8 bits), whose unit is the product of its factors' scales; requantization by the profile makes it
@@ -78,8 +77,8 @@ class Code:
     dtype = property(lambda self: self.value.dtype)
 
     @staticmethod
-    def arranged(move: Callable[..., Tensor], parts: tuple[Code, ...]) -> Code:
-        """`ops.arranged`: scale and zero point move too, where there is more than one of them; of several parts, such as
+    def arrange(move: Callable[..., Tensor], parts: tuple[Code, ...]) -> Code:
+        """`ops.arrange`: scale and zero point move too, where there is more than one of them; of several parts, such as
         the tokens before and a new one, only where each has its own."""
         first = parts[0]
         shared = len(parts) > 1 and not first.measured
@@ -370,7 +369,7 @@ class Integer(Float):
         """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
         scores_site, context_site = attn.scores.site, attn.context.site
         q, k = self.operand(f"{scores_site}.lhs", q), self.operand(f"{scores_site}.rhs", k)
-        kt = ops.arranged(lambda x: x.transpose(-1, -2), k)
+        kt = ops.arrange(lambda x: x.transpose(-1, -2), k)
         acc = self.record_accumulator(scores_site, self.matmul(scores_site, q, kt))
         step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
         scores = self.named(scores_site, Code(acc, step, measured=measured))

@@ -74,7 +74,7 @@ def name(dtype: torch.dtype) -> str:
 
 def check_codes(what: str, code: Tensor, spec: QuantSpec) -> None:
     """Raises ValueError where codes are not integers of the spec. A dtype that cannot hold others is not searched."""
-    check_integers(what, code)
+    check_integers(what, code.dtype)
     limits = torch.iinfo(code.dtype)
     if code.numel() == 0 or (limits.min >= spec.code_min and limits.max <= spec.code_max):
         return

@@ -1,6 +1,6 @@
 """The three models as modules; their parameters have the reference's names and shapes.
 
-Differs from the reference: forward, build: models are modules, not functions over a dict.
+Differs from the reference: forward, build: models are modules, not functions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """BERT (Devlin et al. 2019): post-norm encoder with token types, a masked-language-model head or a classifier.
 
-Differs from the reference: forward, head, Embed, Bert: models are modules, not functions over a dict.
+Differs from the reference: forward, head, Embed, Bert: models are modules, not functions.
 """
 
 from __future__ import annotations

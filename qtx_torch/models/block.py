@@ -1,7 +1,7 @@
 """One transformer block, shared by BERT (post-norm), OPT (pre- or post-norm) and ViT (pre-norm).
 
 Differs from the reference: self_attention, feed_forward, block, Attention, FeedForward, Block: models are modules, not
-functions over a dict.
+functions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Gates on an attention's output (Bondarenko et al. 2023, eq. 5).
 
-Differs from the reference: gate_sites, p, name, attn: a gate's parameters are in the modules of its sites.
+Differs from the reference: gate_sites, name, attn: a gate's parameters are in the modules of its sites.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ def gate_sites(spec: ModelSpec) -> dict[str, SiteModule]:
     kind, h, k, d, m = spec.attention.gate, spec.heads, spec.head_width, spec.width, spec.gate_hidden
     if kind is Gate.NONE:
         return {}
-    found: dict[str, SiteModule] = {}
+    sites: dict[str, SiteModule] = {}
     if kind is Gate.HEAD:
-        found["gate_logit"] = SiteModule(bias=(h,))
+        sites["gate_logit"] = SiteModule(bias=(h,))
     elif kind is Gate.MLP:
-        found["gate_hidden"] = Linear(m, k, heads=h)
-        found["gate_logit"] = Linear(1, m, heads=h)
+        sites["gate_hidden"] = Linear(m, k, heads=h)
+        sites["gate_logit"] = Linear(1, m, heads=h)
     elif kind is Gate.ALL_FEATURES:
-        found["gate_logit"] = Linear(h, d)
+        sites["gate_logit"] = Linear(h, d)
     elif kind is Gate.ELEMENTWISE:
-        found["gate_logit"] = Linear(d, d, bias=False)
+        sites["gate_logit"] = Linear(d, d, bias=False)
     else:
-        found["gate_logit"] = Linear(1, k, heads=h)
-    return found | {"gate": SiteModule(), "gated": SiteModule()}
+        sites["gate_logit"] = Linear(1, k, heads=h)
+    return sites | {"gate": SiteModule(), "gated": SiteModule()}
 
 
 def gate(nx: Float, attn: nn.Module, x: Tensor, context: Tensor, spec: ModelSpec) -> Tensor:

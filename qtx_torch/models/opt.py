@@ -1,6 +1,6 @@
 """OPT (Zhang et al. 2022): causal decoder with ReLU, learned positions behind an offset and a tied head.
 
-Differs from the reference: forward, Opt: models are modules, not functions over a dict.
+Differs from the reference: forward, Opt: models are modules, not functions.
 
 The 350m shape as released is post-norm, embeds tokens in 512 dimensions, projects them to 1024 and back without bias,
 and has no final norm.

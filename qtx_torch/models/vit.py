@@ -1,6 +1,6 @@
 """ViT (Dosovitskiy et al. 2021): pre-norm encoder over image patches and a CLS token.
 
-Differs from the reference: forward, Vit: models are modules, not functions over a dict.
+Differs from the reference: forward, Vit: models are modules, not functions.
 
 `patch_norm` puts a LayerNorm after the patch embedding, as Bondarenko et al. 2023 do.
 """

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 
-def check_integers(what: str, value: Tensor) -> None:
-    """Raises ValueError where the dtype is not an integer's."""
-    if value.is_floating_point() or value.is_complex() or value.dtype is torch.bool:
-        dtype = str(value.dtype).removeprefix("torch.")
-        raise ValueError(f"{what} has dtype {dtype}: codes are integers, and so is what they make")
+def check_integers(what: str, dtype: torch.dtype) -> None:
+    """Raises ValueError where a dtype is not an integer's."""
+    if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{what} has dtype {name}: codes are integers, and so is what they make")
 
 
 def check_range(what: str, value: Tensor | int, low: int, high: int, remedy: str) -> None:
     """Raises ValueError naming the first value outside [low, high]. A dtype that holds no other is not searched."""
     value = torch.as_tensor(value)
-    check_integers(what, value)
+    check_integers(what, value.dtype)
     limits = torch.iinfo(value.dtype)
     if limits.min >= low and limits.max <= high:
         return

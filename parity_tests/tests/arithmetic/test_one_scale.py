@@ -40,7 +40,7 @@ def test_fake_quantization_and_integers_share_a_scale(backend, x, scale, symmetr
         observer.update(given(half.reshape(1, 50, 10)))
     one = Range(*(np.asarray(part) for part in (*observer.range(), *observer.scale_zero())))
     assert (one.low, one.high, one.scale, one.zero_point) == (0, 0, scale, 0)
-    lowered, _ = Lowering({"a": spec}, {"a": one}, QTX, Nonlinear.TABLE).scale_zero(one, spec)
+    lowered, _ = Lowering({}, {"a": spec}, {"a": one}, QTX, Nonlinear.TABLE).scale_zero(one, spec)
     assert lowered == scale and was_silent(one) == (scale != 1)
 
 

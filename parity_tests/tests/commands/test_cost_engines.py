@@ -79,7 +79,7 @@ def exported(request, tmp_path_factory):
     model = build(request.param)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     masked = "mask" in model.batch and request.param != "opt_plain"
-    importlib.import_module("qtx_torch.runners").export_onnx(model.spec, model.params, path, masked=masked)
+    importlib.import_module("qtx_torch.runners.onnx_export").export_onnx(model.spec, model.params, path, masked=masked)
     return model, path
 
 
@@ -126,10 +126,10 @@ def test_onnxruntime_quantizes(exported, tmp_path):
 def test_torch_dynamic_int8_is_torchs_own():
     """`quantize_dynamic` of nn.Linear with the same weights gives the same bits, and the float weights are gone."""
     torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
-    engines = importlib.import_module("qtx_torch.runners")
+    passes, int8 = (importlib.import_module(f"qtx_torch.runners.{name}") for name in ("passes", "dynamic_int8"))
     model = build("bert_gate_linear")
     ours = backend("torch").Model(model.spec, model.params)
-    nx = engines.DynamicInt8(ours)
+    nx = int8.DynamicInt8(ours)
     site, x = ours.net.layer[0].ffn.hidden, torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
     plain = torch.nn.Sequential(torch.nn.Linear(16, 24))
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_torch_dynamic_int8_is_torchs_own():
     assert torch.equal(nx.linear(site, x), theirs(x))
     assert site.weight.numel() == 0 and "layer.0.ffn.hidden.weight" not in ours.weights
     assert ours.weights["embed.token.weight"].numel() and "layer.0.attn.gate_logit" not in nx.packed
-    runner, truth = engines.FloatRunner(ours, nx), backend("torch").Model(model.spec, model.params)
+    runner, truth = passes.FloatRunner(ours, nx), backend("torch").Model(model.spec, model.params)
     output = runner.output(runner(runner.inputs(model.batch)))
     assert 1e-5 < cost.compare(output, truth.forward(model.batch), model.batch["mask"]) < 0.3
 

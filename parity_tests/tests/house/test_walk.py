@@ -7,7 +7,7 @@ import pytest
 
 from parity_tests.walk import WEIGHT, Follower, follow
 
-ROOMS, RETURNS = 19, 39
+ROOMS, RETURNS = 14, 18
 
 
 def test_the_walk_of_a_weight() -> None:

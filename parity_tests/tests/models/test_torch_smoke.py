@@ -31,7 +31,7 @@ from qtx_torch.attention import make_mask  # noqa: E402
 from qtx_torch.numerics import Float, Record  # noqa: E402
 from qtx_torch.quant import affine  # noqa: E402
 from qtx_torch.random import keep_mask  # noqa: E402
-from qtx_torch.sites import attached  # noqa: E402
+from qtx_torch.sites import swap_hooks  # noqa: E402
 
 MODELS = ("bert-tiny", "opt-tiny", "vit-tiny")
 VARIANTS = ("vanilla", "clipped", "clipped_row", "softmax1", "sink+all_features", "gated", "mlp", "elementwise+clipped")
@@ -135,7 +135,10 @@ def test_fused_kernel_and_decomposition_agree(name: str, padded: bool) -> None:
     assert np.isfinite(plain).all()
     assert all(np.isfinite(grad).all() for grad in model.gradients(batch)[1].values())
     probs = "layer.0.attn.probs"
-    with torch.no_grad(), attached(model.net, {f"layer.{i}.attn.probs": Record(probs, print_nothing) for i in (0, 1)}):
+    with (
+        torch.no_grad(),
+        swap_hooks(model.net, {f"layer.{i}.attn.probs": Record(probs, print_nothing) for i in (0, 1)}),
+    ):
         seen = model.forward(batch)
     close("logits", seen, plain, 2e-6)
 
