@@ -38,7 +38,7 @@ class Var:
     @staticmethod
     def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Var], *edges: tuple[Var, Vjp]) -> Var:
         """The values of `inputs` in another arrangement: `move` changes none of them. Integer codes take their scale
-        along (`integer_numerics.Code`)."""
+        along (`integer.model.Code`)."""
         return node(move(*(x.value for x in inputs)), *edges)
 
 

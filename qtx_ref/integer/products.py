@@ -49,7 +49,7 @@ def check_codes(what: str, code: np.ndarray, spec: QuantSpec) -> None:
         )
 
 
-def recentred_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np.ndarray | None:
+def recentre_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np.ndarray | None:
     """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies along
     k."""
     if zero is None:
@@ -112,7 +112,7 @@ def matmul(
     if accumulator not in (32, 64):
         raise ValueError(f"accumulator is {accumulator}: give 32 or 64 bits")
     depth = a.shape[-1]
-    a_zero, b_zero = recentred_zero(a_zero, a_spec, -1), recentred_zero(b_zero, b_spec, -2)
+    a_zero, b_zero = recentre_zero(a_zero, a_spec, -1), recentre_zero(b_zero, b_spec, -2)
     # |each of the four terms| <= depth max|A| max|B|: below 2^29 they and their sum stay in int32
     bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
     largest_bias = 0
@@ -122,7 +122,7 @@ def matmul(
         largest_bias = max(-int(ends[0]), int(ends[1]))  # Python's integers: -2^63 has no magnitude in int64
     wide = np.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else np.int64
     length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
-    a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
+    a, b = recentre(a, a_spec, carrier), recentre(b, b_spec, carrier)
     total = block_product(a, b, length, wide)
     for what, value in (("zero point", a_zero), ("zero point", b_zero), ("bias", bias)):
         check_shape(what, 0 if value is None else value, total.shape, "give one per row of a, or per column of b")
@@ -154,7 +154,7 @@ def add_bias(total: np.ndarray, bias: np.ndarray, bound: int, profile: Profile) 
     return result
 
 
-def recentred(code: np.ndarray, spec: QuantSpec, carrier: type) -> np.ndarray:
+def recentre(code: np.ndarray, spec: QuantSpec, carrier: type) -> np.ndarray:
     """Codes less their centre, as `carrier`."""
     code = code.astype(carrier)
     code -= carrier(centre(spec))

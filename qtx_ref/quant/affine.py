@@ -192,7 +192,7 @@ def scale_zero(
     return scale, np.clip(zero, spec.code_min, spec.code_max).astype(np.int32)
 
 
-def rounded(
+def round_level(
     x: np.ndarray,
     scale: np.ndarray,
     zero_point: np.ndarray,
@@ -232,7 +232,7 @@ def quantize(
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
     if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = rounded(np.where(nan, 0, x), scale, zero_point, profile, words)
+    level = round_level(np.where(nan, 0, x), scale, zero_point, profile, words)
     code = np.clip(level, spec.code_min, spec.code_max).astype(np.int32)
     return np.where(nan, spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, code).astype(np.int32)
 
@@ -282,7 +282,7 @@ def simulate(
     check_width(spec, profile)
     if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = rounded(x, scale, zero_point, profile, words)
+    level = round_level(x, scale, zero_point, profile, words)
     if profile.nan is not NanPolicy.RAISE:
         level = np.where(np.isnan(x), spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, level)
     inside = (level >= spec.code_min) & (level <= spec.code_max)

@@ -126,7 +126,7 @@ class Observer:
         return self.low.reshape(self.shape), self.high.reshape(self.shape)
 
     def scale_zero(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and zero point of the range so far: `quantizers.static_scale`. Raises ValueError as `range`."""
+        """Scale and zero point of the range so far: `quantizer.static_scale`. Raises ValueError as `range`."""
         return static_scale(*self.range(), self.silent, self.spec)
 
     def _combine(self, low: np.ndarray, high: np.ndarray) -> None:

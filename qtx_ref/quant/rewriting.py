@@ -34,15 +34,15 @@ def hadamard_block(weight: np.ndarray, block: int | None, site: str) -> int:
     """The block of a rotation of what `site` takes in: as asked, or the largest power of two that divides its width (a
     head's, where there is a matrix per head). Raises SpecError where the block does not divide it, or only 1 does."""
     width = weight.shape[-1]
-    found = block or width & -width
-    if found < 2 or width % found:
+    size = block or width & -width
+    if size < 2 or width % size:
         raise SpecError(
-            f"transform block {found} at {site}, of width {width}: give a power of two that divides it, above 1"
+            f"transform block {size} at {site}, of width {width}: give a power of two that divides it, above 1"
         )
-    return found
+    return size
 
 
-def fed_together(sites: Iterable[str]) -> list[tuple[str, ...]]:
+def group_by_input(sites: Iterable[str]) -> list[tuple[str, ...]]:
     """`sites` in groups of linears that take in the same tensor: query, key and value; each other alone."""
     groups: dict[str, list[str]] = {}
     for site in sites:
@@ -82,7 +82,7 @@ def smooth(
     Raises SpecError naming a site without a weight of its own.
     """
     made, divisors = dict(params), {}
-    for group in fed_together(sites):
+    for group in group_by_input(sites):
         x = np.maximum.reduce([np.asarray(absmax[site], np.float64) for site in group])
         w = np.maximum.reduce([columns(own_weight(params, site)) for site in group])
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -91,13 +91,13 @@ def smooth(
         for site in group:
             weight = params[f"{site}.weight"]
             rows = s.reshape(-1, 1, weight.shape[-1]) if weight.ndim == 3 else s
-            made[f"{site}.weight"] = rounded(weight.astype(np.float64) * rows, weight)
+            made[f"{site}.weight"] = round_like(weight.astype(np.float64) * rows, weight)
         norm = feeding_norm(spec, group)
         if norm is None:
             divisors |= {site: s for site in group}
         else:
             for name in (f"{norm}.weight", f"{norm}.bias"):
-                made[name] = rounded(params[name].astype(np.float64) / s, params[name])
+                made[name] = round_like(params[name].astype(np.float64) / s, params[name])
     return made, divisors
 
 
@@ -110,13 +110,13 @@ def rotate(params: Mapping[str, np.ndarray], blocks: Mapping[str, int]) -> Array
     for site, given in blocks.items():
         weight = own_weight(params, site)
         block = hadamard_block(weight, given, site)
-        made[f"{site}.weight"] = rounded(ops.hadamard(const(weight.astype(np.float64)), block).value, weight)
+        made[f"{site}.weight"] = round_like(ops.hadamard(const(weight.astype(np.float64)), block).value, weight)
     return made
 
 
-def quantized(weight: np.ndarray, quant: Quant, found: Range | None) -> np.ndarray:
+def simulate_weight(weight: np.ndarray, quant: Quant, range: Range | None) -> np.ndarray:
     """Q(W): what the quantizer makes of a weight, by its static range or, without one, its own."""
-    scale, zero = dynamic_scale(weight, quant, None, True) if found is None else (found.scale, found.zero_point)
+    scale, zero = dynamic_scale(weight, quant, None, True) if range is None else (range.scale, range.zero_point)
     return fake_quantize(weight, scale, zero, quant)[0]
 
 
@@ -133,11 +133,13 @@ def correct_bias(
         if f"{site}.bias" not in params:
             continue
         weight, bias = own_weight(params, site), params[f"{site}.bias"]
-        error = weight.astype(np.float64) - quantized(weight, quants[f"{site}.weight"], ranges.get(f"{site}.weight"))
+        error = weight.astype(np.float64) - simulate_weight(
+            weight, quants[f"{site}.weight"], ranges.get(f"{site}.weight")
+        )
         x = np.asarray(mean, np.float64).reshape(*weight.shape[:-2], weight.shape[-1], 1)
-        made[f"{site}.bias"] = rounded(bias.astype(np.float64) + (error @ x)[..., 0], bias)
+        made[f"{site}.bias"] = round_like(bias.astype(np.float64) + (error @ x)[..., 0], bias)
     return made
 
 
-def rounded(value: np.ndarray, like: np.ndarray) -> np.ndarray:
+def round_like(value: np.ndarray, like: np.ndarray) -> np.ndarray:
     return value.astype(like.dtype)

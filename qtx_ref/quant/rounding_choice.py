@@ -32,9 +32,13 @@ def check_grid(quant: Quant, site: str) -> None:
 
 
 def per_matrix(
-    choose: Callable[..., np.ndarray], weight: np.ndarray, gram: np.ndarray, quant: QuantSpec, scale: np.ndarray,
+    choose: Callable[..., np.ndarray],
+    weight: np.ndarray,
+    gram: np.ndarray,
+    quant: QuantSpec,
+    scale: np.ndarray,
     zero_point: np.ndarray,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """`choose(weight, gram, scale, zero)` in float64 for a matrix (O, I), or for each head's of (H, O, I) with its part of
     gram (H I, H I); rows that it does not better, rounded to nearest."""
     scale = np.broadcast_to(np.asarray(scale, np.float32), (*weight.shape[:-1], 1))
@@ -45,9 +49,9 @@ def per_matrix(
         heads = [per_matrix(choose, weight[h], gram[p, p], quant, scale[h], zero[h]) for h, p in enumerate(parts)]
         return np.stack(heads)
     plain, _ = affine.fake_quantize(weight, scale, zero, quant)
-    found = choose(weight.astype(np.float64), gram, scale, zero).astype(weight.dtype)
-    better = row_errors(found - weight.astype(np.float64), gram) < row_errors(plain - weight.astype(np.float64), gram)
-    return np.where(better[:, None], found, plain)
+    chosen = choose(weight.astype(np.float64), gram, scale, zero).astype(weight.dtype)
+    better = row_errors(chosen - weight.astype(np.float64), gram) < row_errors(plain - weight.astype(np.float64), gram)
+    return np.where(better[:, None], chosen, plain)
 
 
 def gptq(
@@ -134,9 +138,16 @@ def adaround(
 
 
 def descend(
-    share: np.ndarray, floor: np.ndarray, low: np.ndarray, high: np.ndarray, gram: np.ndarray, iterations: int,
-    rate: float, weighting: float, warm: float,
-) -> np.ndarray:  # fmt: skip
+    share: np.ndarray,
+    floor: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    gram: np.ndarray,
+    iterations: int,
+    rate: float,
+    weighting: float,
+    warm: float,
+) -> np.ndarray:
     """Which weights `adaround` rounds up: share = w / s - floor(w / s), codes floor + h(V) inside low to high."""
     start = np.clip((share - GAMMA) / (ZETA - GAMMA), 1e-6, 1 - 1e-6)
     v = special.logit(start).astype(np.float32)

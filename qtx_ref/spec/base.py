@@ -41,7 +41,7 @@ def is_number(value: Any) -> bool:
     )
 
 
-def settled(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
+def settle(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
     """`value` as a field of type `kind` holds it. Raises SpecError naming `what`, the value and what is accepted.
 
     An enum's member or its value becomes the member; a number of NumPy, Python's own; a whole number given for a float, a
@@ -55,11 +55,11 @@ def settled(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
             return value
         if kinds[1:]:
             refuse(what, value, f"expected {' or '.join(one.__name__ for one in kinds)}{otherwise}")
-        return settled(kinds[0], value, what, otherwise)
+        return settle(kinds[0], value, what, otherwise)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             refuse(what, value, f"expected a tuple of {arguments[0].__name__}{otherwise}")
-        return tuple(settled(arguments[0], item, f"{what}[{i}]") for i, item in enumerate(value))
+        return tuple(settle(arguments[0], item, f"{what}[{i}]") for i, item in enumerate(value))
     if getattr(value, "shape", None) == ():  # a scalar of NumPy
         value = value.item()
     if issubclass(kind, Enum):
@@ -98,7 +98,7 @@ class Spec:
 
     def __post_init__(self) -> None:
         for name, kind in field_types(type(self)).items():
-            value = settled(kind, getattr(self, name), f"{type(self).__name__} {name}")
+            value = settle(kind, getattr(self, name), f"{type(self).__name__} {name}")
             object.__setattr__(self, name, value)
         self.check()
 
@@ -117,7 +117,7 @@ def to_dict(spec: Any) -> Any:
     return spec
 
 
-def required(kind: Any) -> list[str]:
+def required_keys(kind: Any) -> list[str]:
     """Keys without a default."""
     return [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
 
@@ -132,7 +132,7 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
         for key in data:
             if key not in hints:
                 refuse(f"unknown key in {where}", key, f"known keys are {', '.join(hints)}")
-        for key in required(kind):
+        for key in required_keys(kind):
             if key not in data:
                 refuse(f"missing key in {where}", key, "add it")
         return kind(**{key: from_dict(hints[key], value, f"{where}.{key}") for key, value in data.items()})
@@ -143,10 +143,10 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
         kinds = [a for a in arguments if a is not type(None)]
         if kinds[1:]:  # of several, the one whose required keys are there
             given = set(data) if isinstance(data, dict) else set()
-            kinds.sort(key=lambda one: len(given & set(required(one))), reverse=True)
+            kinds.sort(key=lambda one: len(given & set(required_keys(one))), reverse=True)
         return from_dict(kinds[0], data, where)
     if origin is tuple:
         if not isinstance(data, (list, tuple)):
             refuse(where, data, "expected a list")
         return tuple(from_dict(arguments[0], item, where) for item in data)
-    return settled(kind, data, where)
+    return settle(kind, data, where)

@@ -87,7 +87,7 @@ def check_codes(what: str, code: Tensor, spec: QuantSpec) -> None:
         )
 
 
-def recentred_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor | None:
+def recentre_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor | None:
     """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies along
     k."""
     if zero is None:
@@ -165,7 +165,7 @@ def matmul(
     if accumulator not in (32, 64):
         raise ValueError(f"accumulator is {accumulator}: give 32 or 64 bits")
     depth = a.shape[-1]
-    a_zero, b_zero = recentred_zero(a_zero, a_spec, -1), recentred_zero(b_zero, b_spec, -2)
+    a_zero, b_zero = recentre_zero(a_zero, a_spec, -1), recentre_zero(b_zero, b_spec, -2)
     # |each of the four terms| <= depth max|A| max|B|: below 2^29 they and their sum stay in int32
     bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
     largest_bias = 0
@@ -180,7 +180,7 @@ def matmul(
         kind = carrier(a, b, a_spec, b_spec)
         if kind is torch.int8:
             product = functools.partial(byte_product, wide=wide)
-    a, b = recentred(a, a_spec, kind), recentred(b, b_spec, kind)
+    a, b = recentre(a, a_spec, kind), recentre(b, b_spec, kind)
     total = product(a, b)
     for what, value in (("zero point", a_zero), ("zero point", b_zero), ("bias", bias)):
         if value is not None:
@@ -213,7 +213,7 @@ def add_bias(total: Tensor, bias: Tensor, bound: int, profile: Profile) -> Tenso
     return result
 
 
-def recentred(code: Tensor, spec: QuantSpec, carrier: torch.dtype) -> Tensor:
+def recentre(code: Tensor, spec: QuantSpec, carrier: torch.dtype) -> Tensor:
     """Codes less their centre, as `carrier`. In int8, 128 less is the top bit flipped."""
     code = code.to(carrier)
     if centre(spec) == 0:

@@ -211,7 +211,7 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
     return scale, zero.clamp(spec.code_min, spec.code_max).to(torch.int32)
 
 
-def rounded(
+def round_level(
     x: Tensor, scale: Tensor, zero_point: Tensor, profile: Profile = QTX, words: Tensor | None = None
 ) -> Tensor:
     """The code of x, not yet clamped: a whole number in the profile's arithmetic. `words` as in `round_integer`."""
@@ -246,7 +246,9 @@ def quantize(
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
     if profile.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = rounded(x if profile.nan is NanPolicy.RAISE else x.masked_fill(nan, 0), scale, zero_point, profile, words)
+    level = round_level(
+        x if profile.nan is NanPolicy.RAISE else x.masked_fill(nan, 0), scale, zero_point, profile, words
+    )
     code = level.clamp_(spec.code_min, spec.code_max).to(torch.int32)
     if profile.nan is NanPolicy.RAISE:
         return code
@@ -298,7 +300,7 @@ def simulate(
     check_width(spec, profile)
     if profile.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = rounded(x, scale, zero_point, profile, words)
+    level = round_level(x, scale, zero_point, profile, words)
     if profile.nan is not NanPolicy.RAISE:
         level = torch.where(torch.isnan(x), spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, level)
     code = level.clamp(spec.code_min, spec.code_max)
