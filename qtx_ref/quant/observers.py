@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import optimize
 
-from ..spec import Granularity, ObserverKind, Quant
-from .affine import min_max, range_axes
+from ..spec import Granularity, ObserverKind, Quant, range_axes
+from .affine import min_max
 from .quantizer import scale_zero, simulate, static_scale
 
 

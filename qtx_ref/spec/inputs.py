@@ -13,6 +13,17 @@ from .base import SpecError
 from .model import Family, Head, ModelSpec
 from .quant import Granularity, Quant
 
+__all__ = [
+    "MASKS",
+    "READ",
+    "check_batch",
+    "check_generation",
+    "check_marks",
+    "check_tokens",
+    "check_where",
+    "check_whole",
+]
+
 LOCAL = (Granularity.TOKEN, Granularity.BLOCK)  # dynamic ranges that stay within a token
 KEYS = {
     Family.BERT: ("tokens", "types", "mask"),
@@ -96,12 +107,6 @@ def check_where(boolean: bool, where: tuple[int, ...], values: tuple[int, ...]) 
     fits = all(n in (1, size) for n, size in zip(reversed(where), reversed(values), strict=False))
     if len(where) > len(values) or not fits:
         raise ValueError(f"a mask of shape {where} does not broadcast to values of shape {values}")
-
-
-def check_axes(spec: Quant, ndim: int) -> None:
-    """Raises ValueError where a range per part of a tensor is asked of a number, which has no axis."""
-    if ndim == 0 and spec.granularity is not Granularity.TENSOR:
-        raise ValueError(f"a range per {spec.granularity} needs an axis, and the tensor is one number")
 
 
 def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:

@@ -6,6 +6,20 @@ from dataclasses import dataclass
 
 from .base import Name, Spec, refuse
 
+__all__ = [
+    "Dtype",
+    "InfinityPolicy",
+    "NanPolicy",
+    "Nonlinear",
+    "Nudging",
+    "Overflow",
+    "Profile",
+    "QTX",
+    "Requantization",
+    "Rounding",
+    "ScaleRule",
+]
+
 
 class Rounding(Name):
     """From a real number to an integer."""
@@ -43,12 +57,16 @@ class Nudging(Name):
 
 
 class NanPolicy(Name):
+    """The code of NaN."""
+
     RAISE = "raise"  # ValueError; fake quantization lets NaN through
     ZERO = "zero"  # the code of real 0
     CODE_MIN = "code_min"  # what x86's float-to-integer conversion ends in
 
 
 class InfinityPolicy(Name):
+    """The code of an infinity."""
+
     SATURATE = "saturate"
     RAISE = "raise"
 

@@ -8,8 +8,24 @@ from typing import Any, NamedTuple
 from .base import Name, Spec, refuse
 from .formats import FloatFormat, SharedScale
 
+__all__ = [
+    "FloatQuantSpec",
+    "Granularity",
+    "ObserverKind",
+    "ObserverSpec",
+    "Output",
+    "Quant",
+    "QuantSpec",
+    "Range",
+    "check_axes",
+    "range_axes",
+    "refuse_static",
+]
+
 
 class Granularity(Name):
+    """Which elements of a tensor share a scale and a zero point."""
+
     TENSOR = "tensor"  # one scale
     CHANNEL = "channel"  # one per channel: the last axis of an activation, the output axis of a weight
     TOKEN = "token"  # one per row: every axis but the last
@@ -18,6 +34,8 @@ class Granularity(Name):
 
 
 class ObserverKind(Name):
+    """How the ranges of calibration batches become one."""
+
     CURRENT = "current"  # the last batch's minimum and maximum
     RUNNING = "running"  # momentum * old + (1 - momentum) * new minimum and maximum
     PERCENTILE = "percentile"  # two-sided, linear interpolation, over every value of all batches
@@ -48,7 +66,7 @@ class ObserverSpec(Spec):
 
 
 def refuse_static(granularity: Granularity, dynamic: bool) -> None:
-    """What differs from one tensor to the next in shape has no static range."""
+    """Raises SpecError for a static range per token or block: their number differs from one tensor to the next."""
     if granularity in (Granularity.TOKEN, Granularity.BLOCK) and not dynamic:
         refuse("quantizer granularity", str(granularity), f"a range per {granularity} is dynamic; set dynamic")
 
@@ -105,10 +123,12 @@ class QuantSpec(Spec):
 
     @property
     def code_min(self) -> int:
+        """The lowest code."""
         return (-(2 ** (self.bits - 1)) if self.symmetric else 0) + self.narrow
 
     @property
     def code_max(self) -> int:
+        """The highest code."""
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
 
@@ -140,7 +160,7 @@ class FloatQuantSpec(Spec):
         if not blocks and (self.block, self.shared) != (None, None):
             value = str(self.shared) if self.block is None else self.block
             refuse("float quantizer block or shared", value, "they belong to granularity block")
-        if blocks and self.block < 1:
+        if self.block is not None and self.block < 1:
             refuse("float quantizer block", self.block, "give a whole number, at least 1")
         if not self.saturate and (blocks or self.format is FloatFormat.E2M1):
             refuse("float quantizer saturate", False, "MX blocks and e2m1 always saturate")
@@ -172,19 +192,42 @@ class FloatQuantSpec(Spec):
 
     @property
     def code_max(self) -> int:
+        """Of the zero point, which is 0."""
         return 0
 
 
 Quant = QuantSpec | FloatQuantSpec
 
 
-class Range(NamedTuple):
-    """A static quantizer's state: arrays that broadcast against the tensor. `zero_point` has an integer dtype."""
+def check_axes(spec: Quant, ndim: int) -> None:
+    """Raises ValueError where a range per part of a tensor is asked of a number, which has no axis."""
+    if ndim == 0 and spec.granularity is not Granularity.TENSOR:
+        raise ValueError(f"a range per {spec.granularity} needs an axis, and the tensor is one number")
 
-    low: Any
-    high: Any
-    scale: Any
-    zero_point: Any
+
+def range_axes(spec: Quant, ndim: int, weight: bool) -> tuple[int, ...]:
+    """The axes that one range spans: all (tensor), all but the last (channel of an activation), the last (channel of a
+    weight (..., O, I), token). A group starts from its channels' ranges; `affine.scale_zero` unites them.
+
+    Raises ValueError for blocks, and as `check_axes`.
+    """
+    if spec.granularity is Granularity.BLOCK:
+        raise ValueError("a block spans a part of an axis; take its range with ranges()")
+    check_axes(spec, ndim)
+    if spec.granularity is Granularity.TENSOR:
+        return tuple(range(ndim))
+    if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not weight:
+        return tuple(range(ndim - 1))
+    return (ndim - 1,)
+
+
+class Range(NamedTuple):
+    """A static quantizer's state: arrays of either backend that broadcast against the tensor."""
+
+    low: Any  # float32
+    high: Any  # float32
+    scale: Any  # float32
+    zero_point: Any  # int32
 
 
 class Output(NamedTuple):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from .base import Name, Spec, refuse
 from .quant import Quant
 
+__all__ = ["InputTransform", "Recipe", "Rewrite", "Rule", "Transform", "TransformKind"]
+
 
 @dataclass(frozen=True)
 class Rule(Spec):

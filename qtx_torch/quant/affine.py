@@ -20,7 +20,6 @@ from torch import Tensor
 
 from qtx_ref.spec import (
     QTX,
-    Dtype,
     Granularity,
     InfinityPolicy,
     NanPolicy,
@@ -30,18 +29,14 @@ from qtx_ref.spec import (
     ScaleRule,
     check_axes,
     check_where,
+    check_width,
+    range_axes,
 )
 
 from .checks import check_range, check_shape
 from .rounding import SMALLEST, round_dtype, round_integer
 
 TINY = 2.0**-126  # the smallest normal float32; no float32 scale is below it
-
-
-def check_width(spec: QuantSpec, profile: Profile) -> None:
-    """Raises ValueError where the arithmetic cannot hold the codes."""
-    if profile.arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
-        raise ValueError(f"code {spec.code_max} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
 
 
 def check_scale(scale: Tensor, profile: Profile = QTX) -> None:
@@ -65,19 +60,6 @@ def check_quantizer(
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
-
-
-def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
-    """The axes that one range spans: all (tensor), all but the last (channel of an activation), the last (channel of a
-    weight (..., O, I), token). A group starts from its channels' ranges; `scale_zero` unites them."""
-    if spec.granularity is Granularity.BLOCK:
-        raise ValueError("a block spans a part of an axis; take its range with ranges()")
-    check_axes(spec, ndim)
-    if spec.granularity is Granularity.TENSOR:
-        return tuple(range(ndim))
-    if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not weight:
-        return tuple(range(ndim - 1))
-    return (ndim - 1,)
 
 
 def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tuple[Tensor, Tensor]:

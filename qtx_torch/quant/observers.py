@@ -12,9 +12,9 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from qtx_ref.spec import Granularity, ObserverKind, Quant
+from qtx_ref.spec import Granularity, ObserverKind, Quant, range_axes
 
-from .affine import min_max, range_axes
+from .affine import min_max
 from .quantizer import scale_zero, simulate, static_scale
 
 
