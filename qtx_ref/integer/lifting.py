@@ -1,4 +1,8 @@
-"""Back from integers, in float64: what an output stands for, and the parameters that a model's constants stand for."""
+"""Back from integers, in float64: what an output stands for, and the parameters that a model's constants stand for.
+
+Arrays: constants by name, as `model` lists them, in the dtypes that `lowering` made; parameters in the shapes that
+`models.initial.shapes` gives.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ from ..models.initial import shapes
 from ..spec import ModelSpec, Output
 from . import ops
 
+__all__ = ["float_params", "real", "sink_logits"]
+
 
 def real(output: Output) -> np.ndarray:
-    """The numbers that an integer model's output stands for, float64."""
+    """The numbers that an integer model's output stands for, float64, in its shape."""
     return output.scale * (output.value.astype(np.int64) - output.zero_point)
 
 
@@ -33,7 +39,7 @@ def float_params(spec: ModelSpec, constants: Mapping[str, np.ndarray]) -> dict[s
 
 
 def sink_logits(constants: Mapping[str, np.ndarray], site: str) -> np.ndarray:
-    """From the code below each logit and the factor above it."""
+    """The logits (H,) or (1,), float64, from the code below each and the factor above it."""
     scores = site.replace(".probs", ".scores")
     whole = constants[f"{site}.sink"] - constants[f"{scores}.zero_point"]
     part = np.log(constants[f"{site}.sink_factor"] / 2.0**ops.SINK_BITS)

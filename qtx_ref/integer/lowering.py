@@ -32,6 +32,8 @@ from ..tape import Var, const
 from . import fixed_point, ops
 from .model import Code, Integer, accumulator_bits, at, code_dtype
 
+__all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain"]
+
 SCALE_FIELDS = ("scale_rule", "nudging", "zero_point_rounding", "scale_dtype", "arithmetic")
 GAMMA_LIMIT = 64  # |gamma| that ops.clip_stretch has bits for
 ZETA_LIMIT = 64

@@ -40,6 +40,8 @@ from ..spec import (
 from ..tape import Var, Vjp
 from . import fixed_point, ops, products
 
+__all__ = ["Code", "Constants", "Integer", "Whole", "at", "code_dtype"]
+
 Constants = Mapping[str, np.ndarray]
 ZERO = np.zeros((), np.int32)
 

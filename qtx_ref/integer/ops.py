@@ -1,7 +1,10 @@
 """Sums, softmax, LayerNorm and nonlinear functions in integers.
 
-Values are integers in a stated unit: "Q28" counts 2^-28. Everything here is int64 unless said otherwise, so that every
-product below fits; divisions are floors of exact quotients with the half added first, so they round half up.
+Values are integers in a stated unit: "Q28" counts 2^-28. Divisions are floors of exact quotients with the half added first,
+so they round half up.
+
+Arrays: int64 unless said otherwise, so that every product below fits; element by element, arguments broadcast against each
+other, unless a shape is said.
 
 Tables hold one entry per code and are made once, in float64, by `lowering`. The polynomials are those of I-BERT (Kim et
 al. 2021, arXiv 2101.01321, sections 3.4 and 3.5) evaluated in integers; its published code evaluates them in floats.
@@ -15,6 +18,29 @@ from ..quant.checks import check_range, check_shape
 from ..spec import Requantization
 from .fixed_point import INT32_MAX, INT32_MIN, multiply_one_rounding, rounding_shift_right
 
+__all__ = [
+    "EXP_BITS",
+    "GELU_BITS",
+    "INPUT_BITS",
+    "NORM_BITS",
+    "POLYNOMIALS",
+    "PROBABILITY_BITS",
+    "SINK_BITS",
+    "ZETA_BITS",
+    "clip_stretch",
+    "exp_polynomial",
+    "gelu_polynomial",
+    "half_up",
+    "mean",
+    "normalize",
+    "row_gamma",
+    "sigmoid_polynomial",
+    "softmax",
+    "square_root",
+    "tanh_polynomial",
+    "weighted_sum",
+]
+
 EXP_BITS = 24  # an exponential is at most 1
 PROBABILITY_BITS = 28
 SINK_BITS = 20  # the part of a sink's exponential that lies between two codes
@@ -25,7 +51,7 @@ GELU_BITS = 20
 ARGUMENT = 2**26  # Q16, of a polynomial: 1024, far beyond where each is flat
 
 
-def half_up(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def half_up(numerator: np.ndarray, denominator: np.ndarray | int) -> np.ndarray:
     """floor(numerator / denominator + 1/2), denominator > 0. No int64 is too large: nothing is doubled."""
     quotient, rest = np.divmod(numerator, denominator)
     return quotient + (rest >= denominator - rest)

@@ -4,6 +4,9 @@ What two engines may do differently is a field of the `Profile`. Under `QTX`, th
 whatever the dtype of the tensor: x / scale by IEEE division, rounded half to even, plus the zero point, clamped to the
 codes of the `QuantSpec`.
 
+Arrays: x of any shape, float32 or another float dtype; scales (float32, float64 where the profile stores that) and zero
+points (int32) broadcast against it. The ends of ranges are float32 and broadcast against each other and the tensor.
+
     >>> spec = QuantSpec(bits=8, symmetric=True)
     >>> quantize(np.float32([-1.5, -0.5, 0.5, 1.5, 2.5]), np.float32(1), np.int32(0), spec).tolist()
     [-2, 0, 0, 2, 2]
@@ -20,6 +23,7 @@ from ..spec import (
     NanPolicy,
     Nudging,
     Profile,
+    Quant,
     QuantSpec,
     ScaleRule,
     check_axes,
@@ -29,6 +33,21 @@ from ..spec import (
 )
 from .checks import check_range, check_shape
 from .rounding import SMALLEST, round_dtype, round_integer
+
+__all__ = [
+    "check_order",
+    "check_quantizer",
+    "check_scale",
+    "dequantize",
+    "fake_quantize",
+    "min_max",
+    "quantize",
+    "ranges",
+    "round_level",
+    "scale_zero",
+    "simulate",
+    "unite_groups",
+]
 
 TINY = np.float32(2.0**-126)  # the smallest normal float32; no float32 scale is below it
 
@@ -48,7 +67,7 @@ def check_scale(scale: np.ndarray, profile: Profile = QTX) -> None:
 
 
 def check_quantizer(
-    shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: QuantSpec, profile: Profile = QTX
+    shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: Quant, profile: Profile = QTX
 ) -> None:
     """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point that
     is one of the codes, both broadcast against the tensor. What `scale_zero` made passes."""
@@ -75,12 +94,16 @@ def min_max(x: np.ndarray, axes: tuple[int, ...], where: np.ndarray | None = Non
 
 
 def ranges(
-    x: np.ndarray, spec: QuantSpec, weight: bool = False, where: np.ndarray | None = None
+    x: np.ndarray, spec: Quant, weight: bool = False, where: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape)."""
+    """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape).
+
+    Raises ValueError as `min_max` and `range_axes`, and where blocks do not divide the last axis.
+    """
     if spec.granularity is not Granularity.BLOCK:
         return min_max(x, range_axes(spec, x.ndim, weight), where)
     check_axes(spec, x.ndim)
+    assert spec.block is not None  # BLOCK has one
     if x.shape[-1] % spec.block:
         raise ValueError(f"block {spec.block} does not divide the last axis, {x.shape[-1]}; choose one that does")
     blocks = (*x.shape[:-1], x.shape[-1] // spec.block, spec.block)
@@ -93,8 +116,9 @@ def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np
     """Channel ranges (one axis longer than 1) -> each channel's group's range, the same shape.
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
-    outlier channels share a group (Bondarenko et al. 2021, section 4).
+    outlier channels share a group (Bondarenko et al. 2021, section 4). Raises ValueError where groups do not divide them.
     """
+    assert spec.groups is not None  # GROUP has them
     if low.size % spec.groups:
         raise ValueError(f"groups {spec.groups} does not divide the {low.size} channels; choose a number that does")
     order = np.argsort((high - low).ravel(), kind="stable") if spec.permute else np.arange(low.size)
@@ -181,7 +205,8 @@ def round_level(
     profile: Profile = QTX,
     words: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The code of x, not yet clamped: a whole number in the profile's arithmetic. `words` as in `round_integer`."""
+    """The code of x, not yet clamped: a whole number in the profile's arithmetic, float32 (float64). `words` as in
+    `round_integer`."""
 
     def number(value: np.ndarray) -> np.ndarray:
         return round_dtype(value, profile.arithmetic)
@@ -260,7 +285,8 @@ def simulate(
     words: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`fake_quantize` without looking at scale and zero point: for those that `scale_zero` made, that were checked when the
-    model was bound, or that are being learned. A NaN among them gives NaN."""
+    model was bound, or that are being learned. A NaN among them gives NaN. Raises ValueError for infinity where the profile
+    says so."""
     check_width(spec, profile)
     if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")

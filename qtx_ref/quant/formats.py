@@ -5,6 +5,9 @@ e >= emin and n a whole number below 2^(m + 1). Near |x| they lie 2^(e - m) apar
 n = round(|x| / 2^(e - m)), half to even, and the code is n + 2^m (e - emin): a mantissa that overflows carries into the
 exponent by itself, and e = emin with n < 2^m are the subnormals. The sign is the top bit.
 
+Arrays: of any shape, element by element unless a shape is said; values and scales are float32 (x of another float dtype is
+made so), codes uint8. A scale broadcasts against x.
+
     >>> encode(np.float32([0.0, 1.0, -1.0, 0.001953125, 448, 465, np.inf]), FloatFormat.E4M3).tolist()
     [0, 56, 184, 1, 126, 126, 126]
 """
@@ -18,6 +21,28 @@ import numpy as np
 from ..spec import FloatFormat, FloatQuantSpec, SharedScale
 from .affine import check_order, check_scale
 from .checks import check_range, check_shape
+
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "SCALE_BIAS",
+    "SCALE_NAN",
+    "check_shared",
+    "decode",
+    "encode",
+    "fake_quantize",
+    "floor_log2",
+    "look_up",
+    "mx_dequantize",
+    "mx_exponent",
+    "mx_fake_quantize",
+    "mx_quantize",
+    "mx_scale",
+    "power_of_two",
+    "scale_zero",
+    "simulate",
+    "values",
+]
 
 
 @dataclass(frozen=True)
@@ -84,7 +109,7 @@ def encode(x: np.ndarray, kind: FloatFormat, saturate: bool = True) -> np.ndarra
 
 
 def values(kind: FloatFormat) -> np.ndarray:
-    """The value of every code, float32."""
+    """The value of every code, float32 (codes,): 256 of them, 16 for E2M1."""
     f = LAYOUTS[kind]
     code = np.arange(f.sign)
     field, mantissa = code >> f.mantissa, code & (2**f.mantissa - 1)
@@ -167,9 +192,10 @@ def mx_quantize(
     x: np.ndarray, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """Blocks of neighbours along the last axis that share a power of two: x (..., D) -> scale codes (..., D / block) in
-    E8M0 and element codes (..., D), both uint8.
+    E8M0 and element codes (..., D), both uint8 (OCP microscaling formats, 2023, section 6.3).
 
-    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0.
+    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0. Raises ValueError
+    where blocks do not divide the last axis.
     """
     exponent, broken = mx_exponent(x, kind, rule, block)
     parts = np.asarray(x, np.float32).reshape(*exponent.shape, block)

@@ -1,6 +1,9 @@
 """Weights made anew for quantization, once and for both backends: what is moved between a tensor and the weight that
 takes it in (SmoothQuant, Hadamard rotation), and what bias correction makes of the error that is left. `rounding_choice`
-has GPTQ and AdaRound. Everything is computed in float64 and rounded to float32 at the end.
+has GPTQ and AdaRound.
+
+Arrays: parameters by name, weights (O, I), or (H, O, I) with a matrix per head, and biases (O,); float32, computed with in
+float64 and rounded at the end.
 """
 
 from __future__ import annotations
@@ -13,6 +16,20 @@ from .. import ops
 from ..spec import Gate, ModelSpec, Quant, Range, SpecError
 from ..tape import const
 from .quantizer import dynamic_scale, fake_quantize
+
+__all__ = [
+    "Arrays",
+    "columns",
+    "correct_bias",
+    "feeding_norm",
+    "group_by_input",
+    "hadamard_block",
+    "own_weight",
+    "rotate",
+    "round_like",
+    "simulate_weight",
+    "smooth",
+]
 
 Arrays = dict[str, np.ndarray]
 LARGEST = 2.0**40  # of a divisor and of its reciprocal; a channel beyond, which is 0 but for dust, is left alone
@@ -81,7 +98,8 @@ def smooth(
         params, and the divisors (I,), float32, that no norm took in, by linear site.
     Raises SpecError naming a site without a weight of its own.
     """
-    made, divisors = dict(params), {}
+    made: Arrays = dict(params)
+    divisors: Arrays = {}
     for group in group_by_input(sites):
         x = np.maximum.reduce([np.asarray(absmax[site], np.float64) for site in group])
         w = np.maximum.reduce([columns(own_weight(params, site)) for site in group])
@@ -142,4 +160,5 @@ def correct_bias(
 
 
 def round_like(value: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """A value in float64 as the parameter that it takes the place of: in the dtype of `like`."""
     return value.astype(like.dtype)

@@ -3,6 +3,10 @@
 With x the inputs of calibration and G = sum x x^T their Gram matrix (I, I), the error of a row w~ in place of w is
 sum (w~ x - w x)^2 = (w~ - w) G (w~ - w)^T. Both look for codes of small error on the given grid, whose scale is one per
 tensor or per row; a row for which plain rounding to nearest has no larger error keeps that.
+
+Arrays: weights (O, I), or (H, O, I) with a matrix per head, float32; Gram matrices (I, I), or (H I, H I) of which each head
+has its part on the diagonal, float64; scales (float32) and zero points (int32) one, or (O, 1). Inside, rows (O, I) are
+float64.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from scipy import linalg, special
 
 from ..spec import FloatQuantSpec, Quant, QuantSpec, SpecError
 from . import affine
+
+__all__ = ["adaround", "check_grid", "descend", "gptq", "per_matrix", "row_errors"]
 
 ZETA, GAMMA = 1.1, -0.1  # stretch of the rectified sigmoid (Nagel et al. 2020, eq. 23)
 ROWS = 64  # that AdaRound works on at a time, so that they stay in the cache
@@ -148,7 +154,7 @@ def descend(
     weighting: float,
     warm: float,
 ) -> np.ndarray:
-    """Which weights `adaround` rounds up: share = w / s - floor(w / s), codes floor + h(V) inside low to high."""
+    """Which weights `adaround` rounds up, boolean (O, I): share = w / s - floor(w / s), codes floor + h(V) inside low to high."""
     start = np.clip((share - GAMMA) / (ZETA - GAMMA), 1e-6, 1 - 1e-6)
     v = special.logit(start).astype(np.float32)
     share = share.astype(np.float32)
