@@ -2,11 +2,16 @@
 
 `lower` runs the model once under `Lowering`, an `Integer` that makes each op's constants, in float64, just before the op
 needs them. What cannot run in integers is refused, naming the site and the reason. `lifting` goes back.
+
+Arrays: parameters float32 in the shapes of `models.initial.shapes`, constants as `model` lists them: codes in the narrowest
+dtype that holds them, multipliers and shifts int32 (a sum's shift int64); scales and multipliers one number, or one per
+column.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from scipy import special
@@ -83,15 +88,17 @@ def make_constants(
     profile: Profile,
     nonlinear: Nonlinear,
 ) -> dict[str, np.ndarray]:
-    """The constants of `lower`, of quantizers that `check_integer` allows under the profile."""
+    """The constants of `lower`, of quantizers that `check_integer` allows under the profile. Raises SpecError as it does."""
     nx = Lowering(quants, ranges, profile, nonlinear)
     weights = {name: const(params[name]) for name in shapes(spec)}
     if spec.family is Family.VIT:
-        batch = {"images": np.zeros((1, spec.channels, spec.image_size, spec.image_size), np.float32)}
+        batch: dict[str, np.ndarray] = {
+            "images": np.zeros((1, spec.channels, spec.image_size, spec.image_size), np.float32)
+        }
     else:
         token = np.zeros((1, 1), np.int64)
         batch = {"tokens": token, "types": token, "mask": token == 0}
-    output = models.forward(nx, weights, spec, batch)
+    output = cast(Code, models.forward(nx, weights, spec, batch))
     if not output.measured:
         nx.constants["output.scale"] = np.asarray(output.unit, np.float64)
         nx.constants["output.zero_point"] = np.asarray(output.zero_point, np.int32)
@@ -99,7 +106,7 @@ def make_constants(
 
 
 class Lowering(Integer):
-    """Makes constants, then computes with them."""
+    """Makes constants, then computes with them. Each op raises SpecError where it cannot run in integers, with its site."""
 
     constants: dict[str, np.ndarray]
 
@@ -130,9 +137,11 @@ class Lowering(Integer):
         return np.where(silent, quantizer.SILENT_SCALE, scale), zero
 
     def put_scale(self, site: str, scale: np.ndarray, zero: np.ndarray) -> None:
+        """Scale and zero point of a site or weight, as constants."""
         self.constants[f"{site}.scale"], self.constants[f"{site}.zero_point"] = plain(scale), plain(zero)
 
     def put_multiplier(self, site: str, name: str, real: np.ndarray) -> None:
+        """A real multiplier in fixed point, as `<site>.<name>multiplier` and `.<name>shift`."""
         try:
             multiplier, shift = fixed_point.quantize_multiplier(real)
         except ValueError as error:
@@ -160,11 +169,10 @@ class Lowering(Integer):
         spec = self.target(site, "it holds a parameter")
         if spec.dynamic:
             refuse_integer(site, "its parameter is quantized once, which needs a static range")
-        code = affine.quantize(
-            value, *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")), spec, self.profile
-        )
+        scale, zero = (self.constants[f"{site}.{k}"] for k in ("scale", "zero_point"))
+        code = affine.quantize(value, scale, zero, spec, self.profile)
         self.constants[f"{site}.{key}"] = code.astype(code_dtype(spec))
-        self.put_scale(f"{site}.{key}", *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")))
+        self.put_scale(f"{site}.{key}", scale, zero)
 
     def put_bias(self, site: str, bias: np.ndarray, step: np.ndarray, bits: int) -> None:
         """In units of the accumulator, which are its scale; int64, as the accumulator then is, where int32 would not do:
@@ -180,6 +188,7 @@ class Lowering(Integer):
         self.constants[f"{site}.bias.scale"] = step
 
     def check_codes(self, site: str, *operands: Code) -> None:
+        """Refuses accumulators where only codes can be taken."""
         for x in operands:
             if x.spec is None:
                 refuse_integer(site, "an accumulator reaches it: give the tensor before it a quantizer")
@@ -265,8 +274,7 @@ class Lowering(Integer):
         if spec.dynamic or a.measured or b.measured:
             return super().add(site, a, b)
         step, kind = self.constants[f"{site}.scale"], self.profile.requantization
-        reals = [fixed_point.real_multiplier(x.unit, 1, step, self.profile) for x in (a, b)]
-        reals = np.broadcast_arrays(*reals)
+        reals = np.broadcast_arrays(*(fixed_point.real_multiplier(x.unit, 1, step, self.profile) for x in (a, b)))
         with at(site):
             for real in reals:
                 fixed_point.check_real(real)
@@ -372,6 +380,7 @@ class Lowering(Integer):
         if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
             row = spec.softmax is Softmax.CLIPPED_ROW
             stretch = spec.alpha if row else spec.gamma
+            assert stretch is not None  # clipped_row has alpha
             if abs(stretch) > GAMMA_LIMIT:
                 refuse_integer(site, f"its {'alpha' if row else 'gamma'}, {stretch}, is beyond {GAMMA_LIMIT}")
             if spec.zeta > ZETA_LIMIT:

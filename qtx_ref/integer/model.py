@@ -13,15 +13,18 @@ can take one. All constants were made by `lowering` and are stored in the artifa
     <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `ops` takes them
     <site>.input_multiplier .input_shift                  from a code to the argument of a polynomial
 
+Arrays: constants by name, integers but for the scales (float32 or float64) and a float32 profile's multipliers, in the
+shapes of the tensors that they belong to.
+
 Floats appear where the design lets them: blocks of a matmul in float BLAS, which are exact; requantization by a float
 profile; scales taken from the data (one per token). `strict` leaves no float at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -65,7 +68,7 @@ class Code(Var):
         offset: np.ndarray | None = None,
     ) -> None:
         super().__init__(value)
-        # as good as never None to those who ask: strict asks for no unit, and whoever may meet an accumulator looks first
+        # typed as never None: strict asks for no unit, and whoever may meet an accumulator looks at `spec` first
         self.unit: np.ndarray | Any = unit
         self.spec: QuantSpec | Any = spec
         self.zero_point = zero_point
@@ -73,13 +76,13 @@ class Code(Var):
         self.offset = offset
 
     @staticmethod
-    def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Var], *edges: tuple[Var, Vjp]) -> Var:
+    def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Code], *edges: tuple[Var, Vjp]) -> Code:
         """The same, with scale and zero point where there is more than one of them; of several inputs, such as the tokens
         before and a new one, only where each has its own."""
         first = inputs[0]
         shared = len(inputs) > 1 and not first.measured
 
-        def follow(parts: list[np.ndarray | None]) -> np.ndarray | None:
+        def follow(parts: list[Any]) -> Any:
             return parts[0] if shared or parts[0] is None or np.ndim(parts[0]) == 0 else move(*parts)
 
         units, zeros = follow([x.unit for x in inputs]), follow([x.zero_point for x in inputs])
@@ -106,7 +109,7 @@ class Whole(np.ndarray):
         if self.dtype.kind not in "biu":
             raise TypeError(f"strict integer arithmetic came upon {self.dtype}")
 
-    def __array_function__(self, function: Callable, types: object, arguments: tuple, keywords: dict) -> object:
+    def __array_function__(self, function: Callable, types: Iterable[type], arguments: tuple, keywords: dict) -> object:
         result = super().__array_function__(function, types, arguments, keywords)
         return result.view(Whole) if isinstance(result, np.ndarray) else result
 
@@ -171,6 +174,7 @@ class Integer(Float):
         return self.record_codes(site, self.requantize(site, spec, x) if whole else self.quantize(site, spec, x.real()))
 
     def record_codes(self, site: str, x: Code) -> Code:
+        """Shows a site's codes to whoever asked."""
         if self.record is not None:
             self.record(site, x.value)
         return x
@@ -205,7 +209,7 @@ class Integer(Float):
         code = np.clip(level + zero, spec.code_min, spec.code_max).astype(code_dtype(spec))
         return Code(code, self.scale_of(site), zero, spec)
 
-    def scale_of(self, site: str) -> np.ndarray | None:
+    def scale_of(self, site: str) -> np.ndarray | Any:
         """The scale of a static site; None under strict."""
         return self.constants.get(f"{site}.scale")
 
@@ -221,6 +225,7 @@ class Integer(Float):
             return products.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
 
     def record_accumulator(self, site: str, acc: np.ndarray) -> np.ndarray:
+        """Shows a matmul's accumulators to whoever asked."""
         if self.record is not None:
             self.record(f"{site}.accumulator", acc)
         return acc
@@ -272,10 +277,11 @@ class Integer(Float):
     def embedding(self, site: str, index: np.ndarray, p: Params) -> Code:
         """Rows of the codes of `<site>.weight`; their own scales, where each row has one."""
         table = self.weight(f"{site}.weight")
-        pick = [part if np.size(part) == 1 else part[index] for part in (table.unit, table.zero_point)]
-        return self.named(site, Code(table.value[index], *pick, table.spec, np.size(table.unit) > 1))
+        unit, zero = (part if np.size(part) == 1 else part[index] for part in (table.unit, table.zero_point))
+        return self.named(site, Code(table.value[index], unit, zero, table.spec, np.size(table.unit) > 1))
 
     def norm(self, site: str, x: Code, p: Params, eps: float) -> Code:
+        """(x - mean) / sqrt(var + eps) over the last axis, by the gain's codes, plus the bias; eps is a constant."""
         gain = self.weight(f"{site}.weight")
         acc = ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.subtract_zero()
         bias = self.constants[f"{site}.bias"]
@@ -299,6 +305,7 @@ class Integer(Float):
         return self.record_codes(site, self.clamp(site, spec, level))
 
     def mul(self, site: str, a: Code, b: Code) -> Code:
+        """The product of two values, element by element, in the product of their units."""
         wide = np.int64 if accumulator_bits(a.spec, b.spec) == 64 else np.int32
         return self.named(
             site,
@@ -338,9 +345,9 @@ class Integer(Float):
                 site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
             )
         polynomial, bits = ops.POLYNOMIALS[kind]
-        scaling = (self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
+        multiplier, shift = (self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
         with at(site):
-            argument = fixed_point.multiply(x.subtract_zero(), *scaling, Requantization.FIXED_ONE)
+            argument = fixed_point.multiply(x.subtract_zero(), multiplier, shift, Requantization.FIXED_ONE)
         y = np.clip(polynomial(argument), fixed_point.INT32_MIN, fixed_point.INT32_MAX).astype(np.int32)
         return self.named(site, Code(y, self.unit(2.0**-bits)))
 
@@ -358,20 +365,23 @@ class Integer(Float):
         acc, step = self.matmul(f"{site}.context", probs, v), self.unit(probs.unit, v.unit)
         step = step if np.ndim(step) == 0 else np.broadcast_to(step, acc.shape)  # per query and head, or per channel
         context = Code(acc, step, measured=probs.measured)
-        context = merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
+        context = cast(Code, merge_heads(context))  # (B, H, Tq, K) -> (B, Tq, H K)
         self.record_accumulator(f"{site}.context", context.value)
         return self.named(f"{site}.context", context)
 
     def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec, sink: Var | None) -> Code:
-        find = self.constants.get
-        exponential = find(f"{site}.table")
-        if exponential is None:
-            exponential = tuple(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
-        extra = (find(f"{site}.sink"), find(f"{site}.sink_factor")) if f"{site}.sink" in self.constants else None
+        """Exponentials from a table, or by I-BERT's polynomial; their share of the sum; the clip."""
+
+        def constant(name: str) -> np.ndarray:
+            return self.constants[f"{site}.{name}"]
+
+        by_table = f"{site}.table" in self.constants
+        exponential = constant("table") if by_table else (constant("input_multiplier"), constant("input_shift"))
+        extra = (constant("sink"), constant("sink_factor")) if f"{site}.sink" in self.constants else None
         with at(site):
             p = ops.softmax(scores.value, mask, exponential, extra)
             if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
                 row = spec.softmax is Softmax.CLIPPED_ROW
-                gamma = ops.row_gamma(find(f"{site}.alpha"), mask) if row else find(f"{site}.gamma")
-                p = ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
+                gamma = ops.row_gamma(constant("alpha"), mask) if row else constant("gamma")
+                p = ops.clip_stretch(p, constant("zeta"), gamma)
         return self.named(site, Code(p.astype(np.int32), self.unit(2.0**-ops.PROBABILITY_BITS)))

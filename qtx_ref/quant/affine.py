@@ -118,15 +118,16 @@ def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
     outlier channels share a group (Bondarenko et al. 2021, section 4). Raises ValueError where groups do not divide them.
     """
-    assert spec.groups is not None  # GROUP has them
-    if low.size % spec.groups:
-        raise ValueError(f"groups {spec.groups} does not divide the {low.size} channels; choose a number that does")
+    count = spec.groups
+    assert count is not None  # GROUP has them
+    if low.size % count:
+        raise ValueError(f"groups {count} does not divide the {low.size} channels; choose a number that does")
     order = np.argsort((high - low).ravel(), kind="stable") if spec.permute else np.arange(low.size)
     back = np.argsort(order)
 
     def shared(values: np.ndarray, reduce: np.ufunc) -> np.ndarray:
-        grouped = reduce.reduce(values.ravel()[order].reshape(spec.groups, -1), axis=1)
-        return np.repeat(grouped, low.size // spec.groups)[back].reshape(values.shape)
+        grouped = reduce.reduce(values.ravel()[order].reshape(count, -1), axis=1)
+        return np.repeat(grouped, low.size // count)[back].reshape(values.shape)
 
     return shared(low, np.minimum), shared(high, np.maximum)
 

@@ -45,7 +45,9 @@ def round_dtype(x: np.ndarray | float, dtype: Dtype) -> np.ndarray:
 
 
 def round_integer(x: np.ndarray, rounding: Rounding, words: np.ndarray | None = None) -> np.ndarray:
-    """x, of any shape, rounded to an integer, in its dtype (float32 or float64). Every remainder below is exact, so no addition can push x over a tie.
+    """x, of any shape, rounded to an integer, in its dtype: float32 or float64.
+
+    Every remainder below is exact, so no addition can push x over a tie.
 
     `words`: STOCHASTIC's random 32-bit words, uint32 in the shape of x: up where word < 2^32 (x - floor(x)). Raises
     ValueError where it has none, and for what is no `Rounding`.

@@ -4,9 +4,9 @@ With x the inputs of calibration and G = sum x x^T their Gram matrix (I, I), the
 sum (w~ x - w x)^2 = (w~ - w) G (w~ - w)^T. Both look for codes of small error on the given grid, whose scale is one per
 tensor or per row; a row for which plain rounding to nearest has no larger error keeps that.
 
-Arrays: weights (O, I), or (H, O, I) with a matrix per head, float32; Gram matrices (I, I), or (H I, H I) of which each head
-has its part on the diagonal, float64; scales (float32) and zero points (int32) one, or (O, 1). Inside, rows (O, I) are
-float64.
+Arrays: weights (O, I), or (H, O, I) with a matrix per head, float32; Gram matrices (I, I), or (H I, H I) of which each
+head has its part on the diagonal, float64 or float32; scales (float32) and zero points (int32) one, or (O, 1). Inside,
+rows (O, I) are float64.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def descend(
     weighting: float,
     warm: float,
 ) -> np.ndarray:
-    """Which weights `adaround` rounds up, boolean (O, I): share = w / s - floor(w / s), codes floor + h(V) inside low to high."""
+    """Which weights `adaround` rounds up, boolean (O, I): share = w / s - floor(w / s), codes floor + h(V) inside low to
+    high."""
     start = np.clip((share - GAMMA) / (ZETA - GAMMA), 1e-6, 1 - 1e-6)
     v = special.logit(start).astype(np.float32)
     share = share.astype(np.float32)

@@ -1,4 +1,7 @@
-"""A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`)."""
+"""A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`).
+
+Differs from the reference: was_silent: only lowering asks it, which is done once, there.
+"""
 
 from __future__ import annotations
 
