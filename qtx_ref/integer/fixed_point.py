@@ -11,8 +11,9 @@ where left = max(shift, 0), right = max(-shift, 0); HIGH_HALF_UP shifts right by
 FIXED_ONE_NARROW is FIXED_ONE but for 64-bit accumulators, whose multiplier it rounds to 15 bits.
 Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPACK's rndnu kernels.
 
-Arrays: element by element; what multiplies or shifts an accumulator broadcasts against it, so that the result has its shape.
-Integers of any integer dtype are taken where their values are within the range said, and int32 or int64 given, as said.
+Arrays: element by element; what multiplies or shifts an accumulator broadcasts against it, so that the result has its
+shape. Integers of any integer dtype are taken where their values are within the range said, and int32 or int64 given,
+as said.
 
     >>> M = np.float64(0.25)
     >>> [round_by(np.int32([-6, -2, 2, 6, 10]), M, kind).tolist() for kind in list(Requantization)[:4]]
@@ -67,8 +68,8 @@ def check_real(real: np.ndarray) -> None:
 def quantize_multiplier(real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """M (float64, in [0, 2^30)) -> multiplier and shift, int32. M below 2^-32, which moves no int32, becomes 0, 0.
 
-    The mantissa is rounded half away from zero; where it reaches 2^31 it is halved and the shift raised. Raises ValueError
-    as `check_real`.
+    The mantissa is rounded half away from zero; where it reaches 2^31 it is halved and the shift raised. Raises
+    ValueError as `check_real`.
     """
     check_real(real)
     mantissa, shift = np.frexp(np.asanyarray(real, np.float64))
@@ -118,8 +119,9 @@ def rounding_shift_right(x: np.ndarray, exponent: np.ndarray | int) -> np.ndarra
 
 
 def multiply_one_rounding(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the product
-    of 79 bits is then taken in two halves. Raises ValueError beyond these, and for a multiplier outside [0, 2^31)."""
+    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the
+    product of 79 bits is then taken in two halves. Raises ValueError beyond these, and for a multiplier outside [0,
+    2^31)."""
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
     multiplier, shift = np.asanyarray(multiplier, np.int64), np.asanyarray(shift, np.int64)
     if np.asanyarray(a).dtype != np.int64:
@@ -132,8 +134,8 @@ def multiply_one_rounding(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarr
 
 
 def multiply_one_rounding_narrow(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as in
-    TFLite's 16x8 kernels. Raises ValueError as `multiply_one_rounding`."""
+    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as
+    in TFLite's 16x8 kernels. Raises ValueError as `multiply_one_rounding`."""
     if np.asanyarray(a).dtype != np.int64:
         return multiply_one_rounding(a, multiplier, shift)
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
@@ -160,8 +162,8 @@ def multiply_two_roundings(a: np.ndarray, multiplier: np.ndarray, shift: np.ndar
 
 
 def multiply_high_half_up(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates. Raises ValueError where a is beyond int32 or the
-    shift is not in [-31, 30]."""
+    """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates. Raises ValueError where a is beyond int32
+    or the shift is not in [-31, 30]."""
     shift = np.asanyarray(shift, np.int64)
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
     check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
@@ -175,9 +177,9 @@ def real_multiplier(
 ) -> np.ndarray:
     """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step.
 
-    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1) as
-    `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape (O,).
-    Raises ValueError for weight scales of another shape.
+    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
+    as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
+    (O,). Raises ValueError for weight scales of another shape.
     """
     exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
     kind = np.float64 if exact else np.float32
@@ -201,8 +203,8 @@ def per_column(scale: np.ndarray) -> np.ndarray:
 def multiply(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, requantization: Requantization) -> np.ndarray:
     """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
 
-    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do not, or
-    values are beyond their width.
+    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do
+    not, or values are beyond their width.
     """
     check_shape("multiplier", multiplier, np.shape(a), "give one, or one per column or row")
     check_shape("shift", shift, np.shape(a), "give one, or one per column or row")

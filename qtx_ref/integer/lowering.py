@@ -1,11 +1,11 @@
 """From float parameters and calibrated ranges to the constants that `Integer` computes with.
 
-`lower` runs the model once under `Lowering`, an `Integer` that makes each op's constants, in float64, just before the op
-needs them. What cannot run in integers is refused, naming the site and the reason. `lifting` goes back.
+`lower` runs the model once under `Lowering`, an `Integer` that makes each op's constants, in float64, just before the
+op needs them. What cannot run in integers is refused, naming the site and the reason. `lifting` goes back.
 
-Arrays: parameters float32 in the shapes of `models.initial.shapes`, constants as `model` lists them: codes in the narrowest
-dtype that holds them, multipliers and shifts int32 (a sum's shift int64); scales and multipliers one number, or one per
-column.
+Arrays: parameters float32 in the shapes of `models.initial.shapes`, constants as `model` lists them: codes in the
+narrowest dtype that holds them, multipliers and shifts int32 (a sum's shift int64); scales and multipliers one number,
+or one per column.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def make_constants(
     profile: Profile,
     nonlinear: Nonlinear,
 ) -> dict[str, np.ndarray]:
-    """The constants of `lower`, of quantizers that `check_integer` allows under the profile. Raises SpecError as it does."""
+    """The constants of `lower`, of quantizers that `check_integer` allows under the profile. Raises SpecError as it
+    does."""
     nx = Lowering(quants, ranges, profile, nonlinear)
     weights = {name: const(params[name]) for name in shapes(spec)}
     if spec.family is Family.VIT:
@@ -106,7 +107,8 @@ def make_constants(
 
 
 class Lowering(Integer):
-    """Makes constants, then computes with them. Each op raises SpecError where it cannot run in integers, with its site."""
+    """Makes constants, then computes with them. Each op raises SpecError where it cannot run in integers, with its
+    site."""
 
     constants: dict[str, np.ndarray]
 
@@ -175,8 +177,8 @@ class Lowering(Integer):
         self.put_scale(f"{site}.{key}", scale, zero)
 
     def put_bias(self, site: str, bias: np.ndarray, step: np.ndarray, bits: int) -> None:
-        """In units of the accumulator, which are its scale; int64, as the accumulator then is, where int32 would not do:
-        beside a bias that large, what the accumulator adds is small."""
+        """In units of the accumulator, which are its scale; int64, as the accumulator then is, where int32 would not
+        do: beside a bias that large, what the accumulator adds is small."""
         step = plain(step) if np.size(step) == 1 else np.reshape(step, bias.shape)
         code = np.rint(bias.astype(np.float64) / step)
         largest = np.abs(code).max(initial=0)

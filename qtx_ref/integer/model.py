@@ -7,8 +7,8 @@ can take one. All constants were made by `lowering` and are stored in the artifa
 
     <site>.scale .zero_point     of a static quantizer, and of each weight
     <site>.weight .bias          codes; integers in units of the accumulator
-    <site>.multiplier .shift     real multiplier 2^shift * multiplier / 2^31 of the requantization (float32 profiles: the
-                                 multiplier alone); of a sum, one multiplier per operand in units of 2^-shift
+    <site>.multiplier .shift     real multiplier 2^shift * multiplier / 2^31 of the requantization (float32 profiles:
+                                 the multiplier alone); of a sum, one multiplier per operand in units of 2^-shift
     <site>.table                 gelu, sigmoid, tanh: one code per code; softmax: exponentials, Q24
     <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `ops` takes them
     <site>.input_multiplier .input_shift                  from a code to the argument of a polynomial
@@ -77,8 +77,8 @@ class Code(Var):
 
     @staticmethod
     def arranged(move: Callable[..., np.ndarray], inputs: Sequence[Code], *edges: tuple[Var, Vjp]) -> Code:
-        """The same, with scale and zero point where there is more than one of them; of several inputs, such as the tokens
-        before and a new one, only where each has its own."""
+        """The same, with scale and zero point where there is more than one of them; of several inputs, such as the
+        tokens before and a new one, only where each has its own."""
         first = inputs[0]
         shared = len(inputs) > 1 and not first.measured
 
@@ -101,8 +101,8 @@ class Code(Var):
 class Whole(np.ndarray):
     """An array of integers that no float can come out of: `strict` makes every constant one, and the input's codes.
 
-    Whatever NumPy computes from it is one too, and is refused with TypeError, in the op that made it, where its dtype is
-    neither integer nor boolean.
+    Whatever NumPy computes from it is one too, and is refused with TypeError, in the op that made it, where its dtype
+    is neither integer nor boolean.
     """
 
     def __array_finalize__(self, other: object) -> None:

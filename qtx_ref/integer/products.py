@@ -12,9 +12,9 @@ instead of wider operands. So za may differ by row of a (shape (M, 1)) and zb by
 
 **Overflow** is that of the exact sum: an accumulator that wraps and returns holds the right bits.
 
-Arrays: codes a (..., M, K) and b (..., K, N) of any integer dtype, zero points and biases (int32 or int64) in the shapes
-that `matmul` states, accumulators (..., M, N), int32 or int64. A carrier is the dtype that holds codes while they are
-multiplied: float32, float64 or that of the accumulator.
+Arrays: codes a (..., M, K) and b (..., K, N) of any integer dtype, zero points and biases (int32 or int64) in the
+shapes that `matmul` states, accumulators (..., M, N), int32 or int64. A carrier is the dtype that holds codes while
+they are multiplied: float32, float64 or that of the accumulator.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def check_codes(what: str, code: np.ndarray, spec: QuantSpec) -> None:
 
 
 def recentre_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np.ndarray | None:
-    """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies along
-    k."""
+    """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies
+    along k."""
     if zero is None:
         return None if spec.symmetric else np.array(-centre(spec))
     zero = np.asanyarray(zero)
@@ -93,7 +93,8 @@ def block_product(a: np.ndarray, b: np.ndarray, length: int, wide: type) -> np.n
 
 
 def fit(total: np.ndarray, bits: int, profile: Profile) -> np.ndarray:
-    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile wraps."""
+    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile
+    wraps."""
     if bits == 64:
         return total
     if profile.overflow is Overflow.REPORT:
@@ -165,7 +166,8 @@ def check_bias(bias: np.ndarray, columns: int) -> None:
 
 
 def add_bias(total: np.ndarray, bias: np.ndarray, bound: int, profile: Profile) -> np.ndarray:
-    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile wraps."""
+    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile
+    wraps."""
     result = total + bias
     if bound >= 2**63 and profile.overflow is Overflow.REPORT:
         lost = ((total ^ result) & (bias ^ result)) < 0  # the sum has neither's sign
@@ -196,8 +198,8 @@ def linear(
 ) -> np.ndarray:
     """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1), (O,) or one -> (..., O).
 
-    The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError. Everything
-    else as in `matmul`."""
+    The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError.
+    Everything else as in `matmul`."""
     w_zero = None if w_zero is None else np.asanyarray(w_zero).T
     return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, profile, integers)
 
@@ -205,10 +207,10 @@ def linear(
 def matmul_pairs16(a: np.ndarray, b: np.ndarray, pairs: int = 1) -> np.ndarray:
     """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (K, N) -> int32, saturating on the way.
 
-    `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 = 64770
-    becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and int32
-    is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K and a
-    last, shorter run are padded with 0, as packed operands are. Raises ValueError for operands of another dtype.
+    `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 =
+    64770 becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and
+    int32 is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K
+    and a last, shorter run are padded with 0, as packed operands are. Raises ValueError for operands of another dtype.
     """
     if a.dtype != np.uint8 or b.dtype != np.int8:
         raise ValueError(f"operands are {a.dtype} and {b.dtype}: the instruction multiplies uint8 by int8")
@@ -237,8 +239,8 @@ def pack_int4(code: np.ndarray) -> np.ndarray:
 
 
 def unpack_int4(packed: np.ndarray, length: int, signed: bool) -> np.ndarray:
-    """What `pack_int4` packed: (..., ceil(length / 2)) uint8 -> (..., length), int8 if signed, else uint8. Raises ValueError
-    for another dtype or length."""
+    """What `pack_int4` packed: (..., ceil(length / 2)) uint8 -> (..., length), int8 if signed, else uint8. Raises
+    ValueError for another dtype or length."""
     if packed.dtype != np.uint8 or packed.shape[-1] != -(-length // 2):
         raise ValueError(f"{packed.shape[-1]} {packed.dtype} do not hold {length} codes of 4 bits: check the shape")
     half = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)[..., :length]

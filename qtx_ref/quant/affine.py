@@ -53,8 +53,8 @@ TINY = np.float32(2.0**-126)  # the smallest normal float32; no float32 scale is
 
 
 def check_scale(scale: np.ndarray, profile: Profile = QTX) -> None:
-    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has no
-    finite reciprocal where the profile multiplies by that."""
+    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has
+    no finite reciprocal where the profile multiplies by that."""
     scale = np.asanyarray(scale)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         step = round_dtype(scale, profile.arithmetic)
@@ -69,8 +69,8 @@ def check_scale(scale: np.ndarray, profile: Profile = QTX) -> None:
 def check_quantizer(
     shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: Quant, profile: Profile = QTX
 ) -> None:
-    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point that
-    is one of the codes, both broadcast against the tensor. What `scale_zero` made passes."""
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point
+    that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes."""
     check_scale(scale, profile)
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
@@ -116,7 +116,8 @@ def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np
     """Channel ranges (one axis longer than 1) -> each channel's group's range, the same shape.
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
-    outlier channels share a group (Bondarenko et al. 2021, section 4). Raises ValueError where groups do not divide them.
+    outlier channels share a group (Bondarenko et al. 2021, section 4). Raises ValueError where groups do not divide
+    them.
     """
     count = spec.groups
     assert count is not None  # GROUP has them
@@ -144,14 +145,15 @@ def check_order(low: np.ndarray, high: np.ndarray) -> None:
 def scale_zero(
     low: np.ndarray, high: np.ndarray, spec: QuantSpec, profile: Profile = QTX
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for FLOAT64).
+    """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for
+    FLOAT64).
 
     Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
-    real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1); else
-    high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
-    the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their reciprocals
-    finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the scale in its dtype,
-    is not finite.
+    real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1);
+    else high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the
+    scale's and the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their
+    reciprocals finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the
+    scale in its dtype, is not finite.
     """
     check_width(spec, profile)
     check_order(low, high)
@@ -191,9 +193,8 @@ def scale_zero(
     zero = number(first - number(low / divisor))
     if profile.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
-        nearer_low = (
-            first + number(-low / divisor) < last + up
-        )  # the two ends' rounding errors, as gemmlowp bounds them
+        # the two ends' rounding errors, as gemmlowp bounds them
+        nearer_low = first + number(-low / divisor) < last + up
         zero = np.where(nearer_low, zero, number(last - up))
     zero = round_integer(zero, profile.zero_point_rounding)
     return scale, np.clip(zero, spec.code_min, spec.code_max).astype(np.int32)
@@ -230,8 +231,8 @@ def quantize(
 ) -> np.ndarray:
     """Codes (int32) of x, in its shape; each lies between the spec's limits.
 
-    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer has
-    (`check_quantizer`) or that does not fit the shape of x.
+    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer
+    has (`check_quantizer`) or that does not fit the shape of x.
     """
     check_width(spec, profile)
     check_quantizer(x.shape, scale, zero_point, spec, profile)
@@ -248,8 +249,8 @@ def quantize(
 def dequantize(code: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, profile: Profile = QTX) -> np.ndarray:
     """scale * (code - zero_point), the difference in integers (int64), the product rounded to the profile's arithmetic.
 
-    Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale as
-    `check_scale`, and where either does not fit the shape of the codes.
+    Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale
+    as `check_scale`, and where either does not fit the shape of the codes.
     """
     check_scale(scale, profile)
     check_range("code", code, -(2**62), 2**62, "an accumulator has 48 bits at most")
@@ -285,9 +286,9 @@ def simulate(
     profile: Profile = QTX,
     words: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`fake_quantize` without looking at scale and zero point: for those that `scale_zero` made, that were checked when the
-    model was bound, or that are being learned. A NaN among them gives NaN. Raises ValueError for infinity where the profile
-    says so."""
+    """`fake_quantize` without looking at scale and zero point: for those that `scale_zero` made, that were checked when
+    the model was bound, or that are being learned. A NaN among them gives NaN. Raises ValueError for infinity where the
+    profile says so."""
     check_width(spec, profile)
     if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")

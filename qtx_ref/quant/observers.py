@@ -57,8 +57,8 @@ def squared_error(values: np.ndarray, low: float, high: float, spec: Quant) -> f
 def least_error(values: np.ndarray, spec: Quant) -> tuple[float, float]:
     """The fraction of a group's (widened) range with the least squared error; the smallest of equals.
 
-    Symmetric, and mirrored with a negative value: [-R f, R f] with R the largest magnitude plus the margin. Else: both ends
-    times f.
+    Symmetric, and mirrored with a negative value: [-R f, R f] with R the largest magnitude plus the margin. Else: both
+    ends times f.
     """
     margin = spec.observer.margin
     low, high = float(values.min()), float(values.max())
@@ -136,8 +136,8 @@ class Observer:
         return static_scale(low, high, self.silent, self.spec)
 
     def _combine(self, low: np.ndarray, high: np.ndarray) -> None:
-        """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are (0.1
-        and not 1 - float32(0.9)). Current: new."""
+        """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are
+        (0.1 and not 1 - float32(0.9)). Current: new."""
         if self.low is not None and self.kind is not ObserverKind.CURRENT:
             old, new = (np.float32(part) for part in (self.spec.observer.momentum, 1 - self.spec.observer.momentum))
             low = new * low + old * self.low

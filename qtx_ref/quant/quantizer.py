@@ -1,7 +1,7 @@
 """A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`).
 
-Arrays: x of any shape and float dtype; scales (float32) and zero points (int32) broadcast against it, as do the ends of its
-range (float32).
+Arrays: x of any shape and float dtype; scales (float32) and zero points (int32) broadcast against it, as do the ends of
+its range (float32).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def scale_zero(low: np.ndarray, high: np.ndarray, spec: Quant) -> tuple[np.ndarr
 
 
 def static_scale(low: np.ndarray, high: np.ndarray, silent: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
-    """`scale_zero` of a calibrated range, in one for all numerics. Where `silent`, in the shape of low, says that the tensor
-    was 0 in all of calibration, the scale of a uniform quantizer is 2^-8: in integers 1 would be a coarse unit for what is
-    added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; so do groups, which no
-    integer model has."""
+    """`scale_zero` of a calibrated range, in one for all numerics. Where `silent`, in the shape of low, says that the
+    tensor was 0 in all of calibration, the scale of a uniform quantizer is 2^-8: in integers 1 would be a coarse unit
+    for what is added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; so do
+    groups, which no integer model has."""
     scale, zero = scale_zero(low, high, spec)
     if isinstance(spec, FloatQuantSpec) or spec.granularity is Granularity.GROUP:
         return scale, zero
@@ -49,8 +49,8 @@ def was_silent(range: Range) -> np.ndarray:
 
 
 def dynamic_scale(x: np.ndarray, spec: Quant, where: np.ndarray | None, weight: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude), of elements
-    where `where` (boolean, broadcast) is true. Raises ValueError as `affine.ranges` and `scale_zero`."""
+    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude), of
+    elements where `where` (boolean, broadcast) is true. Raises ValueError as `affine.ranges` and `scale_zero`."""
     if spec.outliers is not None:
         return beside_outliers(x, spec, where)
     if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
@@ -63,10 +63,10 @@ def dynamic_scale(x: np.ndarray, spec: Quant, where: np.ndarray | None, weight: 
 
 
 def beside_outliers(x: np.ndarray, spec: QuantSpec, where: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al. 2022,
-    section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, by which `check_quantizer`,
-    `quantize` and `simulate` know that it stays in float; no other scale is 0. Raises ValueError for a tensor without axes,
-    and a mask as in `affine.min_max`.
+    """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al.
+    2022, section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, by which
+    `check_quantizer`, `quantize` and `simulate` know that it stays in float; no other scale is 0. Raises ValueError for
+    a tensor without axes, and a mask as in `affine.min_max`.
     """
     check_axes(spec, x.ndim)
     large = np.abs(x) >= spec.outliers
@@ -79,9 +79,9 @@ def beside_outliers(x: np.ndarray, spec: QuantSpec, where: np.ndarray | None) ->
 
 
 def check_quantizer(shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> None:
-    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: each scale a finite number above
-    0, each zero point a code. An MX block's scale is a power of two, or NaN where the block holds NaN or infinity; beside
-    outliers the scale 0 says that a channel stays in float."""
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: each scale a finite number
+    above 0, each zero point a code. An MX block's scale is a power of two, or NaN where the block holds NaN or
+    infinity; beside outliers the scale 0 says that a channel stays in float."""
     if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
         formats.check_shared(scale)
         scale = np.ones_like(scale)
@@ -104,15 +104,15 @@ def quantize(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Qua
 def fake_quantize(
     x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes. Raises ValueError
-    as `check_quantizer`."""
+    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes. Raises
+    ValueError as `check_quantizer`."""
     check_quantizer(x.shape, scale, zero_point, spec)
     return simulate(x, scale, zero_point, spec)
 
 
 def simulate(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
-    """`fake_quantize` without looking at scale and zero point: for those made by `dynamic_scale` or `scale_zero`, or checked
-    when a model was bound."""
+    """`fake_quantize` without looking at scale and zero point: for those made by `dynamic_scale` or `scale_zero`, or
+    checked when a model was bound."""
     if isinstance(spec, FloatQuantSpec):
         return formats.simulate(x, spec.format, spec.saturate, scale)
     if spec.outliers is not None:

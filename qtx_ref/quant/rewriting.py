@@ -1,9 +1,9 @@
 """Weights made anew for quantization, once and for both backends: what is moved between a tensor and the weight that
-takes it in (SmoothQuant, Hadamard rotation), and what bias correction makes of the error that is left. `rounding_choice`
-has GPTQ and AdaRound.
+takes it in (SmoothQuant, Hadamard rotation), and what bias correction makes of the error that is left.
+`rounding_choice` has GPTQ and AdaRound.
 
-Arrays: parameters by name, weights (O, I), or (H, O, I) with a matrix per head, and biases (O,); float32, computed with in
-float64 and rounded at the end.
+Arrays: parameters by name, weights (O, I), or (H, O, I) with a matrix per head, and biases (O,); float32, computed with
+in float64 and rounded at the end.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def group_by_input(sites: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def feeding_norm(spec: ModelSpec, group: tuple[str, ...]) -> str | None:
-    """The norm whose result goes to the linears of `group` and nowhere else, or None: in a pre-norm block `attn.norm` for
-    query, key and value together where no gate reads it, `ffn.norm` for the hidden layer."""
+    """The norm whose result goes to the linears of `group` and nowhere else, or None: in a pre-norm block `attn.norm`
+    for query, key and value together where no gate reads it, `ffn.norm` for the hidden layer."""
     block, _, name = group[0].rpartition(".")
     if not spec.pre_norm or not group[0].startswith("layer."):
         return None
@@ -91,8 +91,8 @@ def smooth(
     """SmoothQuant (Xiao et al. 2023, eq. 4): s_j = max|X_j|^a / max|W_j|^(1 - a), W' = W s, and X' = X / s.
 
     absmax: max|X_j| (I,) of each of `sites`; the linears that take in one tensor share s, with the largest of their
-    weights. Channels in which X or W is 0 have s = 1. The division is taken into gain and bias of the norm before, where
-    that feeds nothing else (`feeding_norm`).
+    weights. Channels in which X or W is 0 have s = 1. The division is taken into gain and bias of the norm before,
+    where that feeds nothing else (`feeding_norm`).
 
     Returns:
         params, and the divisors (I,), float32, that no norm took in, by linear site.
@@ -120,7 +120,8 @@ def smooth(
 
 
 def rotate(params: Mapping[str, np.ndarray], blocks: Mapping[str, int]) -> Arrays:
-    """W' = W R for each site of `blocks`, so that (x R) (W R)^T = x W^T; R as in `ops.hadamard`, of blocks `blocks[site]`.
+    """W' = W R for each site of `blocks`, so that (x R) (W R)^T = x W^T; R as in `ops.hadamard`, of blocks
+    `blocks[site]`.
 
     Raises SpecError naming a site without a weight of its own, or a block that does not divide its width.
     """

@@ -45,8 +45,8 @@ def per_matrix(
     scale: np.ndarray,
     zero_point: np.ndarray,
 ) -> np.ndarray:
-    """`choose(weight, gram, scale, zero)` in float64 for a matrix (O, I), or for each head's of (H, O, I) with its part of
-    gram (H I, H I); rows that it does not better, rounded to nearest."""
+    """`choose(weight, gram, scale, zero)` in float64 for a matrix (O, I), or for each head's of (H, O, I) with its part
+    of gram (H I, H I); rows that it does not better, rounded to nearest."""
     scale = np.broadcast_to(np.asarray(scale, np.float32), (*weight.shape[:-1], 1))
     zero = np.broadcast_to(np.asarray(zero_point), scale.shape)
     if weight.ndim == 3:
@@ -73,8 +73,8 @@ def gptq(
     rounded makes up for its error by the inverse of H = G + damping mean(diag G) I; updates reach the columns beyond a
     block at its end. A channel without input has H = 1 on the diagonal.
 
-    weight (O, I), or (H, O, I); gram (I, I), or (H I, H I). The quantizer is uniform (`check_grid`). Returns values of the
-    grid: `fake_quantize` gives them back to the bit.
+    weight (O, I), or (H, O, I); gram (I, I), or (H I, H I). The quantizer is uniform (`check_grid`). Returns values of
+    the grid: `fake_quantize` gives them back to the bit.
     """
 
     def choose(w: np.ndarray, gram: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
@@ -116,10 +116,11 @@ def adaround(
 
         error in units of s / mean(diag G) + weighting sum(1 - |2 h(V) - 1|^beta),
 
-    from h(V) = w / s - floor(w / s); beta falls from 20 to 2 by a cosine after the first `warm` share of the iterations,
-    which leave the regulariser out. In the end h is rounded. Rows do not touch each other, so that a unit per row
-    changes no minimum. Rate and weighting (0.3: the paper's 0.01 belongs to another unit and to ten times as many
-    steps) are those of least error on correlated inputs here. Adam's steps are float32; errors are compared in float64.
+    from h(V) = w / s - floor(w / s); beta falls from 20 to 2 by a cosine after the first `warm` share of the
+    iterations, which leave the regulariser out. In the end h is rounded. Rows do not touch each other, so that a unit
+    per row changes no minimum. Rate and weighting (0.3: the paper's 0.01 belongs to another unit and to ten times as
+    many steps) are those of least error on correlated inputs here. Adam's steps are float32; errors are compared in
+    float64.
 
     Arguments and result as of `gptq`.
     """
@@ -154,8 +155,8 @@ def descend(
     weighting: float,
     warm: float,
 ) -> np.ndarray:
-    """Which weights `adaround` rounds up, boolean (O, I): share = w / s - floor(w / s), codes floor + h(V) inside low to
-    high."""
+    """Which weights `adaround` rounds up, boolean (O, I): share = w / s - floor(w / s), codes floor + h(V) inside low
+    to high."""
     start = np.clip((share - GAMMA) / (ZETA - GAMMA), 1e-6, 1 - 1e-6)
     v = special.logit(start).astype(np.float32)
     share = share.astype(np.float32)

@@ -61,8 +61,8 @@ def is_number(value: Any) -> bool:
 def settle(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
     """`value` as a field of type `kind` holds it. Raises SpecError naming `what`, the value and what is accepted.
 
-    An enum's member or its value becomes the member; a number of NumPy, Python's own; a whole number given for a float, a
-    float; a list, a tuple. A bool is no number, and a string no tuple of strings. `otherwise`: what else is accepted.
+    An enum's member or its value becomes the member; a number of NumPy, Python's own; a whole number given for a float,
+    a float; a list, a tuple. A bool is no number, and a string no tuple of strings. `otherwise`: what else is accepted.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):

@@ -31,7 +31,8 @@ def check_integer(
 
     transforms: the linears at whose input a transform is left, which no norm has taken in.
 
-    Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or block.
+    Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or
+    block.
     """
     if strict and profile.requantization in FLOAT_REQUANTIZATIONS:
         kind = profile.requantization

@@ -112,7 +112,8 @@ class AttentionSpec(Spec):
 
 @dataclass(frozen=True)
 class ModelSpec(Spec):
-    """The shape of a model. Letters in comments are those of the design: D width, H heads, F hidden, V vocab, T length."""
+    """The shape of a model. Letters in comments are those of the design: D width, H heads, F hidden, V vocab, T
+    length."""
 
     family: Family
     layers: int

@@ -79,9 +79,8 @@ class Requantization(Name):
     FIXED_ONE = "fixed_one"  # 64-bit product, one rounding shift, half up: ruy, TFLite with single rounding
     FIXED_TWO = "fixed_two"  # rounding doubling high multiply, then rounding shift, half away: gemmlowp, TFLite
     HIGH_HALF_UP = "high_half_up"  # truncating doubling high multiply, then rounding shift, half up: XNNPACK rndnu
-    FIXED_ONE_NARROW = (
-        "fixed_one_narrow"  # fixed_one; for 64-bit accumulators by a multiplier of 15 bits: TFLite's 16x8
-    )
+    # fixed_one; for 64-bit accumulators by a multiplier of 15 bits: TFLite's 16x8
+    FIXED_ONE_NARROW = "fixed_one_narrow"
 
 
 class Overflow(Name):

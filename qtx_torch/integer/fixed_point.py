@@ -92,8 +92,8 @@ def rounding_shift_right(x: Tensor, exponent: Tensor | int) -> Tensor:
 
 
 def multiply_one_rounding(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
-    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the product
-    of 79 bits is then taken in two halves."""
+    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the
+    product of 79 bits is then taken in two halves."""
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
     multiplier, shift = multiplier.long(), shift.long()
     if a.dtype != torch.int64:
@@ -106,8 +106,8 @@ def multiply_one_rounding(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tenso
 
 
 def multiply_one_rounding_narrow(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
-    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as in
-    TFLite's 16x8 kernels."""
+    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as
+    in TFLite's 16x8 kernels."""
     if a.dtype != torch.int64:
         return multiply_one_rounding(a, multiplier, shift)
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
@@ -146,9 +146,9 @@ def multiply_high_half_up(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tenso
 def real_multiplier(x_scale: Tensor, w_scale: Tensor | int, y_scale: Tensor, profile: Profile = QTX) -> Tensor:
     """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step.
 
-    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1) as
-    `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape (O,).
-    Raises ValueError for weight scales of another shape.
+    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
+    as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
+    (O,). Raises ValueError for weight scales of another shape.
     """
     exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
     kind = torch.float64 if exact else torch.float32
@@ -173,8 +173,8 @@ def per_column(scale: Tensor) -> Tensor:
 def multiply(a: Tensor, multiplier: Tensor, shift: Tensor, requantization: Requantization) -> Tensor:
     """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
 
-    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do not, or
-    values are beyond their width.
+    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do
+    not, or values are beyond their width.
     """
     check_shape("multiplier", multiplier, a.shape, "give one, or one per column or row")
     check_shape("shift", shift, a.shape, "give one, or one per column or row")
@@ -196,7 +196,8 @@ def round_float(x: Tensor, requantization: Requantization) -> Tensor:
 
 
 def round_by(a: Tensor, real: Tensor, requantization: Requantization) -> Tensor:
-    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float."""
+    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a
+    float."""
     if requantization not in FLOATS:
         return multiply(a, *quantize_multiplier(real), requantization)
     check_real(real)

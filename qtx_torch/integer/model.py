@@ -77,8 +77,8 @@ class Code:
 
     @staticmethod
     def arranged(move: Callable[..., Tensor], parts: tuple[Code, ...]) -> Code:
-        """`ops.arranged`: scale and zero point move too, where there is more than one of them; of several parts, such as
-        the tokens before and a new one, only where each has its own."""
+        """`ops.arranged`: scale and zero point move too, where there is more than one of them; of several parts, such
+        as the tokens before and a new one, only where each has its own."""
         first = parts[0]
         shared = len(parts) > 1 and not first.measured
 

@@ -33,9 +33,9 @@ SHORTEST = 256  # float32 blocks shorter than this cost more in additions than f
 
 @functools.cache
 def byte_instructions(device: str) -> bool:
-    """Whether `torch._int_mm` is fast and exact: with VNNI it took a tenth of the time of a float32 product of 512 x 768 x
-    3072 (benchmarks/integer_matmul.py); without, torch's own loop took 50 times as much, and oneDNN told to use AVX2
-    (ONEDNN_MAX_CPU_ISA) saturates pairs in int16. So extreme codes are multiplied once, to see."""
+    """Whether `torch._int_mm` is fast and exact: with VNNI it took a tenth of the time of a float32 product of 512 x
+    768 x 3072 (benchmarks/integer_matmul.py); without, torch's own loop took 50 times as much, and oneDNN told to use
+    AVX2 (ONEDNN_MAX_CPU_ISA) saturates pairs in int16. So extreme codes are multiplied once, to see."""
     if device != "cpu" or not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
         return False
     ends = torch.tensor([-128, 127], dtype=torch.int8)
@@ -49,7 +49,8 @@ def byte_instructions(device: str) -> bool:
 
 
 def plain_float32(device: str) -> bool:
-    """Whether a float32 product keeps 24 bits. TF32, reduced matmul precision and autocast do not; then float64 carries."""
+    """Whether a float32 product keeps 24 bits. TF32, reduced matmul precision and autocast do not; then float64
+    carries."""
     return (
         device == "cpu" and torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
     )
@@ -88,8 +89,8 @@ def check_codes(what: str, code: Tensor, spec: QuantSpec) -> None:
 
 
 def recentre_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor | None:
-    """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies along
-    k."""
+    """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies
+    along k."""
     if zero is None:
         return None if spec.symmetric else torch.tensor(-centre(spec))
     check_codes("zero point", zero, spec)
@@ -125,7 +126,8 @@ def carrier(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> torch
 
 
 def fit(total: Tensor, bits: int, profile: Profile) -> Tensor:
-    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile wraps."""
+    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile
+    wraps."""
     if bits == 64:
         return total
     if profile.overflow is Overflow.REPORT:
@@ -203,7 +205,8 @@ def check_bias(bias: Tensor, columns: int) -> None:
 
 
 def add_bias(total: Tensor, bias: Tensor, bound: int, profile: Profile) -> Tensor:
-    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile wraps."""
+    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile
+    wraps."""
     result = total + bias
     if bound >= 2**63 and profile.overflow is Overflow.REPORT:
         lost = ((total ^ result) & (bias ^ result)) < 0  # the sum has neither's sign
@@ -243,10 +246,10 @@ def linear(
 def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
     """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (K, N) -> int32, saturating on the way.
 
-    `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 = 64770
-    becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and int32
-    is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K and a
-    last, shorter run are padded with 0, as packed operands are.
+    `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 =
+    64770 becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and
+    int32 is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K
+    and a last, shorter run are padded with 0, as packed operands are.
     """
     if a.dtype != torch.uint8 or b.dtype != torch.int8:
         raise ValueError(f"operands are {name(a.dtype)} and {name(b.dtype)}: the instruction multiplies uint8 by int8")

@@ -40,8 +40,8 @@ TINY = 2.0**-126  # the smallest normal float32; no float32 scale is below it
 
 
 def check_scale(scale: Tensor, profile: Profile = QTX) -> None:
-    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has no
-    finite reciprocal where the profile multiplies by that."""
+    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has
+    no finite reciprocal where the profile multiplies by that."""
     step = round_dtype(scale, profile.arithmetic)
     good = torch.isfinite(step) & (step > 0)
     if profile.reciprocal:
@@ -54,8 +54,9 @@ def check_scale(scale: Tensor, profile: Profile = QTX) -> None:
 def check_quantizer(
     shape: tuple[int, ...], scale: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX
 ) -> None:
-    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point that
-    is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. It waits for the device."""
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point
+    that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. It waits for the
+    device."""
     check_scale(scale, profile)
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
@@ -132,14 +133,15 @@ def check_order(low: Tensor, high: Tensor) -> None:
 
 
 def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QTX) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for FLOAT64).
+    """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for
+    FLOAT64).
 
     Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
-    real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1); else
-    high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
-    the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their reciprocals
-    finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the scale in its dtype,
-    is not finite.
+    real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1);
+    else high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the
+    scale's and the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their
+    reciprocals finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the
+    scale in its dtype, is not finite.
     """
     check_width(spec, profile)
     reversed_ends, ends = low > high, (low, high)
@@ -185,9 +187,8 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
     zero = number(first - number(low / divisor))
     if profile.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
-        nearer_low = (
-            first + number(-low / divisor) < last + up
-        )  # the two ends' rounding errors, as gemmlowp bounds them
+        # the two ends' rounding errors, as gemmlowp bounds them
+        nearer_low = first + number(-low / divisor) < last + up
         zero = torch.where(nearer_low, zero, number(last - up))
     zero = round_integer(zero, profile.zero_point_rounding)
     return scale, zero.clamp(spec.code_min, spec.code_max).to(torch.int32)
@@ -218,8 +219,8 @@ def quantize(
 ) -> Tensor:
     """Codes (int32) of x, in its shape; each lies between the spec's limits.
 
-    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer has
-    (`check_quantizer`) or that does not fit the shape of x.
+    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer
+    has (`check_quantizer`) or that does not fit the shape of x.
     """
     check_width(spec, profile)
     check_quantizer(x.shape, scale, zero_point, spec, profile)
@@ -240,8 +241,8 @@ def quantize(
 def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor, profile: Profile = QTX) -> Tensor:
     """scale * (code - zero_point), the difference in integers (int64), the product rounded to the profile's arithmetic.
 
-    Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale as
-    `check_scale`, and where either does not fit the shape of the codes.
+    Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale
+    as `check_scale`, and where either does not fit the shape of the codes.
     """
     check_scale(scale, profile)
     check_range("code", code, -(2**62), 2**62, "an accumulator has 48 bits at most")
@@ -277,8 +278,9 @@ def simulate(
     profile: Profile = QTX,
     words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fake_quantize` without looking at scale and zero point, which would wait for the device: for those that `scale_zero`
-    made, that were checked when the model was bound, or that are being learned. A NaN among them gives NaN."""
+    """`fake_quantize` without looking at scale and zero point, which would wait for the device: for those that
+    `scale_zero` made, that were checked when the model was bound, or that are being learned. A NaN among them gives
+    NaN."""
     check_width(spec, profile)
     if profile.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")

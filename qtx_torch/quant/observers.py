@@ -57,8 +57,8 @@ def squared_error(values: Tensor, low: float, high: float, spec: Quant) -> float
 def least_error(values: Tensor, spec: Quant) -> tuple[float, float]:
     """The fraction of a group's (widened) range with the least squared error; the smallest of equals.
 
-    Symmetric, and mirrored with a negative value: [-R f, R f] with R the largest magnitude plus the margin. Else: both ends
-    times f.
+    Symmetric, and mirrored with a negative value: [-R f, R f] with R the largest magnitude plus the margin. Else: both
+    ends times f.
     """
     margin = spec.observer.margin
     low, high = float(values.min()), float(values.max())
@@ -134,8 +134,8 @@ class Observer:
         return static_scale(*self.range(), self.silent, self.spec)
 
     def _combine(self, low: Tensor, high: Tensor) -> None:
-        """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are (0.1
-        and not 1 - float32(0.9)). Current: new."""
+        """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are
+        (0.1 and not 1 - float32(0.9)). Current: new."""
         if self.low is not None and self.high is not None and self.kind is not ObserverKind.CURRENT:
             parts = (self.spec.observer.momentum, 1 - self.spec.observer.momentum)
             old, new = torch.tensor(parts, dtype=torch.float32, device=low.device).unbind()

@@ -8,6 +8,7 @@ check, says so.
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import importlib.util
 import inspect
@@ -107,6 +108,12 @@ def test_public_names_say_what_they_are(name: str) -> None:
     module = importlib.import_module(name)
     assert hasattr(module, "__all__")
     assert find_faults(module) == []
+
+
+def test_the_integers_page_computes_what_it_says() -> None:
+    page = Path(qtx_ref.__file__).parent / "integer" / "README.md"
+    ran = doctest.testfile(str(page), module_relative=False)
+    assert ran.attempted > 5 and not ran.failed
 
 
 PLANTED = '''
