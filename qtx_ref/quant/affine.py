@@ -126,11 +126,11 @@ def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np
     order = np.argsort((high - low).ravel(), kind="stable") if spec.permute else np.arange(low.size)
     back = np.argsort(order)
 
-    def shared(values: np.ndarray, reduce: np.ufunc) -> np.ndarray:
+    def share(values: np.ndarray, reduce: np.ufunc) -> np.ndarray:
         grouped = reduce.reduce(values.ravel()[order].reshape(count, -1), axis=1)
         return np.repeat(grouped, low.size // count)[back].reshape(values.shape)
 
-    return shared(low, np.minimum), shared(high, np.maximum)
+    return share(low, np.minimum), share(high, np.maximum)
 
 
 def check_order(low: np.ndarray, high: np.ndarray) -> None:

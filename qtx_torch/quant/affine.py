@@ -117,11 +117,11 @@ def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
     order = torch.argsort(span, stable=True) if spec.permute else torch.arange(span.numel(), device=span.device)
     back = torch.argsort(order)
 
-    def shared(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    def share(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
         grouped = reduce(values.flatten()[order].reshape(spec.groups, -1), 1)
         return grouped.repeat_interleave(low.numel() // spec.groups)[back].reshape(values.shape)
 
-    return shared(low, torch.amin), shared(high, torch.amax)
+    return share(low, torch.amin), share(high, torch.amax)
 
 
 def check_order(low: Tensor, high: Tensor) -> None:

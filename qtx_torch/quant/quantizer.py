@@ -1,6 +1,6 @@
 """A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`).
 
-Differs from the reference: was_silent: only lowering asks it, which is done once, there.
+Differs from the reference: was_silent: ranges are lowered, and kept by `qtx ptq`, in NumPy.
 """
 
 from __future__ import annotations
