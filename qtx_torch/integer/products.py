@@ -238,7 +238,8 @@ def linear(
 ) -> Tensor:
     """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1), (O,) or one -> (..., O).
 
-    The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError."""
+    The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError.
+    Everything else as in `matmul`."""
     w_zero = None if w_zero is None else w_zero.mT if w_zero.ndim > 1 else w_zero
     return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, profile, integers)
 
@@ -249,7 +250,7 @@ def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
     `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 =
     64770 becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and
     int32 is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K
-    and a last, shorter run are padded with 0, as packed operands are.
+    and a last, shorter run are padded with 0, as packed operands are. Raises ValueError for operands of another dtype.
     """
     if a.dtype != torch.uint8 or b.dtype != torch.int8:
         raise ValueError(f"operands are {name(a.dtype)} and {name(b.dtype)}: the instruction multiplies uint8 by int8")
@@ -267,7 +268,7 @@ def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
 
 def pack_int4(code: Tensor) -> Tensor:
     """Codes of 4 bits, signed or not, two per byte along the last axis, the first in the low half: (..., D) ->
-    (..., ceil(D / 2)) uint8. An odd D is padded with 0."""
+    (..., ceil(D / 2)) uint8. An odd D is padded with 0. Raises ValueError where 4 bits do not hold them."""
     low, high = (min(int(code.min()), 0), max(int(code.max()), 0)) if code.numel() else (0, 0)
     if low < -8 or high > 15 or high - low > 15:
         raise ValueError(f"codes run from {low} to {high}: 4 bits hold -8 to 7, or 0 to 15")
@@ -278,7 +279,8 @@ def pack_int4(code: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, length: int, signed: bool) -> Tensor:
-    """What `pack_int4` packed: (..., ceil(length / 2)) uint8 -> (..., length), int8 if signed, else uint8."""
+    """What `pack_int4` packed: (..., ceil(length / 2)) uint8 -> (..., length), int8 if signed, else uint8. Raises
+    ValueError for another dtype or length."""
     if packed.dtype != torch.uint8 or packed.shape[-1] != -(-length // 2):
         raise ValueError(
             f"{packed.shape[-1]} {name(packed.dtype)} do not hold {length} codes of 4 bits: check the shape"

@@ -93,7 +93,10 @@ def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tu
 
 
 def ranges(x: Tensor, spec: QuantSpec, weight: bool = False, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape)."""
+    """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape).
+
+    Raises ValueError as `min_max` and `range_axes`, and where blocks do not divide the last axis.
+    """
     if spec.granularity is not Granularity.BLOCK:
         return min_max(x, range_axes(spec, x.ndim, weight), where)
     check_axes(spec, x.ndim)
@@ -109,7 +112,8 @@ def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
     """Channel ranges (one axis longer than 1) -> each channel's group's range, the same shape.
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
-    outlier channels share a group (Bondarenko et al. 2021, section 4).
+    outlier channels share a group (Bondarenko et al. 2021, section 4). Raises ValueError where groups do not divide
+    them.
     """
     if low.numel() % spec.groups:
         raise ValueError(f"groups {spec.groups} does not divide the {low.numel()} channels; choose a number that does")

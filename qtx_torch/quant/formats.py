@@ -87,7 +87,7 @@ def encode(x: Tensor, kind: FloatFormat, saturate: bool = True) -> Tensor:
 
 
 def values(kind: FloatFormat) -> Tensor:
-    """The value of every code, float32."""
+    """The value of every code, float32 (codes,): 256 of them, 16 for E2M1."""
     f = LAYOUTS[kind]
     code = torch.arange(f.sign)
     field, mantissa = code >> f.mantissa, code & (2**f.mantissa - 1)
@@ -169,9 +169,10 @@ def mx_quantize(
     x: Tensor, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Blocks of neighbours along the last axis that share a power of two: x (..., D) -> scale codes (..., D / block) in
-    E8M0 and element codes (..., D), both uint8.
+    E8M0 and element codes (..., D), both uint8 (OCP microscaling formats, 2023, section 6.3).
 
-    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0.
+    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0. Raises
+    ValueError where blocks do not divide the last axis.
     """
     exponent, broken = mx_exponent(x, kind, rule, block)
     parts = x.float().reshape(*exponent.shape, block)

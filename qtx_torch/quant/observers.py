@@ -19,10 +19,9 @@ from .quantizer import scale_zero, simulate, static_scale
 
 
 def groups(x: Tensor, spec: Quant, weight: bool, where: Tensor | None) -> Tensor:
-    """The elements that share a range, one row per range: (groups, elements).
+    """The elements that share a range, one row per range, in the dtype of x: (ranges, elements).
 
-    Raises:
-        ValueError: ranges per channel would have different numbers of unmasked elements.
+    Raises ValueError where ranges per channel would have different numbers of unmasked elements.
     """
     if spec.granularity is Granularity.TENSOR:
         picked = x if where is None else x[where.expand(x.shape)]

@@ -25,7 +25,7 @@ SILENT_SCALE = 2.0**-8  # of a tensor that was 0 in all of calibration
 
 
 def scale_zero(low: Tensor, high: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a range."""
+    """Scale and zero point of a range. Raises ValueError as both modules."""
     return (formats if isinstance(spec, FloatQuantSpec) else affine).scale_zero(low, high, spec)
 
 
@@ -41,7 +41,8 @@ def static_scale(low: Tensor, high: Tensor, silent: Tensor, spec: Quant) -> tupl
 
 
 def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude)."""
+    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude), of
+    elements where `where` (boolean, broadcast) is true. Raises ValueError as `affine.ranges` and `scale_zero`."""
     if spec.outliers is not None:
         return beside_outliers(x, spec, where)
     if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
@@ -55,7 +56,8 @@ def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) ->
 def beside_outliers(x: Tensor, spec: QuantSpec, where: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al.
     2022, section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, by which
-    `check_quantizer`, `quantize` and `simulate` know that it stays in float; no other scale is 0.
+    `check_quantizer`, `quantize` and `simulate` know that it stays in float; no other scale is 0. Raises ValueError for
+    a tensor without axes, and a mask as in `affine.min_max`.
     """
     check_axes(spec, x.ndim)
     large = x.abs() >= spec.outliers
