@@ -193,7 +193,7 @@ def mx_quantize(
     x: np.ndarray, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """Blocks of neighbours along the last axis that share a power of two: x (..., D) -> scale codes (..., D / block) in
-    E8M0 and element codes (..., D), both uint8 (OCP microscaling formats, 2023, section 6.3).
+    E8M0 and element codes (..., D), both uint8 (OCP microscaling formats, 2023).
 
     Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0. Raises
     ValueError where blocks do not divide the last axis.
