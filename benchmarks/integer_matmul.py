@@ -24,7 +24,7 @@ from qtx.report.tables import table
 from qtx_ref.integer import products as ref
 from qtx_ref.random import stream
 from qtx_ref.spec import QuantSpec
-from qtx_torch.integer import products as integer
+from qtx_torch.integer import products
 
 S8, U8 = QuantSpec(symmetric=True), QuantSpec()
 
@@ -58,7 +58,7 @@ def without_onednn(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tenso
 
 def with_bytes(use: bool, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     def run() -> torch.Tensor:
-        with mock.patch.object(integer, "byte_instructions", lambda device: use):
+        with mock.patch.object(products, "byte_instructions", lambda device: use):
             return call()
 
     return run
@@ -78,14 +78,14 @@ def main(shape: tuple[int, int, int], rounds: int) -> None:
     exact = a.astype(np.float64) @ b.astype(np.float64)
     moved = exact + 28.0 * b.sum(0, dtype=np.float64)  # u - 100 = a + 28
 
-    blocks = with_bytes(False, lambda: integer.matmul(ta, tb, S8, S8))
+    blocks = with_bytes(False, lambda: products.matmul(ta, tb, S8, S8))
     integers: dict[str, tuple[Callable[[], object], np.ndarray]] = {
         "NumPy blocks, s8 x s8": (lambda: ref.matmul(a, b, S8, S8), exact),
         "NumPy blocks, u8 x s8, zero point 100": (lambda: ref.matmul(u, b, U8, S8, zero), moved),
         "NumPy integer matmul, once": (lambda: a.astype(np.int32) @ b.astype(np.int32), exact),
         "torch blocks, s8 x s8": (blocks, exact),
-        "torch as it chooses, s8 x s8": (lambda: integer.matmul(ta, tb, S8, S8), exact),
-        "torch as it chooses, u8 x s8, zero point 100": (lambda: integer.matmul(tu, tb, U8, S8, tzero), moved),
+        "torch as it chooses, s8 x s8": (lambda: products.matmul(ta, tb, S8, S8), exact),
+        "torch as it chooses, u8 x s8, zero point 100": (lambda: products.matmul(tu, tb, U8, S8, tzero), moved),
         "torch._int_mm": (lambda: torch._int_mm(ta, tb), exact),
         "torch._int_mm without oneDNN, once": (without_onednn(lambda: torch._int_mm(ta, tb)), exact),
     }
@@ -116,7 +116,7 @@ def main(shape: tuple[int, int, int], rounds: int) -> None:
             rows,
         )
     )
-    print(f"byte instructions (VNNI): {integer.byte_instructions('cpu')}")
+    print(f"byte instructions (VNNI): {products.byte_instructions('cpu')}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Tally:
 
 def decode(x: Code) -> np.ndarray:
     """What a code or an accumulator stands for, float64."""
-    y = np.asarray(x.unit, np.float64) * np.asarray(x.centred(), np.float64)
+    y = np.asarray(x.unit, np.float64) * np.asarray(x.subtract_zero(), np.float64)
     return y if x.offset is None else y + x.offset
 
 

@@ -19,7 +19,7 @@ from .models import opt
 from .models.initial import init_params, shapes
 from .numerics import Calibrate, FakeQuant, Float, Record, learned_scale_zero
 from .optim import AdamW
-from .quant import quantizer as quantizers
+from .quant import quantizer
 from .spec import (
     READ,
     Gate,
@@ -378,7 +378,7 @@ def to_arrays(batch: Batch, dtype: np.dtype) -> Arrays:
 def check_bound(site: str, range: Range, spec: Quant) -> None:
     """Raises SpecError naming a site whose static scale or zero point no quantizer has."""
     try:
-        quantizers.check_quantizer(np.shape(range.scale), range.scale, range.zero_point, spec)
+        quantizer.check_quantizer(np.shape(range.scale), range.scale, range.zero_point, spec)
     except ValueError as error:
         raise SpecError(f"site {site}: {error}") from None
 

@@ -18,8 +18,7 @@ import numpy as np
 
 from . import ops, random
 from .attention import probabilities
-from .quant import affine
-from .quant import quantizer as quantizers
+from .quant import affine, quantizer
 from .quant.observers import Observer
 from .spec import AttentionSpec, InputTransform, Quant, QuantSpec, Range
 from .tape import V, Var, const, node
@@ -291,7 +290,7 @@ class Calibrate(Quantizers):
         spec = self.specs[site]
         if spec.dynamic:
             return (
-                fake_quantize(x, *quantizers.dynamic_scale(x.value, spec, where, is_weight(site)), spec)
+                fake_quantize(x, *quantizer.dynamic_scale(x.value, spec, where, is_weight(site)), spec)
                 if self.quantize
                 else x
             )
@@ -343,7 +342,7 @@ class FakeQuant(Quantizers):
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
         spec = self.specs[site]
         if spec.dynamic:
-            return fake_quantize(x, *quantizers.dynamic_scale(x.value, spec, where, is_weight(site)), spec)
+            return fake_quantize(x, *quantizer.dynamic_scale(x.value, spec, where, is_weight(site)), spec)
         if isinstance(spec, QuantSpec) and spec.learned and f"{site}.scale" in self.learned:
             return learned_quantize(x, self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec)
         return fake_quantize(x, self.ranges[site].scale, self.ranges[site].zero_point, spec)
@@ -367,7 +366,7 @@ def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: Quant
 
     The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0.
     """
-    y, inside = quantizers.simulate(x.value, scale, zero_point, spec)
+    y, inside = quantizer.simulate(x.value, scale, zero_point, spec)
     return node(y, (x, lambda g: g * inside))
 
 
@@ -388,7 +387,7 @@ def learned_quantize(x: Var, scale: Var, zero_point: Var, spec: QuantSpec) -> Va
     s, z = learned_scale_zero(scale.value, zero_point.value, spec)
     y, inside = affine.simulate(x.value, s, z, spec)
     v = x.value / s
-    level = affine.rounded(x.value, s, z)
+    level = affine.round_level(x.value, s, z)
     outside = np.clip(level, spec.code_min, spec.code_max) - z
     slope = np.where(inside, level - z - v, outside)
     factor = 1 / np.sqrt(x.value.size / scale.value.size * spec.code_max)

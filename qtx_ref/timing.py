@@ -10,8 +10,8 @@ import time
 import numpy as np
 
 from .backend import Batch, IntegerModel, Model
-from .integer import products as integer
 from .integer.model import Code, Integer
+from .integer.products import block_length
 from .numerics import FakeQuant
 from .tape import Var
 
@@ -29,7 +29,7 @@ class TimedInteger(Integer):
         """As `Integer`, timed."""
         start = time.perf_counter()
         acc = super().matmul(site, a, b, bias)
-        carrier = integer.block_length(a.spec, b.spec)[1].__name__
+        carrier = block_length(a.spec, b.spec)[1].__name__
         kernel = "integer loop" if self.strict else f"{carrier} blocks (NumPy)"
         self.timed.append((site, kernel, time.perf_counter() - start))
         return acc

@@ -46,7 +46,7 @@ from .numerics import (
     learned_scale_zero,
 )
 from .optim import AdamW
-from .quant import quantizer as quantizers
+from .quant import quantizer
 from .sites import attach, slots, swap_hooks, swap_transforms, transform
 
 Batch = Mapping[str, np.ndarray]
@@ -381,7 +381,7 @@ class IntegerModel:
 def check_bound(site: str, range: Range, spec: Quant) -> None:
     """Raises SpecError naming a site whose static scale or zero point no quantizer has."""
     try:
-        quantizers.check_quantizer(range.scale.shape, range.scale, range.zero_point, spec)
+        quantizer.check_quantizer(range.scale.shape, range.scale, range.zero_point, spec)
     except ValueError as error:
         raise SpecError(f"site {site}: {error}") from None
 

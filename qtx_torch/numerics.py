@@ -36,8 +36,7 @@ from qtx_ref.spec import (
 
 from . import ops, random
 from .attention import Mask, attend_fused, masked_probabilities
-from .quant import affine
-from .quant import quantizer as quantizers
+from .quant import affine, quantizer
 from .quant.observers import Observer
 from .sites import SiteModule
 
@@ -218,7 +217,7 @@ class Quantizer(nn.Module):
         return self.apply_to(x, None if self.everywhere else where)
 
     def dynamic(self, x: Tensor, where: Tensor | None) -> Tensor:
-        return fake_quantize(x, *quantizers.dynamic_scale(x.detach(), self.spec, where, self.is_weight), self.spec)
+        return fake_quantize(x, *quantizer.dynamic_scale(x.detach(), self.spec, where, self.is_weight), self.spec)
 
 
 class Calibrate(Quantizer):
@@ -280,7 +279,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-        level = affine.rounded(x, scale, zero_point)
+        level = affine.round_level(x, scale, zero_point)
         ctx.save_for_backward(level)
         ctx.ends = (spec.code_min - 0.5, spec.code_max + 0.5)  # the kernel below excludes its limits; levels are whole
         code = level.clamp(spec.code_min, spec.code_max)  # a float: NaN stays NaN
@@ -300,7 +299,7 @@ class Selected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
-        y, inside = quantizers.simulate(x, scale, zero_point, spec)
+        y, inside = quantizer.simulate(x, scale, zero_point, spec)
         ctx.save_for_backward(inside)
         return y
 
@@ -338,7 +337,7 @@ class LearnedStep(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, scale, s, z, inside = ctx.saved_tensors
         spec = ctx.spec
-        level = affine.rounded(x, s, z)
+        level = affine.round_level(x, s, z)
         slope = torch.where(inside, level - z - x / s, level.clamp(spec.code_min, spec.code_max) - z)
         axes = [i for i in range(x.ndim) if scale.shape[i] == 1]
         factor = 1 / math.sqrt(x.numel() / scale.numel() * spec.code_max)

@@ -210,7 +210,7 @@ def embedding(table: Tensor, index: Tensor) -> Tensor:
 
 def arrange(move: Callable[..., Tensor], *parts: Any) -> Any:
     """`parts` in another arrangement: `move` changes no value. Integer codes take their scale and zero point along
-    (`integer_numerics.Code`)."""
+    (`integer.model.Code`)."""
     return move(*parts) if isinstance(parts[0], Tensor) else parts[0].arrange(move, parts)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .backend import Batch, IntegerModel, Model
-from .integer import products as integer
 from .integer.model import Code, Integer
+from .integer.products import carrier
 from .numerics import FakeQuant, Float
 
 KERNELS = {
@@ -42,7 +42,7 @@ class TimedInteger(Integer):
     def matmul(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
         start = now(a.value.device)
         acc = super().matmul(site, a, b, bias)
-        kernel = "integer loop" if self.strict else KERNELS[integer.carrier(a.value, b.value, a.spec, b.spec)]
+        kernel = "integer loop" if self.strict else KERNELS[carrier(a.value, b.value, a.spec, b.spec)]
         self.timed.append((site, kernel, now(a.value.device) - start))
         return acc
 

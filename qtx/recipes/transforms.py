@@ -30,7 +30,7 @@ def group_smoothed(chosen: Mapping[str, Transform]) -> Iterator[tuple[float, lis
     """Each migration strength with the groups of linears that share a divisor under it."""
     smoothed = {site: how.strength for site, how in chosen.items() if how.kind is TransformKind.SMOOTH}
     for strength in sorted(set(smoothed.values())):
-        yield strength, rewriting.fed_together([site for site in smoothed if smoothed[site] == strength])
+        yield strength, rewriting.group_by_input([site for site in smoothed if smoothed[site] == strength])
 
 
 def list_left_transforms(recipe: Recipe, spec: ModelSpec) -> dict[str, Transform]:

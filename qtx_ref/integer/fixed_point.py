@@ -11,6 +11,10 @@ where left = max(shift, 0), right = max(-shift, 0); HIGH_HALF_UP shifts right by
 FIXED_ONE_NARROW is FIXED_ONE but for 64-bit accumulators, whose multiplier it rounds to 15 bits.
 Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPACK's rndnu kernels.
 
+Arrays: element by element; what multiplies or shifts an accumulator broadcasts against it, so that the result has its
+shape. Integers of any integer dtype are taken where their values are within the range said, and int32 or int64 given,
+as said.
+
     >>> M = np.float64(0.25)
     >>> [round_by(np.int32([-6, -2, 2, 6, 10]), M, kind).tolist() for kind in list(Requantization)[:4]]
     [[-2, 0, 0, 2, 2], [-2, -1, 1, 2, 3], [-1, 0, 1, 2, 3], [-2, -1, 1, 2, 3]]
@@ -24,13 +28,38 @@ from ..quant.checks import check_integers, check_range, check_shape
 from ..quant.rounding import round_integer
 from ..spec import QTX, Profile, QuantSpec, Requantization, Rounding
 
+__all__ = [
+    "FLOATS",
+    "INT32_MAX",
+    "INT32_MIN",
+    "WIDE",
+    "check_real",
+    "check_wide",
+    "doubling_high_multiply",
+    "multiply",
+    "multiply_high_half_up",
+    "multiply_one_rounding",
+    "multiply_one_rounding_narrow",
+    "multiply_two_roundings",
+    "one_or_all",
+    "per_column",
+    "quantize_multiplier",
+    "real_multiplier",
+    "requantize",
+    "round_by",
+    "round_float",
+    "rounding_divide_by_power_of_two",
+    "rounding_doubling_high_multiply",
+    "rounding_shift_right",
+]
+
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 WIDE = (Requantization.FIXED_ONE, Requantization.FIXED_ONE_NARROW)  # defined for int64 accumulators
 FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_AWAY: Rounding.HALF_AWAY}
 
 
 def check_real(real: np.ndarray) -> None:
-    """Raises ValueError where M is not a number in [0, 2^30)."""
+    """Raises ValueError where M (float64 or float32) is not a number in [0, 2^30)."""
     real = np.asanyarray(real)
     if not ((real >= 0) & (real < 2**30)).all():
         raise ValueError(f"multiplier {real.min()} to {real.max()} is outside 0 to 2^30: look at the scales")
@@ -39,7 +68,8 @@ def check_real(real: np.ndarray) -> None:
 def quantize_multiplier(real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """M (float64, in [0, 2^30)) -> multiplier and shift, int32. M below 2^-32, which moves no int32, becomes 0, 0.
 
-    The mantissa is rounded half away from zero; where it reaches 2^31 it is halved and the shift raised.
+    The mantissa is rounded half away from zero; where it reaches 2^31 it is halved and the shift raised. Raises
+    ValueError as `check_real`.
     """
     check_real(real)
     mantissa, shift = np.frexp(np.asanyarray(real, np.float64))
@@ -53,7 +83,8 @@ def quantize_multiplier(real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def rounding_doubling_high_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """round(2 a b / 2^32) of int32, half up; the one overflow, -2^31 squared, saturates: ARM's SQRDMULH.
 
-    gemmlowp's nudge of 1 - 2^30 for a negative product, before a division that truncates, comes to the same.
+    gemmlowp's nudge of 1 - 2^30 for a negative product, before a division that truncates, comes to the same. Raises
+    ValueError beyond int32.
     """
     check_range("factor", a, INT32_MIN, INT32_MAX, "give int32 values")
     check_range("factor", b, INT32_MIN, INT32_MAX, "give int32 values")
@@ -62,7 +93,7 @@ def rounding_doubling_high_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def doubling_high_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """floor(2 a b / 2^32) of int32, saturating: ARM's SQDMULH."""
+    """floor(2 a b / 2^32) of int32, saturating: ARM's SQDMULH. Raises ValueError beyond int32."""
     check_range("factor", a, INT32_MIN, INT32_MAX, "give int32 values")
     check_range("factor", b, INT32_MIN, INT32_MAX, "give int32 values")
     product = np.asanyarray(a, np.int64) * np.asanyarray(b, np.int64)
@@ -70,7 +101,7 @@ def doubling_high_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def rounding_divide_by_power_of_two(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
-    """round(x / 2^exponent) of int32, half away from zero. exponent in [0, 31]."""
+    """round(x / 2^exponent) of int32, half away from zero. exponent in [0, 31]. Raises ValueError beyond these."""
     check_range("value", x, INT32_MIN, INT32_MAX, "give int32 values")
     check_range("exponent", exponent, 0, 31, "an int32 has no more bits to shift out")
     x, exponent = np.asanyarray(x, np.int64), np.asanyarray(exponent, np.int64)
@@ -79,8 +110,8 @@ def rounding_divide_by_power_of_two(x: np.ndarray, exponent: np.ndarray) -> np.n
     return np.where(x < 0, -magnitude, magnitude).astype(np.int32)
 
 
-def rounding_shift_right(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
-    """floor(x / 2^exponent + 1/2): half up. int64, |x| < 2^62; exponent in [0, 62]."""
+def rounding_shift_right(x: np.ndarray, exponent: np.ndarray | int) -> np.ndarray:
+    """floor(x / 2^exponent + 1/2): half up. int64, |x| < 2^62; exponent in [0, 62]. Raises ValueError beyond these."""
     check_range("value", x, -(2**62), 2**62, "the rounding would leave int64")
     check_range("exponent", exponent, 0, 62, "an int64 has no more bits to shift out")
     x, exponent = np.asanyarray(x, np.int64), np.asanyarray(exponent, np.int64)
@@ -88,8 +119,9 @@ def rounding_shift_right(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
 
 
 def multiply_one_rounding(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the product
-    of 79 bits is then taken in two halves."""
+    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the
+    product of 79 bits is then taken in two halves. Raises ValueError beyond these, and for a multiplier outside [0,
+    2^31)."""
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
     multiplier, shift = np.asanyarray(multiplier, np.int64), np.asanyarray(shift, np.int64)
     if np.asanyarray(a).dtype != np.int64:
@@ -102,8 +134,8 @@ def multiply_one_rounding(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarr
 
 
 def multiply_one_rounding_narrow(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as in
-    TFLite's 16x8 kernels."""
+    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as
+    in TFLite's 16x8 kernels. Raises ValueError as `multiply_one_rounding`."""
     if np.asanyarray(a).dtype != np.int64:
         return multiply_one_rounding(a, multiplier, shift)
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
@@ -114,13 +146,13 @@ def multiply_one_rounding_narrow(a: np.ndarray, multiplier: np.ndarray, shift: n
 
 
 def check_wide(a: np.ndarray, shift: np.ndarray) -> None:
-    """What an int64 accumulator and its shift must keep to."""
+    """Raises ValueError where an int64 accumulator has more than 48 bits, or its shift is not in [-31, 7]."""
     check_range("accumulator", a, -(2**47), 2**47 - 1, "a 64-bit accumulator is requantized from 48 bits")
     check_range("shift", shift, -31, 7, "a 64-bit accumulator is scaled by less than 128")
 
 
 def multiply_two_roundings(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """FIXED_TWO -> int32. a * 2^left must fit int32; engines leave it undefined."""
+    """FIXED_TWO -> int32. a * 2^left must fit int32, else ValueError; engines leave it undefined."""
     shift = np.asanyarray(shift, np.int64)
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
     check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
@@ -130,7 +162,8 @@ def multiply_two_roundings(a: np.ndarray, multiplier: np.ndarray, shift: np.ndar
 
 
 def multiply_high_half_up(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates."""
+    """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates. Raises ValueError where a is beyond int32
+    or the shift is not in [-31, 30]."""
     shift = np.asanyarray(shift, np.int64)
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
     check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
@@ -140,18 +173,18 @@ def multiply_high_half_up(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarr
 
 
 def real_multiplier(
-    x_scale: np.ndarray, w_scale: np.ndarray, y_scale: np.ndarray, profile: Profile = QTX
+    x_scale: np.ndarray | float, w_scale: np.ndarray | float, y_scale: np.ndarray | float, profile: Profile = QTX
 ) -> np.ndarray:
     """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step.
 
-    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1) as
-    `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape (O,).
-    Raises ValueError for weight scales of another shape.
+    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
+    as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
+    (O,). Raises ValueError for weight scales of another shape.
     """
     exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
     kind = np.float64 if exact else np.float32
-    x_scale, w_scale, y_scale = (np.asanyarray(scale, kind) for scale in (x_scale, w_scale, y_scale))
-    return one_or_all(x_scale) * per_column(w_scale) / one_or_all(y_scale)
+    x, w, y = (np.asanyarray(scale, kind) for scale in (x_scale, w_scale, y_scale))
+    return one_or_all(x) * per_column(w) / one_or_all(y)
 
 
 def one_or_all(scale: np.ndarray) -> np.ndarray:
@@ -160,7 +193,8 @@ def one_or_all(scale: np.ndarray) -> np.ndarray:
 
 
 def per_column(scale: np.ndarray) -> np.ndarray:
-    """Scales of a weight, one, (O,) or (O, 1), as they belong to the accumulator's columns."""
+    """Scales of a weight, one, (O,) or (O, 1), as they belong to the accumulator's columns: one without axes, or
+    (O,). Raises ValueError for another shape."""
     if scale.ndim > 1 and scale.size > 1 and (scale.ndim > 2 or scale.shape[1] != 1):
         raise ValueError(f"weight scales of shape {scale.shape}: give one, (O,), or (O, 1) as of a weight (O, I)")
     return one_or_all(scale.reshape(-1))
@@ -169,8 +203,8 @@ def per_column(scale: np.ndarray) -> np.ndarray:
 def multiply(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, requantization: Requantization) -> np.ndarray:
     """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
 
-    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do not, or
-    values are beyond their width.
+    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do
+    not, or values are beyond their width.
     """
     check_shape("multiplier", multiplier, np.shape(a), "give one, or one per column or row")
     check_shape("shift", shift, np.shape(a), "give one, or one per column or row")
@@ -192,7 +226,10 @@ def round_float(x: np.ndarray, requantization: Requantization) -> np.ndarray:
 
 
 def round_by(a: np.ndarray, real: np.ndarray, requantization: Requantization) -> np.ndarray:
-    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float."""
+    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float.
+
+    Raises ValueError as `check_real` and `multiply`, and for an accumulator that is no integer.
+    """
     if requantization not in FLOATS:
         return multiply(a, *quantize_multiplier(real), requantization)
     check_real(real)

@@ -1,4 +1,8 @@
-"""Back from integers, in float64: what an output stands for, and the parameters that a model's constants stand for."""
+"""Back from integers, in float64: what an output stands for, and the parameters that a model's constants stand for.
+
+Arrays: constants by name, as `model` lists them, in the dtypes that `lowering` made; parameters in the shapes that
+`models.initial.shapes` gives.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,19 @@ import numpy as np
 
 from ..models.initial import shapes
 from ..spec import ModelSpec, Output
-from . import ops as integer_ops
+from . import ops
+
+__all__ = ["float_params", "real", "sink_logits"]
 
 
 def real(output: Output) -> np.ndarray:
-    """The numbers that an integer model's output stands for, float64."""
+    """The numbers that an integer model's output stands for, float64, in its shape."""
     return output.scale * (output.value.astype(np.int64) - output.zero_point)
 
 
 def float_params(spec: ModelSpec, constants: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The float32 parameters that the constants of an integer model stand for, for the same model under FakeQuant."""
-    found = {}
+    params = {}
     for name, shape in shapes(spec).items():
         site = name.rpartition(".")[0]
         if name.endswith(".sink"):
@@ -28,13 +34,13 @@ def float_params(spec: ModelSpec, constants: Mapping[str, np.ndarray]) -> dict[s
         else:
             scale, zero = constants[f"{name}.scale"], constants.get(f"{name}.zero_point", 0)
             value = np.asarray(scale, np.float64) * (constants[name].astype(np.int64) - zero)
-        found[name] = value.astype(np.float32).reshape(shape)
-    return found
+        params[name] = value.astype(np.float32).reshape(shape)
+    return params
 
 
 def sink_logits(constants: Mapping[str, np.ndarray], site: str) -> np.ndarray:
-    """From the code below each logit and the factor above it."""
+    """The logits (H,) or (1,), float64, from the code below each and the factor above it."""
     scores = site.replace(".probs", ".scores")
     whole = constants[f"{site}.sink"] - constants[f"{scores}.zero_point"]
-    part = np.log(constants[f"{site}.sink_factor"] / 2.0**integer_ops.SINK_BITS)
+    part = np.log(constants[f"{site}.sink_factor"] / 2.0**ops.SINK_BITS)
     return constants[f"{scores}.scale"].astype(np.float64) * whole + part

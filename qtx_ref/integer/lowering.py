@@ -1,19 +1,23 @@
 """From float parameters and calibrated ranges to the constants that `Integer` computes with.
 
-`lower` runs the model once under `Lowering`, an `Integer` that makes each op's constants, in float64, just before the op
-needs them. What cannot run in integers is refused, naming the site and the reason. `lifting` goes back.
+`lower` runs the model once under `Lowering`, an `Integer` that makes each op's constants, in float64, just before the
+op needs them. What cannot run in integers is refused, naming the site and the reason. `lifting` goes back.
+
+Arrays: parameters float32 in the shapes of `models.initial.shapes`, constants as `model` lists them: codes in the
+narrowest dtype that holds them, multipliers and shifts int32 (a sum's shift int64); scales and multipliers one number,
+or one per column.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from scipy import special
 
 from .. import models
-from ..quant import affine
-from ..quant import quantizer as quantizers
+from ..quant import affine, quantizer
 from ..spec import (
     QTX,
     AttentionSpec,
@@ -27,17 +31,18 @@ from ..spec import (
     check_integer,
     refuse_integer,
 )
-from . import fixed_point
-from . import ops as integer_ops
+from . import fixed_point, ops
 from .model import Code, Integer, accumulator_bits, at, code_dtype
 
+__all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain"]
+
 SCALE_FIELDS = ("scale_rule", "nudging", "zero_point_rounding", "scale_dtype", "arithmetic")
-GAMMA_LIMIT = 64  # |gamma| that integer_ops.clip_stretch has bits for
+GAMMA_LIMIT = 64  # |gamma| that ops.clip_stretch has bits for
 ZETA_LIMIT = 64
 FACTOR_BITS = 36  # of a sink's factor: its product with an exponential stays below 2^62
 SINK_STEPS = 2**20  # codes between the scores' zero and a sink
 POLYNOMIAL_LIMIT = 1024.0  # largest argument of the GELU polynomial
-EPS_BITS = 60  # of eps in units of integer_ops.normalize
+EPS_BITS = 60  # of eps in units of ops.normalize
 
 
 def plain(x: np.ndarray) -> np.ndarray:
@@ -64,7 +69,7 @@ def lower(
     profile: Profile = QTX,
     nonlinear: Nonlinear = Nonlinear.TABLE,
 ) -> dict[str, np.ndarray]:
-    """The constants of an integer model, by the names of `integer_numerics`; and `output.scale`, `output.zero_point`.
+    """The constants of an integer model, by the names that `model` lists; and `output.scale`, `output.zero_point`.
 
     Raises SpecError where a site cannot run in integers, naming it and why.
     """
@@ -80,14 +85,17 @@ def make_constants(
     profile: Profile,
     nonlinear: Nonlinear,
 ) -> dict[str, np.ndarray]:
-    """The constants of `lower`, of quantizers that `check_integer` allows under the profile."""
+    """The constants of `lower`, of quantizers that `check_integer` allows under the profile. Raises SpecError as it
+    does."""
     nx = Lowering(params, quants, ranges, profile, nonlinear)
     if spec.family is Family.VIT:
-        batch = {"images": np.zeros((1, spec.channels, spec.image_size, spec.image_size), np.float32)}
+        batch: dict[str, np.ndarray] = {
+            "images": np.zeros((1, spec.channels, spec.image_size, spec.image_size), np.float32)
+        }
     else:
         token = np.zeros((1, 1), np.int64)
         batch = {"tokens": token, "types": token, "mask": token == 0}
-    output = models.forward(nx, spec, batch)
+    output = cast(Code, models.forward(nx, spec, batch))
     if not output.measured:
         nx.constants["output.scale"] = np.asarray(output.unit, np.float64)
         nx.constants["output.zero_point"] = np.asarray(output.zero_point, np.int32)
@@ -95,7 +103,8 @@ def make_constants(
 
 
 class Lowering(Integer):
-    """Makes constants, then computes with them."""
+    """Makes constants, then computes with them. Each op raises SpecError where it cannot run in integers, with its
+    site."""
 
     constants: dict[str, np.ndarray]
 
@@ -128,18 +137,20 @@ class Lowering(Integer):
         if spec.learned or all(getattr(self.profile, key) == getattr(QTX, key) for key in SCALE_FIELDS):
             return calibrated.scale, calibrated.zero_point
         scale, zero = affine.scale_zero(calibrated.low, calibrated.high, spec, self.profile)
-        silent = np.reshape(quantizers.was_silent(calibrated), np.shape(scale))
-        return np.where(silent, quantizers.SILENT_SCALE, scale), zero
+        silent = np.reshape(quantizer.was_silent(calibrated), np.shape(scale))
+        return np.where(silent, quantizer.SILENT_SCALE, scale), zero
 
     def put_scale(self, site: str, scale: np.ndarray, zero: np.ndarray) -> None:
+        """Scale and zero point of a site or weight, as constants."""
         self.constants[f"{site}.scale"], self.constants[f"{site}.zero_point"] = plain(scale), plain(zero)
 
     def put_multiplier(self, site: str, name: str, real: np.ndarray) -> None:
+        """A real multiplier in fixed point, as `<site>.<name>multiplier` and `.<name>shift`."""
         try:
-            found = fixed_point.quantize_multiplier(real)
+            multiplier, shift = fixed_point.quantize_multiplier(real)
         except ValueError as error:
             refuse_integer(site, str(error))
-        self.constants[f"{site}.{name}multiplier"], self.constants[f"{site}.{name}shift"] = found
+        self.constants[f"{site}.{name}multiplier"], self.constants[f"{site}.{name}shift"] = multiplier, shift
 
     def put_weight(self, site: str, value: np.ndarray) -> None:
         """The codes of a weight."""
@@ -151,7 +162,7 @@ class Lowering(Integer):
         if spec.dynamic:
             low, high = affine.ranges(value, spec, True)
             scale, zero = affine.scale_zero(low, high, spec, self.profile)
-            scale = np.where((low == 0) & (high == 0), quantizers.SILENT_SCALE, scale)  # it is all of the tensor
+            scale = np.where((low == 0) & (high == 0), quantizer.SILENT_SCALE, scale)  # it is all of the tensor
         else:
             scale, zero = self.scale_zero(self.ranges[site], spec)
         self.put_scale(site, scale, zero)
@@ -162,15 +173,14 @@ class Lowering(Integer):
         spec = self.target(site, "it holds a parameter")
         if spec.dynamic:
             refuse_integer(site, "its parameter is quantized once, which needs a static range")
-        code = affine.quantize(
-            value, *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")), spec, self.profile
-        )
+        scale, zero = (self.constants[f"{site}.{k}"] for k in ("scale", "zero_point"))
+        code = affine.quantize(value, scale, zero, spec, self.profile)
         self.constants[f"{site}.{key}"] = code.astype(code_dtype(spec))
-        self.put_scale(f"{site}.{key}", *(self.constants[f"{site}.{k}"] for k in ("scale", "zero_point")))
+        self.put_scale(f"{site}.{key}", scale, zero)
 
     def put_bias(self, site: str, bias: np.ndarray, step: np.ndarray, bits: int) -> None:
-        """In units of the accumulator, which are its scale; int64, as the accumulator then is, where int32 would not do:
-        beside a bias that large, what the accumulator adds is small."""
+        """In units of the accumulator, which are its scale; int64, as the accumulator then is, where int32 would not
+        do: beside a bias that large, what the accumulator adds is small."""
         step = plain(step) if np.size(step) == 1 else np.reshape(step, bias.shape)
         code = np.rint(bias.astype(np.float64) / step)
         largest = np.abs(code).max(initial=0)
@@ -182,6 +192,7 @@ class Lowering(Integer):
         self.constants[f"{site}.bias.scale"] = step
 
     def check_codes(self, site: str, *operands: Code) -> None:
+        """Refuses accumulators where only codes can be taken."""
         for x in operands:
             if x.spec is None:
                 refuse_integer(site, "an accumulator reaches it: give the tensor before it a quantizer")
@@ -206,7 +217,7 @@ class Lowering(Integer):
                 fixed_point.check_real(real)
             self.constants[f"{site}.multiplier"] = real
             return
-        if x.centred().dtype == np.int64:
+        if x.subtract_zero().dtype == np.int64:
             if kind not in fixed_point.WIDE:
                 refuse_integer(site, f"its accumulator has 64 bits, and {kind} of profile {self.profile.name} takes 32")
             if np.any((real < 2.0**-31) | (real >= 2.0**7)):
@@ -258,7 +269,7 @@ class Lowering(Integer):
         if code >= 2.0**EPS_BITS:
             refuse_integer(site, f"its eps, {eps}, dwarfs values of scale {x.unit}")
         self.constants[f"{site}.eps"] = code.astype(np.int64)
-        step = self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)
+        step = self.unit(gain.unit, 2.0**-ops.NORM_BITS)
         self.put_bias(site, self.params[f"{site}.bias"], step, accumulator_bits(gain.spec))
         return super().norm(site, x, eps)
 
@@ -267,11 +278,10 @@ class Lowering(Integer):
         if spec.dynamic or a.measured or b.measured:
             return super().add(site, a, b)
         step, kind = self.constants[f"{site}.scale"], self.profile.requantization
-        reals = [fixed_point.real_multiplier(x.unit, 1, step, self.profile) for x in (a, b)]
-        reals = np.broadcast_arrays(*reals)
+        reals = np.broadcast_arrays(*(fixed_point.real_multiplier(x.unit, 1, step, self.profile) for x in (a, b)))
         with at(site):
-            for found in reals:
-                fixed_point.check_real(found)
+            for real in reals:
+                fixed_point.check_real(real)
         if kind in fixed_point.FLOATS:
             self.constants[f"{site}.multiplier"] = np.stack(reals)
             return super().add(site, a, b)
@@ -307,16 +317,16 @@ class Lowering(Integer):
         self.check_codes(site, x)
         if x.measured:
             refuse_integer(site, f"{kind} of codes needs one static scale, and its input has one per token")
-        spec, real = self.target(site, f"{kind} is rounded to its codes"), self.decoded(x)
+        spec, real = self.target(site, f"{kind} is rounded to its codes"), self.decode(x)
         if self.nonlinear is Nonlinear.POLYNOMIAL:
             if np.abs(real).max() > POLYNOMIAL_LIMIT:
                 reach = f"{np.abs(real).max():.6g}"
                 refuse_integer(
                     site, f"its argument reaches {reach}, beyond {POLYNOMIAL_LIMIT} of the polynomials: use tables"
                 )
-            if not spec.dynamic and self.constants[f"{site}.scale"] < 2.0**-integer_ops.INPUT_BITS:
-                refuse_integer(site, f"its scale is finer than 2^-{integer_ops.INPUT_BITS}, the argument's: use tables")
-            self.put_multiplier(site, "input_", self.unit(x.unit, 2.0**integer_ops.INPUT_BITS))
+            if not spec.dynamic and self.constants[f"{site}.scale"] < 2.0**-ops.INPUT_BITS:
+                refuse_integer(site, f"its scale is finer than 2^-{ops.INPUT_BITS}, the argument's: use tables")
+            self.put_multiplier(site, "input_", self.unit(x.unit, 2.0**ops.INPUT_BITS))
             return super().activation(site, x, kind)
         if spec.dynamic:
             refuse_integer(site, f"{kind} is a table of codes of one scale, which needs a static range")
@@ -325,7 +335,7 @@ class Lowering(Integer):
         self.constants[f"{site}.table"] = np.clip(level, spec.code_min, spec.code_max).astype(code_dtype(spec))
         return super().activation(site, x, kind)
 
-    def decoded(self, x: Code) -> np.ndarray:
+    def decode(self, x: Code) -> np.ndarray:
         """The real value of each code, float64, from the lowest."""
         codes = np.arange(x.spec.code_min, x.spec.code_max + 1)
         return (codes - x.zero_point) * np.float64(x.unit)
@@ -356,7 +366,7 @@ class Lowering(Integer):
         if spec.softmax in (Softmax.SINK, Softmax.PLUS_ONE):
             logit = np.asarray(self.params.get(f"{site}.sink", np.zeros(1)), np.float64)
             below = np.floor(logit / step)
-            factor = np.rint(np.exp(logit - below * step) * 2.0**integer_ops.SINK_BITS)
+            factor = np.rint(np.exp(logit - below * step) * 2.0**ops.SINK_BITS)
             if factor.max() >= 2**FACTOR_BITS or np.abs(below).max() > SINK_STEPS:
                 refuse_integer(
                     site, f"its sinks, {logit.min():.6g} to {logit.max():.6g}, do not fit scores of step {step:.6g}"
@@ -366,20 +376,21 @@ class Lowering(Integer):
             self.constants[f"{site}.sink"] = code
             self.constants[f"{site}.sink_factor"] = factor.astype(np.int64)
         if self.nonlinear is Nonlinear.POLYNOMIAL:
-            self.put_multiplier(site, "input_", np.float64(step * 2.0**integer_ops.INPUT_BITS))
+            self.put_multiplier(site, "input_", np.float64(step * 2.0**ops.INPUT_BITS))
         else:  # up to the largest distance, or the first that gives 0
-            last = int(min(highest - lowest, np.ceil((integer_ops.EXP_BITS + 2) * np.log(2) / step)))
-            table = np.rint(np.exp(-step * np.arange(last + 1)) * 2.0**integer_ops.EXP_BITS)
+            last = int(min(highest - lowest, np.ceil((ops.EXP_BITS + 2) * np.log(2) / step)))
+            table = np.rint(np.exp(-step * np.arange(last + 1)) * 2.0**ops.EXP_BITS)
             self.constants[f"{site}.table"] = table.astype(np.int32)
         if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
             row = spec.softmax is Softmax.CLIPPED_ROW
             stretch = spec.alpha if row else spec.gamma
+            assert stretch is not None  # clipped_row has alpha
             if abs(stretch) > GAMMA_LIMIT:
                 refuse_integer(site, f"its {'alpha' if row else 'gamma'}, {stretch}, is beyond {GAMMA_LIMIT}")
             if spec.zeta > ZETA_LIMIT:
                 refuse_integer(site, f"its zeta, {spec.zeta}, is beyond {ZETA_LIMIT}")
-            self.constants[f"{site}.zeta"] = np.asarray(np.rint(spec.zeta * 2.0**integer_ops.ZETA_BITS), np.int64)
-            name, one = "alpha" if row else "gamma", 2.0**integer_ops.PROBABILITY_BITS
+            self.constants[f"{site}.zeta"] = np.asarray(np.rint(spec.zeta * 2.0**ops.ZETA_BITS), np.int64)
+            name, one = "alpha" if row else "gamma", 2.0**ops.PROBABILITY_BITS
             self.constants[f"{site}.{name}"] = np.asarray(np.rint(stretch * one), np.int64)
 
 

@@ -7,11 +7,14 @@ can take one. All constants were made by `lowering` and are stored in the artifa
 
     <site>.scale .zero_point     of a static quantizer, and of each weight
     <site>.weight .bias          codes; integers in units of the accumulator
-    <site>.multiplier .shift     real multiplier 2^shift * multiplier / 2^31 of the requantization (float32 profiles: the
-                                 multiplier alone); of a sum, one multiplier per operand in units of 2^-shift
+    <site>.multiplier .shift     real multiplier 2^shift * multiplier / 2^31 of the requantization (float32 profiles:
+                                 the multiplier alone); of a sum, one multiplier per operand in units of 2^-shift
     <site>.table                 gelu, sigmoid, tanh: one code per code; softmax: exponentials, Q24
-    <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `integer_ops` takes them
+    <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `ops` takes them
     <site>.input_multiplier .input_shift                  from a code to the argument of a polynomial
+
+Arrays: constants by name, integers but for the scales (float32 or float64) and a float32 profile's multipliers, in the
+shapes of the tensors that they belong to.
 
 Floats appear where the design lets them: blocks of a matmul in float BLAS, which are exact; requantization by a float
 profile; scales taken from the data (one per token). `strict` leaves no float at all.
@@ -19,13 +22,14 @@ profile; scales taken from the data (one per token). `strict` leaves no float at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 
-from .. import ops
 from ..numerics import Numerics
+from ..ops import merge_heads
 from ..quant import affine
 from ..spec import (
     AttentionSpec,
@@ -37,9 +41,9 @@ from ..spec import (
     accumulator_bits,
 )
 from ..tape import Var, Vjp
-from . import fixed_point
-from . import ops as integer_ops
-from . import products as integer
+from . import fixed_point, ops, products
+
+__all__ = ["Code", "Constants", "Integer", "Whole", "at", "code_dtype"]
 
 Constants = Mapping[str, np.ndarray]
 ZERO = np.zeros((), np.int32)
@@ -64,46 +68,47 @@ class Code(Var):
         offset: np.ndarray | None = None,
     ) -> None:
         super().__init__(value)
-        self.unit = unit
+        # typed as never None: strict asks for no unit, and whoever may meet an accumulator looks at `spec` first
+        self.unit: np.ndarray | Any = unit
+        self.spec: QuantSpec | Any = spec
         self.zero_point = zero_point
-        self.spec = spec
         self.measured = measured
         self.offset = offset
 
     def arrange(self, move: Callable[..., np.ndarray], *others: Code, edges: Sequence[tuple[Var, Vjp]] = ()) -> Code:
-        """The same, with scale and zero point where there is more than one of them; of several inputs, such as the tokens
-        before and a new one, only where each has its own."""
+        """The same, with scale and zero point where there is more than one of them; of several inputs, such as the
+        tokens before and a new one, only where each has its own."""
         inputs = (self, *others)
         shared = bool(others) and not self.measured
 
-        def follow(parts: list[np.ndarray | None]) -> np.ndarray | None:
+        def follow(parts: list[Any]) -> Any:
             return parts[0] if shared or parts[0] is None or np.ndim(parts[0]) == 0 else move(*parts)
 
         units, zeros = follow([x.unit for x in inputs]), follow([x.zero_point for x in inputs])
         return Code(move(*(x.value for x in inputs)), units, zeros, self.spec, self.measured)
 
-    def centred(self) -> np.ndarray:
+    def subtract_zero(self) -> np.ndarray:
         """value - zero_point: int32, or int64 for an accumulator of that width."""
         return self.value if self.spec is None else self.value.astype(np.int32) - self.zero_point
 
     def real(self) -> np.ndarray:
-        """unit * centred (+ offset), float32 at each step."""
-        y = self.centred().astype(np.float32) * np.asarray(self.unit, np.float32)
+        """unit * (value - zero_point) (+ offset), float32 at each step."""
+        y = self.subtract_zero().astype(np.float32) * np.asarray(self.unit, np.float32)
         return y if self.offset is None else y + self.offset
 
 
 class Whole(np.ndarray):
     """An array of integers that no float can come out of: `strict` makes every constant one, and the input's codes.
 
-    Whatever NumPy computes from it is one too, and is refused with TypeError, in the op that made it, where its dtype is
-    neither integer nor boolean.
+    Whatever NumPy computes from it is one too, and is refused with TypeError, in the op that made it, where its dtype
+    is neither integer nor boolean.
     """
 
     def __array_finalize__(self, other: object) -> None:
         if self.dtype.kind not in "biu":
             raise TypeError(f"strict integer arithmetic came upon {self.dtype}")
 
-    def __array_function__(self, function: Callable, types: object, arguments: tuple, keywords: dict) -> object:
+    def __array_function__(self, function: Callable, types: Iterable[type], arguments: tuple, keywords: dict) -> object:
         result = super().__array_function__(function, types, arguments, keywords)
         return result.view(Whole) if isinstance(result, np.ndarray) else result
 
@@ -147,7 +152,7 @@ class Integer(Numerics[Code]):
         self.strict = strict
         self.record = record
 
-    def unit(self, *parts: np.ndarray | float) -> np.ndarray | None:
+    def unit(self, *parts: np.ndarray | float) -> np.ndarray | Any:
         """The product of scales, float64: two float32 factors fit exactly. None under strict."""
         if self.strict:
             return None
@@ -164,11 +169,10 @@ class Integer(Numerics[Code]):
         if spec is None:
             return self.record_codes(site, x)
         whole = not (spec.dynamic or x.measured)
-        return self.record_codes(
-            site, self.requantized(site, spec, x) if whole else self.quantized(site, spec, x.real())
-        )
+        return self.record_codes(site, self.requantize(site, spec, x) if whole else self.quantize(site, spec, x.real()))
 
     def record_codes(self, site: str, x: Code) -> Code:
+        """Shows a site's codes to whoever asked."""
         if self.record is not None:
             self.record(site, x.value)
         return x
@@ -177,7 +181,7 @@ class Integer(Numerics[Code]):
         """An operand for which the recipe has a quantizer of its own."""
         return self.named(site, x) if site in self.quants else x
 
-    def quantized(self, site: str, spec: QuantSpec, real: np.ndarray) -> Code:
+    def quantize(self, site: str, spec: QuantSpec, real: np.ndarray) -> Code:
         """Codes of float32 values: with the site's scale, or one taken from them."""
         with at(site):
             if spec.dynamic:
@@ -187,23 +191,23 @@ class Integer(Numerics[Code]):
             code = affine.quantize(real, scale, zero, spec, self.profile)
         return Code(code.astype(code_dtype(spec)), scale, zero, spec, spec.dynamic)
 
-    def requantized(self, site: str, spec: QuantSpec, x: Code) -> Code:
+    def requantize(self, site: str, spec: QuantSpec, x: Code) -> Code:
         """Codes from integers, by the profile's multiplier."""
         kind, multiplier = self.profile.requantization, self.constants[f"{site}.multiplier"]
         with at(site):
             if kind in fixed_point.FLOATS:
-                level = fixed_point.round_by(x.centred(), multiplier, kind)
+                level = fixed_point.round_by(x.subtract_zero(), multiplier, kind)
             else:
-                level = fixed_point.multiply(x.centred(), multiplier, self.constants[f"{site}.shift"], kind)
-        return self.clamped(site, spec, level)
+                level = fixed_point.multiply(x.subtract_zero(), multiplier, self.constants[f"{site}.shift"], kind)
+        return self.clamp(site, spec, level)
 
-    def clamped(self, site: str, spec: QuantSpec, level: np.ndarray) -> Code:
+    def clamp(self, site: str, spec: QuantSpec, level: np.ndarray) -> Code:
         """Whole multiples of the site's scale as its codes."""
         zero = self.constants[f"{site}.zero_point"]
         code = np.clip(level + zero, spec.code_min, spec.code_max).astype(code_dtype(spec))
         return Code(code, self.scale_of(site), zero, spec)
 
-    def scale_of(self, site: str) -> np.ndarray | None:
+    def scale_of(self, site: str) -> np.ndarray | Any:
         """The scale of a static site; None under strict."""
         return self.constants.get(f"{site}.scale")
 
@@ -216,9 +220,10 @@ class Integer(Numerics[Code]):
         wide = bias is not None and bias.dtype == np.int64
         zeros, bits = (a.zero_point, b.zero_point), 64 if wide else accumulator_bits(a.spec, b.spec)
         with at(site):
-            return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
+            return products.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
 
     def record_accumulator(self, site: str, acc: np.ndarray) -> np.ndarray:
+        """Shows a matmul's accumulators to whoever asked."""
         if self.record is not None:
             self.record(f"{site}.accumulator", acc)
         return acc
@@ -270,37 +275,43 @@ class Integer(Numerics[Code]):
     def embedding(self, site: str, index: np.ndarray) -> Code:
         """Rows of the codes of `<site>.weight`; their own scales, where each row has one."""
         table = self.weight(f"{site}.weight")
-        pick = [part if np.size(part) == 1 else part[index] for part in (table.unit, table.zero_point)]
-        return self.named(site, Code(table.value[index], *pick, table.spec, np.size(table.unit) > 1))
+        unit, zero = (part if np.size(part) == 1 else part[index] for part in (table.unit, table.zero_point))
+        return self.named(site, Code(table.value[index], unit, zero, table.spec, np.size(table.unit) > 1))
 
     def norm(self, site: str, x: Code, eps: float) -> Code:
+        """(x - mean) / sqrt(var + eps) over the last axis, by the gain's codes, plus the bias; eps is a constant."""
         gain = self.weight(f"{site}.weight")
-        acc = integer_ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.centred()
+        acc = ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.subtract_zero()
         bias = self.constants[f"{site}.bias"]
         with at(site):
-            acc = integer.fit(acc + bias, 64 if bias.dtype == np.int64 else 32, self.profile)
+            acc = products.fit(acc + bias, 64 if bias.dtype == np.int64 else 32, self.profile)
         acc = self.record_accumulator(site, acc)
-        return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
+        return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-ops.NORM_BITS)))
 
     def add(self, site: str, a: Code, b: Code) -> Code:
         """Both operands in one fine unit, their sum rounded once."""
         spec, kind = self.quants[site], self.profile.requantization
         if spec.dynamic or a.measured or b.measured:
-            return self.record_codes(site, self.quantized(site, spec, a.real() + b.real()))
+            return self.record_codes(site, self.quantize(site, spec, a.real() + b.real()))
         first, second = self.constants[f"{site}.multiplier"]
         if kind in fixed_point.FLOATS:
-            total = a.centred().astype(np.float32) * first + b.centred().astype(np.float32) * second
+            total = a.subtract_zero().astype(np.float32) * first + b.subtract_zero().astype(np.float32) * second
             level = fixed_point.round_float(total, kind)
         else:
-            parts, shift = [a.centred(), b.centred()], self.constants[f"{site}.shift"]
-            level = integer_ops.weighted_sum(parts, [first, second], shift, kind)
-        return self.record_codes(site, self.clamped(site, spec, level))
+            parts, shift = [a.subtract_zero(), b.subtract_zero()], self.constants[f"{site}.shift"]
+            level = ops.weighted_sum(parts, [first, second], shift, kind)
+        return self.record_codes(site, self.clamp(site, spec, level))
 
     def mul(self, site: str, a: Code, b: Code) -> Code:
+        """The product of two values, element by element, in the product of their units."""
         wide = np.int64 if accumulator_bits(a.spec, b.spec) == 64 else np.int32
         return self.named(
             site,
-            Code(a.centred().astype(wide) * b.centred(), self.unit(a.unit, b.unit), measured=a.measured or b.measured),
+            Code(
+                a.subtract_zero().astype(wide) * b.subtract_zero(),
+                self.unit(a.unit, b.unit),
+                measured=a.measured or b.measured,
+            ),
         )
 
     def scale(self, x: Code, factor: float) -> Code:
@@ -309,13 +320,13 @@ class Integer(Numerics[Code]):
 
     def mean(self, site: str, x: Code) -> Code:
         """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
-        total = integer_ops.mean(x.centred(), self._where(x)).astype(x.centred().dtype)
+        total = ops.mean(x.subtract_zero(), self._where(x)).astype(x.subtract_zero().dtype)
         return self.named(site, Code(total, x.unit, measured=x.measured))
 
     def prepend(self, site: str, x: Code) -> Code:
         """The codes of `<site>.weight`, made with the site's own scale, and x requantized to it."""
         spec = self.quants[site]
-        x = self.quantized(site, spec, x.real()) if x.measured else self.requantized(site, spec, x)
+        x = self.quantize(site, spec, x.real()) if x.measured else self.requantize(site, spec, x)
         first = np.broadcast_to(self.constants[f"{site}.weight"], (x.shape[0], 1, x.shape[2]))
         return self.record_codes(site, Code(np.concatenate([first, x.value], axis=1), x.unit, x.zero_point, x.spec))
 
@@ -326,19 +337,19 @@ class Integer(Numerics[Code]):
     def activation(self, site: str, x: Code, kind: str) -> Code:
         """relu: max(x, 0). Others: a table, or a polynomial of I-BERT."""
         if kind == "relu" and x.measured:
-            return self.record_codes(site, self.quantized(site, self.quants[site], np.maximum(x.real(), 0)))
+            return self.record_codes(site, self.quantize(site, self.quants[site], np.maximum(x.real(), 0)))
         if kind == "relu":
-            return self.named(site, Code(np.maximum(x.centred(), 0), x.unit))
+            return self.named(site, Code(np.maximum(x.subtract_zero(), 0), x.unit))
         table = self.constants.get(f"{site}.table")
         if table is not None:
             code = table[x.value.astype(np.int32) - x.spec.code_min]
             return self.record_codes(
                 site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
             )
-        polynomial, bits = integer_ops.POLYNOMIALS[kind]
-        scaling = (self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
+        polynomial, bits = ops.POLYNOMIALS[kind]
+        multiplier, shift = (self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
         with at(site):
-            argument = fixed_point.multiply(x.centred(), *scaling, Requantization.FIXED_ONE)
+            argument = fixed_point.multiply(x.subtract_zero(), multiplier, shift, Requantization.FIXED_ONE)
         y = np.clip(polynomial(argument), fixed_point.INT32_MIN, fixed_point.INT32_MAX).astype(np.int32)
         return self.named(site, Code(y, self.unit(2.0**-bits)))
 
@@ -356,20 +367,23 @@ class Integer(Numerics[Code]):
         acc, step = self.matmul(f"{site}.context", probs, v), self.unit(probs.unit, v.unit)
         step = step if np.ndim(step) == 0 else np.broadcast_to(step, acc.shape)  # per query and head, or per channel
         context = Code(acc, step, measured=probs.measured)
-        context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
+        context = cast(Code, merge_heads(context))  # (B, H, Tq, K) -> (B, Tq, H K)
         self.record_accumulator(f"{site}.context", context.value)
         return self.named(f"{site}.context", context)
 
     def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec) -> Code:
-        find = self.constants.get
-        exponential = find(f"{site}.table")
-        if exponential is None:
-            exponential = tuple(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
-        extra = (find(f"{site}.sink"), find(f"{site}.sink_factor")) if f"{site}.sink" in self.constants else None
+        """Exponentials from a table, or by I-BERT's polynomial; their share of the sum; the clip."""
+
+        def constant(name: str) -> np.ndarray:
+            return self.constants[f"{site}.{name}"]
+
+        by_table = f"{site}.table" in self.constants
+        exponential = constant("table") if by_table else (constant("input_multiplier"), constant("input_shift"))
+        extra = (constant("sink"), constant("sink_factor")) if f"{site}.sink" in self.constants else None
         with at(site):
-            p = integer_ops.softmax(scores.value, mask, exponential, extra)
+            p = ops.softmax(scores.value, mask, exponential, extra)
             if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
                 row = spec.softmax is Softmax.CLIPPED_ROW
-                gamma = integer_ops.row_gamma(find(f"{site}.alpha"), mask) if row else find(f"{site}.gamma")
-                p = integer_ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
-        return self.named(site, Code(p.astype(np.int32), self.unit(2.0**-integer_ops.PROBABILITY_BITS)))
+                gamma = ops.row_gamma(constant("alpha"), mask) if row else constant("gamma")
+                p = ops.clip_stretch(p, constant("zeta"), gamma)
+        return self.named(site, Code(p.astype(np.int32), self.unit(2.0**-ops.PROBABILITY_BITS)))

@@ -1,7 +1,10 @@
 """Sums, softmax, LayerNorm and nonlinear functions in integers.
 
-Values are integers in a stated unit: "Q28" counts 2^-28. Everything here is int64 unless said otherwise, so that every
-product below fits; divisions are floors of exact quotients with the half added first, so they round half up.
+Values are integers in a stated unit: "Q28" counts 2^-28. Divisions are floors of exact quotients with the half added
+first, so they round half up.
+
+Arrays: int64 unless said otherwise, so that every product below fits; element by element, arguments broadcast against
+each other, unless a shape is said.
 
 Tables hold one entry per code and are made once, in float64, by `lowering`. The polynomials are those of I-BERT (Kim et
 al. 2021, arXiv 2101.01321, sections 3.4 and 3.5) evaluated in integers; its published code evaluates them in floats.
@@ -15,6 +18,29 @@ from ..quant.checks import check_range, check_shape
 from ..spec import Requantization
 from .fixed_point import INT32_MAX, INT32_MIN, multiply_one_rounding, rounding_shift_right
 
+__all__ = [
+    "EXP_BITS",
+    "GELU_BITS",
+    "INPUT_BITS",
+    "NORM_BITS",
+    "POLYNOMIALS",
+    "PROBABILITY_BITS",
+    "SINK_BITS",
+    "ZETA_BITS",
+    "clip_stretch",
+    "exp_polynomial",
+    "gelu_polynomial",
+    "half_up",
+    "mean",
+    "normalize",
+    "row_gamma",
+    "sigmoid_polynomial",
+    "softmax",
+    "square_root",
+    "tanh_polynomial",
+    "weighted_sum",
+]
+
 EXP_BITS = 24  # an exponential is at most 1
 PROBABILITY_BITS = 28
 SINK_BITS = 20  # the part of a sink's exponential that lies between two codes
@@ -25,7 +51,7 @@ GELU_BITS = 20
 ARGUMENT = 2**26  # Q16, of a polynomial: 1024, far beyond where each is flat
 
 
-def half_up(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def half_up(numerator: np.ndarray, denominator: np.ndarray | int) -> np.ndarray:
     """floor(numerator / denominator + 1/2), denominator > 0. No int64 is too large: nothing is doubled."""
     quotient, rest = np.divmod(numerator, denominator)
     return quotient + (rest >= denominator - rest)
@@ -36,9 +62,9 @@ def weighted_sum(
 ) -> np.ndarray:
     """round(sum_i parts_i multipliers_i / 2^shift), the products and their sum exact, one rounding.
 
-    Half up; half away from zero for FIXED_TWO, as gemmlowp's last shift rounds. Parts are codes less their zero points or
-    int32 accumulators, three at most; multipliers, up to 2^30, and shift are one, or one per column. Raises ValueError
-    beyond these, and where a multiplier or shift does not fit the shape of the sum.
+    Half up; half away from zero for FIXED_TWO, as gemmlowp's last shift rounds. Parts are codes less their zero points
+    or int32 accumulators, three at most; multipliers, up to 2^30, and shift are one, or one per column. Raises
+    ValueError beyond these, and where a multiplier or shift does not fit the shape of the sum.
     """
     if len(parts) > 3:
         raise ValueError(f"{len(parts)} parts: the sum of more than 3 could leave int64")
@@ -122,8 +148,8 @@ def clip_stretch(p: np.ndarray, zeta: np.ndarray, gamma: np.ndarray) -> np.ndarr
 
 
 def row_gamma(alpha: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """-alpha / keys of each row, Q28: alpha Q28, mask (..., Tq, Tk) -> (..., Tq, 1). Raises ValueError where alpha is not in
-    [0, 64]."""
+    """-alpha / keys of each row, Q28: alpha Q28, mask (..., Tq, Tk) -> (..., Tq, 1). Raises ValueError where alpha is
+    not in [0, 64]."""
     check_range("alpha", alpha, 0, 64 << PROBABILITY_BITS, "it is at most 64, in Q28")
     keys = np.maximum(mask.astype(np.int64).sum(axis=-1, keepdims=True), 1)
     return -half_up(alpha, keys)
@@ -143,9 +169,9 @@ def square_root(x: np.ndarray) -> np.ndarray:
 def normalize(code: np.ndarray, eps: np.ndarray) -> np.ndarray:
     """(x - mean) / sqrt(var + eps) over the last axis, Q16, from codes of at most 16 bits; their zero point cancels.
 
-    With n = D c - sum c and W = D sum c^2 - (sum c)^2 + eps', it is n / sqrt(W): eps' = eps (D / scale)^2 as an integer.
-    W is shifted up by an even number of bits into [2^60, 2^62) before its root is taken. Raises ValueError where W could
-    leave them, which takes a D of more than 28,000 with 16-bit codes, or codes of more bits.
+    With n = D c - sum c and W = D sum c^2 - (sum c)^2 + eps', it is n / sqrt(W): eps' = eps (D / scale)^2 as an
+    integer. W is shifted up by an even number of bits into [2^60, 2^62) before its root is taken. Raises ValueError
+    where W could leave them, which takes a D of more than 28,000 with 16-bit codes, or codes of more bits.
     """
     width, limits = code.shape[-1], np.iinfo(code.dtype)
     check_range("eps", eps, 0, 2**60, "values are too small beside it")
@@ -173,7 +199,8 @@ ERF_A, ERF_B, HALF_ROOT = 18927, 115933, 46341  # 1 - 0.2888 (t - 1.769)^2; 1 / 
 
 
 def exp_polynomial(x: np.ndarray) -> np.ndarray:
-    """exp(-x), x >= 0 Q16 -> Q24: 2^-z L(-r) with x = z ln 2 + r (I-BERT, eq. 12 to 14). Raises ValueError where x < 0."""
+    """exp(-x), x >= 0 Q16 -> Q24: 2^-z L(-r) with x = z ln 2 + r (I-BERT, eq. 12 to 14). Raises ValueError
+    where x < 0."""
     check_range("argument", x, 0, 2**63 - 1, "it is a distance below the largest")
     x = x.astype(np.int64)
     z, r = x // LN2, x % LN2

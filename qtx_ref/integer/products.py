@@ -11,6 +11,10 @@ magnitude. With A = a - c and so on, the sum is A B - za colsum(B) - zb rowsum(A
 instead of wider operands. So za may differ by row of a (shape (M, 1)) and zb by column of b ((N,)), never along k.
 
 **Overflow** is that of the exact sum: an accumulator that wraps and returns holds the right bits.
+
+Arrays: codes a (..., M, K) and b (..., K, N) of any integer dtype, zero points and biases (int32 or int64) in the
+shapes that `matmul` states, accumulators (..., M, N), int32 or int64. A carrier is the dtype that holds codes while
+they are multiplied: float32, float64 or that of the accumulator.
 """
 
 from __future__ import annotations
@@ -19,6 +23,23 @@ import numpy as np
 
 from ..quant.checks import check_integers, check_range, check_shape
 from ..spec import QTX, Overflow, Profile, QuantSpec
+
+__all__ = [
+    "add_bias",
+    "block_length",
+    "block_product",
+    "centre",
+    "check_bias",
+    "check_codes",
+    "fit",
+    "linear",
+    "matmul",
+    "matmul_pairs16",
+    "pack_int4",
+    "recentre",
+    "recentre_zero",
+    "unpack_int4",
+]
 
 FLOAT_BITS = {np.float32: 24, np.float64: 53}
 SHORTEST = 256  # float32 blocks shorter than this cost more in additions than float64 does
@@ -49,9 +70,9 @@ def check_codes(what: str, code: np.ndarray, spec: QuantSpec) -> None:
         )
 
 
-def recentred_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np.ndarray | None:
-    """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies along
-    k."""
+def recentre_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np.ndarray | None:
+    """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies
+    along k."""
     if zero is None:
         return None if spec.symmetric else np.array(-centre(spec))
     zero = np.asanyarray(zero)
@@ -72,7 +93,8 @@ def block_product(a: np.ndarray, b: np.ndarray, length: int, wide: type) -> np.n
 
 
 def fit(total: np.ndarray, bits: int, profile: Profile) -> np.ndarray:
-    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile wraps."""
+    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile
+    wraps."""
     if bits == 64:
         return total
     if profile.overflow is Overflow.REPORT:
@@ -112,7 +134,7 @@ def matmul(
     if accumulator not in (32, 64):
         raise ValueError(f"accumulator is {accumulator}: give 32 or 64 bits")
     depth = a.shape[-1]
-    a_zero, b_zero = recentred_zero(a_zero, a_spec, -1), recentred_zero(b_zero, b_spec, -2)
+    a_zero, b_zero = recentre_zero(a_zero, a_spec, -1), recentre_zero(b_zero, b_spec, -2)
     # |each of the four terms| <= depth max|A| max|B|: below 2^29 they and their sum stay in int32
     bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
     largest_bias = 0
@@ -122,7 +144,7 @@ def matmul(
         largest_bias = max(-int(ends[0]), int(ends[1]))  # Python's integers: -2^63 has no magnitude in int64
     wide = np.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else np.int64
     length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
-    a, b = recentred(a, a_spec, carrier), recentred(b, b_spec, carrier)
+    a, b = recentre(a, a_spec, carrier), recentre(b, b_spec, carrier)
     total = block_product(a, b, length, wide)
     for what, value in (("zero point", a_zero), ("zero point", b_zero), ("bias", bias)):
         check_shape(what, 0 if value is None else value, total.shape, "give one per row of a, or per column of b")
@@ -144,7 +166,8 @@ def check_bias(bias: np.ndarray, columns: int) -> None:
 
 
 def add_bias(total: np.ndarray, bias: np.ndarray, bound: int, profile: Profile) -> np.ndarray:
-    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile wraps."""
+    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile
+    wraps."""
     result = total + bias
     if bound >= 2**63 and profile.overflow is Overflow.REPORT:
         lost = ((total ^ result) & (bias ^ result)) < 0  # the sum has neither's sign
@@ -154,7 +177,7 @@ def add_bias(total: np.ndarray, bias: np.ndarray, bound: int, profile: Profile) 
     return result
 
 
-def recentred(code: np.ndarray, spec: QuantSpec, carrier: type) -> np.ndarray:
+def recentre(code: np.ndarray, spec: QuantSpec, carrier: type) -> np.ndarray:
     """Codes less their centre, as `carrier`."""
     code = code.astype(carrier)
     code -= carrier(centre(spec))
@@ -175,7 +198,8 @@ def linear(
 ) -> np.ndarray:
     """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1), (O,) or one -> (..., O).
 
-    The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError."""
+    The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError.
+    Everything else as in `matmul`."""
     w_zero = None if w_zero is None else np.asanyarray(w_zero).T
     return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, profile, integers)
 
@@ -183,10 +207,10 @@ def linear(
 def matmul_pairs16(a: np.ndarray, b: np.ndarray, pairs: int = 1) -> np.ndarray:
     """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (K, N) -> int32, saturating on the way.
 
-    `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 = 64770
-    becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and int32
-    is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K and a
-    last, shorter run are padded with 0, as packed operands are.
+    `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 =
+    64770 becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and
+    int32 is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K
+    and a last, shorter run are padded with 0, as packed operands are. Raises ValueError for operands of another dtype.
     """
     if a.dtype != np.uint8 or b.dtype != np.int8:
         raise ValueError(f"operands are {a.dtype} and {b.dtype}: the instruction multiplies uint8 by int8")
@@ -204,7 +228,7 @@ def matmul_pairs16(a: np.ndarray, b: np.ndarray, pairs: int = 1) -> np.ndarray:
 
 def pack_int4(code: np.ndarray) -> np.ndarray:
     """Codes of 4 bits, signed or not, two per byte along the last axis, the first in the low half: (..., D) ->
-    (..., ceil(D / 2)) uint8. An odd D is padded with 0."""
+    (..., ceil(D / 2)) uint8. An odd D is padded with 0. Raises ValueError where 4 bits do not hold them."""
     low, high = int(code.min(initial=0)), int(code.max(initial=0))
     if low < -8 or high > 15 or high - low > 15:
         raise ValueError(f"codes run from {low} to {high}: 4 bits hold -8 to 7, or 0 to 15")
@@ -215,7 +239,8 @@ def pack_int4(code: np.ndarray) -> np.ndarray:
 
 
 def unpack_int4(packed: np.ndarray, length: int, signed: bool) -> np.ndarray:
-    """What `pack_int4` packed: (..., ceil(length / 2)) uint8 -> (..., length), int8 if signed, else uint8."""
+    """What `pack_int4` packed: (..., ceil(length / 2)) uint8 -> (..., length), int8 if signed, else uint8. Raises
+    ValueError for another dtype or length."""
     if packed.dtype != np.uint8 or packed.shape[-1] != -(-length // 2):
         raise ValueError(f"{packed.shape[-1]} {packed.dtype} do not hold {length} codes of 4 bits: check the shape")
     half = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)[..., :length]

@@ -4,6 +4,9 @@ What two engines may do differently is a field of the `Profile`. Under `QTX`, th
 whatever the dtype of the tensor: x / scale by IEEE division, rounded half to even, plus the zero point, clamped to the
 codes of the `QuantSpec`.
 
+Arrays: x of any shape, float32 or another float dtype; scales (float32, float64 where the profile stores that) and zero
+points (int32) broadcast against it. The ends of ranges are float32 and broadcast against each other and the tensor.
+
     >>> spec = QuantSpec(bits=8, symmetric=True)
     >>> quantize(np.float32([-1.5, -0.5, 0.5, 1.5, 2.5]), np.float32(1), np.int32(0), spec).tolist()
     [-2, 0, 0, 2, 2]
@@ -15,32 +18,43 @@ import numpy as np
 
 from ..spec import (
     QTX,
-    Dtype,
     Granularity,
     InfinityPolicy,
     NanPolicy,
     Nudging,
     Profile,
+    Quant,
     QuantSpec,
     ScaleRule,
     check_axes,
     check_where,
+    check_width,
+    range_axes,
 )
 from .checks import check_range, check_shape
 from .rounding import SMALLEST, round_dtype, round_integer
 
+__all__ = [
+    "check_order",
+    "check_quantizer",
+    "check_scale",
+    "dequantize",
+    "fake_quantize",
+    "min_max",
+    "quantize",
+    "ranges",
+    "round_level",
+    "scale_zero",
+    "simulate",
+    "unite_groups",
+]
+
 TINY = np.float32(2.0**-126)  # the smallest normal float32; no float32 scale is below it
 
 
-def check_width(spec: QuantSpec, profile: Profile) -> None:
-    """Raises ValueError where the arithmetic cannot hold the codes."""
-    if profile.arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
-        raise ValueError(f"code {spec.code_max} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
-
-
 def check_scale(scale: np.ndarray, profile: Profile = QTX) -> None:
-    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has no
-    finite reciprocal where the profile multiplies by that."""
+    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has
+    no finite reciprocal where the profile multiplies by that."""
     scale = np.asanyarray(scale)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         step = round_dtype(scale, profile.arithmetic)
@@ -53,27 +67,14 @@ def check_scale(scale: np.ndarray, profile: Profile = QTX) -> None:
 
 
 def check_quantizer(
-    shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: QuantSpec, profile: Profile = QTX
+    shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: Quant, profile: Profile = QTX
 ) -> None:
-    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point that
-    is one of the codes, both broadcast against the tensor. What `scale_zero` made passes."""
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point
+    that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes."""
     check_scale(scale, profile)
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
-
-
-def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
-    """The axes that one range spans: all (tensor), all but the last (channel of an activation), the last (channel of a
-    weight (..., O, I), token). A group starts from its channels' ranges; `scale_zero` unites them."""
-    if spec.granularity is Granularity.BLOCK:
-        raise ValueError("a block spans a part of an axis; take its range with ranges()")
-    check_axes(spec, ndim)
-    if spec.granularity is Granularity.TENSOR:
-        return tuple(range(ndim))
-    if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not weight:
-        return tuple(range(ndim - 1))
-    return (ndim - 1,)
 
 
 def min_max(x: np.ndarray, axes: tuple[int, ...], where: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -93,12 +94,16 @@ def min_max(x: np.ndarray, axes: tuple[int, ...], where: np.ndarray | None = Non
 
 
 def ranges(
-    x: np.ndarray, spec: QuantSpec, weight: bool = False, where: np.ndarray | None = None
+    x: np.ndarray, spec: Quant, weight: bool = False, where: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape)."""
+    """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape).
+
+    Raises ValueError as `min_max` and `range_axes`, and where blocks do not divide the last axis.
+    """
     if spec.granularity is not Granularity.BLOCK:
         return min_max(x, range_axes(spec, x.ndim, weight), where)
     check_axes(spec, x.ndim)
+    assert spec.block is not None  # BLOCK has one
     if x.shape[-1] % spec.block:
         raise ValueError(f"block {spec.block} does not divide the last axis, {x.shape[-1]}; choose one that does")
     blocks = (*x.shape[:-1], x.shape[-1] // spec.block, spec.block)
@@ -111,18 +116,21 @@ def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np
     """Channel ranges (one axis longer than 1) -> each channel's group's range, the same shape.
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
-    outlier channels share a group (Bondarenko et al. 2021, section 4).
+    outlier channels share a group (Bondarenko et al. 2021, section 4). Raises ValueError where groups do not divide
+    them.
     """
-    if low.size % spec.groups:
-        raise ValueError(f"groups {spec.groups} does not divide the {low.size} channels; choose a number that does")
+    count = spec.groups
+    assert count is not None  # GROUP has them
+    if low.size % count:
+        raise ValueError(f"groups {count} does not divide the {low.size} channels; choose a number that does")
     order = np.argsort((high - low).ravel(), kind="stable") if spec.permute else np.arange(low.size)
     back = np.argsort(order)
 
-    def shared(values: np.ndarray, reduce: np.ufunc) -> np.ndarray:
-        grouped = reduce.reduce(values.ravel()[order].reshape(spec.groups, -1), axis=1)
-        return np.repeat(grouped, low.size // spec.groups)[back].reshape(values.shape)
+    def share(values: np.ndarray, reduce: np.ufunc) -> np.ndarray:
+        grouped = reduce.reduce(values.ravel()[order].reshape(count, -1), axis=1)
+        return np.repeat(grouped, low.size // count)[back].reshape(values.shape)
 
-    return shared(low, np.minimum), shared(high, np.maximum)
+    return share(low, np.minimum), share(high, np.maximum)
 
 
 def check_order(low: np.ndarray, high: np.ndarray) -> None:
@@ -137,14 +145,15 @@ def check_order(low: np.ndarray, high: np.ndarray) -> None:
 def scale_zero(
     low: np.ndarray, high: np.ndarray, spec: QuantSpec, profile: Profile = QTX
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for FLOAT64).
+    """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for
+    FLOAT64).
 
     Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
-    real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1); else
-    high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
-    the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their reciprocals
-    finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the scale in its dtype,
-    is not finite.
+    real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1);
+    else high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the
+    scale's and the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their
+    reciprocals finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the
+    scale in its dtype, is not finite.
     """
     check_width(spec, profile)
     check_order(low, high)
@@ -184,22 +193,22 @@ def scale_zero(
     zero = number(first - number(low / divisor))
     if profile.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
-        nearer_low = (
-            first + number(-low / divisor) < last + up
-        )  # the two ends' rounding errors, as gemmlowp bounds them
+        # the two ends' rounding errors, as gemmlowp bounds them
+        nearer_low = first + number(-low / divisor) < last + up
         zero = np.where(nearer_low, zero, number(last - up))
     zero = round_integer(zero, profile.zero_point_rounding)
     return scale, np.clip(zero, spec.code_min, spec.code_max).astype(np.int32)
 
 
-def rounded(
+def round_level(
     x: np.ndarray,
     scale: np.ndarray,
     zero_point: np.ndarray,
     profile: Profile = QTX,
     words: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The code of x, not yet clamped: a whole number in the profile's arithmetic. `words` as in `round_integer`."""
+    """The code of x, not yet clamped: a whole number in the profile's arithmetic, float32 (float64). `words` as in
+    `round_integer`."""
 
     def number(value: np.ndarray) -> np.ndarray:
         return round_dtype(value, profile.arithmetic)
@@ -222,8 +231,8 @@ def quantize(
 ) -> np.ndarray:
     """Codes (int32) of x, in its shape; each lies between the spec's limits.
 
-    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer has
-    (`check_quantizer`) or that does not fit the shape of x.
+    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer
+    has (`check_quantizer`) or that does not fit the shape of x.
     """
     check_width(spec, profile)
     check_quantizer(x.shape, scale, zero_point, spec, profile)
@@ -232,7 +241,7 @@ def quantize(
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
     if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = rounded(np.where(nan, 0, x), scale, zero_point, profile, words)
+    level = round_level(np.where(nan, 0, x), scale, zero_point, profile, words)
     code = np.clip(level, spec.code_min, spec.code_max).astype(np.int32)
     return np.where(nan, spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, code).astype(np.int32)
 
@@ -240,8 +249,8 @@ def quantize(
 def dequantize(code: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, profile: Profile = QTX) -> np.ndarray:
     """scale * (code - zero_point), the difference in integers (int64), the product rounded to the profile's arithmetic.
 
-    Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale as
-    `check_scale`, and where either does not fit the shape of the codes.
+    Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale
+    as `check_scale`, and where either does not fit the shape of the codes.
     """
     check_scale(scale, profile)
     check_range("code", code, -(2**62), 2**62, "an accumulator has 48 bits at most")
@@ -277,12 +286,13 @@ def simulate(
     profile: Profile = QTX,
     words: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`fake_quantize` without looking at scale and zero point: for those that `scale_zero` made, that were checked when the
-    model was bound, or that are being learned. A NaN among them gives NaN."""
+    """`fake_quantize` without looking at scale and zero point: for those that `scale_zero` made, that were checked when
+    the model was bound, or that are being learned. A NaN among them gives NaN. Raises ValueError for infinity where the
+    profile says so."""
     check_width(spec, profile)
     if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = rounded(x, scale, zero_point, profile, words)
+    level = round_level(x, scale, zero_point, profile, words)
     if profile.nan is not NanPolicy.RAISE:
         level = np.where(np.isnan(x), spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, level)
     inside = (level >= spec.code_min) & (level <= spec.code_max)

@@ -1,8 +1,13 @@
-"""What the integer arithmetic asks of its arguments: integers, within a range, in a shape that fits."""
+"""What the integer arithmetic asks of its arguments: integers, within a range, in a shape that fits.
+
+Arrays: of any shape and dtype; they are looked at and not changed. A number stands for an array of shape ().
+"""
 
 from __future__ import annotations
 
 import numpy as np
+
+__all__ = ["check_integers", "check_range", "check_shape"]
 
 
 def check_integers(what: str, dtype: np.dtype) -> None:
@@ -23,7 +28,7 @@ def check_range(what: str, value: np.ndarray | int, low: int, high: int, remedy:
         raise ValueError(f"{what} {value[bad][0]} is outside {low} to {high}: {remedy}")
 
 
-def check_shape(what: str, value: np.ndarray, shape: tuple[int, ...], remedy: str) -> None:
+def check_shape(what: str, value: np.ndarray | int, shape: tuple[int, ...], remedy: str) -> None:
     """Raises ValueError where `value`, broadcast against `shape`, would not leave it as it is."""
     try:
         fits = np.broadcast_shapes(np.shape(value), shape) == tuple(shape)

@@ -5,6 +5,9 @@ e >= emin and n a whole number below 2^(m + 1). Near |x| they lie 2^(e - m) apar
 n = round(|x| / 2^(e - m)), half to even, and the code is n + 2^m (e - emin): a mantissa that overflows carries into the
 exponent by itself, and e = emin with n < 2^m are the subnormals. The sign is the top bit.
 
+Arrays: of any shape, element by element unless a shape is said; values and scales are float32 (x of another float dtype
+is made so), codes uint8. A scale broadcasts against x.
+
     >>> encode(np.float32([0.0, 1.0, -1.0, 0.001953125, 448, 465, np.inf]), FloatFormat.E4M3).tolist()
     [0, 56, 184, 1, 126, 126, 126]
 """
@@ -18,6 +21,28 @@ import numpy as np
 from ..spec import FloatFormat, FloatQuantSpec, SharedScale
 from .affine import check_order, check_scale
 from .checks import check_range, check_shape
+
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "SCALE_BIAS",
+    "SCALE_NAN",
+    "check_shared",
+    "decode",
+    "encode",
+    "fake_quantize",
+    "floor_log2",
+    "look_up",
+    "mx_dequantize",
+    "mx_exponent",
+    "mx_fake_quantize",
+    "mx_quantize",
+    "mx_scale",
+    "power_of_two",
+    "scale_zero",
+    "simulate",
+    "values",
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +65,8 @@ class Layout:
 
     @property
     def limit(self) -> float:
-        """The largest float32 that is rounded to `maximum`: the tie with what would come next, or, odd, just below it."""
+        """The largest float32 that is rounded to `maximum`: the tie with what would come next, or, odd, just below
+        it."""
         tie = self.maximum + 2.0 ** (self.emax - self.mantissa - 1)
         return tie - 2.0 ** (self.emax - 23) * (self.largest % 2)
 
@@ -84,7 +110,7 @@ def encode(x: np.ndarray, kind: FloatFormat, saturate: bool = True) -> np.ndarra
 
 
 def values(kind: FloatFormat) -> np.ndarray:
-    """The value of every code, float32."""
+    """The value of every code, float32 (codes,): 256 of them, 16 for E2M1."""
     f = LAYOUTS[kind]
     code = np.arange(f.sign)
     field, mantissa = code >> f.mantissa, code & (2**f.mantissa - 1)
@@ -125,8 +151,8 @@ def fake_quantize(
     x: np.ndarray, kind: FloatFormat, saturate: bool = True, scale: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
-    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN. Raises ValueError for a scale that is
-    no finite number above 0, or does not fit the shape of x."""
+    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN. Raises ValueError for a scale
+    that is no finite number above 0, or does not fit the shape of x."""
     if scale is not None:
         check_scale(scale)
         check_shape("scale", scale, x.shape, "give one, or one for each that has its own")
@@ -136,8 +162,8 @@ def fake_quantize(
 def simulate(
     x: np.ndarray, kind: FloatFormat, saturate: bool = True, scale: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is that of
-    a block with NaN or infinity, stays NaN."""
+    """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is
+    that of a block with NaN or infinity, stays NaN."""
     with np.errstate(over="ignore", invalid="ignore"):
         ratio = x.astype(np.float32) if scale is None else x.astype(np.float32) / scale
         nan = np.isnan(ratio)
@@ -167,9 +193,10 @@ def mx_quantize(
     x: np.ndarray, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
     """Blocks of neighbours along the last axis that share a power of two: x (..., D) -> scale codes (..., D / block) in
-    E8M0 and element codes (..., D), both uint8.
+    E8M0 and element codes (..., D), both uint8 (OCP microscaling formats, 2023).
 
-    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0.
+    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0. Raises
+    ValueError where blocks do not divide the last axis.
     """
     exponent, broken = mx_exponent(x, kind, rule, block)
     parts = np.asarray(x, np.float32).reshape(*exponent.shape, block)

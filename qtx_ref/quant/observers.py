@@ -2,6 +2,9 @@
 
 Each observer takes tensors by `update(x, where)` and answers `range()` with float32 (low, high) that broadcast against
 the tensor. Elements where `where` is false never enter.
+
+Arrays: tensors of any shape and float dtype, `where` boolean, broadcast against them; `values` are float32 (ranges,
+elements), a row for each range that is taken.
 """
 
 from __future__ import annotations
@@ -9,16 +12,17 @@ from __future__ import annotations
 import numpy as np
 from scipy import optimize
 
-from ..spec import Granularity, ObserverKind, Quant
-from .affine import min_max, range_axes
+from ..spec import Granularity, ObserverKind, Quant, range_axes
+from .affine import min_max
 from .quantizer import scale_zero, simulate, static_scale
+
+__all__ = ["Observer", "groups", "least_error", "percentile", "squared_error"]
 
 
 def groups(x: np.ndarray, spec: Quant, weight: bool, where: np.ndarray | None) -> np.ndarray:
-    """The elements that share a range, one row per range: (groups, elements).
+    """The elements that share a range, one row per range, in the dtype of x: (ranges, elements).
 
-    Raises:
-        ValueError: ranges per channel would have different numbers of unmasked elements.
+    Raises ValueError where ranges per channel would have different numbers of unmasked elements.
     """
     if spec.granularity is Granularity.TENSOR:
         picked = x if where is None else x[np.broadcast_to(where, x.shape)]
@@ -53,8 +57,8 @@ def squared_error(values: np.ndarray, low: float, high: float, spec: Quant) -> f
 def least_error(values: np.ndarray, spec: Quant) -> tuple[float, float]:
     """The fraction of a group's (widened) range with the least squared error; the smallest of equals.
 
-    Symmetric, and mirrored with a negative value: [-R f, R f] with R the largest magnitude plus the margin. Else: both ends
-    times f.
+    Symmetric, and mirrored with a negative value: [-R f, R f] with R the largest magnitude plus the margin. Else: both
+    ends times f.
     """
     margin = spec.observer.margin
     low, high = float(values.min()), float(values.max())
@@ -126,12 +130,14 @@ class Observer:
         return self.low.reshape(self.shape), self.high.reshape(self.shape)
 
     def scale_zero(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and zero point of the range so far: `quantizers.static_scale`. Raises ValueError as `range`."""
-        return static_scale(*self.range(), self.silent, self.spec)
+        """Scale and zero point of the range so far: `quantizer.static_scale`. Raises ValueError as `range`."""
+        low, high = self.range()
+        assert self.silent is not None  # range() raises before the first element
+        return static_scale(low, high, self.silent, self.spec)
 
     def _combine(self, low: np.ndarray, high: np.ndarray) -> None:
-        """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are (0.1
-        and not 1 - float32(0.9)). Current: new."""
+        """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are
+        (0.1 and not 1 - float32(0.9)). Current: new."""
         if self.low is not None and self.kind is not ObserverKind.CURRENT:
             old, new = (np.float32(part) for part in (self.spec.observer.momentum, 1 - self.spec.observer.momentum))
             low = new * low + old * self.low

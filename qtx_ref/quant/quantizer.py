@@ -1,4 +1,8 @@
-"""A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`)."""
+"""A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`).
+
+Arrays: x of any shape and float dtype; scales (float32) and zero points (int32) broadcast against it, as do the ends of
+its range (float32).
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,32 @@ import numpy as np
 from ..spec import FloatQuantSpec, Granularity, Quant, QuantSpec, Range, check_axes, check_where
 from . import affine, formats
 
+__all__ = [
+    "SILENT_SCALE",
+    "beside_outliers",
+    "check_quantizer",
+    "dynamic_scale",
+    "fake_quantize",
+    "quantize",
+    "scale_zero",
+    "simulate",
+    "static_scale",
+    "was_silent",
+]
+
 SILENT_SCALE = np.float32(2.0**-8)  # of a tensor that was 0 in all of calibration
 
 
 def scale_zero(low: np.ndarray, high: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point of a range."""
+    """Scale and zero point of a range. Raises ValueError as both modules."""
     return (formats if isinstance(spec, FloatQuantSpec) else affine).scale_zero(low, high, spec)
 
 
 def static_scale(low: np.ndarray, high: np.ndarray, silent: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
-    """`scale_zero` of a calibrated range, in one for all numerics. Where `silent`, in the shape of low, says that the tensor
-    was 0 in all of calibration, the scale of a uniform quantizer is 2^-8: in integers 1 would be a coarse unit for what is
-    added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; so do groups, which no
-    integer model has."""
+    """`scale_zero` of a calibrated range, in one for all numerics. Where `silent`, in the shape of low, says that the
+    tensor was 0 in all of calibration, the scale of a uniform quantizer is 2^-8: in integers 1 would be a coarse unit
+    for what is added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; so do
+    groups, which no integer model has."""
     scale, zero = scale_zero(low, high, spec)
     if isinstance(spec, FloatQuantSpec) or spec.granularity is Granularity.GROUP:
         return scale, zero
@@ -32,21 +49,24 @@ def was_silent(range: Range) -> np.ndarray:
 
 
 def dynamic_scale(x: np.ndarray, spec: Quant, where: np.ndarray | None, weight: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude)."""
+    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude), of
+    elements where `where` (boolean, broadcast) is true. Raises ValueError as `affine.ranges` and `scale_zero`."""
     if spec.outliers is not None:
         return beside_outliers(x, spec, where)
     if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
         where = None  # a row of padding has ranges of its own and touches no other
     if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
+        assert spec.shared is not None and spec.block is not None  # the spec has filled them in
         scale = formats.mx_scale(x, spec.format, spec.shared, spec.block)
         return scale, np.zeros(scale.shape, np.int32)
     return scale_zero(*affine.ranges(x, spec, weight, where), spec)
 
 
 def beside_outliers(x: np.ndarray, spec: QuantSpec, where: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al. 2022,
-    section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, by which `check_quantizer`,
-    `quantize` and `simulate` know that it stays in float; no other scale is 0.
+    """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al.
+    2022, section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, by which
+    `check_quantizer`, `quantize` and `simulate` know that it stays in float; no other scale is 0. Raises ValueError for
+    a tensor without axes, and a mask as in `affine.min_max`.
     """
     check_axes(spec, x.ndim)
     large = np.abs(x) >= spec.outliers
@@ -59,9 +79,9 @@ def beside_outliers(x: np.ndarray, spec: QuantSpec, where: np.ndarray | None) ->
 
 
 def check_quantizer(shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> None:
-    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: each scale a finite number above
-    0, each zero point a code. An MX block's scale is a power of two, or NaN where the block holds NaN or infinity; beside
-    outliers the scale 0 says that a channel stays in float."""
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: each scale a finite number
+    above 0, each zero point a code. An MX block's scale is a power of two, or NaN where the block holds NaN or
+    infinity; beside outliers the scale 0 says that a channel stays in float."""
     if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
         formats.check_shared(scale)
         scale = np.ones_like(scale)
@@ -84,15 +104,15 @@ def quantize(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Qua
 def fake_quantize(
     x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes. Raises ValueError
-    as `check_quantizer`."""
+    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes. Raises
+    ValueError as `check_quantizer`."""
     check_quantizer(x.shape, scale, zero_point, spec)
     return simulate(x, scale, zero_point, spec)
 
 
 def simulate(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
-    """`fake_quantize` without looking at scale and zero point: for those made by `dynamic_scale` or `scale_zero`, or checked
-    when a model was bound."""
+    """`fake_quantize` without looking at scale and zero point: for those made by `dynamic_scale` or `scale_zero`, or
+    checked when a model was bound."""
     if isinstance(spec, FloatQuantSpec):
         return formats.simulate(x, spec.format, spec.saturate, scale)
     if spec.outliers is not None:

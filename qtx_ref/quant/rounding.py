@@ -16,15 +16,18 @@ import numpy as np
 
 from ..spec import Dtype, Rounding
 
+__all__ = ["SMALLEST", "round_dtype", "round_integer"]
+
 SMALLEST = {Dtype.FLOAT32: 2.0**-126, Dtype.FLOAT64: 2.0**-1022, Dtype.BFLOAT16: 2.0**-126, Dtype.FLOAT16: 2.0**-14}
 SATURATED = 2.0**20  # beyond every code plus zero point of 16 bits
 
 
-def round_dtype(x: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """x rounded to nearest even in `dtype`, carried in float32 (float64 for FLOAT64).
+def round_dtype(x: np.ndarray | float, dtype: Dtype) -> np.ndarray:
+    """x, of any shape and real dtype, rounded to nearest even in `dtype`, carried in float32 (float64 for FLOAT64).
 
     bfloat16 is the upper half of a float32: adding 0x7FFF, and 1 more where the half to keep is odd, carries into it
-    exactly where nearest even rounds up. A float64 passes through float32 on its way to 16 bits.
+    exactly where nearest even rounds up. A float64 passes through float32 on its way to 16 bits. Raises ValueError for
+    what is no `Dtype`.
     """
     if dtype is Dtype.FLOAT64:
         return np.asarray(x, np.float64)
@@ -42,9 +45,12 @@ def round_dtype(x: np.ndarray, dtype: Dtype) -> np.ndarray:
 
 
 def round_integer(x: np.ndarray, rounding: Rounding, words: np.ndarray | None = None) -> np.ndarray:
-    """x rounded to an integer, in its dtype. Every remainder below is exact, so no addition can push x over a tie.
+    """x, of any shape, rounded to an integer, in its dtype: float32 or float64.
 
-    `words`: STOCHASTIC's random 32-bit words, the shape of x: up where word < 2^32 (x - floor(x)).
+    Every remainder below is exact, so no addition can push x over a tie.
+
+    `words`: STOCHASTIC's random 32-bit words, uint32 in the shape of x: up where word < 2^32 (x - floor(x)). Raises
+    ValueError where it has none, and for what is no `Rounding`.
     """
     if rounding is Rounding.HALF_EVEN:
         return np.rint(x)

@@ -3,6 +3,10 @@
 With x the inputs of calibration and G = sum x x^T their Gram matrix (I, I), the error of a row w~ in place of w is
 sum (w~ x - w x)^2 = (w~ - w) G (w~ - w)^T. Both look for codes of small error on the given grid, whose scale is one per
 tensor or per row; a row for which plain rounding to nearest has no larger error keeps that.
+
+Arrays: weights (O, I), or (H, O, I) with a matrix per head, float32; Gram matrices (I, I), or (H I, H I) of which each
+head has its part on the diagonal, float64 or float32; scales (float32) and zero points (int32) one, or (O, 1). Inside,
+rows (O, I) are float64.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from scipy import linalg, special
 
 from ..spec import FloatQuantSpec, Quant, QuantSpec, SpecError
 from . import affine
+
+__all__ = ["adaround", "check_grid", "descend", "gptq", "per_matrix", "row_errors"]
 
 ZETA, GAMMA = 1.1, -0.1  # stretch of the rectified sigmoid (Nagel et al. 2020, eq. 23)
 ROWS = 64  # that AdaRound works on at a time, so that they stay in the cache
@@ -32,11 +38,15 @@ def check_grid(quant: Quant, site: str) -> None:
 
 
 def per_matrix(
-    choose: Callable[..., np.ndarray], weight: np.ndarray, gram: np.ndarray, quant: QuantSpec, scale: np.ndarray,
+    choose: Callable[..., np.ndarray],
+    weight: np.ndarray,
+    gram: np.ndarray,
+    quant: QuantSpec,
+    scale: np.ndarray,
     zero_point: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """`choose(weight, gram, scale, zero)` in float64 for a matrix (O, I), or for each head's of (H, O, I) with its part of
-    gram (H I, H I); rows that it does not better, rounded to nearest."""
+) -> np.ndarray:
+    """`choose(weight, gram, scale, zero)` in float64 for a matrix (O, I), or for each head's of (H, O, I) with its part
+    of gram (H I, H I); rows that it does not better, rounded to nearest."""
     scale = np.broadcast_to(np.asarray(scale, np.float32), (*weight.shape[:-1], 1))
     zero = np.broadcast_to(np.asarray(zero_point), scale.shape)
     if weight.ndim == 3:
@@ -45,9 +55,9 @@ def per_matrix(
         heads = [per_matrix(choose, weight[h], gram[p, p], quant, scale[h], zero[h]) for h, p in enumerate(parts)]
         return np.stack(heads)
     plain, _ = affine.fake_quantize(weight, scale, zero, quant)
-    found = choose(weight.astype(np.float64), gram, scale, zero).astype(weight.dtype)
-    better = row_errors(found - weight.astype(np.float64), gram) < row_errors(plain - weight.astype(np.float64), gram)
-    return np.where(better[:, None], found, plain)
+    chosen = choose(weight.astype(np.float64), gram, scale, zero).astype(weight.dtype)
+    better = row_errors(chosen - weight.astype(np.float64), gram) < row_errors(plain - weight.astype(np.float64), gram)
+    return np.where(better[:, None], chosen, plain)
 
 
 def gptq(
@@ -63,8 +73,8 @@ def gptq(
     rounded makes up for its error by the inverse of H = G + damping mean(diag G) I; updates reach the columns beyond a
     block at its end. A channel without input has H = 1 on the diagonal.
 
-    weight (O, I), or (H, O, I); gram (I, I), or (H I, H I). The quantizer is uniform (`check_grid`). Returns values of the
-    grid: `fake_quantize` gives them back to the bit.
+    weight (O, I), or (H, O, I); gram (I, I), or (H I, H I). The quantizer is uniform (`check_grid`). Returns values of
+    the grid: `fake_quantize` gives them back to the bit.
     """
 
     def choose(w: np.ndarray, gram: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
@@ -106,10 +116,11 @@ def adaround(
 
         error in units of s / mean(diag G) + weighting sum(1 - |2 h(V) - 1|^beta),
 
-    from h(V) = w / s - floor(w / s); beta falls from 20 to 2 by a cosine after the first `warm` share of the iterations,
-    which leave the regulariser out. In the end h is rounded. Rows do not touch each other, so that a unit per row
-    changes no minimum. Rate and weighting (0.3: the paper's 0.01 belongs to another unit and to ten times as many
-    steps) are those of least error on correlated inputs here. Adam's steps are float32; errors are compared in float64.
+    from h(V) = w / s - floor(w / s); beta falls from 20 to 2 by a cosine after the first `warm` share of the
+    iterations, which leave the regulariser out. In the end h is rounded. Rows do not touch each other, so that a unit
+    per row changes no minimum. Rate and weighting (0.3: the paper's 0.01 belongs to another unit and to ten times as
+    many steps) are those of least error on correlated inputs here. Adam's steps are float32; errors are compared in
+    float64.
 
     Arguments and result as of `gptq`.
     """
@@ -134,10 +145,18 @@ def adaround(
 
 
 def descend(
-    share: np.ndarray, floor: np.ndarray, low: np.ndarray, high: np.ndarray, gram: np.ndarray, iterations: int,
-    rate: float, weighting: float, warm: float,
-) -> np.ndarray:  # fmt: skip
-    """Which weights `adaround` rounds up: share = w / s - floor(w / s), codes floor + h(V) inside low to high."""
+    share: np.ndarray,
+    floor: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    gram: np.ndarray,
+    iterations: int,
+    rate: float,
+    weighting: float,
+    warm: float,
+) -> np.ndarray:
+    """Which weights `adaround` rounds up, boolean (O, I): share = w / s - floor(w / s), codes floor + h(V) inside low
+    to high."""
     start = np.clip((share - GAMMA) / (ZETA - GAMMA), 1e-6, 1 - 1e-6)
     v = special.logit(start).astype(np.float32)
     share = share.astype(np.float32)

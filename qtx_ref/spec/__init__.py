@@ -12,14 +12,13 @@ from .formats import FloatFormat, SharedScale
 from .inputs import (
     MASKS,
     READ,
-    check_axes,
     check_batch,
     check_generation,
     check_marks,
     check_tokens,
     check_where,
 )
-from .limits import accumulator_bits, check_integer, refuse_integer
+from .limits import accumulator_bits, check_integer, check_width, refuse_integer
 from .model import (
     Activation,
     AttentionSpec,
@@ -46,19 +45,16 @@ from .profile import (
 from .quant import (
     FloatQuantSpec,
     Granularity,
-    InputTransform,
     ObserverKind,
     ObserverSpec,
     Output,
     Quant,
     QuantSpec,
     Range,
-    Recipe,
-    Rewrite,
-    Rule,
-    Transform,
-    TransformKind,
+    check_axes,
+    range_axes,
 )
+from .recipe import InputTransform, Recipe, Rewrite, Rule, Transform, TransformKind
 from .statistics import BINS, DROPPED, MOMENTS, SIGMAS, STATISTICS
 
 __all__ = [
@@ -116,8 +112,10 @@ __all__ = [
     "check_marks",
     "check_tokens",
     "check_where",
+    "check_width",
     "decays",
     "from_dict",
+    "range_axes",
     "refuse_integer",
     "to_dict",
     "trains",

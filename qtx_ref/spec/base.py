@@ -9,7 +9,22 @@ import types
 import typing
 from enum import Enum
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
+
+__all__ = [
+    "Name",
+    "Spec",
+    "SpecError",
+    "field_types",
+    "from_dict",
+    "from_object",
+    "is_finite",
+    "is_number",
+    "refuse",
+    "required_keys",
+    "settle",
+    "to_dict",
+]
 
 
 class SpecError(ValueError):
@@ -23,7 +38,8 @@ class Name(str, Enum):
         return self.value
 
 
-def refuse(what: str, value: Any, remedy: str) -> None:
+def refuse(what: str, value: Any, remedy: str) -> NoReturn:
+    """Raises SpecError: `what` is `value`, written in 200 characters at most, and the remedy."""
     try:
         text = repr(value)
     except ValueError:  # Python writes no whole number of more than 4300 digits
@@ -33,6 +49,7 @@ def refuse(what: str, value: Any, remedy: str) -> None:
 
 
 def is_number(value: Any) -> bool:
+    """Whether it is a finite int or float of Python; a bool is not."""
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
@@ -41,11 +58,11 @@ def is_number(value: Any) -> bool:
     )
 
 
-def settled(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
+def settle(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
     """`value` as a field of type `kind` holds it. Raises SpecError naming `what`, the value and what is accepted.
 
-    An enum's member or its value becomes the member; a number of NumPy, Python's own; a whole number given for a float, a
-    float; a list, a tuple. A bool is no number, and a string no tuple of strings. `otherwise`: what else is accepted.
+    An enum's member or its value becomes the member; a number of NumPy, Python's own; a whole number given for a float,
+    a float; a list, a tuple. A bool is no number, and a string no tuple of strings. `otherwise`: what else is accepted.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -55,11 +72,11 @@ def settled(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
             return value
         if kinds[1:]:
             refuse(what, value, f"expected {' or '.join(one.__name__ for one in kinds)}{otherwise}")
-        return settled(kinds[0], value, what, otherwise)
+        return settle(kinds[0], value, what, otherwise)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             refuse(what, value, f"expected a tuple of {arguments[0].__name__}{otherwise}")
-        return tuple(settled(arguments[0], item, f"{what}[{i}]") for i, item in enumerate(value))
+        return tuple(settle(arguments[0], item, f"{what}[{i}]") for i, item in enumerate(value))
     if getattr(value, "shape", None) == ():  # a scalar of NumPy
         value = value.item()
     if issubclass(kind, Enum):
@@ -79,7 +96,7 @@ def settled(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
 
 
 def is_finite(value: Real) -> bool:
-    """Whether a float64 holds it."""
+    """Whether a float64 holds it, as neither infinity nor NaN."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -87,7 +104,7 @@ def is_finite(value: Real) -> bool:
 
 
 @functools.cache
-def field_types(kind: type) -> dict[str, Any]:
+def field_types(kind: Any) -> dict[str, Any]:
     """What each field of a spec may hold, its strings of annotations evaluated."""
     return typing.get_type_hints(kind)
 
@@ -97,8 +114,9 @@ class Spec:
     `dataclasses.replace`, `from_dict`), and `check` has passed."""
 
     def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
-            value = settled(kind, getattr(self, name), f"{type(self).__name__} {name}")
+        own: Any = type(self)
+        for name, kind in field_types(own).items():
+            value = settle(kind, getattr(self, name), f"{own.__name__} {name}")
             object.__setattr__(self, name, value)
         self.check()
 
@@ -117,25 +135,30 @@ def to_dict(spec: Any) -> Any:
     return spec
 
 
-def required(kind: Any) -> list[str]:
+def required_keys(kind: Any) -> list[str]:
     """Keys without a default."""
     return [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+
+
+def from_object(kind: Any, data: Any, where: str) -> Any:
+    """`from_dict` of a spec class, whose fields are the keys. Raises SpecError as it does."""
+    if not isinstance(data, dict):
+        refuse(where, data, "expected an object with keys")
+    hints = field_types(kind)
+    for key in data:
+        if key not in hints:
+            refuse(f"unknown key in {where}", key, f"known keys are {', '.join(hints)}")
+    for key in required_keys(kind):
+        if key not in data:
+            refuse(f"missing key in {where}", key, "add it")
+    return kind(**{key: from_dict(hints[key], value, f"{where}.{key}") for key, value in data.items()})
 
 
 def from_dict(kind: Any, data: Any, where: str = "") -> Any:
     """The spec of type `kind` that `to_dict` wrote. Unknown keys, missing keys and wrong types raise `SpecError`."""
     where = where or getattr(kind, "__name__", str(kind))
     if dataclasses.is_dataclass(kind):
-        if not isinstance(data, dict):
-            refuse(where, data, "expected an object with keys")
-        hints = field_types(kind)
-        for key in data:
-            if key not in hints:
-                refuse(f"unknown key in {where}", key, f"known keys are {', '.join(hints)}")
-        for key in required(kind):
-            if key not in data:
-                refuse(f"missing key in {where}", key, "add it")
-        return kind(**{key: from_dict(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+        return from_object(kind, data, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if data is None and type(None) in arguments:
@@ -143,10 +166,10 @@ def from_dict(kind: Any, data: Any, where: str = "") -> Any:
         kinds = [a for a in arguments if a is not type(None)]
         if kinds[1:]:  # of several, the one whose required keys are there
             given = set(data) if isinstance(data, dict) else set()
-            kinds.sort(key=lambda one: len(given & set(required(one))), reverse=True)
+            kinds.sort(key=lambda one: len(given & set(required_keys(one))), reverse=True)
         return from_dict(kinds[0], data, where)
     if origin is tuple:
         if not isinstance(data, (list, tuple)):
             refuse(where, data, "expected a list")
         return tuple(from_dict(arguments[0], item, where) for item in data)
-    return settled(kind, data, where)
+    return settle(kind, data, where)

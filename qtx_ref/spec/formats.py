@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .base import Name
 
+__all__ = ["FloatFormat", "SharedScale"]
+
 
 class FloatFormat(Name):
     """Small floats (OCP 8-bit floating point, 2023; OCP microscaling formats, 2023)."""

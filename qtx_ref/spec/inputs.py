@@ -13,6 +13,17 @@ from .base import SpecError
 from .model import Family, Head, ModelSpec
 from .quant import Granularity, Quant
 
+__all__ = [
+    "MASKS",
+    "READ",
+    "check_batch",
+    "check_generation",
+    "check_marks",
+    "check_tokens",
+    "check_where",
+    "check_whole",
+]
+
 LOCAL = (Granularity.TOKEN, Granularity.BLOCK)  # dynamic ranges that stay within a token
 KEYS = {
     Family.BERT: ("tokens", "types", "mask"),
@@ -27,10 +38,10 @@ READ = ("tokens", "types", "mask", "images", "targets", "labels")
 def check_batch(spec: ModelSpec, batch: Mapping[str, Any]) -> None:
     """Raises SpecError where arrays are not a batch of this model, naming the first that is not.
 
-    `tokens` (B, T): whole numbers from 0 to below `vocab`; B >= 1 and T from 1 to the model's length. `types` (B, T), of
-    BERT: to below `types`. `mask` (B, T): its values are read by `attention.boolean_mask`. `images` (B, channels, S, S):
-    numbers, NaN and infinities among them. `targets` (B, T) of a language model, to below `vocab`, and `labels` (B,) of a
-    classifier, to below `classes`: whole numbers, negative where nothing is asked.
+    `tokens` (B, T): whole numbers from 0 to below `vocab`; B >= 1 and T from 1 to the model's length. `types` (B, T),
+    of BERT: to below `types`. `mask` (B, T): its values are read by `attention.boolean_mask`. `images`
+    (B, channels, S, S): numbers, NaN and infinities among them. `targets` (B, T) of a language model, to below
+    `vocab`, and `labels` (B,) of a classifier, to below `classes`: whole numbers, negative where nothing is asked.
     """
     for key in KEYS[spec.family]:
         if key not in batch:
@@ -68,7 +79,8 @@ def check_tokens(spec: ModelSpec, tokens: Any) -> None:
 
 
 def check_whole(name: str, x: Any, want: tuple[int, ...], low: int | None, limit: int) -> None:
-    """Raises SpecError where x has another shape, is not of whole numbers, or one is below `low` or not below `limit`."""
+    """Raises SpecError where x has another shape, is not of whole numbers, or one is below `low` or not below
+    `limit`."""
     if x.shape != want:
         raise SpecError(f"{name} have shape {x.shape}: give {want}")
     if x.dtype.kind not in "iu":
@@ -96,12 +108,6 @@ def check_where(boolean: bool, where: tuple[int, ...], values: tuple[int, ...]) 
     fits = all(n in (1, size) for n, size in zip(reversed(where), reversed(values), strict=False))
     if len(where) > len(values) or not fits:
         raise ValueError(f"a mask of shape {where} does not broadcast to values of shape {values}")
-
-
-def check_axes(spec: Quant, ndim: int) -> None:
-    """Raises ValueError where a range per part of a tensor is asked of a number, which has no axis."""
-    if ndim == 0 and spec.granularity is not Granularity.TENSOR:
-        raise ValueError(f"a range per {spec.granularity} needs an axis, and the tensor is one number")
 
 
 def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) -> None:

@@ -1,18 +1,22 @@
-"""What can run in integers, and what cannot."""
+"""What can run in integers and what cannot, and which codes an arithmetic holds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NoReturn
 
 from .base import SpecError
-from .profile import Profile, Requantization
+from .profile import Dtype, Profile, Requantization
 from .quant import FloatQuantSpec, Granularity, Quant, QuantSpec
+
+__all__ = ["accumulator_bits", "check_integer", "check_width", "refuse_integer"]
 
 FLOAT_REQUANTIZATIONS = (Requantization.FLOAT32, Requantization.FLOAT_HALF_AWAY)
 TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
 
 
-def refuse_integer(site: str, reason: str) -> None:
+def refuse_integer(site: str, reason: str) -> NoReturn:
+    """Raises SpecError: the site cannot run in integers, for that reason."""
     raise SpecError(f"site {site} cannot run in integers: {reason}")
 
 
@@ -27,7 +31,8 @@ def check_integer(
 
     transforms: the linears at whose input a transform is left, which no norm has taken in.
 
-    Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or block.
+    Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or
+    block.
     """
     if strict and profile.requantization in FLOAT_REQUANTIZATIONS:
         kind = profile.requantization
@@ -58,6 +63,12 @@ def check_integer(
             Requantization.HIGH_HALF_UP,
         ):
             refuse_integer(site, f"{spec.bits} bits need 64-bit accumulators, which {profile.name}'s {kind} has not")
+
+
+def check_width(spec: QuantSpec, profile: Profile) -> None:
+    """Raises ValueError where the profile's arithmetic cannot hold the codes: float16 ends at 65504."""
+    if profile.arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
+        raise ValueError(f"code {spec.code_max} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
 
 
 def accumulator_bits(*specs: QuantSpec | None) -> int:

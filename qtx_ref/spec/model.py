@@ -7,14 +7,20 @@ from dataclasses import dataclass
 
 from .base import Name, Spec, refuse
 
+__all__ = ["Activation", "AttentionSpec", "Family", "Gate", "Head", "ModelSpec", "Softmax"]
+
 
 class Family(Name):
+    """The architectures whose wiring `models` has."""
+
     BERT = "bert"
     OPT = "opt"
     VIT = "vit"
 
 
 class Head(Name):
+    """What a model makes of its last hidden states."""
+
     NONE = "none"  # the encoder's last hidden states
     MLM = "mlm"  # BERT: transform, GELU, norm, decoder tied to the token embedding
     CAUSAL = "causal"  # OPT: decoder tied to the token embedding
@@ -22,11 +28,15 @@ class Head(Name):
 
 
 class Activation(Name):
+    """The nonlinear function between the two linears of the FFN."""
+
     GELU = "gelu"  # x Phi(x), the erf form
     RELU = "relu"
 
 
 class Softmax(Name):
+    """From the scores of a row, over the keys it may attend to, to its probabilities."""
+
     PLAIN = "softmax"
     CLIPPED = "clipped"  # clip((zeta - gamma) softmax(x) + gamma, 0, 1); Bondarenko et al. 2023, eq. 4
     CLIPPED_ROW = "clipped_row"  # the same, gamma = -alpha / keys the row may attend to; Liao and Monz 2024
@@ -35,6 +45,8 @@ class Softmax(Name):
 
 
 class Gate(Name):
+    """What the sigmoid is taken of by which each head's result is multiplied (Bondarenko et al. 2023, section 4.2)."""
+
     NONE = "none"
     HEAD = "head"  # one logit per head, no input
     HEAD_CONDITIONAL = "head_conditional"  # one logit per head and sequence: the mean over its unpadded tokens
@@ -100,7 +112,8 @@ class AttentionSpec(Spec):
 
 @dataclass(frozen=True)
 class ModelSpec(Spec):
-    """The shape of a model. Letters in comments are those of the design: D width, H heads, F hidden, V vocab, T length."""
+    """The shape of a model. Letters in comments are those of the design: D width, H heads, F hidden, V vocab, T
+    length."""
 
     family: Family
     layers: int
@@ -167,6 +180,7 @@ class ModelSpec(Spec):
 
     @property
     def causal(self) -> bool:
+        """Whether a token attends to none after it."""
         return self.family is Family.OPT
 
     @property
@@ -181,4 +195,5 @@ class ModelSpec(Spec):
 
     @property
     def smooth(self) -> bool:
+        """Whether the model has a derivative everywhere."""
         return self.activation is Activation.GELU and self.attention.smooth

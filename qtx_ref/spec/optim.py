@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from .base import Name, Spec, refuse
 
+__all__ = ["OptimSpec", "Schedule", "decays", "trains"]
+
 
 class Schedule(Name):
+    """What the learning rate is multiplied by after the warmup, as the steps go on."""
+
     CONSTANT = "constant"
     LINEAR = "linear"  # to 0 at the last step
     COSINE = "cosine"  # half a cosine to 0 at the last step

@@ -6,6 +6,20 @@ from dataclasses import dataclass
 
 from .base import Name, Spec, refuse
 
+__all__ = [
+    "Dtype",
+    "InfinityPolicy",
+    "NanPolicy",
+    "Nonlinear",
+    "Nudging",
+    "Overflow",
+    "Profile",
+    "QTX",
+    "Requantization",
+    "Rounding",
+    "ScaleRule",
+]
+
 
 class Rounding(Name):
     """From a real number to an integer."""
@@ -43,12 +57,16 @@ class Nudging(Name):
 
 
 class NanPolicy(Name):
+    """The code of NaN."""
+
     RAISE = "raise"  # ValueError; fake quantization lets NaN through
     ZERO = "zero"  # the code of real 0
     CODE_MIN = "code_min"  # what x86's float-to-integer conversion ends in
 
 
 class InfinityPolicy(Name):
+    """The code of an infinity."""
+
     SATURATE = "saturate"
     RAISE = "raise"
 
@@ -61,9 +79,8 @@ class Requantization(Name):
     FIXED_ONE = "fixed_one"  # 64-bit product, one rounding shift, half up: ruy, TFLite with single rounding
     FIXED_TWO = "fixed_two"  # rounding doubling high multiply, then rounding shift, half away: gemmlowp, TFLite
     HIGH_HALF_UP = "high_half_up"  # truncating doubling high multiply, then rounding shift, half up: XNNPACK rndnu
-    FIXED_ONE_NARROW = (
-        "fixed_one_narrow"  # fixed_one; for 64-bit accumulators by a multiplier of 15 bits: TFLite's 16x8
-    )
+    # fixed_one; for 64-bit accumulators by a multiplier of 15 bits: TFLite's 16x8
+    FIXED_ONE_NARROW = "fixed_one_narrow"
 
 
 class Overflow(Name):

@@ -1,16 +1,31 @@
-"""Quantizers: where a range reaches, how it is found, which site gets one."""
+"""Quantizers: what codes they have, where a range reaches, how it is found."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from .base import Name, Spec, refuse
 from .formats import FloatFormat, SharedScale
 
+__all__ = [
+    "FloatQuantSpec",
+    "Granularity",
+    "ObserverKind",
+    "ObserverSpec",
+    "Output",
+    "Quant",
+    "QuantSpec",
+    "Range",
+    "check_axes",
+    "range_axes",
+    "refuse_static",
+]
+
 
 class Granularity(Name):
+    """Which elements of a tensor share a scale and a zero point."""
+
     TENSOR = "tensor"  # one scale
     CHANNEL = "channel"  # one per channel: the last axis of an activation, the output axis of a weight
     TOKEN = "token"  # one per row: every axis but the last
@@ -19,6 +34,8 @@ class Granularity(Name):
 
 
 class ObserverKind(Name):
+    """How the ranges of calibration batches become one."""
+
     CURRENT = "current"  # the last batch's minimum and maximum
     RUNNING = "running"  # momentum * old + (1 - momentum) * new minimum and maximum
     PERCENTILE = "percentile"  # two-sided, linear interpolation, over every value of all batches
@@ -49,7 +66,7 @@ class ObserverSpec(Spec):
 
 
 def refuse_static(granularity: Granularity, dynamic: bool) -> None:
-    """What differs from one tensor to the next in shape has no static range."""
+    """Raises SpecError for a static range per token or block: their number differs from one tensor to the next."""
     if granularity in (Granularity.TOKEN, Granularity.BLOCK) and not dynamic:
         refuse("quantizer granularity", str(granularity), f"a range per {granularity} is dynamic; set dynamic")
 
@@ -106,10 +123,12 @@ class QuantSpec(Spec):
 
     @property
     def code_min(self) -> int:
+        """The lowest code."""
         return (-(2 ** (self.bits - 1)) if self.symmetric else 0) + self.narrow
 
     @property
     def code_max(self) -> int:
+        """The highest code."""
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
 
@@ -141,7 +160,7 @@ class FloatQuantSpec(Spec):
         if not blocks and (self.block, self.shared) != (None, None):
             value = str(self.shared) if self.block is None else self.block
             refuse("float quantizer block or shared", value, "they belong to granularity block")
-        if blocks and self.block < 1:
+        if self.block is not None and self.block < 1:
             refuse("float quantizer block", self.block, "give a whole number, at least 1")
         if not self.saturate and (blocks or self.format is FloatFormat.E2M1):
             refuse("float quantizer saturate", False, "MX blocks and e2m1 always saturate")
@@ -173,19 +192,42 @@ class FloatQuantSpec(Spec):
 
     @property
     def code_max(self) -> int:
+        """Of the zero point, which is 0."""
         return 0
 
 
 Quant = QuantSpec | FloatQuantSpec
 
 
-class Range(NamedTuple):
-    """A static quantizer's state: arrays that broadcast against the tensor. `zero_point` has an integer dtype."""
+def check_axes(spec: Quant, ndim: int) -> None:
+    """Raises ValueError where a range per part of a tensor is asked of a number, which has no axis."""
+    if ndim == 0 and spec.granularity is not Granularity.TENSOR:
+        raise ValueError(f"a range per {spec.granularity} needs an axis, and the tensor is one number")
 
-    low: Any
-    high: Any
-    scale: Any
-    zero_point: Any
+
+def range_axes(spec: Quant, ndim: int, weight: bool) -> tuple[int, ...]:
+    """The axes that one range spans: all (tensor), all but the last (channel of an activation), the last (channel of a
+    weight (..., O, I), token). A group starts from its channels' ranges; `affine.scale_zero` unites them.
+
+    Raises ValueError for blocks, and as `check_axes`.
+    """
+    if spec.granularity is Granularity.BLOCK:
+        raise ValueError("a block spans a part of an axis; take its range with ranges()")
+    check_axes(spec, ndim)
+    if spec.granularity is Granularity.TENSOR:
+        return tuple(range(ndim))
+    if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not weight:
+        return tuple(range(ndim - 1))
+    return (ndim - 1,)
+
+
+class Range(NamedTuple):
+    """A static quantizer's state: arrays of either backend that broadcast against the tensor."""
+
+    low: Any  # float32
+    high: Any  # float32
+    scale: Any  # float32
+    zero_point: Any  # int32
 
 
 class Output(NamedTuple):
@@ -194,93 +236,3 @@ class Output(NamedTuple):
     value: Any  # integers
     scale: Any  # float64
     zero_point: Any
-
-
-@dataclass(frozen=True)
-class Rule(Spec):
-    """Sites that match one of `sites` (shell patterns) get `quant`; None leaves them in float."""
-
-    sites: tuple[str, ...]
-    quant: Quant | None
-    source: str  # where the choice comes from, or "assumed"
-
-
-class TransformKind(Name):
-    """What happens to a linear's input before its quantizer sees it; the weight is rewritten to match."""
-
-    SMOOTH = "smooth"  # x / s and W s: SmoothQuant (Xiao et al. 2023, eq. 4)
-    HADAMARD = "hadamard"  # x R and W R, R orthonormal, block-diagonal, of Sylvester's Hadamard matrices
-
-
-@dataclass(frozen=True)
-class Transform(Spec):
-    """Linear sites that match one of `sites` (shell patterns, such as layer.*.ffn.hidden) get this transform."""
-
-    sites: tuple[str, ...]
-    kind: TransformKind
-    source: str  # where the choice comes from, or "assumed"
-    strength: float | None = None  # SMOOTH: migration strength alpha, in [0, 1]
-    block: int | None = None  # HADAMARD: a power of two that divides the width; None: the largest that does
-
-    def check(self) -> None:
-        smooth = self.kind is TransformKind.SMOOTH
-        if smooth and (self.strength is None or not 0 <= self.strength <= 1):
-            refuse("transform strength", self.strength, "smooth needs a migration strength in [0, 1], for example 0.5")
-        if not smooth and self.strength is not None:
-            refuse("transform strength", self.strength, "it belongs to smooth")
-        if smooth and self.block is not None:
-            refuse("transform block", self.block, "it belongs to hadamard")
-        if self.block is not None and (self.block < 2 or self.block & (self.block - 1)):
-            refuse("transform block", self.block, "give a power of two, at least 2")
-
-
-class InputTransform(NamedTuple):
-    """What a linear does to its input x before it quantizes it: (x / divisor) R, R of blocks of `block`."""
-
-    divisor: Any  # float32 (I,), or None
-    block: int  # of the Hadamard rotation, 0 for none
-
-
-class Rewrite(Name):
-    """How weights or biases are changed once, after calibration, for what quantization makes of them."""
-
-    BIAS = "bias_correction"  # b + (W - Q(W)) E[x] (Nagel et al. 2019)
-    GPTQ = "gptq"  # Frantar et al. 2023
-    ADAROUND = "adaround"  # Nagel et al. 2020
-
-
-@dataclass(frozen=True)
-class Recipe(Spec):
-    """Which site is quantized, and how. The last rule that matches a site decides; a site without one stays in float.
-    So does the last of `transforms` that matches a linear; `rewrite` is done once the ranges stand.
-
-    A static range is calibrated on `batches` batches; `quantize_while_calibrating` feeds each observer tensors that
-    earlier sites have already quantized, as the published simulator does; `masked_scores` lets the scores of keys that
-    the mask will remove enter the range of `scores` (only the paper's recipes do).
-    """
-
-    name: str
-    rules: tuple[Rule, ...]
-    batches: int = 16
-    quantize_while_calibrating: bool = False
-    masked_scores: bool = False
-    transforms: tuple[Transform, ...] = ()
-    rewrite: Rewrite | None = None
-
-    def check(self) -> None:
-        if self.batches < 1:
-            refuse("recipe batches", self.batches, "calibration needs at least 1")
-
-    def quant(self, site: str) -> Quant | None:
-        """The quantizer of `site`, or None."""
-        for rule in reversed(self.rules):
-            if any(fnmatchcase(site, pattern) for pattern in rule.sites):
-                return rule.quant
-        return None
-
-    def transform(self, site: str) -> Transform | None:
-        """The transform at the input of the linear `site`, or None."""
-        for one in reversed(self.transforms):
-            if any(fnmatchcase(site, pattern) for pattern in one.sites):
-                return one
-        return None

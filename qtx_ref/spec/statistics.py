@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__ = ["BINS", "DROPPED", "MOMENTS", "SIGMAS", "STATISTICS"]
+
 # an outlier is farther than this many deviations from the mean of its own sequence
 SIGMAS = 6.0
 # of |x|: the eight exponent bits of a float32 and the first six bits of its fraction

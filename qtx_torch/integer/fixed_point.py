@@ -32,7 +32,7 @@ FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_
 
 
 def check_real(real: Tensor) -> None:
-    """Raises ValueError where M is not a number in [0, 2^30)."""
+    """Raises ValueError where M (float64 or float32) is not a number in [0, 2^30)."""
     if not ((real >= 0) & (real < 2**30)).all():
         raise ValueError(
             f"multiplier {real.min().item()} to {real.max().item()} is outside 0 to 2^30: look at the scales"
@@ -42,7 +42,8 @@ def check_real(real: Tensor) -> None:
 def quantize_multiplier(real: Tensor) -> tuple[Tensor, Tensor]:
     """M (float64, in [0, 2^30)) -> multiplier and shift, int32. M below 2^-32, which moves no int32, becomes 0, 0.
 
-    The mantissa is rounded half away from zero; where it reaches 2^31 it is halved and the shift raised.
+    The mantissa is rounded half away from zero; where it reaches 2^31 it is halved and the shift raised. Raises
+    ValueError as `check_real`.
     """
     check_real(real)
     bits = real.double().view(torch.int64)  # torch.frexp of float64 does not compile on AVX-512 (torch 2.13)
@@ -57,7 +58,8 @@ def quantize_multiplier(real: Tensor) -> tuple[Tensor, Tensor]:
 def rounding_doubling_high_multiply(a: Tensor, b: Tensor) -> Tensor:
     """round(2 a b / 2^32) of int32, half up; the one overflow, -2^31 squared, saturates: ARM's SQRDMULH.
 
-    gemmlowp's nudge of 1 - 2^30 for a negative product, before a division that truncates, comes to the same.
+    gemmlowp's nudge of 1 - 2^30 for a negative product, before a division that truncates, comes to the same. Raises
+    ValueError beyond int32.
     """
     check_range("factor", a, INT32_MIN, INT32_MAX, "give int32 values")
     check_range("factor", b, INT32_MIN, INT32_MAX, "give int32 values")
@@ -66,7 +68,7 @@ def rounding_doubling_high_multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def doubling_high_multiply(a: Tensor, b: Tensor) -> Tensor:
-    """floor(2 a b / 2^32) of int32, saturating: ARM's SQDMULH."""
+    """floor(2 a b / 2^32) of int32, saturating: ARM's SQDMULH. Raises ValueError beyond int32."""
     check_range("factor", a, INT32_MIN, INT32_MAX, "give int32 values")
     check_range("factor", b, INT32_MIN, INT32_MAX, "give int32 values")
     product = a.long() * b.long()
@@ -74,7 +76,7 @@ def doubling_high_multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rounding_divide_by_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
-    """round(x / 2^exponent) of int32, half away from zero. exponent in [0, 31]."""
+    """round(x / 2^exponent) of int32, half away from zero. exponent in [0, 31]. Raises ValueError beyond these."""
     check_range("value", x, INT32_MIN, INT32_MAX, "give int32 values")
     check_range("exponent", exponent, 0, 31, "an int32 has no more bits to shift out")
     x, exponent = x.long(), exponent.long()
@@ -84,7 +86,7 @@ def rounding_divide_by_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
 
 
 def rounding_shift_right(x: Tensor, exponent: Tensor | int) -> Tensor:
-    """floor(x / 2^exponent + 1/2): half up. int64, |x| < 2^62; exponent in [0, 62]."""
+    """floor(x / 2^exponent + 1/2): half up. int64, |x| < 2^62; exponent in [0, 62]. Raises ValueError beyond these."""
     check_range("value", x, -(2**62), 2**62, "the rounding would leave int64")
     check_range("exponent", exponent, 0, 62, "an int64 has no more bits to shift out")
     x, exponent = x.long(), torch.as_tensor(exponent, device=x.device).long()
@@ -92,8 +94,9 @@ def rounding_shift_right(x: Tensor, exponent: Tensor | int) -> Tensor:
 
 
 def multiply_one_rounding(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
-    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the product
-    of 79 bits is then taken in two halves."""
+    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the
+    product of 79 bits is then taken in two halves. Raises ValueError beyond these, and for a multiplier outside [0,
+    2^31)."""
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
     multiplier, shift = multiplier.long(), shift.long()
     if a.dtype != torch.int64:
@@ -106,8 +109,8 @@ def multiply_one_rounding(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tenso
 
 
 def multiply_one_rounding_narrow(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
-    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as in
-    TFLite's 16x8 kernels."""
+    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as
+    in TFLite's 16x8 kernels. Raises ValueError as `multiply_one_rounding`."""
     if a.dtype != torch.int64:
         return multiply_one_rounding(a, multiplier, shift)
     check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
@@ -118,13 +121,13 @@ def multiply_one_rounding_narrow(a: Tensor, multiplier: Tensor, shift: Tensor) -
 
 
 def check_wide(a: Tensor, shift: Tensor) -> None:
-    """What an int64 accumulator and its shift must keep to."""
+    """Raises ValueError where an int64 accumulator has more than 48 bits, or its shift is not in [-31, 7]."""
     check_range("accumulator", a, -(2**47), 2**47 - 1, "a 64-bit accumulator is requantized from 48 bits")
     check_range("shift", shift, -31, 7, "a 64-bit accumulator is scaled by less than 128")
 
 
 def multiply_two_roundings(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
-    """FIXED_TWO -> int32. a * 2^left must fit int32; engines leave it undefined."""
+    """FIXED_TWO -> int32. a * 2^left must fit int32, else ValueError; engines leave it undefined."""
     shift = shift.long()
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
     check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
@@ -134,7 +137,8 @@ def multiply_two_roundings(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tens
 
 
 def multiply_high_half_up(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
-    """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates."""
+    """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates. Raises ValueError where a is beyond int32
+    or the shift is not in [-31, 30]."""
     shift = shift.long()
     check_range("shift", shift, -31, 30, "use quantize_multiplier")
     check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
@@ -146,9 +150,9 @@ def multiply_high_half_up(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tenso
 def real_multiplier(x_scale: Tensor, w_scale: Tensor | int, y_scale: Tensor, profile: Profile = QTX) -> Tensor:
     """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step.
 
-    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1) as
-    `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape (O,).
-    Raises ValueError for weight scales of another shape.
+    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
+    as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
+    (O,). Raises ValueError for weight scales of another shape.
     """
     exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
     kind = torch.float64 if exact else torch.float32
@@ -162,7 +166,8 @@ def one_or_all(scale: Tensor) -> Tensor:
 
 
 def per_column(scale: Tensor) -> Tensor:
-    """Scales of a weight, one, (O,) or (O, 1), as they belong to the accumulator's columns."""
+    """Scales of a weight, one, (O,) or (O, 1), as they belong to the accumulator's columns: one without axes, or
+    (O,). Raises ValueError for another shape."""
     if scale.ndim > 1 and scale.numel() > 1 and (scale.ndim > 2 or scale.shape[1] != 1):
         raise ValueError(
             f"weight scales of shape {tuple(scale.shape)}: give one, (O,), or (O, 1) as of a weight (O, I)"
@@ -173,8 +178,8 @@ def per_column(scale: Tensor) -> Tensor:
 def multiply(a: Tensor, multiplier: Tensor, shift: Tensor, requantization: Requantization) -> Tensor:
     """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
 
-    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do not, or
-    values are beyond their width.
+    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do
+    not, or values are beyond their width.
     """
     check_shape("multiplier", multiplier, a.shape, "give one, or one per column or row")
     check_shape("shift", shift, a.shape, "give one, or one per column or row")
@@ -196,7 +201,10 @@ def round_float(x: Tensor, requantization: Requantization) -> Tensor:
 
 
 def round_by(a: Tensor, real: Tensor, requantization: Requantization) -> Tensor:
-    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float."""
+    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float.
+
+    Raises ValueError as `check_real` and `multiply`, and for an accumulator that is no integer.
+    """
     if requantization not in FLOATS:
         return multiply(a, *quantize_multiplier(real), requantization)
     check_real(real)

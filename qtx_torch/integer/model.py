@@ -32,14 +32,12 @@ from qtx_ref.spec import (
     accumulator_bits,
 )
 
-from .. import ops
 from ..attention import Mask
 from ..numerics import Float
+from ..ops import arrange, merge_heads
 from ..quant import affine
 from ..sites import SiteModule
-from . import fixed_point
-from . import ops as integer_ops
-from . import products as integer
+from . import fixed_point, ops, products
 
 Constants = Mapping[str, Tensor]
 ZERO = torch.zeros((), dtype=torch.int32)
@@ -83,19 +81,19 @@ class Code:
         first = parts[0]
         shared = len(parts) > 1 and not first.measured
 
-        def follow(found: list[Tensor | None]) -> Tensor | None:
-            return found[0] if shared or found[0] is None or found[0].ndim == 0 else move(*found)
+        def follow(sides: list[Tensor | None]) -> Tensor | None:
+            return sides[0] if shared or sides[0] is None or sides[0].ndim == 0 else move(*sides)
 
         units, zeros = follow([x.unit for x in parts]), follow([x.zero_point for x in parts])
         return Code(move(*(x.value for x in parts)), units, zeros, first.spec, first.measured)
 
-    def centred(self) -> Tensor:
+    def subtract_zero(self) -> Tensor:
         """value - zero_point: int32, or int64 for an accumulator of that width."""
         return self.value if self.spec is None else self.value.int() - self.zero_point
 
     def real(self) -> Tensor:
-        """unit * centred (+ offset), float32 at each step."""
-        y = self.centred().float() * self.unit.float()
+        """unit * (value - zero_point) (+ offset), float32 at each step."""
+        y = self.subtract_zero().float() * self.unit.float()
         return y if self.offset is None else y + self.offset
 
 
@@ -105,7 +103,7 @@ class Whole(TorchDispatchMode):
     def __init__(self, on: bool) -> None:
         super().__init__()
         self.on = on
-        self.found = ""
+        self.fault = ""
 
     def __torch_dispatch__(
         self, function: Callable, types: object, arguments: tuple = (), keywords: dict | None = None
@@ -114,14 +112,14 @@ class Whole(TorchDispatchMode):
         result = function(*arguments, **keywords)
         for x in tree_leaves((arguments, keywords, result)) if self.on else ():
             if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
-                self.found = f"strict integer arithmetic came upon {integer.name(x.dtype)} in {function}"
-                raise TypeError(self.found)
+                self.fault = f"strict integer arithmetic came upon {products.name(x.dtype)} in {function}"
+                raise TypeError(self.fault)
         return result
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         super().__exit__(kind, error, trace)
-        if self.found:  # Python's operators take a TypeError for one of theirs, and lose its words
-            raise TypeError(self.found) from error
+        if self.fault:  # Python's operators take a TypeError for one of theirs, and lose its words
+            raise TypeError(self.fault) from error
 
 
 def code_dtype(spec: QuantSpec) -> torch.dtype:
@@ -182,9 +180,7 @@ class Integer(Float):
         if spec is None:
             return self.record_codes(site, x)
         whole = not (spec.dynamic or x.measured)
-        return self.record_codes(
-            site, self.requantized(site, spec, x) if whole else self.quantized(site, spec, x.real())
-        )
+        return self.record_codes(site, self.requantize(site, spec, x) if whole else self.quantize(site, spec, x.real()))
 
     def record_codes(self, site: str, x: Code) -> Code:
         if self.record is not None:
@@ -195,7 +191,7 @@ class Integer(Float):
         """An operand for which the recipe has a quantizer of its own."""
         return self.named(site, x) if site in self.quants else x
 
-    def quantized(self, site: str, spec: QuantSpec, real: Tensor) -> Code:
+    def quantize(self, site: str, spec: QuantSpec, real: Tensor) -> Code:
         """Codes of float32 values: with the site's scale, or one taken from them."""
         with at(site):
             if spec.dynamic:
@@ -205,17 +201,17 @@ class Integer(Float):
             code = affine.quantize(real, scale, zero, spec, self.profile)
         return Code(code.to(code_dtype(spec)), scale, zero, spec, spec.dynamic)
 
-    def requantized(self, site: str, spec: QuantSpec, x: Code) -> Code:
+    def requantize(self, site: str, spec: QuantSpec, x: Code) -> Code:
         """Codes from integers, by the profile's multiplier."""
         kind, multiplier = self.profile.requantization, self.constants[f"{site}.multiplier"]
         with at(site):
             if kind in fixed_point.FLOATS:
-                level = fixed_point.round_by(x.centred(), multiplier, kind)
+                level = fixed_point.round_by(x.subtract_zero(), multiplier, kind)
             else:
-                level = fixed_point.multiply(x.centred(), multiplier, self.constants[f"{site}.shift"], kind)
-        return self.clamped(site, spec, level)
+                level = fixed_point.multiply(x.subtract_zero(), multiplier, self.constants[f"{site}.shift"], kind)
+        return self.clamp(site, spec, level)
 
-    def clamped(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
+    def clamp(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
         """Whole multiples of the site's scale as its codes."""
         zero = self.constants[f"{site}.zero_point"]
         code = (level + zero).clamp(spec.code_min, spec.code_max).to(code_dtype(spec))
@@ -234,7 +230,7 @@ class Integer(Float):
         wide = bias is not None and bias.dtype == torch.int64
         zeros, bits = (a.zero_point, b.zero_point), 64 if wide else accumulator_bits(a.spec, b.spec)
         with at(site):
-            return integer.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
+            return products.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
 
     def record_accumulator(self, site: str, acc: Tensor) -> Tensor:
         if self.record is not None:
@@ -302,30 +298,32 @@ class Integer(Float):
     def norm(self, module: SiteModule, x: Code, eps: float) -> Code:
         site = module.site
         gain = self.weight(f"{site}.weight")
-        acc = integer_ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.centred()
+        acc = ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.subtract_zero()
         bias = self.constants[f"{site}.bias"]
         with at(site):
-            acc = integer.fit(acc + bias, 64 if bias.dtype == torch.int64 else 32, self.profile)
+            acc = products.fit(acc + bias, 64 if bias.dtype == torch.int64 else 32, self.profile)
         acc = self.record_accumulator(site, acc)
-        return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-integer_ops.NORM_BITS)))
+        return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-ops.NORM_BITS)))
 
     def add(self, module: SiteModule, a: Code, b: Code) -> Code:
         """Both operands in one fine unit, their sum rounded once."""
         site, kind = module.site, self.profile.requantization
         spec = self.quants[site]
         if spec.dynamic or a.measured or b.measured:
-            return self.record_codes(site, self.quantized(site, spec, a.real() + b.real()))
+            return self.record_codes(site, self.quantize(site, spec, a.real() + b.real()))
         first, second = self.constants[f"{site}.multiplier"]
         if kind in fixed_point.FLOATS:
-            level = fixed_point.round_float(a.centred().float() * first + b.centred().float() * second, kind)
+            level = fixed_point.round_float(
+                a.subtract_zero().float() * first + b.subtract_zero().float() * second, kind
+            )
         else:
-            parts, shift = [a.centred(), b.centred()], self.constants[f"{site}.shift"]
-            level = integer_ops.weighted_sum(parts, [first, second], shift, kind)
-        return self.record_codes(site, self.clamped(site, spec, level))
+            parts, shift = [a.subtract_zero(), b.subtract_zero()], self.constants[f"{site}.shift"]
+            level = ops.weighted_sum(parts, [first, second], shift, kind)
+        return self.record_codes(site, self.clamp(site, spec, level))
 
     def mul(self, module: SiteModule, a: Code, b: Code) -> Code:
         wide = torch.int64 if accumulator_bits(a.spec, b.spec) == 64 else torch.int32
-        product = a.centred().to(wide) * b.centred().to(wide)
+        product = a.subtract_zero().to(wide) * b.subtract_zero().to(wide)
         return self.named(module.site, Code(product, self.unit(a.unit, b.unit), measured=a.measured or b.measured))
 
     def scale(self, x: Code, factor: float) -> Code:
@@ -334,13 +332,13 @@ class Integer(Float):
 
     def mean(self, module: SiteModule, x: Code) -> Code:
         """Mean over the real tokens, (B, T, C) -> (B, 1, C)."""
-        total = integer_ops.mean(x.centred(), self._where(x)).to(x.centred().dtype)
+        total = ops.mean(x.subtract_zero(), self._where(x)).to(x.subtract_zero().dtype)
         return self.named(module.site, Code(total, x.unit, measured=x.measured))
 
     def prepend(self, module: SiteModule, x: Code) -> Code:
         """The codes of the site's weight, made with its own scale, and x requantized to it."""
         site, spec = module.site, self.quants[module.site]
-        x = self.quantized(site, spec, x.real()) if x.measured else self.requantized(site, spec, x)
+        x = self.quantize(site, spec, x.real()) if x.measured else self.requantize(site, spec, x)
         first = self.constants[f"{module.site}.weight"].expand(x.shape[0], 1, x.shape[2])
         return self.record_codes(module.site, Code(torch.cat([first, x.value], dim=1), x.unit, x.zero_point, x.spec))
 
@@ -348,18 +346,18 @@ class Integer(Float):
         """relu: max(x, 0). Others: a table, or a polynomial of I-BERT."""
         site = module.site
         if kind == "relu" and x.measured:
-            return self.record_codes(site, self.quantized(site, self.quants[site], x.real().clamp(min=0)))
+            return self.record_codes(site, self.quantize(site, self.quants[site], x.real().clamp(min=0)))
         if kind == "relu":
-            return self.named(site, Code(x.centred().clamp(min=0), x.unit))
+            return self.named(site, Code(x.subtract_zero().clamp(min=0), x.unit))
         table = self.constants.get(f"{site}.table")
         if table is not None:
             code = table[x.value.long() - x.spec.code_min]
             zero = self.constants[f"{site}.zero_point"]
             return self.record_codes(site, Code(code, self.scale_of(site), zero, self.quants[site]))
-        polynomial, bits = integer_ops.POLYNOMIALS[kind]
+        polynomial, bits = ops.POLYNOMIALS[kind]
         scaling = (self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
         with at(site):
-            argument = fixed_point.multiply(x.centred(), *scaling, Requantization.FIXED_ONE)
+            argument = fixed_point.multiply(x.subtract_zero(), *scaling, Requantization.FIXED_ONE)
         y = polynomial(argument).clamp(fixed_point.INT32_MIN, fixed_point.INT32_MAX).int()
         return self.named(site, Code(y, self.unit(2.0**-bits)))
 
@@ -369,7 +367,7 @@ class Integer(Float):
         """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
         scores_site, context_site = attn.scores.site, attn.context.site
         q, k = self.operand(f"{scores_site}.lhs", q), self.operand(f"{scores_site}.rhs", k)
-        kt = ops.arrange(lambda x: x.transpose(-1, -2), k)
+        kt = arrange(lambda x: x.transpose(-1, -2), k)
         acc = self.record_accumulator(scores_site, self.matmul(scores_site, q, kt))
         step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
         scores = self.named(scores_site, Code(acc, step, measured=measured))
@@ -378,7 +376,7 @@ class Integer(Float):
         acc, step = self.matmul(context_site, probs, v), self.unit(probs.unit, v.unit)
         step = step if step is None or step.ndim == 0 else step.expand(acc.shape)  # per query and head, or per channel
         context = Code(acc, step, measured=probs.measured)
-        context = ops.merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
+        context = merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
         self.record_accumulator(context_site, context.value)
         return self.named(context_site, context)
 
@@ -389,9 +387,9 @@ class Integer(Float):
             exponential = tuple(self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
         extra = (find(f"{site}.sink"), find(f"{site}.sink_factor")) if f"{site}.sink" in self.constants else None
         with at(site):
-            p = integer_ops.softmax(scores.value, mask.allowed, exponential, extra)
+            p = ops.softmax(scores.value, mask.allowed, exponential, extra)
             if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
                 row = spec.softmax is Softmax.CLIPPED_ROW
-                gamma = integer_ops.row_gamma(find(f"{site}.alpha"), mask.allowed) if row else find(f"{site}.gamma")
-                p = integer_ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
-        return self.named(site, Code(p.int(), self.unit(2.0**-integer_ops.PROBABILITY_BITS)))
+                gamma = ops.row_gamma(find(f"{site}.alpha"), mask.allowed) if row else find(f"{site}.gamma")
+                p = ops.clip_stretch(p, find(f"{site}.zeta"), gamma)
+        return self.named(site, Code(p.int(), self.unit(2.0**-ops.PROBABILITY_BITS)))

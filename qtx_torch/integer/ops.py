@@ -39,9 +39,9 @@ def weighted_sum(
 ) -> Tensor:
     """round(sum_i parts_i multipliers_i / 2^shift), the products and their sum exact, one rounding.
 
-    Half up; half away from zero for FIXED_TWO, as gemmlowp's last shift rounds. Parts are codes less their zero points or
-    int32 accumulators, three at most; multipliers, up to 2^30, and shift are one, or one per column. Raises ValueError
-    beyond these, and where a multiplier or shift does not fit the shape of the sum.
+    Half up; half away from zero for FIXED_TWO, as gemmlowp's last shift rounds. Parts are codes less their zero points
+    or int32 accumulators, three at most; multipliers, up to 2^30, and shift are one, or one per column. Raises
+    ValueError beyond these, and where a multiplier or shift does not fit the shape of the sum.
     """
     if len(parts) > 3:
         raise ValueError(f"{len(parts)} parts: the sum of more than 3 could leave int64")
@@ -124,8 +124,8 @@ def clip_stretch(p: Tensor, zeta: Tensor, gamma: Tensor) -> Tensor:
 
 
 def row_gamma(alpha: Tensor, mask: Tensor) -> Tensor:
-    """-alpha / keys of each row, Q28: alpha Q28, mask (..., Tq, Tk) -> (..., Tq, 1). Raises ValueError where alpha is not in
-    [0, 64]."""
+    """-alpha / keys of each row, Q28: alpha Q28, mask (..., Tq, Tk) -> (..., Tq, 1). Raises ValueError where alpha is
+    not in [0, 64]."""
     check_range("alpha", alpha, 0, 64 << PROBABILITY_BITS, "it is at most 64, in Q28")
     keys = mask.long().sum(dim=-1, keepdim=True).clamp(min=1)
     return -half_up(alpha, keys)
@@ -145,9 +145,9 @@ def square_root(x: Tensor) -> Tensor:
 def normalize(code: Tensor, eps: Tensor) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the last axis, Q16, from codes of at most 16 bits; their zero point cancels.
 
-    With n = D c - sum c and W = D sum c^2 - (sum c)^2 + eps', it is n / sqrt(W): eps' = eps (D / scale)^2 as an integer.
-    W is shifted up by an even number of bits into [2^60, 2^62) before its root is taken. Raises ValueError where W could
-    leave them, which takes a D of more than 28,000 with 16-bit codes, or codes of more bits.
+    With n = D c - sum c and W = D sum c^2 - (sum c)^2 + eps', it is n / sqrt(W): eps' = eps (D / scale)^2 as an
+    integer. W is shifted up by an even number of bits into [2^60, 2^62) before its root is taken. Raises ValueError
+    where W could leave them, which takes a D of more than 28,000 with 16-bit codes, or codes of more bits.
     """
     width, limits = code.shape[-1], torch.iinfo(code.dtype)
     check_range("eps", eps, 0, 2**60, "values are too small beside it")
@@ -175,7 +175,8 @@ ERF_A, ERF_B, HALF_ROOT = 18927, 115933, 46341  # 1 - 0.2888 (t - 1.769)^2; 1 / 
 
 
 def exp_polynomial(x: Tensor) -> Tensor:
-    """exp(-x), x >= 0 Q16 -> Q24: 2^-z L(-r) with x = z ln 2 + r (I-BERT, eq. 12 to 14). Raises ValueError where x < 0."""
+    """exp(-x), x >= 0 Q16 -> Q24: 2^-z L(-r) with x = z ln 2 + r (I-BERT, eq. 12 to 14). Raises ValueError
+    where x < 0."""
     check_range("argument", x, 0, 2**63 - 1, "it is a distance below the largest")
     x = x.long()
     z, r = x // LN2, x % LN2

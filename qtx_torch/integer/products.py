@@ -33,9 +33,9 @@ SHORTEST = 256  # float32 blocks shorter than this cost more in additions than f
 
 @functools.cache
 def byte_instructions(device: str) -> bool:
-    """Whether `torch._int_mm` is fast and exact: with VNNI it took a tenth of the time of a float32 product of 512 x 768 x
-    3072 (benchmarks/integer_matmul.py); without, torch's own loop took 50 times as much, and oneDNN told to use AVX2
-    (ONEDNN_MAX_CPU_ISA) saturates pairs in int16. So extreme codes are multiplied once, to see."""
+    """Whether `torch._int_mm` is fast and exact: with VNNI it took a tenth of the time of a float32 product of 512 x
+    768 x 3072 (benchmarks/integer_matmul.py); without, torch's own loop took 50 times as much, and oneDNN told to use
+    AVX2 (ONEDNN_MAX_CPU_ISA) saturates pairs in int16. So extreme codes are multiplied once, to see."""
     if device != "cpu" or not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
         return False
     ends = torch.tensor([-128, 127], dtype=torch.int8)
@@ -49,7 +49,8 @@ def byte_instructions(device: str) -> bool:
 
 
 def plain_float32(device: str) -> bool:
-    """Whether a float32 product keeps 24 bits. TF32, reduced matmul precision and autocast do not; then float64 carries."""
+    """Whether a float32 product keeps 24 bits. TF32, reduced matmul precision and autocast do not; then float64
+    carries."""
     return (
         device == "cpu" and torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
     )
@@ -87,9 +88,9 @@ def check_codes(what: str, code: Tensor, spec: QuantSpec) -> None:
         )
 
 
-def recentred_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor | None:
-    """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies along
-    k."""
+def recentre_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor | None:
+    """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies
+    along k."""
     if zero is None:
         return None if spec.symmetric else torch.tensor(-centre(spec))
     check_codes("zero point", zero, spec)
@@ -125,7 +126,8 @@ def carrier(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> torch
 
 
 def fit(total: Tensor, bits: int, profile: Profile) -> Tensor:
-    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile wraps."""
+    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile
+    wraps."""
     if bits == 64:
         return total
     if profile.overflow is Overflow.REPORT:
@@ -165,7 +167,7 @@ def matmul(
     if accumulator not in (32, 64):
         raise ValueError(f"accumulator is {accumulator}: give 32 or 64 bits")
     depth = a.shape[-1]
-    a_zero, b_zero = recentred_zero(a_zero, a_spec, -1), recentred_zero(b_zero, b_spec, -2)
+    a_zero, b_zero = recentre_zero(a_zero, a_spec, -1), recentre_zero(b_zero, b_spec, -2)
     # |each of the four terms| <= depth max|A| max|B|: below 2^29 they and their sum stay in int32
     bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
     largest_bias = 0
@@ -180,7 +182,7 @@ def matmul(
         kind = carrier(a, b, a_spec, b_spec)
         if kind is torch.int8:
             product = functools.partial(byte_product, wide=wide)
-    a, b = recentred(a, a_spec, kind), recentred(b, b_spec, kind)
+    a, b = recentre(a, a_spec, kind), recentre(b, b_spec, kind)
     total = product(a, b)
     for what, value in (("zero point", a_zero), ("zero point", b_zero), ("bias", bias)):
         if value is not None:
@@ -203,7 +205,8 @@ def check_bias(bias: Tensor, columns: int) -> None:
 
 
 def add_bias(total: Tensor, bias: Tensor, bound: int, profile: Profile) -> Tensor:
-    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile wraps."""
+    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile
+    wraps."""
     result = total + bias
     if bound >= 2**63 and profile.overflow is Overflow.REPORT:
         lost = ((total ^ result) & (bias ^ result)) < 0  # the sum has neither's sign
@@ -213,7 +216,7 @@ def add_bias(total: Tensor, bias: Tensor, bound: int, profile: Profile) -> Tenso
     return result
 
 
-def recentred(code: Tensor, spec: QuantSpec, carrier: torch.dtype) -> Tensor:
+def recentre(code: Tensor, spec: QuantSpec, carrier: torch.dtype) -> Tensor:
     """Codes less their centre, as `carrier`. In int8, 128 less is the top bit flipped."""
     code = code.to(carrier)
     if centre(spec) == 0:
@@ -235,7 +238,8 @@ def linear(
 ) -> Tensor:
     """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1), (O,) or one -> (..., O).
 
-    The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError."""
+    The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError.
+    Everything else as in `matmul`."""
     w_zero = None if w_zero is None else w_zero.mT if w_zero.ndim > 1 else w_zero
     return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, profile, integers)
 
@@ -243,10 +247,10 @@ def linear(
 def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
     """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (K, N) -> int32, saturating on the way.
 
-    `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 = 64770
-    becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and int32
-    is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K and a
-    last, shorter run are padded with 0, as packed operands are.
+    `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 =
+    64770 becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and
+    int32 is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K
+    and a last, shorter run are padded with 0, as packed operands are. Raises ValueError for operands of another dtype.
     """
     if a.dtype != torch.uint8 or b.dtype != torch.int8:
         raise ValueError(f"operands are {name(a.dtype)} and {name(b.dtype)}: the instruction multiplies uint8 by int8")
@@ -264,7 +268,7 @@ def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
 
 def pack_int4(code: Tensor) -> Tensor:
     """Codes of 4 bits, signed or not, two per byte along the last axis, the first in the low half: (..., D) ->
-    (..., ceil(D / 2)) uint8. An odd D is padded with 0."""
+    (..., ceil(D / 2)) uint8. An odd D is padded with 0. Raises ValueError where 4 bits do not hold them."""
     low, high = (min(int(code.min()), 0), max(int(code.max()), 0)) if code.numel() else (0, 0)
     if low < -8 or high > 15 or high - low > 15:
         raise ValueError(f"codes run from {low} to {high}: 4 bits hold -8 to 7, or 0 to 15")
@@ -275,7 +279,8 @@ def pack_int4(code: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, length: int, signed: bool) -> Tensor:
-    """What `pack_int4` packed: (..., ceil(length / 2)) uint8 -> (..., length), int8 if signed, else uint8."""
+    """What `pack_int4` packed: (..., ceil(length / 2)) uint8 -> (..., length), int8 if signed, else uint8. Raises
+    ValueError for another dtype or length."""
     if packed.dtype != torch.uint8 or packed.shape[-1] != -(-length // 2):
         raise ValueError(
             f"{packed.shape[-1]} {name(packed.dtype)} do not hold {length} codes of 4 bits: check the shape"

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from qtx_ref.spec import (
     QTX,
-    Dtype,
     Granularity,
     InfinityPolicy,
     NanPolicy,
@@ -30,6 +29,8 @@ from qtx_ref.spec import (
     ScaleRule,
     check_axes,
     check_where,
+    check_width,
+    range_axes,
 )
 
 from .checks import check_range, check_shape
@@ -38,15 +39,9 @@ from .rounding import SMALLEST, round_dtype, round_integer
 TINY = 2.0**-126  # the smallest normal float32; no float32 scale is below it
 
 
-def check_width(spec: QuantSpec, profile: Profile) -> None:
-    """Raises ValueError where the arithmetic cannot hold the codes."""
-    if profile.arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
-        raise ValueError(f"code {spec.code_max} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
-
-
 def check_scale(scale: Tensor, profile: Profile = QTX) -> None:
-    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has no
-    finite reciprocal where the profile multiplies by that."""
+    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has
+    no finite reciprocal where the profile multiplies by that."""
     step = round_dtype(scale, profile.arithmetic)
     good = torch.isfinite(step) & (step > 0)
     if profile.reciprocal:
@@ -59,25 +54,13 @@ def check_scale(scale: Tensor, profile: Profile = QTX) -> None:
 def check_quantizer(
     shape: tuple[int, ...], scale: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX
 ) -> None:
-    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point that
-    is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. It waits for the device."""
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point
+    that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. It waits for the
+    device."""
     check_scale(scale, profile)
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
-
-
-def range_axes(spec: QuantSpec, ndim: int, weight: bool) -> tuple[int, ...]:
-    """The axes that one range spans: all (tensor), all but the last (channel of an activation), the last (channel of a
-    weight (..., O, I), token). A group starts from its channels' ranges; `scale_zero` unites them."""
-    if spec.granularity is Granularity.BLOCK:
-        raise ValueError("a block spans a part of an axis; take its range with ranges()")
-    check_axes(spec, ndim)
-    if spec.granularity is Granularity.TENSOR:
-        return tuple(range(ndim))
-    if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not weight:
-        return tuple(range(ndim - 1))
-    return (ndim - 1,)
 
 
 def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -110,7 +93,10 @@ def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tu
 
 
 def ranges(x: Tensor, spec: QuantSpec, weight: bool = False, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape)."""
+    """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape).
+
+    Raises ValueError as `min_max` and `range_axes`, and where blocks do not divide the last axis.
+    """
     if spec.granularity is not Granularity.BLOCK:
         return min_max(x, range_axes(spec, x.ndim, weight), where)
     check_axes(spec, x.ndim)
@@ -126,7 +112,8 @@ def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
     """Channel ranges (one axis longer than 1) -> each channel's group's range, the same shape.
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
-    outlier channels share a group (Bondarenko et al. 2021, section 4).
+    outlier channels share a group (Bondarenko et al. 2021, section 4). Raises ValueError where groups do not divide
+    them.
     """
     if low.numel() % spec.groups:
         raise ValueError(f"groups {spec.groups} does not divide the {low.numel()} channels; choose a number that does")
@@ -134,11 +121,11 @@ def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
     order = torch.argsort(span, stable=True) if spec.permute else torch.arange(span.numel(), device=span.device)
     back = torch.argsort(order)
 
-    def shared(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    def share(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
         grouped = reduce(values.flatten()[order].reshape(spec.groups, -1), 1)
         return grouped.repeat_interleave(low.numel() // spec.groups)[back].reshape(values.shape)
 
-    return shared(low, torch.amin), shared(high, torch.amax)
+    return share(low, torch.amin), share(high, torch.amax)
 
 
 def check_order(low: Tensor, high: Tensor) -> None:
@@ -150,14 +137,15 @@ def check_order(low: Tensor, high: Tensor) -> None:
 
 
 def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QTX) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for FLOAT64).
+    """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for
+    FLOAT64).
 
     Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
-    real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1); else
-    high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the scale's and
-    the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their reciprocals
-    finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the scale in its dtype,
-    is not finite.
+    real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1);
+    else high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the
+    scale's and the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their
+    reciprocals finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the
+    scale in its dtype, is not finite.
     """
     check_width(spec, profile)
     reversed_ends, ends = low > high, (low, high)
@@ -203,15 +191,14 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
     zero = number(first - number(low / divisor))
     if profile.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
-        nearer_low = (
-            first + number(-low / divisor) < last + up
-        )  # the two ends' rounding errors, as gemmlowp bounds them
+        # the two ends' rounding errors, as gemmlowp bounds them
+        nearer_low = first + number(-low / divisor) < last + up
         zero = torch.where(nearer_low, zero, number(last - up))
     zero = round_integer(zero, profile.zero_point_rounding)
     return scale, zero.clamp(spec.code_min, spec.code_max).to(torch.int32)
 
 
-def rounded(
+def round_level(
     x: Tensor, scale: Tensor, zero_point: Tensor, profile: Profile = QTX, words: Tensor | None = None
 ) -> Tensor:
     """The code of x, not yet clamped: a whole number in the profile's arithmetic. `words` as in `round_integer`."""
@@ -236,8 +223,8 @@ def quantize(
 ) -> Tensor:
     """Codes (int32) of x, in its shape; each lies between the spec's limits.
 
-    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer has
-    (`check_quantizer`) or that does not fit the shape of x.
+    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer
+    has (`check_quantizer`) or that does not fit the shape of x.
     """
     check_width(spec, profile)
     check_quantizer(x.shape, scale, zero_point, spec, profile)
@@ -246,7 +233,9 @@ def quantize(
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
     if profile.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = rounded(x if profile.nan is NanPolicy.RAISE else x.masked_fill(nan, 0), scale, zero_point, profile, words)
+    level = round_level(
+        x if profile.nan is NanPolicy.RAISE else x.masked_fill(nan, 0), scale, zero_point, profile, words
+    )
     code = level.clamp_(spec.code_min, spec.code_max).to(torch.int32)
     if profile.nan is NanPolicy.RAISE:
         return code
@@ -256,8 +245,8 @@ def quantize(
 def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor, profile: Profile = QTX) -> Tensor:
     """scale * (code - zero_point), the difference in integers (int64), the product rounded to the profile's arithmetic.
 
-    Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale as
-    `check_scale`, and where either does not fit the shape of the codes.
+    Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale
+    as `check_scale`, and where either does not fit the shape of the codes.
     """
     check_scale(scale, profile)
     check_range("code", code, -(2**62), 2**62, "an accumulator has 48 bits at most")
@@ -293,12 +282,13 @@ def simulate(
     profile: Profile = QTX,
     words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fake_quantize` without looking at scale and zero point, which would wait for the device: for those that `scale_zero`
-    made, that were checked when the model was bound, or that are being learned. A NaN among them gives NaN."""
+    """`fake_quantize` without looking at scale and zero point, which would wait for the device: for those that
+    `scale_zero` made, that were checked when the model was bound, or that are being learned. A NaN among them gives
+    NaN."""
     check_width(spec, profile)
     if profile.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = rounded(x, scale, zero_point, profile, words)
+    level = round_level(x, scale, zero_point, profile, words)
     if profile.nan is not NanPolicy.RAISE:
         level = torch.where(torch.isnan(x), spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, level)
     code = level.clamp(spec.code_min, spec.code_max)

@@ -42,7 +42,8 @@ class Layout:
 
     @property
     def limit(self) -> float:
-        """The largest float32 that is rounded to `maximum`: the tie with what would come next, or, odd, just below it."""
+        """The largest float32 that is rounded to `maximum`: the tie with what would come next, or, odd, just below
+        it."""
         tie = self.maximum + 2.0 ** (self.emax - self.mantissa - 1)
         return tie - 2.0 ** (self.emax - 23) * (self.largest % 2)
 
@@ -86,7 +87,7 @@ def encode(x: Tensor, kind: FloatFormat, saturate: bool = True) -> Tensor:
 
 
 def values(kind: FloatFormat) -> Tensor:
-    """The value of every code, float32."""
+    """The value of every code, float32 (codes,): 256 of them, 16 for E2M1."""
     f = LAYOUTS[kind]
     code = torch.arange(f.sign)
     field, mantissa = code >> f.mantissa, code & (2**f.mantissa - 1)
@@ -129,8 +130,8 @@ def fake_quantize(
     x: Tensor, kind: FloatFormat, saturate: bool = True, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
-    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN. Raises ValueError for a scale that is
-    no finite number above 0, or does not fit the shape of x."""
+    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN. Raises ValueError for a scale
+    that is no finite number above 0, or does not fit the shape of x."""
     if scale is not None:
         check_scale(scale)
         check_shape("scale", scale, x.shape, "give one, or one for each that has its own")
@@ -138,8 +139,8 @@ def fake_quantize(
 
 
 def simulate(x: Tensor, kind: FloatFormat, saturate: bool = True, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is that of
-    a block with NaN or infinity, stays NaN."""
+    """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is
+    that of a block with NaN or infinity, stays NaN."""
     ratio = x.float() if scale is None else x.float() / scale
     nan = torch.isnan(ratio)
     y = look_up(encode(ratio.masked_fill(nan, 0), kind, saturate), kind)
@@ -168,9 +169,10 @@ def mx_quantize(
     x: Tensor, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Blocks of neighbours along the last axis that share a power of two: x (..., D) -> scale codes (..., D / block) in
-    E8M0 and element codes (..., D), both uint8.
+    E8M0 and element codes (..., D), both uint8 (OCP microscaling formats, 2023).
 
-    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0.
+    Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0. Raises
+    ValueError where blocks do not divide the last axis.
     """
     exponent, broken = mx_exponent(x, kind, rule, block)
     parts = x.float().reshape(*exponent.shape, block)

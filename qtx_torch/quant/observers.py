@@ -12,17 +12,16 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from qtx_ref.spec import Granularity, ObserverKind, Quant
+from qtx_ref.spec import Granularity, ObserverKind, Quant, range_axes
 
-from .affine import min_max, range_axes
+from .affine import min_max
 from .quantizer import scale_zero, simulate, static_scale
 
 
 def groups(x: Tensor, spec: Quant, weight: bool, where: Tensor | None) -> Tensor:
-    """The elements that share a range, one row per range: (groups, elements).
+    """The elements that share a range, one row per range, in the dtype of x: (ranges, elements).
 
-    Raises:
-        ValueError: ranges per channel would have different numbers of unmasked elements.
+    Raises ValueError where ranges per channel would have different numbers of unmasked elements.
     """
     if spec.granularity is Granularity.TENSOR:
         picked = x if where is None else x[where.expand(x.shape)]
@@ -57,8 +56,8 @@ def squared_error(values: Tensor, low: float, high: float, spec: Quant) -> float
 def least_error(values: Tensor, spec: Quant) -> tuple[float, float]:
     """The fraction of a group's (widened) range with the least squared error; the smallest of equals.
 
-    Symmetric, and mirrored with a negative value: [-R f, R f] with R the largest magnitude plus the margin. Else: both ends
-    times f.
+    Symmetric, and mirrored with a negative value: [-R f, R f] with R the largest magnitude plus the margin. Else: both
+    ends times f.
     """
     margin = spec.observer.margin
     low, high = float(values.min()), float(values.max())
@@ -130,12 +129,12 @@ class Observer:
         return self.low.reshape(self.shape), self.high.reshape(self.shape)
 
     def scale_zero(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the range so far: `quantizers.static_scale`. Raises ValueError as `range`."""
+        """Scale and zero point of the range so far: `quantizer.static_scale`. Raises ValueError as `range`."""
         return static_scale(*self.range(), self.silent, self.spec)
 
     def _combine(self, low: Tensor, high: Tensor) -> None:
-        """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are (0.1
-        and not 1 - float32(0.9)). Current: new."""
+        """Running: momentum * old + (1 - momentum) * new, both factors rounded to float32 as the published code's are
+        (0.1 and not 1 - float32(0.9)). Current: new."""
         if self.low is not None and self.high is not None and self.kind is not ObserverKind.CURRENT:
             parts = (self.spec.observer.momentum, 1 - self.spec.observer.momentum)
             old, new = torch.tensor(parts, dtype=torch.float32, device=low.device).unbind()

@@ -25,15 +25,15 @@ SILENT_SCALE = 2.0**-8  # of a tensor that was 0 in all of calibration
 
 
 def scale_zero(low: Tensor, high: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a range."""
+    """Scale and zero point of a range. Raises ValueError as both modules."""
     return (formats if isinstance(spec, FloatQuantSpec) else affine).scale_zero(low, high, spec)
 
 
 def static_scale(low: Tensor, high: Tensor, silent: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
-    """`scale_zero` of a calibrated range, in one for all numerics. Where `silent`, in the shape of low, says that the tensor
-    was 0 in all of calibration, the scale of a uniform quantizer is 2^-8: in integers 1 would be a coarse unit for what is
-    added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; so do groups, which no
-    integer model has."""
+    """`scale_zero` of a calibrated range, in one for all numerics. Where `silent`, in the shape of low, says that the
+    tensor was 0 in all of calibration, the scale of a uniform quantizer is 2^-8: in integers 1 would be a coarse unit
+    for what is added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; so do
+    groups, which no integer model has."""
     scale, zero = scale_zero(low, high, spec)
     if isinstance(spec, FloatQuantSpec) or spec.granularity is Granularity.GROUP:
         return scale, zero
@@ -41,7 +41,8 @@ def static_scale(low: Tensor, high: Tensor, silent: Tensor, spec: Quant) -> tupl
 
 
 def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude)."""
+    """Scale and zero point from the tensor's own minimum and maximum (MX blocks: from their largest magnitude), of
+    elements where `where` (boolean, broadcast) is true. Raises ValueError as `affine.ranges` and `scale_zero`."""
     if spec.outliers is not None:
         return beside_outliers(x, spec, where)
     if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
@@ -53,9 +54,10 @@ def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) ->
 
 
 def beside_outliers(x: Tensor, spec: QuantSpec, where: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al. 2022,
-    section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, by which `check_quantizer`,
-    `quantize` and `simulate` know that it stays in float; no other scale is 0.
+    """Scale and zero point per row in the shape of x, from its channels without outliers (LLM.int8, Dettmers et al.
+    2022, section 3.2). A channel in which an element that counts reaches `spec.outliers` has scale 0, by which
+    `check_quantizer`, `quantize` and `simulate` know that it stays in float; no other scale is 0. Raises ValueError for
+    a tensor without axes, and a mask as in `affine.min_max`.
     """
     check_axes(spec, x.ndim)
     large = x.abs() >= spec.outliers
@@ -68,9 +70,9 @@ def beside_outliers(x: Tensor, spec: QuantSpec, where: Tensor | None) -> tuple[T
 
 
 def check_quantizer(shape: tuple[int, ...], scale: Tensor, zero_point: Tensor, spec: Quant) -> None:
-    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: each scale a finite number above
-    0, each zero point a code. An MX block's scale is a power of two, or NaN where the block holds NaN or infinity; beside
-    outliers the scale 0 says that a channel stays in float."""
+    """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: each scale a finite number
+    above 0, each zero point a code. An MX block's scale is a power of two, or NaN where the block holds NaN or
+    infinity; beside outliers the scale 0 says that a channel stays in float."""
     if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
         formats.check_shared(scale)
         scale = torch.ones_like(scale)
@@ -91,15 +93,15 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tenso
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
-    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes. Raises ValueError
-    as `check_quantizer`."""
+    """The values that x's codes stand for, in x's dtype, and where the straight-through gradient passes. Raises
+    ValueError as `check_quantizer`."""
     check_quantizer(x.shape, scale, zero_point, spec)
     return simulate(x, scale, zero_point, spec)
 
 
 def simulate(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
-    """`fake_quantize` without looking at scale and zero point: for those made by `dynamic_scale` or `scale_zero`, or checked
-    when a model was bound."""
+    """`fake_quantize` without looking at scale and zero point: for those made by `dynamic_scale` or `scale_zero`, or
+    checked when a model was bound."""
     if isinstance(spec, FloatQuantSpec):
         return formats.simulate(x, spec.format, spec.saturate, scale)
     if spec.outliers is not None:

@@ -236,7 +236,7 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         replaced(
             qtx_torch.quant.affine,
             "quantize",
-            lambda q: lambda x, s, z, spec: qtx_torch.quant.affine.rounded(x, s, z).int(),
+            lambda q: lambda x, s, z, spec: qtx_torch.quant.affine.round_level(x, s, z).int(),
         ),
     ),
     "codes off by one": (
@@ -244,13 +244,13 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         "quant/normal_tensor",
         replaced(qtx_torch.quant.affine, "quantize", lambda q: lambda x, s, z, spec: q(x, s, z, spec) + 1),
     ),
-    "times the reciprocal": ("torch", "quant/ties", replaced(qtx_torch.quant.affine, "rounded", reciprocal)),
+    "times the reciprocal": ("torch", "quant/ties", replaced(qtx_torch.quant.affine, "round_level", reciprocal)),
     "zero point before rounding": (
         "torch",
         "quant/ties",
-        replaced(qtx_torch.quant.affine, "rounded", zero_point_first),
+        replaced(qtx_torch.quant.affine, "round_level", zero_point_first),
     ),
-    "ties away from zero": ("torch", "quant/ties", replaced(qtx_torch.quant.affine, "rounded", half_away)),
+    "ties away from zero": ("torch", "quant/ties", replaced(qtx_torch.quant.affine, "round_level", half_away)),
     "a gradient through clamped codes": (
         "torch",
         "fakequant/opt_plain_w4a8_forced",

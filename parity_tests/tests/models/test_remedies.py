@@ -253,7 +253,7 @@ def test_rewritten_weights_stand_on_the_grid_of_the_ranges_before(name: str, how
         made, _ = affine.fake_quantize(after.params[key], after.ranges[key].scale, after.ranges[key].zero_point, quant)
         np.testing.assert_array_equal(made, after.params[key])
         np.testing.assert_array_equal(given.params[key], after.params[key])
-        nearest = rewriting.quantized(before.params[key], quant, before.ranges[key])
+        nearest = rewriting.simulate_weight(before.params[key], quant, before.ranges[key])
         if made.ndim == 2:
             gram = sum(moments[site]["gram"] for moments in seen)
             errors = [row_errors(w - before.params[key].astype(np.float64), gram) for w in (made, nearest)]
@@ -281,7 +281,7 @@ def test_bias_correction_takes_the_mean_error_away() -> None:
     x = [model.record(batch, ["layer.1.ffn.norm"])["layer.1.ffn.norm"][0][batch["mask"]] for batch in batches_of(name)]
     mean = np.concatenate(x).astype(np.float64).mean(0)
     w, b = (small.params[f"{site}.{key}"].astype(np.float64) for key in ("weight", "bias"))
-    coarse = rewriting.quantized(
+    coarse = rewriting.simulate_weight(
         small.params[f"{site}.weight"], quants[f"{site}.weight"], found.ranges[f"{site}.weight"]
     )
     error = (coarse - w) @ mean
