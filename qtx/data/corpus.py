@@ -186,10 +186,10 @@ def load_text(source: str | None, tokenizer: Path | str | None, vocab: int | Non
         raise DataError(f"vocab {vocab} and a tokenizer exclude each other: give one")
     if source == "":
         raise DataError("data is '': give books, a text file or a folder of *.txt")
-    books = source in (None, "books")
+    books = source is None or source == "books"
     if books and vocab in (None, BUNDLED_VOCAB) and (tokenizer is None or tokenizer == read_bundled_tokenizer()):
         return load_bundled_books()
-    passages, dropped = (read_books(), 0) if books else read_source(Path(source))
+    passages, dropped = (read_books(), 0) if source is None or books else read_source(Path(source))
     if tokenizer is not None:
         tokenizer_json = tokenizer if isinstance(tokenizer, str) else read_tokenizer(tokenizer)
     else:

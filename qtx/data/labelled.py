@@ -25,6 +25,7 @@ from .rows import (
     shorten,
 )
 from .splits import (
+    SHORT,
     SPLITS,
     DataError,
     check_batch,
@@ -38,7 +39,6 @@ from .tokenizing import open_tokenizer, read_bundled_tokenizer, read_tokenizer
 Batch = dict[str, np.ndarray]
 LENGTH = 128  # tokens of a text with [CLS] and [SEP], unless said otherwise
 MULTIPLE = 8  # a batch is as long as its longest text, rounded up to this
-SHORT = 16  # hexadecimal digits of a text's hash
 PARAGRAPH = 200  # characters of the shortest paragraph of a book
 
 
@@ -93,7 +93,7 @@ class LabelledText:
         labels = [self.names[label] for label in self.labels_of(split)]
         return fingerprint([f"{text} {label}" for text, label in zip(self.hashes(split), labels, strict=True)])
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, object]:
         """What a checkpoint keeps of its data, as JSON values: enough to open it again with the same classes."""
         return {
             "kind": "labelled",

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.random import stream
-from qtx_ref.spec import (
-    SpecError,
-)
+from qtx_ref.spec import SpecError
 
-SHORT = 16  # hexadecimal digits by which sections are told apart
+from ..engines.protocols import Calibration
+
+SHORT = 16  # hexadecimal digits by which sections, texts and pictures are told apart
 BATCH = 16  # sequences or images of an evaluation or calibration batch
-
 SORTED = 16  # batches whose rows are sorted by size together
 SPLITS = ("train", "calibration", "evaluation")
 
@@ -88,15 +87,15 @@ def iterate_passes(
         step += 1
 
 
-def refuse_overlap(meta: Mapping[str, Any], data: Any, split: str) -> None:
+def refuse_overlap(meta: Mapping[str, Any], data: Calibration, split: str) -> None:
     """Raises SpecError where a section of `split` is among those that the model, or a model that it began with, was trained
     on, or that it was calibrated on."""
     hashes = meta.get("data", {}).get("hashes", {})
     known = {"train": hashes.get("train", []), "calibration": meta.get("calibration", hashes.get("calibration", []))}
     known["earlier train"] = meta.get("trained_on", [])
     for use in known:
-        seen = {known_hash[:SHORT] for known_hash in known[use]}
-        if use != split and (shared := seen & {found[:SHORT] for found in data.hashes(split)}):
+        own = {value[:SHORT] for value in known[use]}
+        if use != split and (shared := own & {value[:SHORT] for value in data.hashes(split)}):
             raise SpecError(
                 f"{len(shared)} section(s) of the {split} data are this model's {use} data (first hash "
                 f"{sorted(shared)[0][:12]}): give other data"

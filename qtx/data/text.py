@@ -218,13 +218,14 @@ class TextData:
 
         A row that has an ordinary token has at least one target.
         """
-        tokens = batch["tokens"]
+        tokens, hidden = batch["tokens"], self.specials.mask
+        assert hidden is not None  # as `check` has seen
         choice, fate, word = draws
         choice = np.where(self._special[tokens], 2.0, choice)
         least = choice == choice.min(1, keepdims=True)  # a target even where it is not below the rate
         chosen = ((choice < CHOSEN) | least) & (choice < 1)
         other = self._ordinary[(word * len(self._ordinary)).astype(np.int64)]
-        changed = np.where(fate < HIDDEN, self.specials.mask, np.where(fate < HIDDEN + REPLACED, other, tokens))
+        changed = np.where(fate < HIDDEN, hidden, np.where(fate < HIDDEN + REPLACED, other, tokens))
         return {**batch, "tokens": np.where(chosen, changed, tokens), "targets": np.where(chosen, tokens, -1)}
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from qtx.engines.backend import backend
-from qtx.engines.protocols import Model
 from qtx_ref.spec import ModelSpec, to_dict
+
+from .backend import backend
+from .protocols import Model
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Machine:
         """Raises SpecError or MissingExtra where it is not to be had: a backend, a device, a dtype of it."""
         backend(self.backend).check_machine(self.device, self.dtype)
 
-    def model(self, spec: ModelSpec, params: dict[str, np.ndarray]) -> Model:
+    def model(self, spec: ModelSpec, params: Mapping[str, np.ndarray]) -> Model:
         """The backend's model with these parameters. Raises SpecError where the machine is not to be had."""
         return backend(self.backend).Model(spec, params, device=self.device, dtype=self.dtype)
 
 
-def identify_machine(machine: Machine) -> dict[str, Any]:
+def identify_machine(machine: Machine) -> dict[str, object]:
     """What must be equal of the machine for two runs to give the same bits, as JSON values."""
     return {"machine": to_dict(machine), "threads": backend(machine.backend).threads()}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .container import COMPARISON, STUDY, CheckpointError, read_sealed_json
+from .container import COMPARISON, STUDY, FileError, read_sealed_json
 
 LARGEST = 2**63  # of whole numbers
 RUNS_AS = ("float", "integers", "simulation", "failed")
@@ -28,17 +28,17 @@ RUN = {
 
 
 def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> dict[str, Any]:
-    """What `qtx ptq` wrote: `of`, `rows` by recipe, `sensitivity`. Raises CheckpointError where a value that is shown or
+    """What `qtx ptq` wrote: `of`, `rows` by recipe, `sensitivity`. Raises FileError where a value that is shown or
     gone on with is not of its kind, or a row is of a recipe other than `recipes` and float."""
 
     def check(content: dict[str, Any]) -> None:
         kinds = {"of": "an object", "metric": "a text", "rows": "an object", "sensitivity": "an object"}
         expect_all(path, "", content, kinds)
         if content["metric"] != metric:
-            raise CheckpointError(f"{path} is another comparison: its metric is not {metric}")
+            raise FileError(f"{path} is another comparison: its metric is not {metric}")
         for name, row in content["rows"].items():
             if name not in ("float", *recipes):
-                raise CheckpointError(f"{path} has a row of {name}, which is not among the recipes compared")
+                raise FileError(f"{path} has a row of {name}, which is not among the recipes compared")
             check_row(path, f"rows.{name}", row)
         for name, sites in content["sensitivity"].items():
             expect(path, f"sensitivity.{name}", sites, "a list")
@@ -49,7 +49,7 @@ def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> dict[s
 
 
 def check_row(path: Path, where: str, row: Any) -> None:
-    """Raises CheckpointError where a recipe's row is not what `qtx ptq` makes."""
+    """Raises FileError where a recipe's row is not what `qtx ptq` makes."""
     expect_all(path, where, row, ROW)
     if "simulated" in row:
         expect_all(path, f"{where}.simulated", row["simulated"], MEASURED)
@@ -58,14 +58,14 @@ def check_row(path: Path, where: str, row: Any) -> None:
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """What `qtx study` wrote. Raises CheckpointError where a value that is shown or gone on with is not of its kind."""
+    """What `qtx study` wrote. Raises FileError where a value that is shown or gone on with is not of its kind."""
 
     def check(content: dict[str, Any]) -> None:
         expect_all(path, "", content, {"spec": "an object", "runs": "an object"})
         for name, run in content["runs"].items():
             expect_all(path, f"runs.{name}", run, RUN)
             if run["checkpoint"] != (file := f"{name}/model.safetensors"):
-                raise CheckpointError(f"{path} is not what qtx wrote: runs.{name}.checkpoint must be {file}")
+                raise FileError(f"{path} is not what qtx wrote: runs.{name}.checkpoint must be {file}")
             for recipe, scores in run["recipes"].items():
                 expect(path, f"runs.{name}.recipes.{recipe}", scores, "scores or null")
 
@@ -73,15 +73,16 @@ def read_study(path: Path) -> dict[str, Any]:
 
 
 def expect_all(path: Path, where: str, value: Any, kinds: Mapping[str, str]) -> None:
-    """Raises CheckpointError unless `value` is an object whose keys are of these kinds."""
+    """Raises FileError unless `value` is an object whose keys are of these kinds."""
     expect(path, where or "the file", value, "an object")
     for key, kind in kinds.items():
         expect(path, f"{where}.{key}".removeprefix("."), value.get(key, MISSING), kind)
 
 
 def expect(path: Path, where: str, value: Any, kind: str) -> None:
+    """Raises FileError unless `value`, which stands at `where`, is of this kind, one of `KINDS`."""
     if not KINDS[kind](value):
-        raise CheckpointError(f"{path} is not what qtx wrote: {where} must be {kind}; remove it and measure again")
+        raise FileError(f"{path} is not what qtx wrote: {where} must be {kind}; remove it and measure again")
 
 
 def is_finite(value: Any) -> bool:
@@ -90,6 +91,7 @@ def is_finite(value: Any) -> bool:
 
 
 def is_whole(value: Any) -> bool:
+    """Whether a JSON value is a whole number that 64 bits hold."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
@@ -106,7 +108,7 @@ def is_error(value: Any) -> bool:
 
 
 MISSING = object()
-KINDS = {
+KINDS: dict[str, Callable[[Any], bool]] = {
     "an object": lambda value: isinstance(value, dict),
     "a list": lambda value: isinstance(value, list),
     "a text": lambda value: isinstance(value, str),

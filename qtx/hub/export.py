@@ -14,7 +14,7 @@ from qtx_ref.spec import Family, Head, SpecError
 
 from ..data.tokenizing import SAME_AS
 from ..files.checkpoint import Checkpoint
-from ..files.container import CheckpointError, check_writable, write_beside
+from ..files.container import FileError, check_writable, write_beside
 from . import APART
 from .config import check_expressible, read_config, read_labels, write_config, write_labels
 from .files import (
@@ -51,11 +51,11 @@ def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
 
     Raises:
         SpecError: transformers has no such model, or it is quantized.
-        CheckpointError: `out` is not an empty folder, or the model diverged.
+        FileError: `out` is not an empty folder, or the model diverged.
     """
     spec, meta = checkpoint.spec, checkpoint.meta
     if "diverged_at" in meta:
-        raise CheckpointError(f"{path}: training diverged at step {meta['diverged_at']}; no model is left to export")
+        raise FileError(f"{path}: training diverged at step {meta['diverged_at']}; no model is left to export")
     if checkpoint.recipe is not None:
         origin = meta.get("quantized_from", "the float checkpoint that it was made from")
         raise SpecError(
@@ -63,7 +63,7 @@ def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
         )
     check_expressible(spec)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"--out {out} exists and is not an empty folder: choose another")
+        raise FileError(f"--out {out} exists and is not an empty folder: choose another")
     check_writable(out / WEIGHTS)
     hub = find_import(checkpoint)
     if hub:
@@ -147,7 +147,7 @@ def find_special_ids(tokenizer: str | None) -> dict[str, int | None]:
     try:
         ids = {token["content"]: token["id"] for token in json.loads(tokenizer or "{}").get("added_tokens", [])}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise CheckpointError("metadata is damaged: meta.tokenizer is no tokenizer.json") from None
+        raise FileError("metadata is damaged: meta.tokenizer is no tokenizer.json") from None
     return {name: next((ids[word] for word in words if word in ids), None) for name, words in SAME_AS.items()}
 
 

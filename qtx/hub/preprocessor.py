@@ -13,7 +13,7 @@ from qtx_ref.spec import Family, ModelSpec, SpecError
 from qtx_ref.spec.base import is_number
 
 from ..data.rows import shorten
-from ..files.container import CheckpointError
+from ..files.container import FileError
 from .config import Settings
 
 KINDS = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor")
@@ -32,12 +32,12 @@ def read_preprocessor(path: Path, given: Mapping[str, object], spec: ModelSpec) 
     """`meta["images"]` of a preprocessor_config.json: `mean` and `std` by channel of pixels in [0, 1], `resize`, `resample`
     and `crop` as in `qtx.data.images.Preparation`.
 
-    Raises CheckpointError naming the key, for a wrong value and for what is not done here.
+    Raises FileError naming the key, for a wrong value and for what is not done here.
     """
     try:
         return read_settings(given, spec)
     except SpecError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise FileError(f"{path}: {error}") from None
 
 
 def read_settings(given: Mapping[str, object], spec: ModelSpec) -> dict[str, object]:

@@ -76,8 +76,11 @@ def channel(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
 
 def token(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     source = "ZeroQuant (Yao et al. 2022), section 4: a scale per token, taken from the data"
-    rows = {"granularity": Granularity.TOKEN, "dynamic": True, "observer": ObserverSpec()}
-    return base.change_activations(lambda quant: replace(quant, **rows), source)
+
+    def change(quant: QuantSpec) -> QuantSpec:
+        return replace(quant, granularity=Granularity.TOKEN, dynamic=True, observer=ObserverSpec())
+
+    return base.change_activations(change, source)
 
 
 def wide_residual(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
@@ -109,18 +112,25 @@ def float_sites(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
 
 def llm_int8(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     source = "LLM.int8 (Dettmers et al. 2022), section 3: vector-wise, channels from magnitude 6 on in float"
-    rows = {"granularity": Granularity.TOKEN, "dynamic": True, "symmetric": True, "observer": ObserverSpec()}
-    base = base.change_activations(lambda quant: replace(quant, **rows, outliers=LLM_INT8), source)
+
+    def change(quant: QuantSpec) -> QuantSpec:
+        rows = replace(quant, granularity=Granularity.TOKEN, dynamic=True, observer=ObserverSpec())
+        return replace(rows, symmetric=True, outliers=LLM_INT8)
+
+    base = base.change_activations(change, source)
     return base.change_weights(lambda quant: replace(quant, granularity=Granularity.CHANNEL), source)
 
 
 def groups(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     count, permuted = int(name[1]), bool(name[2])
-    grouped = {"granularity": Granularity.GROUP, "groups": count, "permute": permuted}
     order = "channels sorted by range" if permuted else "neighbouring channels"
     source = f"{BONDARENKO}, section 4: per-embedding-group, {order}"
     rule = replace(base.activations, sites=CHANNELS)
-    return base.add_special(change_rule(rule, lambda quant: replace(quant, **grouped), source))
+
+    def change(quant: QuantSpec) -> QuantSpec:
+        return replace(quant, granularity=Granularity.GROUP, groups=count, permute=permuted)
+
+    return base.add_special(change_rule(rule, change, source))
 
 
 def smooth(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:

@@ -60,7 +60,7 @@ def new_panels(width: float, height: float, count: int, columns: int, what: str)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG; folders on the way are made. Raises CheckpointError where a picture is that qtx did not write."""
+    """Writes a PNG; folders on the way are made. Raises FileError where a picture is that qtx did not write."""
     write_picture(path, figure)
 
 
