@@ -59,10 +59,16 @@ def check_file(path: Path, missing: str = "no such file") -> None:
 
 
 def check_replaceable(path: Path, kind: str | None = None) -> None:
-    """Raises FileError where a link, or something else than a file of that kind, has that name; kind: None for any that
-    qtx writes. An empty file is nobody's."""
+    """Raises FileError where a link, a device, a pipe, or something else than a file of that kind has that name; kind: None
+    for any that qtx writes. An empty file is nobody's."""
     if path.is_symlink():
         raise FileError(f"{path} is a link: name the file itself, or choose another")
-    if path.is_file() and (known := read_kind(path)) is not None and (not known or kind not in (None, known)):
+    try:
+        check_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise FileError(f"{path} cannot be replaced ({error.strerror}): choose another name") from None
+    if (known := read_kind(path)) is not None and (not known or kind not in (None, known)):
         what = USES.get(known, f"a {known}" if known else "not qtx's")
         raise FileError(f"{path} exists and is {what}: choose another name")

@@ -180,6 +180,33 @@ def test_what_killed_processes_left_is_removed_at_the_next_start(tmp_path):
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
+@pytest.fixture(scope="module")
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_process_of_an_earlier_version_left_is_removed(tmp_path, gone):
+    """Up to version 0.1 files under way were named after their process, `.model.safetensors.4711`."""
+    good(*TRAIN[:-1], 1, "--out", tmp_path)
+    begun = (tmp_path / "model.safetensors").read_bytes()[:1000]
+    removed = {f".model.safetensors.{gone}": begun, f".study.json.{gone}": b""}
+    kept = {
+        f".model.safetensors.{os.getpid()}": begun,  # its process lives
+        f".notes.{gone}": b"no file of ours",
+        f"model.safetensors.{gone}": begun,
+        ".model.safetensors.x1": begun,
+    }
+    for name, content in (removed | kept).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / f".link.json.{gone}").symlink_to(tmp_path / "model.safetensors")
+    with hold(tmp_path):
+        pass
+    assert {*os.listdir(tmp_path)} == {"model.safetensors", f".link.json.{gone}", *kept}
+
+
 def test_old_temporary_folders_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(locks.tempfile, "tempdir", str(tmp_path))
     old, mine = tmp_path / f"{locks.SCRATCH}old", tmp_path / "mine"
