@@ -36,6 +36,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Batch size and length, as `8x128`."""
         return f"{self.batch}x{self.length}"
 
     @property
@@ -160,6 +161,7 @@ class Random:
         return iter([synthesize(spec, batch_size, self.length)])
 
     def hashes(self, split: str) -> list[str]:
+        """None: nothing that could be met again."""
         return []
 
 

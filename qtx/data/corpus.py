@@ -89,7 +89,10 @@ def join_runs(parts: Sequence[str], gap: str, total: int) -> list[tuple[str, str
 
 
 def divide(parts: list[tuple[str, str]], source: str) -> tuple[list[Passage], int]:
-    """Parts with their splits, and how many were left out because an earlier part has the same text."""
+    """Parts with their splits, and how many were left out because an earlier part has the same text.
+
+    Raises DataError for fewer different parts than splits.
+    """
     unique: dict[str, str] = {}  # text -> title
     for title, text in parts:
         unique.setdefault(text, title)
@@ -108,6 +111,7 @@ def read_source(path: Path) -> tuple[list[Passage], int]:
     many duplicates were left out.
 
     A folder of three files or more is divided by files; otherwise the text is divided by chapters, or by blocks.
+    Raises DataError for what cannot be read, holds no text, or is too short to divide.
     """
     if path.is_dir():
         files = list_files(path, (".txt",))
@@ -181,7 +185,7 @@ def load_bundled_books() -> TextData:
 
 
 def load_text(source: str | None, tokenizer: Path | str | None, vocab: int | None, model_vocab: int) -> TextData:
-    """See `qtx.data.load`. `model_vocab` bounds a tokenizer trained here when `vocab` is not given."""
+    """See `qtx.data.load`, errors included. model_vocab: bounds a tokenizer trained here where `vocab` is not given."""
     if tokenizer is not None and vocab is not None:
         raise DataError(f"vocab {vocab} and a tokenizer exclude each other: give one")
     if source == "":

@@ -138,7 +138,7 @@ class LabelledText:
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
     ) -> Iterator[Batch]:
         """The split once, in an order drawn when the data were loaded, so that its first batches have every class; at most
-        `limit` batches, the last may be smaller. Nothing is drawn from `seed`."""
+        `limit` batches, the last may be smaller. Nothing is drawn from `seed`. Raises DataError as `check`."""
         longest = self.check(spec)
         check_split(split)
         rows = self._rows[split]

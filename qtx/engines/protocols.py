@@ -26,7 +26,8 @@ class Model(Runnable, Protocol):
     """A model with its parameters, in float or, after `bind`, under fake quantization."""
 
     @property
-    def spec(self) -> ModelSpec: ...
+    def spec(self) -> ModelSpec:
+        """What the model is."""
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
@@ -80,7 +81,8 @@ class IntegerModel(Protocol):
     """A lowered model: codes in, codes or accumulators out."""
 
     @property
-    def spec(self) -> ModelSpec: ...
+    def spec(self) -> ModelSpec:
+        """What the model is."""
 
     def run(self, batch: Batch, record: Show | None = None) -> Output:
         """The output. `record(name, value)` is shown every site's codes, and `<site>.accumulator`s."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,7 +105,7 @@ def import_model(folder: Path) -> Checkpoint:
 
 
 def find_plain_names(folder: Path, family: Family, stored: dict[str, Stored]) -> dict[str, str]:
-    """The file's name of each tensor by its plain name."""
+    """The file's name of each tensor by its plain name. Raises FileError where two of them are one."""
     plain: dict[str, str] = {}
     for name in stored:
         if (twin := plain.setdefault(shorten_name(family, name), name)) != name:
@@ -159,7 +160,7 @@ def check_stored(
             raise FileError(f"{tensor.path}: tensor {name} is {tensor.dtype}; expected one of {', '.join(kinds)}")
 
 
-def describe_data(folder: Path, spec: ModelSpec) -> dict[str, object]:
+def describe_data(folder: Path, spec: ModelSpec) -> dict[str, Any]:
     """What belongs to the data, as a checkpoint's `meta` has it: a tokenizer, or how pictures become pixels.
 
     Raises FileError for settings that are not those of a model here.

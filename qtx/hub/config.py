@@ -63,18 +63,21 @@ class Settings:
     values: Mapping[str, Any]
 
     def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number, at least 1. Raises SpecError naming the key."""
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
             raise SpecError(f"{key} is {shorten(value)}: it must be a whole number, at least 1, at most {LARGEST}")
         return value
 
     def number(self, key: str, default: float) -> float:
+        """A finite number. Raises SpecError naming the key."""
         value = self.values.get(key, default)
         if not is_number(value) or abs(value) > 1e30:
             raise SpecError(f"{key} is {shorten(value)}: it must be a finite number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false. Raises SpecError naming the key."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise SpecError(f"{key} is {shorten(value)}: it must be true or false")
@@ -94,6 +97,7 @@ class Settings:
         return Settings({key: value}).whole(key)
 
     def activation(self, key: str, default: str, head: Head) -> Activation:
+        """An activation that a model of this head may have. Raises SpecError naming the key."""
         value = self.values.get(key, default)
         allowed = ("gelu",) if head is Head.MLM else ("gelu", "relu")
         if value not in allowed:
@@ -101,6 +105,7 @@ class Settings:
         return Activation(value)
 
     def classes(self) -> int:
+        """How many classes there are. Raises SpecError naming the key."""
         labels = self.values.get("id2label")
         if labels is None:
             return self.whole("num_labels", 2)
@@ -120,6 +125,7 @@ def read_labels(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def write_labels(names: Sequence[str]) -> dict[str, Any]:
+    """The classes' names as a configuration has them."""
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
@@ -162,7 +168,7 @@ def read_config(config: Mapping[str, Any], head: Head) -> ModelSpec:
     family, given = read_family(config), Settings(config)
     given.only("pruned_heads", {})
     classes = given.classes() if head is Head.CLASSIFY else 0
-    size = {
+    size: dict[str, Any] = {
         "family": family,
         "layers": given.whole("num_hidden_layers"),
         "width": given.whole("hidden_size"),
@@ -189,7 +195,7 @@ def read_config(config: Mapping[str, Any], head: Head) -> ModelSpec:
             position_offset=2,
             embed_width=None if narrow in (None, size["width"]) else given.whole("word_embed_proj_dim"),
         )
-    encoder = {
+    encoder: dict[str, Any] = {
         "hidden": given.whole("intermediate_size"),
         "activation": given.activation("hidden_act", "gelu", head),
         "norm_eps": given.number("layer_norm_eps", 1e-12),

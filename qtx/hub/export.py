@@ -94,7 +94,13 @@ def find_import(checkpoint: Checkpoint) -> dict[str, Any]:
         sound = sound and {*hub["tied"].values()} <= {*hub["names"]} == {*checkpoint.params}
     except (SpecError, KeyError, TypeError, AttributeError):
         return {}
-    loose = {"dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.02, "init_output_scaled": False}  # of training
+    # of training
+    loose: dict[str, Any] = {
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_std": 0.02,
+        "init_output_scaled": False,
+    }
     sound = sound and replace(same, **loose) == replace(spec, **loose)
     return hub if sound else {}
 
@@ -131,19 +137,25 @@ def find_labels(checkpoint: Checkpoint) -> list[str] | None:
 
 
 def find_common_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype, in NumPy's words, that holds every parameter."""
     return str(np.result_type(*checkpoint.params.values()))
 
 
 def name_dtype(value: np.ndarray) -> str:
+    """An array's dtype in the words of safetensors."""
     return next(name for name, dtype in DTYPES.items() if dtype == str(value.dtype))
 
 
-def encode_json(value: Any) -> bytes:
+def encode_json(value: object) -> bytes:
+    """A JSON value as the text of a file."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def find_special_ids(tokenizer: str | None) -> dict[str, int | None]:
-    """Ids of pad, cls and sep among a tokenizer's added tokens; None where there is none."""
+    """Ids of pad, cls and sep among a tokenizer's added tokens; None where there is none.
+
+    Raises FileError where the text is no tokenizer.json.
+    """
     try:
         ids = {token["content"]: token["id"] for token in json.loads(tokenizer or "{}").get("added_tokens", [])}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

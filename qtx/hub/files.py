@@ -109,6 +109,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def explain_pickle(name: str) -> str:
+    """Why a file is not opened, and what to do instead."""
     return (
         f"{name} is a pickle, which can run code and is never opened here; where you trust it, load it with "
         "transformers' from_pretrained and write it anew with save_pretrained(FOLDER), which writes safetensors"
@@ -116,7 +117,10 @@ def explain_pickle(name: str) -> str:
 
 
 def read_shards(index: Path) -> dict[str, Stored]:
-    """The tensors of all shards; each must be in the shard that the index names, and in no other."""
+    """The tensors of all shards; each must be in the shard that the index names, and in no other.
+
+    Raises FileError for an index that is wrong.
+    """
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise FileError(f"{index}: weight_map must be an object of file names by tensor")
@@ -178,7 +182,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of JSON in which no key stands twice."""
+    """An object of JSON in which no key stands twice. Raises FileError naming one that does."""
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from qtx_ref.spec import Family, ModelSpec
 
@@ -32,7 +33,7 @@ def check_tokenizer(folder: Path, spec: ModelSpec, tokenizer_json: str) -> int |
     content, config = read_json(folder / TOKENIZER), read_optional(folder / TOKENIZER_CONFIG)
     path = folder / TOKENIZER_CONFIG
 
-    def refuse(key: str, why: str) -> None:
+    def refuse(key: str, why: str) -> NoReturn:
         raise FileError(f"{path}: {key} is {shorten(config.get(key))}: {why}")
 
     kind = config.get("tokenizer_class") or ""

@@ -153,7 +153,10 @@ def training(weight_bits: int, activation_bits: int) -> Parts:
 
 
 def paper(family: Family, spec: ModelSpec) -> Recipe:
-    """The published simulator site by site (BERT, OPT); for ViT, which has no published code, the paper's text."""
+    """The published simulator site by site (BERT, OPT); for ViT, which has no published code, the paper's text.
+
+    Raises SpecError for a model of another family.
+    """
     if family is not spec.family:
         raise SpecError(f"recipe paper-{family} for a model of family {spec.family}: use paper-{spec.family}")
     if family is Family.VIT:
@@ -247,7 +250,10 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
 
 
 def training_recipe(name: str, spec: ModelSpec) -> Recipe:
-    """The recipe of `--train-quant`: `w8a8` stands for `train-w8a8`, quantized matmuls with dynamic ranges."""
+    """The recipe of `--train-quant`: `w8a8` stands for `train-w8a8`, quantized matmuls with dynamic ranges.
+
+    Raises SpecError as `recipe`, and for one that rewrites weights.
+    """
     chosen = recipe(f"train-{name}" if re.fullmatch(r"w\d+a\d+", name) else name, spec)
     if chosen.transforms or chosen.rewrite:
         raise SpecError(f"recipe {chosen.name} rewrites weights, which training moves: train without it, then quantize")

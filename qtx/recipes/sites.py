@@ -28,6 +28,7 @@ class Sites:
 
     @property
     def all(self) -> tuple[str, ...]:
+        """Results, then operands, then weights."""
         return self.results + self.operands + self.weights
 
 
@@ -39,14 +40,17 @@ class RecordShapes(Float):
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {"results": {}, "operands": {}, "weights": {}}
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
+        """Records what an op takes in."""
         self.shapes["operands"][site] = x.shape
         return x
 
     def weight(self, site: str, w: Var) -> Var:
+        """Records a parameter where it is used."""
         self.shapes["weights"][site] = w.shape
         return w
 
     def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
+        """Records a result."""
         self.shapes["results"][site] = y.shape
         return y
 

@@ -125,7 +125,7 @@ def draw_intervals(panel: Axes, rows: Mapping[str, Row]) -> None:
             words = "failed" if row["runs_as"] == "failed" else "not finite"
             panel.text(0, place, f" {words}", fontsize=8, va="center", color=GRAY)
             continue
-        if None not in (row["low"], row["high"]):
+        if row["low"] is not None and row["high"] is not None:
             panel.plot([row["low"], row["high"]], [place, place], color=color, linewidth=1.8)
         panel.plot(row["difference"], place, marker, color=color, markersize=5)
 
