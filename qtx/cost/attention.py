@@ -29,15 +29,15 @@ DEFAULT = "vanilla,clipped,head,gated,mlp,all_features,elementwise"
 UNFUSED = "vanilla, no fused kernel"
 
 
-def parameters(spec: ModelSpec) -> int:
+def count_parameters(spec: ModelSpec) -> int:
     """How many numbers a model's parameters are."""
     return sum(prod(shape) for shape in shapes(spec).values())
 
 
-def added_parameters(spec: ModelSpec, name: str) -> tuple[int, float]:
+def count_added_parameters(spec: ModelSpec, name: str) -> tuple[int, float]:
     """How many an attention adds to the vanilla model of the same shape, and in percent of it."""
-    vanilla = parameters(replace(spec, attention=AttentionSpec()))
-    added = parameters(replace(spec, attention=attention(name))) - vanilla
+    vanilla = count_parameters(replace(spec, attention=AttentionSpec()))
+    added = count_parameters(replace(spec, attention=attention(name))) - vanilla
     return added, 100 * added / vanilla
 
 
@@ -85,7 +85,7 @@ def attention_cost(
     rows = []
     for cell in cells:
         for name, text in variants.items():
-            added, share = added_parameters(spec, text)
+            added, share = count_added_parameters(spec, text)
             row = {
                 "attention": name,
                 "cell": cell,

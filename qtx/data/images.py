@@ -17,6 +17,7 @@ from qtx_ref.spec import ModelSpec
 from qtx_ref.spec.base import is_number
 
 from ..engines.backend import need
+from ..engines.protocols import Batch
 from .reading import open_regular
 from .rows import join_names, shorten
 from .splits import (
@@ -35,7 +36,6 @@ from .walking import list_files
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Batch = dict[str, np.ndarray]
 PIXEL_MAX = 16  # of the digits: a pixel counts the dark ones of a 4x4 block
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # whatever the ending says; Pillow knows some that run code

@@ -15,6 +15,7 @@ import numpy as np
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, ModelSpec
 
+from ..engines.protocols import Batch
 from .corpus import BOOKS, read_books
 from .rows import (
     Row,
@@ -36,7 +37,6 @@ from .splits import (
 )
 from .tokenizing import open_tokenizer, read_bundled_tokenizer, read_tokenizer
 
-Batch = dict[str, np.ndarray]
 LENGTH = 128  # tokens of a text with [CLS] and [SEP], unless said otherwise
 MULTIPLE = 8  # a batch is as long as its longest text, rounded up to this
 PARAGRAPH = 200  # characters of the shortest paragraph of a book

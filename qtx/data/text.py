@@ -16,6 +16,7 @@ import numpy as np
 from qtx_ref.random import stream
 from qtx_ref.spec import Head, ModelSpec
 
+from ..engines.protocols import Batch
 from .splits import (
     SPLITS,
     DataError,
@@ -24,8 +25,6 @@ from .splits import (
     digest,
     fingerprint,
 )
-
-Batch = dict[str, np.ndarray]
 
 # Devlin et al. 2019, section 3.1: 15% of the tokens are predicted; of these 80% are hidden, 10% replaced, 10% kept
 CHOSEN, HIDDEN, REPLACED = 0.15, 0.8, 0.1

@@ -110,16 +110,17 @@ def make_artifact(
         "recipe": sha_of_json(to_dict(recipe)),
         "calibration": sha_of_json(list(calibration)),
     }
-    known: dict[str, Any] = checkpoint.meta
-    kept = {key: known[key] for key in ("data", "images", "tokenizer", "trained_on") if key in known}
+    meta = checkpoint.meta
+    kept: dict[str, Any] = {key: meta[key] for key in ("data", "images", "tokenizer", "trained_on") if key in meta}
     if items := kept.get("data", {}).get("hashes"):  # what an evaluation must not meet, in short
-        train: list[str] = [h[:SHORT] for h in items.get("train", [])]
-        kept["data"] = {**kept["data"], "hashes": {"train": train}}
-    meta = {"qtx": __version__, "hashes": hashes, "calibration": [h[:SHORT] for h in calibration], **kept}
-    return Artifact(spec, recipe, profile, nonlinear, constants, meta)
+        train: list[str] = [h[:SHORT] for h in items.get("train", ())]
+        data: dict[str, Any] = kept["data"]
+        kept["data"] = {**data, "hashes": {"train": train}}
+    about = {"qtx": __version__, "hashes": hashes, "calibration": [h[:SHORT] for h in calibration], **kept}
+    return Artifact(spec, recipe, profile, nonlinear, constants, about)
 
 
-def sha_of_json(value: Any) -> str:
+def sha_of_json(value: object) -> str:
     """The sha256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

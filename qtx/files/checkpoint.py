@@ -52,7 +52,7 @@ class Checkpoint:
     metrics)."""
 
     spec: ModelSpec
-    params: dict[str, np.ndarray]
+    params: Mapping[str, np.ndarray]
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     recipe: Recipe | None = None
     ranges: dict[str, Range] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes the file. Raises FileError where a parameter is not finite, naming it; an old file stays."""
-    tensors = checkpoint.params | checkpoint.extra
+    tensors = {**checkpoint.params, **checkpoint.extra}
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise FileError(f"{path}: tensor {name} holds NaN or infinity; not saved")

@@ -134,7 +134,7 @@ def test_added_parameters():
     layer = 4 * (768**2 + 768) + 2 * 2 * 768 + 2 * 768 * 3072 + 3072 + 768
     whole = 31036 * 768 + 1536 + 12 * layer + 768**2 + 768 + 1536 + 30522
     for name, per_layer in by_hand.items():
-        assert attention_cost.added_parameters(spec, name) == (12 * per_layer, 100 * 12 * per_layer / whole), name
+        assert attention_cost.count_added_parameters(spec, name) == (12 * per_layer, 100 * 12 * per_layer / whole), name
 
 
 def first(spec):
