@@ -23,6 +23,7 @@ from .rows import join_names, shorten
 from .splits import (
     SHORT,
     SPLITS,
+    ClassifiedItems,
     DataError,
     check_batch,
     check_split,
@@ -47,7 +48,7 @@ LONGEST = 2**15  # pixels of a side that a model asks for
 MODES = {1: "L", 3: "RGB"}
 
 
-class ImageData:
+class ImageData(ClassifiedItems):
     """Images, shuffled once by `seed` and divided 80/10/10; pixels scaled to [-1, 1], or by a mean and a deviation.
 
     `dropped` counts images left out because an earlier one is equal.
@@ -82,16 +83,6 @@ class ImageData:
         self.labels = labels.astype(np.int64)  # (N,)
         self.classes = len(names) if names is not None else int(labels.max()) + 1
         self.names = None if names is None else tuple(names)
-
-    def hashes(self, split: str) -> list[str]:
-        """The sha256 of each of the split's images, in order."""
-        check_split(split)
-        return [self._hashes[row] for row in self._rows[split]]
-
-    def labels_of(self, split: str) -> np.ndarray:
-        """The class of each of the split's images, in order."""
-        check_split(split)
-        return self.labels[self._rows[split]]
 
     def fingerprint(self, split: str) -> str:
         """One sha256 for the whole split."""

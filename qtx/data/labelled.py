@@ -28,6 +28,7 @@ from .rows import (
 from .splits import (
     SHORT,
     SPLITS,
+    ClassifiedItems,
     DataError,
     check_batch,
     check_split,
@@ -42,7 +43,7 @@ MULTIPLE = 8  # a batch is as long as its longest text, rounded up to this
 PARAGRAPH = 200  # characters of the shortest paragraph of a book
 
 
-class LabelledText:
+class LabelledText(ClassifiedItems):
     """Labelled texts as token ids. `dropped` counts rows left out because an earlier one has the same text."""
 
     def __init__(
@@ -72,21 +73,11 @@ class LabelledText:
         encoded = tokenizer.encode_batch([row.text for row in rows], add_special_tokens=False)
         self._ids = [np.array(words.ids[: length - 2], np.int64) for words in encoded]
         self._sizes = np.array([len(ids) for ids in self._ids])
-        self._labels = np.array([place[row.label] for row in rows], np.int64)
+        self.labels = np.array([place[row.label] for row in rows], np.int64)
         self._hashes = [digest(row.text.encode())[:SHORT] for row in rows]
         splits = np.array([row.split for row in rows])
         order = stream(seed, "labelled", "order").permutation(len(rows))  # files are often sorted by label
         self._rows = {split: order[splits[order] == split] for split in SPLITS}
-
-    def hashes(self, split: str) -> list[str]:
-        """The sha256 of each of the split's texts, its first 16 digits, in order."""
-        check_split(split)
-        return [self._hashes[row] for row in self._rows[split]]
-
-    def labels_of(self, split: str) -> np.ndarray:
-        """The class of each of the split's texts, in order."""
-        check_split(split)
-        return self._labels[self._rows[split]]
 
     def fingerprint(self, split: str) -> str:
         """One sha256 for the whole split, labels included."""
@@ -158,7 +149,7 @@ class LabelledText:
         for line, text in zip(tokens, texts, strict=True):
             line[: len(text) + 2] = [self.specials.cls, *text, self.specials.sep]
         mask = np.arange(width) < size[:, None]
-        return {"tokens": tokens, "mask": mask, "types": np.zeros_like(tokens), "labels": self._labels[rows]}
+        return {"tokens": tokens, "mask": mask, "types": np.zeros_like(tokens), "labels": self.labels[rows]}
 
 
 def name_classes(source: str, rows: Sequence[Row], known: Sequence[str] | None) -> tuple[str, ...]:

@@ -56,6 +56,24 @@ def check_batch(batch_size: int, available: int, what: str) -> None:
         raise DataError(f"{available} {what} do not fill one batch of {batch_size}: give more data or a smaller batch")
 
 
+class ClassifiedItems:
+    """Items of which each has a hash and a class, in three splits."""
+
+    labels: np.ndarray  # (N,) int64
+    _hashes: list[str]  # of all N
+    _rows: dict[str, np.ndarray]  # of each split, in its order
+
+    def hashes(self, split: str) -> list[str]:
+        """The sha256 of each of the split's items, or its first 16 digits, in order. Raises DataError for another split."""
+        check_split(split)
+        return [self._hashes[row] for row in self._rows[split]]
+
+    def labels_of(self, split: str) -> np.ndarray:
+        """The class of each of the split's items, in order, int64. Raises DataError for another split."""
+        check_split(split)
+        return self.labels[self._rows[split]]
+
+
 def iterate_passes(
     rows: np.ndarray, batch_size: int, seed: int, start: int, sizes: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from .container import COMPARISON, STUDY, FileError, read_sealed_json
 
@@ -27,8 +27,45 @@ RUN = {
 }
 
 
-def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> dict[str, Any]:
-    """What `qtx ptq` wrote: `of`, `rows` by recipe, `sensitivity`. Raises FileError where a value that is shown or
+class Measurement(TypedDict):
+    """A pass over the evaluation data. A number that is not finite is None."""
+
+    value: float | None  # accuracy in percent, or perplexity
+    loss: float | None  # nats
+    difference: float | None  # to float: points of accuracy, or percent of perplexity
+    low: float | None  # ends of its interval
+    high: float | None
+    ms: float | None  # of a sequence
+
+
+class RecipeRow(Measurement, total=False):
+    """A recipe's row of ptq.json: `runs_as`, `bytes` and `worst` always."""
+
+    runs_as: str  # one of RUNS_AS
+    bytes: int | None
+    worst: list[tuple[str, float]]  # sites and their errors
+    simulated: Measurement  # where the row's own is of integers
+    prepare_seconds: float
+    why: str  # it was not measured in integers
+
+
+class SiteRow(Measurement):
+    """What quantizing one site alone costs."""
+
+    site: str
+
+
+class Comparison(TypedDict):
+    """What `qtx ptq` writes."""
+
+    of: dict[str, Any]  # what was compared
+    metric: str
+    rows: dict[str, RecipeRow]  # by recipe
+    sensitivity: dict[str, list[SiteRow]]  # by recipe
+
+
+def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> Comparison:
+    """What `qtx ptq` wrote. Raises FileError where a value that is shown or
     gone on with is not of its kind, or a row is of a recipe other than `recipes` and float."""
 
     def check(content: dict[str, Any]) -> None:
@@ -45,7 +82,7 @@ def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> dict[s
             for entry in sites:
                 expect_all(path, f"sensitivity.{name}", entry, {"site": "a text"} | MEASURED)
 
-    return read_sealed_json(path, COMPARISON, check)
+    return cast(Comparison, read_sealed_json(path, COMPARISON, check))
 
 
 def check_row(path: Path, where: str, row: Any) -> None:
