@@ -102,7 +102,7 @@ def test_artifact_is_evaluated_and_shown(name: str) -> None:
 @pytest.mark.parametrize("backend", ["ref", "torch"])
 def test_vectors_hold(backend: str) -> None:
     found = values("vectors", "opt.qtx", "--check", "opt.vectors.safetensors", "--backend", backend)
-    assert found == {"tensors": EXPECTED["vectors"], "differ": []}
+    assert found == {"format": "qtx-result", "tensors": EXPECTED["vectors"], "differ": []}
 
 
 @pytest.mark.parametrize("path", CHECKPOINTS)

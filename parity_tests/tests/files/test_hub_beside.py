@@ -181,7 +181,7 @@ def test_a_descendant_keeps_its_tokenizer_s_settings(theirs, tmp_path):
     checkpoint = import_model(theirs)
     save_checkpoint(tmp_path / "m.safetensors", checkpoint)
     origin = open_origin(tmp_path / "m.safetensors")
-    changed = replace(checkpoint, meta={"tokenizer": checkpoint.meta["tokenizer"], **origin.kept()})
+    changed = replace(checkpoint, meta={"tokenizer": checkpoint.meta["tokenizer"], **origin.describe()})
     save_checkpoint(tmp_path / "n.safetensors", changed)
     export_model(tmp_path, load_checkpoint(tmp_path / "n.safetensors"), tmp_path / "out")
     before, after = read_all(theirs), read_all(tmp_path / "out")
