@@ -15,9 +15,8 @@ from safetensors.numpy import load_file
 from parity_tests.tests.commands.test_cli import TRAIN
 from parity_tests.tests.shell import call, good
 from qtx.files import locks, writing
-from qtx.files.container import write_beside
 from qtx.files.locks import hold, make_scratch
-from qtx.files.writing import UNDER_WAY, WriteError, check_space
+from qtx.files.writing import UNDER_WAY, WriteError, check_space, write_whole
 from qtx.jobs import resume, training
 from qtx.jobs.run import checkpoint_bytes
 from qtx_ref.presets import preset
@@ -53,7 +52,7 @@ def wait_for(condition) -> None:
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, step):
     path = tmp_path / "a.json"
-    write_beside(path, b"old")
+    write_whole(path, b"old")
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -61,9 +60,9 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, ste
     with monkeypatch.context() as patch:
         patch.setattr(writing.os, step, full)
         with pytest.raises(WriteError, match=r"a\.json cannot be written \(No space left on device\): make room"):
-            write_beside(path, b"new")
+            write_whole(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]
-    write_beside(path, b"new")
+    write_whole(path, b"new")
     assert path.read_bytes() == b"new"
 
 
@@ -74,7 +73,7 @@ def test_a_file_that_grows_too_large_for_the_system(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, limits[1]))
     try:
         with pytest.raises(WriteError, match="File too large"):
-            write_beside(path, bytes(2**23))
+            write_whole(path, bytes(2**23))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not os.listdir(tmp_path)
@@ -83,12 +82,12 @@ def test_a_file_that_grows_too_large_for_the_system(tmp_path):
 def test_what_a_killed_process_left_is_replaced_and_what_a_living_one_writes_is_not(tmp_path):
     path = tmp_path / "a"
     stale(path)
-    write_beside(path, b"new")
+    write_whole(path, b"new")
     assert os.listdir(tmp_path) == ["a"]
     with open(stale(path), "rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(WriteError, match="another process is writing it"):
-            write_beside(path, b"newer")
+            write_whole(path, b"newer")
         assert path.read_bytes() == b"new"
 
 
@@ -96,7 +95,7 @@ def test_a_link_in_the_place_of_a_file_under_way_is_not_followed(tmp_path):
     (tmp_path / "mine").write_bytes(b"mine")
     (tmp_path / f".a{UNDER_WAY}").symlink_to(tmp_path / "mine")
     with pytest.raises(WriteError):
-        write_beside(tmp_path / "a", b"new")
+        write_whole(tmp_path / "a", b"new")
     assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
@@ -110,7 +109,7 @@ def test_files_and_folders_are_put_on_the_disk_in_their_order(tmp_path, monkeypa
 
     monkeypatch.setattr(writing.os, "fsync", fsync)
     monkeypatch.setattr(writing.os, "replace", lambda *names: (steps.append("rename"), replace(*names)))
-    write_beside(tmp_path / "a", b"new")
+    write_whole(tmp_path / "a", b"new")
     assert steps == ["file", "rename", "folder"]
 
 
