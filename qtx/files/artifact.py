@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -49,6 +48,7 @@ from .container import (
     sha_of,
     write_sealed,
 )
+from .formats import JsonObject
 
 SUFFIX = ".qtx"
 PACKED_BITS = 4
@@ -63,7 +63,7 @@ class Artifact:
     profile: Profile
     nonlinear: Nonlinear
     constants: dict[str, np.ndarray]
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: JsonObject = field(default_factory=dict)
 
     @cached_property
     def quants(self) -> dict[str, QuantSpec]:
@@ -111,10 +111,10 @@ def make_artifact(
         "calibration": sha_of_json(list(calibration)),
     }
     meta = checkpoint.meta
-    kept: dict[str, Any] = {key: meta[key] for key in ("data", "images", "tokenizer", "trained_on") if key in meta}
+    kept: JsonObject = {key: meta[key] for key in ("data", "images", "tokenizer", "trained_on") if key in meta}
     if items := kept.get("data", {}).get("hashes"):  # what an evaluation must not meet, in short
         train: list[str] = [h[:SHORT] for h in items.get("train", ())]
-        data: dict[str, Any] = kept["data"]
+        data: JsonObject = kept["data"]
         kept["data"] = {**data, "hashes": {"train": train}}
     about = {"qtx": __version__, "hashes": hashes, "calibration": [h[:SHORT] for h in calibration], **kept}
     return Artifact(spec, recipe, profile, nonlinear, constants, about)
@@ -247,7 +247,7 @@ def find_gap(x: np.ndarray, y: np.ndarray) -> str:
     return str((high.view(np.uint64) - low.view(np.uint64)).max())  # modulo 2^64, and below it
 
 
-def compare_values(key: str, was: Any, now: Any) -> list[Difference]:
+def compare_values(key: str, was: object, now: object) -> list[Difference]:
     """Where two JSON values differ: by key, by place in lists of equal length, long ones shortened."""
     if isinstance(was, dict) and isinstance(now, dict):
         differences: list[Difference] = []

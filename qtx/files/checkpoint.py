@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,6 +38,7 @@ from .container import (
     tell_unsealed,
     write_sealed,
 )
+from .formats import JsonObject
 
 APART = ("optim.", "history.", "range.", "learned.", "transform.", "hub.")
 STATE = ("range.", "transform.")  # of these, what `Checkpoint` has fields for
@@ -56,7 +56,7 @@ class Checkpoint:
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     recipe: Recipe | None = None
     ranges: dict[str, Range] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: JsonObject = field(default_factory=dict)
     transforms: dict[str, InputTransform] = field(default_factory=dict)
 
 
@@ -168,7 +168,7 @@ def read_transforms(
         raise FileError(f"{path}: {error}") from None
 
 
-def read_spec(path: Path, header: Mapping[str, Any]) -> ModelSpec:
+def read_spec(path: Path, header: Mapping[str, object]) -> ModelSpec:
     """The model's spec. Raises FileError where the header lacks a key or has an unknown one, or the spec is none."""
     if missing := KEYS - header.keys():
         raise FileError(f"{path}: metadata lacks {sorted(missing)[0]!r}")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,7 @@ from .formats import (
     VERSION,
     CheckpointError,
     FileError,
+    JsonObject,
     check_file,
     check_replaceable,
     kind_of,
@@ -102,19 +103,19 @@ def write_beside(path: Path, content: bytes) -> None:
     write_whole(path, content)
 
 
-def write_tensors(path: Path, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(path: Path, header: Mapping[str, object], tensors: Mapping[str, np.ndarray]) -> None:
     """A file of tensors with its header."""
     whole = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     write_beside(path, save(whole, {"qtx": json.dumps(header)}))
 
 
-def write_sealed(path: Path, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write_sealed(path: Path, header: Mapping[str, object], tensors: Mapping[str, np.ndarray]) -> None:
     """The same with the sha256 that `check_seal` compares."""
     plain = json.loads(json.dumps(header))
     write_tensors(path, {**plain, "sha256": digest(plain, tensors)}, tensors)
 
 
-def write_sealed_json(path: Path, form: str, content: Mapping[str, Any]) -> None:
+def write_sealed_json(path: Path, form: str, content: Mapping[str, object]) -> None:
     """JSON values as a file of format `form`, which `read_sealed_json` reads back."""
     plain = json.loads(json.dumps({"format": form, **content}, allow_nan=False))
     write_beside(path, to_json({**plain, "sha256": digest(plain, {})}).encode())
@@ -127,7 +128,7 @@ def write_picture(path: Path, figure: Any) -> None:
     write_beside(path, content.getvalue())
 
 
-def to_json(content: Any) -> str:
+def to_json(content: object) -> str:
     """Text of JSON values, as every file of ours has them. Raises ValueError for a number that is not finite."""
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
@@ -136,7 +137,7 @@ def to_json(content: Any) -> str:
 
 
 @contextmanager
-def open_sealed(path: Path, form: str) -> Iterator[tuple[dict[str, Any], safe_open]]:
+def open_sealed(path: Path, form: str) -> Iterator[tuple[JsonObject, safe_open]]:
     """The header of a file of format `form`, and the file open for its tensors.
 
     Raises FileError: missing, empty, truncated, not of safetensors, of another format or version, a damaged header.
@@ -151,7 +152,7 @@ def open_sealed(path: Path, form: str) -> Iterator[tuple[dict[str, Any], safe_op
         raise FileError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
-def read_header(path: Path, form: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+def read_header(path: Path, form: str, metadata: Mapping[str, str] | None) -> JsonObject:
     """The JSON of a file's metadata. Raises FileError; of another of our formats, with what to do with it."""
     try:
         header = json.loads((metadata or {})["qtx"], parse_int=parse_whole)
@@ -166,7 +167,7 @@ def read_header(path: Path, form: str, metadata: Mapping[str, str] | None) -> di
     return header
 
 
-def read_sealed(path: Path, form: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_sealed(path: Path, form: str) -> tuple[JsonObject, dict[str, np.ndarray]]:
     """Header and tensors that `write_sealed` wrote. Raises FileError, also where anything has changed."""
     with open_sealed(path, form) as (header, file):
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
@@ -176,7 +177,7 @@ def read_sealed(path: Path, form: str) -> tuple[dict[str, Any], dict[str, np.nda
     return header, tensors
 
 
-def check_seal(path: Path, header: dict[str, Any], text: str, tensors: Mapping[str, np.ndarray]) -> None:
+def check_seal(path: Path, header: JsonObject, text: str, tensors: Mapping[str, np.ndarray]) -> None:
     """Takes the sha256 out of a header, whose text in the file is `text`. Raises FileError where it is not that of
     header and tensors."""
     seal = header.pop("sha256")
@@ -190,7 +191,7 @@ def tell_unsealed(path: Path) -> None:
     sys.stderr.write(f"note: {path} is from before files had a sha256: whether it has changed since cannot be told\n")
 
 
-def read_sealed_json(path: Path, form: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def read_sealed_json(path: Path, form: str, check: Callable[[JsonObject], None]) -> JsonObject:
     """The content that `write_sealed_json` wrote. Raises FileError: missing, no JSON, of another format, changed, or
     what `check` refuses. An object with neither format nor sha256, as results were, gets a note."""
     content = read_json(path)
@@ -237,7 +238,7 @@ def parse_real(text: str) -> float:
     return value
 
 
-def digest(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+def digest(header: Mapping[str, object], tensors: Mapping[str, np.ndarray]) -> str:
     """One sha256 over the header and every tensor's name, dtype, shape and bytes."""
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -252,16 +253,17 @@ def sha_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check_meta(path: Path, meta: Any) -> None:
-    """Raises FileError where a part of `meta` that a command reads has another type than qtx writes."""
+def check_meta(path: Path, given: object) -> None:
+    """Raises FileError where a part of a header's `meta` that a command reads has another type than qtx writes."""
 
-    def expect(name: str, value: Any, kind: str) -> None:
+    def expect(name: str, value: object, kind: str) -> None:
         if not KINDS[kind](value):
             raise FileError(f"{path}: metadata is damaged: {name} must be {kind}")
 
-    expect("meta", meta, "an object")
-    data = meta.get("data", {})
-    expect("meta.data", data, "an object")
+    expect("meta", given, "an object")
+    meta = cast(JsonObject, given)
+    expect("meta.data", meta.get("data", {}), "an object")
+    data: JsonObject = meta.get("data", {})
     for where, part in (("meta", meta), ("meta.data", data)):
         expect(f"{where}.hashes", hashes := part.get("hashes", {}), "an object")
         for name, value in hashes.items():
@@ -282,7 +284,7 @@ def check_meta(path: Path, meta: Any) -> None:
 
 DATA_KINDS = {"source": "a text", "tokenizer_sha256": "a text", "length": "a whole number", "names": "a list of texts"}
 PREPARED = ("resize", "resample", "crop")  # of `meta.images`, checked when pictures are read
-KINDS: dict[str, Callable[[Any], bool]] = {
+KINDS: dict[str, Callable[[object], bool]] = {
     "an object": lambda value: isinstance(value, dict),
     "a whole number": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "a text": lambda value: isinstance(value, str),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ..data.reading import check_regular
 
@@ -18,6 +19,7 @@ EARLIER = {  # and of results from before they had a format
     b'{\n "spec": {\n  "model": "': STUDY,
 }
 MARKED_BYTES = 512
+JsonObject = dict[str, Any]  # whose values are JSON's
 USES = {
     CHECKPOINT: "a checkpoint: make integers of it with qtx quantize CHECKPOINT --out MODEL.qtx",
     ARTIFACT: "an artifact: qtx evaluate, show, diff, vectors, generate and parity take it, named MODEL.qtx",

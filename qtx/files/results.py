@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 from .container import COMPARISON, STUDY, FileError, read_sealed_json
+from .formats import JsonObject
 
 LARGEST = 2**63  # of whole numbers
 RUNS_AS = ("float", "integers", "simulation", "failed")
@@ -58,7 +59,7 @@ class SiteRow(Measurement):
 class Comparison(TypedDict):
     """What `qtx ptq` writes."""
 
-    of: dict[str, Any]  # what was compared
+    of: JsonObject  # what was compared
     metric: str
     rows: dict[str, RecipeRow]  # by recipe
     sensitivity: dict[str, list[SiteRow]]  # by recipe
@@ -71,7 +72,7 @@ def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> Compar
     a row is of a recipe other than `recipes` and float.
     """
 
-    def check(content: dict[str, Any]) -> None:
+    def check(content: JsonObject) -> None:
         kinds = {"of": "an object", "metric": "a text", "rows": "an object", "sensitivity": "an object"}
         expect_all(path, "", content, kinds)
         if content["metric"] != metric:
@@ -88,19 +89,19 @@ def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> Compar
     return cast(Comparison, read_sealed_json(path, COMPARISON, check))
 
 
-def check_row(path: Path, where: str, row: Any) -> None:
+def check_row(path: Path, where: str, value: object) -> None:
     """Raises FileError where a recipe's row is not what `qtx ptq` makes."""
-    expect_all(path, where, row, ROW)
+    row = expect_all(path, where, value, ROW)
     if "simulated" in row:
         expect_all(path, f"{where}.simulated", row["simulated"], MEASURED)
     if "why" in row or row["runs_as"] == "failed":
         expect(path, f"{where}.why", row.get("why"), "a text")
 
 
-def read_study(path: Path) -> dict[str, Any]:
+def read_study(path: Path) -> JsonObject:
     """What `qtx study` wrote. Raises FileError where a value that is shown or gone on with is not of its kind."""
 
-    def check(content: dict[str, Any]) -> None:
+    def check(content: JsonObject) -> None:
         expect_all(path, "", content, {"spec": "an object", "runs": "an object"})
         for name, run in content["runs"].items():
             expect_all(path, f"runs.{name}", run, RUN)
@@ -112,43 +113,45 @@ def read_study(path: Path) -> dict[str, Any]:
     return read_sealed_json(path, STUDY, check)
 
 
-def expect_all(path: Path, where: str, value: Any, kinds: Mapping[str, str]) -> None:
-    """Raises FileError unless `value` is an object whose keys are of these kinds."""
+def expect_all(path: Path, where: str, value: object, kinds: Mapping[str, str]) -> JsonObject:
+    """The value, an object whose keys are of these kinds. Raises FileError unless it is one."""
     expect(path, where or "the file", value, "an object")
+    content = cast(JsonObject, value)
     for key, kind in kinds.items():
-        expect(path, f"{where}.{key}".removeprefix("."), value.get(key, MISSING), kind)
+        expect(path, f"{where}.{key}".removeprefix("."), content.get(key, MISSING), kind)
+    return content
 
 
-def expect(path: Path, where: str, value: Any, kind: str) -> None:
+def expect(path: Path, where: str, value: object, kind: str) -> None:
     """Raises FileError unless `value`, which stands at `where`, is of this kind, one of `KINDS`."""
     if not KINDS[kind](value):
         raise FileError(f"{path} is not what qtx wrote: {where} must be {kind}; remove it and measure again")
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> bool:
     """Whether a JSON value is a number that arithmetic can take."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: object) -> bool:
     """Whether a JSON value is a whole number that 64 bits hold."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
-def is_score(value: Any) -> bool:
+def is_score(value: object) -> bool:
     """Whether a JSON value is null, or an object whose numbers for the table are numbers or null."""
     return value is None or (
         isinstance(value, dict) and all(value.get(key) is None or is_finite(value[key]) for key in SCORES)
     )
 
 
-def is_error(value: Any) -> bool:
+def is_error(value: object) -> bool:
     """Whether a JSON value is a pair of a site and its error."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and is_finite(value[1])
 
 
 MISSING = object()
-KINDS: dict[str, Callable[[Any], bool]] = {
+KINDS: dict[str, Callable[[object], bool]] = {
     "an object": lambda value: isinstance(value, dict),
     "a list": lambda value: isinstance(value, list),
     "a text": lambda value: isinstance(value, str),

@@ -32,7 +32,7 @@ ARCHITECTURES: dict[Family, dict[str, Head]] = {
 }
 
 
-def find_head(family: Family, config: Mapping[str, Any], plain: Iterable[str], prefixed: bool) -> Head:
+def find_head(family: Family, config: Mapping[str, object], plain: Iterable[str], prefixed: bool) -> Head:
     """The head that the configuration names or, where it names none, the tensors show.
 
     Raises SpecError for a class of transformers that has no counterpart here.
@@ -83,7 +83,7 @@ class Settings:
             raise SpecError(f"{key} is {shorten(value)}: it must be true or false")
         return value
 
-    def only(self, key: str, allowed: Any) -> None:
+    def only(self, key: str, allowed: object) -> None:
         """Refuses another value than the one that the models here have."""
         value = self.values.get(key)
         if value is not None and (value != allowed or type(value) is not type(allowed)):
@@ -114,7 +114,7 @@ class Settings:
         return len(labels)
 
 
-def read_labels(config: Mapping[str, Any]) -> list[str] | None:
+def read_labels(config: Mapping[str, object]) -> list[str] | None:
     """The classes' names in order, where the configuration has some other than transformers' LABEL_0, LABEL_1, ..."""
     labels = config.get("id2label")
     if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(len(labels))}:
@@ -132,7 +132,7 @@ def write_labels(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def read_family(config: Mapping[str, Any]) -> Family:
+def read_family(config: Mapping[str, object]) -> Family:
     """The family. Raises SpecError for a model type that is not among them."""
     kind = config.get("model_type")
     if kind not in [str(family) for family in Family]:
@@ -163,7 +163,7 @@ def read_ties(config: Mapping[str, object]) -> bool:
     return config.get("tie_word_embeddings") is None or Settings(config).flag("tie_word_embeddings", True)
 
 
-def read_config(config: Mapping[str, Any], head: Head) -> ModelSpec:
+def read_config(config: Mapping[str, object], head: Head) -> ModelSpec:
     """The spec of a configuration. Raises SpecError for a wrong type and for what the models here do not do."""
     family, given = read_family(config), Settings(config)
     given.only("pruned_heads", {})

@@ -163,7 +163,7 @@ def find_special_ids(tokenizer: str | None) -> dict[str, int | None]:
     return {name: next((ids[word] for word in words if word in ids), None) for name, words in SAME_AS.items()}
 
 
-def collect_beside(checkpoint: Checkpoint, hub: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bytes]:
+def collect_beside(checkpoint: Checkpoint, hub: Mapping[str, Any], config: Mapping[str, object]) -> dict[str, bytes]:
     """The files beside the tensors, by name: as they were imported where nothing that they say has changed since.
 
     hub: of a model that still is what its configuration says, else empty. config: what is exported.
