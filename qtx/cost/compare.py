@@ -20,7 +20,6 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-import qtx
 from qtx_ref.spec import SpecError
 
 from ..engines.backend import MissingExtra, need
@@ -102,7 +101,7 @@ class Workers:
     def __init__(self, backend_name: str, device: str, threads: int) -> None:
         self.common = {"backend": backend_name, "device": device, "threads": threads}
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        here = str(Path(qtx.__file__).parent.parent)
+        here = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
         self.environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | dict.fromkeys(names, str(threads))
         self.environment["PYTHONPATH"] = paths
