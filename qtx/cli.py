@@ -287,7 +287,7 @@ def evaluate(
     label, total = f"evaluate {opened.numerics}", sum(1 for _ in evaluation())
     score = scores.evaluate(opened.scored, evaluation(), label, total)
     check_finite(str(checkpoint), score, opened.found.spec)
-    result = {"numerics": opened.numerics, **scores.as_json(score)}
+    result = {"numerics": opened.numerics, **scores.to_json_values(score)}
     rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
     note = opened.note
     say(table(["", str(checkpoint)], rows) + (f"\n{note}" if note else ""), json_path)

@@ -31,6 +31,7 @@ class Progress:
         self.draw("", end=True)
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        """So much more is done; `note` says how it stands."""
         self.done += count
         now = time.monotonic()
         if now - self.drawn >= (0.5 if self.terminal else 15):
@@ -38,6 +39,7 @@ class Progress:
             self.draw(note)
 
     def draw(self, note: str, end: bool = False) -> None:
+        """Writes the line, whenever it was last written."""
         if not self.total:
             return
         elapsed = time.monotonic() - self.began

@@ -57,9 +57,9 @@ def analyze(checkpoint, data, tokenizer, batches, out, backend_name, device, dty
     say("\n\n".join(f"{title}\n{body}" for title, body in tabulate(result)), json_path)
     if out is not None:
         written = outliers.draw_analysis(out, model, result, f"qtx analyze: {checkpoint}")
-        write_sealed_json(out / "analysis.json", ANALYSIS, result.as_json())
+        write_sealed_json(out / "analysis.json", ANALYSIS, result.to_json_values())
         say(f"\nwritten to {out}: {', '.join([*written, 'analysis.json'])}", json_path)
-    write_json(json_path, result.as_json())
+    write_json(json_path, result.to_json_values())
 
 
 def format_percent(share: float, digits: int = 1) -> str:

@@ -16,13 +16,13 @@ from ..files.artifact import (
     SUFFIX,
     Artifact,
     Size,
-    differences,
+    count_constant_bytes,
+    list_differences,
     load_artifact,
-    size,
-    stored_bytes,
+    measure_size,
 )
 from ..files.container import CheckpointError, check_writable
-from ..files.vectors import differing, inputs, load_vectors, run_vectors, save_vectors
+from ..files.vectors import list_differing, load_vectors, run_vectors, save_vectors, take_inputs
 from ..jobs.opening import describe_head, make_artifact_model, open_model
 from ..jobs.training import Machine
 from ..report.tables import table
@@ -44,7 +44,7 @@ def size_text(sizes: Size) -> str:
 def show(model, json_path):
     """Print an artifact's sites, scales and sizes."""
     artifact = load_artifact(model)
-    sizes, stored = size(model, artifact), stored_bytes(artifact)
+    sizes, stored = measure_size(model, artifact), count_constant_bytes(artifact)
     facts = [
         ["model", f"{artifact.spec.family}, {artifact.spec.layers} layers, width {artifact.spec.width}"],
         ["recipe", artifact.recipe.name],
@@ -111,7 +111,7 @@ def diff(first, second, json_path):
 
     Model, recipe, profile, origin and every constant. Exit status 1 if they differ.
     """
-    found = differences(load_artifact(first), load_artifact(second))
+    found = list_differences(load_artifact(first), load_artifact(second))
     if found:
         say(table(["differs", f"{first} and {second}"], [[d.where, d.what] for d in found]), json_path)
     say(f"{len(found)} difference(s)", json_path)
@@ -160,8 +160,8 @@ def vectors(model, data, tokenizer, out, check, count, strict, backend_name, dev
 
 def compare(expected: dict[str, np.ndarray], runner: Any, json_path: str | None) -> None:
     """Runs the vectors' inputs again. Exit status 1 if anything differs; the first in forward order is named."""
-    found = run_vectors(runner, inputs(expected))
-    wrong = differing(expected, found)
+    found = run_vectors(runner, take_inputs(expected))
+    wrong = list_differing(expected, found)
     say(f"{len(found)} tensors, {len(wrong)} differ" + (f", first {wrong[0]}" if wrong else ""), json_path)
     write_json(json_path, {"tensors": len(found), "differ": wrong})
     if wrong:

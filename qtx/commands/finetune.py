@@ -108,7 +108,7 @@ def finetune(
     total = sum(1 for _ in evaluation())
     score = scores.evaluate(machine.model(spec, made.params), evaluation(), "evaluate", total)
     loss = made.extra["history.loss"]
-    result = {"steps": len(loss), **scores.as_json(score)}
+    result = {"steps": len(loss), **scores.to_json_values(score)}
     rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
     say(table(["", str(path)], rows), json_path)
     write_json(

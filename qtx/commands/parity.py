@@ -19,7 +19,8 @@ from ..data import DataError
 from ..engines.backend import MissingDevice, MissingExtra
 from ..files.artifact import SUFFIX, Artifact
 from ..files.checkpoint import file_of
-from ..files.container import REPORT, CheckpointError, check_writable, sha_of, write_beside
+from ..files.container import CheckpointError, check_writable, sha_of, write_beside
+from ..files.formats import REPORT
 from ..jobs.opening import is_artifact, make_artifact_model, open_model
 from ..jobs.training import Machine
 from ..progress import Progress, clock

@@ -16,7 +16,7 @@ from ..data import splits
 from ..engines.backend import MissingExtra
 from ..files.checkpoint import file_of
 from ..files.container import CHECKPOINT as CHECKPOINT_FORMAT
-from ..files.container import COMPARISON, CheckpointError, check_writable, opened, sha_of
+from ..files.container import COMPARISON, CheckpointError, check_writable, open_sealed, sha_of
 from ..jobs.opening import open_checkpoint, open_data, refuse_transformed
 from ..jobs.ptq import CONFIDENCE, RESULTS, Comparison, PtqSpec, kept_name
 from ..jobs.training import Machine
@@ -111,7 +111,7 @@ def check_out(out: Path, resume: bool, kept: Sequence[str], sha256: str) -> None
     for name in kept:
         check_writable(out / name, CHECKPOINT_FORMAT)
         if (out / name).exists():
-            with opened(out / name, CHECKPOINT_FORMAT) as (header, _):
+            with open_sealed(out / name, CHECKPOINT_FORMAT) as (header, _):
                 if not resume or header.get("meta", {}).get("quantized_from") != sha256:
                     raise CheckpointError(f"{out / name} exists: choose another --out")
 

@@ -20,7 +20,7 @@ from qtx_ref.spec import (
     to_dict,
 )
 
-from ..files.artifact import SUFFIX, make_artifact, save_artifact, size
+from ..files.artifact import SUFFIX, make_artifact, measure_size, save_artifact
 from ..files.checkpoint import Checkpoint, file_of, save_checkpoint
 from ..files.container import CheckpointError, check_writable
 from ..jobs.opening import is_artifact, open_checkpoint, open_data, prepare_anew, refuse_transformed
@@ -83,7 +83,7 @@ def quantize(
             calibration,
         )
         save_artifact(out, made)
-        sizes = size(out, made)
+        sizes = measure_size(out, made)
         rest = f"profile {profile_name}, {size_text(sizes)}; see qtx show {out}"
         result |= {"profile": to_dict(meaning), "bytes": asdict(sizes)}
     else:

@@ -29,22 +29,28 @@ DEFAULT = "vanilla,clipped,head,gated,mlp,all_features,elementwise"
 UNFUSED = "vanilla, no fused kernel"
 
 
-def parameters(spec: ModelSpec) -> int:
+def count_parameters(spec: ModelSpec) -> int:
     """How many numbers a model's parameters are."""
     return sum(prod(shape) for shape in shapes(spec).values())
 
 
-def added_parameters(spec: ModelSpec, name: str) -> tuple[int, float]:
+def count_added_parameters(spec: ModelSpec, name: str) -> tuple[int, float]:
     """How many an attention adds to the vanilla model of the same shape, and in percent of it."""
-    vanilla = parameters(replace(spec, attention=AttentionSpec()))
-    added = parameters(replace(spec, attention=attention(name))) - vanilla
+    vanilla = count_parameters(replace(spec, attention=AttentionSpec()))
+    added = count_parameters(replace(spec, attention=attention(name))) - vanilla
     return added, 100 * added / vanilla
 
 
 def attention_cost(
-    workers: Workers, spec: ModelSpec, names: tuple[str, ...], sizes: list[tuple[int, int]], rounds: int, folder: Path, *,
+    workers: Workers,
+    spec: ModelSpec,
+    names: tuple[str, ...],
+    sizes: list[tuple[int, int]],
+    rounds: int,
+    folder: Path,
+    *,
     training: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Per attention and size: parameters added, and the median over rounds of the pass's ratio to vanilla's, which runs in
     the same rounds; of new parameters and random inputs, which the time does not depend on.
 
@@ -64,16 +70,29 @@ def attention_cost(
         cells[f"{size}x{length}"] = str(folder / f"{size}x{length}.inputs")
         write_batch(Path(cells[f"{size}x{length}"]), synthesize(spec, size, length))
     with Progress("attentions", len(variants) * len(cells) * (rounds + WARM) * (1 + training)) as bar:
-        result = workers.run("attentions", bar, spec=to_dict(spec), variants=variants, unfused=unfused, cells=cells,
-                             rounds=rounds, training=training)  # fmt: skip
+        result = workers.run(
+            "attentions",
+            bar,
+            spec=to_dict(spec),
+            variants=variants,
+            unfused=unfused,
+            cells=cells,
+            rounds=rounds,
+            training=training,
+        )
     if "error" in result:
         raise SpecError(f"the attentions could not be timed: {result['error']}")
     rows = []
     for cell in cells:
         for name, text in variants.items():
-            added, share = added_parameters(spec, text)
-            row = {"attention": name, "cell": cell, "parameters": added, "percent": share,
-                   "fused": attention(text).softmax is Softmax.PLAIN and name != UNFUSED and bool(unfused)}  # fmt: skip
+            added, share = count_added_parameters(spec, text)
+            row = {
+                "attention": name,
+                "cell": cell,
+                "parameters": added,
+                "percent": share,
+                "fused": attention(text).softmax is Softmax.PLAIN and name != UNFUSED and bool(unfused),
+            }
             for kind in ("forward", "step"):
                 if seconds := result[kind].get(cell):
                     base = np.array(seconds["vanilla"])

@@ -16,11 +16,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
-import qtx
 from qtx_ref.spec import SpecError
 
 from ..engines.backend import MissingExtra, need
@@ -65,7 +64,7 @@ def choose_engines(text: str, backend_name: str, device: str, note: Callable[[st
         if named:
             raise SpecError(f"--engines {named[0]} runs beside --backend torch --device cpu; leave it out")
         return ()
-    found = []
+    installed = []
     for name in named or ENGINES:
         try:
             for package in ENGINES[name]:
@@ -75,22 +74,22 @@ def choose_engines(text: str, backend_name: str, device: str, note: Callable[[st
                 raise
             note(str(error))
         else:
-            found.append(name)
-    return tuple(found)
+            installed.append(name)
+    return tuple(installed)
 
 
 def list_engine_variants(engines: tuple[str, ...], plain: Path, folder: Path) -> list[Variant]:
     """The rows of the engines; `plain` is the float checkpoint."""
-    found = []
+    variants = []
     if "onnxruntime" in engines:
         whole = folder / "model.onnx"
-        found.append(Variant("onnxruntime float32", "onnx", whole, plain))
+        variants.append(Variant("onnxruntime float32", "onnx", whole, plain))
         for how in ("dynamic", "static"):
             file = folder / f"model.{how}.onnx"
-            found.append(Variant(f"onnxruntime int8 {how}", f"onnx-{how}", file, whole))
+            variants.append(Variant(f"onnxruntime int8 {how}", f"onnx-{how}", file, whole))
     if "torch-dynamic" in engines:
-        found.append(Variant("torch int8 dynamic", "torch-dynamic", plain))
-    return found
+        variants.append(Variant("torch int8 dynamic", "torch-dynamic", plain))
+    return variants
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -102,7 +101,7 @@ class Workers:
     def __init__(self, backend_name: str, device: str, threads: int) -> None:
         self.common = {"backend": backend_name, "device": device, "threads": threads}
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        here = str(Path(qtx.__file__).parent.parent)
+        here = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
         self.environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | dict.fromkeys(names, str(threads))
         self.environment["PYTHONPATH"] = paths
@@ -125,34 +124,35 @@ class Workers:
                 process.kill()
 
             timer = threading.Timer(LIMIT, end)
-            found: dict[str, Any] = {}
+            given, said = cast(IO[str], process.stdin), cast(IO[str], process.stdout)  # pipes, as asked for
+            last: dict[str, Any] = {}  # line of its output
             try:
                 if bar is None:
                     timer.start()
                 with contextlib.suppress(BrokenPipeError):  # it ended before it had read its task
-                    process.stdin.write(json.dumps({"task": task, **self.common, **fields}) + "\n")
-                    process.stdin.flush()  # and stays open: its end would be the worker's
-                for line in process.stdout:
+                    given.write(json.dumps({"task": task, **self.common, **fields}) + "\n")
+                    given.flush()  # and stays open: its end would be the worker's
+                for line in said:
                     with contextlib.suppress(ValueError):  # a word of an engine's, or a line cut short
-                        found = json.loads(line)
-                    if bar is not None and "done" in found:
-                        bar.advance(found["done"])
+                        last = json.loads(line)
+                    if bar is not None and "done" in last:
+                        bar.advance(last["done"])
                 code = process.wait()
             finally:
                 timer.cancel()
                 process.kill()
                 process.wait()
-                for pipe in (process.stdin, process.stdout):
+                for pipe in (given, said):
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
             if late.is_set():
                 return {"error": f"did not end within {LIMIT} s"}
-            if "result" in found or "error" in found:
-                return found.get("result", {"error": found.get("error")})
+            if "result" in last or "error" in last:
+                return last.get("result", {"error": last.get("error")})
             return {"error": tell_end(code, errors)}
 
 
-def tell_end(code: int, errors: Any) -> str:
+def tell_end(code: int, errors: IO[bytes]) -> str:
     """How a process ended that said nothing itself."""
     if code < 0:
         return f"crashed (signal {-code})"
@@ -192,9 +192,13 @@ def find_fault(output: np.ndarray, truth: np.ndarray) -> str | None:
 
 
 def probe(
-    workers: Workers, variants: list[Variant], cells: list[Cell], folder: Path, masked: bool,
+    workers: Workers,
+    variants: list[Variant],
+    cells: list[Cell],
+    folder: Path,
+    masked: bool,
     calibration: list[Path],
-) -> None:  # fmt: skip
+) -> None:
     """Memory, error and kernels of every variant in every cell; float32 comes first. Findings go into the variants.
 
     Raises SpecError where float32 itself does not run.
@@ -207,8 +211,14 @@ def probe(
         for variant in variants:
             if variant.source is not None and variant.finding is None:
                 given = [str(path) for path in calibration]
-                made = workers.run("prepare", kind=variant.kind, source=str(variant.source), file=str(variant.file),
-                                   masked=masked, calibration=given)  # fmt: skip
+                made = workers.run(
+                    "prepare",
+                    kind=variant.kind,
+                    source=str(variant.source),
+                    file=str(variant.file),
+                    masked=masked,
+                    calibration=given,
+                )
                 variant.finding = made.get("error")
             if variant.finding is None:
                 variant.bytes = variant.file.stat().st_size
@@ -221,26 +231,34 @@ def probe(
 
 
 def probe_cell(
-    workers: Workers, variant: Variant, cell: Cell, folder: Path, rest: Mapping[str, int | None], *, last: bool,
-) -> None:  # fmt: skip
+    workers: Workers, variant: Variant, cell: Cell, folder: Path, rest: Mapping[str, int | None], *, last: bool
+) -> None:
     """One variant in one cell. Its answers to the cell's samples are compared with float32's."""
     truth, own = folder / f"{cell.name}.float32.npy", folder / f"{cell.name}.output.npy"
     right, answers = folder / f"{cell.name}.float32.answers.npy", folder / f"{cell.name}.answers.npy"
     output, answers = (own, answers) if truth.exists() else (truth, right)
     inputs, samples = cell_files(folder, cell)
-    result = workers.run("probe", kind=variant.kind, file=str(variant.file), cell=str(inputs), output=str(output),
-                         samples=[str(path) for path in samples], answers=str(answers), profile=last)  # fmt: skip
+    result = workers.run(
+        "probe",
+        kind=variant.kind,
+        file=str(variant.file),
+        cell=str(inputs),
+        output=str(output),
+        samples=[str(path) for path in samples],
+        answers=str(answers),
+        profile=last,
+    )
     if "error" in result:
         variant.finding = result["error"]
         return
-    found, expected = np.load(output), np.load(truth)
+    actual, expected = np.load(output), np.load(truth)
     idle = rest["onnx" if variant.kind.startswith("onnx") else "own"]
     peak, cuda = result.pop("peak"), workers.common["device"] != "cpu" and not variant.kind.startswith("onnx")
     memory = peak if cuda else None if None in (peak, idle) else peak - idle
     variant.cells[cell.name] = {"memory": memory}
-    variant.finding = find_fault(found, expected)
+    variant.finding = find_fault(actual, expected)
     if variant.finding is None:
-        error = compare(found, expected, cell.inputs.get("mask"))
+        error = compare(actual, expected, cell.inputs.get("mask"))
         variant.cells[cell.name] |= {"error": error}
         if cell.samples:
             share = agree(np.load(answers), np.load(right), cell.samples)
@@ -274,13 +292,16 @@ def measure(workers: Workers, variants: list[Variant], cells: list[Cell], folder
     names = [variant.name for variant in alive]
     with Progress("time", len(names) * len(cells) * (rounds + WARM)) as bar:
         result = workers.run(
-            "time", bar, rounds=rounds, variants={v.name: (v.kind, str(v.file)) for v in alive},
+            "time",
+            bar,
+            rounds=rounds,
+            variants={v.name: (v.kind, str(v.file)) for v in alive},
             cells={cell.name: (str(cell_files(folder, cell)[0]), names) for cell in cells},
-        )  # fmt: skip
+        )
     if "error" in result:
         raise SpecError(f"the timed run failed ({result['error']}); leave out an engine with --engines")
     for cell in cells:
-        found = result["seconds"][cell.name]
+        seconds = result["seconds"][cell.name]
         for variant in alive:
-            times = summarize(found[variant.name], found[names[0]], cell.batch, cell.batch * cell.length)
-            variant.cells[cell.name] |= times | {"seconds": found[variant.name]}
+            times = summarize(seconds[variant.name], seconds[names[0]], cell.batch, cell.batch * cell.length)
+            variant.cells[cell.name] |= times | {"seconds": seconds[variant.name]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -14,13 +13,13 @@ from qtx_ref.random import stream
 from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 
 from ..data.splits import BATCH
+from ..engines.protocols import Batch, Calibration
 from ..prepare.calibration import CALIBRATION_SEED
 from ..progress import Progress
 
 SEARCHED = 16  # evaluation batches looked through for sequences that are long enough
 SAMPLED = 256  # sequences or images on which answers are compared, at least, where the data have them
 INPUTS = ("tokens", "mask", "types", "images")
-Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Batch size and length, as `8x128`."""
         return f"{self.batch}x{self.length}"
 
     @property
@@ -59,20 +59,20 @@ def synthesize(spec: ModelSpec, size: int, length: int) -> Batch:
     return batch | {"targets": tokens}
 
 
-def make_cells(spec: ModelSpec, data: Any | None, sizes: Sequence[tuple[int, int]]) -> list[Cell]:
+def make_cells(spec: ModelSpec, data: Calibration | None, sizes: Sequence[tuple[int, int]]) -> list[Cell]:
     """A cell for each (batch size, length); of each length the largest batch has the samples, if there is a head."""
     widest = {length: max(size for size, other in sizes if other == length) for _, length in sizes}
     headed = spec.head is not Head.NONE
     return [make_cell(spec, data, size, length, sampled=headed and size == widest[length]) for size, length in sizes]
 
 
-def make_cell(spec: ModelSpec, data: Any | None, size: int, length: int, *, sampled: bool = False) -> Cell:
+def make_cell(spec: ModelSpec, data: Calibration | None, size: int, length: int, *, sampled: bool = False) -> Cell:
     """Evaluation data: sequences of at least `length` tokens cut there, then, where too few are as long, padded ones.
     Random inputs where there are no data, too few, or none as long. Samples are SAMPLED sequences or more in whole batches,
     or as many as the data have."""
     batches = -(-SAMPLED // size) if sampled else 0
     rows = read_rows(spec, data, size * max(batches, 1), length)
-    if len(rows) >= size and (spec.family is Family.VIT or reaches(rows[0], length)):
+    if len(rows) >= size and (spec.family is Family.VIT or reaches_length(rows[0], length)):
         whole = [stack(rows[i : i + size], length) for i in range(0, len(rows) - size + 1, size)]
         return Cell(size, length, whole[0], True, tuple(whole[:batches]))
     made = synthesize(spec, size * max(batches, 1), length)
@@ -82,20 +82,20 @@ def make_cell(spec: ModelSpec, data: Any | None, size: int, length: int, *, samp
     return Cell(size, length, whole[0], False, tuple(whole[:batches]))
 
 
-def read_rows(spec: ModelSpec, data: Any | None, size: int, length: int) -> list[Batch]:
+def read_rows(spec: ModelSpec, data: Calibration | None, size: int, length: int) -> list[Batch]:
     """Single sequences or images of the first evaluation batches; sequences that reach `length` come first."""
     if data is None:
         return []
     limit = SEARCHED + -(-size // BATCH)
-    rows = [
+    rows: list[Batch] = [
         {name: batch[name][i] for name in INPUTS if name in batch}
         for batch in data.split_batches("evaluation", spec, BATCH, 0, limit=limit)
         for i in range(len(next(iter(batch.values()))))
     ]
-    return rows if spec.family is Family.VIT else sorted(rows, key=lambda row: not reaches(row, length))
+    return rows if spec.family is Family.VIT else sorted(rows, key=lambda row: not reaches_length(row, length))
 
 
-def reaches(row: Batch, length: int) -> bool:
+def reaches_length(row: Batch, length: int) -> bool:
     """Whether a sequence has so many tokens."""
     return bool(row["mask"][length - 1 : length].any())
 
@@ -160,13 +160,14 @@ class Random:
         return iter([synthesize(spec, batch_size, self.length)])
 
     def hashes(self, split: str) -> list[str]:
+        """None: nothing that could be met again."""
         return []
 
 
 class Counted:
     """Data whose batches move a bar on."""
 
-    def __init__(self, data: Any, bar: Progress) -> None:
+    def __init__(self, data: Calibration, bar: Progress) -> None:
         self.data, self.bar = data, bar
         self.hashes = data.hashes
 
@@ -180,11 +181,13 @@ class Counted:
             self.bar.advance()
 
 
-def write_calibration(folder: Path, spec: ModelSpec, data: Any, limit: int, length: int, masked: bool) -> list[Path]:
+def write_calibration(
+    folder: Path, spec: ModelSpec, data: Calibration, limit: int, length: int, masked: bool
+) -> list[Path]:
     """Calibration batches for an engine's own tools, cut to `length`; without a mask, of full sequences alone."""
     paths = []
     for i, batch in enumerate(data.split_batches("calibration", spec, BATCH, CALIBRATION_SEED, limit=limit)):
-        kept = {name: batch[name] for name in INPUTS if name in batch}
+        kept: Batch = {name: batch[name] for name in INPUTS if name in batch}
         if "mask" in kept:
             kept = {name: value[:, :length] for name, value in kept.items()}
             kept = kept if masked else keep_full(kept)

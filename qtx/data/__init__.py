@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
 
 from qtx_ref.spec import Family, Head, ModelSpec
 
@@ -21,7 +18,6 @@ from .text import Section, TextData, unigram_perplexity
 __all__ = [
     "SPLITS",
     "DataError",
-    "Dataset",
     "ImageData",
     "LabelledText",
     "Section",
@@ -29,35 +25,6 @@ __all__ = [
     "load",
     "unigram_perplexity",
 ]
-
-
-class Dataset(Protocol):
-    """What `load` gives: items in the splits `SPLITS`, none in two, and the batches that a model takes of them.
-
-    A batch is NumPy arrays by name: tokens (B, T) int64, mask (B, T) bool, types and targets of text; images (B, C, S, S)
-    float32; labels (B,) int64 of a classifier's. `DataError` where the model does not fit.
-    """
-
-    source: str
-
-    def hashes(self, split: str) -> list[str]:
-        """The sha256 of each item of the split (or its first 16 digits), in order."""
-
-    def fingerprint(self, split: str) -> str:
-        """One sha256 for the whole split."""
-
-    def describe(self) -> dict[str, object]:
-        """What a checkpoint keeps of its data, as JSON values."""
-
-    def train_batches(
-        self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of the train split without end, from step `start` on; a batch depends on (seed, step) alone."""
-
-    def split_batches(
-        self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """The split once, in order, at most `limit` batches; the last may be smaller."""
 
 
 def load(

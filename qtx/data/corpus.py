@@ -89,7 +89,10 @@ def join_runs(parts: Sequence[str], gap: str, total: int) -> list[tuple[str, str
 
 
 def divide(parts: list[tuple[str, str]], source: str) -> tuple[list[Passage], int]:
-    """Parts with their splits, and how many were left out because an earlier part has the same text."""
+    """Parts with their splits, and how many were left out because an earlier part has the same text.
+
+    Raises DataError for fewer different parts than splits.
+    """
     unique: dict[str, str] = {}  # text -> title
     for title, text in parts:
         unique.setdefault(text, title)
@@ -108,6 +111,7 @@ def read_source(path: Path) -> tuple[list[Passage], int]:
     many duplicates were left out.
 
     A folder of three files or more is divided by files; otherwise the text is divided by chapters, or by blocks.
+    Raises DataError for what cannot be read, holds no text, or is too short to divide.
     """
     if path.is_dir():
         files = list_files(path, (".txt",))
@@ -181,15 +185,15 @@ def load_bundled_books() -> TextData:
 
 
 def load_text(source: str | None, tokenizer: Path | str | None, vocab: int | None, model_vocab: int) -> TextData:
-    """See `qtx.data.load`. `model_vocab` bounds a tokenizer trained here when `vocab` is not given."""
+    """See `qtx.data.load`, errors included. model_vocab: bounds a tokenizer trained here where `vocab` is not given."""
     if tokenizer is not None and vocab is not None:
         raise DataError(f"vocab {vocab} and a tokenizer exclude each other: give one")
     if source == "":
         raise DataError("data is '': give books, a text file or a folder of *.txt")
-    books = source in (None, "books")
+    books = source is None or source == "books"
     if books and vocab in (None, BUNDLED_VOCAB) and (tokenizer is None or tokenizer == read_bundled_tokenizer()):
         return load_bundled_books()
-    passages, dropped = (read_books(), 0) if books else read_source(Path(source))
+    passages, dropped = (read_books(), 0) if source is None or books else read_source(Path(source))
     if tokenizer is not None:
         tokenizer_json = tokenizer if isinstance(tokenizer, str) else read_tokenizer(tokenizer)
     else:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -17,10 +17,13 @@ from qtx_ref.spec import ModelSpec
 from qtx_ref.spec.base import is_number
 
 from ..engines.backend import need
+from ..engines.protocols import Batch
 from .reading import open_regular
 from .rows import join_names, shorten
 from .splits import (
+    SHORT,
     SPLITS,
+    ClassifiedItems,
     DataError,
     check_batch,
     check_split,
@@ -34,19 +37,10 @@ from .walking import list_files
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Batch = dict[str, np.ndarray]
 PIXEL_MAX = 16  # of the digits: a pixel counts the dark ones of a 4x4 block
-SHORT = 16  # hexadecimal digits of a picture's hash
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "BMP",
-    "GIF",
-    "WEBP",
-    "TIFF",
-    "PPM",
-)  # whatever the ending says; Pillow knows some that run code
+# whatever the ending says; Pillow knows some that run code
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 SPLIT_NAMES = (*SPLITS, "val", "valid", "validation", "test", "dev", "eval")
 PIXELS = 2**27  # of a picture while it is resized
 MOST = 1e30  # of a mean or deviation, which float32 still holds
@@ -54,7 +48,7 @@ LONGEST = 2**15  # pixels of a side that a model asks for
 MODES = {1: "L", 3: "RGB"}
 
 
-class ImageData:
+class ImageData(ClassifiedItems):
     """Images, shuffled once by `seed` and divided 80/10/10; pixels scaled to [-1, 1], or by a mean and a deviation.
 
     `dropped` counts images left out because an earlier one is equal.
@@ -90,21 +84,11 @@ class ImageData:
         self.classes = len(names) if names is not None else int(labels.max()) + 1
         self.names = None if names is None else tuple(names)
 
-    def hashes(self, split: str) -> list[str]:
-        """The sha256 of each of the split's images, in order."""
-        check_split(split)
-        return [self._hashes[row] for row in self._rows[split]]
-
-    def labels_of(self, split: str) -> np.ndarray:
-        """The class of each of the split's images, in order."""
-        check_split(split)
-        return self.labels[self._rows[split]]
-
     def fingerprint(self, split: str) -> str:
         """One sha256 for the whole split."""
         return fingerprint(self.hashes(split))
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, object]:
         """What a checkpoint keeps of its data, as JSON values: the seed makes the same splits again."""
         return {
             "kind": "images",
@@ -178,27 +162,46 @@ def read_preparation(spec: ModelSpec, given: Mapping[str, object] | None) -> Pre
     side = (spec.image_size, spec.image_size)
     if given is None:
         return Preparation(resize=side)
-    scales = {}
-    for key in ("mean", "std"):
-        values = given.get(key)
-        numbers = isinstance(values, (list, tuple)) and all(is_number(v) and abs(v) < MOST for v in values)
-        if not numbers or len(values) not in (1, spec.channels) or (key == "std" and not all(v > 0 for v in values)):
-            raise DataError(f"the model's pixel {key} is {shorten(values)}: give one number or one per channel")
-        scales[key] = tuple(values)
-    sides: dict[str, tuple[int, int] | int | None] = {}
-    for key in ("resize", "crop"):
-        value = given.get(key, list(side) if key == "resize" else None)
-        pair = isinstance(value, (list, tuple)) and len(value) == 2
-        lengths = value if pair else [] if value is None else [value] if key == "resize" else [0]
-        if not all(type(n) is int and 0 < n <= LONGEST for n in lengths):
-            raise DataError(f"the model's pictures have the {key} {shorten(value)}: give height and width")
-        sides[key] = tuple(value) if pair else value
     resample = given.get("resample", 2)
-    if type(resample) is not int or not 0 <= resample <= 5:
+    if not isinstance(resample, int) or isinstance(resample, bool) or not 0 <= resample <= 5:
         raise DataError(
             f"the model's pictures have the resample {shorten(resample)}: give the number of a filter, 0 to 5"
         )
-    return Preparation(scales["mean"], scales["std"], sides["resize"], resample, sides["crop"])
+    return Preparation(
+        mean=read_scales("mean", given.get("mean"), spec.channels),
+        std=read_scales("std", given.get("std"), spec.channels),
+        resize=read_sides("resize", given.get("resize", side)),
+        resample=resample,
+        crop=read_pair("crop", given.get("crop")),
+    )
+
+
+def read_scales(key: str, values: object, channels: int) -> tuple[float, ...]:
+    """Means or deviations of pixels, one or one a channel. Raises DataError where they are none."""
+    if isinstance(values, (list, tuple)) and len(values) in (1, channels):
+        numbers = all(is_number(v) and abs(v) < MOST for v in values)
+        if numbers and (key != "std" or all(v > 0 for v in values)):
+            return tuple(values)
+    raise DataError(f"the model's pixel {key} is {shorten(values)}: give one number or one per channel")
+
+
+def read_sides(key: str, value: object) -> tuple[int, int] | int | None:
+    """Height and width in pixels, the length of the shorter side, or None. Raises DataError where it is none of these."""
+    return value if is_length(value) else read_pair(key, value)
+
+
+def read_pair(key: str, value: object) -> tuple[int, int] | None:
+    """Height and width in pixels, or None. Raises DataError where it is neither."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)) and len(value) == 2 and is_length(value[0]) and is_length(value[1]):
+        return value[0], value[1]
+    raise DataError(f"the model's pictures have the {key} {shorten(value)}: give height and width")
+
+
+def is_length(value: object) -> TypeGuard[int]:
+    """Whether a value is a number of pixels that a side may have."""
+    return type(value) is int and 0 < value <= LONGEST
 
 
 def load_folder(

@@ -15,6 +15,7 @@ import numpy as np
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, ModelSpec
 
+from ..engines.protocols import Batch
 from .corpus import BOOKS, read_books
 from .rows import (
     Row,
@@ -25,7 +26,9 @@ from .rows import (
     shorten,
 )
 from .splits import (
+    SHORT,
     SPLITS,
+    ClassifiedItems,
     DataError,
     check_batch,
     check_split,
@@ -35,14 +38,12 @@ from .splits import (
 )
 from .tokenizing import open_tokenizer, read_bundled_tokenizer, read_tokenizer
 
-Batch = dict[str, np.ndarray]
 LENGTH = 128  # tokens of a text with [CLS] and [SEP], unless said otherwise
 MULTIPLE = 8  # a batch is as long as its longest text, rounded up to this
-SHORT = 16  # hexadecimal digits of a text's hash
 PARAGRAPH = 200  # characters of the shortest paragraph of a book
 
 
-class LabelledText:
+class LabelledText(ClassifiedItems):
     """Labelled texts as token ids. `dropped` counts rows left out because an earlier one has the same text."""
 
     def __init__(
@@ -72,28 +73,18 @@ class LabelledText:
         encoded = tokenizer.encode_batch([row.text for row in rows], add_special_tokens=False)
         self._ids = [np.array(words.ids[: length - 2], np.int64) for words in encoded]
         self._sizes = np.array([len(ids) for ids in self._ids])
-        self._labels = np.array([place[row.label] for row in rows], np.int64)
+        self.labels = np.array([place[row.label] for row in rows], np.int64)
         self._hashes = [digest(row.text.encode())[:SHORT] for row in rows]
         splits = np.array([row.split for row in rows])
         order = stream(seed, "labelled", "order").permutation(len(rows))  # files are often sorted by label
         self._rows = {split: order[splits[order] == split] for split in SPLITS}
-
-    def hashes(self, split: str) -> list[str]:
-        """The sha256 of each of the split's texts, its first 16 digits, in order."""
-        check_split(split)
-        return [self._hashes[row] for row in self._rows[split]]
-
-    def labels_of(self, split: str) -> np.ndarray:
-        """The class of each of the split's texts, in order."""
-        check_split(split)
-        return self._labels[self._rows[split]]
 
     def fingerprint(self, split: str) -> str:
         """One sha256 for the whole split, labels included."""
         labels = [self.names[label] for label in self.labels_of(split)]
         return fingerprint([f"{text} {label}" for text, label in zip(self.hashes(split), labels, strict=True)])
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, object]:
         """What a checkpoint keeps of its data, as JSON values: enough to open it again with the same classes."""
         return {
             "kind": "labelled",
@@ -138,7 +129,7 @@ class LabelledText:
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
     ) -> Iterator[Batch]:
         """The split once, in an order drawn when the data were loaded, so that its first batches have every class; at most
-        `limit` batches, the last may be smaller. Nothing is drawn from `seed`."""
+        `limit` batches, the last may be smaller. Nothing is drawn from `seed`. Raises DataError as `check`."""
         longest = self.check(spec)
         check_split(split)
         rows = self._rows[split]
@@ -158,7 +149,7 @@ class LabelledText:
         for line, text in zip(tokens, texts, strict=True):
             line[: len(text) + 2] = [self.specials.cls, *text, self.specials.sep]
         mask = np.arange(width) < size[:, None]
-        return {"tokens": tokens, "mask": mask, "types": np.zeros_like(tokens), "labels": self._labels[rows]}
+        return {"tokens": tokens, "mask": mask, "types": np.zeros_like(tokens), "labels": self.labels[rows]}
 
 
 def name_classes(source: str, rows: Sequence[Row], known: Sequence[str] | None) -> tuple[str, ...]:

@@ -76,10 +76,11 @@ def read_rows(path: Path, labelled: bool = True) -> list[Row]:
     text = read_text(path)
     needed = KEYS[:2] if labelled else KEYS[:1]
     given = iterate_csv(path, text, needed) if path.suffix.lower() == ".csv" else iterate_json(path, text)
-    rows, ignored = [], {}
+    rows: list[Row] = []
+    ignored: set[str] = set()
     for where, values in given:
         rows.append(make_row(where, values, labelled))
-        ignored |= dict.fromkeys(values.keys() - {*needed, "split"})
+        ignored |= values.keys() - {*needed, "split"}
     if not rows:
         raise DataError(f"{path} has no rows: give {' and '.join(needed)}")
     if ignored:

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.random import stream
-from qtx_ref.spec import (
-    SpecError,
-)
+from qtx_ref.spec import SpecError
 
-SHORT = 16  # hexadecimal digits by which sections are told apart
+from ..engines.protocols import Calibration
+
+SHORT = 16  # hexadecimal digits by which sections, texts and pictures are told apart
 BATCH = 16  # sequences or images of an evaluation or calibration batch
-
 SORTED = 16  # batches whose rows are sorted by size together
 SPLITS = ("train", "calibration", "evaluation")
 
@@ -57,6 +56,24 @@ def check_batch(batch_size: int, available: int, what: str) -> None:
         raise DataError(f"{available} {what} do not fill one batch of {batch_size}: give more data or a smaller batch")
 
 
+class ClassifiedItems:
+    """Items of which each has a hash and a class, in three splits."""
+
+    labels: np.ndarray  # (N,) int64
+    _hashes: list[str]  # of all N
+    _rows: dict[str, np.ndarray]  # of each split, in its order
+
+    def hashes(self, split: str) -> list[str]:
+        """The sha256 of each of the split's items, or its first 16 digits, in order. Raises DataError for another split."""
+        check_split(split)
+        return [self._hashes[row] for row in self._rows[split]]
+
+    def labels_of(self, split: str) -> np.ndarray:
+        """The class of each of the split's items, in order, int64. Raises DataError for another split."""
+        check_split(split)
+        return self.labels[self._rows[split]]
+
+
 def iterate_passes(
     rows: np.ndarray, batch_size: int, seed: int, start: int, sizes: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
@@ -88,15 +105,15 @@ def iterate_passes(
         step += 1
 
 
-def refuse_overlap(meta: Mapping[str, Any], data: Any, split: str) -> None:
+def refuse_overlap(meta: Mapping[str, Any], data: Calibration, split: str) -> None:
     """Raises SpecError where a section of `split` is among those that the model, or a model that it began with, was trained
     on, or that it was calibrated on."""
     hashes = meta.get("data", {}).get("hashes", {})
     known = {"train": hashes.get("train", []), "calibration": meta.get("calibration", hashes.get("calibration", []))}
     known["earlier train"] = meta.get("trained_on", [])
     for use in known:
-        seen = {known_hash[:SHORT] for known_hash in known[use]}
-        if use != split and (shared := seen & {found[:SHORT] for found in data.hashes(split)}):
+        own = {value[:SHORT] for value in known[use]}
+        if use != split and (shared := own & {value[:SHORT] for value in data.hashes(split)}):
             raise SpecError(
                 f"{len(shared)} section(s) of the {split} data are this model's {use} data (first hash "
                 f"{sorted(shared)[0][:12]}): give other data"

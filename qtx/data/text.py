@@ -16,6 +16,7 @@ import numpy as np
 from qtx_ref.random import stream
 from qtx_ref.spec import Head, ModelSpec
 
+from ..engines.protocols import Batch
 from .splits import (
     SPLITS,
     DataError,
@@ -24,8 +25,6 @@ from .splits import (
     digest,
     fingerprint,
 )
-
-Batch = dict[str, np.ndarray]
 
 # Devlin et al. 2019, section 3.1: 15% of the tokens are predicted; of these 80% are hidden, 10% replaced, 10% kept
 CHOSEN, HIDDEN, REPLACED = 0.15, 0.8, 0.1
@@ -218,13 +217,14 @@ class TextData:
 
         A row that has an ordinary token has at least one target.
         """
-        tokens = batch["tokens"]
+        tokens, hidden = batch["tokens"], self.specials.mask
+        assert hidden is not None  # as `check` has seen
         choice, fate, word = draws
         choice = np.where(self._special[tokens], 2.0, choice)
         least = choice == choice.min(1, keepdims=True)  # a target even where it is not below the rate
         chosen = ((choice < CHOSEN) | least) & (choice < 1)
         other = self._ordinary[(word * len(self._ordinary)).astype(np.int64)]
-        changed = np.where(fate < HIDDEN, self.specials.mask, np.where(fate < HIDDEN + REPLACED, other, tokens))
+        changed = np.where(fate < HIDDEN, hidden, np.where(fate < HIDDEN + REPLACED, other, tokens))
         return {**batch, "tokens": np.where(chosen, changed, tokens), "targets": np.where(chosen, tokens, -1)}
 
 

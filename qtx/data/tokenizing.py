@@ -30,13 +30,17 @@ class Encoding(Protocol):
 class Tokenizer(Protocol):
     """What is used here of the package tokenizers' class of that name."""
 
-    def encode(self, sequence: str) -> Encoding: ...
+    def encode(self, sequence: str) -> Encoding:
+        """A text's ids, with what the template adds."""
 
-    def encode_batch(self, input: Sequence[str], add_special_tokens: bool = True) -> list[Encoding]: ...
+    def encode_batch(self, input: Sequence[str], add_special_tokens: bool = True) -> list[Encoding]:
+        """The same of several texts."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
 
-    def get_vocab(self) -> Mapping[str, int]: ...
+    def get_vocab(self) -> Mapping[str, int]:
+        """Ids by token."""
 
 
 def read_tokenizer(path: Path) -> str:
@@ -50,7 +54,10 @@ def read_bundled_tokenizer() -> str:
 
 
 def train_tokenizer(texts: list[str], vocab: int) -> str:
-    """A lower-case WordPiece tokenizer with BERT's normalisation and at most `vocab` entries, as tokenizer.json."""
+    """A lower-case WordPiece tokenizer with BERT's normalisation and at most `vocab` entries, as tokenizer.json.
+
+    Raises DataError where `vocab` is less than the text's characters need, MissingExtra without the package tokenizers.
+    """
     lib = need("tokenizers", "text", "text other than the stored books")
 
     def wordpiece(known: dict[str, int] | None):

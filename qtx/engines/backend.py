@@ -9,8 +9,11 @@ from __future__ import annotations
 import importlib
 import os
 from types import ModuleType
+from typing import cast
 
 from qtx_ref.spec import SpecError
+
+from .protocols import Backend
 
 BACKENDS = {"ref": "qtx_ref.backend", "torch": "qtx_torch.backend"}
 
@@ -36,7 +39,7 @@ def need(package: str, extra: str, what: str, without: str = "") -> ModuleType:
         ) from None
 
 
-def backend(name: str) -> ModuleType:
+def backend(name: str) -> Backend:
     """The backend module `ref` or `torch`. Raises SpecError for another name, MissingExtra without torch."""
     if name not in BACKENDS:
         raise SpecError(f"backend is {name!r}: choose one of {', '.join(BACKENDS)}")
@@ -44,4 +47,4 @@ def backend(name: str) -> ModuleType:
         # Threads that spin while they wait are a tenth faster on an idle machine and many times slower on a busy one.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         need("torch", "torch", "--backend torch", "--backend ref runs without it")
-    return importlib.import_module(BACKENDS[name])
+    return cast(Backend, importlib.import_module(BACKENDS[name]))

@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ RUNTIME = ("onnxruntime", "engines", "engine onnxruntime")
 
 
 class OnnxRunner:
-    """An ONNX file on onnxruntime's CPU provider; a runner as `qtx_torch.runners` has them."""
+    """An ONNX file on onnxruntime's CPU provider; a runner as `qtx_torch.runners` has them. Raises MissingExtra."""
 
     def __init__(self, path: Path, threads: int, profile: bool = False) -> None:
         runtime = need(*RUNTIME)
@@ -38,16 +38,18 @@ class OnnxRunner:
         self.names = [value.name for value in self.session.get_inputs()]
 
     def inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the file takes of a batch."""
         return {name: np.ascontiguousarray(batch[name]) for name in self.names}
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         return self.session.run(None, inputs)[0]
 
     def output(self, result: np.ndarray) -> np.ndarray:
+        """What a call gave, as an array."""
         return result
 
 
-def by_clock(call: Any) -> float:
+def by_clock(call: Callable[[], object]) -> float:
     """Seconds that a call takes."""
     start = time.perf_counter()
     call()
@@ -71,10 +73,11 @@ def shares(path: Path, threads: int, batch: Mapping[str, np.ndarray]) -> tuple[d
 
 
 def quantize(source: Path, path: Path, static: bool, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
-    """An int8 model by onnxruntime's tools, as they come.
+    """An int8 model, the file `path`, of the ONNX model `source` by onnxruntime's tools, as they come.
 
     Dynamic: int8 weights, activations measured as they come. Static: uint8 activations by min-max over `batches`, int8
     weights, of matrix products alone (QDQ): a range of scores that a mask has made -inf has no scale.
+    Raises MissingExtra without onnx or onnxruntime.
     """
     need("onnx", *RUNTIME[1:])
     tools = need("onnxruntime.quantization", *RUNTIME[1:])
@@ -87,14 +90,14 @@ def quantize(source: Path, path: Path, static: bool, batches: Iterator[Mapping[s
         if static:
             kinds = {"activation_type": tools.QuantType.QUInt8, "weight_type": tools.QuantType.QInt8}
             products = {"op_types_to_quantize": ["MatMul", "Gemm"]}
-            tools.quantize_static(str(prepared), str(path), reader(tools, source, batches), **kinds, **products)
+            tools.quantize_static(str(prepared), str(path), make_reader(tools, source, batches), **kinds, **products)
         else:
             tools.quantize_dynamic(str(prepared), str(path))
     prepared.unlink()
 
 
-def reader(tools: Any, source: Path, batches: Iterator[Mapping[str, np.ndarray]]) -> Any:
-    """Calibration batches as the tools ask for them."""
+def make_reader(tools: Any, source: Path, batches: Iterator[Mapping[str, np.ndarray]]) -> Any:
+    """Calibration batches as the tools of onnxruntime, which has no types, ask for them."""
     wanted = OnnxRunner(source, 1)
 
     class Reader(tools.CalibrationDataReader):

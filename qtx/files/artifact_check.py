@@ -23,8 +23,8 @@ from qtx_ref.spec import (
     SpecError,
 )
 
-from ..recipes.named import resolve
-from ..recipes.sites import narrowed, shortened
+from ..recipes.named import resolve_integers
+from ..recipes.sites import narrow_widths, shorten_inputs
 
 Constants = Mapping[str, np.ndarray]
 SPREADS = (1.0, 4.0, 0.1)  # of the small model's parameters: few bits refuse what is large, many what is small
@@ -40,9 +40,9 @@ def check_size(spec: ModelSpec, constants: Constants) -> None:
     for name, shape in shapes(spec).items():
         if name not in constants:
             raise ValueError(f"constant {name} is missing")
-        found = constants[name].shape
-        if found != shape and found != (*shape[:-1], -(-shape[-1] // 2)):
-            raise ValueError(f"constant {name} has shape {found}; this model's is {shape}")
+        given = constants[name].shape
+        if given != shape and given != (*shape[:-1], -(-shape[-1] // 2)):
+            raise ValueError(f"constant {name} has shape {given}; this model's is {shape}")
 
 
 def check_constants(
@@ -50,8 +50,8 @@ def check_constants(
 ) -> None:
     """Raises ValueError naming the first constant that is missing, unknown, or of another dtype, shape or range than this
     model's can have."""
-    expected, axes = pattern(spec, recipe, profile, nonlinear)
-    quants, parameters = resolve(recipe, spec), shapes(spec)
+    expected, axes = list_expected(spec, recipe, profile, nonlinear)
+    quants, parameters = resolve_integers(recipe, spec), shapes(spec)
     for name, (dtype, shape) in expected.items():
         if name not in constants:
             raise ValueError(f"constant {name} is missing")
@@ -96,17 +96,17 @@ def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], 
 
 
 @cache
-def pattern(
+def list_expected(
     spec: ModelSpec, recipe: Recipe, profile: Profile, nonlinear: Nonlinear
 ) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...]]], dict[int, set[int]]]:
     """Dtype and shape of every constant of a small model of the same structure, lowered; and what the lengths of its axes
     may be in this one."""
-    small, batch = shortened(narrowed(spec, 8))  # so that no axis but a single head's has length 1
-    quants = resolve(recipe, spec)
+    small, batch = shorten_inputs(narrow_widths(spec, 8))  # so that no axis but a single head's has length 1
+    quants = resolve_integers(recipe, spec)
     for spread in SPREADS:
-        params = {name: value(name, shape, spread) for name, shape in shapes(small).items()}
-        found = Model(small, params).calibrate([batch], quants)
-        ranges = {site: reaching_one(one, quants[site]) for site, one in found.items()}
+        params = {name: draw_parameter(name, shape, spread) for name, shape in shapes(small).items()}
+        narrow = Model(small, params).calibrate([batch], quants)
+        ranges = {site: widen_to_one(one, quants[site]) for site, one in narrow.items()}
         try:
             constants = lower(small, params, quants, ranges, profile, nonlinear)
             break
@@ -120,13 +120,13 @@ def pattern(
     return {name: (value.dtype, value.shape) for name, value in constants.items()}, axes
 
 
-def reaching_one(found: Range, quant: QuantSpec) -> Range:
+def widen_to_one(narrow: Range, quant: QuantSpec) -> Range:
     """A range that holds 1, so that its scale is not too fine for anything."""
-    high = np.maximum(found.high, 1).astype(found.high.dtype)
-    return Range(found.low, high, *scale_zero(found.low, high, quant))
+    high = np.maximum(narrow.high, 1).astype(narrow.high.dtype)
+    return Range(narrow.low, high, *scale_zero(narrow.low, high, quant))
 
 
-def value(name: str, shape: tuple[int, ...], spread: float) -> np.ndarray:
+def draw_parameter(name: str, shape: tuple[int, ...], spread: float) -> np.ndarray:
     """A parameter of the small model."""
     if name.endswith(".sink"):
         return np.zeros(shape, np.float32)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,12 +31,14 @@ from ..recipes.transforms import list_left_transforms, make_left_transforms
 from .container import (
     CHECKPOINT,
     VERSION,
-    CheckpointError,
+    FileError,
+    check_file,
     check_seal,
-    opened,
+    open_sealed,
     tell_unsealed,
     write_sealed,
 )
+from .formats import JsonObject
 
 APART = ("optim.", "history.", "range.", "learned.", "transform.", "hub.")
 STATE = ("range.", "transform.")  # of these, what `Checkpoint` has fields for
@@ -51,22 +52,22 @@ class Checkpoint:
     metrics)."""
 
     spec: ModelSpec
-    params: dict[str, np.ndarray]
+    params: Mapping[str, np.ndarray]
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     recipe: Recipe | None = None
     ranges: dict[str, Range] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: JsonObject = field(default_factory=dict)
     transforms: dict[str, InputTransform] = field(default_factory=dict)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes the file. Raises CheckpointError where a parameter is not finite, naming it; an old file stays."""
-    tensors = checkpoint.params | checkpoint.extra
+    """Writes the file. Raises FileError where a parameter is not finite, naming it; an old file stays."""
+    tensors = {**checkpoint.params, **checkpoint.extra}
     for name, value in tensors.items():
         if not np.isfinite(value).all():
-            raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity; not saved")
-    for site, found in checkpoint.ranges.items():
-        tensors |= {f"range.{site}.{key}": np.asarray(value) for key, value in found._asdict().items()}
+            raise FileError(f"{path}: tensor {name} holds NaN or infinity; not saved")
+    for site, range_ in checkpoint.ranges.items():
+        tensors |= {f"range.{site}.{key}": np.asarray(value) for key, value in range_._asdict().items()}
     for site, how in checkpoint.transforms.items():
         if how.divisor is not None:
             tensors[f"transform.{site}.divisor"] = how.divisor
@@ -89,12 +90,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a file that `save_checkpoint` wrote; every shape is compared before a tensor is read.
 
     Raises:
-        CheckpointError: missing, empty, truncated, of another format, wrong or missing tensors, NaN, anything changed since.
+        FileError: missing, empty, truncated, of another format, wrong or missing tensors, NaN, anything changed since.
     """
     path = file_of(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; give a .safetensors file that qtx wrote, or its folder")
-    with opened(path, CHECKPOINT) as (header, file):
+    check_file(path, "no such checkpoint; give a .safetensors file that qtx wrote, or its folder")
+    with open_sealed(path, CHECKPOINT) as (header, file):
         spec = read_spec(path, header)
         names = set(file.keys())
         check_shapes(path, spec, {name: tuple(file.get_slice(name).get_shape()) for name in names})
@@ -104,14 +104,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     params = {name: tensors[name] for name in shapes(spec)}
     for name, value in tensors.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity; train again or take an earlier file")
+            raise FileError(f"{path}: tensor {name} holds NaN or infinity; train again or take an earlier file")
     for name, value in params.items():
         if value.dtype not in (np.float32, np.float64):
-            raise CheckpointError(f"{path}: parameter {name} is {value.dtype}; expected float32 or float64")
+            raise FileError(f"{path}: parameter {name} is {value.dtype}; expected float32 or float64")
     try:
         recipe = None if header["recipe"] is None else from_dict(Recipe, header["recipe"])
     except SpecError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise FileError(f"{path}: {error}") from None
     ranges = read_ranges(path, recipe, tensors)
     transforms = read_transforms(path, spec, params, recipe, tensors)
     extra = {name: value for name, value in tensors.items() if name.startswith(APART) and not name.startswith(STATE)}
@@ -121,19 +121,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_ranges(path: Path, recipe: Recipe | None, tensors: Mapping[str, np.ndarray]) -> dict[str, Range]:
-    """The static ranges. Raises CheckpointError for one that is not whole, or that the recipe's quantizer cannot have."""
+    """The static ranges. Raises FileError for one that is not whole, or that the recipe's quantizer cannot have."""
     sites = sorted({name.removeprefix("range.").rpartition(".")[0] for name in tensors if name.startswith("range.")})
     try:
         ranges = {site: Range(*(tensors[f"range.{site}.{key}"] for key in Range._fields)) for site in sites}
     except KeyError as error:
-        raise CheckpointError(f"{path}: tensor {error} is missing") from None
+        raise FileError(f"{path}: tensor {error} is missing") from None
     for site, range_ in ranges.items():
         quant = recipe.quant(site) if recipe else None
         zeros = range_.zero_point
         if not (range_.scale > 0).all() or range_.scale.shape != zeros.shape or not zeros.size:
-            raise CheckpointError(f"{path}: the scale of site {site} must be positive and of its zero point's shape")
+            raise FileError(f"{path}: the scale of site {site} must be positive and of its zero point's shape")
         if quant is None or zeros.dtype.kind != "i" or zeros.min() < quant.code_min or zeros.max() > quant.code_max:
-            raise CheckpointError(f"{path}: the zero point of site {site} is no code of the recipe's quantizer")
+            raise FileError(f"{path}: the zero point of site {site} is no code of the recipe's quantizer")
     return ranges
 
 
@@ -144,7 +144,7 @@ def read_transforms(
     recipe: Recipe | None,
     tensors: Mapping[str, np.ndarray],
 ) -> dict[str, InputTransform]:
-    """The transforms at linears' inputs: the recipe's rotations, and the file's divisors. Raises CheckpointError for a
+    """The transforms at linears' inputs: the recipe's rotations, and the file's divisors. Raises FileError for a
     divisor that is missing, that the recipe has no place for, or that does not fit."""
     divisors = {
         name.removeprefix("transform.").removesuffix(".divisor"): value
@@ -157,39 +157,39 @@ def read_transforms(
         left = list_left_transforms(recipe, spec) if recipe else {}
         expected = {site for site, how in left.items() if how.kind is TransformKind.SMOOTH}
         if odd := sorted(expected ^ divisors.keys()):
-            raise CheckpointError(f"{path}: its recipe and tensor transform.{odd[0]}.divisor do not belong together")
+            raise FileError(f"{path}: its recipe and tensor transform.{odd[0]}.divisor do not belong together")
         for site, divisor in divisors.items():
             weight = rewriting.own_weight(params, site)
             width = weight.shape[-1] * (len(weight) if weight.ndim == 3 else 1)
             if divisor.shape != (width,) or divisor.dtype != np.float32 or not (divisor > 0).all():
-                raise CheckpointError(f"{path}: the divisor of {site} must be {width} positive numbers, float32")
+                raise FileError(f"{path}: the divisor of {site} must be {width} positive numbers, float32")
         return make_left_transforms(recipe, spec, params, divisors) if recipe else {}
     except SpecError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise FileError(f"{path}: {error}") from None
 
 
-def read_spec(path: Path, header: Mapping[str, Any]) -> ModelSpec:
-    """The model's spec. Raises CheckpointError where the header lacks a key or has an unknown one, or the spec is none."""
+def read_spec(path: Path, header: Mapping[str, object]) -> ModelSpec:
+    """The model's spec. Raises FileError where the header lacks a key or has an unknown one, or the spec is none."""
     if missing := KEYS - header.keys():
-        raise CheckpointError(f"{path}: metadata lacks {sorted(missing)[0]!r}")
+        raise FileError(f"{path}: metadata lacks {sorted(missing)[0]!r}")
     if unknown := header.keys() - KEYS - {"sha256"}:
-        raise CheckpointError(f"{path}: unknown key in its metadata is {sorted(unknown)[0]!r}")
+        raise FileError(f"{path}: unknown key in its metadata is {sorted(unknown)[0]!r}")
     try:
         return from_dict(ModelSpec, header["spec"])
     except SpecError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise FileError(f"{path}: {error}") from None
 
 
-def check_shapes(path: Path, spec: ModelSpec, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError for the first parameter that is missing, unknown or of another shape."""
-    if spec.layers > len(found):  # before as many names are made
-        raise CheckpointError(f"{path}: its model has {spec.layers} layers, and it holds {len(found)} tensors")
+def check_shapes(path: Path, spec: ModelSpec, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises FileError for the first parameter that is missing, unknown or of another shape."""
+    if spec.layers > len(stored):  # before as many names are made
+        raise FileError(f"{path}: its model has {spec.layers} layers, and it holds {len(stored)} tensors")
     expected = shapes(spec)
     for name, shape in expected.items():
-        if name not in found:
-            raise CheckpointError(f"{path}: parameter {name} is missing")
-        if found[name] != shape:
-            raise CheckpointError(f"{path}: parameter {name} has shape {found[name]}; this model's is {shape}")
-    for name in sorted(found):
+        if name not in stored:
+            raise FileError(f"{path}: parameter {name} is missing")
+        if stored[name] != shape:
+            raise FileError(f"{path}: parameter {name} has shape {stored[name]}; this model's is {shape}")
+    for name in sorted(stored):
         if name not in expected and not name.startswith(APART):
-            raise CheckpointError(f"{path}: unknown tensor {name}; this model has no such parameter")
+            raise FileError(f"{path}: unknown tensor {name}; this model has no such parameter")

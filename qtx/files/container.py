@@ -10,12 +10,11 @@ import hashlib
 import io
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,41 +22,68 @@ from safetensors.numpy import save
 
 from qtx_ref.spec.base import is_number
 
+from ..data.reading import read_regular
+from .formats import (
+    ANALYSIS,
+    ARTIFACT,
+    CHECKPOINT,
+    COMPARISON,
+    COST,
+    MARKED_BYTES,
+    RESULT,
+    STUDY,
+    USES,
+    VECTORS,
+    VERSION,
+    CheckpointError,
+    FileError,
+    JsonObject,
+    check_file,
+    check_replaceable,
+    kind_of,
+)
 from .writing import missing_folders, open_beside, remove_empty, write_whole
 
-VERSION = 1
-CHECKPOINT, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-artifact", "qtx-vectors"
-STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-cost", "qtx-analysis", "qtx-result"
-# in a file's first bytes: of JSON, or of a safetensors file's header
-FORMAT = re.compile(rb'\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')
-REPORT, REPORT_MARK = "report", b'<testsuites name="qtx parity"'  # JUnit XML
-PICTURE, PICTURE_MARK = "picture", b"tEXtSoftware\0qtx"  # and a PNG's
-EARLIER = {  # and of results from before they had a format
-    b'{\n "of": {\n  "spec": {\n   "recipes": [': COMPARISON,
-    b'{\n "spec": {\n  "model": "': STUDY,
-}
-MARKED_BYTES = 512
+__all__ = [  # what other rooms take of this module and of `formats`
+    "ANALYSIS",
+    "ARTIFACT",
+    "CHECKPOINT",
+    "COMPARISON",
+    "COST",
+    "RESULT",
+    "STUDY",
+    "VECTORS",
+    "VERSION",
+    "CheckpointError",
+    "FileError",
+    "check_seal",
+    "check_writable",
+    "digest",
+    "open_sealed",
+    "read_json",
+    "read_sealed",
+    "read_sealed_json",
+    "sha_of",
+    "tell_unsealed",
+    "to_json",
+    "write_beside",
+    "write_picture",
+    "write_sealed",
+    "write_sealed_json",
+]
+
 DIGITS = 40  # of a whole number
-JSON_BYTES = 2**28  # more is no result or recipe of ours
-USES = {
-    CHECKPOINT: "a checkpoint: make integers of it with qtx quantize CHECKPOINT --out MODEL.qtx",
-    ARTIFACT: "an artifact: qtx evaluate, show, diff, vectors, generate and parity take it, named MODEL.qtx",
-    VECTORS: "golden vectors: hold their model to them with qtx vectors MODEL.qtx --check FILE",
-}
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be read as what it should be, or that would be overwritten. The message names it and why."""
+RESULT_BYTES = 2**28  # more is no result or recipe of ours
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def check_writable(path: Path, kind: str | None = None) -> None:
-    """Raises CheckpointError where a file of that name could not be written, before any work is done for it. Leaves
+    """Raises FileError where a file of that name could not be written, before any work is done for it. Leaves
     nothing behind. kind: as of `check_replaceable`."""
     if path.is_dir():
-        raise CheckpointError(f"{path} cannot be written (it is a folder): choose another place")
+        raise FileError(f"{path} cannot be written (it is a folder): choose another place")
     check_replaceable(path, kind)
     made = missing_folders(path.parent)
     try:
@@ -65,31 +91,31 @@ def check_writable(path: Path, kind: str | None = None) -> None:
         with open_beside(path):
             pass
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written ({error.strerror}): choose another place") from None
+        raise FileError(f"{path} cannot be written ({error.strerror}): choose another place") from None
     finally:
         remove_empty(made)
 
 
 def write_beside(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment either the old or the new one is whole. Raises CheckpointError where the old one
+    """Writes a file so that at any moment either the old or the new one is whole. Raises FileError where the old one
     is not of its kind, WriteError where it cannot be written."""
     check_replaceable(path, kind_of(content[:MARKED_BYTES]))
     write_whole(path, content)
 
 
-def write_tensors(path: Path, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(path: Path, header: Mapping[str, object], tensors: Mapping[str, np.ndarray]) -> None:
     """A file of tensors with its header."""
     whole = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     write_beside(path, save(whole, {"qtx": json.dumps(header)}))
 
 
-def write_sealed(path: Path, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write_sealed(path: Path, header: Mapping[str, object], tensors: Mapping[str, np.ndarray]) -> None:
     """The same with the sha256 that `check_seal` compares."""
     plain = json.loads(json.dumps(header))
     write_tensors(path, {**plain, "sha256": digest(plain, tensors)}, tensors)
 
 
-def write_sealed_json(path: Path, form: str, content: Mapping[str, Any]) -> None:
+def write_sealed_json(path: Path, form: str, content: Mapping[str, object]) -> None:
     """JSON values as a file of format `form`, which `read_sealed_json` reads back."""
     plain = json.loads(json.dumps({"format": form, **content}, allow_nan=False))
     write_beside(path, to_json({**plain, "sha256": digest(plain, {})}).encode())
@@ -102,133 +128,100 @@ def write_picture(path: Path, figure: Any) -> None:
     write_beside(path, content.getvalue())
 
 
-def to_json(content: Any) -> str:
+def to_json(content: object) -> str:
     """Text of JSON values, as every file of ours has them. Raises ValueError for a number that is not finite."""
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
-
-
-# --- what may be replaced ---------------------------------------------------------------------------------------------
-
-
-def check_replaceable(path: Path, kind: str | None = None) -> None:
-    """Raises CheckpointError where a link, a device, or something else than a file of that kind, has that name; kind: None
-    for any that qtx writes. An empty file is nobody's."""
-    if path.is_symlink():
-        raise CheckpointError(f"{path} is a link: name the file itself, or choose another")
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is no regular file, which a result would replace: choose another name")
-    if path.is_file():
-        with open(path, "rb") as file:
-            head = file.read(MARKED_BYTES)
-        if head and (not kind_of(head) or kind not in (None, kind_of(head))):
-            what = USES.get(kind_of(head), f"a {kind_of(head)}" if kind_of(head) else "not qtx's")
-            raise CheckpointError(f"{path} exists and is {what}: choose another name")
-
-
-def kind_of(head: bytes) -> str:
-    """The kind of a file by its first bytes: its format, or picture; empty for what qtx does not write."""
-    if (match := FORMAT.search(head)) is not None:
-        return match[1].decode()
-    for kind, mark in ((PICTURE, PICTURE_MARK), (REPORT, REPORT_MARK)):
-        if mark in head:
-            return kind
-    return next((kind for mark, kind in EARLIER.items() if head.startswith(mark)), "")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def opened(path: Path, form: str) -> Iterator[tuple[dict[str, Any], Any]]:
+def open_sealed(path: Path, form: str) -> Iterator[tuple[JsonObject, safe_open]]:
     """The header of a file of format `form`, and the file open for its tensors.
 
-    Raises CheckpointError: missing, empty, truncated, not of safetensors, of another format or version, a damaged header.
+    Raises FileError: missing, empty, truncated, not of safetensors, of another format or version, a damaged header.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    check_file(path)
     try:
         with safe_open(path, framework="np") as file:
             yield read_header(path, form, file.metadata()), file
-    except CheckpointError:
+    except FileError:
         raise
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+        raise FileError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
-def read_header(path: Path, form: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """The JSON of a file's metadata. Raises CheckpointError; of another of our formats, with what to do with it."""
+def read_header(path: Path, form: str, metadata: Mapping[str, str] | None) -> JsonObject:
+    """The JSON of a file's metadata. Raises FileError; of another of our formats, with what to do with it."""
     try:
         header = json.loads((metadata or {})["qtx"], parse_int=parse_whole)
     except (KeyError, ValueError, RecursionError):
-        raise CheckpointError(f"{path}: a safetensors file without qtx's metadata; was it made by qtx?") from None
-    found = header.get("format") if isinstance(header, dict) else None
-    if found != form and isinstance(found, str) and found in USES:
-        raise CheckpointError(f"{path}: it is {USES[found]}")
-    if found != form or header.get("version") != VERSION:
-        raise CheckpointError(f"{path}: format is not {form} version {VERSION}; use the qtx that wrote it")
+        raise FileError(f"{path}: a safetensors file without qtx's metadata; was it made by qtx?") from None
+    given = header.get("format") if isinstance(header, dict) else None
+    if given != form and isinstance(given, str) and given in USES:
+        raise FileError(f"{path}: it is {USES[given]}")
+    if given != form or header.get("version") != VERSION:
+        raise FileError(f"{path}: format is not {form} version {VERSION}; use the qtx that wrote it")
     check_meta(path, header.get("meta", {}))
     return header
 
 
-def read_sealed(path: Path, form: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and tensors that `write_sealed` wrote. Raises CheckpointError, also where anything has changed."""
-    with opened(path, form) as (header, file):
+def read_sealed(path: Path, form: str) -> tuple[JsonObject, dict[str, np.ndarray]]:
+    """Header and tensors that `write_sealed` wrote. Raises FileError, also where anything has changed."""
+    with open_sealed(path, form) as (header, file):
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         if "sha256" not in header:
-            raise CheckpointError(f"{path}: its sha256 is missing; make it again")
+            raise FileError(f"{path}: its sha256 is missing; make it again")
         check_seal(path, header, file.metadata()["qtx"], tensors)
     return header, tensors
 
 
-def check_seal(path: Path, header: dict[str, Any], text: str, tensors: Mapping[str, np.ndarray]) -> None:
-    """Takes the sha256 out of a header, whose text in the file is `text`. Raises CheckpointError where it is not that of
+def check_seal(path: Path, header: JsonObject, text: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Takes the sha256 out of a header, whose text in the file is `text`. Raises FileError where it is not that of
     header and tensors."""
     seal = header.pop("sha256")
     # the text too: it can change and mean the same (1e-05 and 1E-05)
     if seal != digest(header, tensors) or text != json.dumps({**header, "sha256": seal}):
-        raise CheckpointError(f"{path}: its content is not what was written (sha256 differs); make it again")
+        raise FileError(f"{path}: its content is not what was written (sha256 differs); make it again")
 
 
 def tell_unsealed(path: Path) -> None:
+    """Says on stderr that a file has no seal, and so what cannot be known of it."""
     sys.stderr.write(f"note: {path} is from before files had a sha256: whether it has changed since cannot be told\n")
 
 
-def read_sealed_json(path: Path, form: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The content that `write_sealed_json` wrote. Raises CheckpointError: missing, no JSON, of another format, changed, or
+def read_sealed_json(path: Path, form: str, check: Callable[[JsonObject], None]) -> JsonObject:
+    """The content that `write_sealed_json` wrote. Raises FileError: missing, no JSON, of another format, changed, or
     what `check` refuses. An object with neither format nor sha256, as results were, gets a note."""
     content = read_json(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no object: it is none of qtx's results")
+        raise FileError(f"{path} holds no object: it is none of qtx's results")
     if not content.keys() & {"format", "sha256"}:
         check(content)
         tell_unsealed(path)
         return content
     seal = content.pop("sha256", None)
     if content.get("format") != form:
-        raise CheckpointError(f"{path}: format is not {form}; use the qtx that wrote it")
+        raise FileError(f"{path}: format is not {form}; use the qtx that wrote it")
     if seal != digest(content, {}):
-        raise CheckpointError(
-            f"{path}: its content is not what qtx wrote (sha256 differs); remove it and measure again"
-        )
+        raise FileError(f"{path}: its content is not what qtx wrote (sha256 differs); remove it and measure again")
     del content["format"]
     check(content)
     return content
 
 
 def read_json(path: Path) -> Any:
-    """A file's JSON value. Raises CheckpointError: missing, no regular file, too large, or no JSON, NaN and infinity
+    """A file's JSON value. Raises FileError: missing, no regular file, too large, or no JSON, NaN and infinity
     included."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if (count := path.stat().st_size) > JSON_BYTES:
-        raise CheckpointError(
-            f"{path} has {count:,} bytes: nothing that qtx reads as JSON has more than {JSON_BYTES:,}"
-        )
+    check_file(path)
     try:
-        text = path.read_bytes().decode()
+        text = read_regular(path, RESULT_BYTES).decode()
         return json.loads(text, parse_int=parse_whole, parse_float=parse_real, parse_constant=parse_real)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise CheckpointError(f"{path} is not JSON ({error})") from None
+        raise FileError(f"{path} is not JSON ({error})") from None
 
 
 def parse_whole(text: str) -> int:
@@ -245,7 +238,7 @@ def parse_real(text: str) -> float:
     return value
 
 
-def digest(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+def digest(header: Mapping[str, object], tensors: Mapping[str, np.ndarray]) -> str:
     """One sha256 over the header and every tensor's name, dtype, shape and bytes."""
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -260,18 +253,19 @@ def sha_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check_meta(path: Path, meta: Any) -> None:
-    """Raises CheckpointError where a part of `meta` that a command reads has another type than qtx writes."""
+def check_meta(path: Path, given: object) -> None:
+    """Raises FileError where a part of a header's `meta` that a command reads has another type than qtx writes."""
 
-    def expect(name: str, value: Any, kind: str) -> None:
+    def expect(name: str, value: object, kind: str) -> None:
         if not KINDS[kind](value):
-            raise CheckpointError(f"{path}: metadata is damaged: {name} must be {kind}")
+            raise FileError(f"{path}: metadata is damaged: {name} must be {kind}")
 
-    expect("meta", meta, "an object")
-    data = meta.get("data", {})
-    expect("meta.data", data, "an object")
-    for where, found in (("meta", meta), ("meta.data", data)):
-        expect(f"{where}.hashes", hashes := found.get("hashes", {}), "an object")
+    expect("meta", given, "an object")
+    meta = cast(JsonObject, given)
+    expect("meta.data", meta.get("data", {}), "an object")
+    data: JsonObject = meta.get("data", {})
+    for where, part in (("meta", meta), ("meta.data", data)):
+        expect(f"{where}.hashes", hashes := part.get("hashes", {}), "an object")
         for name, value in hashes.items():
             expect(f"{where}.hashes.{name}", value, "a text" if where == "meta" else "a list of texts")
     if meta.get("images") is not None:
@@ -281,17 +275,16 @@ def check_meta(path: Path, meta: Any) -> None:
         expect(f"meta.files.{name}", value, "a text")
     for name in ("calibration", "trained_on"):
         expect(f"meta.{name}", meta.get(name, []), "a list of texts")
-    for where, name, found in (("meta", "tokenizer", meta), ("meta.data", "source", data),
-                               ("meta.data", "tokenizer_sha256", data)):  # fmt: skip
-        if found.get(name) is not None:
-            expect(f"{where}.{name}", found[name], "a text")
-    for name, kind in (("length", "a whole number"), ("names", "a list of texts")):
+    if meta.get("tokenizer") is not None:
+        expect("meta.tokenizer", meta["tokenizer"], "a text")
+    for name, kind in DATA_KINDS.items():
         if data.get(name) is not None:
             expect(f"meta.data.{name}", data[name], kind)
 
 
+DATA_KINDS = {"source": "a text", "tokenizer_sha256": "a text", "length": "a whole number", "names": "a list of texts"}
 PREPARED = ("resize", "resample", "crop")  # of `meta.images`, checked when pictures are read
-KINDS = {
+KINDS: dict[str, Callable[[object], bool]] = {
     "an object": lambda value: isinstance(value, dict),
     "a whole number": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "a text": lambda value: isinstance(value, str),

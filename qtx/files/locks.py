@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .container import CheckpointError
+from .container import FileError
 from .writing import (
     clear_stale,
     fcntl,
@@ -33,7 +33,7 @@ def hold(folder: Path) -> Iterator[None]:
     """The folder is this process's to write in; it is made, and removed again where nothing was written. What killed
     processes left of files that they were writing is removed. Held twice by one process, it is held until the first lets go.
 
-    Raises CheckpointError where another process holds it, naming that, or where it cannot be written.
+    Raises FileError where another process holds it, naming that, or where it cannot be written.
     """
     place = folder.resolve()
     if fcntl is None or place in _held:
@@ -45,7 +45,7 @@ def hold(folder: Path) -> Iterator[None]:
         file = take(folder)
     except OSError as error:
         remove_empty(made)
-        raise CheckpointError(f"{folder} cannot be written ({error.strerror}): choose another --out") from None
+        raise FileError(f"{folder} cannot be written ({error.strerror}): choose another --out") from None
     _held.add(place)
     try:
         clear_stale(folder)
@@ -59,14 +59,14 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def take(folder: Path) -> int:
-    """The folder's lock file, open and locked. Raises CheckpointError where another process holds it."""
+    """The folder's lock file, open and locked. Raises FileError where another process holds it."""
     path = folder / LOCK
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         if not try_lock(file):
             holder = os.read(file, 20).decode(errors="replace").strip()
             os.close(file)
-            raise CheckpointError(
+            raise FileError(
                 f"{folder} is in use by another qtx, process {holder or '?'}: wait for its end, or choose another --out"
             )
         if has_name(file, path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
-from .container import COMPARISON, STUDY, CheckpointError, read_sealed_json
+from .container import COMPARISON, STUDY, FileError, read_sealed_json
+from .formats import JsonObject
 
 LARGEST = 2**63  # of whole numbers
 RUNS_AS = ("float", "integers", "simulation", "failed")
@@ -27,86 +28,130 @@ RUN = {
 }
 
 
-def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> dict[str, Any]:
-    """What `qtx ptq` wrote: `of`, `rows` by recipe, `sensitivity`. Raises CheckpointError where a value that is shown or
-    gone on with is not of its kind, or a row is of a recipe other than `recipes` and float."""
+class Measurement(TypedDict):
+    """A pass over the evaluation data. A number that is not finite is None."""
 
-    def check(content: dict[str, Any]) -> None:
+    value: float | None  # accuracy in percent, or perplexity
+    loss: float | None  # nats
+    difference: float | None  # to float: points of accuracy, or percent of perplexity
+    low: float | None  # ends of its interval
+    high: float | None
+    ms: float | None  # of a sequence
+
+
+class RecipeRow(Measurement, total=False):
+    """A recipe's row of ptq.json: `runs_as`, `bytes` and `worst` always."""
+
+    runs_as: str  # one of RUNS_AS
+    bytes: int | None
+    worst: list[tuple[str, float]]  # sites and their errors
+    simulated: Measurement  # where the row's own is of integers
+    prepare_seconds: float
+    why: str  # it was not measured in integers
+
+
+class SiteRow(Measurement):
+    """What quantizing one site alone costs."""
+
+    site: str
+
+
+class Comparison(TypedDict):
+    """What `qtx ptq` writes."""
+
+    of: JsonObject  # what was compared
+    metric: str
+    rows: dict[str, RecipeRow]  # by recipe
+    sensitivity: dict[str, list[SiteRow]]  # by recipe
+
+
+def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> Comparison:
+    """What `qtx ptq` wrote.
+
+    Raises FileError where a value that is shown or gone on with is not of its kind, the metric is another than `metric`, or
+    a row is of a recipe other than `recipes` and float.
+    """
+
+    def check(content: JsonObject) -> None:
         kinds = {"of": "an object", "metric": "a text", "rows": "an object", "sensitivity": "an object"}
         expect_all(path, "", content, kinds)
         if content["metric"] != metric:
-            raise CheckpointError(f"{path} is another comparison: its metric is not {metric}")
+            raise FileError(f"{path} is another comparison: its metric is not {metric}")
         for name, row in content["rows"].items():
             if name not in ("float", *recipes):
-                raise CheckpointError(f"{path} has a row of {name}, which is not among the recipes compared")
+                raise FileError(f"{path} has a row of {name}, which is not among the recipes compared")
             check_row(path, f"rows.{name}", row)
         for name, sites in content["sensitivity"].items():
             expect(path, f"sensitivity.{name}", sites, "a list")
             for entry in sites:
                 expect_all(path, f"sensitivity.{name}", entry, {"site": "a text"} | MEASURED)
 
-    return read_sealed_json(path, COMPARISON, check)
+    return cast(Comparison, read_sealed_json(path, COMPARISON, check))
 
 
-def check_row(path: Path, where: str, row: Any) -> None:
-    """Raises CheckpointError where a recipe's row is not what `qtx ptq` makes."""
-    expect_all(path, where, row, ROW)
+def check_row(path: Path, where: str, value: object) -> None:
+    """Raises FileError where a recipe's row is not what `qtx ptq` makes."""
+    row = expect_all(path, where, value, ROW)
     if "simulated" in row:
         expect_all(path, f"{where}.simulated", row["simulated"], MEASURED)
     if "why" in row or row["runs_as"] == "failed":
         expect(path, f"{where}.why", row.get("why"), "a text")
 
 
-def read_study(path: Path) -> dict[str, Any]:
-    """What `qtx study` wrote. Raises CheckpointError where a value that is shown or gone on with is not of its kind."""
+def read_study(path: Path) -> JsonObject:
+    """What `qtx study` wrote. Raises FileError where a value that is shown or gone on with is not of its kind."""
 
-    def check(content: dict[str, Any]) -> None:
+    def check(content: JsonObject) -> None:
         expect_all(path, "", content, {"spec": "an object", "runs": "an object"})
         for name, run in content["runs"].items():
             expect_all(path, f"runs.{name}", run, RUN)
             if run["checkpoint"] != (file := f"{name}/model.safetensors"):
-                raise CheckpointError(f"{path} is not what qtx wrote: runs.{name}.checkpoint must be {file}")
+                raise FileError(f"{path} is not what qtx wrote: runs.{name}.checkpoint must be {file}")
             for recipe, scores in run["recipes"].items():
                 expect(path, f"runs.{name}.recipes.{recipe}", scores, "scores or null")
 
     return read_sealed_json(path, STUDY, check)
 
 
-def expect_all(path: Path, where: str, value: Any, kinds: Mapping[str, str]) -> None:
-    """Raises CheckpointError unless `value` is an object whose keys are of these kinds."""
+def expect_all(path: Path, where: str, value: object, kinds: Mapping[str, str]) -> JsonObject:
+    """The value, an object whose keys are of these kinds. Raises FileError unless it is one."""
     expect(path, where or "the file", value, "an object")
+    content = cast(JsonObject, value)
     for key, kind in kinds.items():
-        expect(path, f"{where}.{key}".removeprefix("."), value.get(key, MISSING), kind)
+        expect(path, f"{where}.{key}".removeprefix("."), content.get(key, MISSING), kind)
+    return content
 
 
-def expect(path: Path, where: str, value: Any, kind: str) -> None:
+def expect(path: Path, where: str, value: object, kind: str) -> None:
+    """Raises FileError unless `value`, which stands at `where`, is of this kind, one of `KINDS`."""
     if not KINDS[kind](value):
-        raise CheckpointError(f"{path} is not what qtx wrote: {where} must be {kind}; remove it and measure again")
+        raise FileError(f"{path} is not what qtx wrote: {where} must be {kind}; remove it and measure again")
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> bool:
     """Whether a JSON value is a number that arithmetic can take."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether a JSON value is a whole number that 64 bits hold."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
-def is_score(value: Any) -> bool:
+def is_score(value: object) -> bool:
     """Whether a JSON value is null, or an object whose numbers for the table are numbers or null."""
     return value is None or (
         isinstance(value, dict) and all(value.get(key) is None or is_finite(value[key]) for key in SCORES)
     )
 
 
-def is_error(value: Any) -> bool:
+def is_error(value: object) -> bool:
     """Whether a JSON value is a pair of a site and its error."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and is_finite(value[1])
 
 
 MISSING = object()
-KINDS = {
+KINDS: dict[str, Callable[[object], bool]] = {
     "an object": lambda value: isinstance(value, dict),
     "a list": lambda value: isinstance(value, list),
     "a text": lambda value: isinstance(value, str),

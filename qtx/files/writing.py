@@ -6,19 +6,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from .formats import read_kind
+
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # ends the name of a file that is being written: .model.safetensors.qtx-part
 UNDER_WAY = ".qtx-part"
+EARLIER = re.compile(r"\.(.+)\.([0-9]{1,7})")  # up to version 0.1: .model.safetensors.PID
 
 
 class WriteError(OSError):
@@ -74,6 +78,23 @@ def clear_stale(folder: Path) -> None:
     for beside in folder.glob(f".*{UNDER_WAY}"):
         with contextlib.suppress(OSError):
             remove_stale(beside)
+    for beside in folder.glob(".*.[0-9]*"):
+        with contextlib.suppress(OSError):
+            if is_earlier_stale(beside):
+                beside.unlink()
+
+
+def is_earlier_stale(beside: Path) -> bool:
+    """Whether a file is what a version before 0.2 left when it was killed while it wrote: named after a process that is
+    gone, and empty or begun as qtx's files are. Raises OSError where that cannot be seen."""
+    match = EARLIER.fullmatch(beside.name)
+    if match is None or fcntl is None or beside.is_symlink() or not beside.is_file():
+        return False
+    try:
+        os.kill(int(match[2]), 0)
+    except ProcessLookupError:
+        return read_kind(beside) != ""
+    return False
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from qtx_ref.spec import Family, Head, ModelSpec, SpecError
 
 from ..data.splits import digest
 from ..files.checkpoint import Checkpoint
-from ..files.container import CheckpointError
+from ..files.container import FileError
 from ..progress import Progress
 from .config import (
     check_problem,
@@ -59,7 +60,7 @@ def import_model(folder: Path) -> Checkpoint:
     `BESIDE`; `extra` holds what our model does not use, each tensor under `hub.<their name>`.
 
     Raises:
-        CheckpointError: whatever is wrong with the folder or its files, in one line.
+        FileError: whatever is wrong with the folder or its files, in one line.
     """
     stored = find_tensors(folder)
     config = read_json(folder / CONFIG)
@@ -72,11 +73,9 @@ def import_model(folder: Path) -> Checkpoint:
         spec = read_config(config, head)
         ties = read_ties(config)
     except SpecError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+        raise FileError(f"{folder / CONFIG}: {error}") from None
     if spec.layers > len(stored):  # before as many names are made
-        raise CheckpointError(
-            f"{folder / CONFIG}: num_hidden_layers is {spec.layers}, and there are {len(stored)} tensors"
-        )
+        raise FileError(f"{folder / CONFIG}: num_hidden_layers is {spec.layers}, and there are {len(stored)} tensors")
     mapped, copies, rest = assign(folder, spec, plain, ties)
     check_stored(spec, stored, mapped, copies, rest)
     about = {"files": read_beside(folder), **describe_data(folder, spec)}
@@ -89,7 +88,7 @@ def import_model(folder: Path) -> Checkpoint:
         params = {ours: read(mapped[ours]).reshape(shape) for ours, shape in shapes(spec).items()}
         for name, ours in copies.items():
             if not np.array_equal(read(name).reshape(-1), params[ours].reshape(-1)):
-                raise CheckpointError(
+                raise FileError(
                     f"{stored[name].path}: tensor {name} differs from {mapped[ours]}, to which a model here ties it"
                 )
         extra = {APART + name: read(name) for name in rest}
@@ -106,11 +105,11 @@ def import_model(folder: Path) -> Checkpoint:
 
 
 def find_plain_names(folder: Path, family: Family, stored: dict[str, Stored]) -> dict[str, str]:
-    """The file's name of each tensor by its plain name."""
+    """The file's name of each tensor by its plain name. Raises FileError where two of them are one."""
     plain: dict[str, str] = {}
     for name in stored:
         if (twin := plain.setdefault(shorten_name(family, name), name)) != name:
-            raise CheckpointError(f"{folder} holds {twin} and {name}, which are one parameter")
+            raise FileError(f"{folder} holds {twin} and {name}, which are one parameter")
     bias = "cls.predictions.decoder.bias"
     if family is Family.BERT and bias in plain and "cls.predictions.bias" not in plain:
         plain["cls.predictions.bias"] = plain.pop(bias)  # one parameter under two names, and either may be written
@@ -123,7 +122,7 @@ def assign(
     """Every tensor's use: file's names of our parameters, copies with our parameter, and those that stay apart.
 
     ties: tie_word_embeddings of the configuration; where it is False, transformers has a decoder of its own, which must be
-    in the file. Raises CheckpointError with the unknown and the missing ones.
+    in the file. Raises FileError with the unknown and the missing ones.
     """
     wanted, copies, known = name_parameters(spec), list_tied(spec), list_unused(spec)
     needed = [*wanted.values(), *(name for name in copies if not ties and name.endswith(".weight"))]
@@ -136,7 +135,7 @@ def assign(
     ]
     if faults:
         model = f"a {spec.family} of {spec.layers} layers, head {spec.head}"
-        raise CheckpointError(f"{folder}: {' and '.join(faults)}, for {model}")
+        raise FileError(f"{folder}: {' and '.join(faults)}, for {model}")
     return (
         {ours: plain[name] for ours, name in wanted.items()},
         {plain[name]: ours for name, ours in copies.items() if name in plain},
@@ -147,7 +146,7 @@ def assign(
 def check_stored(
     spec: ModelSpec, stored: dict[str, Stored], mapped: dict[str, str], copies: dict[str, str], rest: list[str]
 ) -> None:
-    """Raises CheckpointError for the first tensor of another shape or kind of dtype; nothing has been read yet."""
+    """Raises FileError for the first tensor of another shape or kind of dtype; nothing has been read yet."""
     expected, apart = list_shapes(spec), list_unused(spec)
     allowed = {name: [expected[ours]] for ours, name in mapped.items()}
     allowed |= {name: [expected[ours]] for name, ours in copies.items()}
@@ -155,18 +154,16 @@ def check_stored(
     for name, choices in allowed.items():
         tensor = stored[name]
         if tensor.shape not in choices:
-            raise CheckpointError(
-                f"{tensor.path}: tensor {name} has shape {tensor.shape}; config.json makes it {choices[0]}"
-            )
+            raise FileError(f"{tensor.path}: tensor {name} has shape {tensor.shape}; config.json makes it {choices[0]}")
         kinds = INTEGERS if name.endswith(BUFFERS) else FLOATS
         if tensor.dtype not in kinds:
-            raise CheckpointError(f"{tensor.path}: tensor {name} is {tensor.dtype}; expected one of {', '.join(kinds)}")
+            raise FileError(f"{tensor.path}: tensor {name} is {tensor.dtype}; expected one of {', '.join(kinds)}")
 
 
-def describe_data(folder: Path, spec: ModelSpec) -> dict[str, object]:
+def describe_data(folder: Path, spec: ModelSpec) -> dict[str, Any]:
     """What belongs to the data, as a checkpoint's `meta` has it: a tokenizer, or how pictures become pixels.
 
-    Raises CheckpointError for settings that are not those of a model here.
+    Raises FileError for settings that are not those of a model here.
     """
     if spec.family is Family.VIT:
         images = {}

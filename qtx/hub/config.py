@@ -32,7 +32,7 @@ ARCHITECTURES: dict[Family, dict[str, Head]] = {
 }
 
 
-def find_head(family: Family, config: Mapping[str, Any], plain: Iterable[str], prefixed: bool) -> Head:
+def find_head(family: Family, config: Mapping[str, object], plain: Iterable[str], prefixed: bool) -> Head:
     """The head that the configuration names or, where it names none, the tensors show.
 
     Raises SpecError for a class of transformers that has no counterpart here.
@@ -63,24 +63,27 @@ class Settings:
     values: Mapping[str, Any]
 
     def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number, at least 1. Raises SpecError naming the key."""
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
             raise SpecError(f"{key} is {shorten(value)}: it must be a whole number, at least 1, at most {LARGEST}")
         return value
 
     def number(self, key: str, default: float) -> float:
+        """A finite number. Raises SpecError naming the key."""
         value = self.values.get(key, default)
         if not is_number(value) or abs(value) > 1e30:
             raise SpecError(f"{key} is {shorten(value)}: it must be a finite number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false. Raises SpecError naming the key."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise SpecError(f"{key} is {shorten(value)}: it must be true or false")
         return value
 
-    def only(self, key: str, allowed: Any) -> None:
+    def only(self, key: str, allowed: object) -> None:
         """Refuses another value than the one that the models here have."""
         value = self.values.get(key)
         if value is not None and (value != allowed or type(value) is not type(allowed)):
@@ -94,6 +97,7 @@ class Settings:
         return Settings({key: value}).whole(key)
 
     def activation(self, key: str, default: str, head: Head) -> Activation:
+        """An activation that a model of this head may have. Raises SpecError naming the key."""
         value = self.values.get(key, default)
         allowed = ("gelu",) if head is Head.MLM else ("gelu", "relu")
         if value not in allowed:
@@ -101,6 +105,7 @@ class Settings:
         return Activation(value)
 
     def classes(self) -> int:
+        """How many classes there are. Raises SpecError naming the key."""
         labels = self.values.get("id2label")
         if labels is None:
             return self.whole("num_labels", 2)
@@ -109,7 +114,7 @@ class Settings:
         return len(labels)
 
 
-def read_labels(config: Mapping[str, Any]) -> list[str] | None:
+def read_labels(config: Mapping[str, object]) -> list[str] | None:
     """The classes' names in order, where the configuration has some other than transformers' LABEL_0, LABEL_1, ..."""
     labels = config.get("id2label")
     if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(len(labels))}:
@@ -120,13 +125,14 @@ def read_labels(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def write_labels(names: Sequence[str]) -> dict[str, Any]:
+    """The classes' names as a configuration has them."""
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
 
 
-def read_family(config: Mapping[str, Any]) -> Family:
+def read_family(config: Mapping[str, object]) -> Family:
     """The family. Raises SpecError for a model type that is not among them."""
     kind = config.get("model_type")
     if kind not in [str(family) for family in Family]:
@@ -157,12 +163,12 @@ def read_ties(config: Mapping[str, object]) -> bool:
     return config.get("tie_word_embeddings") is None or Settings(config).flag("tie_word_embeddings", True)
 
 
-def read_config(config: Mapping[str, Any], head: Head) -> ModelSpec:
+def read_config(config: Mapping[str, object], head: Head) -> ModelSpec:
     """The spec of a configuration. Raises SpecError for a wrong type and for what the models here do not do."""
     family, given = read_family(config), Settings(config)
     given.only("pruned_heads", {})
     classes = given.classes() if head is Head.CLASSIFY else 0
-    size = {
+    size: dict[str, Any] = {
         "family": family,
         "layers": given.whole("num_hidden_layers"),
         "width": given.whole("hidden_size"),
@@ -189,7 +195,7 @@ def read_config(config: Mapping[str, Any], head: Head) -> ModelSpec:
             position_offset=2,
             embed_width=None if narrow in (None, size["width"]) else given.whole("word_embed_proj_dim"),
         )
-    encoder = {
+    encoder: dict[str, Any] = {
         "hidden": given.whole("intermediate_size"),
         "activation": given.activation("hidden_act", "gelu", head),
         "norm_eps": given.number("layer_norm_eps", 1e-12),

@@ -14,7 +14,7 @@ from qtx_ref.spec import Family, Head, SpecError
 
 from ..data.tokenizing import SAME_AS
 from ..files.checkpoint import Checkpoint
-from ..files.container import CheckpointError, check_writable, write_beside
+from ..files.container import FileError, check_writable, write_beside
 from . import APART
 from .config import check_expressible, read_config, read_labels, write_config, write_labels
 from .files import (
@@ -51,11 +51,11 @@ def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
 
     Raises:
         SpecError: transformers has no such model, or it is quantized.
-        CheckpointError: `out` is not an empty folder, or the model diverged.
+        FileError: `out` is not an empty folder, or the model diverged.
     """
     spec, meta = checkpoint.spec, checkpoint.meta
     if "diverged_at" in meta:
-        raise CheckpointError(f"{path}: training diverged at step {meta['diverged_at']}; no model is left to export")
+        raise FileError(f"{path}: training diverged at step {meta['diverged_at']}; no model is left to export")
     if checkpoint.recipe is not None:
         origin = meta.get("quantized_from", "the float checkpoint that it was made from")
         raise SpecError(
@@ -63,7 +63,7 @@ def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
         )
     check_expressible(spec)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"--out {out} exists and is not an empty folder: choose another")
+        raise FileError(f"--out {out} exists and is not an empty folder: choose another")
     check_writable(out / WEIGHTS)
     hub = find_import(checkpoint)
     if hub:
@@ -94,7 +94,13 @@ def find_import(checkpoint: Checkpoint) -> dict[str, Any]:
         sound = sound and {*hub["tied"].values()} <= {*hub["names"]} == {*checkpoint.params}
     except (SpecError, KeyError, TypeError, AttributeError):
         return {}
-    loose = {"dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.02, "init_output_scaled": False}  # of training
+    # of training
+    loose: dict[str, Any] = {
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_std": 0.02,
+        "init_output_scaled": False,
+    }
     sound = sound and replace(same, **loose) == replace(spec, **loose)
     return hub if sound else {}
 
@@ -131,27 +137,33 @@ def find_labels(checkpoint: Checkpoint) -> list[str] | None:
 
 
 def find_common_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype, in NumPy's words, that holds every parameter."""
     return str(np.result_type(*checkpoint.params.values()))
 
 
 def name_dtype(value: np.ndarray) -> str:
+    """An array's dtype in the words of safetensors."""
     return next(name for name, dtype in DTYPES.items() if dtype == str(value.dtype))
 
 
-def encode_json(value: Any) -> bytes:
+def encode_json(value: object) -> bytes:
+    """A JSON value as the text of a file."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def find_special_ids(tokenizer: str | None) -> dict[str, int | None]:
-    """Ids of pad, cls and sep among a tokenizer's added tokens; None where there is none."""
+    """Ids of pad, cls and sep among a tokenizer's added tokens; None where there is none.
+
+    Raises FileError where the text is no tokenizer.json.
+    """
     try:
         ids = {token["content"]: token["id"] for token in json.loads(tokenizer or "{}").get("added_tokens", [])}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise CheckpointError("metadata is damaged: meta.tokenizer is no tokenizer.json") from None
+        raise FileError("metadata is damaged: meta.tokenizer is no tokenizer.json") from None
     return {name: next((ids[word] for word in words if word in ids), None) for name, words in SAME_AS.items()}
 
 
-def collect_beside(checkpoint: Checkpoint, hub: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bytes]:
+def collect_beside(checkpoint: Checkpoint, hub: Mapping[str, Any], config: Mapping[str, object]) -> dict[str, bytes]:
     """The files beside the tensors, by name: as they were imported where nothing that they say has changed since.
 
     hub: of a model that still is what its configuration says, else empty. config: what is exported.

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..data.reading import read_regular
-from ..files.container import CheckpointError
+from ..files.container import FileError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
@@ -49,36 +49,32 @@ class Stored:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file beside the tensors. Raises CheckpointError where it is missing, no regular file or too large."""
+    """The bytes of a file beside the tensors. Raises FileError where it is missing, no regular file or too large."""
     try:
         return read_regular(path)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: give the whole folder of a model, as transformers saves it"
-        ) from None
+        raise FileError(f"{path} is missing: give the whole folder of a model, as transformers saves it") from None
     except OSError as error:
-        raise CheckpointError(
+        raise FileError(
             f"{path} cannot be read ({error.strerror}): take the file anew from where the model is from"
         ) from None
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object. Raises CheckpointError where the file is missing, broken or something else."""
+    """A JSON object. Raises FileError where the file is missing, broken or something else."""
     try:
         value = json.loads(read_file(path).decode())
-    except CheckpointError:
+    except FileError:
         raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise CheckpointError(
-            f"{path} is not JSON ({error}): take the file anew from where the model is from"
-        ) from None
+        raise FileError(f"{path} is not JSON ({error}): take the file anew from where the model is from") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object of settings")
+        raise FileError(f"{path} holds {type(value).__name__}, not an object of settings")
     return value
 
 
 def read_beside(folder: Path) -> dict[str, str]:
-    """The text of each file of `BESIDE` that the folder has, by name. Raises CheckpointError for one that is damaged."""
+    """The text of each file of `BESIDE` that the folder has, by name. Raises FileError for one that is damaged."""
     texts = {}
     for name in BESIDE:
         if (folder / name).exists():
@@ -87,14 +83,14 @@ def read_beside(folder: Path) -> dict[str, str]:
             try:
                 texts[name] = read_file(folder / name).decode()
             except UnicodeDecodeError:
-                raise CheckpointError(f"{folder / name} is not UTF-8: take the file anew") from None
+                raise FileError(f"{folder / name} is not UTF-8: take the file anew") from None
     return texts
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's model.safetensors, or of the shards that its index names.
 
-    Raises CheckpointError: no such folder, nothing in it, pickles only, an index that is wrong, damaged files.
+    Raises FileError: no such folder, nothing in it, pickles only, an index that is wrong, damaged files.
     """
     if not folder.is_dir():
         hint = (
@@ -102,17 +98,18 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
             if folder.suffix in PICKLES
             else "give the folder of a model, not a file or a name"
         )
-        raise CheckpointError(f"{folder} is no folder: {hint}")
+        raise FileError(f"{folder} is no folder: {hint}")
     if (folder / WEIGHTS).is_file():
         return read_header(folder / WEIGHTS)
     if (folder / INDEX).is_file():
         return read_shards(folder / INDEX)
     if names := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
-        raise CheckpointError(f"{folder} holds {names[0]} and no {WEIGHTS}: {explain_pickle(names[0])}")
-    raise CheckpointError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: give the folder of a model in safetensors")
+        raise FileError(f"{folder} holds {names[0]} and no {WEIGHTS}: {explain_pickle(names[0])}")
+    raise FileError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: give the folder of a model in safetensors")
 
 
 def explain_pickle(name: str) -> str:
+    """Why a file is not opened, and what to do instead."""
     return (
         f"{name} is a pickle, which can run code and is never opened here; where you trust it, load it with "
         "transformers' from_pretrained and write it anew with save_pretrained(FOLDER), which writes safetensors"
@@ -120,26 +117,27 @@ def explain_pickle(name: str) -> str:
 
 
 def read_shards(index: Path) -> dict[str, Stored]:
-    """The tensors of all shards; each must be in the shard that the index names, and in no other."""
+    """The tensors of all shards; each must be in the shard that the index names, and in no other.
+
+    Raises FileError for an index that is wrong.
+    """
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise CheckpointError(f"{index}: weight_map must be an object of file names by tensor")
+        raise FileError(f"{index}: weight_map must be an object of file names by tensor")
     for name, shard in where.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{index}: tensor {name} is said to be in {shard!r}; name a .safetensors file beside it"
-            )
+            raise FileError(f"{index}: tensor {name} is said to be in {shard!r}; name a .safetensors file beside it")
     tensors: dict[str, Stored] = {}
     parts = sorted(set(where.values()))
     if absent := [shard for shard in parts if not (index.parent / shard).is_file()]:
-        raise CheckpointError(f"{index}: {join_count(absent, 'shard')} missing: take the whole folder of the model")
+        raise FileError(f"{index}: {join_count(absent, 'shard')} missing: take the whole folder of the model")
     for shard in parts:
         for name, stored in read_header(index.parent / shard).items():
             if where.get(name) != shard:
-                raise CheckpointError(f"{index}: {shard} holds tensor {name}, which the index does not say")
+                raise FileError(f"{index}: {shard} holds tensor {name}, which the index does not say")
             tensors[name] = stored
     if lost := sorted(where.keys() - tensors.keys()):
-        raise CheckpointError(f"{index}: {join_count(lost, 'tensor')} of the index in no shard")
+        raise FileError(f"{index}: {join_count(lost, 'tensor')} of the index in no shard")
     return tensors
 
 
@@ -155,28 +153,26 @@ def join_count(names: list[str], what: str) -> str:
 def read_header(path: Path) -> dict[str, Stored]:
     """Dtype, shape and place of every tensor of a file; no tensor is read.
 
-    Raises CheckpointError: truncated, a header that lies, tensors named twice, more than `MOST` tensors.
+    Raises FileError: truncated, a header that lies, tensors named twice, more than `MOST` tensors.
     """
     total = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if total < 8 or length > total - 8:
-            raise CheckpointError(
-                f"{path} is truncated or damaged: {total} bytes, its header alone would have {length}"
-            )
+            raise FileError(f"{path} is truncated or damaged: {total} bytes, its header alone would have {length}")
         if length > HEADER_BYTES:
-            raise CheckpointError(f"{path}: a header of {length} bytes is no model's; at most {HEADER_BYTES} are read")
+            raise FileError(f"{path}: a header of {length} bytes is no model's; at most {HEADER_BYTES} are read")
         header = file.read(length)
     if (count := header.count(b"{") - 1) > MOST:  # every tensor has its own; counted before as many are made
-        raise CheckpointError(f"{path} names about {count} tensors: a model that can be imported has at most {MOST}")
+        raise FileError(f"{path} names about {count} tensors: a model that can be imported has at most {MOST}")
     try:
         with safe_open(path, framework="np"):
             pass
         entries = json.loads(header, object_pairs_hook=refuse_repeated)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
     except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from None
+        raise FileError(f"{path} is damaged or not a safetensors file ({error})") from None
     entries.pop("__metadata__", None)
     tensors = {}
     for name, entry in entries.items():
@@ -186,22 +182,22 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of JSON in which no key stands twice."""
+    """An object of JSON in which no key stands twice. Raises FileError naming one that does."""
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for place, key in enumerate(keys) if key in keys[:place])
-        raise CheckpointError(f"the header names {twice!r} twice")
+        raise FileError(f"the header names {twice!r} twice")
     return values
 
 
 def read_tensor(name: str, stored: Stored) -> np.ndarray:
     """The values: float16 and bfloat16 as float32, which holds each of them exactly; others as they are.
 
-    Raises CheckpointError for a dtype that is none of `FLOATS` and `INTEGERS`, and for NaN and infinity.
+    Raises FileError for a dtype that is none of `FLOATS` and `INTEGERS`, and for NaN and infinity.
     """
     if stored.dtype not in DTYPES:
-        raise CheckpointError(f"{stored.path}: tensor {name} is {stored.dtype}; known are {', '.join(FLOATS)}")
+        raise FileError(f"{stored.path}: tensor {name} is {stored.dtype}; known are {', '.join(FLOATS)}")
     kind = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4"}[stored.dtype]
     with open(stored.path, "rb") as file:
         file.seek(stored.start)
@@ -210,7 +206,7 @@ def read_tensor(name: str, stored: Stored) -> np.ndarray:
         raw = (raw.astype(np.uint32) << 16).view(np.float32)
     value = raw.astype(np.float32) if stored.dtype == "F16" else raw
     if not np.isfinite(value).all():
-        raise CheckpointError(f"{stored.path}: tensor {name} holds NaN or infinity; take the file anew")
+        raise FileError(f"{stored.path}: tensor {name} holds NaN or infinity; take the file anew")
     return value
 
 

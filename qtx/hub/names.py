@@ -69,6 +69,8 @@ VIT_MODULES = {  # as transformers 5 names the modules of a layer in memory
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
+BUFFERS = ("position_ids", "token_type_ids")  # integers that count or are 0
+Shapes = dict[str, list[tuple[int, ...]]]  # those that a tensor may have, by its name
 
 
 def shorten_name(family: Family, name: str) -> str:
@@ -133,15 +135,12 @@ def list_tied(spec: ModelSpec) -> dict[str, str]:
     return {}
 
 
-def list_unused(spec: ModelSpec) -> dict[str, list[tuple[int, ...]]]:
+def list_unused(spec: ModelSpec) -> Shapes:
     """Plain names of tensors that a file may hold and our model has no use for, with the shapes they may have."""
     d, t = spec.width, spec.length
-    pooler: dict[str, list[tuple[int, ...]]] = {"pooler.dense.weight": [(d, d)], "pooler.dense.bias": [(d,)]}
+    pooler: Shapes = {"pooler.dense.weight": [(d, d)], "pooler.dense.bias": [(d,)]}
     if spec.family is Family.BERT:
-        nsp = {"cls.seq_relationship.weight": [(2, d)], "cls.seq_relationship.bias": [(2,)]}
-        buffers = {f"embeddings.{name}": [(1, t), (t,)] for name in BUFFERS}
+        nsp: Shapes = {"cls.seq_relationship.weight": [(2, d)], "cls.seq_relationship.bias": [(2,)]}
+        buffers: Shapes = {f"embeddings.{name}": [(1, t), (t,)] for name in BUFFERS}
         return buffers | (nsp if spec.head is Head.MLM else {}) | ({} if spec.head is Head.CLASSIFY else pooler)
     return pooler | {"embeddings.mask_token": [(1, 1, d)]} if spec.family is Family.VIT else {}
-
-
-BUFFERS = ("position_ids", "token_type_ids")  # integers that count or are 0

@@ -12,32 +12,35 @@ from pathlib import Path
 from qtx_ref.spec import Family, ModelSpec, SpecError
 from qtx_ref.spec.base import is_number
 
+from ..data.images import LONGEST, MOST, is_length
 from ..data.rows import shorten
-from ..files.container import CheckpointError
+from ..files.container import FileError
 from .config import Settings
 
 KINDS = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor")
 # what names the class, or says how a call is answered, and changes no pixel
-NAMES = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "_valid_processor_keys",
-         "data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "image_seq_length",
-         "do_convert_rgb", "pad_size", "default_to_square")  # fmt: skip
-USED = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
-        "image_mean", "image_std")  # fmt: skip
+NAMES = {
+    *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "_valid_processor_keys"),
+    *("data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "image_seq_length"),
+    *("do_convert_rgb", "pad_size", "default_to_square"),
+}
+USED = {
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+}
 FILTERS = 6  # Pillow numbers its filters from 0
-LONGEST = 2**15  # pixels of a side
-MOST = 1e30
 
 
 def read_preprocessor(path: Path, given: Mapping[str, object], spec: ModelSpec) -> dict[str, object]:
     """`meta["images"]` of a preprocessor_config.json: `mean` and `std` by channel of pixels in [0, 1], `resize`, `resample`
     and `crop` as in `qtx.data.images.Preparation`.
 
-    Raises CheckpointError naming the key, for a wrong value and for what is not done here.
+    Raises FileError naming the key, for a wrong value and for what is not done here.
     """
     try:
         return read_settings(given, spec)
     except SpecError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise FileError(f"{path}: {error}") from None
 
 
 def read_settings(given: Mapping[str, object], spec: ModelSpec) -> dict[str, object]:
@@ -47,7 +50,7 @@ def read_settings(given: Mapping[str, object], spec: ModelSpec) -> dict[str, obj
         if (kind := settings.values.get(key, KINDS[0])) not in KINDS:
             raise SpecError(f"{key} is {shorten(kind)}: only {KINDS[0]}'s pictures are supported")
     for key, value in settings.values.items():
-        if key not in (*NAMES, *USED) and value is not False:
+        if key not in NAMES | USED and value is not False:
             raise SpecError(f"{key} is {shorten(value)}: it is not supported")
     resize = None
     if settings.flag("do_resize", True):
@@ -72,7 +75,10 @@ def read_settings(given: Mapping[str, object], spec: ModelSpec) -> dict[str, obj
 
 
 def read_scales(settings: Settings, spec: ModelSpec) -> dict[str, list[float]]:
-    """`mean` and `std` with which (x / 255 - mean) / std is what rescaling and normalising make of x in 0 to 255."""
+    """`mean` and `std` with which (x / 255 - mean) / std is what rescaling and normalising make of x in 0 to 255.
+
+    Raises SpecError naming the key.
+    """
     factor = settings.number("rescale_factor", 1 / 255) if settings.flag("do_rescale", True) else 1.0
     if not 1e-30 < factor < 1e3:
         raise SpecError(f"rescale_factor is {factor!r}: give a positive number, as 1 / 255")
@@ -90,7 +96,10 @@ def read_scales(settings: Settings, spec: ModelSpec) -> dict[str, list[float]]:
 
 
 def read_size(settings: Settings, key: str, default: object, shorter: bool) -> list[int] | int:
-    """[height, width] in pixels or, where `shorter` allows it, the length of the shorter side."""
+    """[height, width] in pixels or, where `shorter` allows it, the length of the shorter side.
+
+    Raises SpecError naming the key.
+    """
     value = settings.values.get(key, default)
     if isinstance(value, dict):
         value = {name: length for name, length in value.items() if length is not None}
@@ -104,12 +113,12 @@ def read_size(settings: Settings, key: str, default: object, shorter: bool) -> l
             )
     else:
         lengths = value if isinstance(value, list) else [value, value]
-    for length in lengths:
-        if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= LONGEST:
-            raise SpecError(f"{key} is {shorten(value)}: give whole numbers of pixels, 1 to {LONGEST}")
-    if len(lengths) > 2 or not lengths:
+    sides = [length for length in lengths if is_length(length)]
+    if len(sides) < len(lengths):
+        raise SpecError(f"{key} is {shorten(value)}: give whole numbers of pixels, 1 to {LONGEST}")
+    if len(sides) > 2 or not sides:
         raise SpecError(f"{key} is {shorten(value)}: give height and width")
-    return list(lengths) if len(lengths) == 2 else lengths[0]
+    return sides if len(sides) == 2 else sides[0]
 
 
 def write_preprocessor(spec: ModelSpec, images: Mapping[str, object] | None) -> dict[str, object] | None:
@@ -128,8 +137,12 @@ def write_preprocessor(spec: ModelSpec, images: Mapping[str, object] | None) -> 
         "image_std": images["std"],
     }
     if resize is not None:
-        pair = isinstance(resize, list)
-        made["size"] = dict(zip(("height", "width"), resize, strict=True)) if pair else {"shortest_edge": resize}
-    if crop is not None:
-        made |= {"do_center_crop": True, "crop_size": dict(zip(("height", "width"), crop, strict=True))}
+        made["size"] = name_sides(resize) if isinstance(resize, list) else {"shortest_edge": resize}
+    if isinstance(crop, list):
+        made |= {"do_center_crop": True, "crop_size": name_sides(crop)}
     return made
+
+
+def name_sides(pair: list[int]) -> dict[str, int]:
+    """[height, width] as transformers has them."""
+    return dict(zip(("height", "width"), pair, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from qtx_ref.spec import Family, ModelSpec
 
@@ -12,7 +13,7 @@ from ..data.labelled import LENGTH
 from ..data.rows import shorten
 from ..data.splits import DataError
 from ..data.tokenizing import SAME_AS, read_vocabulary
-from ..files.container import CheckpointError
+from ..files.container import FileError
 from .files import ADDED, SPECIALS, TOKENIZER, TOKENIZER_CONFIG, read_json
 
 # of a tokenizer whose class is BERT's or GPT-2's, transformers makes the normalizer and the pre-tokenizer anew from these
@@ -26,14 +27,14 @@ NORMALIZER = {
 def check_tokenizer(folder: Path, spec: ModelSpec, tokenizer_json: str) -> int | None:
     """Compares tokenizer_config.json, special_tokens_map.json and added_tokens.json with tokenizer.json.
 
-    Returns model_max_length where it is less than texts have by default. Raises CheckpointError naming file, key and value
+    Returns model_max_length where it is less than texts have by default. Raises FileError naming file, key and value
     where transformers would make other ids of a text than tokenizer.json does, or where a value is none.
     """
     content, config = read_json(folder / TOKENIZER), read_optional(folder / TOKENIZER_CONFIG)
     path = folder / TOKENIZER_CONFIG
 
-    def refuse(key: str, why: str) -> None:
-        raise CheckpointError(f"{path}: {key} is {shorten(config.get(key))}: {why}")
+    def refuse(key: str, why: str) -> NoReturn:
+        raise FileError(f"{path}: {key} is {shorten(config.get(key))}: {why}")
 
     kind = config.get("tokenizer_class") or ""
     if not isinstance(kind, str):
@@ -55,7 +56,7 @@ def check_tokenizer(folder: Path, spec: ModelSpec, tokenizer_json: str) -> int |
     try:
         words = read_vocabulary(tokenizer_json)
     except DataError as error:
-        raise CheckpointError(f"{folder / TOKENIZER}: {error}") from None
+        raise FileError(f"{folder / TOKENIZER}: {error}") from None
     check_specials(path, config, words, spec)
     check_specials(folder / SPECIALS, read_optional(folder / SPECIALS), words, spec)
     check_added(folder, config, words)
@@ -68,7 +69,7 @@ def check_tokenizer(folder: Path, spec: ModelSpec, tokenizer_json: str) -> int |
 
 
 def check_normalizer(path: Path, config: Mapping[str, object], content: Mapping[str, object]) -> None:
-    """Raises CheckpointError where BERT's settings of letters are not those of tokenizer.json's normalizer."""
+    """Raises FileError where BERT's settings of letters are not those of tokenizer.json's normalizer."""
     given = dict(config)
     if given.get("tokenizer_class"):
         given.setdefault("do_lower_case", True)  # as that class does
@@ -76,7 +77,7 @@ def check_normalizer(path: Path, config: Mapping[str, object], content: Mapping[
         for key, name in NORMALIZER.items() if part.get("type") == "BertNormalizer" else ():
             own = part.get("lowercase") if name == "strip_accents" and part.get(name) is None else part.get(name)
             if given.get(key) not in (None, own):
-                raise CheckpointError(
+                raise FileError(
                     f"{path}: {key} is {shorten(given[key])} and {TOKENIZER} says {own!r}: make the two agree"
                 )
 
@@ -102,7 +103,7 @@ def begins_with_special(content: Mapping[str, object]) -> bool:
 
 
 def check_specials(path: Path, given: Mapping[str, object], words: Mapping[int, str], spec: ModelSpec) -> None:
-    """Raises CheckpointError where a BERT's special token is another than the one that is used here."""
+    """Raises FileError where a BERT's special token is another than the one that is used here."""
     if spec.family is not Family.BERT:
         return
     known = set(words.values())
@@ -111,27 +112,27 @@ def check_specials(path: Path, given: Mapping[str, object], words: Mapping[int, 
         token = token.get("content") if isinstance(token, dict) else token
         own = next((word for word in same if word in known), None)
         if token is not None and token != own:
-            raise CheckpointError(f"{path}: {name}_token is {shorten(token)}: only {' or '.join(same)} is supported")
+            raise FileError(f"{path}: {name}_token is {shorten(token)}: only {' or '.join(same)} is supported")
 
 
 def check_added(folder: Path, config: Mapping[str, object], words: Mapping[int, str]) -> None:
-    """Raises CheckpointError for an added token that tokenizer.json does not have under the same id."""
+    """Raises FileError for an added token that tokenizer.json does not have under the same id."""
     decoder, added = config.get("added_tokens_decoder"), read_optional(folder / ADDED)
     pairs: list[tuple[str, object, object]] = [(ADDED, token, number) for token, number in added.items()]
     if decoder is not None and not isinstance(decoder, dict):
-        raise CheckpointError(f"{folder / TOKENIZER_CONFIG}: added_tokens_decoder must be an object")
+        raise FileError(f"{folder / TOKENIZER_CONFIG}: added_tokens_decoder must be an object")
     for number, token in (decoder or {}).items():
         content = token.get("content") if isinstance(token, dict) else token
         pairs.append((TOKENIZER_CONFIG, content, int(number) if number.isdecimal() and len(number) < 19 else number))
     for name, token, number in pairs:
         if not isinstance(number, int) or words.get(number) != token:
             own = next((place for place, word in words.items() if word == token), "none")
-            raise CheckpointError(
+            raise FileError(
                 f"{folder / name}: the added token {shorten(token)} has the id {shorten(number)}, in {TOKENIZER} {own}: "
                 "make the two agree"
             )
 
 
 def read_optional(path: Path) -> dict[str, object]:
-    """A JSON object; empty where there is no such file. Raises CheckpointError as `read_json`."""
+    """A JSON object; empty where there is no such file. Raises FileError as `read_json`."""
     return read_json(path) if path.exists() else {}

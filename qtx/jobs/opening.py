@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtx.data import Dataset, load
+from qtx.data import load
 from qtx.engines.backend import backend
+from qtx.engines.protocols import Data
 from qtx.files.artifact import SUFFIX, Artifact, load_artifact
 from qtx.files.checkpoint import Checkpoint, load_checkpoint
 from qtx.files.container import CheckpointError
@@ -45,7 +46,7 @@ def need_tokenizer(path: Path, spec: ModelSpec, meta: Mapping[str, Any]) -> None
         )
 
 
-def check_tokenizer(path: Path, meta: Mapping[str, Any], data: Dataset) -> None:
+def check_tokenizer(path: Path, meta: Mapping[str, Any], data: Data) -> None:
     """Raises SpecError where data are not read with the tokenizer of a checkpoint's own."""
     trained_with = meta.get("data", {}).get("tokenizer_sha256")
     given = data.describe().get("tokenizer_sha256")

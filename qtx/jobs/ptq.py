@@ -43,12 +43,12 @@ from ..data import DataError
 from ..data.splits import BATCH
 from ..engines.backend import backend
 from ..engines.machine import Machine
-from ..files.artifact import Artifact, stored_bytes
+from ..files.artifact import Artifact, count_constant_bytes
 from ..files.checkpoint import Checkpoint, save_checkpoint
 from ..files.container import COMPARISON, CheckpointError, check_writable, sha_of, write_sealed_json
 from ..files.locks import hold
 from ..files.results import read_comparison
-from ..measure.scores import Answers, answers, metric
+from ..measure.scores import Answers, answer_batch, metric
 from ..prepare.calibration import CALIBRATION_SEED
 from ..prepare.prepare import Prepared, prepare
 from ..progress import Progress
@@ -97,7 +97,7 @@ class Measured:
 
 def measure(model: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> Measured:
     began = time.perf_counter()
-    parts = [answers(model, batch) for batch in batches]
+    parts = [answer_batch(model, batch) for batch in batches]
     seconds = time.perf_counter() - began
     whole = Answers(*(np.concatenate(part) for part in zip(*parts, strict=True))) if parts else None
     if whole is None or not whole.count.any():
@@ -216,7 +216,7 @@ def integer_model(spec: ModelSpec, found: Prepared, chosen: Recipe, machine: Mac
     quants = resolve(chosen, spec)
     check_integer(quants, QTX, transforms=found.transforms)
     constants = make_constants(spec, found.params, quants, found.ranges, QTX, Nonlinear.TABLE)
-    size = sum(stored_bytes(Artifact(spec, chosen, QTX, Nonlinear.TABLE, constants)).values())
+    size = sum(count_constant_bytes(Artifact(spec, chosen, QTX, Nonlinear.TABLE, constants)).values())
     return backend(machine.backend).IntegerModel(spec, constants, quants, QTX, device=machine.device), size
 
 
@@ -274,7 +274,7 @@ class Comparison:
         """The float model, its answers, and a few of its tensors."""
         self.model = self.spec.machine.model(self.model_spec, self.params)
         for batch in islice(self.evaluation(), 1):  # the first pass is slower
-            answers(self.model, batch)
+            answer_batch(self.model, batch)
         self.plain = measure(self.model, self.evaluation())
         if not math.isfinite(self.plain.loss) or not math.isfinite(self.plain.values(self.kind)[0]):
             raise SpecError(

@@ -29,8 +29,8 @@ from ..files.results import read_study
 from ..files.writing import check_space
 from ..measure.history import History
 from ..measure.outliers import measure_outliers
-from ..measure.published import column
-from ..measure.scores import as_json, evaluate, metric
+from ..measure.published import make_column
+from ..measure.scores import evaluate, metric, to_json_values
 from ..measure.sizes import count_stored_bytes, ranges_json
 from ..prepare.calibration import CALIBRATION_SEED, bind, calibration_batches
 from ..prepare.prepare import prepare
@@ -172,7 +172,7 @@ class Study:
             for attention_name in self.spec.attention
         ]
         configurations = [(attention(name), self._train_recipe(name, quant)) for quant, name in order]
-        beside, sources = column(self.spec.model, configurations, self.spec.recipes)
+        beside, sources = make_column(self.spec.model, configurations, self.spec.recipes)
         if sources:
             header.append("published")
         rows = []
@@ -240,13 +240,13 @@ class Study:
     def _measure(self, result: dict[str, Any], checkpoint: Checkpoint, label: str) -> None:
         model = self.spec.machine.model(checkpoint.spec, checkpoint.params)
         total = sum(1 for _ in self._evaluation(checkpoint.spec))
-        result["float"] = as_json(evaluate(model, self._evaluation(checkpoint.spec), label, total))
+        result["float"] = to_json_values(evaluate(model, self._evaluation(checkpoint.spec), label, total))
         result["float_bytes"] = count_stored_bytes(checkpoint.params, {}, {})
-        result["outliers"] = as_json(measure_outliers(model, self._evaluation(checkpoint.spec, OUTLIER_BATCHES)))
+        result["outliers"] = to_json_values(measure_outliers(model, self._evaluation(checkpoint.spec, OUTLIER_BATCHES)))
         if result["train_quant"]:
             bind(model, checkpoint.recipe, checkpoint.ranges)
             trained = evaluate(model, self._evaluation(checkpoint.spec), f"{label} as trained", total)
-            result["trained"] = as_json(trained)
+            result["trained"] = to_json_values(trained)
         for name in self.spec.recipes:
             chosen = recipe(name, checkpoint.spec)
             batches = calibration_batches(self.data, checkpoint.spec)
@@ -258,7 +258,10 @@ class Study:
             model = prepared.model(self.spec.machine, checkpoint.spec, chosen)
             quantized = evaluate(model, self._evaluation(checkpoint.spec), f"{label} {name}", total)
             size = count_stored_bytes(prepared.params, resolve(chosen, checkpoint.spec), prepared.ranges)
-            result["recipes"][name] = as_json(quantized) | {"bytes": size, "ranges": ranges_json(prepared.ranges)}
+            result["recipes"][name] = to_json_values(quantized) | {
+                "bytes": size,
+                "ranges": ranges_json(prepared.ranges),
+            }
 
     def _evaluation(self, model: ModelSpec, limit: int | None = None) -> Iterable[Batch]:
         return self.data.split_batches("evaluation", model, BATCH, 0, limit=limit)

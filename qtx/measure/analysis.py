@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
-from qtx_ref.spec import Family
+from qtx_ref.spec import Family, ModelSpec
 from qtx_ref.stats import BINS, DROPPED, SIGMAS, kurtosis, top_share
 
+from ..data.labelled import LabelledText
+from ..data.text import TextData
+from ..engines.protocols import Batch, Data, Model
 from ..progress import Progress
 from ..recipes.sites import layer_inputs, residual_stream, sites
 from .heads import RULE, Head, HeadSums
@@ -21,7 +24,7 @@ PERCENTILE_BOUND = 1 / 128  # relative: half a bin, whose width is 1/64 of its l
 LISTED = 10  # channels and token strings that are named
 
 
-def pooled(moments: np.ndarray) -> np.ndarray:
+def pool_moments(moments: np.ndarray) -> np.ndarray:
     """Count, mean and sums of powers of deviations of several sets of numbers (U, 5) as one set's, (5,); float64.
 
     With d the distance of a set's mean from the common one: M2 = sum(m2 + n d^2), M3 = sum(m3 + 3 d m2 + n d^3),
@@ -86,22 +89,22 @@ class SiteSums:
         self.means = dict.fromkeys(("inf_norm", "kurtosis", "kurtosis_published"), 0.0)  # sums until the end
         self.ends = [np.inf, -np.inf]
         self.moments = np.zeros(5)
-        self.energy: Any = 0.0  # (C,), as the next
-        self.beyond: Any = 0
+        self.energy = np.zeros(1)  # (C,) from the first batch on, as the next
+        self.beyond = np.zeros(1, np.int64)
         self.histogram = np.zeros(BINS, np.int64)
 
-    def add(self, found: Mapping[str, np.ndarray]) -> None:
+    def add(self, statistics: Mapping[str, np.ndarray]) -> None:
         """Takes one batch's statistics by sequence."""
-        units = found["moments"]
+        units = statistics["moments"]
         self.units += len(units)
         for name in self.means:
-            self.means[name] += float(found[name].sum())
-        self.ends[0] = min(self.ends[0], found["lowest"].min(initial=np.inf))
-        self.ends[1] = max(self.ends[1], found["highest"].max(initial=-np.inf))
-        self.moments = pooled(np.vstack([self.moments, units]))
-        self.energy = self.energy + found["energy"]
-        self.beyond = self.beyond + found["beyond_channels"]
-        self.histogram += found["histogram"]
+            self.means[name] += float(statistics[name].sum())
+        self.ends[0] = min(self.ends[0], statistics["lowest"].min(initial=np.inf))
+        self.ends[1] = max(self.ends[1], statistics["highest"].max(initial=-np.inf))
+        self.moments = pool_moments(np.vstack([self.moments, units]))
+        self.energy = self.energy + statistics["energy"]
+        self.beyond = self.beyond + statistics["beyond_channels"]
+        self.histogram += statistics["histogram"]
 
     @property
     def token_share(self) -> np.ndarray:
@@ -109,6 +112,7 @@ class SiteSums:
         return self.beyond * len(self.beyond) / max(self.moments[0], 1)
 
     def result(self, site: str) -> SiteStatistics:
+        """The statistics over all batches so far, under the site's name."""
         count, units = max(self.moments[0], 1), max(self.units, 1)
         low, high = self.ends if self.units else (0.0, 0.0)
         return SiteStatistics(
@@ -150,9 +154,20 @@ class Carrier:
     outliers: float
 
 
+class Growth(TypedDict):
+    """A site of the residual stream, or (not `stream`) what is added to it there."""
+
+    site: str
+    stream: bool
+    inf_norm: float
+    ratio: float  # of the inf norm to the first site's
+    rms: float
+    kurtosis: float
+
+
 @dataclass
 class Analysis:
-    """What `analyze` found. Arrays are for pictures."""
+    """What `analyze` has measured. Arrays are for pictures."""
 
     sites: list[SiteStatistics]
     stream: tuple[str, ...]
@@ -168,21 +183,26 @@ class Analysis:
     tokens: Kinds | None = field(repr=False)
 
     def by_site(self) -> dict[str, SiteStatistics]:
+        """Every site's statistics by its name."""
         return {s.site: s for s in self.sites}
 
-    def growth(self) -> list[dict[str, Any]]:
-        """The residual stream by depth, what is added to it between; `ratio` is of the inf norm, to the first's."""
+    def growth(self) -> list[Growth]:
+        """The residual stream by depth, and what is added to it between."""
         known = self.by_site()
         first = known[self.stream[0]].inf_norm
-        rows = []
+        rows: list[Growth] = []
         for site in self.stream:
             added = [known[site.replace("residual", "output")]] if site.endswith(".residual") else []
             for s in (*added, known[site]):
-                numbers = {"inf_norm": s.inf_norm, "ratio": s.inf_norm / first if first else 0.0, "rms": s.rms}
-                rows.append({"site": s.site, "stream": s.site == site, **numbers, "kurtosis": s.kurtosis})
+                ratio = s.inf_norm / first if first else 0.0
+                row = Growth(
+                    site=s.site, stream=s.site == site, inf_norm=s.inf_norm, ratio=ratio, rms=s.rms, kurtosis=s.kurtosis
+                )
+                rows.append(row)
         return rows
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json_values(self) -> dict[str, Any]:
+        """All but the pictures' arrays as JSON values."""
         parts = {
             name: [asdict(part) for part in getattr(self, name)] for name in ("sites", "channels", "kinds", "words")
         }
@@ -195,41 +215,44 @@ class Analysis:
 class Carriers:
     """Which tokens the outliers of the residual stream fall on, over batches."""
 
-    def __init__(self, spec: Any, data: Any) -> None:
+    def __init__(self, spec: ModelSpec, data: Data) -> None:
         self.kinds: Kinds | None = None
         if spec.family is not Family.VIT:
-            self.kinds = Kinds(data.specials, data.tokenizer_json, causal=spec.causal)
+            words = cast(TextData | LabelledText, data)
+            self.kinds = Kinds(words.specials, words.tokenizer_json, causal=spec.causal)
         self.stream = residual_stream(spec)
         self.by_kind = np.zeros((2, 0 if self.kinds is None else len(self.kinds.names)), np.int64)  # tokens, outliers
         self.by_id = np.zeros((2, spec.vocab), np.int64)
         self.places = {} if self.kinds else {site: np.zeros(spec.length, np.int64) for site in self.stream}
-        self.image: Any = 0.0
+        self.image = np.zeros(1)  # the sum of all, (C, S, S) from the first batch on
         self.images = 0
 
-    def marks(self, spec: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def marks(self, spec: ModelSpec, batch: Batch) -> dict[str, np.ndarray]:
         """The keys to look at in attention, (B, T) each."""
         if self.kinds is None:
             plain = find_background(batch["images"], spec.patch_size)
             return {"CLS": np.arange(spec.length)[None] == np.zeros((len(plain), 1)), "background": plain}
         return self.kinds.marks(batch)
 
-    def add(self, batch: Mapping[str, np.ndarray], found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        counts = {site: found[site]["beyond_tokens"] for site in self.stream}  # (B, T)
+    def add(self, batch: Batch, statistics: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Takes one batch, and its statistics by site."""
+        counts = {site: statistics[site]["beyond_tokens"] for site in self.stream}  # (B, T)
         if self.kinds is None:
             self.image = self.image + batch["images"].sum(axis=0, dtype=np.float64)
             self.images += len(batch["images"])
             for site, count in counts.items():
                 self.places[site] += count.sum(axis=0)
             return
-        real, count = np.asarray(batch["mask"], bool), sum(counts.values())
+        real, count = np.asarray(batch["mask"], bool), np.sum(list(counts.values()), axis=0)
         for into, values in ((self.by_kind, self.kinds.of(batch)), (self.by_id, batch["tokens"])):
             size = into.shape[1]
             into[0] += np.bincount(values[real], minlength=size)
             into[1] += np.bincount(values[real], weights=count[real], minlength=size).astype(np.int64)
 
-    def kind_list(self) -> list[Carrier]:
+    def list_kinds(self) -> list[Carrier]:
+        """The kinds of tokens, or of patches, that occur."""
         if self.kinds is None:
-            whole = sum(self.places.values())
+            whole = np.sum(list(self.places.values()), axis=0)
             pairs = (("CLS", whole[:1]), ("patches", whole[1:]))
             return [Carrier(name, len(part) / len(whole), part.sum() / max(whole.sum(), 1)) for name, part in pairs]
         tokens, outliers = self.by_kind / np.maximum(self.by_kind.sum(axis=1, keepdims=True), 1)
@@ -237,7 +260,7 @@ class Carriers:
             Carrier(*row) for row in zip(self.kinds.names, tokens.tolist(), outliers.tolist(), strict=True) if row[1]
         ]
 
-    def word_list(self) -> list[Carrier]:
+    def list_words(self) -> list[Carrier]:
         """The token strings on which most outliers fall."""
         if self.kinds is None:
             return []
@@ -246,7 +269,7 @@ class Carriers:
         return [Carrier(self.kinds.word(i), float(tokens[i]), float(outliers[i])) for i in most]
 
 
-def recurring(stream: Mapping[str, SiteSums]) -> list[Channel]:
+def find_recurring(stream: Mapping[str, SiteSums]) -> list[Channel]:
     """The channels that are beyond 6 sigma in the most tokens, over all sites of the residual stream."""
     names = list(stream)
     shares = np.stack([sums.token_share for sums in stream.values()])  # (S, C)
@@ -254,14 +277,24 @@ def recurring(stream: Mapping[str, SiteSums]) -> list[Channel]:
     count = np.stack([(shares[layers == i] > 0).any(axis=0) for i in np.unique(layers)]).sum(axis=0)  # (C,)
     order = np.argsort(-shares.mean(axis=0), kind="stable")[:LISTED]
     return [
-        Channel(int(c), int((shares[:, c] > 0).sum()), int(count[c]), float(shares[:, c].mean()),
-                float(shares[:, c].max()), names[int(shares[:, c].argmax())])
-        for c in order if count[c]
-    ]  # fmt: skip
+        Channel(
+            channel=int(c),
+            sites=int((shares[:, c] > 0).sum()),
+            layers=int(count[c]),
+            token_share=float(shares[:, c].mean()),
+            largest_share=float(shares[:, c].max()),
+            largest_site=names[int(shares[:, c].argmax())],
+        )
+        for c in order
+        if count[c]
+    ]
 
 
-def analyze(model: Any, data: Any, batches: Iterable[Mapping[str, np.ndarray]], total: int) -> Analysis:
-    """Statistics of every result site of a float model, in the order of the forward pass, and of every attention head."""
+def analyze(model: Model, data: Data, batches: Iterable[Batch], total: int) -> Analysis:
+    """Statistics of every result site of a float model, in the order of the forward pass, and of every attention head.
+
+    data: what the batches are of, for the strings of tokens. total: the number of batches, for the progress bar.
+    """
     spec = model.spec
     units = dict.fromkeys(sites(spec).results, "sequence")
     sums = {site: SiteSums() for site in units}
@@ -270,19 +303,19 @@ def analyze(model: Any, data: Any, batches: Iterable[Mapping[str, np.ndarray]], 
     with Progress("analyze", total) as bar:
         for batch in batches:
             example = example or {name: value[:1] for name, value in batch.items()}
-            found = model.statistics(batch, units)
-            for site, part in found.items():
+            statistics = model.statistics(batch, units)
+            for site, part in statistics.items():
                 sums[site].add(part)
-            carriers.add(batch, found)
+            carriers.add(batch, statistics)
             heads.add(model.attention(batch, carriers.marks(spec, batch), layer_inputs(spec)))
             bar.advance()
     stream = {site: sums[site] for site in residual_stream(spec)}
     return Analysis(
         sites=[part.result(site) for site, part in sums.items()],
         stream=tuple(stream),
-        channels=recurring(stream),
-        kinds=carriers.kind_list(),
-        words=carriers.word_list(),
+        channels=find_recurring(stream),
+        kinds=carriers.list_kinds(),
+        words=carriers.list_words(),
         heads=heads.result(),
         energy={site: part.energy * len(part.energy) / max(part.moments[0], 1) for site, part in stream.items()},
         histograms={site: part.histogram for site, part in stream.items()},

@@ -78,15 +78,15 @@ class HeadSums:
         """Takes one batch's sums by layer, (H,) each."""
         for into, part in zip(self.layers, sums, strict=True):
             for name, value in part.items():
-                into[name] = into.get(name, 0) + value
+                into[name] = into[name] + value if name in into else value
 
     def result(self) -> list[Head]:
         """Every head, the smallest update first."""
-        heads = [head for layer, sums in enumerate(self.layers) for head in average(layer, sums)]
+        heads = [head for layer, sums in enumerate(self.layers) for head in average_heads(layer, sums)]
         return sorted(heads, key=lambda head: head.update)
 
 
-def average(layer: int, sums: Mapping[str, np.ndarray]) -> list[Head]:
+def average_heads(layer: int, sums: Mapping[str, np.ndarray]) -> list[Head]:
     """The heads of a layer, from the sums that a model's `attention` gives."""
     queries, choices, tokens = (np.maximum(sums[name], 1) for name in ("queries", "choices", "tokens"))
     marks = [name.removeprefix("mass.") for name in sums if name.startswith("mass.")]

@@ -38,6 +38,6 @@ class History:
         names = [f.name for f in fields(cls) if f.name not in WATCHED or f"history.{f.name}" in extra]
         return cls(**{name: extra[f"history.{name}"].tolist() for name in names})
 
-    def watched(self) -> dict[str, list]:
+    def watched(self) -> dict[str, list[float]]:
         """The integer watch's curves."""
         return {name: getattr(self, name) for name in WATCHED}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from qtx.recipes.sites import paper_sites
+from ..engines.protocols import Batch, Model
+from ..recipes.sites import paper_sites
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,16 @@ class Outliers:
     max_kurtosis_site: str
 
 
-def measure_outliers(model: Any, batches: Iterable[Mapping[str, Any]]) -> Outliers:
+def measure_outliers(model: Model, batches: Iterable[Batch]) -> Outliers:
     """The published metrics of a float model: per site the mean over units of all batches, then over sites."""
     chosen = paper_sites(model.spec)
     sums: dict[str, dict[str, tuple[float, int]]] = {"inf_norm": {}, "kurtosis_published": {}}
     for batch in batches:
-        for site, found in model.statistics(batch, chosen.inf_norm, tuple(sums)).items():
-            for name, values in found.items():
+        for site, statistics in model.statistics(batch, chosen.inf_norm, tuple(sums)).items():
+            for name, values in statistics.items():
                 total, count = sums[name].get(site, (0.0, 0))
                 sums[name][site] = (total + float(values.sum()), count + values.size)
-    mean = {name: {site: total / count for site, (total, count) in found.items()} for name, found in sums.items()}
+    mean = {name: {site: total / count for site, (total, count) in parts.items()} for name, parts in sums.items()}
     norms = mean["inf_norm"]
     kurtoses = mean["kurtosis_published"]
     largest, peak = max(norms, key=norms.__getitem__), max(chosen.kurtosis, key=kurtoses.__getitem__)

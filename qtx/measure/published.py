@@ -69,7 +69,7 @@ FIGURES = (
 )
 
 
-def published(model: str, kind: AttentionSpec, train_quant: str | None = None) -> list[Published]:
+def list_published(model: str, kind: AttentionSpec, train_quant: str | None = None) -> list[Published]:
     """The figures of a preset with an attention, trained in float or under the recipe `train_quant`.
 
     Attentions are equal where they compute the same: alpha by the gamma it sets, the MLP gate by its hidden units.
@@ -79,25 +79,25 @@ def published(model: str, kind: AttentionSpec, train_quant: str | None = None) -
         figure
         for figure in FIGURES
         if (figure.model, figure.train_quant) == (model, train_quant)
-        and settings(spec, attention(figure.attention)) == settings(spec, kind)
+        and fit_attention(spec, attention(figure.attention)) == fit_attention(spec, kind)
     ]
 
 
-def column(
+def make_column(
     model: str, rows: Sequence[tuple[AttentionSpec, str | None]], recipes: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """The cells of a table's column, one for each (attention, recipe of its training), and the sources that they number;
     no source where nothing is published of any row."""
-    found = [published(model, kind, train_quant) for kind, train_quant in rows]
-    sources = list(dict.fromkeys(figure.source for figures in found for figure in figures))
+    published = [list_published(model, kind, train_quant) for kind, train_quant in rows]
+    sources = list(dict.fromkeys(figure.source for figures in published for figure in figures))
     cells = [
         "; ".join(f"{figure.text(recipes)} [{1 + sources.index(figure.source)}]" for figure in figures) or "-"
-        for figures in found
+        for figures in published
     ]
     return cells, [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
 
 
-def settings(spec: ModelSpec, kind: AttentionSpec) -> tuple[AttentionSpec, int]:
+def fit_attention(spec: ModelSpec, kind: AttentionSpec) -> tuple[AttentionSpec, int]:
     """An attention as a model of that shape has it, and the hidden units of its gate."""
     made = replace(spec, attention=kind)
     return replace(made.attention, gate_hidden=None), made.gate_hidden

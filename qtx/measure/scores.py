@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from qtx.progress import Progress
 from qtx_ref.integer.lifting import real
 from qtx_ref.ops import cross_entropy
-from qtx_ref.spec import (
-    ModelSpec,
-    Output,
-    SpecError,
-)
+from qtx_ref.spec import ModelSpec, Output, SpecError
 from qtx_ref.tape import const
+
+from ..engines.protocols import Batch, IntegerModel, Model, Runnable
+from ..progress import Progress
+from .outliers import Outliers
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,12 @@ def metric(spec: ModelSpec) -> str:
     return "accuracy" if spec.classes else "perplexity"
 
 
-def evaluate(model: Any, batches: Iterable[Mapping[str, Any]], label: str = "evaluate", total: int = 0) -> Score:
-    """The score of a model, float or bound, over batches. Raises SpecError without a target."""
+def evaluate(model: Runnable, batches: Iterable[Batch], label: str = "evaluate", total: int = 0) -> Score:
+    """The score of a model, float, bound or an `IntegerScorer`, over batches.
+
+    label, total: of the progress bar, which is not drawn where the total number of batches is 0. Raises SpecError without
+    a target.
+    """
     total_loss, count, right = 0.0, 0, 0
     with Progress(label, total) as bar:
         for batch in batches:
@@ -54,42 +57,52 @@ class Answers(NamedTuple):
     them were predicted right."""
 
     loss: np.ndarray
-    count: np.ndarray
+    count: np.ndarray  # type: ignore[assignment]  # of a tuple's method
     right: np.ndarray
 
 
-def answers(model: Any, batch: Mapping[str, Any]) -> Answers:
+def answer_batch(model: Model | IntegerModel, batch: Batch) -> Answers:
     """What a model of either kind answers, scored by the reference's float64 code, whichever backend ran it."""
-    integer = not hasattr(model, "forward")
-    output = model.run(batch) if integer else model.forward(batch)
+    output = compute_output(model, batch)
     targets = batch["targets"] if "targets" in batch else batch["labels"]
-    found = np.zeros((3, len(targets)))
+    sums = np.zeros((3, len(targets)))
     for i in range(len(targets)):  # float64 logits of one sequence at a time
         row = slice(i, i + 1)
         real_targets = targets[row] >= 0
         if real_targets.any():
-            one = Output(*(part[row] if part.ndim and len(part) > 1 else part for part in output)) if integer else None
-            logits = real(one) if integer else output[row]
+            logits = take_logits(output, row)
             right = ((logits.argmax(axis=-1) == targets[row]) & real_targets).sum()
             some = real_targets.sum()
-            found[:, i] = float(cross_entropy(const(logits), targets[row]).value) * some, some, right
-    return Answers(found[0], found[1].astype(np.int64), found[2].astype(np.int64))
+            sums[:, i] = float(cross_entropy(const(logits), targets[row]).value) * some, some, right
+    return Answers(sums[0], sums[1].astype(np.int64), sums[2].astype(np.int64))
+
+
+def compute_output(model: Model | IntegerModel, batch: Batch) -> np.ndarray | Output:
+    """Logits of a float or bound model, codes of an integer one."""
+    return model.forward(batch) if hasattr(model, "forward") else model.run(batch)
+
+
+def take_logits(output: np.ndarray | Output, row: slice) -> np.ndarray:
+    """The logits of some sequences of an output, codes as the real numbers for which they stand."""
+    if isinstance(output, Output):
+        return real(Output(*(part[row] if part.ndim and len(part) > 1 else part for part in output)))
+    return output[row]
 
 
 class IntegerScorer:
     """What `evaluate` asks of an integer model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: IntegerModel) -> None:
         self.model = model
 
-    def evaluate(self, batch: Mapping[str, Any]) -> tuple[float, int, int]:
+    def evaluate(self, batch: Batch) -> tuple[float, int, int]:
         """Summed negative log-likelihood in nats, number of targets, number predicted right."""
-        loss, count, right = answers(self.model, batch)
+        loss, count, right = answer_batch(self.model, batch)
         return math.fsum(loss), int(count.sum()), int(right.sum())
 
 
-def as_json(record: Any) -> dict[str, Any]:
-    """A score or an outlier record as JSON values; numbers that are not finite become null."""
+def to_json_values(record: Score | Outliers) -> dict[str, float | int | str | None]:
+    """A score or the published outlier metrics as JSON values; numbers that are not finite become null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in asdict(record).items()

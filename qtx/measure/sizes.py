@@ -6,13 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qtx_ref.spec import (
-    FloatFormat,
-    FloatQuantSpec,
-    Quant,
-    QuantSpec,
-    Range,
-)
+from qtx_ref.spec import FloatFormat, FloatQuantSpec, Quant, QuantSpec, Range
+
+from ..files.artifact import PACKED_BITS, count_packed
 
 
 def count_stored_bytes(
@@ -28,8 +24,8 @@ def count_stored_bytes(
         quant = quants.get(name)
         if quant is None:
             total += value.nbytes
-        elif count_bits(quant) <= 4:
-            total += value.size // value.shape[-1] * -(-value.shape[-1] // 2)
+        elif count_bits(quant) <= PACKED_BITS:
+            total += count_packed(value.shape)
         else:
             total += value.size * (1 if count_bits(quant) <= 8 else 2)
         if isinstance(quant, FloatQuantSpec) and quant.block:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from qtx.recipes.named import resolve
-from qtx_ref.spec import (
-    InputTransform,
-    ModelSpec,
-    Range,
-    Recipe,
-)
+from qtx_ref.spec import InputTransform, ModelSpec, Range, Recipe
 
+from ..engines.machine import Machine
+from ..engines.protocols import Batches, Model
+from ..recipes.named import resolve
 from .calibration import bind, find_ranges
 from .rewriting import rewrite
 from .transforms import transform
@@ -26,23 +22,23 @@ class Prepared:
     """A quantized model: parameters, rewritten where the recipe says so, static ranges, the transforms of linears' inputs
     that no norm has taken in, and the parameters as they were before they were rewritten, where they were."""
 
-    params: dict[str, np.ndarray]
+    params: Mapping[str, np.ndarray]
     ranges: dict[str, Range]
     transforms: dict[str, InputTransform]
     before: Mapping[str, np.ndarray] | None = None
 
-    def model(self, machine: Any, spec: ModelSpec, recipe: Recipe) -> Any:
-        """The model under the recipe's fake quantization."""
+    def model(self, machine: Machine, spec: ModelSpec, recipe: Recipe) -> Model:
+        """The model under the recipe's fake quantization, on a machine. Raises SpecError where that is not to be had."""
         model = machine.model(spec, self.params)
         bind(model, recipe, self.ranges, self.transforms)
         return model
 
 
 def prepare(
-    machine: Any,
+    machine: Machine,
     spec: ModelSpec,
     params: Mapping[str, np.ndarray],
-    batches: Callable[[int], Iterable[Mapping[str, Any]]],
+    batches: Batches,
     recipe: Recipe,
     *,
     ranges: Mapping[str, Range] | None = None,

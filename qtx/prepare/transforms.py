@@ -6,31 +6,31 @@ whichever backend ran the model; this hands them what the calibration batches sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from qtx_ref.quant import rewriting
-from qtx_ref.spec import (
-    InputTransform,
-    ModelSpec,
-    Recipe,
-    TransformKind,
-)
+from qtx_ref.spec import InputTransform, ModelSpec, Recipe, TransformKind
 
+from ..engines.machine import Machine
+from ..engines.protocols import Arrays, Batches
 from ..recipes.transforms import choose_transforms, group_smoothed, make_left_transforms
 from .calibration import measure_input_moments
 
 
 def transform(
-    machine: Any,
+    machine: Machine,
     spec: ModelSpec,
     params: Mapping[str, np.ndarray],
-    batches: Callable[[int], Iterable[Mapping[str, Any]]],
+    batches: Batches,
     recipe: Recipe,
-) -> tuple[dict[str, np.ndarray], dict[str, InputTransform]]:
-    """The parameters made for a recipe's transforms, and those that are left to the linears' inputs."""
+) -> tuple[Arrays, dict[str, InputTransform]]:
+    """The parameters made for a recipe's transforms, and those that are left to the linears' inputs.
+
+    Raises SpecError for a block that does not divide a width, a linear without a weight of its own, and inputs that are not
+    finite.
+    """
     chosen = choose_transforms(recipe, spec)
     blocks = {
         site: rewriting.hadamard_block(rewriting.own_weight(params, site), how.block, site)
@@ -40,15 +40,15 @@ def transform(
     smoothed = [site for site in chosen if site not in blocks]
     for site in smoothed:
         rewriting.own_weight(params, site)
-    params, divisors = dict(params), {}
+    made = dict(params)
+    divisors: Arrays = {}
     if smoothed:
         label = f"{recipe.name}: smooth"
-        shown = measure_input_moments(
-            machine.model(spec, params), batches(recipe.batches), smoothed, ("absmax",), label, recipe
-        )
-        absmax = {site: moments["absmax"] for site, moments in shown.items()}
+        model = machine.model(spec, made)
+        inputs = measure_input_moments(model, batches(recipe.batches), smoothed, ("absmax",), label, recipe)
+        absmax = {site: moments["absmax"] for site, moments in inputs.items()}
         for strength, groups in group_smoothed(chosen):
             sites = [site for group in groups for site in group]
-            params, found = rewriting.smooth(spec, params, absmax, strength, sites)
-            divisors |= found
-    return rewriting.rotate(params, blocks), make_left_transforms(recipe, spec, params, divisors)
+            made, more = rewriting.smooth(spec, made, absmax, strength, sites)
+            divisors |= more
+    return rewriting.rotate(made, blocks), make_left_transforms(recipe, spec, made, divisors)

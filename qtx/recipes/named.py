@@ -23,6 +23,7 @@ from qtx_ref.spec import (
     SpecError,
     from_dict,
 )
+from qtx_ref.spec.limits import refuse_integer
 
 from ..data.reading import read_regular
 from . import remedies
@@ -152,12 +153,15 @@ def training(weight_bits: int, activation_bits: int) -> Parts:
 
 
 def paper(family: Family, spec: ModelSpec) -> Recipe:
-    """The published simulator site by site (BERT, OPT); for ViT, which has no published code, the paper's text."""
+    """The published simulator site by site (BERT, OPT); for ViT, which has no published code, the paper's text.
+
+    Raises SpecError for a model of another family.
+    """
     if family is not spec.family:
         raise SpecError(f"recipe paper-{family} for a model of family {spec.family}: use paper-{spec.family}")
     if family is Family.VIT:
         base = post_training(8, 8)
-        rules = (
+        rules: tuple[Rule, ...] = (
             Rule(
                 ("*",),
                 base.activations.quant,
@@ -246,31 +250,46 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
 
 
 def training_recipe(name: str, spec: ModelSpec) -> Recipe:
-    """The recipe of `--train-quant`: `w8a8` stands for `train-w8a8`, quantized matmuls with dynamic ranges."""
-    found = recipe(f"train-{name}" if re.fullmatch(r"w\d+a\d+", name) else name, spec)
-    if found.transforms or found.rewrite:
-        raise SpecError(f"recipe {found.name} rewrites weights, which training moves: train without it, then quantize")
-    return found
+    """The recipe of `--train-quant`: `w8a8` stands for `train-w8a8`, quantized matmuls with dynamic ranges.
+
+    Raises SpecError as `recipe`, and for one that rewrites weights.
+    """
+    chosen = recipe(f"train-{name}" if re.fullmatch(r"w\d+a\d+", name) else name, spec)
+    if chosen.transforms or chosen.rewrite:
+        raise SpecError(f"recipe {chosen.name} rewrites weights, which training moves: train without it, then quantize")
+    return chosen
 
 
 def resolve(chosen: Recipe, spec: ModelSpec) -> dict[str, Quant]:
     """The quantizer of each site of a model. Raises SpecError where the recipe touches none, and for channels, groups and
     blocks that a site does not have."""
-    found = {site: quant for site in sites(spec).all if (quant := chosen.quant(site)) is not None}
-    for site, quant in found.items():
+    quants = {site: quant for site in sites(spec).all if (quant := chosen.quant(site)) is not None}
+    for site, quant in quants.items():
         kind = quant.granularity
         if kind in (Granularity.CHANNEL, Granularity.GROUP, Granularity.BLOCK) and site.endswith(KEYS):
             raise SpecError(
                 f"recipe {chosen.name} has a range per {kind} at {site}, whose last axis is the keys: use tensor"
             )
-        if kind is Granularity.GROUP and (channels := extents(spec)[site][0]) % quant.groups:
+        groups = quant.groups if isinstance(quant, QuantSpec) else None
+        if groups is not None and (channels := extents(spec)[site][0]) % groups:
             raise SpecError(
-                f"recipe {chosen.name} has groups {quant.groups} at {site}, which do not divide its {channels} channels"
+                f"recipe {chosen.name} has groups {groups} at {site}, which do not divide its {channels} channels"
             )
-        if kind is Granularity.BLOCK and (last := extents(spec)[site][1]) % quant.block:
+        if quant.block is not None and (last := extents(spec)[site][1]) % quant.block:
             raise SpecError(
                 f"recipe {chosen.name} has block {quant.block} at {site}, which does not divide its last axis of {last}"
             )
-    if not found:
+    if not quants:
         raise SpecError(f"recipe {chosen.name} matches no site of this model: see `qtx recipes` for site names")
-    return found
+    return quants
+
+
+def resolve_integers(chosen: Recipe, spec: ModelSpec) -> dict[str, QuantSpec]:
+    """As `resolve`, of a recipe of integer codes alone. Raises SpecError naming a site of small floats, too."""
+    quants: dict[str, QuantSpec] = {}
+    for site, quant in resolve(chosen, spec).items():
+        if isinstance(quant, QuantSpec):
+            quants[site] = quant
+        else:
+            refuse_integer(site, f"{quant.format} is a float format")
+    return quants

@@ -54,12 +54,14 @@ def list_ffn_sites(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def percentile(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """Activations from the percentile of all calibration values that the name gives."""
     observer = ObserverSpec(kind=ObserverKind.PERCENTILE, percentile=float(name[1]))
     source = "Kaliaperumal 2026 (arXiv 2603.04308): two-sided percentile of all calibration values"
     return base.change_activations(lambda quant: replace(quant, observer=observer), source)
 
 
 def least_squares(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """Ranges of least squared error, of activations and of weights."""
     observer = ObserverSpec(kind=ObserverKind.MSE_GOLDEN)
     source = f"{BONDARENKO}, section 5: the range of least squared error"
 
@@ -70,23 +72,30 @@ def least_squares(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
 
 
 def channel(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """A scale for each output channel of a weight."""
     source = "Krishnamoorthi 2018 (arXiv 1806.08342), section 2.5: weights with a scale per output channel"
     return base.change_weights(lambda quant: replace(quant, granularity=Granularity.CHANNEL), source)
 
 
 def token(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """A scale for each token, taken from the data."""
     source = "ZeroQuant (Yao et al. 2022), section 4: a scale per token, taken from the data"
-    rows = {"granularity": Granularity.TOKEN, "dynamic": True, "observer": ObserverSpec()}
-    return base.change_activations(lambda quant: replace(quant, **rows), source)
+
+    def change(quant: QuantSpec) -> QuantSpec:
+        return replace(quant, granularity=Granularity.TOKEN, dynamic=True, observer=ObserverSpec())
+
+    return base.change_activations(change, source)
 
 
 def wide_residual(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """The residual stream in 16 bits."""
     wide = QuantSpec(bits=16, symmetric=True, observer=RUNNING)
     source = f"{BONDARENKO}, section 4: 16 bits for the residual sum"
     return base.add_special(Rule(("*.residual", "embed.pair", "embed.sum"), wide, source))
 
 
 def wide_ffn(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """The FFN's input, output and sum in 16 bits."""
     wide = QuantSpec(bits=16, symmetric=True, observer=RUNNING)
     return base.add_special(
         Rule(list_ffn_sites(spec), wide, f"{BONDARENKO}, section 4: 16 bits for FFN input, output and sum")
@@ -94,10 +103,12 @@ def wide_ffn(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
 
 
 def float_ffn(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """The FFN's input, output and sum in float."""
     return base.add_special(Rule(list_ffn_sites(spec), None, "the same sites in float"))
 
 
 def float_sites(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """The sites in float that the name's patterns match. Raises SpecError for a pattern that matches none."""
     patterns = tuple(name[1].split("+"))
     for pattern in patterns:
         if not any(fnmatchcase(site, pattern) for site in sites(spec).all):
@@ -108,27 +119,38 @@ def float_sites(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
 
 
 def llm_int8(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """A scale for each token and output channel, and channels that hold large values in float."""
     source = "LLM.int8 (Dettmers et al. 2022), section 3: vector-wise, channels from magnitude 6 on in float"
-    rows = {"granularity": Granularity.TOKEN, "dynamic": True, "symmetric": True, "observer": ObserverSpec()}
-    base = base.change_activations(lambda quant: replace(quant, **rows, outliers=LLM_INT8), source)
+
+    def change(quant: QuantSpec) -> QuantSpec:
+        rows = replace(quant, granularity=Granularity.TOKEN, dynamic=True, observer=ObserverSpec())
+        return replace(rows, symmetric=True, outliers=LLM_INT8)
+
+    base = base.change_activations(change, source)
     return base.change_weights(lambda quant: replace(quant, granularity=Granularity.CHANNEL), source)
 
 
 def groups(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """Groups of channels with a scale each, as many as the name says."""
     count, permuted = int(name[1]), bool(name[2])
-    grouped = {"granularity": Granularity.GROUP, "groups": count, "permute": permuted}
     order = "channels sorted by range" if permuted else "neighbouring channels"
     source = f"{BONDARENKO}, section 4: per-embedding-group, {order}"
     rule = replace(base.activations, sites=CHANNELS)
-    return base.add_special(change_rule(rule, lambda quant: replace(quant, **grouped), source))
+
+    def change(quant: QuantSpec) -> QuantSpec:
+        return replace(quant, granularity=Granularity.GROUP, groups=count, permute=permuted)
+
+    return base.add_special(change_rule(rule, change, source))
 
 
 def smooth(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """Divisors that take outliers from the linears' inputs to their weights."""
     source = "SmoothQuant (Xiao et al. 2023), eq. 4: the linears that a norm feeds"
     return replace(base, transforms=(Transform(NORM_FED, TransformKind.SMOOTH, source, strength=float(name[1])),))
 
 
 def hadamard(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """A Hadamard rotation of each linear's input."""
     source = "QuaRot (Ashkboos et al. 2024), section 3: a Hadamard rotation before each linear"
     return replace(base, transforms=(Transform(LINEARS, TransformKind.HADAMARD, source),))
 

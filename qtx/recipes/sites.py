@@ -28,6 +28,7 @@ class Sites:
 
     @property
     def all(self) -> tuple[str, ...]:
+        """Results, then operands, then weights."""
         return self.results + self.operands + self.weights
 
 
@@ -39,14 +40,17 @@ class RecordShapes(Float):
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {"results": {}, "operands": {}, "weights": {}}
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
+        """Records what an op takes in."""
         self.shapes["operands"][site] = x.shape
         return x
 
     def weight(self, site: str, w: Var) -> Var:
+        """Records a parameter where it is used."""
         self.shapes["weights"][site] = w.shape
         return w
 
     def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
+        """Records a result."""
         self.shapes["results"][site] = y.shape
         return y
 
@@ -54,15 +58,15 @@ class RecordShapes(Float):
 @cache
 def sites(spec: ModelSpec) -> Sites:
     """The sites of a model, recorded on one of the same structure and the smallest size."""
-    return Sites(**{kind: tuple(names) for kind, names in record_shapes(narrowed(spec, 1)).items()})
+    return Sites(**{kind: tuple(names) for kind, names in record_shapes(narrow_widths(spec, 1)).items()})
 
 
-def narrowed(spec: ModelSpec, size: int) -> ModelSpec:
+def narrow_widths(spec: ModelSpec, size: int) -> ModelSpec:
     """A model of the same structure and other widths: of a head, of the FFN, of the token embedding."""
     return replace(spec, width=size * spec.heads, hidden=size, embed_width=spec.embed_width and size)
 
 
-def shortened(spec: ModelSpec) -> tuple[ModelSpec, dict[str, np.ndarray]]:
+def shorten_inputs(spec: ModelSpec) -> tuple[ModelSpec, dict[str, np.ndarray]]:
     """A model of the same widths for a short text or a small image, and a batch of one."""
     if spec.family is Family.VIT:
         shape = (1, spec.channels, spec.patch_size, spec.patch_size)
@@ -73,7 +77,7 @@ def shortened(spec: ModelSpec) -> tuple[ModelSpec, dict[str, np.ndarray]]:
 
 def record_shapes(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
     """What passes the hooks in the forward pass of one short text or small image, by kind and name, with its shape."""
-    shape, batch = shortened(spec)
+    shape, batch = shorten_inputs(spec)
     nx = RecordShapes()
     nx.load({name: np.zeros(size, np.float32) for name, size in shapes(shape).items()})
     forward(nx, shape, batch)
@@ -85,17 +89,17 @@ def extents(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """Channels of each site (what GROUP divides: an activation's last axis, a weight's rows) and its last axis (what BLOCK
     divides). Not of `scores`, `probs` and `context.lhs`, whose last axis is the keys."""
     sizes = shapes(spec)
-    found = {}
-    for kind, seen in record_shapes(replace(spec, layers=1)).items():
-        for site, size in seen.items():
+    first: dict[str, tuple[int, int]] = {}  # of a model with one layer
+    for kind, sized in record_shapes(replace(spec, layers=1)).items():
+        for site, size in sized.items():
             if kind == "weights":  # head.decoder.weight may be the token table
                 size = sizes.get(site, sizes.get("embed.token.weight", size))
-            found[site] = (prod(size[:-1]) if kind == "weights" else size[-1], size[-1])
-    if spec.family is not Family.VIT and "head.decoder" in found:
-        found["head.decoder"] = (spec.vocab, spec.vocab)
+            first[site] = (prod(size[:-1]) if kind == "weights" else size[-1], size[-1])
+    if spec.family is not Family.VIT and "head.decoder" in first:
+        first["head.decoder"] = (spec.vocab, spec.vocab)
     return {
         f"layer.{i}.{rest}" if layer else rest: extent
-        for site, extent in found.items()
+        for site, extent in first.items()
         if not site.endswith(KEYS)
         for layer, rest in [(site.startswith("layer."), site.removeprefix("layer.0."))]
         for i in range(spec.layers if layer else 1)

@@ -6,29 +6,27 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from qtx.recipes.sites import linears
 from qtx_ref.quant import rewriting
-from qtx_ref.spec import (
-    InputTransform,
-    ModelSpec,
-    Recipe,
-    SpecError,
-    Transform,
-    TransformKind,
-)
+from qtx_ref.spec import InputTransform, ModelSpec, Recipe, SpecError, Transform, TransformKind
+
+from .sites import linears
 
 
 def choose_transforms(recipe: Recipe, spec: ModelSpec) -> dict[str, Transform]:
     """The transform of each linear that the recipe gives one. Raises SpecError where `transforms` match no linear."""
-    found = {site: how for site in linears(spec) if (how := recipe.transform(site)) is not None}
-    if recipe.transforms and not found:
+    chosen = {site: how for site in linears(spec) if (how := recipe.transform(site)) is not None}
+    if recipe.transforms and not chosen:
         raise SpecError(f"recipe {recipe.name} transforms no linear of this model: see `qtx recipes` for site names")
-    return found
+    return chosen
 
 
 def group_smoothed(chosen: Mapping[str, Transform]) -> Iterator[tuple[float, list[tuple[str, ...]]]]:
     """Each migration strength with the groups of linears that share a divisor under it."""
-    smoothed = {site: how.strength for site, how in chosen.items() if how.kind is TransformKind.SMOOTH}
+    smoothed = {
+        site: how.strength
+        for site, how in chosen.items()
+        if how.kind is TransformKind.SMOOTH and how.strength is not None  # which such a transform has
+    }
     for strength in sorted(set(smoothed.values())):
         yield strength, rewriting.group_by_input([site for site in smoothed if smoothed[site] == strength])
 

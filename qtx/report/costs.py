@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -61,6 +61,20 @@ class VariantResult(TypedDict):
     profile: Profile
 
 
+class AttentionRow(TypedDict, total=False):
+    """What an attention adds in one cell; times where they were measured."""
+
+    attention: str
+    cell: str  # batch size and length, `8x128`
+    parameters: int  # more than vanilla's, and in percent of them
+    percent: float
+    fused: bool  # whether a fused kernel computes it
+    forward: float  # seconds of a pass, and their ratio to vanilla's
+    forward_ratio: float
+    step: float  # of a training step
+    step_ratio: float
+
+
 class CellName(TypedDict):
     """One batch size and length, `8x128`."""
 
@@ -87,6 +101,7 @@ def format_size(count: int | None) -> str:
 
 
 def format_percent(share: float | None) -> str:
+    """A share of 1 in percent."""
     return "-" if share is None else f"{100 * share:.0f}%"
 
 
@@ -119,12 +134,14 @@ def tabulate_costs(result: CostResult) -> str:
 
 def format_agreement(cell: CellResult) -> str:
     """The share of equal answers with the number of sequences behind it, which is measured in one cell of each length."""
-    if cell.get("agreement") is None:
+    share = cell.get("agreement")
+    if share is None:
         return "-"
-    return f"{100 * cell['agreement']:.1f}%" + (f" of {cell['compared']} seq" if "compared" in cell else "")
+    return f"{100 * share:.1f}%" + (f" of {cell['compared']} seq" if "compared" in cell else "")
 
 
 def format_error(value: float | None) -> str:
+    """A relative error with two digits."""
     return "-" if value is None else "0" if value == 0 else f"{value:.2g}"
 
 
@@ -143,7 +160,7 @@ def tabulate_kernels(result: CostResult) -> str:
     return table(["variant", "in matmuls", "quantizers", "integer matmuls", "most expensive ops"], rows)
 
 
-def tabulate_attentions(rows: Sequence[Mapping[str, str | float]]) -> str:
+def tabulate_attentions(rows: Sequence[AttentionRow]) -> str:
     """Parameters and time that each attention adds."""
     training = any("step" in row for row in rows)
     header = ["attention", "batch x length", "parameters", "%", "forward ms", "added"]
@@ -151,8 +168,9 @@ def tabulate_attentions(rows: Sequence[Mapping[str, str | float]]) -> str:
     cells = []
     for row in rows:
         cells.append([row["attention"], row["cell"], f"+{row['parameters']}", f"{row['percent']:.4f}"])
-        for kind in ["forward", "step"][: 1 + training]:
-            cells[-1] += [number(row[kind] * 1e3, 2), f"{100 * (row[f'{kind}_ratio'] - 1):+.1f}%"]
+        cells[-1] += [number(row["forward"] * 1e3, 2), f"{100 * (row['forward_ratio'] - 1):+.1f}%"]
+        if training:
+            cells[-1] += [number(row["step"] * 1e3, 2), f"{100 * (row['step_ratio'] - 1):+.1f}%"]
     return table(header, cells)
 
 
@@ -166,11 +184,13 @@ def describe_ratio(ratio: float) -> str:
     return f"{'faster' if ratio < 1 else 'slower'} than float32 ({ratio:.2f} times its latency)"
 
 
-def collect_cells(variant: VariantResult, key: str) -> list[float]:
-    return [cell[key] for cell in variant["cells"].values() if cell.get(key) is not None]
+def collect_cells(variant: VariantResult, key: Literal["ratio", "error"]) -> list[float]:
+    """A variant's values of one key, of the cells in which it was measured."""
+    return [value for cell in variant["cells"].values() if (value := cell.get(key)) is not None]
 
 
 def format_span(values: Sequence[float]) -> str:
+    """The least and the largest value, or the one that they both are."""
     low, high = min(values), max(values)
     return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
 
@@ -197,6 +217,7 @@ def describe_costs(result: CostResult) -> str:
 
 
 def describe_fake(fake: VariantResult, base: VariantResult) -> str:
+    """Fake quantization's time and memory against float32's, and what was published of them."""
     ratios, profile = collect_cells(fake, "ratio"), fake["profile"]
     text = f"Fake quantization is {describe_ratio(take_median(ratios))}; over all sizes {format_span(ratios)}"
     if "quantizers" in profile:
@@ -214,6 +235,7 @@ def describe_fake(fake: VariantResult, base: VariantResult) -> str:
 
 
 def describe_integers(integer: VariantResult, base: VariantResult) -> str:
+    """Integers' time, memory and bytes against float32's, and their kernels."""
     ratios, profile = collect_cells(integer, "ratio"), integer["profile"]
     text = f"Integers are {describe_ratio(take_median(ratios))}; over all sizes {format_span(ratios)}"
     if "kernels" in profile:
@@ -229,6 +251,7 @@ def describe_integers(integer: VariantResult, base: VariantResult) -> str:
 
 
 def describe_engines(variants: Sequence[VariantResult]) -> str:
+    """Other engines' time and error; empty where none was timed."""
     timed = {v["name"]: collect_cells(v, "ratio") for v in variants if v["name"].startswith(("onnxruntime", "torch "))}
     timed = {name: ratios for name, ratios in timed.items() if ratios}
     if not timed:
@@ -241,12 +264,14 @@ def describe_engines(variants: Sequence[VariantResult]) -> str:
 
 
 def take_median(values: Sequence[float]) -> float:
+    """The median of values in any order."""
     ordered = sorted(values)
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def compare_memory(variant: VariantResult, base: VariantResult) -> list[float]:
+    """Ratios of memory to the base's, of the cells in which both were measured."""
     pairs = [(cell.get("memory"), base["cells"][name].get("memory")) for name, cell in variant["cells"].items()]
     return [own / other for own, other in pairs if own and other]
 
@@ -279,8 +304,9 @@ def make_cost_figure(result: CostResult) -> Figure:
             for panel in pair:
                 panel.remove()
             continue
-        for panel, key, factor in zip(pair, ("median", "memory"), (1e3, 1 / MIB), strict=True):
-            draw_bars(panel, cells[k]["name"], key, factor, variants)
+        draw_bars(pair[0], cells[k]["name"], "median", 1e3, variants)
+        draw_bars(pair[1], cells[k]["name"], "memory", 1 / MIB, variants)
+        for panel in pair:
             panel.set_yticks(range(len(variants)), [plain(v["name"], 30) for v in variants] if k % columns == 0 else [])
         pair[0].set_title(describe_cell(cells[k]["name"]), fontsize=10)
         pair[0].set_xlabel("latency, ms")
@@ -294,7 +320,7 @@ def draw_bars(
 ) -> None:
     """One cell's bars, the first variant uppermost; on a logarithmic axis where they span more than a decade and a half."""
     parts = [variant["cells"].get(cell, {}) for variant in variants]
-    values = [None if part.get(key) is None else part[key] * factor for part in parts]
+    values = [None if (value := part.get(key)) is None else value * factor for part in parts]
     whiskers = [part["p95"] * factor if key == "median" and "p95" in part else None for part in parts]
     known = finite([*values, *whiskers])
     choose_scale(panel, "x", finite(values))

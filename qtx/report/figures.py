@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well; their yellow is too pale for a line on white
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+Line = Literal["-", "--", "-.", ":"] | tuple[int, tuple[int, ...]]  # a name, or where dashes begin and their lengths
+LINES: tuple[Line, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GRAY = "#777777"
 LOG_DECADES = 1.5  # data that span more are drawn on a logarithmic axis
@@ -34,7 +35,7 @@ class LineStyle(TypedDict):
     """Keywords of `Axes.plot`."""
 
     color: str
-    linestyle: str | tuple[int, tuple[int, ...]]
+    linestyle: Line
     marker: str
     markersize: float
     linewidth: float
@@ -60,7 +61,7 @@ def new_panels(width: float, height: float, count: int, columns: int, what: str)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG; folders on the way are made. Raises CheckpointError where a picture is that qtx did not write."""
+    """Writes a PNG; folders on the way are made. Raises FileError where a picture is that qtx did not write."""
     write_picture(path, figure)
 
 
@@ -124,7 +125,7 @@ class Look:
     """How a run is drawn, in every panel of a picture."""
 
     color: str
-    line: str | tuple[int, tuple[int, ...]]
+    line: Line
     marker: str
 
     def style(self, points: int) -> LineStyle:

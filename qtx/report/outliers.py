@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import erf
 
 from qtx_ref.stats import SIGMAS
 
+from ..engines.protocols import Model
 from ..measure.analysis import Analysis, bin_edges
 from ..measure.heads import Head
 from .figures import (
@@ -41,19 +42,7 @@ OCTAVE = 8  # bins of the drawn histogram between a number and its double
 PARTS = ("attn.output", "attn.residual", "ffn.output", "ffn.residual")
 
 
-class Recorder(Protocol):
-    """What is asked of a float model: named tensors of a pass with their masks, and statistics by site."""
-
-    def record(
-        self, batch: Mapping[str, np.ndarray], sites: Iterable[str]
-    ) -> Mapping[str, tuple[np.ndarray, np.ndarray | None]]: ...
-
-    def statistics(
-        self, batch: Mapping[str, np.ndarray], units: Mapping[str, str], names: tuple[str, ...]
-    ) -> Mapping[str, Mapping[str, np.ndarray]]: ...
-
-
-def draw_analysis(folder: Path, model: Recorder, analysis: Analysis, title: str) -> list[str]:
+def draw_analysis(folder: Path, model: Model, analysis: Analysis, title: str) -> list[str]:
     """Writes the pictures of an analysis as PNGs and gives their names. Raises MissingExtra without matplotlib."""
     chosen = analysis.heads[:MAPS]
     probs = {}
@@ -90,7 +79,7 @@ def make_depth_figure(analysis: Analysis, title: str) -> Figure:
         for part, values in lines.items():
             panel.plot(range(count), values, **looks[part].style(count), label=part)
         choose_scale(panel, "y", [value for values in lines.values() for value in values])
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.locator_params(axis="x", integer=True)
         panel.set(xlabel="layer", ylabel=label)
         panel.grid(alpha=0.25)
     normal = panels[0].axhline(3, color=GRAY, linewidth=1, linestyle=":")
@@ -174,13 +163,14 @@ def make_histogram_figure(analysis: Analysis, title: str) -> Figure:
         panel.set_ylabel(f"share of elements\n({OCTAVE} bins an octave)", fontsize=9)
         panel.grid(alpha=0.25)
     if panels:
-        handles = {h.get_label(): h for panel in panels for h in panel.get_legend_handles_labels()[0]}
+        handles = {str(h.get_label()): h for panel in panels for h in panel.get_legend_handles_labels()[0]}
         add_legend(figure, list(handles.values()), list(handles))
     set_title(figure, f"{title}: sizes in the residual stream")
     return figure
 
 
 def describe_head(head: Head) -> str:
+    """A head's place, whether it does something, and by how much."""
     kind = "does nothing" if head.idle else "acts"
     return f"layer {head.layer} head {head.head}: {kind}\nmarked {head.marked:.0%}, update {head.update:.1%}"
 
@@ -191,7 +181,9 @@ def make_text_figure(analysis: Analysis, chosen: Sequence[Head], probs: Mapping[
     real = np.flatnonzero(analysis.example["mask"][0])
     places = real if len(real) <= WORDS else np.concatenate([real[: WORDS - LAST], real[-LAST:]])
     figure, panels = new_panels(6.0, 6.0, len(chosen), 3, WHAT)
-    words = [plain(analysis.tokens.word(analysis.example["tokens"][0, i]), 16) for i in places]
+    kinds = analysis.tokens
+    assert kinds is not None  # of text
+    words = [plain(kinds.word(analysis.example["tokens"][0, i]), 16) for i in places]
     note = "one sequence"
     if len(places) < len(real):
         note += f"; lines: {len(real) - len(places)} tokens left out between"
@@ -222,7 +214,7 @@ def scale_pixels(image: np.ndarray) -> np.ndarray:
 def draw_over_image(axis: Axes, image: np.ndarray, by_patch: np.ndarray) -> AxesImage:
     """One number per patch (n n,) over an image in grey: the larger, the less of the image is seen."""
     n, size = int(np.sqrt(len(by_patch))), image.shape[-1]
-    place = {"extent": (0, size, size, 0), "interpolation": "nearest"}
+    place: dict[str, Any] = {"extent": (0, size, size, 0), "interpolation": "nearest"}
     top = by_patch.max() or 1
     axis.imshow(scale_pixels(image), cmap="gray", vmin=-0.5, vmax=1.1, **place)
     square = by_patch.reshape(n, n)
@@ -250,7 +242,7 @@ def make_patch_figure(analysis: Analysis, example: np.ndarray, title: str) -> Fi
     """Outliers of the residual stream by patch: of all images over their mean, of one image over itself; example: its
     outliers by token (T,). Raises MissingExtra without matplotlib."""
     figure, panels = new_panels(4.6, 4.0, 2, 2, WHAT)
-    every = sum(analysis.places.values())
+    every = np.sum(list(analysis.places.values()), axis=0)
     first = analysis.example["images"][0]
     parts = ("all images, over their mean", analysis.image, every), ("one image", first, example)
     for panel, (name, image, counts) in zip(panels, parts, strict=True):

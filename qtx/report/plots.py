@@ -127,6 +127,7 @@ def mean_loss(runs: Sequence[Curves], window: int) -> dict[int, float]:
 
 
 def subtract_mean(run: Curves, window: int, common: Mapping[int, float]) -> Points:
+    """The loss of a run less the runs' mean at the same step, NaN where there is none."""
     steps, loss = smooth_loss(run, window)
     return steps, [value - common.get(int(step), np.nan) for step, value in zip(steps, loss, strict=True)]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..files.results import RecipeRow
 from .figures import (
     COLORS,
     GRAY,
@@ -44,24 +45,12 @@ MEANS = {
 }
 
 
-class Row(TypedDict):
-    """What is drawn of a row of ptq.json. A number that is not finite is None."""
-
-    runs_as: str  # a key of KINDS
-    value: float | None  # accuracy in percent, or perplexity
-    difference: float | None  # to float: points of accuracy, or percent of perplexity
-    low: float | None  # ends of its interval
-    high: float | None
-    ms: float | None  # of a sequence
-    bytes: int | None
-
-
-def draw_rows(path: Path, kind: str, rows: Mapping[str, Row], title: str) -> None:
+def draw_rows(path: Path, kind: str, rows: Mapping[str, RecipeRow], title: str) -> None:
     """Writes `make_row_figure` as a PNG. Raises MissingExtra without matplotlib."""
     save_figure(make_row_figure(kind, rows, title), path)
 
 
-def make_row_figure(kind: str, rows: Mapping[str, Row], title: str) -> Figure:
+def make_row_figure(kind: str, rows: Mapping[str, RecipeRow], title: str) -> Figure:
     """Every row's difference to float with its bootstrap interval; a second time, enlarged, where a few rows lie far from
     the others; and the row's latency and size.
 
@@ -109,7 +98,7 @@ def make_row_figure(kind: str, rows: Mapping[str, Row], title: str) -> Figure:
     return figure
 
 
-def near_limit(rows: Mapping[str, Row]) -> float:
+def near_limit(rows: Mapping[str, RecipeRow]) -> float:
     """How far from 0 the intervals of most rows go, with a margin."""
     farthest = [
         max(map(abs, ends)) for row in rows.values() if (ends := finite([row["low"], row["high"]])) and any(ends)
@@ -117,7 +106,7 @@ def near_limit(rows: Mapping[str, Row]) -> float:
     return 1.15 * float(np.percentile(farthest, NEAR, method="lower")) if farthest else 1.0
 
 
-def draw_intervals(panel: Axes, rows: Mapping[str, Row]) -> None:
+def draw_intervals(panel: Axes, rows: Mapping[str, RecipeRow]) -> None:
     """Each row's difference as a point on its interval, or words where it has none."""
     for place, row in enumerate(rows.values()):
         color, marker = KINDS[row["runs_as"]]
@@ -125,12 +114,12 @@ def draw_intervals(panel: Axes, rows: Mapping[str, Row]) -> None:
             words = "failed" if row["runs_as"] == "failed" else "not finite"
             panel.text(0, place, f" {words}", fontsize=8, va="center", color=GRAY)
             continue
-        if None not in (row["low"], row["high"]):
+        if row["low"] is not None and row["high"] is not None:
             panel.plot([row["low"], row["high"]], [place, place], color=color, linewidth=1.8)
         panel.plot(row["difference"], place, marker, color=color, markersize=5)
 
 
-def draw_arrows(panel: Axes, rows: Mapping[str, Row]) -> None:
+def draw_arrows(panel: Axes, rows: Mapping[str, RecipeRow]) -> None:
     """At the edge of the enlarged panel, where a row's point lies beyond it."""
     low, high = panel.get_xlim()
     inset = 0.015 * (high - low)
@@ -140,7 +129,7 @@ def draw_arrows(panel: Axes, rows: Mapping[str, Row]) -> None:
             panel.plot(x, place, marker, color=KINDS[row["runs_as"]][0], markersize=6)
 
 
-def draw_dots(panel: Axes, values: Sequence[float | None], rows: Mapping[str, Row], label: str) -> None:
+def draw_dots(panel: Axes, values: Sequence[float | None], rows: Mapping[str, RecipeRow], label: str) -> None:
     """One number of each row, from 0 on."""
     for place, (value, row) in enumerate(zip(values, rows.values(), strict=True)):
         if value is not None:
@@ -151,7 +140,7 @@ def draw_dots(panel: Axes, values: Sequence[float | None], rows: Mapping[str, Ro
     panel.locator_params(axis="x", nbins=4)
 
 
-def add_kinds(figure: Figure, rows: Mapping[str, Row]) -> None:
+def add_kinds(figure: Figure, rows: Mapping[str, RecipeRow]) -> None:
     """A legend of what the rows that are there were measured on."""
     from matplotlib.lines import Line2D
 

@@ -129,12 +129,12 @@ def test_added_parameters():
     by_hand = {"vanilla": 0, "clipped": 0, "head": 12, "gated": 12 * 65, "mlp": 12 * (16 * 65 + 17),
                "all_features": 12 * 769, "elementwise": 768 * 768, "sink": 12}  # fmt: skip
     total = sum(value.size for value in backend("ref").Model(*first(preset("bert-tiny"))).params().values())
-    assert attention_cost.parameters(preset("bert-tiny")) == total
+    assert attention_cost.count_parameters(preset("bert-tiny")) == total
     # 30522 + 512 + 2 rows of 768, their norm; 12 layers; the head's transform, norm and bias
     layer = 4 * (768**2 + 768) + 2 * 2 * 768 + 2 * 768 * 3072 + 3072 + 768
     whole = 31036 * 768 + 1536 + 12 * layer + 768**2 + 768 + 1536 + 30522
     for name, per_layer in by_hand.items():
-        assert attention_cost.added_parameters(spec, name) == (12 * per_layer, 100 * 12 * per_layer / whole), name
+        assert attention_cost.count_added_parameters(spec, name) == (12 * per_layer, 100 * 12 * per_layer / whole), name
 
 
 def first(spec):

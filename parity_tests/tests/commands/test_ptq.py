@@ -18,7 +18,7 @@ from qtx.jobs.ptq import (
     site_errors,
 )
 from qtx.jobs.training import Machine
-from qtx.measure.scores import Answers, answers
+from qtx.measure.scores import Answers, answer_batch
 from qtx.prepare.prepare import Prepared, prepare
 from qtx.progress import Progress
 from qtx.recipes import remedies
@@ -41,7 +41,7 @@ def bad(*arguments):
 def test_answers_are_those_of_scipy(name):
     small = small_models.build(name)
     model = Model(small.spec, small.params)
-    found = answers(model, small.batch)
+    found = answer_batch(model, small.batch)
     logs = special.log_softmax(model.forward(small.batch).astype(np.float64), axis=-1)
     targets = small.batch["targets"] if "targets" in small.batch else small.batch["labels"]
     for i, wanted in enumerate(targets):

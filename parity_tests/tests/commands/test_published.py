@@ -11,7 +11,7 @@ import qtx_torch.backend
 from parity_tests.subjects import small_models
 from qtx.jobs.study import Study, StudySpec
 from qtx.measure.outliers import measure_outliers
-from qtx.measure.published import published
+from qtx.measure.published import list_published
 from qtx.recipes.named import recipe
 from qtx.recipes.sites import paper_sites
 from qtx_ref.presets import attention, preset
@@ -84,13 +84,13 @@ def test_published_figures_stand_beside_ours(tmp_path):
     clipped, vanilla, gated = study.table().splitlines()[2:5]
     assert "FP 4.5438, paper-bert 4.655, inf norm 47, kurtosis 72.19 [1]; FP 4.975 [2]" in clipped  # alpha / T = 0.025
     assert vanilla.rstrip("| ").endswith("FP 5.055 [2]") and gated.rstrip("| ").endswith("-")
-    (figure,) = published("opt-125m", attention("gated:pi=0.25"))
+    (figure,) = list_published("opt-125m", attention("gated:pi=0.25"))
     assert figure.text(("paper-opt",)) == "FP 15.5449, paper-opt 16.0132, inf norm 122.4, kurtosis 18.26"
     assert "16.0132" not in figure.text(("w8a8",))
-    (trained,) = published("bert-base", attention("mlp:gate_hidden=16"), "train-w8a8")
+    (trained,) = list_published("bert-base", attention("mlp:gate_hidden=16"), "train-w8a8")
     assert trained.text(()) == "as trained 5.301"
-    assert published("bert-base", attention("mlp")) == published("bert-base", attention("mlp:gate_hidden=16"))
-    assert not published("bert-tiny", attention("vanilla")) and not published("opt-125m", attention("gated"))
+    assert list_published("bert-base", attention("mlp")) == list_published("bert-base", attention("mlp:gate_hidden=16"))
+    assert not list_published("bert-tiny", attention("vanilla")) and not list_published("opt-125m", attention("gated"))
 
 
 SIMULATED = {  # the published `SymmetricUniformQuantizer`, by hand: 8 bits, signed where a value is negative

@@ -11,13 +11,13 @@ from safetensors.numpy import load_file
 
 from parity_tests.runner import check_integers
 from parity_tests.tests.commands.test_cli import TRAIN, call, good
-from qtx.files.artifact import Artifact, differences, load_artifact, save_artifact, size
-from qtx.files.artifact_check import check_constants, check_size, reaching_one
+from qtx.files.artifact import Artifact, list_differences, load_artifact, measure_size, save_artifact
+from qtx.files.artifact_check import check_constants, check_size, widen_to_one
 from qtx.files.checkpoint import load_checkpoint, save_checkpoint
 from qtx.files.container import ARTIFACT, VECTORS, CheckpointError, read_sealed, write_sealed
 from qtx.jobs.opening import describe_head
 from qtx.recipes.named import recipe, resolve
-from qtx.recipes.sites import shortened
+from qtx.recipes.sites import shorten_inputs
 from qtx_ref.backend import IntegerModel, Model
 from qtx_ref.integer.lowering import lower
 from qtx_ref.models.initial import init_params
@@ -95,7 +95,7 @@ def test_what_is_stored_comes_back(artifact, tmp_path):
 def test_four_bit_weights_take_half_the_bytes(checkpoint, artifact, tmp_path):
     file = tmp_path / "w4.qtx"
     good("quantize", checkpoint, *REF, "--recipe", "w4a8", "--out", file)
-    half, whole = (size(f, load_artifact(f)) for f in (file, artifact))
+    half, whole = (measure_size(f, load_artifact(f)) for f in (file, artifact))
     assert 2 * half.codes == whole.codes  # every last axis is even
     found = load_artifact(file)
     assert found.constants["layer.0.attn.query.weight"].min() >= -8
@@ -304,11 +304,11 @@ def test_whatever_lowers_passes(model, kind):
     if kind == "chanw":
         channels = QuantSpec(symmetric=True, granularity=Granularity.CHANNEL)
         chosen = replace(chosen, rules=(*chosen.rules, Rule(("*.attn.*.weight", "*.ffn.*.weight"), channels, "a test")))
-    short, batch = shortened(spec)
+    short, batch = shorten_inputs(spec)
     params = {name: 8 * value for name, value in init_params(short, 0).items()}  # no scale too fine for a polynomial
     quants = resolve(chosen, short)
     found = Model(short, params).calibrate([batch], quants)
-    ranges = {site: reaching_one(one, quants[site]) for site, one in found.items()}
+    ranges = {site: widen_to_one(one, quants[site]) for site, one in found.items()}
     for name in ("qtx", "onnx"):
         for nonlinear in Nonlinear:
             constants = lower(short, params, quants, ranges, profile(name), nonlinear)
@@ -340,7 +340,7 @@ def test_differences_are_exact(artifact):
     name = "layer.0.attn.norm.eps"
     one.constants[name], other.constants[name] = np.array([2**62 + 1, -(2**63)]), np.array([2**62, 2**63 - 1])
     other.meta = one.meta | {"tokenizer": "x" * 100}
-    found = {d.where: d.what for d in differences(one, other)}
+    found = {d.where: d.what for d in list_differences(one, other)}
     assert found == {name: "2 of 2 differ, by 18446744073709551615 at most", "meta.tokenizer": "only in the second"}
 
 

@@ -18,18 +18,21 @@ from qtx import data
 from qtx.commands import quantize as cli_quantize
 from qtx.engines.machine import Machine
 from qtx.files import artifact
+from qtx.files.artifact import load_artifact
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import (
     RESULT,
     STUDY,
+    VECTORS,
     CheckpointError,
-    check_replaceable,
-    check_writable,
+    FileError,
     digest,
-    kind_of,
+    read_sealed,
     write_beside,
     write_sealed_json,
 )
+from qtx.files.formats import check_replaceable, kind_of
+from qtx.files.results import read_comparison, read_study
 from qtx.jobs import opening
 from qtx_ref import spec
 from qtx_ref.integer import lowering
@@ -273,12 +276,41 @@ def test_quantize_checks_once_and_builds_what_it_calibrates(place, monkeypatch):
     assert built == []  # it has its ranges
 
 
-def test_what_is_no_regular_file_is_not_replaced(tmp_path):
-    """A pipe stands for a device, which root could replace by a file of that name."""
-    place = tmp_path / "null.json"
-    os.mkfifo(place)
-    for write in (lambda: check_writable(place), lambda: write_beside(place, b"{}")):
-        with pytest.raises(CheckpointError, match="no regular file"):
-            write()
-    result = call("recipes", "w8a8", "--json", place)
-    assert result.exit_code != 0 and "no regular file" in result.output and place.is_fifo()
+READERS = {
+    "checkpoint": load_checkpoint,
+    "artifact": load_artifact,
+    "vectors": lambda path: read_sealed(path, VECTORS),
+    "study": read_study,
+    "comparison": lambda path: read_comparison(path, "perplexity", ["w8a8"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["a device", "a pipe"])
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_regular_file_is_named(tmp_path, reader, kind):
+    """None of them has an end; a pipe would be waited for."""
+    path = tmp_path / "file"
+    if kind == "a device":
+        path.symlink_to("/dev/full")  # is read as /dev/zero is
+    else:
+        os.mkfifo(path)
+    with pytest.raises(FileError, match=f"file cannot be read \\(it is {kind}, not a regular file\\)"):
+        READERS[reader](path)
+
+
+def test_the_earlier_name_of_the_error_catches_it(tmp_path):
+    assert CheckpointError is FileError
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "none")
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    """A rename would replace one as it does a file: as root, `--json /dev/null` took the machine's /dev/null away."""
+    path = tmp_path / "pipe.json"
+    os.mkfifo(path)
+    with pytest.raises(FileError, match="pipe.json cannot be replaced .it is a pipe, not a regular file.: choose"):
+        check_replaceable(path)
+    with pytest.raises(FileError, match="it is a pipe"):
+        write_beside(path, b"{}")
+    assert "it is a pipe" in refuse("recipes", "w8a8", "--json", path)
+    assert path.is_fifo()

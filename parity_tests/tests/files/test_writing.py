@@ -15,9 +15,8 @@ from safetensors.numpy import load_file
 from parity_tests.tests.commands.test_cli import TRAIN
 from parity_tests.tests.shell import call, good
 from qtx.files import locks, writing
-from qtx.files.container import write_beside
 from qtx.files.locks import hold, make_scratch
-from qtx.files.writing import UNDER_WAY, WriteError, check_space
+from qtx.files.writing import UNDER_WAY, WriteError, check_space, write_whole
 from qtx.jobs import resume, training
 from qtx.jobs.run import checkpoint_bytes
 from qtx_ref.presets import preset
@@ -53,7 +52,7 @@ def wait_for(condition) -> None:
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, step):
     path = tmp_path / "a.json"
-    write_beside(path, b"old")
+    write_whole(path, b"old")
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -61,9 +60,9 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, ste
     with monkeypatch.context() as patch:
         patch.setattr(writing.os, step, full)
         with pytest.raises(WriteError, match=r"a\.json cannot be written \(No space left on device\): make room"):
-            write_beside(path, b"new")
+            write_whole(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]
-    write_beside(path, b"new")
+    write_whole(path, b"new")
     assert path.read_bytes() == b"new"
 
 
@@ -74,7 +73,7 @@ def test_a_file_that_grows_too_large_for_the_system(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, limits[1]))
     try:
         with pytest.raises(WriteError, match="File too large"):
-            write_beside(path, bytes(2**23))
+            write_whole(path, bytes(2**23))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not os.listdir(tmp_path)
@@ -83,12 +82,12 @@ def test_a_file_that_grows_too_large_for_the_system(tmp_path):
 def test_what_a_killed_process_left_is_replaced_and_what_a_living_one_writes_is_not(tmp_path):
     path = tmp_path / "a"
     stale(path)
-    write_beside(path, b"new")
+    write_whole(path, b"new")
     assert os.listdir(tmp_path) == ["a"]
     with open(stale(path), "rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(WriteError, match="another process is writing it"):
-            write_beside(path, b"newer")
+            write_whole(path, b"newer")
         assert path.read_bytes() == b"new"
 
 
@@ -96,7 +95,7 @@ def test_a_link_in_the_place_of_a_file_under_way_is_not_followed(tmp_path):
     (tmp_path / "mine").write_bytes(b"mine")
     (tmp_path / f".a{UNDER_WAY}").symlink_to(tmp_path / "mine")
     with pytest.raises(WriteError):
-        write_beside(tmp_path / "a", b"new")
+        write_whole(tmp_path / "a", b"new")
     assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
@@ -110,7 +109,7 @@ def test_files_and_folders_are_put_on_the_disk_in_their_order(tmp_path, monkeypa
 
     monkeypatch.setattr(writing.os, "fsync", fsync)
     monkeypatch.setattr(writing.os, "replace", lambda *names: (steps.append("rename"), replace(*names)))
-    write_beside(tmp_path / "a", b"new")
+    write_whole(tmp_path / "a", b"new")
     assert steps == ["file", "rename", "folder"]
 
 
@@ -178,6 +177,33 @@ def test_what_killed_processes_left_is_removed_at_the_next_start(tmp_path):
     (tmp_path / locks.LOCK).write_text("4711\n")
     good(*TRAIN[:-1], 1, "--out", tmp_path)
     assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_process_of_an_earlier_version_left_is_removed(tmp_path, gone):
+    """Up to version 0.1 files under way were named after their process, `.model.safetensors.4711`."""
+    good(*TRAIN[:-1], 1, "--out", tmp_path)
+    begun = (tmp_path / "model.safetensors").read_bytes()[:1000]
+    removed = {f".model.safetensors.{gone}": begun, f".study.json.{gone}": b""}
+    kept = {
+        f".model.safetensors.{os.getpid()}": begun,  # its process lives
+        f".notes.{gone}": b"no file of ours",
+        f"model.safetensors.{gone}": begun,
+        ".model.safetensors.x1": begun,
+    }
+    for name, content in (removed | kept).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / f".link.json.{gone}").symlink_to(tmp_path / "model.safetensors")
+    with hold(tmp_path):
+        pass
+    assert {*os.listdir(tmp_path)} == {"model.safetensors", f".link.json.{gone}", *kept}
 
 
 def test_old_temporary_folders_are_removed(tmp_path, monkeypatch):

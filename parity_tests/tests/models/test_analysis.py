@@ -137,14 +137,14 @@ def test_pooled_moments_are_those_of_all_numbers_and_a_fault_shows():
     def moments(x):
         return np.array([x.size, x.mean(), *(((x - x.mean()) ** k).sum() for k in (2, 3, 4))])
 
-    got, want = analysis.pooled(np.stack([moments(x) for x in parts])), moments(np.concatenate(parts))
+    got, want = analysis.pool_moments(np.stack([moments(x) for x in parts])), moments(np.concatenate(parts))
     np.testing.assert_allclose(got, want, rtol=1e-12)  # float64 sums in another order
-    pairwise = analysis.pooled(
-        np.stack([analysis.pooled(np.stack([moments(x) for x in half])) for half in (parts[:2], parts[2:])])
+    pairwise = analysis.pool_moments(
+        np.stack([analysis.pool_moments(np.stack([moments(x) for x in half])) for half in (parts[:2], parts[2:])])
     )
     np.testing.assert_allclose(pairwise, want, rtol=1e-12)  # the same
     moved = np.stack([moments(x) * [1, 0, 1, 1, 1] for x in parts])  # the means forgotten
-    assert abs(analysis.pooled(moved)[4] / want[4] - 1) > 0.1
+    assert abs(analysis.pool_moments(moved)[4] / want[4] - 1) > 0.1
 
 
 @given(

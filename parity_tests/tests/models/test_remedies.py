@@ -16,7 +16,7 @@ from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import CheckpointError
 from qtx.jobs.training import Machine
 from qtx.prepare import calibration, prepare
-from qtx.prepare import transforms as preparation
+from qtx.prepare import rewriting as preparation
 from qtx.recipes import named as recipes
 from qtx.recipes.named import resolve
 from qtx.recipes.sites import linears
