@@ -15,7 +15,7 @@ import qtx_ref
 ROOT = Path(qtx_ref.__file__).parent.parent
 EXAMPLES = {  # what each prints at least
     "audit_one_layer": r"3072 of 3072 codes are equal",
-    "train_with_clipped_softmax": r"(?s)vanilla +\d.*clipped:gamma=-0.03 +\d",
+    "train_with_clipped_softmax": r"(?s)vanilla +\d+\.\d\d .*clipped:gamma=-0.03 +\d+\.\d\d ",
     "own_attention": r"SigmoidAttention: loss 7\.\d+ to 6\.\d+ in 15 steps",
     "calibrate_and_quantize": r"(?s)fake quantization: perplexity \d.*integers: perplexity \d",
     "parity_of_a_checkpoint": r"the backends agree",
