@@ -21,7 +21,7 @@ from qtx.recipes.named import recipe
 from qtx_ref.presets import attention, preset
 from qtx_ref.spec import ModelSpec
 
-STEPS, BATCH = 50, 16
+STEPS, BATCH = 30, 16
 
 
 def compare(spec: ModelSpec, machine: Machine, steps: int) -> tuple[float, float, float, float]:
