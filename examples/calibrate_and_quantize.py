@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qtx.data import load
 from qtx.engines.machine import Machine
-from qtx.files.artifact import load_artifact, make_artifact, save_artifact, size
+from qtx.files.artifact import load_artifact, make_artifact, save_artifact
 from qtx.files.checkpoint import Checkpoint, save_checkpoint
 from qtx.jobs.opening import make_artifact_model
 from qtx.measure.scores import IntegerScorer, evaluate
@@ -33,7 +33,7 @@ def main(backend: str = "ref") -> None:
         artifact = make_artifact(source, checkpoint, w8a8, prepared.ranges, profile("qtx"), Nonlinear.TABLE, seen)
         save_artifact(out, artifact)
         artifact = load_artifact(out)
-        print(f"{size(out, artifact).file} bytes, {source.stat().st_size} in float")
+        print(f"{out.stat().st_size} bytes, {source.stat().st_size} in float")
         for name, model in (
             ("float", machine.model(spec, checkpoint.params)),
             ("fake quantization", prepared.model(machine, spec, w8a8)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import re
@@ -50,6 +51,7 @@ def test_the_readme_is_two_screens() -> None:
 
 FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = ("", "bash", "yaml")
+INLINE = re.compile(r"`qtx ([a-z][^`]*)`")
 COMMAND = re.compile(r"^(?:\$ |- run: | +- run: )?(?:qtx|python -m qtx|python cli\.py) (.*)$", re.MULTILINE)
 
 
@@ -77,6 +79,14 @@ def parse(line: str) -> None:
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page.stem}-{line}"[:70] for page, line in COMMANDS])
 def test_commands_of_the_pages_parse(page: Path, line: str) -> None:
     parse(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_commands_within_sentences_parse(page: Path) -> None:
+    """Of these, what a command cannot do without may be missing."""
+    for line in INLINE.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
+        with contextlib.suppress(click.MissingParameter):
+            parse(" ".join(line.replace("...", "").split()))
 
 
 def test_there_are_commands_on_the_pages() -> None:
