@@ -21,7 +21,7 @@ from qtx.recipes.named import recipe
 from qtx_ref.presets import attention, preset
 from qtx_ref.spec import ModelSpec
 
-STEPS, BATCH = 30, 16
+STEPS, BATCH = 30, 8
 
 
 def compare(spec: ModelSpec, machine: Machine, steps: int) -> tuple[float, float, float, float]:
@@ -30,7 +30,7 @@ def compare(spec: ModelSpec, machine: Machine, steps: int) -> tuple[float, float
     run = TrainSpec(spec, default_optim(spec, steps, lr=3e-3), BATCH, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         params = train(run, data, Path(folder) / "model.safetensors", machine, label="train").params
-    batches = list(data.split_batches("evaluation", spec, BATCH, seed=0, limit=8))
+    batches = list(data.split_batches("evaluation", spec, BATCH, seed=0, limit=4))
     model = machine.model(spec, params)
     quantized = prepare(machine, spec, params, calibration_batches(data, spec), w8a8).model(machine, spec, w8a8)
     found = measure_outliers(model, batches)

@@ -83,9 +83,9 @@ def test_commands_of_the_pages_parse(page: Path, line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_commands_within_sentences_parse(page: Path) -> None:
-    """Of these, what a command cannot do without may be missing."""
+    """Of these, what a command or an option cannot do without may be missing."""
     for line in INLINE.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
-        with contextlib.suppress(click.MissingParameter):
+        with contextlib.suppress(click.MissingParameter, click.BadOptionUsage):
             parse(" ".join(line.replace("...", "").split()))
 
 
