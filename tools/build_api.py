@@ -1,8 +1,8 @@
 """Writes the signatures of docs/api.md from the modules themselves: `python tools/build_api.py`.
 
-Between `<!-- api: MODULE NAME ... -->` and `<!-- end -->` stand, of each name, its signature as the source has it and the
-first paragraph of its docstring; all the rest of the page is written by hand. `--check` writes nothing and exits with 1
-where the page is stale.
+Between `<!-- api: MODULE NAME ... -->` and `<!-- end -->` stand, of each name, its signature as the source has it and
+the first paragraph of its docstring; all the rest of the page is written by hand. `--check` writes nothing and exits with
+1 where the page is stale.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def describe_class(node: ast.ClassDef) -> str:
 
 
 def describe(module: str, name: str) -> str:
-    """Signature and first paragraph of one name. Raises AttributeError where there is none, ValueError without docstring."""
+    """Signature and first paragraph of one name. Raises AttributeError where there is none, ValueError where it has no
+    docstring."""
     thing = getattr(importlib.import_module(module), name)
     node = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
     told = inspect.getdoc(thing)
