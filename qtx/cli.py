@@ -57,7 +57,7 @@ from .jobs.training import default_optim, fit_vocabulary, train
 from .measure import scores
 from .measure.history import History
 from .recipes import named as recipes
-from .report.tables import number, table
+from .report.tables import format_number, format_table
 from .signals import Interrupted, exit_status, handle, interrupt
 
 HOTTEST = 1e100  # temperature at which every token is as likely as any other, and nothing overflows
@@ -161,7 +161,7 @@ def study(
     )
     job = Study(spec, out, resume=resume)
     job.run()
-    say(job.table(), json_path)
+    say(job.tabulate(), json_path)
     say(f"written to {out}: {', '.join(job.written)}", json_path)
     write_json(json_path, job.result())
 
@@ -243,8 +243,8 @@ def train_command(
     history = History.of(checkpoint.extra)
     if watch_integer:
         points = zip(*history.watched().values(), strict=True)
-        rows = [[str(step), *(number(value) for value in values)] for step, *values in points]
-        say(table(["step", "integer ppl", "float ppl", "avg kurtosis", "max inf norm"], rows), json_path)
+        rows = [[str(step), *(format_number(value) for value in values)] for step, *values in points]
+        say(format_table(["step", "integer ppl", "float ppl", "avg kurtosis", "max inf norm"], rows), json_path)
     say(f"{path}: {len(curve)} steps, loss {curve[-20:].mean():.4f}{state}", json_path)
     result = {"checkpoint": str(path), "diverged": checkpoint.meta["diverged"], "loss": curve.tolist()}
     write_json(json_path, result | history.watched() if watch_integer else result)
@@ -288,9 +288,9 @@ def evaluate(
     score = scores.evaluate(opened.scored, evaluation(), label, total)
     check_finite(str(checkpoint), score, opened.found.spec)
     result = {"numerics": opened.numerics, **scores.as_json(score)}
-    rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
+    rows = [[key, format_number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
     note = opened.note
-    say(table(["", str(checkpoint)], rows) + (f"\n{note}" if note else ""), json_path)
+    say(format_table(["", str(checkpoint)], rows) + (f"\n{note}" if note else ""), json_path)
     write_json(json_path, result | ({"note": note} if note else {}))
 
 

@@ -22,7 +22,7 @@ from ..measure.heads import (
     Head,
 )
 from ..report import outliers
-from ..report.tables import number, table
+from ..report.tables import format_number, format_table
 from .options import CHECKPOINT, DATA, JSON, LIMIT, MACHINE, OUT, hold_out, say, write_json
 
 LISTED = 12  # heads in the table; all of them are in the JSON
@@ -109,14 +109,14 @@ def tabulate(analysis: Analysis) -> list[tuple[str, str]]:
 
 def tabulate_sizes(analysis: Analysis) -> str:
     header = ["site", "inf norm", "largest", "lowest", "highest", "rms", *(f"{q:g} %" for q in PERCENTILES)]
-    return table(
+    return format_table(
         header,
         [
             [
                 s.site,
-                *(number(x, 2) for x in (s.inf_norm, s.inf_norm_max, s.lowest, s.highest)),
-                number(s.rms),
-                *(number(x) for x in s.percentiles.values()),
+                *(format_number(x, 2) for x in (s.inf_norm, s.inf_norm_max, s.lowest, s.highest)),
+                format_number(s.rms),
+                *(format_number(x) for x in s.percentiles.values()),
             ]
             for s in analysis.sites
         ],
@@ -126,16 +126,16 @@ def tabulate_sizes(analysis: Analysis) -> str:
 def tabulate_tails(analysis: Analysis) -> str:
     sigma = f"> {SIGMAS:g} sigma"
     header = ["site", "kurtosis", "published", "pooled", "top 1 %", "top 0.1 %", sigma, "per million", "channels"]
-    return table(
+    return format_table(
         header,
         [
             [
                 s.site,
-                *(number(x, 2) for x in (s.kurtosis, s.kurtosis_published, s.kurtosis_pooled)),
+                *(format_number(x, 2) for x in (s.kurtosis, s.kurtosis_published, s.kurtosis_pooled)),
                 format_percent(s.top_energy),
                 format_percent(s.top_energy_tenth),
                 str(s.beyond_6_sigma),
-                number(1e6 * s.beyond_6_sigma / max(s.elements, 1), 1),
+                format_number(1e6 * s.beyond_6_sigma / max(s.elements, 1), 1),
                 f"{len(s.beyond_channels)} of {s.channels}",
             ]
             for s in analysis.sites
@@ -145,15 +145,15 @@ def tabulate_tails(analysis: Analysis) -> str:
 
 def tabulate_growth(analysis: Analysis) -> str:
     header = ["site", "inf norm", "to the first", "rms", "kurtosis"]
-    return table(
+    return format_table(
         header,
         [
             [
                 row["site"] if row["stream"] else f"+ {row['site']}",
-                number(row["inf_norm"], 2),
-                number(row["ratio"], 2),
-                number(row["rms"]),
-                number(row["kurtosis"], 2),
+                format_number(row["inf_norm"], 2),
+                format_number(row["ratio"], 2),
+                format_number(row["rms"]),
+                format_number(row["kurtosis"], 2),
             ]
             for row in analysis.growth()
         ],
@@ -163,7 +163,7 @@ def tabulate_growth(analysis: Analysis) -> str:
 def tabulate_channels(analysis: Analysis) -> str:
     depth = 1 + len({site.split(".")[1] for site in analysis.stream if site.startswith("layer.")})
     header = ["channel", "layers", "sites", "of the tokens", "most", "at"]
-    return table(
+    return format_table(
         header,
         [
             [
@@ -181,14 +181,14 @@ def tabulate_channels(analysis: Analysis) -> str:
 
 def tabulate_carriers(rows: list[Carrier], name: str) -> str:
     header = [name, "of the tokens", "of the outliers", "times its share"]
-    return table(
+    return format_table(
         header,
         [
             [
                 row.name,
                 format_percent(row.tokens, 2),
                 format_percent(row.outliers, 2),
-                number(row.outliers / row.tokens, 2),
+                format_number(row.outliers / row.tokens, 2),
             ]
             for row in rows
         ],
@@ -209,12 +209,12 @@ def tabulate_layers(analysis: Analysis) -> str:
                 f"layer {layer}",
                 str(sum(head.idle for head in part)),
                 *(format_percent(mean([head.mass[name] for head in part])) for name in names),
-                number(mean([head.entropy for head in part]), 2),
+                format_number(mean([head.entropy for head in part]), 2),
                 format_percent(mean([head.relative_entropy for head in part])),
                 format_percent(mean([head.update for head in part])),
             ]
         )
-    return table(["mean over heads", "idle", *names, "entropy", "of largest", "update"], rows)
+    return format_table(["mean over heads", "idle", *names, "entropy", "of largest", "update"], rows)
 
 
 def tabulate_heads(analysis: Analysis) -> str:
@@ -224,9 +224,9 @@ def tabulate_heads(analysis: Analysis) -> str:
     for head in list_heads(analysis):
         row = [f"layer {head.layer} head {head.head}", head.reason or "no"]
         row += [format_percent(share) for share in (*head.mass.values(), head.marked, head.even, head.kept)]
-        row += ["-" if head.gate is None else format_percent(head.gate), number(head.entropy, 2)]
+        row += ["-" if head.gate is None else format_percent(head.gate), format_number(head.entropy, 2)]
         rows.append([*row, format_percent(head.relative_entropy), format_percent(head.update)])
-    return table(header, rows)
+    return format_table(header, rows)
 
 
 def list_heads(analysis: Analysis) -> list[Head]:
@@ -240,5 +240,5 @@ def tabulate_head_sizes(analysis: Analysis) -> str:
     rows = []
     for head in list_heads(analysis):
         row = [f"layer {head.layer} head {head.head}"]
-        rows.append(row + [number(part[name], 2) for part in (head.value, head.product) for name in names])
-    return table(header, rows)
+        rows.append(row + [format_number(part[name], 2) for part in (head.value, head.product) for name in names])
+    return format_table(header, rows)

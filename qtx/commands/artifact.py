@@ -25,7 +25,7 @@ from ..files.container import CheckpointError, check_writable
 from ..files.vectors import differing, inputs, load_vectors, run_vectors, save_vectors
 from ..jobs.opening import describe_head, make_artifact_model, open_model
 from ..jobs.training import Machine
-from ..report.tables import table
+from ..report.tables import format_table
 from .options import DATA, JSON, MACHINE, OUT, say, write_json
 
 MODEL = click.argument("model", type=click.Path(path_type=Path), metavar=f"MODEL{SUFFIX}")
@@ -53,11 +53,11 @@ def show(model, json_path):
         *([f"sha256 of {key}", value] for key, value in artifact.meta.get("hashes", {}).items()),
         ["size", size_text(sizes)],
     ]
-    say(table(["", str(model)], facts), json_path)
-    say(table(["profile", "value"], [[k, str(v)] for k, v in to_dict(artifact.profile).items()]), json_path)
+    say(format_table(["", str(model)], facts), json_path)
+    say(format_table(["profile", "value"], [[k, str(v)] for k, v in to_dict(artifact.profile).items()]), json_path)
     rows = site_rows(artifact, stored)
     header = ["site", "bits", "codes", "per", "scale", "zero point", "constants", "bytes"]
-    say(table(header, [[str(row[key]) for key in header] for row in rows]), json_path)
+    say(format_table(header, [[str(row[key]) for key in header] for row in rows]), json_path)
     if note := describe_head(artifact):
         say(note, json_path)
     write_json(json_path, {
@@ -113,7 +113,7 @@ def diff(first, second, json_path):
     """
     found = differences(load_artifact(first), load_artifact(second))
     if found:
-        say(table(["differs", f"{first} and {second}"], [[d.where, d.what] for d in found]), json_path)
+        say(format_table(["differs", f"{first} and {second}"], [[d.where, d.what] for d in found]), json_path)
     say(f"{len(found)} difference(s)", json_path)
     write_json(json_path, {"differences": [asdict(d) for d in found]})
     if found:

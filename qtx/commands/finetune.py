@@ -19,7 +19,7 @@ from ..jobs.run import Start, TrainSpec
 from ..jobs.starts import Origin, make_classifier, open_origin
 from ..jobs.training import train
 from ..measure import scores
-from ..report.tables import number, table
+from ..report.tables import format_number, format_table
 from .options import JSON, MACHINE, OUT, RATE, claim, say, write_json
 
 FULL_LR, HEAD_LR = 5e-5, 1e-3
@@ -109,8 +109,8 @@ def finetune(
     score = scores.evaluate(machine.model(spec, made.params), evaluation(), "evaluate", total)
     loss = made.extra["history.loss"]
     result = {"steps": len(loss), **scores.as_json(score)}
-    rows = [[key, number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
-    say(table(["", str(path)], rows), json_path)
+    rows = [[key, format_number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
+    say(format_table(["", str(path)], rows), json_path)
     write_json(
         json_path, {"checkpoint": str(path), "diverged": made.meta["diverged"], "curve": loss.tolist(), **result}
     )

@@ -13,7 +13,7 @@ from ..files.container import CheckpointError, check_writable
 from ..hub import APART, import_model
 from ..hub.export import export_model
 from ..hub.files import FLOATS
-from ..report.tables import table
+from ..report.tables import format_table
 from .options import CHECKPOINT, JSON, OUT, say, write_json
 
 
@@ -58,7 +58,7 @@ def import_command(folder, out, json_path):
     rows = [
         [key, ", ".join(value) or "none" if isinstance(value, list) else str(value)] for key, value in printed.items()
     ]
-    say(table(["", str(folder)], rows[1:]) + f"\n{out}: see qtx analyze {out}", json_path)
+    say(format_table(["", str(folder)], rows[1:]) + f"\n{out}: see qtx analyze {out}", json_path)
     write_json(json_path, result)
 
 

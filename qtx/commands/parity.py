@@ -24,7 +24,7 @@ from ..jobs.opening import is_artifact, make_artifact_model, open_model
 from ..jobs.training import Machine
 from ..progress import Progress, clock
 from ..recipes import named as recipes
-from ..report.tables import table
+from ..report.tables import format_table
 from .options import DATA, JSON, say, write_json
 
 FEW = 4  # sequences of a batch
@@ -170,7 +170,7 @@ def fitted(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
     short = [[shortened(row[0], room), *(row[i] for i in kept[1:])] for row in rows]
     details = [] if len(chosen) == len(header) else [detail(dict(zip(header, row, strict=True))) for row in rows]
     wrapped = [textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in details if line]
-    return "\n".join([table(chosen, short), *wrapped])
+    return "\n".join([format_table(chosen, short), *wrapped])
 
 
 def table_width(header: Sequence[str], rows: Sequence[Sequence[str]], chosen: Sequence[str]) -> int:

@@ -23,7 +23,7 @@ from ..jobs.training import Machine
 from ..recipes import remedies
 from ..recipes.named import recipe, resolve
 from ..report.ptq import draw_rows
-from ..report.tables import DIVERGED, number, table
+from ..report.tables import DIVERGED, format_number, format_table
 from .options import CHECKPOINT, DATA, JSON, MACHINE, OUT, hold_out, say, split_list, write_json
 
 
@@ -131,14 +131,14 @@ def row_table(job: Comparison, spec: ModelSpec) -> str:
         "squared error over squared tensor of the site's quantizer, fed the float model's tensor."
     )
     failed = "".join(f"\n{name} failed: {row['why']}" for name, row in job.rows.items() if row["runs_as"] == "failed")
-    return f"{table(header, rows)}\n{note}{failed}"
+    return f"{format_table(header, rows)}\n{note}{failed}"
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
     def write(key: str, digits: int = 3, of: Mapping[str, Any] = row) -> str:
         if key in of and of[key] is None and row["runs_as"] != "failed":
             return DIVERGED
-        return number(of.get(key), digits)
+        return format_number(of.get(key), digits)
 
     interval = "-" if row["low"] is None or row["high"] is None else f"{row['low']:+.2f} to {row['high']:+.2f}"
     shift = "-" if row["difference"] is None else f"{row['difference']:+.2f}"
@@ -164,11 +164,9 @@ def sensitivity_table(job: Comparison, name: str) -> str:
     for entry in job.sites[name]:
         shift = "-" if entry["difference"] is None else f"{entry['difference']:+.2f}"
         value, loss = (
-            DIVERGED if entry[key] is None else number(entry[key], n) for key, n in (("value", 2), ("loss", 4))
+            DIVERGED if entry[key] is None else format_number(entry[key], n) for key, n in (("value", 2), ("loss", 4))
         )
         rows.append([entry["site"], value, shift, loss])
     plain = job.rows["float"]
-    title = (
-        f"one site of {name} quantized at a time; float: {number(plain['value'], 2)}, loss {number(plain['loss'], 4)}"
-    )
-    return f"{title}\n{table(['site', unit, 'to float', 'loss'], rows)}"
+    title = f"one site of {name} quantized at a time; float: {format_number(plain['value'], 2)}, loss {format_number(plain['loss'], 4)}"
+    return f"{title}\n{format_table(['site', unit, 'to float', 'loss'], rows)}"

@@ -36,7 +36,7 @@ from ..prepare.calibration import CALIBRATION_SEED, bind, calibration_batches
 from ..prepare.prepare import prepare
 from ..recipes.named import recipe, resolve, training_recipe
 from ..report.plots import draw_curves
-from ..report.tables import DIVERGED, number, spread, table
+from ..report.tables import DIVERGED, format_number, format_spread, format_table
 from .run import TrainSpec, checkpoint_bytes, describe_difference
 from .training import default_optim, fit_vocabulary, train
 
@@ -157,7 +157,7 @@ class Study:
         """Writes `study.json`. Raises WriteError where that cannot be."""
         write_sealed_json(self.path, STUDY, self.result())
 
-    def table(self) -> str:
+    def tabulate(self) -> str:
         """The table; several seeds give mean and sample standard deviation."""
         kind = metric(self.models[self.spec.attention[0]])
         unit = "acc %" if kind == "accuracy" else "ppl"
@@ -182,9 +182,9 @@ class Study:
             lost = sum(run["diverged"] for run in found)
             label = name + (f" (diverged{f' {lost} of {len(found)}' if len(found) > 1 else ''})" if lost else "")
             rows.append([label, *self._cells(found, kind), *([figures] if sources else [])])
-        lines = [table(header, rows), *sources]
+        lines = [format_table(header, rows), *sources]
         if self.unigram is not None:
-            lines.append(f"unigram model on the same targets: perplexity {number(self.unigram)}")
+            lines.append(f"unigram model on the same targets: perplexity {format_number(self.unigram)}")
         return "\n".join(lines)
 
     def _train_recipe(self, kind: str, quant: str | None) -> str | None:
@@ -203,15 +203,15 @@ class Study:
             return collected
 
         float_scores = values("float", kind)
-        cells = [spread(float_scores), spread(values("outliers", "max_inf_norm"), 2)]
-        cells.append(spread(values("outliers", "average_kurtosis"), 2))
+        cells = [format_spread(float_scores), format_spread(values("outliers", "max_inf_norm"), 2)]
+        cells.append(format_spread(values("outliers", "average_kurtosis"), 2))
         if self.spec.train_quant:
-            cells.append(spread(values("trained", kind)))
+            cells.append(format_spread(values("trained", kind)))
         for name in self.spec.recipes:
             scores = values("recipes", name, kind)
-            cells.append(spread(scores))
+            cells.append(format_spread(scores))
             pairs = zip(float_scores, scores, strict=True)
-            cells.append(spread([None if None in pair else degradation(kind, *pair) for pair in pairs], 2))
+            cells.append(format_spread([None if None in pair else degradation(kind, *pair) for pair in pairs], 2))
             cells[-1] += "" if cells[-1] in ("-", DIVERGED) else " pt" if kind == "accuracy" else " %"
         return cells
 
