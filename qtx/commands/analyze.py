@@ -2,67 +2,52 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from qtx_ref.stats import SIGMAS
 
-from ..data import splits
-from ..engines.backend import need
-from ..files.container import ANALYSIS, check_writable, write_sealed_json
-from ..jobs.opening import make_float_model, open_checkpoint, open_data
-from ..jobs.training import Machine
+from ..engines.machine import Machine
+from ..jobs.analyze import BATCHES, AnalyzeRequest, analyze
 from ..measure.analysis import PERCENTILES, Analysis, Carrier
-from ..measure.analysis import analyze as run
-from ..measure.heads import (
-    EXCESS,
-    KEPT,
-    MASS,
-    OPEN,
-    UPDATE,
-    Head,
-)
-from ..report import outliers
+from ..measure.heads import EXCESS, KEPT, MASS, OPEN, UPDATE, Head
 from ..report.tables import format_number, format_table
-from .options import CHECKPOINT, DATA, JSON, LIMIT, MACHINE, OUT, hold_out, say, write_json
+from .options import CHECKPOINT, DATA, JSON, LIMIT, MACHINE, OUT, say, write_json
 
 LISTED = 12  # heads in the table; all of them are in the JSON
 
 
-@click.command()
+@click.command(name="analyze")
 @CHECKPOINT
 @DATA
 @LIMIT
 @click.option("--out", type=OUT, help="Folder for pictures and analysis.json; default: none.")
 @MACHINE
 @JSON
-def analyze(checkpoint, data, tokenizer, batches, out, backend_name, device, dtype, json_path):
+def analyze_command(
+    checkpoint: Path,
+    data: str | None,
+    tokenizer: Path | None,
+    batches: int | None,
+    out: Path | None,
+    machine: Machine,
+    json_path: str | None,
+) -> None:
     """Where the outliers are.
 
     Sizes and tails of every site, growth along the residual stream, the channels and tokens that carry outliers, and the
     attention heads that do nothing; over 16 evaluation batches unless --batches says otherwise.
     """
-    if out is not None:
-        need("matplotlib", "report", "--out")
-        hold_out(out)
-        for name in ("analysis.json", *outliers.NAMES):
-            check_writable(out / name)
-    opened = open_checkpoint(checkpoint)
-    source = open_data(checkpoint, opened.spec, opened.meta, data, tokenizer)
-    model = make_float_model(opened, Machine(backend_name, device, dtype))
-
-    def evaluation():
-        return source.split_batches("evaluation", opened.spec, splits.BATCH, 0, limit=batches or 16)
-
-    result = run(model, source, evaluation(), sum(1 for _ in evaluation()))
-    say("\n\n".join(f"{title}\n{body}" for title, body in tabulate(result)), json_path)
-    if out is not None:
-        written = outliers.draw_analysis(out, model, result, f"qtx analyze: {checkpoint}")
-        write_sealed_json(out / "analysis.json", ANALYSIS, result.as_json())
-        say(f"\nwritten to {out}: {', '.join([*written, 'analysis.json'])}", json_path)
-    write_json(json_path, result.as_json())
+    analysis, written = analyze(AnalyzeRequest(checkpoint, out, batches or BATCHES, data, tokenizer, machine))
+    say("\n\n".join(f"{title}\n{body}" for title, body in tabulate(analysis)), json_path)
+    if written:
+        say(f"\nwritten to {out}: {', '.join(written)}", json_path)
+    write_json(json_path, analysis.as_json())
 
 
 def format_percent(share: float, digits: int = 1) -> str:
+    """A share from 0 to 1 in percent."""
     return f"{100 * share:.{digits}f} %"
 
 

@@ -37,7 +37,7 @@ from ..prepare.prepare import prepare
 from ..recipes.named import recipe, resolve, training_recipe
 from ..report.plots import draw_curves
 from ..report.tables import DIVERGED, format_number, format_spread, format_table
-from .run import TrainSpec, checkpoint_bytes, describe_difference
+from .run import PER_STEP, STEPS, TrainSpec, checkpoint_bytes, describe_difference
 from .training import default_optim, fit_vocabulary, train
 
 OUTLIER_BATCHES = 16  # evaluation batches behind inf norm and kurtosis
@@ -51,8 +51,8 @@ class StudySpec:
     data: str | None = None  # None: the bundled books, or digits for images
     tokenizer: str | None = None
     vocab: int | None = None  # of a tokenizer trained here
-    steps: int = 350
-    batch: int = 16
+    steps: int = STEPS
+    batch: int = PER_STEP  # sequences or images per step
     lr: float | None = None  # None: the preset's
     attention: tuple[str, ...] = ("vanilla", "clipped", "gated")
     recipes: tuple[str, ...] = ("w8a8",)
@@ -288,6 +288,23 @@ class Study:
                 f"{self.path} is another study: {describe_difference('study', to_dict(was), to_dict(self.spec))}"
             )
         return known
+
+
+def run_study(spec: StudySpec, out: Path, *, resume: bool = False) -> Study:
+    """Trains and evaluates every run of a study, and leaves it in the folder `out`; returns it, `tabulate` and `result`
+    say what came out.
+
+    resume: go on with the study that is there, if there is one.
+
+    Raises:
+        SpecError, DataError: a name or number that does not exist, or data that do not fit.
+        CheckpointError: `out` holds another study, or one without `resume`, or is held by another process.
+        MissingExtra, WriteError, Interrupted: see `train`.
+    """
+    with hold(out):
+        study = Study(spec, out, resume=resume)
+        study.run()
+        return study
 
 
 def degradation(kind: str, before: float, after: float) -> float:

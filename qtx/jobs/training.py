@@ -18,14 +18,12 @@ from ..data.splits import BATCH
 from ..engines.machine import Machine
 from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint, save_checkpoint
-from ..files.container import check_writable
-from ..files.locks import hold
 from ..files.writing import WriteError, check_space
 from ..progress import Progress
 from ..recipes.named import training_recipe
 from ..signals import Interrupted, postpone
 from .resume import State, begin_run, read_run, resume_run
-from .run import Start, TrainSpec, checkpoint_bytes, identify, refuse_existing
+from .run import Start, TrainSpec, checkpoint_bytes, claim, identify
 from .watch import measure_inf_norm, watch_integers
 
 SAVE_SECONDS = 30  # a kill loses at most this much
@@ -57,9 +55,7 @@ def train(
         WriteError: the disk has no room for the checkpoint, before the first step or for a minute at the end.
         Interrupted: SIGINT or SIGTERM; `path` is up to date.
     """
-    refuse_existing(path, resume)
-    with hold(path.parent):
-        check_writable(path)
+    with claim(path, resume):
         identity = identify(run, data, machine)
         start = start or Start(init_params(run.model, run.seed))
         if path.exists():
