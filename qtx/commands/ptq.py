@@ -154,5 +154,6 @@ def tabulate_sites(job: Comparison, name: str) -> str:
         )
         rows.append([entry["site"], value, shift, loss])
     plain = job.rows["float"]
-    title = f"one site of {name} quantized at a time; float: {format_number(plain['value'], 2)}, loss {format_number(plain['loss'], 4)}"
-    return f"{title}\n{format_table(['site', unit, 'to float', 'loss'], rows)}"
+    before = f"float: {format_number(plain['value'], 2)}, loss {format_number(plain['loss'], 4)}"
+    table = format_table(["site", unit, "to float", "loss"], rows)
+    return f"one site of {name} quantized at a time; {before}\n{table}"

@@ -96,7 +96,7 @@ class Opened:
 
 def open_model(
     path: Path,
-    machine: Machine = Machine(),
+    machine: Machine,
     data_name: str | None = None,
     tokenizer: Path | None = None,
     *,
