@@ -32,7 +32,7 @@ def test_a_run_is_resumed_only_as_it_was_watched(tmp_path):
 
 
 def test_a_point_that_is_not_finite_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "outliers", lambda *_: Outliers(1.0, "a", math.inf, 1.0, "a"))
+    monkeypatch.setattr(watch, "measure_outliers", lambda *_: Outliers(1.0, "a", math.inf, 1.0, "a"))
     result = call(*TRAIN, "--out", tmp_path, "--watch-integer", 4)
     assert result.exit_code == 1 and "kurtosis not finite" in result.output  # before training; later it goes on
 

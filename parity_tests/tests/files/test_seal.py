@@ -14,9 +14,7 @@ from safetensors.numpy import load_file, save_file
 from parity_tests import fuzz
 from parity_tests.subjects.mutations import flip_bit
 from parity_tests.tests.shell import call, good
-from qtx import data
-from qtx.commands import options
-from qtx.commands import quantize as cli_quantize
+from qtx.engines.machine import Machine
 from qtx.files import artifact
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import (
@@ -29,6 +27,7 @@ from qtx.files.container import (
     write_beside,
     write_sealed_json,
 )
+from qtx.jobs import finetune, opening, pretrain, quantize
 from qtx_ref import spec
 from qtx_ref.integer import lowering
 from qtx_ref.models.initial import init_params
@@ -236,7 +235,7 @@ def test_options_are_tried_before_data_are_read(place, monkeypatch, arguments, m
     def load(*_, **__):
         raise AssertionError("data are read")
 
-    for module in (options, data):
+    for module in (finetune, opening, pretrain):
         monkeypatch.setattr(module, "load", load)
     assert message in refuse(*arguments, "--backend", "ref")
 
@@ -255,15 +254,15 @@ def test_a_prompt_without_words_is_refused(place):
 
 def test_quantize_checks_once_and_builds_what_it_calibrates(place, monkeypatch):
     checked, built = [], []
-    whole_check, model = spec.check_integer, options.Machine.model
+    whole_check, model = spec.check_integer, Machine.model
 
     def check(*arguments, **more):
         checked.append(1)
         return whole_check(*arguments, **more)
 
-    for module in (cli_quantize, artifact, lowering):
+    for module in (quantize, artifact, lowering):
         monkeypatch.setattr(module, "check_integer", check)
-    monkeypatch.setattr(options.Machine, "model", lambda *given: built.append(1) or model(*given))
+    monkeypatch.setattr(Machine, "model", lambda *given: built.append(1) or model(*given))
     good("quantize", "vit.safetensors", "--backend", "ref", "--out", "new.qtx")
     assert (len(checked), len(built)) == (1, 1)
     built.clear()
