@@ -20,7 +20,8 @@ from ..engines.backend import MissingDevice, MissingExtra
 from ..engines.machine import Machine
 from ..files.artifact import SUFFIX, Artifact
 from ..files.checkpoint import file_of
-from ..files.container import CheckpointError, check_writable, sha_of, write_beside
+from ..files.container import CheckpointError, check_writable, sha_of
+from ..files.writing import open_beside, write_whole
 from ..jobs.opening import is_artifact, make_artifact_model, open_model
 from ..progress import Progress, clock
 from ..recipes import named as recipes
@@ -64,10 +65,13 @@ def check_junit(ctx: click.Context, parameter: click.Parameter, path: Path | Non
         return None
     from parity_tests import junit
 
-    if path.is_symlink() or (path.is_file() and not path.read_bytes().startswith(junit.BEGINNING)):
+    if not path.is_file() and not path.is_symlink():
+        check_writable(path)
+        return path
+    if path.is_symlink() or not path.read_bytes().startswith(junit.BEGINNING):
         raise CheckpointError(f"--junit {path} exists and is no report of qtx parity: choose another")
-    check_writable(path)
-    return path
+    with open_beside(path):
+        return path
 
 
 @click.command(name="parity", cls=Verdicts)
@@ -150,7 +154,7 @@ def parity_command(
         say(f"the backends part first at site {report.first}", json_path)
     write_json(json_path, report.as_json())
     if junit_path is not None:
-        write_beside(junit_path, junit.document(report))
+        write_whole(junit_path, junit.document(report))
     if not report.ok:
         sys.exit(DIFFERS)
 
