@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from qtx_ref.spec import SpecError
 
 from ..data import DataError
 from ..engines.backend import MissingDevice, MissingExtra
 from ..engines.machine import Machine
+from ..engines.protocols import Batch
 from ..files.artifact import SUFFIX, Artifact
 from ..files.checkpoint import file_of
 from ..files.container import CheckpointError, check_writable, sha_of
@@ -32,6 +32,18 @@ FEW = 4  # sequences of a batch
 DIFFERS, REFUSED, MISSING = 1, 2, 3  # exit statuses; click's own for a wrong option is 2 as well
 NARROWEST = 20  # characters of the case's name that a narrow terminal leaves at least
 OPTIONAL = ("want", "got", "where", "measure")  # columns that a narrow terminal goes without, the first one first
+
+
+class Refused(click.ClickException):
+    """An option or a file that is refused."""
+
+    exit_code = REFUSED
+
+
+class Missing(click.ClickException):
+    """A backend, a device or a package that is not here."""
+
+    exit_code = MISSING
 
 
 class Verdicts(click.Command):
@@ -54,9 +66,8 @@ def set_exit_statuses() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (SpecError, DataError, CheckpointError, MissingExtra, OSError) as error:
-        refusal = click.ClickException(" ".join(str(error).split()))
-        refusal.exit_code = MISSING if isinstance(error, (MissingDevice, MissingExtra)) else REFUSED
-        raise refusal from None
+        kind = Missing if isinstance(error, (MissingDevice, MissingExtra)) else Refused
+        raise kind(" ".join(str(error).split())) from None
 
 
 def check_junit(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -230,7 +241,7 @@ def check_file(runner: Any, path: Path, device: str, data: str | None, tokenizer
     opened = open_model(path, Machine("ref"), data, tokenizer)
     source = opened.stored
 
-    def read_batches(split: str, count: int) -> list[dict[str, np.ndarray]]:
+    def read_batches(split: str, count: int) -> list[Batch]:
         return list(opened.data.split_batches(split, source.spec, FEW, 0, limit=count))
 
     batches = read_batches("evaluation", 1)

@@ -49,8 +49,9 @@ def analyze(request: AnalyzeRequest) -> tuple[Analysis, list[str]]:
     if out is not None:
         need("matplotlib", "report", "--out")
     with nullcontext() if out is None else hold(out):
-        for name in () if out is None else (RESULTS, *outliers.NAMES):
-            check_writable(out / name)
+        if out is not None:
+            for name in (RESULTS, *outliers.NAMES):
+                check_writable(out / name)
         request.machine.check()
         stored = open_checkpoint(request.checkpoint)
         data = open_data(request.checkpoint, stored.spec, stored.meta, request.data, request.tokenizer)

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qtx_ref.integer.lowering import make_constants
-from qtx_ref.spec import QTX, ModelSpec, Nonlinear, Recipe, SpecError, check_integer, to_dict
+from qtx_ref.spec import QTX, ModelSpec, Nonlinear, QuantSpec, Recipe, SpecError, check_integer, to_dict
 
 from ..data import DataError
 from ..data.splits import BATCH
@@ -59,9 +59,10 @@ def make_integers(spec: ModelSpec, prepared: Prepared, chosen: Recipe, machine: 
     run in integers."""
     quants = resolve(chosen, spec)
     check_integer(quants, QTX, transforms=prepared.transforms)
-    constants = make_constants(spec, prepared.params, quants, prepared.ranges, QTX, Nonlinear.TABLE)
+    codes = cast(Mapping[str, QuantSpec], quants)  # none of small floats, which are refused
+    constants = make_constants(spec, prepared.params, codes, prepared.ranges, QTX, Nonlinear.TABLE)
     size = sum(stored_bytes(Artifact(spec, chosen, QTX, Nonlinear.TABLE, constants)).values())
-    return backend(machine.backend).IntegerModel(spec, constants, quants, QTX, device=machine.device), size
+    return backend(machine.backend).IntegerModel(spec, constants, codes, QTX, device=machine.device), size
 
 
 class Comparison:
@@ -176,13 +177,14 @@ class Comparison:
             model.bind({}, {})
         worst = list(measure_site_errors(self.model, self.probe, quants, prepared).items())[:WORST]
         size = sum(value.nbytes for value in prepared.params.values())
-        row = {"simulated": self.describe(simulated), "worst": worst, "prepare_seconds": seconds}
+        simulation = self.describe(simulated)
+        row = {"simulated": simulation, "worst": worst, "prepare_seconds": seconds}
         try:
             integers, size = make_integers(self.model_spec, prepared, chosen, self.spec.machine)
             return row | {"runs_as": "integers", "bytes": size, **self.describe(measure(integers, self.evaluation()))}
         except ValueError as error:
             reason = " ".join(str(error).split())
-            return row | {"runs_as": "simulation", "why": reason, "bytes": size, **row["simulated"]}
+            return row | {"runs_as": "simulation", "why": reason, "bytes": size, **simulation}
 
     def describe(self, measured: Measured) -> dict[str, Any]:
         """A pass as JSON values; what is not finite becomes null."""

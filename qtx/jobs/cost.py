@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
@@ -28,8 +28,8 @@ from ..files.container import COST, CheckpointError, check_writable, write_besid
 from ..files.locks import hold, make_scratch
 from ..progress import Progress
 from ..recipes.named import resolve
-from ..report.costs import describe_costs, draw_cost, tabulate_attentions, tabulate_costs, tabulate_kernels
-from .opening import is_artifact, open_data
+from ..report.costs import CostResult, describe_costs, draw_cost, tabulate_attentions, tabulate_costs, tabulate_kernels
+from .opening import is_artifact, name_recipe, open_data
 from .quantize import choose_recipe, prepare_checkpoint
 
 NAMES = ("cost.json", "cost.txt", "cost.png")
@@ -91,8 +91,9 @@ def measure_cost(request: CostRequest, tell: Callable[[str], None] = lambda word
         sizes = list(product(request.batches, choose_lengths(spec, request.lengths)))
         with make_scratch() as folder:
             if request.attentions is None:
-                result = measure_variants(workers, folder, given, sizes, request.rounds, engines, tell)
-                text = "\n\n".join([tabulate_costs(result), tabulate_kernels(result), describe_costs(result)])
+                costs = measure_variants(workers, folder, given, sizes, request.rounds, engines, tell)
+                text = "\n\n".join([tabulate_costs(costs), tabulate_kernels(costs), describe_costs(costs)])
+                result = dict(costs)
             else:
                 names, training = request.attentions, request.training
                 rows = attention_cost(workers, spec, names, sizes, request.rounds, folder, training=training)
@@ -169,8 +170,8 @@ def open_either(path: Path, recipe: str | None, profile_name: str | None) -> tup
         raise CheckpointError(f"{path}: training diverged at step {step}; no model is left to use")
     if stored.transforms:
         raise SpecError(
-            f"{path} is made for the transforms of {stored.recipe.name}, so float32 is not among what it can run: give "
-            f"the float checkpoint that it was made from, and --recipe {stored.recipe.name}"
+            f"{path} is made for the transforms of {name_recipe(stored)}, so float32 is not among what it can run: give "
+            f"the float checkpoint that it was made from, and --recipe {name_recipe(stored)}"
         )
     return stored, None
 
@@ -183,7 +184,7 @@ def measure_variants(
     rounds: int,
     engines: tuple[str, ...],
     tell: Callable[[str], None],
-) -> dict[str, Any]:
+) -> CostResult:
     """Prepares the variants' files, compares them and times them."""
     spec, source = given.stored.spec, given.data
     if source is None:
@@ -203,7 +204,8 @@ def measure_variants(
     compare.probe(workers, variants, cells, folder, masked, files)
     compare.measure(workers, variants, cells, folder, rounds)
     about = [{key: getattr(cell, key) for key in ("name", "batch", "length", "real", "padded")} for cell in cells]
-    return {"recipe": recipe.name, "cells": about, "variants": [describe_variant(variant) for variant in variants]}
+    result = {"recipe": recipe.name, "cells": about, "variants": [describe_variant(variant) for variant in variants]}
+    return cast(CostResult, result)
 
 
 def make_variants(
@@ -216,12 +218,12 @@ def make_variants(
     variants = [Variant("float32", "float32", plain)]
     if workers.common["backend"] == "torch":
         variants.append(Variant("bfloat16", "bfloat16", plain))
-    if given.artifact is not None:
+    if given.artifact is not None and given.path is not None:
         recipe, params, ranges, transforms = given.artifact.recipe, stored.params, given.artifact.ranges(), {}
         integers = Variant("integers", "integer", given.path)
     else:
         meaning = profile(given.profile or "qtx")
-        machine = Machine(workers.common["backend"], workers.common["device"])
+        machine = Machine(str(workers.common["backend"]), str(workers.common["device"]))
         with Progress("calibrate", 0) as bar:
             recipe = choose_recipe(stored, given.recipe, None)
             prepared, _, _ = prepare_checkpoint(stored, machine, Counted(calibrating, bar), recipe)
@@ -249,6 +251,6 @@ def write(out: Path, result: Mapping[str, Any], text: str) -> list[str]:
     if "variants" not in result:
         return ["cost.json", "cost.txt"]
     with contextlib.suppress(MissingExtra):
-        draw_cost(out / "cost.png", result)
+        draw_cost(out / "cost.png", cast(CostResult, result))
         return list(NAMES)
     return ["cost.json", "cost.txt"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qtx_ref.spec import Family, OptimSpec, SpecError
 
-from ..data import SPLITS, ImageData, LabelledText, load, splits
+from ..data import SPLITS, ImageData, LabelledText, TextData, load, splits
 from ..engines.machine import Machine
 from ..engines.protocols import Batch
 from ..files.checkpoint import Checkpoint
@@ -98,8 +98,10 @@ def load_labelled(origin: Origin, data: str, length: int | None) -> LabelledText
     if spec.family is Family.VIT and length is not None:
         raise SpecError(f"--length {length}: images have none; leave it out")
     need_tokenizer(origin.path, spec, meta)
-    own = {"tokenizer": meta.get("tokenizer"), "scaling": meta.get("images")}
-    source = load(data, spec, length=length, labelled=True, **own)
+    tokenizer, scaling = meta.get("tokenizer"), meta.get("images")
+    source = load(data, spec, length=length, labelled=True, tokenizer=tokenizer, scaling=scaling)
+    if isinstance(source, TextData):
+        raise SpecError(f"{data} has no labels: a fine-tuning needs them")
     check_tokenizer(origin.path, meta, source)
     for split in SPLITS:
         if not source.hashes(split):

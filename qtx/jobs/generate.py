@@ -15,6 +15,7 @@ from ..engines.machine import Machine
 from ..files.artifact import Artifact
 from ..files.checkpoint import Checkpoint
 from .opening import need_head, open_model
+from .training import Text
 
 TOKENS = 40
 HOTTEST = 1e100  # temperature at which every token is as likely as any other, and nothing overflows
@@ -65,6 +66,8 @@ def generate(request: GenerateRequest) -> Generated:
     opened = open_model(
         request.model, request.machine, request.data, request.tokenizer, recipe_name=request.recipe, check=check
     )
+    if not isinstance(opened.data, Text):
+        raise SpecError(f"{request.model} has images for data: give it text with --data")
     tokenizer, _, _ = open_tokenizer(opened.data.tokenizer_json, "a prompt")
     start = np.array([encode_prompt(tokenizer, request.prompt)], np.int64)  # (1, T)
     if start.size == 0:

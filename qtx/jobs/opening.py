@@ -51,7 +51,7 @@ def check_tokenizer(path: Path, meta: Mapping[str, Any], data: Data) -> None:
     given = data.describe().get("tokenizer_sha256")
     if trained_with != given:
         raise SpecError(
-            f"tokenizer {given and given[:12]} is not the one of {path} ({trained_with and trained_with[:12]})"
+            f"tokenizer {given and str(given)[:12]} is not the one of {path} ({trained_with and trained_with[:12]})"
         )
 
 
@@ -114,27 +114,33 @@ def open_model(
     Raises:
         SpecError, CheckpointError, DataError, MissingExtra: a file, data, or an option that does not belong to it.
     """
-    if not is_artifact(path):
-        if numerics or strict:
-            raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
-        stored = open_checkpoint(path)
-        chosen = find_recipe(stored, recipe_name)
-        check(stored)
-        data = open_data(path, stored.spec, stored.meta, data_name, tokenizer)
-        if split:
-            splits.refuse_overlap(stored.meta, data, split)
-        model = make_model(stored, machine, data, chosen)
-        return Opened(stored, model, data, "float" if chosen is None else chosen.name)
-    if recipe_name is not None:
-        raise SpecError(f"--recipe {recipe_name}: {path} has its own; leave it out")
-    stored, kind = load_artifact(path), numerics or "integer"
+    if is_artifact(path):
+        if recipe_name is not None:
+            raise SpecError(f"--recipe {recipe_name}: {path} has its own; leave it out")
+        artifact, kind = load_artifact(path), numerics or "integer"
+        check(artifact)
+        runner = make_artifact_model(artifact, machine, kind, strict)
+        data = open_split(path, artifact, data_name, tokenizer, split)
+        words = f"{kind}{', strict' if strict else ''}, {artifact.recipe.name}, profile {artifact.profile.name}"
+        return Opened(artifact, runner, data, words, kind == "integer", describe_head(artifact))
+    if numerics or strict:
+        raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
+    stored = open_checkpoint(path)
+    chosen = find_recipe(stored, recipe_name)
     check(stored)
-    model = make_artifact_model(stored, machine, kind, strict)
-    data = open_data(path, stored.spec, stored.meta, data_name, tokenizer)
+    data = open_split(path, stored, data_name, tokenizer, split)
+    model = make_model(stored, machine, data, chosen)
+    return Opened(stored, model, data, "float" if chosen is None else chosen.name)
+
+
+def open_split(
+    path: Path, stored: Checkpoint | Artifact, name: str | None, tokenizer: Path | None, split: str | None
+) -> Data:
+    """The model's data. Raises DataError where those of `split` trained or calibrated it."""
+    data = open_data(path, stored.spec, stored.meta, name, tokenizer)
     if split:
         splits.refuse_overlap(stored.meta, data, split)
-    words = f"{kind}{', strict' if strict else ''}, {stored.recipe.name}, profile {stored.profile.name}"
-    return Opened(stored, model, data, words, kind == "integer", describe_head(stored))
+    return data
 
 
 def need_head(path: Path, spec: ModelSpec) -> None:
@@ -201,11 +207,16 @@ def make_model(checkpoint: Checkpoint, machine: Machine, data: Calibration, chos
     return model
 
 
+def name_recipe(checkpoint: Checkpoint) -> str:
+    """The name of its own recipe, float without one."""
+    return "float" if checkpoint.recipe is None else checkpoint.recipe.name
+
+
 def refuse_transformed(checkpoint: Checkpoint, what: str) -> None:
     """Raises SpecError where the parameters are made for transforms, without which they are another model."""
     if checkpoint.transforms:
         raise SpecError(
-            f"{what}: the checkpoint's weights are made for the transforms of {checkpoint.recipe.name}; take the float "
+            f"{what}: the checkpoint's weights are made for the transforms of {name_recipe(checkpoint)}; take the float "
             "checkpoint that it was made from"
         )
 

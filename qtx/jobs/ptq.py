@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from qtx_ref.spec import Head, ModelSpec, SpecError
 
@@ -18,7 +19,7 @@ from ..files.container import CHECKPOINT, COMPARISON, CheckpointError, check_wri
 from ..files.locks import hold
 from ..recipes import remedies
 from ..recipes.named import recipe, resolve
-from ..report.ptq import draw_rows
+from ..report.ptq import Row, draw_rows
 from .comparison import RESULTS, Comparison, PtqSpec, kept_name
 from .opening import open_checkpoint, open_data, refuse_transformed
 
@@ -140,7 +141,7 @@ def draw(request: PtqRequest, comparison: Comparison) -> list[str]:
     about = f"{count} sequences, {request.calibration} calibration batches of {splits.BATCH}"
     title = f"qtx ptq: {request.checkpoint}, {about}"
     try:
-        draw_rows(request.out / PICTURE, comparison.kind, comparison.rows, title)
+        draw_rows(request.out / PICTURE, comparison.kind, cast(Mapping[str, Row], comparison.rows), title)
     except (MissingExtra, CheckpointError) as error:
         print(f"no picture: {error}", file=sys.stderr)
         return []

@@ -16,7 +16,7 @@ from ..files.container import CheckpointError, check_writable
 from ..prepare.prepare import Prepared
 from ..recipes.named import recipe, resolve
 from ..recipes.transforms import list_left_transforms
-from .opening import is_artifact, open_checkpoint, open_data, prepare_anew, refuse_transformed
+from .opening import is_artifact, name_recipe, open_checkpoint, open_data, prepare_anew, refuse_transformed
 
 PROFILE, NONLINEAR = "qtx", "table"
 
@@ -103,7 +103,7 @@ def choose_recipe(stored: Checkpoint, name: str | None, integers: Profile | None
     Raises SpecError, before any data are read, for one that does not exist, does not fit the model, or cannot run in
     integers under the profile `integers`.
     """
-    own = stored.recipe if is_quantized(stored) and (name is None or name == stored.recipe.name) else None
+    own = stored.recipe if is_quantized(stored) and name in (None, name_recipe(stored)) else None
     chosen = own or recipe(name or "w8a8", stored.spec)
     quants = resolve(chosen, stored.spec)
     if integers is not None:

@@ -17,7 +17,7 @@ from typing import Any
 from qtx_ref.presets import attention, preset
 from qtx_ref.spec import ModelSpec, SpecError, from_dict, to_dict
 
-from ..data import load, unigram_perplexity
+from ..data import TextData, load, unigram_perplexity
 from ..data.splits import BATCH
 from ..engines.backend import MissingExtra
 from ..engines.machine import Machine, identify_machine
@@ -102,7 +102,7 @@ class Study:
         self.models = {kind: fit_vocabulary(model, self.data) for kind, model in self.models.items()}
         self.conditions = {"data": self.data.describe(), "threads": identify_machine(spec.machine)["threads"]}
         first = self.models[spec.attention[0]]
-        self.unigram = None if base.classes else unigram_perplexity(self.data, first, 0, BATCH)
+        self.unigram = unigram_perplexity(self.data, first, 0, BATCH) if isinstance(self.data, TextData) else None
         self.runs: dict[str, dict[str, Any]] = {}
         if known is not None:
             for key, value in self.conditions.items():
@@ -210,8 +210,8 @@ class Study:
         for name in self.spec.recipes:
             scores = values("recipes", name, kind)
             cells.append(format_spread(scores))
-            pairs = zip(float_scores, scores, strict=True)
-            cells.append(format_spread([None if None in pair else degradation(kind, *pair) for pair in pairs], 2))
+            lost = [degradation(kind, *pair) for pair in zip(float_scores, scores, strict=True)]
+            cells.append(format_spread(lost, 2))
             cells[-1] += "" if cells[-1] in ("-", DIVERGED) else " pt" if kind == "accuracy" else " %"
         return cells
 
@@ -243,7 +243,7 @@ class Study:
         result["float"] = as_json(evaluate(model, self._evaluation(checkpoint.spec), label, total))
         result["float_bytes"] = count_stored_bytes(checkpoint.params, {}, {})
         result["outliers"] = as_json(measure_outliers(model, self._evaluation(checkpoint.spec, OUTLIER_BATCHES)))
-        if result["train_quant"]:
+        if result["train_quant"] and checkpoint.recipe is not None:
             bind(model, checkpoint.recipe, checkpoint.ranges)
             trained = evaluate(model, self._evaluation(checkpoint.spec), f"{label} as trained", total)
             result["trained"] = as_json(trained)
@@ -307,6 +307,8 @@ def run_study(spec: StudySpec, out: Path, *, resume: bool = False) -> Study:
         return study
 
 
-def degradation(kind: str, before: float, after: float) -> float:
-    """Perplexity: its relative increase in percent. Accuracy: percentage points lost."""
+def degradation(kind: str, before: float | None, after: float | None) -> float | None:
+    """Perplexity: its relative increase in percent. Accuracy: percentage points lost. None where one is missing."""
+    if before is None or after is None:
+        return None
     return before - after if kind == "accuracy" else 100 * (after / before - 1)

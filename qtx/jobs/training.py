@@ -14,6 +14,7 @@ import numpy as np
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import ModelSpec, OptimSpec, SpecError
 
+from ..data import LabelledText, TextData
 from ..data.splits import BATCH
 from ..engines.machine import Machine
 from ..engines.protocols import Data
@@ -29,6 +30,7 @@ from .watch import measure_inf_norm, watch_integers
 SAVE_SECONDS = 30  # a kill loses at most this much
 LAST_SECONDS = 60  # for so long the last checkpoint is tried where the disk is full
 RETRY_SECONDS = 2
+Text = TextData | LabelledText  # data that have a tokenizer
 WATCHES = 50  # points of the inf-norm curve
 RATE = float(np.finfo(np.float32).tiny)  # the least learning rate that float32 takes for a number other than 0
 
@@ -105,12 +107,13 @@ class Loop:
                         break
                     self.record()
                     bar.advance(note=f"loss {np.mean(self.state.history.loss[-20:]):.3f}")
-                    stopping = stop.number is not None
+                    number = stop.number
+                    stopping = number is not None
                     if (stopping or self.is_due()) and self.save(last=stopping).meta["diverged"]:
                         break
-                    if stopping:
+                    if number is not None:
                         where = f"at step {self.step} of {self.run.optim.steps}, saved in {self.path}"
-                        raise Interrupted(f"stopped {where}", stop.number)
+                        raise Interrupted(f"stopped {where}", number)
             kept = self.save(last=True, done=True)
         if stop.number is not None:
             raise Interrupted(f"stopped after the last step, saved in {self.path}", stop.number)
@@ -190,7 +193,7 @@ class Loop:
             meta = {**self.identity, "done": True, "diverged": True, "diverged_at": len(loss)}
             return Checkpoint(run.model, self.start.params, curves.tensors(), None, {}, meta)
         meta = {**self.start.kept, **self.identity, "done": done, "diverged": done and has_risen(loss)}
-        if "tokenizer_sha256" in self.identity["data"]:
+        if isinstance(self.data, Text):
             meta["tokenizer"] = self.data.tokenizer_json
         chosen = training_recipe(run.train_quant, run.model) if run.train_quant else None
         return Checkpoint(run.model, params, extra, chosen, state.model.ranges(), meta)
@@ -205,7 +208,7 @@ def has_risen(loss: list[float]) -> bool:
 
 def fit_vocabulary(model: ModelSpec, data: Data) -> ModelSpec:
     """The model with a vocabulary that holds all of the data's tokens."""
-    return replace(model, vocab=max(model.vocab, data.vocab)) if model.vocab else model
+    return replace(model, vocab=max(model.vocab, data.vocab)) if isinstance(data, Text) else model
 
 
 def check_rate(rate: float) -> float:

@@ -58,7 +58,7 @@ def write_vectors(request: VectorsRequest) -> tuple[list[str], int]:
     request.machine.check()
     opened = open_model(request.model, request.machine, request.data, request.tokenizer, strict=request.strict)
     batch = next(iter(opened.data.split_batches("evaluation", opened.stored.spec, request.count, 0, limit=1)))
-    tensors = run_vectors(opened.model, batch)
+    tensors = run_vectors(opened.model, dict(batch))
     save_vectors(out, request.model, tensors)
     return list(tensors), len(next(iter(batch.values())))
 

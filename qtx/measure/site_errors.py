@@ -65,8 +65,10 @@ def measure_relative_error(
 ) -> float:
     """Squared error over squared tensor of the elements that count; 0 of a tensor of zeros. wanted: what x stands for, x
     itself unless given."""
-    ends = quantizers.dynamic_scale(x, quant, where, weight) if range is None else (range.scale, range.zero_point)
-    y, _ = quantizers.fake_quantize(x, *ends, quant)
+    scale, zero_point = (
+        quantizers.dynamic_scale(x, quant, where, weight) if range is None else (range.scale, range.zero_point)
+    )
+    y, _ = quantizers.fake_quantize(x, scale, zero_point, quant)
     keep = True if where is None else np.broadcast_to(where, x.shape)
     wanted = x if wanted is None else wanted
     size = np.square(wanted, dtype=np.float64).sum(where=keep)
