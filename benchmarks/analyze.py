@@ -25,7 +25,7 @@ from qtx.engines.backend import backend
 from qtx.files.checkpoint import load_checkpoint
 from qtx.measure import analysis
 from qtx.recipes.sites import paper_sites, sites
-from qtx.report.tables import table
+from qtx.report.tables import format_table
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
 from qtx_ref.random import stream
@@ -85,7 +85,7 @@ def main(checkpoint, size, length, padding, rounds, memory, batches):
             command = [sys.executable, __file__, "--peak", str(count)]
             found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             rows.append([str(count), f"{int(found) / 1024:.1f}"])
-        click.echo(table(["batches", "peak MiB"], rows))
+        click.echo(format_table(["batches", "peak MiB"], rows))
         return
     if checkpoint is None:
         spec = preset("bert-tiny")
@@ -112,7 +112,7 @@ def main(checkpoint, size, length, padding, rounds, memory, batches):
         for name, taken in seconds.items()
     ]  # fmt: skip
     click.echo(f"{spec.layers} layers, width {spec.width}, {size} x {length} tokens, {torch.threads()} thread(s)")
-    click.echo(table(["", "ms", "to forward", "median"], rows))
+    click.echo(format_table(["", "ms", "to forward", "median"], rows))
 
 
 if __name__ == "__main__":

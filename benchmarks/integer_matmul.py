@@ -20,7 +20,7 @@ import click
 import numpy as np
 import torch
 
-from qtx.report.tables import table
+from qtx.report.tables import format_table
 from qtx_ref.integer import products as ref
 from qtx_ref.random import stream
 from qtx_ref.spec import QuantSpec
@@ -105,7 +105,7 @@ def main(shape: tuple[int, int, int], rounds: int) -> None:
             against.append(f"{statistics.median(x / y for x, y in pairs):.4f}")
         rows.append([name, f"{1000 * statistics.median(seconds):.1f}", *against])
     print(
-        table(
+        format_table(
             [
                 f"{m} x {k} x {n}, {torch.get_num_threads()} threads",
                 "ms",

@@ -26,7 +26,7 @@ from qtx.engines.backend import backend
 from qtx.files.artifact import Artifact, load_artifact, make_artifact, save_artifact
 from qtx.files.checkpoint import Checkpoint, save_checkpoint
 from qtx.recipes.named import recipe, resolve
-from qtx.report.tables import table
+from qtx.report.tables import format_table
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import attention, preset
 from qtx_ref.random import stream
@@ -130,7 +130,7 @@ def main(model, kind, recipe_name, batch, length, rounds, only, file) -> None:
         times = f"{statistics.median(seconds[run]):.2f}"
         rows.append([run, times, f"{ratio:.2f}", f"{memory[run] / 2**20:.0f}", f"{memory[run] / memory[floating]:.2f}"])
     header = [f"{model}, {kind}, {recipe_name}, {batch} x {length}", "s", "to float", "MiB", "to float"]
-    print(table(header, rows))
+    print(format_table(header, rows))
 
 
 if __name__ == "__main__":

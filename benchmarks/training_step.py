@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import qtx_ref.backend
 import qtx_torch.backend
 from qtx.data import load
-from qtx.report.tables import table
+from qtx.report.tables import format_table
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import attention, preset
 from qtx_ref.spec import ModelSpec, OptimSpec
@@ -175,7 +175,7 @@ def main(models: tuple[str, ...], batch: int, rounds: int, kinds: tuple[str, ...
             rows.append([f"{name} {kind}", f"{1000 * seconds:.1f}", against, f"{seconds / middle[against]:.3f}",
                          f"{statistics.median(ratios):.3f}"])  # fmt: skip
     print(
-        table(
+        format_table(
             [f"batch {batch} x 128, {torch.get_num_threads()} threads", "ms", "against", "ratio", "median of ratios"],
             rows,
         )

@@ -31,7 +31,7 @@ from parity_tests.subjects.integer_models import (
 from qtx.data import load
 from qtx.files.checkpoint import file_of, load_checkpoint
 from qtx.measure.scores import IntegerScorer
-from qtx.report.tables import table
+from qtx.report.tables import format_table
 from qtx_ref import models
 from qtx_ref.attention import probabilities
 from qtx_ref.backend import IntegerModel, Model
@@ -244,7 +244,7 @@ def main() -> None:
         else:
             spec, params = train_model(name, options.steps)
         rows.append(report(name, spec, params, options.recipe))
-    print(table(HEADER, rows))
+    print(format_table(HEADER, rows))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The commands: each parses, calls one job and prints."""
+"""The commands, one a file: each parses its options, calls one job and prints."""

@@ -2,67 +2,52 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from qtx_ref.stats import SIGMAS
 
-from ..data import splits
-from ..engines.backend import need
-from ..files.container import ANALYSIS, check_writable, write_sealed_json
-from ..jobs.opening import make_float_model, open_checkpoint, open_data
-from ..jobs.training import Machine
+from ..engines.machine import Machine
+from ..jobs.analyze import BATCHES, AnalyzeRequest, analyze
 from ..measure.analysis import PERCENTILES, Analysis, Carrier
-from ..measure.analysis import analyze as run
-from ..measure.heads import (
-    EXCESS,
-    KEPT,
-    MASS,
-    OPEN,
-    UPDATE,
-    Head,
-)
-from ..report import outliers
-from ..report.tables import number, table
-from .options import CHECKPOINT, DATA, JSON, LIMIT, MACHINE, OUT, hold_out, say, write_json
+from ..measure.heads import EXCESS, KEPT, MASS, OPEN, UPDATE, Head
+from ..report.tables import format_number, format_table
+from .options import CHECKPOINT, DATA, JSON, LIMIT, MACHINE, OUT, say, write_json
 
 LISTED = 12  # heads in the table; all of them are in the JSON
 
 
-@click.command()
+@click.command(name="analyze")
 @CHECKPOINT
 @DATA
 @LIMIT
 @click.option("--out", type=OUT, help="Folder for pictures and analysis.json; default: none.")
 @MACHINE
 @JSON
-def analyze(checkpoint, data, tokenizer, batches, out, backend_name, device, dtype, json_path):
+def analyze_command(
+    checkpoint: Path,
+    data: str | None,
+    tokenizer: Path | None,
+    batches: int | None,
+    out: Path | None,
+    machine: Machine,
+    json_path: str | None,
+) -> None:
     """Where the outliers are.
 
     Sizes and tails of every site, growth along the residual stream, the channels and tokens that carry outliers, and the
     attention heads that do nothing; over 16 evaluation batches unless --batches says otherwise.
     """
-    if out is not None:
-        need("matplotlib", "report", "--out")
-        hold_out(out)
-        for name in ("analysis.json", *outliers.NAMES):
-            check_writable(out / name)
-    opened = open_checkpoint(checkpoint)
-    source = open_data(checkpoint, opened.spec, opened.meta, data, tokenizer)
-    model = make_float_model(opened, Machine(backend_name, device, dtype))
-
-    def evaluation():
-        return source.split_batches("evaluation", opened.spec, splits.BATCH, 0, limit=batches or 16)
-
-    result = run(model, source, evaluation(), sum(1 for _ in evaluation()))
-    say("\n\n".join(f"{title}\n{body}" for title, body in tabulate(result)), json_path)
-    if out is not None:
-        written = outliers.draw_analysis(out, model, result, f"qtx analyze: {checkpoint}")
-        write_sealed_json(out / "analysis.json", ANALYSIS, result.to_json_values())
-        say(f"\nwritten to {out}: {', '.join([*written, 'analysis.json'])}", json_path)
-    write_json(json_path, result.to_json_values())
+    analysis, written = analyze(AnalyzeRequest(checkpoint, out, batches or BATCHES, data, tokenizer, machine))
+    say("\n\n".join(f"{title}\n{body}" for title, body in tabulate(analysis)), json_path)
+    if written:
+        say(f"\nwritten to {out}: {', '.join(written)}", json_path)
+    write_json(json_path, analysis.to_json_values())
 
 
 def format_percent(share: float, digits: int = 1) -> str:
+    """A share from 0 to 1 in percent."""
     return f"{100 * share:.{digits}f} %"
 
 
@@ -109,14 +94,14 @@ def tabulate(analysis: Analysis) -> list[tuple[str, str]]:
 
 def tabulate_sizes(analysis: Analysis) -> str:
     header = ["site", "inf norm", "largest", "lowest", "highest", "rms", *(f"{q:g} %" for q in PERCENTILES)]
-    return table(
+    return format_table(
         header,
         [
             [
                 s.site,
-                *(number(x, 2) for x in (s.inf_norm, s.inf_norm_max, s.lowest, s.highest)),
-                number(s.rms),
-                *(number(x) for x in s.percentiles.values()),
+                *(format_number(x, 2) for x in (s.inf_norm, s.inf_norm_max, s.lowest, s.highest)),
+                format_number(s.rms),
+                *(format_number(x) for x in s.percentiles.values()),
             ]
             for s in analysis.sites
         ],
@@ -126,16 +111,16 @@ def tabulate_sizes(analysis: Analysis) -> str:
 def tabulate_tails(analysis: Analysis) -> str:
     sigma = f"> {SIGMAS:g} sigma"
     header = ["site", "kurtosis", "published", "pooled", "top 1 %", "top 0.1 %", sigma, "per million", "channels"]
-    return table(
+    return format_table(
         header,
         [
             [
                 s.site,
-                *(number(x, 2) for x in (s.kurtosis, s.kurtosis_published, s.kurtosis_pooled)),
+                *(format_number(x, 2) for x in (s.kurtosis, s.kurtosis_published, s.kurtosis_pooled)),
                 format_percent(s.top_energy),
                 format_percent(s.top_energy_tenth),
                 str(s.beyond_6_sigma),
-                number(1e6 * s.beyond_6_sigma / max(s.elements, 1), 1),
+                format_number(1e6 * s.beyond_6_sigma / max(s.elements, 1), 1),
                 f"{len(s.beyond_channels)} of {s.channels}",
             ]
             for s in analysis.sites
@@ -145,15 +130,15 @@ def tabulate_tails(analysis: Analysis) -> str:
 
 def tabulate_growth(analysis: Analysis) -> str:
     header = ["site", "inf norm", "to the first", "rms", "kurtosis"]
-    return table(
+    return format_table(
         header,
         [
             [
                 row["site"] if row["stream"] else f"+ {row['site']}",
-                number(row["inf_norm"], 2),
-                number(row["ratio"], 2),
-                number(row["rms"]),
-                number(row["kurtosis"], 2),
+                format_number(row["inf_norm"], 2),
+                format_number(row["ratio"], 2),
+                format_number(row["rms"]),
+                format_number(row["kurtosis"], 2),
             ]
             for row in analysis.growth()
         ],
@@ -163,7 +148,7 @@ def tabulate_growth(analysis: Analysis) -> str:
 def tabulate_channels(analysis: Analysis) -> str:
     depth = 1 + len({site.split(".")[1] for site in analysis.stream if site.startswith("layer.")})
     header = ["channel", "layers", "sites", "of the tokens", "most", "at"]
-    return table(
+    return format_table(
         header,
         [
             [
@@ -181,14 +166,14 @@ def tabulate_channels(analysis: Analysis) -> str:
 
 def tabulate_carriers(rows: list[Carrier], name: str) -> str:
     header = [name, "of the tokens", "of the outliers", "times its share"]
-    return table(
+    return format_table(
         header,
         [
             [
                 row.name,
                 format_percent(row.tokens, 2),
                 format_percent(row.outliers, 2),
-                number(row.outliers / row.tokens, 2),
+                format_number(row.outliers / row.tokens, 2),
             ]
             for row in rows
         ],
@@ -209,12 +194,12 @@ def tabulate_layers(analysis: Analysis) -> str:
                 f"layer {layer}",
                 str(sum(head.idle for head in part)),
                 *(format_percent(mean([head.mass[name] for head in part])) for name in names),
-                number(mean([head.entropy for head in part]), 2),
+                format_number(mean([head.entropy for head in part]), 2),
                 format_percent(mean([head.relative_entropy for head in part])),
                 format_percent(mean([head.update for head in part])),
             ]
         )
-    return table(["mean over heads", "idle", *names, "entropy", "of largest", "update"], rows)
+    return format_table(["mean over heads", "idle", *names, "entropy", "of largest", "update"], rows)
 
 
 def tabulate_heads(analysis: Analysis) -> str:
@@ -224,9 +209,9 @@ def tabulate_heads(analysis: Analysis) -> str:
     for head in list_heads(analysis):
         row = [f"layer {head.layer} head {head.head}", head.reason or "no"]
         row += [format_percent(share) for share in (*head.mass.values(), head.marked, head.even, head.kept)]
-        row += ["-" if head.gate is None else format_percent(head.gate), number(head.entropy, 2)]
+        row += ["-" if head.gate is None else format_percent(head.gate), format_number(head.entropy, 2)]
         rows.append([*row, format_percent(head.relative_entropy), format_percent(head.update)])
-    return table(header, rows)
+    return format_table(header, rows)
 
 
 def list_heads(analysis: Analysis) -> list[Head]:
@@ -240,5 +225,5 @@ def tabulate_head_sizes(analysis: Analysis) -> str:
     rows = []
     for head in list_heads(analysis):
         row = [f"layer {head.layer} head {head.head}"]
-        rows.append(row + [number(part[name], 2) for part in (head.value, head.product) for name in names])
-    return table(header, rows)
+        rows.append(row + [format_number(part[name], 2) for part in (head.value, head.product) for name in names])
+    return format_table(header, rows)

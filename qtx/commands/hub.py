@@ -8,12 +8,10 @@ import click
 
 from qtx_ref.spec import SpecError
 
-from ..files.checkpoint import load_checkpoint, save_checkpoint
-from ..files.container import CheckpointError, check_writable
-from ..hub import APART, import_model
-from ..hub.export import export_model
+from ..hub import APART
 from ..hub.files import FLOATS
-from ..report.tables import table
+from ..jobs.exchange import export_checkpoint, import_folder
+from ..report.tables import format_table
 from .options import CHECKPOINT, JSON, OUT, say, write_json
 
 
@@ -21,7 +19,7 @@ from .options import CHECKPOINT, JSON, OUT, say, write_json
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--out", type=OUT, required=True, help="The .safetensors to write.")
 @JSON
-def import_command(folder, out, json_path):
+def import_command(folder: Path, out: Path, json_path: str | None) -> None:
     """Make a checkpoint of a Hugging Face model.
 
     FOLDER holds config.json, model.safetensors (or shards and their index) and, for text, tokenizer.json: a BERT, OPT or
@@ -29,14 +27,8 @@ def import_command(folder, out, json_path):
     """
     if json_path not in (None, "-") and Path(json_path).resolve().parent == folder.resolve():
         raise SpecError(f"--json {json_path} is in the folder that is read: choose another")
-    if out.suffix != ".safetensors":
-        raise SpecError(f"--out {out}: give a name ending in .safetensors")
-    if out.exists():
-        raise CheckpointError(f"{out} exists: choose another --out")
-    check_writable(out)
-    made = import_model(folder)
-    save_checkpoint(out, made)
-    spec, hub = made.spec, made.meta["hub"]
+    imported = import_folder(folder, out)
+    spec, hub = imported.spec, imported.meta["hub"]
     result = {
         "checkpoint": str(out),
         "family": str(spec.family),
@@ -44,11 +36,11 @@ def import_command(folder, out, json_path):
         "layers": spec.layers,
         "width": spec.width,
         "heads": spec.heads,
-        "parameters": sum(value.size for value in made.params.values()),
+        "parameters": sum(value.size for value in imported.params.values()),
         "dtype": sorted({FLOATS[hub["dtypes"][name]] for name in hub["names"].values()}),
-        "tokenizer": "tokenizer" in made.meta,
+        "tokenizer": "tokenizer" in imported.meta,
         "tied": sorted(hub["tied"]),
-        "apart": sorted(name.removeprefix(APART) for name in made.extra),
+        "apart": sorted(name.removeprefix(APART) for name in imported.extra),
     }
     printed = {
         **result,
@@ -58,16 +50,16 @@ def import_command(folder, out, json_path):
     rows = [
         [key, ", ".join(value) or "none" if isinstance(value, list) else str(value)] for key, value in printed.items()
     ]
-    say(table(["", str(folder)], rows[1:]) + f"\n{out}: see qtx analyze {out}", json_path)
+    say(format_table(["", str(folder)], rows[1:]) + f"\n{out}: see qtx analyze {out}", json_path)
     write_json(json_path, result)
 
 
-@click.command()
+@click.command(name="export")
 @CHECKPOINT
 @click.option("--format", "form", default="hf", show_default=True, help="hf: the folder that transformers loads.")
 @click.option("--out", type=OUT, required=True, help="The folder to write, new or empty.")
 @JSON
-def export(checkpoint, form, out, json_path):
+def export_command(checkpoint: Path, form: str, out: Path, json_path: str | None) -> None:
     """Write a checkpoint for another library.
 
     A model that was imported and has its structure still gets the same names, dtypes and configuration again; another one
@@ -75,7 +67,7 @@ def export(checkpoint, form, out, json_path):
     """
     if form != "hf":
         raise SpecError(f"--format {form}: only hf, a folder that transformers loads, is known")
-    written = export_model(checkpoint, load_checkpoint(checkpoint), out)
+    written = export_checkpoint(checkpoint, out)
     kind = "as it was imported" if written.as_imported else "under the names of transformers"
     say(f"{out}: {', '.join(written.files)}; {', '.join(written.dtypes)}, {kind}", json_path)
     result = {"folder": str(out), "files": written.files, "dtype": written.dtypes, "as_imported": written.as_imported}

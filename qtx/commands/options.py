@@ -1,7 +1,8 @@
-"""What the commands share: options, output for people and for programs, opening a checkpoint with its data."""
+"""What the commands share: options, and output for people and for programs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from functools import wraps
 from pathlib import Path
@@ -11,18 +12,40 @@ import click
 
 from qtx_ref.spec import SpecError
 
-from ..engines.backend import backend
-from ..files.artifact import SUFFIX
+from ..engines.machine import Machine
+from ..files.artifact import SUFFIX, Size
 from ..files.container import RESULT, CheckpointError, check_writable, to_json, write_beside
-from ..files.locks import hold
-from ..jobs.run import refuse_existing
 from ..jobs.training import check_rate
+from ..report.tables import format_number, format_table
+
+Command = Callable[..., Any]  # what click calls, with an option's value by its name
+Decorator = Callable[[Command], Command]
 
 # in the folders that train, study, export, analyze, ptq and cost write
-WRITTEN = ("model.safetensors", "study.json", "curves.png", "config.json", "tokenizer.json", "preprocessor_config.json",
-           "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-           "ptq.json", "ptq.png", "cost.json", "cost.txt", "cost.png",
-           "analysis.json", "depth.png", "channels.png", "histogram.png", "attention.png", "patches.png")  # fmt: skip
+WRITTEN = (
+    "model.safetensors",
+    "study.json",
+    "curves.png",
+    "config.json",
+    "tokenizer.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "ptq.json",
+    "ptq.png",
+    "cost.json",
+    "cost.txt",
+    "cost.png",
+    "analysis.json",
+    "depth.png",
+    "channels.png",
+    "histogram.png",
+    "attention.png",
+    "patches.png",
+)
 PLACES = ("checkpoint", "model", "init", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
 
 
@@ -55,19 +78,6 @@ class Rate(click.ParamType):
 OUT, RATE = OutPath(), Rate()
 
 
-def hold_out(out: Path) -> None:
-    """The folder is the command's until its end. Raises CheckpointError where another process holds it; see `locks.hold`."""
-    click.get_current_context().with_resource(hold(out))
-
-
-def claim(path: Path, resume: bool) -> None:
-    """A run's file is the command's to write. Raises CheckpointError where it is there and not to be gone on with, cannot be
-    written, or another process holds its folder."""
-    refuse_existing(path, resume)
-    hold_out(path.parent)
-    check_writable(path)
-
-
 def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
     """Refuses a place that cannot be written, or where something else than such a result is, before any work."""
     if path is not None and path != "-":
@@ -78,7 +88,7 @@ def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None)
     return path
 
 
-def refuse_shared(given: dict[str, Any]) -> None:
+def refuse_shared(given: Mapping[str, Any]) -> None:
     """Raises SpecError where --json names a file that the command reads or writes for another purpose."""
     json_path, out = given["json_path"], given.get("out")
     if json_path in (None, "-"):
@@ -91,7 +101,7 @@ def refuse_shared(given: dict[str, Any]) -> None:
         raise SpecError(f"--json {json_path} is a file that the command writes: choose another")
 
 
-def with_json(command: Any) -> Any:
+def with_json(command: Command) -> Command:
     """--json FILE, which is no other file of the command."""
 
     @wraps(command)
@@ -121,8 +131,10 @@ class Number(click.ParamType):
         return number
 
 
-def options(*chosen: Any) -> Any:
-    def decorate(command: Any) -> Any:
+def options(*chosen: Decorator) -> Decorator:
+    """Several options as one decorator, in their order."""
+
+    def decorate(command: Command) -> Command:
         for option in reversed(chosen):
             command = option(command)
         return command
@@ -130,13 +142,14 @@ def options(*chosen: Any) -> Any:
     return decorate
 
 
-def with_machine(command: Any) -> Any:
-    """--backend, --device and --dtype, of which the backend is asked before anything is read."""
+def with_machine(command: Command) -> Command:
+    """--backend, --device and --dtype as one `machine`, which is checked before anything is read."""
 
     @wraps(command)
-    def checked(**given: Any) -> Any:
-        backend(given["backend_name"]).check_machine(given["device"], given["dtype"])
-        return command(**given)
+    def checked(backend_name: str, device: str, dtype: str, **given: Any) -> Any:
+        machine = Machine(backend_name, device, dtype)
+        machine.check()
+        return command(machine=machine, **given)
 
     return PLACE(checked)
 
@@ -157,20 +170,28 @@ DATA = options(
     click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json for your own text."),
 )
 VOCAB = click.option("--vocab", type=click.IntRange(1), help="Entries of the tokenizer trained on your own text.")
-WATCH = click.option("--watch-integer", type=click.IntRange(1), metavar="N",
-                     help="Before training, every N steps and after the last: quantize the model (w8a8), run it in "
-                     "integers and in float on the first 2 evaluation batches; ranges, inf norm and kurtosis are of 2 "
-                     "calibration batches.")  # fmt: skip
+WATCH = click.option(
+    "--watch-integer",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Before training, every N steps and after the last: quantize the model (w8a8), run it in "
+    "integers and in float on the first 2 evaluation batches; ranges, inf norm and kurtosis are of 2 "
+    "calibration batches.",
+)
 CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
+ARTIFACT = click.argument("model", type=click.Path(path_type=Path), metavar=f"MODEL{SUFFIX}")
 EITHER = click.argument("checkpoint", type=click.Path(path_type=Path), metavar=f"CHECKPOINT|MODEL{SUFFIX}")
+RECIPE = click.option(
+    "--recipe", "recipe_name", help="float, or a recipe to calibrate and apply; default: the checkpoint's own."
+)
 LIMIT = click.option("--batches", type=click.IntRange(1), help="At most this many evaluation batches.")
 
 
-def write_json(path: str | None, result: dict[str, Any]) -> None:
+def write_json(path: str | None, result: Mapping[str, Any]) -> None:
     """The result of a command, with its format, to stdout (-) or a file."""
     if path is None:
         return
-    text = to_json({"format": RESULT} | result)
+    text = to_json({"format": RESULT, **result})
     if path == "-":
         click.echo(text, nl=False)
     else:
@@ -182,5 +203,20 @@ def say(text: str, json_path: str | None) -> None:
     click.echo(text, err=json_path == "-")
 
 
+def tabulate_result(path: Path, result: Mapping[str, object]) -> str:
+    """A file's results as a table, a line each."""
+    rows = [[key, format_number(value, 4) if isinstance(value, float) else str(value)] for key, value in result.items()]
+    return format_table(["", str(path)], rows)
+
+
+def describe_size(size: Size) -> str:
+    """An artifact's size in bytes, and what it is beside what must be stored."""
+    return (
+        f"{size.file:,} bytes, {size.file / size.tensors:.4f} times its tensors, "
+        f"{size.file / size.codes:.4f} times the weights' codes alone"
+    )
+
+
 def split_list(text: str) -> tuple[str, ...]:
+    """The parts of a comma list, without the empty ones."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

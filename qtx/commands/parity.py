@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from qtx_ref.spec import SpecError
 
 from ..data import DataError
 from ..engines.backend import MissingDevice, MissingExtra
+from ..engines.machine import Machine
+from ..engines.protocols import Batch
 from ..files.artifact import SUFFIX, Artifact
 from ..files.checkpoint import file_of
 from ..files.container import CheckpointError, check_writable, sha_of, write_beside
 from ..files.formats import REPORT
 from ..jobs.opening import is_artifact, make_artifact_model, open_model
-from ..jobs.training import Machine
 from ..progress import Progress, clock
 from ..recipes import named as recipes
-from ..report.tables import table
+from ..report.tables import format_table
 from .options import DATA, JSON, say, write_json
 
 FEW = 4  # sequences of a batch
@@ -34,29 +34,40 @@ NARROWEST = 20  # characters of the case's name that a narrow terminal leaves at
 OPTIONAL = ("want", "got", "where", "measure")  # columns that a narrow terminal goes without, the first one first
 
 
+class Refused(click.ClickException):
+    """An option or a file that is refused."""
+
+    exit_code = REFUSED
+
+
+class Missing(click.ClickException):
+    """A backend, a device or a package that is not here."""
+
+    exit_code = MISSING
+
+
 class Verdicts(click.Command):
     """A command whose exit status tells a difference from an input that is refused and from what is missing."""
 
     def make_context(self, *given: Any, **options: Any) -> click.Context:
-        with exit_statuses():
+        with set_exit_statuses():
             return super().make_context(*given, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with exit_statuses():
+        with set_exit_statuses():
             return super().invoke(ctx)
 
 
 @contextmanager
-def exit_statuses() -> Iterator[None]:
+def set_exit_statuses() -> Iterator[None]:
     """Turns an error that a user can mend into one line and its exit status."""
     try:
         yield
     except BrokenPipeError:
         raise
     except (SpecError, DataError, CheckpointError, MissingExtra, OSError) as error:
-        refusal = click.ClickException(" ".join(str(error).split()))
-        refusal.exit_code = MISSING if isinstance(error, (MissingDevice, MissingExtra)) else REFUSED
-        raise refusal from None
+        kind = Missing if isinstance(error, (MissingDevice, MissingExtra)) else Refused
+        raise kind(" ".join(str(error).split())) from None
 
 
 def check_junit(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -67,7 +78,7 @@ def check_junit(ctx: click.Context, parameter: click.Parameter, path: Path | Non
     return path
 
 
-@click.command(cls=Verdicts)
+@click.command(name="parity", cls=Verdicts)
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False, metavar=f"[CHECKPOINT|MODEL{SUFFIX}]")
 @click.option(
     "--backend",
@@ -93,7 +104,17 @@ def check_junit(ctx: click.Context, parameter: click.Parameter, path: Path | Non
     help="Also write JUnit XML there, one test case a row.",
 )
 @JSON
-def parity(checkpoint, backend_name, device, dtype, data, tokenizer, only, junit_path, json_path):
+def parity_command(
+    checkpoint: Path | None,
+    backend_name: str,
+    device: str,
+    dtype: str,
+    data: str | None,
+    tokenizer: Path | None,
+    only: str | None,
+    junit_path: Path | None,
+    json_path: str | None,
+) -> None:
     """Prove that the backends agree, by case or on a file.
 
     Without a file: the table of cases. CHECKPOINT: every site of that model, in float32 and under its recipe. MODEL.qtx:
@@ -108,12 +129,10 @@ def parity(checkpoint, backend_name, device, dtype, data, tokenizer, only, junit
 
     docs/parity-in-ci.md has a workflow to copy.
     """
-    from parity_tests import (
-        junit,  # only here: the proof is not needed to use qtx
-        runner,  # only here: the proof is not needed to use qtx
-    )
+    # only here: the proof is not needed to use qtx
+    from parity_tests import junit, runner
 
-    if junit_path is not None and junit_path.resolve() in others(checkpoint, json_path):
+    if junit_path is not None and junit_path.resolve() in list_others(checkpoint, json_path):
         raise CheckpointError(f"--junit {junit_path} is another file of this command: choose another")
     if checkpoint is None and (given := data or tokenizer):
         raise SpecError(f"{given}: the table of cases has its own data; give a CHECKPOINT, or leave it out")
@@ -130,7 +149,7 @@ def parity(checkpoint, backend_name, device, dtype, data, tokenizer, only, junit
             refuse_options(checkpoint, backend_name, dtype, only)
             report = check_file(runner, checkpoint, device, data, tokenizer, advance)
     width = shutil.get_terminal_size().columns  # 80 where there is no terminal
-    say(fitted(runner.HEADER, runner.report_rows(report), width), json_path)
+    say(fit_table(runner.HEADER, runner.report_rows(report), width), json_path)
     groups = ", ".join(f"{group} {count}" for group, count in report.counts.items())
     failed = sum(not row.ok for row in report.rows)
     total = f"{len(report.rows)} cases ({groups}): {failed} failed, {clock(report.seconds)}"
@@ -144,45 +163,47 @@ def parity(checkpoint, backend_name, device, dtype, data, tokenizer, only, junit
         sys.exit(DIFFERS)
 
 
-def others(checkpoint: Path | None, json_path: str | None) -> set[Path]:
+def list_others(checkpoint: Path | None, json_path: str | None) -> set[Path]:
     """Files that the command reads or writes beside its JUnit report."""
     paths = [] if checkpoint is None else [checkpoint, file_of(checkpoint)]
     return {path.resolve() for path in (*paths, *([] if json_path in (None, "-") else [Path(json_path)]))}
 
 
-def fitted(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
+def fit_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
     """The table in lines of at most `width` characters.
 
     Where it is too wide, it goes without some columns, which then follow for the rows that failed, and with shorter names.
     """
     chosen = list(header)
     for dropped in OPTIONAL:
-        if table_width(header, rows, chosen) <= width:
+        if measure_width(header, rows, chosen) <= width:
             break
         chosen.remove(dropped)
-    excess = table_width(header, rows, chosen) - width
+    excess = measure_width(header, rows, chosen) - width
     longest = max(len(row[0]) for row in rows)
     room = max(NARROWEST, longest - max(0, excess))
     kept = [header.index(name) for name in chosen]
-    short = [[shortened(row[0], room), *(row[i] for i in kept[1:])] for row in rows]
-    details = [] if len(chosen) == len(header) else [detail(dict(zip(header, row, strict=True))) for row in rows]
+    short = [[shorten(row[0], room), *(row[i] for i in kept[1:])] for row in rows]
+    details = (
+        [] if len(chosen) == len(header) else [describe_failure(dict(zip(header, row, strict=True))) for row in rows]
+    )
     wrapped = [textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in details if line]
-    return "\n".join([table(chosen, short), *wrapped])
+    return "\n".join([format_table(chosen, short), *wrapped])
 
 
-def table_width(header: Sequence[str], rows: Sequence[Sequence[str]], chosen: Sequence[str]) -> int:
+def measure_width(header: Sequence[str], rows: Sequence[Sequence[str]], chosen: Sequence[str]) -> int:
     """Characters of a line of the table with these columns: each has three around it, and one ends the line."""
     places = [header.index(name) for name in chosen]
     return 1 + sum(3 + max(len(row[i]) for row in [header, *rows]) for i in places)
 
 
-def shortened(name: str, room: int) -> str:
+def shorten(name: str, room: int) -> str:
     """A name in at most `room` characters: its beginning and its end."""
     half = (room - 3) // 2
     return name if len(name) <= room else f"{name[: room - 3 - half]}...{name[len(name) - half :]}"
 
 
-def detail(row: Mapping[str, str]) -> str:
+def describe_failure(row: Mapping[str, str]) -> str:
     """Of a row that failed, in words, what has no column."""
     if row["verdict"] == "ok":
         return ""
@@ -211,9 +232,9 @@ def check_file(runner: Any, path: Path, device: str, data: str | None, tokenizer
     Raises SpecError, CheckpointError or DataError for a file or data that cannot be had.
     """
     opened = open_model(path, Machine("ref"), data, tokenizer)
-    source = opened.found
+    source = opened.stored
 
-    def read_batches(split: str, count: int) -> list[dict[str, np.ndarray]]:
+    def read_batches(split: str, count: int) -> list[Batch]:
         return list(opened.data.split_batches(split, source.spec, FEW, 0, limit=count))
 
     batches = read_batches("evaluation", 1)

@@ -65,13 +65,15 @@ def load(task: Task, kind: str, file: str) -> Any:
         importlib.import_module("torch").set_num_threads(threads)
         passes = importlib.import_module("qtx_torch.runners.passes")
     if kind == "integer":
-        found = load_artifact(path)
-        model = module.IntegerModel(found.spec, found.constants, found.quants, found.profile, device=device)
-        return passes.IntegerRunner(model) if torch else PlainRunner(model.run, model)
-    found = load_checkpoint(path)
-    model = module.Model(found.spec, found.params, device=device)
+        artifact = load_artifact(path)
+        integers = module.IntegerModel(
+            artifact.spec, artifact.constants, artifact.quants, artifact.profile, device=device
+        )
+        return passes.IntegerRunner(integers) if torch else PlainRunner(integers.run, integers)
+    checkpoint = load_checkpoint(path)
+    model = module.Model(checkpoint.spec, checkpoint.params, device=device)
     if kind == "fake":
-        calibration.bind(model, found.recipe, found.ranges, found.transforms)
+        calibration.bind(model, checkpoint.recipe, checkpoint.ranges, checkpoint.transforms)
     if not torch:
         return PlainRunner(model.forward, model)
     if kind == "bfloat16":

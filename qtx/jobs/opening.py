@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from qtx.data import load
-from qtx.engines.backend import backend
-from qtx.engines.protocols import Data
-from qtx.files.artifact import SUFFIX, Artifact, load_artifact
-from qtx.files.checkpoint import Checkpoint, load_checkpoint
-from qtx.files.container import CheckpointError
-from qtx.recipes import named as recipes
-from qtx.recipes.sites import sites
 from qtx_ref.integer.model import accumulator_bits
 from qtx_ref.spec import Family, Head, ModelSpec, Recipe, SpecError
 
-from ..data import splits
+from ..data import load, splits
+from ..engines.backend import backend
 from ..engines.machine import Machine
+from ..engines.protocols import Calibration, Data, IntegerModel, Model, Runnable
+from ..files.artifact import SUFFIX, Artifact, load_artifact
+from ..files.checkpoint import Checkpoint, load_checkpoint
+from ..files.container import CheckpointError
 from ..measure import scores
 from ..prepare import calibration, prepare
+from ..recipes import named as recipes
+from ..recipes.sites import sites
 
 
-def open_data(path: Path, spec: ModelSpec, meta: dict[str, Any], name: str | None, tokenizer: Path | None) -> Any:
+def open_data(path: Path, spec: ModelSpec, meta: Mapping[str, Any], name: str | None, tokenizer: Path | None) -> Data:
     """The data to evaluate a model on: its own unless said otherwise, with its own tokenizer. Raises SpecError where they
     are gone, or another tokenizer's."""
     need_tokenizer(path, spec, meta)
@@ -52,7 +51,7 @@ def check_tokenizer(path: Path, meta: Mapping[str, Any], data: Data) -> None:
     given = data.describe().get("tokenizer_sha256")
     if trained_with != given:
         raise SpecError(
-            f"tokenizer {given and given[:12]} is not the one of {path} ({trained_with and trained_with[:12]})"
+            f"tokenizer {given and str(given)[:12]} is not the one of {path} ({trained_with and trained_with[:12]})"
         )
 
 
@@ -66,7 +65,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def make_float_model(checkpoint: Checkpoint, machine: Machine) -> Any:
+def make_float_model(checkpoint: Checkpoint, machine: Machine) -> Model:
     """The checkpoint's model in float, with the transforms for which its parameters are made."""
     model = machine.model(checkpoint.spec, checkpoint.params)
     model.bind({}, {}, transforms=checkpoint.transforms)
@@ -82,24 +81,31 @@ def is_artifact(path: Path) -> bool:
 class Opened:
     """A model as a command runs it, where it came from, data to run it on, and what it is in words."""
 
-    found: Checkpoint | Artifact
-    model: Any
-    data: Any
+    stored: Checkpoint | Artifact
+    model: Model | IntegerModel
+    data: Data
     numerics: str
     integer: bool = False
     note: str = ""
 
     @property
-    def scored(self) -> Any:
+    def scored(self) -> Runnable:
         """What `scores.evaluate` takes."""
-        return scores.IntegerScorer(self.model) if self.integer else self.model
+        return scores.IntegerScorer(self.model) if self.integer else cast(Model, self.model)
 
 
 def open_model(
-    path: Path, machine: Machine, data_name: str | None = None, tokenizer: Path | None = None, *,
-    recipe_name: str | None = None, numerics: str | None = None, strict: bool = False, split: str | None = None,
-    check: Callable[[Checkpoint | Artifact], None] = lambda found: None,
-) -> Opened:  # fmt: skip
+    path: Path,
+    machine: Machine,
+    data_name: str | None = None,
+    tokenizer: Path | None = None,
+    *,
+    recipe_name: str | None = None,
+    numerics: str | None = None,
+    strict: bool = False,
+    split: str | None = None,
+    check: Callable[[Checkpoint | Artifact], None] = lambda stored: None,
+) -> Opened:
     """A checkpoint in float or under a recipe, or an artifact in integers or fake quantization; data of `split` are
     compared with those it was trained and calibrated on.
 
@@ -108,27 +114,33 @@ def open_model(
     Raises:
         SpecError, CheckpointError, DataError, MissingExtra: a file, data, or an option that does not belong to it.
     """
-    if not is_artifact(path):
-        if numerics or strict:
-            raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
-        found = open_checkpoint(path)
-        chosen = choose_recipe(found, recipe_name)
-        check(found)
-        data = open_data(path, found.spec, found.meta, data_name, tokenizer)
-        if split:
-            splits.refuse_overlap(found.meta, data, split)
-        model = make_model(found, machine, data, chosen)
-        return Opened(found, model, data, "float" if chosen is None else chosen.name)
-    if recipe_name is not None:
-        raise SpecError(f"--recipe {recipe_name}: {path} has its own; leave it out")
-    found, kind = load_artifact(path), numerics or "integer"
-    check(found)
-    model = make_artifact_model(found, machine, kind, strict)
-    data = open_data(path, found.spec, found.meta, data_name, tokenizer)
+    if is_artifact(path):
+        if recipe_name is not None:
+            raise SpecError(f"--recipe {recipe_name}: {path} has its own; leave it out")
+        artifact, kind = load_artifact(path), numerics or "integer"
+        check(artifact)
+        runner = make_artifact_model(artifact, machine, kind, strict)
+        data = open_split(path, artifact, data_name, tokenizer, split)
+        words = f"{kind}{', strict' if strict else ''}, {artifact.recipe.name}, profile {artifact.profile.name}"
+        return Opened(artifact, runner, data, words, kind == "integer", describe_head(artifact))
+    if numerics or strict:
+        raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
+    stored = open_checkpoint(path)
+    chosen = find_recipe(stored, recipe_name)
+    check(stored)
+    data = open_split(path, stored, data_name, tokenizer, split)
+    model = make_model(stored, machine, data, chosen)
+    return Opened(stored, model, data, "float" if chosen is None else chosen.name)
+
+
+def open_split(
+    path: Path, stored: Checkpoint | Artifact, name: str | None, tokenizer: Path | None, split: str | None
+) -> Data:
+    """The model's data. Raises DataError where those of `split` trained or calibrated it."""
+    data = open_data(path, stored.spec, stored.meta, name, tokenizer)
     if split:
-        splits.refuse_overlap(found.meta, data, split)
-    words = f"{kind}{', strict' if strict else ''}, {found.recipe.name}, profile {found.profile.name}"
-    return Opened(found, model, data, words, kind == "integer", describe_head(found))
+        splits.refuse_overlap(stored.meta, data, split)
+    return data
 
 
 def need_head(path: Path, spec: ModelSpec) -> None:
@@ -137,7 +149,9 @@ def need_head(path: Path, spec: ModelSpec) -> None:
         raise SpecError(f"{path} has no head: it can be analyzed and compared, not evaluated or asked for words")
 
 
-def make_artifact_model(artifact: Artifact, machine: Machine, numerics: str = "integer", strict: bool = False) -> Any:
+def make_artifact_model(
+    artifact: Artifact, machine: Machine, numerics: str = "integer", strict: bool = False
+) -> Model | IntegerModel:
     """The model in integers, or under the fake quantization of the same codes."""
     if numerics == "fake":
         if strict:
@@ -170,7 +184,7 @@ def describe_head(artifact: Artifact) -> str:
     return f"{note}; its int{accumulator_bits(entering, weight)} accumulators are the output"
 
 
-def choose_recipe(checkpoint: Checkpoint, recipe_name: str | None) -> Recipe | None:
+def find_recipe(checkpoint: Checkpoint, recipe_name: str | None) -> Recipe | None:
     """The recipe that a checkpoint is run under: its own, or the one of that name; None for float. Raises SpecError for one
     that does not exist, or does not fit the model."""
     if recipe_name == "float" or (recipe_name is None and checkpoint.recipe is None):
@@ -183,7 +197,7 @@ def choose_recipe(checkpoint: Checkpoint, recipe_name: str | None) -> Recipe | N
     return chosen
 
 
-def make_model(checkpoint: Checkpoint, machine: Machine, data: Any, chosen: Recipe | None) -> Any:
+def make_model(checkpoint: Checkpoint, machine: Machine, data: Calibration, chosen: Recipe | None) -> Model:
     """The model that a checkpoint is run as: in float, under its own recipe, or under another, calibrated here."""
     if chosen is not None and chosen is not checkpoint.recipe:
         return prepare_anew(checkpoint, machine, data, chosen).model(machine, checkpoint.spec, chosen)
@@ -193,16 +207,21 @@ def make_model(checkpoint: Checkpoint, machine: Machine, data: Any, chosen: Reci
     return model
 
 
+def name_recipe(checkpoint: Checkpoint) -> str:
+    """The name of its own recipe, float without one."""
+    return "float" if checkpoint.recipe is None else checkpoint.recipe.name
+
+
 def refuse_transformed(checkpoint: Checkpoint, what: str) -> None:
     """Raises SpecError where the parameters are made for transforms, without which they are another model."""
     if checkpoint.transforms:
         raise SpecError(
-            f"{what}: the checkpoint's weights are made for the transforms of {checkpoint.recipe.name}; take the float "
+            f"{what}: the checkpoint's weights are made for the transforms of {name_recipe(checkpoint)}; take the float "
             "checkpoint that it was made from"
         )
 
 
-def prepare_anew(checkpoint: Checkpoint, machine: Machine, data: Any, chosen: Recipe) -> prepare.Prepared:
+def prepare_anew(checkpoint: Checkpoint, machine: Machine, data: Calibration, chosen: Recipe) -> prepare.Prepared:
     """A checkpoint's parameters under a recipe, from its calibration data. Raises SpecError where the parameters are made
     for transforms of another recipe, and for data that the checkpoint knows from another split."""
     refuse_transformed(checkpoint, f"recipe {chosen.name}")

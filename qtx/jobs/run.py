@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from qtx_ref.spec.optim import trains
 
 from ..engines.machine import Machine, identify_machine
 from ..engines.protocols import Data
-from ..files.container import CheckpointError
+from ..files.container import CheckpointError, check_writable
+from ..files.locks import hold
 
+STEPS, PER_STEP = 350, 16  # of a run, unless said otherwise: steps, and sequences or images in each
 HEADER = 2**20  # bytes of a checkpoint beside its numbers: at most about what a tokenizer and the names take
 
 
@@ -64,6 +68,16 @@ def refuse_existing(path: Path, resume: bool) -> None:
     """Raises CheckpointError for a file that is there and is not to be gone on with."""
     if path.exists() and not resume:
         raise CheckpointError(f"{path} exists: go on with --resume, or choose another --out")
+
+
+@contextmanager
+def claim(path: Path, resume: bool) -> Iterator[None]:
+    """A run's file is this process's to write. Raises CheckpointError where it is there and not to be gone on with, cannot
+    be written, or another process holds its folder."""
+    refuse_existing(path, resume)
+    with hold(path.parent):
+        check_writable(path)
+        yield
 
 
 def checkpoint_bytes(spec: ModelSpec, optim: OptimSpec, dtype: str) -> int:

@@ -58,8 +58,9 @@ def make_classifier(
     dropout: of hidden states and of attention probabilities; None: the checkpoint's. Raises SpecError for an OPT, which has
     no classifier.
     """
-    rates = {} if dropout is None else {"dropout": dropout, "attention_dropout": dropout}
-    spec = replace(checkpoint.spec, head=Head.CLASSIFY, classes=classes, **rates)
+    spec = replace(checkpoint.spec, head=Head.CLASSIFY, classes=classes)
+    if dropout is not None:
+        spec = replace(spec, dropout=dropout, attention_dropout=dropout)
     encoder = {name: value for name, value in checkpoint.params.items() if not name.startswith("head.")}
     return spec, complete(encoder | find_pooler(checkpoint), spec, seed)
 

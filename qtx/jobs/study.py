@@ -17,7 +17,7 @@ from typing import Any
 from qtx_ref.presets import attention, preset
 from qtx_ref.spec import ModelSpec, SpecError, from_dict, to_dict
 
-from ..data import load, unigram_perplexity
+from ..data import TextData, load, unigram_perplexity
 from ..data.splits import BATCH
 from ..engines.backend import MissingExtra
 from ..engines.machine import Machine, identify_machine
@@ -36,8 +36,8 @@ from ..prepare.calibration import CALIBRATION_SEED, bind, calibration_batches
 from ..prepare.prepare import prepare
 from ..recipes.named import recipe, resolve, training_recipe
 from ..report.plots import draw_curves
-from ..report.tables import DIVERGED, number, spread, table
-from .run import TrainSpec, checkpoint_bytes, describe_difference
+from ..report.tables import DIVERGED, format_number, format_spread, format_table
+from .run import PER_STEP, STEPS, TrainSpec, checkpoint_bytes, describe_difference
 from .training import default_optim, fit_vocabulary, train
 
 OUTLIER_BATCHES = 16  # evaluation batches behind inf norm and kurtosis
@@ -51,8 +51,8 @@ class StudySpec:
     data: str | None = None  # None: the bundled books, or digits for images
     tokenizer: str | None = None
     vocab: int | None = None  # of a tokenizer trained here
-    steps: int = 350
-    batch: int = 16
+    steps: int = STEPS
+    batch: int = PER_STEP  # sequences or images per step
     lr: float | None = None  # None: the preset's
     attention: tuple[str, ...] = ("vanilla", "clipped", "gated")
     recipes: tuple[str, ...] = ("w8a8",)
@@ -102,7 +102,7 @@ class Study:
         self.models = {kind: fit_vocabulary(model, self.data) for kind, model in self.models.items()}
         self.conditions = {"data": self.data.describe(), "threads": identify_machine(spec.machine)["threads"]}
         first = self.models[spec.attention[0]]
-        self.unigram = None if base.classes else unigram_perplexity(self.data, first, 0, BATCH)
+        self.unigram = unigram_perplexity(self.data, first, 0, BATCH) if isinstance(self.data, TextData) else None
         self.runs: dict[str, dict[str, Any]] = {}
         if known is not None:
             for key, value in self.conditions.items():
@@ -157,7 +157,7 @@ class Study:
         """Writes `study.json`. Raises WriteError where that cannot be."""
         write_sealed_json(self.path, STUDY, self.result())
 
-    def table(self) -> str:
+    def tabulate(self) -> str:
         """The table; several seeds give mean and sample standard deviation."""
         kind = metric(self.models[self.spec.attention[0]])
         unit = "acc %" if kind == "accuracy" else "ppl"
@@ -182,9 +182,9 @@ class Study:
             lost = sum(run["diverged"] for run in found)
             label = name + (f" (diverged{f' {lost} of {len(found)}' if len(found) > 1 else ''})" if lost else "")
             rows.append([label, *self._cells(found, kind), *([figures] if sources else [])])
-        lines = [table(header, rows), *sources]
+        lines = [format_table(header, rows), *sources]
         if self.unigram is not None:
-            lines.append(f"unigram model on the same targets: perplexity {number(self.unigram)}")
+            lines.append(f"unigram model on the same targets: perplexity {format_number(self.unigram)}")
         return "\n".join(lines)
 
     def _train_recipe(self, kind: str, quant: str | None) -> str | None:
@@ -203,15 +203,15 @@ class Study:
             return collected
 
         float_scores = values("float", kind)
-        cells = [spread(float_scores), spread(values("outliers", "max_inf_norm"), 2)]
-        cells.append(spread(values("outliers", "average_kurtosis"), 2))
+        cells = [format_spread(float_scores), format_spread(values("outliers", "max_inf_norm"), 2)]
+        cells.append(format_spread(values("outliers", "average_kurtosis"), 2))
         if self.spec.train_quant:
-            cells.append(spread(values("trained", kind)))
+            cells.append(format_spread(values("trained", kind)))
         for name in self.spec.recipes:
             scores = values("recipes", name, kind)
-            cells.append(spread(scores))
-            pairs = zip(float_scores, scores, strict=True)
-            cells.append(spread([None if None in pair else degradation(kind, *pair) for pair in pairs], 2))
+            cells.append(format_spread(scores))
+            lost = [degradation(kind, *pair) for pair in zip(float_scores, scores, strict=True)]
+            cells.append(format_spread(lost, 2))
             cells[-1] += "" if cells[-1] in ("-", DIVERGED) else " pt" if kind == "accuracy" else " %"
         return cells
 
@@ -243,7 +243,7 @@ class Study:
         result["float"] = to_json_values(evaluate(model, self._evaluation(checkpoint.spec), label, total))
         result["float_bytes"] = count_stored_bytes(checkpoint.params, {}, {})
         result["outliers"] = to_json_values(measure_outliers(model, self._evaluation(checkpoint.spec, OUTLIER_BATCHES)))
-        if result["train_quant"]:
+        if result["train_quant"] and checkpoint.recipe is not None:
             bind(model, checkpoint.recipe, checkpoint.ranges)
             trained = evaluate(model, self._evaluation(checkpoint.spec), f"{label} as trained", total)
             result["trained"] = to_json_values(trained)
@@ -293,6 +293,25 @@ class Study:
         return known
 
 
-def degradation(kind: str, before: float, after: float) -> float:
-    """Perplexity: its relative increase in percent. Accuracy: percentage points lost."""
+def run_study(spec: StudySpec, out: Path, *, resume: bool = False) -> Study:
+    """Trains and evaluates every run of a study, and leaves it in the folder `out`; returns it, `tabulate` and `result`
+    say what came out.
+
+    resume: go on with the study that is there, if there is one.
+
+    Raises:
+        SpecError, DataError: a name or number that does not exist, or data that do not fit.
+        CheckpointError: `out` holds another study, or one without `resume`, or is held by another process.
+        MissingExtra, WriteError, Interrupted: see `train`.
+    """
+    with hold(out):
+        study = Study(spec, out, resume=resume)
+        study.run()
+        return study
+
+
+def degradation(kind: str, before: float | None, after: float | None) -> float | None:
+    """Perplexity: its relative increase in percent. Accuracy: percentage points lost. None where one is missing."""
+    if before is None or after is None:
+        return None
     return before - after if kind == "accuracy" else 100 * (after / before - 1)

@@ -14,23 +14,23 @@ import numpy as np
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import ModelSpec, OptimSpec, SpecError
 
+from ..data import LabelledText, TextData
 from ..data.splits import BATCH
 from ..engines.machine import Machine
 from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint, save_checkpoint
-from ..files.container import check_writable
-from ..files.locks import hold
 from ..files.writing import WriteError, check_space
 from ..progress import Progress
 from ..recipes.named import training_recipe
 from ..signals import Interrupted, postpone
 from .resume import State, begin_run, read_run, resume_run
-from .run import Start, TrainSpec, checkpoint_bytes, identify, refuse_existing
+from .run import Start, TrainSpec, checkpoint_bytes, claim, identify
 from .watch import measure_inf_norm, watch_integers
 
 SAVE_SECONDS = 30  # a kill loses at most this much
 LAST_SECONDS = 60  # for so long the last checkpoint is tried where the disk is full
 RETRY_SECONDS = 2
+Text = TextData | LabelledText  # data that have a tokenizer
 WATCHES = 50  # points of the inf-norm curve
 RATE = float(np.finfo(np.float32).tiny)  # the least learning rate that float32 takes for a number other than 0
 
@@ -57,9 +57,7 @@ def train(
         WriteError: the disk has no room for the checkpoint, before the first step or for a minute at the end.
         Interrupted: SIGINT or SIGTERM; `path` is up to date.
     """
-    refuse_existing(path, resume)
-    with hold(path.parent):
-        check_writable(path)
+    with claim(path, resume):
         identity = identify(run, data, machine)
         start = start or Start(init_params(run.model, run.seed))
         if path.exists():
@@ -109,12 +107,13 @@ class Loop:
                         break
                     self.record()
                     bar.advance(note=f"loss {np.mean(self.state.history.loss[-20:]):.3f}")
-                    stopping = stop.number is not None
+                    number = stop.number
+                    stopping = number is not None
                     if (stopping or self.is_due()) and self.save(last=stopping).meta["diverged"]:
                         break
-                    if stopping:
+                    if number is not None:
                         where = f"at step {self.step} of {self.run.optim.steps}, saved in {self.path}"
-                        raise Interrupted(f"stopped {where}", stop.number)
+                        raise Interrupted(f"stopped {where}", number)
             kept = self.save(last=True, done=True)
         if stop.number is not None:
             raise Interrupted(f"stopped after the last step, saved in {self.path}", stop.number)
@@ -194,7 +193,7 @@ class Loop:
             meta = {**self.identity, "done": True, "diverged": True, "diverged_at": len(loss)}
             return Checkpoint(run.model, self.start.params, curves.tensors(), None, {}, meta)
         meta = {**self.start.kept, **self.identity, "done": done, "diverged": done and has_risen(loss)}
-        if "tokenizer_sha256" in self.identity["data"]:
+        if isinstance(self.data, Text):
             meta["tokenizer"] = self.data.tokenizer_json
         chosen = training_recipe(run.train_quant, run.model) if run.train_quant else None
         return Checkpoint(run.model, params, extra, chosen, state.model.ranges(), meta)
@@ -209,7 +208,7 @@ def has_risen(loss: list[float]) -> bool:
 
 def fit_vocabulary(model: ModelSpec, data: Data) -> ModelSpec:
     """The model with a vocabulary that holds all of the data's tokens."""
-    return replace(model, vocab=max(model.vocab, data.vocab)) if model.vocab else model
+    return replace(model, vocab=max(model.vocab, data.vocab)) if isinstance(data, Text) else model
 
 
 def check_rate(rate: float) -> float:

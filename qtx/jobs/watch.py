@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import cast
 
 from qtx_ref.integer.lowering import lower
-from qtx_ref.spec import QTX
+from qtx_ref.spec import QTX, QuantSpec
 
 from ..data.splits import BATCH
 from ..engines.backend import backend
@@ -39,7 +40,7 @@ def watch_integers(run: TrainSpec, model: Model, data: Data, machine: Machine, h
     params = model.params()
     plain = machine.model(run.model, params)
     ranges = calibrate(plain, data, chosen)
-    quants = resolve(chosen, run.model)
+    quants = cast(Mapping[str, QuantSpec], resolve(chosen, run.model))  # none of small floats
     constants = lower(run.model, params, quants, ranges)
     integers = IntegerScorer(
         backend(machine.backend).IntegerModel(run.model, constants, quants, QTX, device=machine.device)

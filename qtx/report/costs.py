@@ -16,7 +16,7 @@ from .figures import (
     save_figure,
     set_title,
 )
-from .tables import number, table
+from .tables import format_number, format_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,16 +116,16 @@ def tabulate_costs(result: CostResult) -> str:
             if variant["finding"] and not part:
                 continue
             cells = [variant["name"], cell["name"]]
-            cells += [number(None if part.get(key) is None else part[key] * 1e3, 2) for key in ("median", "p95")]
-            cells += [number(part.get("ratio"), 2), number(part.get("sequences_per_s"), 1)]
+            cells += [format_number(None if part.get(key) is None else part[key] * 1e3, 2) for key in ("median", "p95")]
+            cells += [format_number(part.get("ratio"), 2), format_number(part.get("sequences_per_s"), 1)]
             cells += [
-                number(part.get("tokens_per_s"), 0),
+                format_number(part.get("tokens_per_s"), 0),
                 format_size(part.get("memory")),
                 format_size(variant["bytes"]),
             ]
             cells += [format_error(part.get("error")), format_agreement(part)]
             rows.append(cells)
-    text = table(header, rows)
+    text = format_table(header, rows)
     for variant in result["variants"]:
         if variant["finding"]:
             text += f"\n{variant['name']}: not timed: {variant['finding']}"
@@ -157,7 +157,7 @@ def tabulate_kernels(result: CostResult) -> str:
         quantizers = profile.get("quantizers")
         counted = "-" if quantizers is None else f"{quantizers} ({profile['weight_quantizers']} of weights)"
         rows.append([variant["name"], format_percent(profile.get("matmuls")), counted, kernels or "-", ops or "-"])
-    return table(["variant", "in matmuls", "quantizers", "integer matmuls", "most expensive ops"], rows)
+    return format_table(["variant", "in matmuls", "quantizers", "integer matmuls", "most expensive ops"], rows)
 
 
 def tabulate_attentions(rows: Sequence[AttentionRow]) -> str:
@@ -168,10 +168,10 @@ def tabulate_attentions(rows: Sequence[AttentionRow]) -> str:
     cells = []
     for row in rows:
         cells.append([row["attention"], row["cell"], f"+{row['parameters']}", f"{row['percent']:.4f}"])
-        cells[-1] += [number(row["forward"] * 1e3, 2), f"{100 * (row['forward_ratio'] - 1):+.1f}%"]
+        cells[-1] += [format_number(row["forward"] * 1e3, 2), f"{100 * (row['forward_ratio'] - 1):+.1f}%"]
         if training:
-            cells[-1] += [number(row["step"] * 1e3, 2), f"{100 * (row['step_ratio'] - 1):+.1f}%"]
-    return table(header, cells)
+            cells[-1] += [format_number(row["step"] * 1e3, 2), f"{100 * (row['step_ratio'] - 1):+.1f}%"]
+    return format_table(header, cells)
 
 
 # --- the paragraph ----------------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def draw_bars(
         panel.barh(place, value - edge, 0.7, left=edge, color=color)
         if whisker is not None:
             panel.plot([value, whisker], [place, place], color="black", linewidth=1)
-        label = f" {number(value, 2 if value < 10 else 1)}"
+        label = f" {format_number(value, 2 if value < 10 else 1)}"
         panel.text(max(value, whisker or 0), place, label, fontsize=7, va="center", bbox=WHITE)
         if variant["name"] == PLAIN:
             panel.axvline(value, color="black", linewidth=0.8, linestyle="--", zorder=1.5)

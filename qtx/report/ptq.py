@@ -18,7 +18,7 @@ from .figures import (
     save_figure,
     set_title,
 )
-from .tables import number
+from .tables import format_number
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -88,7 +88,7 @@ def make_row_figure(kind: str, rows: Mapping[str, RecipeRow], title: str) -> Fig
     panels[0].set_ylim(max(len(rows), 1) - 0.5, -0.5)
     values = "accuracy, %" if kind == "accuracy" else "perplexity"
     side = panels[0].secondary_yaxis("right")
-    side.set_yticks(range(len(rows)), [number(row["value"], 2) for row in rows.values()], fontsize=7)
+    side.set_yticks(range(len(rows)), [format_number(row["value"], 2) for row in rows.values()], fontsize=7)
     side.tick_params(length=0)
     panels[0].text(1.02, 1.0, f"{values}\n", transform=panels[0].transAxes, fontsize=7, va="center")
     for panel in panels:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 DIVERGED = "diverged"  # in a cell whose number was measured and is not finite
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to one width: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
@@ -20,7 +20,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     """A number with `digits` decimals, fewer where it is large; `-` where there is none."""
     if value is None or math.isnan(value):
         return "-"
@@ -30,7 +30,7 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(0, min(digits, digits + 1 - size))}f}"
 
 
-def spread(values: Sequence[float | None], digits: int = 3) -> str:
+def format_spread(values: Sequence[float | None], digits: int = 3) -> str:
     """One value; or mean and sample standard deviation of several; `diverged` where one is not finite, `-` where one is
     missing."""
     known = [v for v in values if v is not None]
@@ -40,6 +40,6 @@ def spread(values: Sequence[float | None], digits: int = 3) -> str:
         return "-"
     mean = sum(known) / len(known)
     if len(known) == 1:
-        return number(mean, digits)
+        return format_number(mean, digits)
     deviation = math.sqrt(sum((v - mean) ** 2 for v in known) / (len(known) - 1))
-    return f"{number(mean, digits)} ± {number(deviation, digits)}"
+    return f"{format_number(mean, digits)} ± {format_number(deviation, digits)}"

@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from qtx.cli import main
 from qtx.cost import compare as cost
 from qtx.cost import inputs as cost_inputs
+from qtx.engines.machine import Machine
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from qtx.jobs.training import Machine
 from qtx.prepare.prepare import prepare
 from qtx.recipes.named import recipe, resolve
 from qtx.report import costs

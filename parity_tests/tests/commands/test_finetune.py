@@ -19,11 +19,13 @@ from parity_tests.tests.shell import call, good
 from qtx.data import load
 from qtx.data.splits import digest
 from qtx.data.tokenizing import read_bundled_tokenizer
+from qtx.engines.machine import Machine
 from qtx.files.artifact import load_artifact
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import sha_of
+from qtx.jobs.run import Start, TrainSpec
 from qtx.jobs.starts import continue_model
-from qtx.jobs.training import Machine, Start, TrainSpec, train
+from qtx.jobs.training import train
 from qtx.measure.scores import evaluate
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import (

@@ -6,9 +6,7 @@ import pytest
 
 from parity_tests.tests.commands.test_cli import TRAIN
 from parity_tests.tests.shell import call, good
-from qtx import cli
-from qtx.commands import finetune as cli_finetune
-from qtx.jobs import study
+from qtx.jobs import finetune, opening, pretrain, study
 from qtx_ref.spec import SpecError
 
 pytest.importorskip("torch", reason="a missing device needs the extra torch")
@@ -28,9 +26,8 @@ def unread(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("data were read")
 
-    for module in (cli, cli_finetune, study):
+    for module in (finetune, opening, pretrain, study):
         monkeypatch.setattr(module, "load", fail)
-    monkeypatch.setattr(cli, "open_data", fail)
 
 
 def refuse(*arguments: object) -> str:

@@ -194,14 +194,14 @@ def test_columns_fit_a_terminal() -> None:
         runner.HEADER,
         ("g/name", "ok", "max relative", "1e-09", "1e-08", "layer.0.ffn.output [1]", "0.5", "0.25"),
     )
-    whole = cli_parity.fitted(header, [row], 200)
+    whole = cli_parity.fit_table(header, [row], 200)
     assert all(word in whole for word in (*header, *row))
     assert max(widths(whole)) <= 107
-    assert cli_parity.fitted(header, [row], max(widths(whole))) == whole  # it just fits
-    narrower = cli_parity.fitted(header, [row], max(widths(whole)) - 1)
+    assert cli_parity.fit_table(header, [row], max(widths(whole))) == whole  # it just fits
+    narrower = cli_parity.fit_table(header, [row], max(widths(whole)) - 1)
     assert "0.25" not in narrower and "layer.0.ffn.output [1]" in narrower
     for width in (120, 100, 80, 70, 60):
-        assert max(widths(cli_parity.fitted(header, [row], width))) <= width
+        assert max(widths(cli_parity.fit_table(header, [row], width))) <= width
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -9,17 +9,12 @@ from scipy import special, stats
 
 from parity_tests.subjects import small_models
 from parity_tests.tests.shell import call, good
-from qtx.jobs.ptq import (
-    Calibrated,
-    Measured,
-    compare,
-    measure,
-    relative_error,
-    site_errors,
-)
-from qtx.jobs.training import Machine
+from qtx.engines.machine import Machine
+from qtx.measure.paired import Measured, compare, measure
 from qtx.measure.scores import Answers, answer_batch
+from qtx.measure.site_errors import measure_relative_error, measure_site_errors
 from qtx.prepare.prepare import Prepared, prepare
+from qtx.prepare.shared_ranges import Calibrated
 from qtx.progress import Progress
 from qtx.recipes import remedies
 from qtx.recipes.named import recipe, resolve
@@ -116,7 +111,7 @@ def test_a_row_that_diverged_has_no_interval():
 @pytest.mark.parametrize("name", ["bert_plain", "opt_plain", "vit_gate_linear"])
 def test_every_standard_recipe_fits(name):
     spec: ModelSpec = small_models.build(name).spec
-    names = remedies.list_standard(spec)
+    names = remedies.standard(spec)
     assert len(set(names)) == len(names)
     for one in names:
         chosen = recipe(one, spec)
@@ -178,7 +173,7 @@ def test_shared_ranges_are_those_of_each_recipe_alone(backend_name):
     shared, alone = Calibrated(machine.model(small.spec, small.params), lambda: batches), 0
     others = ("token-w8a8", "lsq-w4a6", "train-w8a8", "fp8-e4m3", "fp8-e5m2", "w8a8-peg4p-mse", "w4a4-channel-mse",
               "w8a8-float[*.scores+*.probs]")  # fmt: skip
-    for name in (*remedies.list_standard(small.spec), *others):
+    for name in (*remedies.standard(small.spec), *others):
         chosen = recipe(name, small.spec)
         quants = resolve(chosen, small.spec)
         found = shared.of(chosen, quants)
@@ -199,9 +194,9 @@ def test_errors_are_worked_by_hand():
     ends = Range(np.float32(-1), np.float32(1), np.float32(1), np.int32(0))
     spec = QuantSpec(2, symmetric=True)
     x = np.float32([0.25, 1, 3])
-    assert relative_error(x, None, spec, ends) == (0.0625 + 4) / (0.0625 + 1 + 9)
-    assert relative_error(x, np.array([True, True, False]), spec, ends) == 0.0625 / 1.0625
-    assert relative_error(np.zeros(3, np.float32), None, spec, ends) == 0
+    assert measure_relative_error(x, None, spec, ends) == (0.0625 + 4) / (0.0625 + 1 + 9)
+    assert measure_relative_error(x, np.array([True, True, False]), spec, ends) == 0.0625 / 1.0625
+    assert measure_relative_error(np.zeros(3, np.float32), None, spec, ends) == 0
 
 
 def test_errors_by_site_name_the_coarsest():
@@ -209,7 +204,9 @@ def test_errors_by_site_name_the_coarsest():
     model = Model(small.spec, small.params)
     quants = {site: QuantSpec(8) for site in ("layer.0.ffn.output", "embed.sum")} | {"layer.1.ffn.hidden": QuantSpec(2)}
     quants["head.classifier.weight"] = QuantSpec(3, symmetric=True)
-    found = site_errors(model, small.batch, quants, Prepared(small.params, model.calibrate([small.batch], quants), {}))
+    found = measure_site_errors(
+        model, small.batch, quants, Prepared(small.params, model.calibrate([small.batch], quants), {})
+    )
     assert set(found) == set(quants)
     assert list(found.values()) == sorted(found.values(), reverse=True)
     assert next(iter(found)) in ("layer.1.ffn.hidden", "head.classifier.weight")
@@ -225,7 +222,7 @@ def test_the_error_of_a_rewritten_weight_counts_from_before():
     chosen = recipe("w4a16-channel-gptq", small.spec)
     quants = {name: resolve(chosen, small.spec)[name]}
     found = prepare(Machine("ref"), small.spec, small.params, lambda count: [small.batch], chosen)
-    error = site_errors(Model(small.spec, small.params), small.batch, quants, found)[name]
+    error = measure_site_errors(Model(small.spec, small.params), small.batch, quants, found)[name]
     was, now = small.params[name].astype(np.float64), found.params[name]
     assert error == pytest.approx(np.square(now - was).sum() / np.square(was).sum(), rel=1e-12) and error > 1e-4
 

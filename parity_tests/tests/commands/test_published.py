@@ -81,7 +81,7 @@ def test_published_figures_stand_beside_ours(tmp_path):
     kinds = ("clipped:alpha=12.8", "vanilla", "gated")
     study = Study(StudySpec("bert-base", attention=kinds, recipes=("paper-bert",)), tmp_path / "s", resume=False)
     study.runs = {f"{kind}-seed0": made for kind in kinds}
-    clipped, vanilla, gated = study.table().splitlines()[2:5]
+    clipped, vanilla, gated = study.tabulate().splitlines()[2:5]
     assert "FP 4.5438, paper-bert 4.655, inf norm 47, kurtosis 72.19 [1]; FP 4.975 [2]" in clipped  # alpha / T = 0.025
     assert vanilla.rstrip("| ").endswith("FP 5.055 [2]") and gated.rstrip("| ").endswith("-")
     (figure,) = list_published("opt-125m", attention("gated:pi=0.25"))

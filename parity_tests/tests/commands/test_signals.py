@@ -14,11 +14,8 @@ import qtx.cost.worker
 from parity_tests.tests.commands.test_cli import STUDY, TRAIN
 from parity_tests.tests.files.test_writing import RUN, wait_for
 from parity_tests.tests.shell import call, good
-from qtx.commands import analyze as cli_analyze
-from qtx.commands import cost as cli_cost
-from qtx.commands import finetune as cli_finetune
-from qtx.commands import ptq as cli_ptq
 from qtx.files.locks import SCRATCH, make_scratch
+from qtx.jobs import analyze, cost, finetune, ptq
 from qtx_ref.backend import Trainer
 
 ROOT = Path(qtx.cost.worker.__file__).parents[2]
@@ -49,10 +46,10 @@ def test_training_saves_and_ends(tmp_path, monkeypatch, command, number):
 @pytest.mark.parametrize(
     ("module", "name", "arguments"),
     [
-        (cli_finetune, "open_origin", ["finetune", "nowhere", "--data", "digits"]),
-        (cli_ptq, "open_checkpoint", ["ptq", "nowhere"]),
-        (cli_analyze, "open_checkpoint", ["analyze", "nowhere"]),
-        (cli_cost, "open_given", ["cost", "nowhere", "--backend", "ref", "--engines", "none"]),
+        (finetune, "open_origin", ["finetune", "nowhere", "--data", "digits"]),
+        (ptq, "open_checkpoint", ["ptq", "nowhere"]),
+        (analyze, "open_checkpoint", ["analyze", "nowhere"]),
+        (cost, "open_given", ["cost", "nowhere", "--backend", "ref", "--engines", "none"]),
     ],
     ids=["finetune", "ptq", "analyze", "cost"],
 )

@@ -14,8 +14,6 @@ from safetensors.numpy import load_file, save_file
 from parity_tests import fuzz
 from parity_tests.subjects.mutations import flip_bit
 from parity_tests.tests.shell import call, good
-from qtx import data
-from qtx.commands import quantize as cli_quantize
 from qtx.engines.machine import Machine
 from qtx.files import artifact
 from qtx.files.artifact import load_artifact
@@ -33,7 +31,7 @@ from qtx.files.container import (
 )
 from qtx.files.formats import check_replaceable, kind_of
 from qtx.files.results import read_comparison, read_study
-from qtx.jobs import opening
+from qtx.jobs import finetune, opening, pretrain, quantize
 from qtx_ref import spec
 from qtx_ref.integer import lowering
 from qtx_ref.models.initial import init_params
@@ -241,7 +239,7 @@ def test_options_are_tried_before_data_are_read(place, monkeypatch, arguments, m
     def load(*_, **__):
         raise AssertionError("data are read")
 
-    for module in (opening, data):
+    for module in (finetune, opening, pretrain):
         monkeypatch.setattr(module, "load", load)
     assert message in refuse(*arguments, "--backend", "ref")
 
@@ -266,7 +264,7 @@ def test_quantize_checks_once_and_builds_what_it_calibrates(place, monkeypatch):
         checked.append(1)
         return whole_check(*arguments, **more)
 
-    for module in (cli_quantize, artifact, lowering):
+    for module in (quantize, artifact, lowering):
         monkeypatch.setattr(module, "check_integer", check)
     monkeypatch.setattr(Machine, "model", lambda *given: built.append(1) or model(*given))
     good("quantize", "vit.safetensors", "--backend", "ref", "--out", "new.qtx")

@@ -1,0 +1,188 @@
+"""What the commands do is there for Python too: each job runs from a request, and none of them needs click."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qtx import jobs
+from qtx.data import load
+from qtx.engines.machine import Machine
+from qtx.files.artifact import load_artifact
+from qtx.files.checkpoint import load_checkpoint
+from qtx.files.container import CheckpointError
+from qtx.hub import import_model
+from qtx.jobs.analyze import AnalyzeRequest, analyze
+from qtx.jobs.cost import CostRequest, measure_cost
+from qtx.jobs.evaluate import EvaluateRequest, evaluate
+from qtx.jobs.exchange import export_checkpoint, import_folder
+from qtx.jobs.finetune import FinetuneRequest, finetune
+from qtx.jobs.generate import GenerateRequest, generate
+from qtx.jobs.opening import open_model
+from qtx.jobs.pretrain import PretrainRequest, pretrain
+from qtx.jobs.ptq import PtqRequest, compare_recipes
+from qtx.jobs.quantize import QuantizeRequest, quantize
+from qtx.jobs.run import TrainSpec
+from qtx.jobs.study import StudySpec, run_study
+from qtx.jobs.training import default_optim, train
+from qtx.jobs.vectors import CheckRequest, VectorsRequest, check_vectors, write_vectors
+from qtx_ref.presets import PRESETS, preset
+from qtx_ref.spec import SpecError
+
+HERE = Machine("ref")
+MODULES = sorted(path.stem for path in Path(jobs.__file__).parent.glob("*.py"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    """Presets for a test: vit-small and opt-small."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, more in (("vit", {"patch_size": 4, "patch_norm": False}), ("opt", {})):
+            whole = replace(PRESETS[f"{name}-tiny"], layers=2, width=16, heads=2, hidden=24, **more)
+            patch.setitem(PRESETS, f"{name}-small", whole)
+        yield
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    request = PretrainRequest(tmp_path_factory.mktemp("vit"), model="vit-small", steps=2, batch=4, machine=HERE)
+    assert pretrain(request).extra["history.loss"].shape == (2,)
+    return request.path
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    request = PretrainRequest(tmp_path_factory.mktemp("opt"), model="opt-small", steps=1, batch=2, machine=HERE)
+    pretrain(request)
+    return request.path
+
+
+@pytest.fixture(scope="module")
+def integers(vit: Path) -> Path:
+    written = quantize(QuantizeRequest(vit, vit.with_suffix(".qtx"), machine=HERE))
+    assert written.path == vit.with_suffix(".qtx") and written.recipe.name == "w8a8" and written.profile.name == "qtx"
+    assert written.size.file == written.path.stat().st_size
+    return written.path
+
+
+def test_pretraining_is_training_of_what_is_named(vit: Path, tmp_path: Path) -> None:
+    model = preset("vit-small")
+    run = TrainSpec(model, default_optim(model, 2), 4, 0)
+    checkpoint = train(run, load(None, model), tmp_path / "model.safetensors", HERE)
+    known = load_checkpoint(vit)
+    assert checkpoint.params.keys() == known.params.keys()
+    assert all(np.array_equal(value, known.params[name]) for name, value in checkpoint.params.items())
+
+
+def test_quantize_and_evaluate(vit: Path, integers: Path) -> None:
+    score, words = evaluate(EvaluateRequest(vit, batches=1, machine=HERE))
+    assert (words.numerics, words.note) == ("float", "") and score.targets == 16
+    again, words = evaluate(EvaluateRequest(integers, batches=1, machine=HERE))
+    assert str(words).startswith("integer, w8a8, profile qtx") and abs(again.loss / score.loss - 1) < 0.05
+    fake, words = evaluate(EvaluateRequest(integers, numerics="fake", batches=1, machine=HERE))
+    assert words.numerics.startswith("fake, ") and abs(fake.loss / again.loss - 1) < 0.02
+    ranges = quantize(QuantizeRequest(vit, vit.with_name("ranges.safetensors"), recipe="w4a8", machine=HERE))
+    assert ranges.size is None and ranges.ranges.keys() == load_checkpoint(ranges.path).ranges.keys()
+    opened = open_model(integers, HERE)
+    assert opened.integer and opened.stored.recipe.name == "w8a8"
+    with pytest.raises(SpecError, match="--numerics and --strict belong to"):
+        evaluate(EvaluateRequest(vit, strict=True, machine=HERE))
+    with pytest.raises(SpecError, match="nonlinear is 'none'"):
+        quantize(QuantizeRequest(vit, vit.with_name("other.qtx"), nonlinear="none", machine=HERE))
+    with pytest.raises(CheckpointError, match="exists"):
+        quantize(QuantizeRequest(vit, integers, machine=HERE))
+
+
+def test_generate(opt: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the extra text is not installed")
+    text = generate(GenerateRequest(opt, "It was the best", tokens=3, machine=HERE))
+    assert len(text.tokens) == text.prompt_tokens + 3 and text.text.startswith("it was the best")
+    for name, value in (("temperature", float("nan")), ("temperature", -1.0), ("tokens", 0)):
+        with pytest.raises(SpecError, match=f"{name} is"):
+            generate(replace(GenerateRequest(opt, "It was", machine=HERE), **{name: value}))
+
+
+def test_finetune(vit: Path, tmp_path: Path) -> None:
+    request = FinetuneRequest(vit, "digits", tmp_path, steps=1, head_only=True, machine=HERE)
+    checkpoint, score = finetune(request)
+    assert checkpoint.spec.classes == 10 and score.targets == 180 and request.path.is_file()
+    with pytest.raises(CheckpointError, match="go on with --resume"):
+        finetune(request)
+    assert finetune(replace(request, resume=True))[1] == score
+
+
+def test_analyze(vit: Path) -> None:
+    analysis, written = analyze(AnalyzeRequest(vit, batches=1, machine=HERE))
+    assert written == [] and len(analysis.heads) == 4
+
+
+def test_compare_recipes(vit: Path, tmp_path: Path) -> None:
+    comparison, written = compare_recipes(
+        PtqRequest(vit, tmp_path, recipes=("w8a8",), sequences=4, calibration=1, keep=("w8a8",), machine=HERE)
+    )
+    assert list(comparison.rows) == ["float", "w8a8"] and written[:2] == ["ptq.json", "w8a8.safetensors"]
+    with pytest.raises(SpecError, match="--sensitivity w8a8 and --skip w4a4"):
+        compare_recipes(PtqRequest(vit, tmp_path / "a", skip=("w4a4",), sensitivity="w8a8", machine=HERE))
+
+
+def test_study(tmp_path: Path) -> None:
+    spec = StudySpec("vit-small", steps=1, batch=2, attention=("vanilla",), recipes=("w8a8",), machine=HERE)
+    study = run_study(spec, tmp_path)
+    assert list(study.runs) == ["vanilla-seed0"] and "| vanilla " in study.tabulate()
+
+
+def test_cost() -> None:
+    costs = measure_cost(CostRequest(model="vit-small", batches=(1,), rounds=1, backend="ref", attentions=("clipped",)))
+    assert [row["attention"] for row in costs.result["attentions"]] == ["vanilla", "clipped"]
+    assert costs.written == [] and "| clipped " in costs.text
+    with pytest.raises(SpecError, match="give a checkpoint or --model"):
+        measure_cost(CostRequest())
+
+
+def test_vectors(integers: Path, tmp_path: Path) -> None:
+    names, inputs = write_vectors(VectorsRequest(integers, tmp_path / "v.safetensors", machine=HERE))
+    checked = check_vectors(CheckRequest(integers, tmp_path / "v.safetensors", machine=HERE))
+    assert inputs == 2 and checked == (len(names), [])
+    assert load_artifact(integers).spec == load_checkpoint(integers.with_suffix(".safetensors")).spec
+
+
+def test_exchange(vit: Path, tmp_path: Path) -> None:
+    written = export_checkpoint(vit, tmp_path / "folder")
+    assert "model.safetensors" in written.files
+    checkpoint = import_folder(tmp_path / "folder", tmp_path / "again.safetensors")
+    assert checkpoint.params.keys() == import_model(tmp_path / "folder").params.keys()
+    assert all(np.array_equal(value, checkpoint.params[name]) for name, value in load_checkpoint(vit).params.items())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_job_names_click_or_a_command(name: str) -> None:
+    path = Path(jobs.__file__).with_name(f"{name}.py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.partition(".")[0] == "click" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert "click" not in (node.module or "") and "commands" not in (node.module or "").split(".")
+
+
+def run_fresh(code: str) -> str:
+    """What a new process prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_jobs_are_imported_without_click_and_torch() -> None:
+    imports = "; ".join(f"import qtx.jobs.{name}" for name in MODULES if name != "__init__")
+    run_fresh(f"import sys; sys.modules['click'] = None; {imports}; assert 'torch' not in sys.modules")
+
+
+def test_help_is_shown_without_torch() -> None:
+    code = "main(['--help'], standalone_mode=False); assert 'torch' not in sys.modules"
+    assert "Usage: " in run_fresh(f"import sys; from qtx.cli import main; {code}")

@@ -1,0 +1,78 @@
+"""What `qtx vectors` does: golden vectors of an artifact, written, or held against a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtx_ref.spec import SpecError
+
+from ..engines.machine import Machine
+from ..files.artifact import SUFFIX, load_artifact
+from ..files.container import CheckpointError, check_writable
+from ..files.vectors import list_differing, load_vectors, run_vectors, save_vectors, take_inputs
+from .opening import make_artifact_model, open_model
+
+COUNT = 2
+
+
+@dataclass(frozen=True)
+class VectorsRequest:
+    """An artifact, the file to write, and of how many sequences or images of which data."""
+
+    model: Path
+    out: Path
+    count: int = COUNT
+    strict: bool = False  # integer dtypes only
+    data: str | None = None  # None: the model's own
+    tokenizer: Path | None = None
+    machine: Machine = Machine()
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """An artifact, vectors of it, and the machine that is held to them."""
+
+    model: Path
+    vectors: Path
+    strict: bool = False  # integer dtypes only
+    machine: Machine = Machine()
+
+
+def write_vectors(request: VectorsRequest) -> tuple[list[str], int]:
+    """Runs an artifact on a few inputs of its evaluation split and writes inputs, codes, accumulators and outputs.
+
+    Returns the names of the tensors, in the order of the forward pass, and the number of inputs.
+
+    Raises:
+        SpecError: `out` has an artifact's name, a model that is none, or a machine that is not to be had.
+        CheckpointError: `out` exists or cannot be written, or the model cannot be read.
+        DataError, MissingExtra: data that cannot be had, or a package that is not installed.
+    """
+    out = request.out
+    if out.suffix.lower() == SUFFIX:
+        raise SpecError(f"--out {out}: vectors are no model; give a name ending in .safetensors")
+    if out.exists():
+        raise CheckpointError(f"{out} exists: choose another --out")
+    check_writable(out)
+    request.machine.check()
+    opened = open_model(request.model, request.machine, request.data, request.tokenizer, strict=request.strict)
+    batch = next(iter(opened.data.split_batches("evaluation", opened.stored.spec, request.count, 0, limit=1)))
+    tensors = run_vectors(opened.model, dict(batch))
+    save_vectors(out, request.model, tensors)
+    return list(tensors), len(next(iter(batch.values())))
+
+
+def check_vectors(request: CheckRequest) -> tuple[int, list[str]]:
+    """Runs the inputs of vectors again.
+
+    Returns the number of tensors, and the names of those that differ, in the order of the forward pass.
+
+    Raises:
+        SpecError: a machine that is not to be had.
+        CheckpointError: a file that cannot be read, or vectors of another model.
+    """
+    artifact = load_artifact(request.model)
+    expected = load_vectors(request.vectors, request.model, artifact.spec)
+    tensors = run_vectors(make_artifact_model(artifact, request.machine, strict=request.strict), take_inputs(expected))
+    return len(tensors), list_differing(expected, tensors)
