@@ -108,7 +108,9 @@ class Whole(np.ndarray):
         if self.dtype.kind not in "biu":
             raise TypeError(f"strict integer arithmetic came upon {self.dtype}")
 
-    def __array_function__(self, function: Callable, types: Iterable[type], arguments: tuple, keywords: dict) -> object:
+    def __array_function__(
+        self, function: Callable, types: Iterable[type], arguments: Iterable[Any], keywords: Mapping[str, Any]
+    ) -> Any:
         result = super().__array_function__(function, types, arguments, keywords)
         return result.view(Whole) if isinstance(result, np.ndarray) else result
 
