@@ -72,7 +72,7 @@ def load(task: Task, kind: str, file: str) -> Any:
         return passes.IntegerRunner(integers) if torch else PlainRunner(integers.run, integers)
     checkpoint = load_checkpoint(path)
     model = module.Model(checkpoint.spec, checkpoint.params, device=device)
-    if kind == "fake":
+    if kind == "fake" and checkpoint.recipe is not None:
         calibration.bind(model, checkpoint.recipe, checkpoint.ranges, checkpoint.transforms)
     if not torch:
         return PlainRunner(model.forward, model)
@@ -193,7 +193,7 @@ def kernels(task: Task, runner: Any, batch: Any, inputs: Any) -> Task:
         timed, seconds = profiling.products(runner.model, batch)
         result["matmuls"] = sum(taken for *_, taken in timed) / seconds
         result["kernels"] = {kernel: sum(k == kernel for _, k, _ in timed) for _, kernel, _ in timed}
-    if kind == "fake":
+    if kind == "fake" and checkpoint.recipe is not None:
         steps, seconds = profiling.quantizers(runner.model, batch)
         result["quantizers"] = len(steps)
         result["weight_quantizers"] = sum(site.endswith(".weight") for site, _ in steps)

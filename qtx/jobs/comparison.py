@@ -97,7 +97,9 @@ class Comparison:
         if not resume:
             raise CheckpointError(f"{self.path} exists: go on with --resume, or choose another --out")
         known = read_comparison(self.path, self.kind, self.recipes)
-        was, self.rows, self.sites = known["of"], known["rows"], known["sensitivity"]
+        was = known["of"]
+        self.rows = cast(dict[str, dict[str, Any]], known["rows"])
+        self.sites = cast(dict[str, list[dict[str, Any]]], known["sensitivity"])
         if was != self.identity:
             raise CheckpointError(f"{self.path} is another comparison: {describe_difference('of', was, self.identity)}")
 

@@ -28,7 +28,15 @@ from ..files.container import COST, CheckpointError, check_writable, write_besid
 from ..files.locks import hold, make_scratch
 from ..progress import Progress
 from ..recipes.named import resolve
-from ..report.costs import CostResult, describe_costs, draw_cost, tabulate_attentions, tabulate_costs, tabulate_kernels
+from ..report.costs import (
+    AttentionRow,
+    CostResult,
+    describe_costs,
+    draw_cost,
+    tabulate_attentions,
+    tabulate_costs,
+    tabulate_kernels,
+)
 from .opening import is_artifact, name_recipe, open_data
 from .quantize import choose_recipe, prepare_checkpoint
 
@@ -97,7 +105,7 @@ def measure_cost(request: CostRequest, tell: Callable[[str], None] = lambda word
             else:
                 names, training = request.attentions, request.training
                 rows = attention_cost(workers, spec, names, sizes, request.rounds, folder, training=training)
-                result, text = {"attentions": rows}, tabulate_attentions(rows)
+                result, text = {"attentions": rows}, tabulate_attentions(cast(list[AttentionRow], rows))
         path = None if request.checkpoint is None else str(request.checkpoint)
         result = {"checkpoint": path, "model": request.model, "rounds": request.rounds} | workers.common | result
         return Costs(result, text, [] if request.out is None else write(request.out, result, text))

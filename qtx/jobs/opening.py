@@ -91,7 +91,7 @@ class Opened:
     @property
     def scored(self) -> Runnable:
         """What `scores.evaluate` takes."""
-        return scores.IntegerScorer(self.model) if self.integer else cast(Model, self.model)
+        return scores.IntegerScorer(cast(IntegerModel, self.model)) if self.integer else cast(Model, self.model)
 
 
 def open_model(

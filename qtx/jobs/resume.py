@@ -69,7 +69,7 @@ def resume_run(path: Path, run: TrainSpec, data: Data, machine: Machine, checkpo
 
     Raises CheckpointError, naming `path`, where the checkpoint lacks a part of the run.
     """
-    model, trainer = build(run, data, machine, checkpoint.params, checkpoint)
+    model, trainer = build(run, data, machine, dict(checkpoint.params), checkpoint)
     try:
         if "diverged_at" not in checkpoint.meta:
             trainer.load_state(checkpoint.extra)

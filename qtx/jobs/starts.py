@@ -86,7 +86,7 @@ def continue_model(checkpoint: Checkpoint, attention_name: str | None, seed: int
     if spec.family is not Family.OPT and spec.head is (Head.CLASSIFY if spec.family is Family.BERT else Head.NONE):
         raise SpecError(f"a {spec.family} with head {spec.head} has no pre-training to go on with: use qtx finetune")
     head = {Family.BERT: Head.MLM, Family.OPT: Head.CAUSAL, Family.VIT: Head.CLASSIFY}[spec.family]
-    spec, params = replace(spec, head=head), checkpoint.params
+    spec, params = replace(spec, head=head), dict(checkpoint.params)
     if attention_name is not None:
         spec, params = change_attention(spec, params, attention_name, seed)
     return spec, complete(params, spec, seed)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from qtx_ref.spec import SpecError
 
 from ..engines.machine import Machine
+from ..engines.protocols import IntegerModel
 from ..files.artifact import SUFFIX, load_artifact
 from ..files.container import CheckpointError, check_writable
 from ..files.vectors import list_differing, load_vectors, run_vectors, save_vectors, take_inputs
@@ -58,7 +60,7 @@ def write_vectors(request: VectorsRequest) -> tuple[list[str], int]:
     request.machine.check()
     opened = open_model(request.model, request.machine, request.data, request.tokenizer, strict=request.strict)
     batch = next(iter(opened.data.split_batches("evaluation", opened.stored.spec, request.count, 0, limit=1)))
-    tensors = run_vectors(opened.model, dict(batch))
+    tensors = run_vectors(cast(IntegerModel, opened.model), dict(batch))
     save_vectors(out, request.model, tensors)
     return list(tensors), len(next(iter(batch.values())))
 
@@ -74,5 +76,6 @@ def check_vectors(request: CheckRequest) -> tuple[int, list[str]]:
     """
     artifact = load_artifact(request.model)
     expected = load_vectors(request.vectors, request.model, artifact.spec)
-    tensors = run_vectors(make_artifact_model(artifact, request.machine, strict=request.strict), take_inputs(expected))
+    model = cast(IntegerModel, make_artifact_model(artifact, request.machine, strict=request.strict))
+    tensors = run_vectors(model, take_inputs(expected))
     return len(tensors), list_differing(expected, tensors)
