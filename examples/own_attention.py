@@ -25,7 +25,7 @@ STEPS = 15
 class SigmoidAttention(Float):
     """`Float`, but for how probabilities are made of scaled scores (B, H, Tq, Tk)."""
 
-    def softmax(self, site: str, scores: Var, mask: np.ndarray, spec: AttentionSpec, sink: Var | None) -> Var:
+    def softmax(self, site: str, scores: Var, mask: np.ndarray, spec: AttentionSpec) -> Var:
         shift = np.asarray(-np.log(scores.shape[-1]), scores.value.dtype)
         p = ops.mul(ops.sigmoid(ops.add(scores, const(shift))), const(mask.astype(scores.value.dtype)))
         return self.named(site, p, self._pairs(mask))
@@ -40,7 +40,9 @@ def main(steps: int = STEPS) -> None:
         losses = []
         for _, batch in zip(range(steps), data.train_batches(spec, 8, seed=0), strict=False):
             leaves = {name: leaf(value) for name, value in params.items()}
-            loss = models.loss(models.forward(numerics(), leaves, spec, batch), batch)
+            nx = numerics()
+            nx.load(leaves)
+            loss = models.loss(models.forward(nx, spec, batch), batch)
             optimizer.step(dict(zip(leaves, backward(loss, leaves.values()), strict=True)))
             losses.append(float(loss.value))
         print(f"{numerics.__name__}: loss {losses[0]:.4f} to {losses[-1]:.4f} in {steps} steps")

@@ -193,7 +193,7 @@ def kernels(task: Task, runner: Any, batch: Any, inputs: Any) -> Task:
         timed, seconds = profiling.products(runner.model, batch)
         result["matmuls"] = sum(taken for *_, taken in timed) / seconds
         result["kernels"] = {kernel: sum(k == kernel for _, k, _ in timed) for _, kernel, _ in timed}
-    if kind == "fake" and checkpoint.recipe is not None:
+    if kind == "fake":
         steps, seconds = profiling.quantizers(runner.model, batch)
         result["quantizers"] = len(steps)
         result["weight_quantizers"] = sum(site.endswith(".weight") for site, _ in steps)

@@ -24,12 +24,7 @@ import pytest
 import qtx_ref
 
 # rooms of qtx_ref whose every module is held to it
-ROOMS = ("spec", "quant", "integer")
-MODULES = [
-    module.name
-    for module in pkgutil.walk_packages(qtx_ref.__path__, "qtx_ref.")
-    if module.name.split(".")[1] in ROOMS and not module.ispkg
-]
+MODULES = [module.name for module in pkgutil.walk_packages(qtx_ref.__path__, "qtx_ref.") if not module.ispkg]
 ARRAY = re.compile(r"\b(ndarray|Arrays|Constants|Params|Var|Code)\b")
 # (B, T), (O,), (..., D / block): a tuple with a dimension of one letter or "..." in it
 SHAPE = re.compile(r"\((?=[^()]*(?:\.\.\.|\b[A-Z][a-z]?\b))[^()]*,[^()]*\)|\b(shape[sd]?|broadcasts?|one number)\b")
