@@ -111,7 +111,7 @@ def test_a_row_that_diverged_has_no_interval():
 @pytest.mark.parametrize("name", ["bert_plain", "opt_plain", "vit_gate_linear"])
 def test_every_standard_recipe_fits(name):
     spec: ModelSpec = small_models.build(name).spec
-    names = remedies.standard(spec)
+    names = remedies.list_standard(spec)
     assert len(set(names)) == len(names)
     for one in names:
         chosen = recipe(one, spec)
@@ -173,7 +173,7 @@ def test_shared_ranges_are_those_of_each_recipe_alone(backend_name):
     shared, alone = Calibrated(machine.model(small.spec, small.params), lambda: batches), 0
     others = ("token-w8a8", "lsq-w4a6", "train-w8a8", "fp8-e4m3", "fp8-e5m2", "w8a8-peg4p-mse", "w4a4-channel-mse",
               "w8a8-float[*.scores+*.probs]")  # fmt: skip
-    for name in (*remedies.standard(small.spec), *others):
+    for name in (*remedies.list_standard(small.spec), *others):
         chosen = recipe(name, small.spec)
         quants = resolve(chosen, small.spec)
         found = shared.of(chosen, quants)
