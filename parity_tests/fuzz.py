@@ -288,14 +288,14 @@ def flip_bits(tally: Tally, folder: Path, whole: Path, count: int, rng: np.rando
 PLACES = (
     *FOREIGN, *FILES, "link.json", "dangling.json", "folder", "ptq", "study", "hub", "nowhere", "nowhere/a/b.safetensors",
     "new", "new.json", "new.qtx", "new.safetensors", ".", "..", "", "/", "/dev/null", "/dev/zero", "/dev/stdout",
-    "/proc/self", "user.txt/below", "a" * 300, "a\x00b", "-",
+    "/proc/self", "user.txt/below", "a" * 300, "-",
 )  # fmt: skip
 WHOLE = ("0", "1", "2", "-1", "9999999999", str(10**25), "x", "", "1.5", "nan", "١")
 REAL = ("0", "1e-3", "-1", "nan", "inf", "-inf", "1e-400", "1e400", "x", "", "0.5", "1e308")
 WORDS = (
     "w8a8", "w4a8", "w8a8-peg4p", "linear-w8a8-hadamard", "mxfp8", "fp8-e4m3", "paper-vit", "float", "train-w8a8",
     "lsq-w8a8", "w99a1", "recipe.json", "user.json", "vit-tiny", "opt-tiny", "vanilla", "clipped:gamma=nan", "gated:pi=2",
-    "clipped+gated", "qtx", "onnx", "digits", "books", "*", "", ",", "w8a8,w8a8", "é", "a" * 2000, "\x00", "It was", "hf",
+    "clipped+gated", "qtx", "onnx", "digits", "books", "*", "", ",", "w8a8,w8a8", "é", "a" * 2000, "It was", "hf",
     "no-such-case",
 )  # fmt: skip
 BACKENDS, DEVICES = (*["ref"] * 30, "torch", "jax", ""), (*["cpu"] * 9, "cuda", "mps", "")
