@@ -39,7 +39,7 @@ def test_a_scale_that_is_no_step_is_refused(call, scale, profile):
     """NaN, 0 at x = 0 and infinity at x = infinity gave the code -2147483648."""
     for function in ("quantize", "fake_quantize"):
         with pytest.raises(ValueError, match=f"scale {scale}: in float32 it must be a finite number above 0"):
-            call(f"affine.{function}", X, scale, I32(0), S8, profile)
+            call(f"quant.affine.{function}", X, scale, I32(0), S8, profile)
     with pytest.raises(ValueError, match=f"scale {scale}: "):
         call("quant.affine.dequantize", I32([1]), scale, I32(0), profile)
     mixed = np.where(np.arange(6) == 3, scale, 1).astype(F32)
@@ -53,7 +53,7 @@ def test_a_scale_without_a_reciprocal(call):
     assert call("quant.affine.quantize", X, tiny, I32(0), S8).tolist() == [0, 127, -128, 127, -128, 127]
     for function in ("quantize", "fake_quantize"):
         with pytest.raises(ValueError, match="scale 1.*e-39: in float32 it must be .*, and so its reciprocal"):
-            call(f"affine.{function}", X, tiny, I32(0), S8, RECIPROCAL)
+            call(f"quant.affine.{function}", X, tiny, I32(0), S8, RECIPROCAL)
     assert call("quant.affine.quantize", X, F32(2.0**-126), I32(0), S8, RECIPROCAL).tolist() == [
         0,
         127,
@@ -76,7 +76,7 @@ def test_a_zero_point_is_a_code(call, spec, zeros):
     for zero in zeros:
         for function in ("quantize", "fake_quantize"):
             with pytest.raises(ValueError, match=f"zero point {zero} is outside {spec.code_min} to {spec.code_max}"):
-                call(f"affine.{function}", X, F32(1), I32(zero), spec)
+                call(f"quant.affine.{function}", X, F32(1), I32(zero), spec)
     narrow = replace(spec, narrow=True)
     with pytest.raises(ValueError, match=f"zero point {spec.code_min} is outside"):
         call("quant.affine.quantize", X, F32(1), I32(spec.code_min), narrow)
@@ -111,7 +111,7 @@ def test_no_code_is_outside_its_spec(call, rounding, before, reciprocal):
 @pytest.mark.parametrize("spec", [S8, U8, E4M3, E2M1])
 def test_a_range_reversed_is_refused(call, spec):
     """2 to -1 had the scale 1, as a range of zero length has."""
-    module = "formats" if isinstance(spec, FloatQuantSpec) else "affine"
+    module = "quant.formats" if isinstance(spec, FloatQuantSpec) else "quant.affine"
     for low, high in ((2, -1), ([0, 2], [1, -1])):
         with pytest.raises(ValueError, match=r"range 2.0 to -1.0: its low end is above its high end"):
             call(f"{module}.scale_zero", F32(low), F32(high), spec)
@@ -139,7 +139,7 @@ def test_scales_and_codes_of_small_floats(call, kind):
         with pytest.raises(ValueError, match=f"scale {scale}: "):
             call("quant.formats.fake_quantize", x, kind, True, scale)
         with pytest.raises(ValueError, match=f"scale {scale}: "):
-            call("quantizers.quantize", x, scale, I32(0), FloatQuantSpec(kind))
+            call("quant.quantizer.quantize", x, scale, I32(0), FloatQuantSpec(kind))
     last = 15 if kind is FloatFormat.E2M1 else 255
     assert call("quant.formats.decode", I32([0, last]), kind).shape == (2,)
     for code in (-1, last + 1, -(2**31)):
@@ -154,27 +154,27 @@ def test_scales_and_codes_of_small_floats(call, kind):
 def test_a_block_s_scale_is_a_power_of_two_or_its_nan(call):
     x = np.ones((1, 32), F32)
     x[0, 3] = np.nan
-    scale, zero = call("quantizers.dynamic_scale", x, BLOCKS, None, False)
-    assert np.isnan(call("quantizers.fake_quantize", x, scale, zero, BLOCKS)[0]).all()
+    scale, zero = call("quant.quantizer.dynamic_scale", x, BLOCKS, None, False)
+    assert np.isnan(call("quant.quantizer.fake_quantize", x, scale, zero, BLOCKS)[0]).all()
     for wrong in (3.0, 0.0, -1.0, np.inf, 2.0**-128):
         with pytest.raises(ValueError, match=f"scale {F32(wrong).item()} of a block"):
-            call("quantizers.fake_quantize", x, np.full((1, 32), wrong, F32), zero, BLOCKS)
+            call("quant.quantizer.fake_quantize", x, np.full((1, 32), wrong, F32), zero, BLOCKS)
 
 
 def test_scale_0_beside_outliers_says_float_and_nothing_else_may(call):
     x = F32([[7, 0.5, -1], [0.25, 1, 2]])
-    scale, zero = call("quantizers.dynamic_scale", x, OUTLIERS, None, False)
+    scale, zero = call("quant.quantizer.dynamic_scale", x, OUTLIERS, None, False)
     assert (scale == 0).tolist() == [[True, False, False]] * 2
-    y, inside = call("quantizers.fake_quantize", x, scale, zero, OUTLIERS)
+    y, inside = call("quant.quantizer.fake_quantize", x, scale, zero, OUTLIERS)
     assert y[:, 0].tolist() == [7, 0.25] and inside.all()
-    assert call("quantizers.quantize", x, scale, zero, OUTLIERS)[:, 0].tolist() == [0, 0]
+    assert call("quant.quantizer.quantize", x, scale, zero, OUTLIERS)[:, 0].tolist() == [0, 0]
     for wrong in (np.nan, -1, np.inf):
         broken = np.where(np.arange(3) == 1, F32(wrong), scale)
         for function in ("quantize", "fake_quantize"):
             with pytest.raises(ValueError, match=f"scale {F32(wrong)}: "):
-                call(f"quantizers.{function}", x, broken, zero, OUTLIERS)
+                call(f"quant.quantizer.{function}", x, broken, zero, OUTLIERS)
     with pytest.raises(ValueError, match=r"scale 0.0: "):
-        call("quantizers.fake_quantize", x, scale, zero, replace(OUTLIERS, outliers=None))
+        call("quant.quantizer.fake_quantize", x, scale, zero, replace(OUTLIERS, outliers=None))
 
 
 def test_scales_of_the_wrong_axis_are_refused(call):
@@ -183,7 +183,7 @@ def test_scales_of_the_wrong_axis_are_refused(call):
     for function in ("quantize", "fake_quantize"):
         for pair in ((scale, I32(0)), (F32(1), zero)):
             with pytest.raises(ValueError, match=r"of shape \(3, 1\) does not fit shape \(1, 3\)"):
-                call(f"affine.{function}", x, *pair, S8)
+                call(f"quant.affine.{function}", x, *pair, S8)
     with pytest.raises(ValueError, match=r"of shape \(3, 1\) does not fit shape \(1, 3\)"):
         call("quant.affine.dequantize", x.astype(I32), scale, I32(0))
     with pytest.raises(ValueError, match=r"of shape \(3, 1\) does not fit shape \(1, 3\)"):

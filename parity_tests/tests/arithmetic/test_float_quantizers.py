@@ -53,7 +53,7 @@ def blocks(form: FloatFormat, **settings) -> FloatQuantSpec:
 )
 def test_values_and_gradient_mask_by_hand(call, form, saturate, want, inside):
     x = F32([-896, 928, 930, 1, 0.75, np.inf])
-    y, passes = call("quantizers.fake_quantize", x, F32(2), np.int32(0), FloatQuantSpec(form, saturate))
+    y, passes = call("quant.quantizer.fake_quantize", x, F32(2), np.int32(0), FloatQuantSpec(form, saturate))
     np.testing.assert_array_equal(y, F32(want))
     assert passes.tolist() == [bool(one) for one in inside]
 
@@ -61,11 +61,11 @@ def test_values_and_gradient_mask_by_hand(call, form, saturate, want, inside):
 @pytest.mark.parametrize("form, largest", [(E4M3, 448), (E5M2, 57344), (E2M1, 6)])
 def test_a_scale_takes_the_largest_magnitude_to_the_largest_value(call, form, largest):
     low, high = F32([-3, -1, 0, 2]), F32([1, 5, 0, 4])
-    scale, zero = call("quantizers.scale_zero", low, high, FloatQuantSpec(form))
+    scale, zero = call("quant.quantizer.scale_zero", low, high, FloatQuantSpec(form))
     np.testing.assert_array_equal(scale, np.append(F32([3, 5]) / F32(largest), [F32(1), F32(4) / F32(largest)]))
     assert zero.tolist() == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="not finite"):
-        call("quantizers.scale_zero", F32(0), F32(np.inf), FloatQuantSpec(form))
+        call("quant.quantizer.scale_zero", F32(0), F32(np.inf), FloatQuantSpec(form))
 
 
 @pytest.mark.parametrize("form", FloatFormat)
@@ -89,8 +89,8 @@ def test_a_site_of_blocks_holds_what_an_mx_file_would(call, form, rule):
     x = (rng.standard_normal((40, 64)) * 2.0 ** rng.integers(-140, 120, (40, 1))).astype(F32)
     x[0], x[1, :32], x[2, 5], x[3, 40] = 0, 0, np.nan, np.inf
     spec = blocks(form, shared=rule)
-    scale, zero = call("quantizers.dynamic_scale", x, spec, None, False)
-    y, inside = call("quantizers.fake_quantize", x, scale, zero, spec)
+    scale, zero = call("quant.quantizer.dynamic_scale", x, spec, None, False)
+    y, inside = call("quant.quantizer.fake_quantize", x, scale, zero, spec)
     np.testing.assert_array_equal(y, formats.mx_dequantize(*formats.mx_quantize(x, form, rule), form))
     again = call("quant.formats.mx_fake_quantize", x, form, rule)
     np.testing.assert_array_equal(y, again[0])

@@ -77,7 +77,7 @@ def test_an_accumulator_beyond_its_width_is_refused(call, function, a):
     """2^34 shifted left by 30 is 2^64, which int64 takes for 0."""
     shift = 7 if function in FIXED[:2] else 30  # one rounding takes 48 bits
     with pytest.raises(ValueError, match=f"accumulator {a} is outside"):
-        call(f"fixed_point.{function}", I64([a]), I32(2**30), I32(shift))
+        call(f"integer.fixed_point.{function}", I64([a]), I32(2**30), I32(shift))
 
 
 @pytest.mark.parametrize("a", [-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 1])

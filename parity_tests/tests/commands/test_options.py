@@ -11,8 +11,6 @@ from qtx.commands import finetune as cli_finetune
 from qtx.jobs import study
 from qtx_ref.spec import SpecError
 
-pytest.importorskip("torch", reason="a missing device needs the extra torch")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

@@ -192,14 +192,12 @@ def test_changed_vectors_are_refused_and_the_first_is_in_forward_order(artifact,
 
 
 def test_parity_of_an_artifact(artifact):
-    pytest.importorskip("torch", reason="the extra torch is not installed")
     found = json.loads(good("parity", artifact, "--json", "-").stdout)
     assert found["ok"] and found["first"] == ""
     assert {"embed.image", "layer.3.attn.probs", "output value"} <= {row["name"] for row in found["rows"]}
 
 
 def test_parity_of_an_artifact_has_no_dtype(artifact):
-    pytest.importorskip("torch", reason="the extra torch is not installed")
     assert "an integer model has no float dtype" in call("parity", artifact, "--dtype", "float64").output
 
 

@@ -9,8 +9,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
-from parity_tests.proof import verdict as compare
+import qtx_ref.ops
+import qtx_ref.optim
+import qtx_ref.quant.observers
+import qtx_torch.attention
+import qtx_torch.models
+import qtx_torch.numerics
+import qtx_torch.ops
+import qtx_torch.optim
+import qtx_torch.quant.affine
+import qtx_torch.random
+import qtx_torch.stats
+from parity_tests.proof import verdict
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.verdict import Verdict
 from parity_tests.runner import (
@@ -22,39 +35,23 @@ from parity_tests.runner import (
     run_case,
 )
 from parity_tests.subjects import small_models
+from parity_tests.table import list_cases
 from qtx_ref.spec import SpecError
-
-torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
-
-import torch.nn.functional as F  # noqa: E402
-
-import qtx_ref.ops  # noqa: E402
-import qtx_ref.optim  # noqa: E402
-import qtx_ref.quant.observers  # noqa: E402
-import qtx_torch.attention  # noqa: E402
-import qtx_torch.models  # noqa: E402
-import qtx_torch.numerics  # noqa: E402
-import qtx_torch.ops  # noqa: E402
-import qtx_torch.optim  # noqa: E402
-import qtx_torch.quant.affine  # noqa: E402
-import qtx_torch.random  # noqa: E402
-import qtx_torch.stats  # noqa: E402
-from parity_tests.table import list_cases  # noqa: E402
-from qtx_ref.tape import node  # noqa: E402
-from qtx_torch import backend  # noqa: E402
+from qtx_ref.tape import node
+from qtx_torch import backend
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 X = np.linspace(-2, 3, 24, dtype=np.float32).reshape(4, 6)
 COMPARATORS: dict[str, Callable[[np.ndarray, np.ndarray], Verdict]] = {
-    "exact": lambda got, want: compare.exact("x", got, want),
-    "within": lambda got, want: compare.within("x", got, want, 1e-3, "test"),
-    "relative": lambda got, want: compare.relative("x", got, want, 1e-3, "test"),
-    "relative_rms": lambda got, want: compare.relative_rms("x", got, want, 1e-3, "test"),
-    "against_truth": lambda got, want: compare.against_truth("x", got, want, 1e-4, 4.0, "test", plain=want),
+    "exact": lambda got, want: verdict.exact("x", got, want),
+    "within": lambda got, want: verdict.within("x", got, want, 1e-3, "test"),
+    "relative": lambda got, want: verdict.relative("x", got, want, 1e-3, "test"),
+    "relative_rms": lambda got, want: verdict.relative_rms("x", got, want, 1e-3, "test"),
+    "against_truth": lambda got, want: verdict.against_truth("x", got, want, 1e-4, 4.0, "test", plain=want),
 }
 
 
-def changed(x: np.ndarray, value: float) -> np.ndarray:
+def change_one(x: np.ndarray, value: float) -> np.ndarray:
     y = x.copy()
     y[2, 3] = value
     return y
@@ -64,56 +61,60 @@ def changed(x: np.ndarray, value: float) -> np.ndarray:
 def test_comparators_refuse(name: str) -> None:
     check = COMPARATORS[name]
     assert check(X, X.copy()).ok
-    for got, want in [(changed(X, np.nan), X), (X, changed(X, np.nan)), (changed(X, np.nan), changed(X, np.nan))]:
-        verdict = check(got, want)
-        assert not verdict.ok and verdict.index == (2, 3) and math.isnan(verdict.error)
-    assert not check(changed(X, np.inf), X).ok
+    for got, want in [
+        (change_one(X, np.nan), X),
+        (X, change_one(X, np.nan)),
+        (change_one(X, np.nan), change_one(X, np.nan)),
+    ]:
+        result = check(got, want)
+        assert not result.ok and result.index == (2, 3) and math.isnan(result.error)
+    assert not check(change_one(X, np.inf), X).ok
     assert not check(X[:3], X).ok
     assert not check(X.reshape(6, 4), X).ok
     assert not check(2 * X, X).ok  # the cosine of these is 1
-    verdict = check(changed(X, X[2, 3] + 1), X)
-    assert not verdict.ok and verdict.index == (2, 3) and verdict.got == X[2, 3] + 1 and verdict.want == X[2, 3]
+    result = check(change_one(X, X[2, 3] + 1), X)
+    assert not result.ok and result.index == (2, 3) and result.got == X[2, 3] + 1 and result.want == X[2, 3]
 
 
 def test_exact_means_every_bit() -> None:
     codes = np.arange(12, dtype=np.int32).reshape(3, 4)
     off = codes.copy()
     off[1, 2] += 1
-    verdict = compare.exact("codes", off, codes)
-    assert not verdict.ok and verdict.error == 1 and verdict.index == (1, 2)
-    assert not compare.exact("x", np.float32([0.0]), np.float32([-0.0])).ok
-    assert not compare.exact("x", np.nextafter(np.float32(1), np.float32(2)), np.float32(1)).ok
-    assert compare.exact("x", np.float32([np.inf]), np.float32([np.inf])).ok
+    result = verdict.exact("codes", off, codes)
+    assert not result.ok and result.error == 1 and result.index == (1, 2)
+    assert not verdict.exact("x", np.float32([0.0]), np.float32([-0.0])).ok
+    assert not verdict.exact("x", np.nextafter(np.float32(1), np.float32(2)), np.float32(1)).ok
+    assert verdict.exact("x", np.float32([np.inf]), np.float32([np.inf])).ok
 
 
 def test_bounds_of_truth() -> None:
     truth = np.ones(100)
-    assert compare.against_truth("x", truth + 1e-3, truth, 1e-4, 4.0, "test", plain=truth + 6e-4).ok
-    assert not compare.against_truth("x", truth + 1e-3, truth, 1e-4, 4.0, "test", plain=truth + 4e-4).ok
-    assert compare.against_truth("x", truth + 3e-4, truth, 1e-4, 4.0, "test").ok
-    assert not compare.against_truth("x", truth * 1e-9, truth * 0, 1e-4, 4.0, "test").ok
-    assert compare.against_truth("x", truth * 1e-9, truth * 0, 1e-4, 4.0, "test", scale=1.0).ok
+    assert verdict.against_truth("x", truth + 1e-3, truth, 1e-4, 4.0, "test", plain=truth + 6e-4).ok
+    assert not verdict.against_truth("x", truth + 1e-3, truth, 1e-4, 4.0, "test", plain=truth + 4e-4).ok
+    assert verdict.against_truth("x", truth + 3e-4, truth, 1e-4, 4.0, "test").ok
+    assert not verdict.against_truth("x", truth * 1e-9, truth * 0, 1e-4, 4.0, "test").ok
+    assert verdict.against_truth("x", truth * 1e-9, truth * 0, 1e-4, 4.0, "test", scale=1.0).ok
 
 
 def test_numbers_that_are_not() -> None:
-    assert not compare.holds("x", math.nan, 1.0, "test").ok
-    assert not compare.report("x", "rate", math.nan, "test").ok
-    assert not compare.report("x", "rate", math.inf, "test").ok
-    assert not compare.equal("names", ["a", "b"], ["b", "a"]).ok
+    assert not verdict.holds("x", math.nan, 1.0, "test").ok
+    assert not verdict.report("x", "rate", math.nan, "test").ok
+    assert not verdict.report("x", "rate", math.inf, "test").ok
+    assert not verdict.equal("names", ["a", "b"], ["b", "a"]).ok
 
 
 def test_a_case_that_raises_or_compares_nothing_fails() -> None:
-    def broken(context: Context) -> list[Verdict]:
+    def fail(context: Context) -> list[Verdict]:
         raise RuntimeError("two\nlines")
 
-    row = run_case(Case("g", "broken", "ref", broken), Context())
+    row = run_case(Case("g", "broken", "ref", fail), Context())
     assert not row.ok and row.failure == "RuntimeError: two lines"
     assert not run_case(Case("g", "empty", "ref", lambda context: []), Context()).ok
     assert not Report("ref", "cpu", "float32").ok
 
 
 def test_report_names_the_worst_and_is_json() -> None:
-    good, bad = compare.exact("a", X, X), compare.exact("b", changed(X, np.nan), X)
+    good, bad = verdict.exact("a", X, X), verdict.exact("b", change_one(X, np.nan), X)
     report = Report("ref", "cpu", "float32", [Row("g", "fine", 0.1, (good,)), Row("g", "bad", 0.1, (good, bad))])
     assert [line[1] for line in report_rows(report)] == ["ok", "FAIL"] and not report.ok
     assert report_rows(report)[1][5] == "b [2, 3]"
@@ -157,7 +158,7 @@ def changing(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Plant:
     return model_with(lambda params: {key: change(params[key])})
 
 
-def replaced(owner: object, name: str, make: Callable) -> Plant:
+def replace_by(owner: object, name: str, make: Callable) -> Plant:
     """`owner.name` becomes make(what it was)."""
     return lambda patch: patch.setattr(owner, name, make(getattr(owner, name)))
 
@@ -171,14 +172,14 @@ def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
 
 
 def unclamped_zero_point(sound: Callable) -> Callable:
-    def learned(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: object) -> torch.Tensor:
+    def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: object) -> torch.Tensor:
         wide = replace(spec, bits=16)  # its clamp lets more zero points through
         s, z = scale.abs(), zero_point.round().clamp(wide.code_min - 9, wide.code_max)
-        y, _ = qtx_torch.quant.affine.fake_quantize(x, s, z, spec)
+        y = s * ((x / s).round().add(z).clamp(spec.code_min, spec.code_max) - z)
         good = sound(x, scale, zero_point, spec)
         return good + (y - good).detach()
 
-    return learned
+    return quantize
 
 
 def reciprocal(sound: Callable) -> Callable:
@@ -190,10 +191,10 @@ def zero_point_first(sound: Callable) -> Callable:
 
 
 def half_away(sound: Callable) -> Callable:
-    def rounded(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, *rest: object) -> torch.Tensor:
+    def round_away(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, *rest: object) -> torch.Tensor:
         return ((x.float() / scale).abs() + 0.5).floor_().copysign_(x.float()).add_(zero_point)
 
-    return rounded
+    return round_away
 
 
 def pass_everything(sound: Callable) -> Callable:
@@ -216,11 +217,11 @@ def ref_tanh_gelu(x: object) -> object:
 
 GATE, QUERY = "layer.0.attn.gate_logit.weight", "layer.0.attn.query.weight"
 FAULTS: dict[str, tuple[str, str, Plant]] = {
-    "decay on biases": ("torch", "optim/adamw", replaced(qtx_torch.optim, "decays", lambda d: lambda *a: True)),
+    "decay on biases": ("torch", "optim/adamw", replace_by(qtx_torch.optim, "decays", lambda d: lambda *a: True)),
     "decay on biases, in training": (
         "torch",
         "steps/vit-tiny_vanilla",
-        replaced(qtx_torch.optim, "decays", lambda d: lambda *a: True),
+        replace_by(qtx_torch.optim, "decays", lambda d: lambda *a: True),
     ),
     "tanh GELU": ("torch", "ops/gelu", tanh_gelu),
     "tanh GELU in a model": ("torch", "models/bert_plain", tanh_gelu),
@@ -228,12 +229,12 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "a zero point beyond the codes": (
         "torch",
         "quant/learned",
-        replaced(qtx_torch.numerics, "learned_quantize", unclamped_zero_point),
+        replace_by(qtx_torch.numerics, "learned_quantize", unclamped_zero_point),
     ),
     "codes that are not clamped": (
         "torch",
         "quant/ties",
-        replaced(
+        replace_by(
             qtx_torch.quant.affine,
             "quantize",
             lambda q: lambda x, s, z, spec: qtx_torch.quant.affine.rounded(x, s, z).int(),
@@ -242,44 +243,44 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "codes off by one": (
         "torch",
         "quant/normal_tensor",
-        replaced(qtx_torch.quant.affine, "quantize", lambda q: lambda x, s, z, spec: q(x, s, z, spec) + 1),
+        replace_by(qtx_torch.quant.affine, "quantize", lambda q: lambda x, s, z, spec: q(x, s, z, spec) + 1),
     ),
-    "times the reciprocal": ("torch", "quant/ties", replaced(qtx_torch.quant.affine, "rounded", reciprocal)),
+    "times the reciprocal": ("torch", "quant/ties", replace_by(qtx_torch.quant.affine, "rounded", reciprocal)),
     "zero point before rounding": (
         "torch",
         "quant/ties",
-        replaced(qtx_torch.quant.affine, "rounded", zero_point_first),
+        replace_by(qtx_torch.quant.affine, "rounded", zero_point_first),
     ),
-    "ties away from zero": ("torch", "quant/ties", replaced(qtx_torch.quant.affine, "rounded", half_away)),
+    "ties away from zero": ("torch", "quant/ties", replace_by(qtx_torch.quant.affine, "rounded", half_away)),
     "a gradient through clamped codes": (
         "torch",
         "fakequant/opt_plain_w4a8_forced",
-        replaced(qtx_torch.numerics, "fake_quantize", pass_everything),
+        replace_by(qtx_torch.numerics, "fake_quantize", pass_everything),
     ),
     "a gradient through saturated floats": (
         "torch",
         "fakequant/opt_plain_blocks-e4m3_forced",
-        replaced(qtx_torch.numerics, "fake_quantize", pass_everything),
+        replace_by(qtx_torch.numerics, "fake_quantize", pass_everything),
     ),
     "a group of other channels": (
         "torch",
         "quant/observer_running",
-        replaced(qtx_torch.quant.affine, "unite_groups", lambda u: lambda low, high, spec: (low, high)),
+        replace_by(qtx_torch.quant.affine, "unite_groups", lambda u: lambda low, high, spec: (low, high)),
     ),
     "blocks shifted by one": (
         "torch",
         "fakequant/bert_gate_mlp_blocks-e2m1_forced",
-        replaced(qtx_torch.quant.formats, "mx_scale", lambda s: lambda x, *given: s(x.roll(1, -1), *given)),
+        replace_by(qtx_torch.quant.formats, "mx_scale", lambda s: lambda x, *given: s(x.roll(1, -1), *given)),
     ),
     "padding in a range": (
         "torch",
         "fakequant/opt_plain_w8a8_forced",
-        replaced(qtx_torch.numerics.Float, "_where", lambda w: lambda self, y: None),
+        replace_by(qtx_torch.numerics.Float, "_where", lambda w: lambda self, y: None),
     ),
     "padding in a mean": (
         "torch",
         "models/bert_gate_head_conditional_float64",
-        replaced(qtx_torch.numerics.Float, "_where", lambda w: lambda self, y: None),
+        replace_by(qtx_torch.numerics.Float, "_where", lambda w: lambda self, y: None),
     ),
     "one transposed gate": ("torch", "models/opt_gate_elementwise", changing(GATE, np.transpose)),
     "gates of two heads exchanged": ("torch", "models/vit_gate_linear", changing(GATE, lambda w: w[::-1].copy())),
@@ -288,40 +289,40 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "scores that are not scaled": (
         "torch",
         "attention/clipped_causal",
-        replaced(qtx_torch.ops, "scores", lambda s: lambda q, k, factor: s(q, k, 1.0)),
+        replace_by(qtx_torch.ops, "scores", lambda s: lambda q, k, factor: s(q, k, 1.0)),
     ),
     "a mask that sees one token ahead": (
         "torch",
         "attention/softmax1_causal",
-        replaced(qtx_torch.attention, "attention_mask", lambda m: lambda r, q, k, c: m(r, q, k, False)),
+        replace_by(qtx_torch.attention, "attention_mask", lambda m: lambda r, q, k, c: m(r, q, k, False)),
     ),
-    "a loss over all tokens": ("torch", "models/bert_sink", replaced(qtx_torch.models, "cross_entropy", scaled_loss)),
-    "another Philox": ("torch", "random/philox", replaced(qtx_torch.random, "WEYL", lambda w: (w[1], w[0]))),
+    "a loss over all tokens": ("torch", "models/bert_sink", replace_by(qtx_torch.models, "cross_entropy", scaled_loss)),
+    "another Philox": ("torch", "random/philox", replace_by(qtx_torch.random, "WEYL", lambda w: (w[1], w[0]))),
     "another dropout": (
         "torch",
         "models/vit_plain_dropout",
-        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, site, n: b(seed, step + 1, site, n)),
+        replace_by(qtx_torch.random, "bits", lambda b: lambda seed, step, site, n: b(seed, step + 1, site, n)),
     ),
     "a biased deviation": (
         "torch",
         "stats/statistics",
-        replaced(qtx_torch.stats, "kurtosis_published", lambda k: qtx_torch.stats.kurtosis),
+        replace_by(qtx_torch.stats, "kurtosis_published", lambda k: qtx_torch.stats.kurtosis),
     ),
-    "the reference's tanh GELU": ("ref", "ops/gelu_value", replaced(qtx_ref.ops, "gelu", lambda g: ref_tanh_gelu)),
+    "the reference's tanh GELU": ("ref", "ops/gelu_value", replace_by(qtx_ref.ops, "gelu", lambda g: ref_tanh_gelu)),
     "the reference's wrong slope": (
         "ref",
         "ops/sigmoid_gradient",
-        replaced(qtx_ref.ops, "sigmoid", lambda s: wrong_slope),
+        replace_by(qtx_ref.ops, "sigmoid", lambda s: wrong_slope),
     ),
     "the reference's decay on biases": (
         "ref",
         "optim/adamw",
-        replaced(qtx_ref.optim, "decays", lambda d: lambda *a: True),
+        replace_by(qtx_ref.optim, "decays", lambda d: lambda *a: True),
     ),
     "the reference's one-sided percentile": (
         "ref",
         "quant/percentiles",
-        replaced(qtx_ref.quant.observers, "percentile", lambda p: lambda values, q: p(values, max(q, 50.0))),
+        replace_by(qtx_ref.quant.observers, "percentile", lambda p: lambda values, q: p(values, max(q, 50.0))),
     ),
 }
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -344,7 +345,6 @@ def test_both_backends_say_the_same(files):
 
 def test_masked_ranges_are_those_of_the_elements_that_count():
     """The fast way of torch's min-max against brute force, with NaN and infinity where nothing counts."""
-    torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     from qtx_torch.quant.affine import min_max
 
     rng = np.random.default_rng(1)
