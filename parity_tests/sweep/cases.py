@@ -331,8 +331,7 @@ def draw_formats(index: int, codes: int) -> Configuration:
         x = np.where(np.isfinite(x), x, F32(1))
     settings = {key: axes[key] for key in ("kind", "saturate", "rule", "block")}
     given = F32(2.0 ** rng.integers(-140, 120, (count, 1))) if index % 2 else F32(rng.uniform(0.01, 1, (count, 1)))
-    ends = (rng.standard_normal((2, count)) * 2.0 ** rng.integers(-150, 100, count)).astype(F32)
-    ends = np.sort(ends, axis=0)  # a range reversed is refused
+    ends = np.sort(rng.standard_normal((2, count)) * 2.0 ** rng.integers(-150, 100, count), axis=0).astype(F32)
     ends[:, 0] = 0
     return Configuration(formats_chain, {"x": x, "given": given, "ends": ends}, settings, axes)
 

@@ -114,6 +114,8 @@ def check_replaceable(path: Path, kind: str | None = None) -> None:
     that qtx writes. An empty file is nobody's."""
     if path.is_symlink():
         raise CheckpointError(f"{path} is a link: name the file itself, or choose another")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file, which a result would replace: choose another name")
     if path.is_file():
         with open(path, "rb") as file:
             head = file.read(MARKED_BYTES)

@@ -212,7 +212,7 @@ def test_weight_scales_belong_to_columns(call, n, o, requantization):
     got = call("integer.fixed_point.requantize", acc, real, I32(0), S8, profile)
     each = [
         call(
-            "fixed_point.requantize",
+            "integer.fixed_point.requantize",
             acc[:, j],
             call("integer.fixed_point.real_multiplier", F32(0.01), scale[j, 0], F32(0.5), profile),
             I32(0),
