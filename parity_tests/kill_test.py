@@ -30,7 +30,7 @@ SMALLEST = ("--model", "vit-tiny", "--batch", "8")
 LONG = """
 from qtx.signals import handle, leave
 with handle(leave):
-    from qtx import training
+    from qtx.jobs import training
     training.SAVE_SECONDS = 0
     from qtx.__main__ import main
     main()

@@ -158,7 +158,7 @@ def changing(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Plant:
     return model_with(lambda params: {key: change(params[key])})
 
 
-def replace_by(owner: object, name: str, make: Callable) -> Plant:
+def replaced(owner: object, name: str, make: Callable) -> Plant:
     """`owner.name` becomes make(what it was)."""
     return lambda patch: patch.setattr(owner, name, make(getattr(owner, name)))
 
@@ -217,11 +217,11 @@ def ref_tanh_gelu(x: object) -> object:
 
 GATE, QUERY = "layer.0.attn.gate_logit.weight", "layer.0.attn.query.weight"
 FAULTS: dict[str, tuple[str, str, Plant]] = {
-    "decay on biases": ("torch", "optim/adamw", replace_by(qtx_torch.optim, "decays", lambda d: lambda *a: True)),
+    "decay on biases": ("torch", "optim/adamw", replaced(qtx_torch.optim, "decays", lambda d: lambda *a: True)),
     "decay on biases, in training": (
         "torch",
         "steps/vit-tiny_vanilla",
-        replace_by(qtx_torch.optim, "decays", lambda d: lambda *a: True),
+        replaced(qtx_torch.optim, "decays", lambda d: lambda *a: True),
     ),
     "tanh GELU": ("torch", "ops/gelu", tanh_gelu),
     "tanh GELU in a model": ("torch", "models/bert_plain", tanh_gelu),
@@ -229,12 +229,12 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "a zero point beyond the codes": (
         "torch",
         "quant/learned",
-        replace_by(qtx_torch.numerics, "learned_quantize", unclamped_zero_point),
+        replaced(qtx_torch.numerics, "learned_quantize", unclamped_zero_point),
     ),
     "codes that are not clamped": (
         "torch",
         "quant/ties",
-        replace_by(
+        replaced(
             qtx_torch.quant.affine,
             "quantize",
             lambda q: lambda x, s, z, spec: qtx_torch.quant.affine.rounded(x, s, z).int(),
@@ -243,44 +243,44 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "codes off by one": (
         "torch",
         "quant/normal_tensor",
-        replace_by(qtx_torch.quant.affine, "quantize", lambda q: lambda x, s, z, spec: q(x, s, z, spec) + 1),
+        replaced(qtx_torch.quant.affine, "quantize", lambda q: lambda x, s, z, spec: q(x, s, z, spec) + 1),
     ),
-    "times the reciprocal": ("torch", "quant/ties", replace_by(qtx_torch.quant.affine, "rounded", reciprocal)),
+    "times the reciprocal": ("torch", "quant/ties", replaced(qtx_torch.quant.affine, "rounded", reciprocal)),
     "zero point before rounding": (
         "torch",
         "quant/ties",
-        replace_by(qtx_torch.quant.affine, "rounded", zero_point_first),
+        replaced(qtx_torch.quant.affine, "rounded", zero_point_first),
     ),
-    "ties away from zero": ("torch", "quant/ties", replace_by(qtx_torch.quant.affine, "rounded", half_away)),
+    "ties away from zero": ("torch", "quant/ties", replaced(qtx_torch.quant.affine, "rounded", half_away)),
     "a gradient through clamped codes": (
         "torch",
         "fakequant/opt_plain_w4a8_forced",
-        replace_by(qtx_torch.numerics, "fake_quantize", pass_everything),
+        replaced(qtx_torch.numerics, "fake_quantize", pass_everything),
     ),
     "a gradient through saturated floats": (
         "torch",
         "fakequant/opt_plain_blocks-e4m3_forced",
-        replace_by(qtx_torch.numerics, "fake_quantize", pass_everything),
+        replaced(qtx_torch.numerics, "fake_quantize", pass_everything),
     ),
     "a group of other channels": (
         "torch",
         "quant/observer_running",
-        replace_by(qtx_torch.quant.affine, "unite_groups", lambda u: lambda low, high, spec: (low, high)),
+        replaced(qtx_torch.quant.affine, "unite_groups", lambda u: lambda low, high, spec: (low, high)),
     ),
     "blocks shifted by one": (
         "torch",
         "fakequant/bert_gate_mlp_blocks-e2m1_forced",
-        replace_by(qtx_torch.quant.formats, "mx_scale", lambda s: lambda x, *given: s(x.roll(1, -1), *given)),
+        replaced(qtx_torch.quant.formats, "mx_scale", lambda s: lambda x, *given: s(x.roll(1, -1), *given)),
     ),
     "padding in a range": (
         "torch",
         "fakequant/opt_plain_w8a8_forced",
-        replace_by(qtx_torch.numerics.Float, "_where", lambda w: lambda self, y: None),
+        replaced(qtx_torch.numerics.Float, "_where", lambda w: lambda self, y: None),
     ),
     "padding in a mean": (
         "torch",
         "models/bert_gate_head_conditional_float64",
-        replace_by(qtx_torch.numerics.Float, "_where", lambda w: lambda self, y: None),
+        replaced(qtx_torch.numerics.Float, "_where", lambda w: lambda self, y: None),
     ),
     "one transposed gate": ("torch", "models/opt_gate_elementwise", changing(GATE, np.transpose)),
     "gates of two heads exchanged": ("torch", "models/vit_gate_linear", changing(GATE, lambda w: w[::-1].copy())),
@@ -289,40 +289,40 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "scores that are not scaled": (
         "torch",
         "attention/clipped_causal",
-        replace_by(qtx_torch.ops, "scores", lambda s: lambda q, k, factor: s(q, k, 1.0)),
+        replaced(qtx_torch.ops, "scores", lambda s: lambda q, k, factor: s(q, k, 1.0)),
     ),
     "a mask that sees one token ahead": (
         "torch",
         "attention/softmax1_causal",
-        replace_by(qtx_torch.attention, "attention_mask", lambda m: lambda r, q, k, c: m(r, q, k, False)),
+        replaced(qtx_torch.attention, "attention_mask", lambda m: lambda r, q, k, c: m(r, q, k, False)),
     ),
-    "a loss over all tokens": ("torch", "models/bert_sink", replace_by(qtx_torch.models, "cross_entropy", scaled_loss)),
-    "another Philox": ("torch", "random/philox", replace_by(qtx_torch.random, "WEYL", lambda w: (w[1], w[0]))),
+    "a loss over all tokens": ("torch", "models/bert_sink", replaced(qtx_torch.models, "cross_entropy", scaled_loss)),
+    "another Philox": ("torch", "random/philox", replaced(qtx_torch.random, "WEYL", lambda w: (w[1], w[0]))),
     "another dropout": (
         "torch",
         "models/vit_plain_dropout",
-        replace_by(qtx_torch.random, "bits", lambda b: lambda seed, step, site, n: b(seed, step + 1, site, n)),
+        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, site, n: b(seed, step + 1, site, n)),
     ),
     "a biased deviation": (
         "torch",
         "stats/statistics",
-        replace_by(qtx_torch.stats, "kurtosis_published", lambda k: qtx_torch.stats.kurtosis),
+        replaced(qtx_torch.stats, "kurtosis_published", lambda k: qtx_torch.stats.kurtosis),
     ),
-    "the reference's tanh GELU": ("ref", "ops/gelu_value", replace_by(qtx_ref.ops, "gelu", lambda g: ref_tanh_gelu)),
+    "the reference's tanh GELU": ("ref", "ops/gelu_value", replaced(qtx_ref.ops, "gelu", lambda g: ref_tanh_gelu)),
     "the reference's wrong slope": (
         "ref",
         "ops/sigmoid_gradient",
-        replace_by(qtx_ref.ops, "sigmoid", lambda s: wrong_slope),
+        replaced(qtx_ref.ops, "sigmoid", lambda s: wrong_slope),
     ),
     "the reference's decay on biases": (
         "ref",
         "optim/adamw",
-        replace_by(qtx_ref.optim, "decays", lambda d: lambda *a: True),
+        replaced(qtx_ref.optim, "decays", lambda d: lambda *a: True),
     ),
     "the reference's one-sided percentile": (
         "ref",
         "quant/percentiles",
-        replace_by(qtx_ref.quant.observers, "percentile", lambda p: lambda values, q: p(values, max(q, 50.0))),
+        replaced(qtx_ref.quant.observers, "percentile", lambda p: lambda values, q: p(values, max(q, 50.0))),
     ),
 }
 
