@@ -37,7 +37,7 @@ from qtx.files.checkpoint import Checkpoint, save_checkpoint
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import Family, Head, ModelSpec
 
-LIMIT = 60  # seconds of a case, on a machine that does something else as well
+LIMIT = 180  # seconds of a case, on a machine that does much else
 MEMORY = 8 * 2**30  # bytes that the script may address: a case that asks for more fails
 VIT = ModelSpec(Family.VIT, 1, 16, 2, 32, Head.CLASSIFY, pre_norm=True, final_norm=True, classes=10, image_size=8,
                 patch_size=4, channels=1)  # fmt: skip
