@@ -307,7 +307,6 @@ SOUND = (
     *dict.fromkeys(command for commands in FILES.values() for command in commands),
     ("train", "--model", "vit-tiny", "--steps", 1, "--batch", 1, "--out", "new"),
     ("recipes", "w8a8", "--model", "vit-tiny"),
-    ("cost", "ranges.safetensors", "--rounds", 1, "--batch", 1, "--engines", "none"),
     ("parity", "--only", "no-such-case"),
 )
 
@@ -356,6 +355,8 @@ def draw_command(rng: np.random.Generator) -> tuple[str, ...]:
         arguments += ["--device", pick(DEVICES[2:], rng)] if name == "cost" else ["--only", "no-such-case"]
     if name in ("train", "study") and "--model" not in arguments:
         arguments += ["--model", "vit-tiny"]
+    if name == "study" and "--attention" not in arguments:
+        arguments += ["--attention", "vanilla"]
     if rng.random() < 0.03:
         arguments.append(pick(("--nonsense", "more", "--", "-h", "--json"), rng))
     return tuple(arguments)
