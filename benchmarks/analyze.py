@@ -107,10 +107,14 @@ def main(checkpoint, size, length, padding, rounds, memory, batches):
     seconds = time_calls(calls, rounds)
     base = seconds["float forward"]
     rows = [
-        [name, f"{1000 * min(taken):.1f}", f"{min(taken) / min(base):.2f}",
-         f"{statistics.median(a / b for a, b in zip(taken, base, strict=True)):.2f}"]
+        [
+            name,
+            f"{1000 * min(taken):.1f}",
+            f"{min(taken) / min(base):.2f}",
+            f"{statistics.median(a / b for a, b in zip(taken, base, strict=True)):.2f}",
+        ]
         for name, taken in seconds.items()
-    ]  # fmt: skip
+    ]
     click.echo(f"{spec.layers} layers, width {spec.width}, {size} x {length} tokens, {torch.threads()} thread(s)")
     click.echo(table(["", "ms", "to forward", "median"], rows))
 

@@ -172,8 +172,15 @@ def main(models: tuple[str, ...], batch: int, rounds: int, kinds: tuple[str, ...
         for kind, seconds in middle.items():
             against = "plain torch.nn" if kind == "vanilla" else "vanilla"
             ratios = [a / b for a, b in zip(times[kind], times[against], strict=True)]
-            rows.append([f"{name} {kind}", f"{1000 * seconds:.1f}", against, f"{seconds / middle[against]:.3f}",
-                         f"{statistics.median(ratios):.3f}"])  # fmt: skip
+            rows.append(
+                [
+                    f"{name} {kind}",
+                    f"{1000 * seconds:.1f}",
+                    against,
+                    f"{seconds / middle[against]:.3f}",
+                    f"{statistics.median(ratios):.3f}",
+                ]
+            )
     print(
         table(
             [f"batch {batch} x 128, {torch.get_num_threads()} threads", "ms", "against", "ratio", "median of ratios"],

@@ -39,8 +39,20 @@ from qtx_ref.spec import Family, Head, ModelSpec
 
 LIMIT = 180  # seconds of a case, on a machine that does much else
 MEMORY = 8 * 2**30  # bytes that the script may address: a case that asks for more fails
-VIT = ModelSpec(Family.VIT, 1, 16, 2, 32, Head.CLASSIFY, pre_norm=True, final_norm=True, classes=10, image_size=8,
-                patch_size=4, channels=1)  # fmt: skip
+VIT = ModelSpec(
+    Family.VIT,
+    1,
+    16,
+    2,
+    32,
+    Head.CLASSIFY,
+    pre_norm=True,
+    final_norm=True,
+    classes=10,
+    image_size=8,
+    patch_size=4,
+    channels=1,
+)
 OPT = ModelSpec(Family.OPT, 1, 16, 2, 32, Head.CAUSAL, vocab=2048, length=24)
 BERT = ModelSpec(Family.BERT, 1, 16, 2, 32, Head.MLM, vocab=2048, length=24, types=2)
 PTQ = ("ptq", "vit.safetensors", "--recipes", "w8a8", "--sequences", 4, "--calibration", 1, "--out", "ptq", "--resume")
@@ -286,18 +298,68 @@ def flip_bits(tally: Tally, folder: Path, whole: Path, count: int, rng: np.rando
 # --- command lines ----------------------------------------------------------------------------------------------------
 
 PLACES = (
-    *FOREIGN, *FILES, "link.json", "dangling.json", "folder", "ptq", "study", "hub", "nowhere", "nowhere/a/b.safetensors",
-    "new", "new.json", "new.qtx", "new.safetensors", ".", "..", "", "/", "/dev/null", "/dev/zero", "/dev/stdout",
-    "/proc/self", "user.txt/below", "a" * 300, "-",
-)  # fmt: skip
+    *FOREIGN,
+    *FILES,
+    "link.json",
+    "dangling.json",
+    "folder",
+    "ptq",
+    "study",
+    "hub",
+    "nowhere",
+    "nowhere/a/b.safetensors",
+    "new",
+    "new.json",
+    "new.qtx",
+    "new.safetensors",
+    ".",
+    "..",
+    "",
+    "/",
+    "/dev/null",
+    "/dev/zero",
+    "/dev/stdout",
+    "/proc/self",
+    "user.txt/below",
+    "a" * 300,
+    "-",
+)
 WHOLE = ("0", "1", "2", "-1", "70000", "9999999999", str(10**25), "x", "", "1.5", "nan", "١")
 REAL = ("0", "1e-3", "-1", "nan", "inf", "-inf", "1e-400", "1e400", "x", "", "0.5", "1e308")
 WORDS = (
-    "w8a8", "w4a8", "w8a8-peg4p", "linear-w8a8-hadamard", "mxfp8", "fp8-e4m3", "paper-vit", "float", "train-w8a8",
-    "lsq-w8a8", "w99a1", "recipe.json", "user.json", "vit-tiny", "opt-tiny", "vanilla", "clipped:gamma=nan", "gated:pi=2",
-    "clipped+gated", "qtx", "onnx", "digits", "books", "*", "", ",", "w8a8,w8a8", "é", "a" * 2000, "It was", "hf",
+    "w8a8",
+    "w4a8",
+    "w8a8-peg4p",
+    "linear-w8a8-hadamard",
+    "mxfp8",
+    "fp8-e4m3",
+    "paper-vit",
+    "float",
+    "train-w8a8",
+    "lsq-w8a8",
+    "w99a1",
+    "recipe.json",
+    "user.json",
+    "vit-tiny",
+    "opt-tiny",
+    "vanilla",
+    "clipped:gamma=nan",
+    "gated:pi=2",
+    "clipped+gated",
+    "qtx",
+    "onnx",
+    "digits",
+    "books",
+    "*",
+    "",
+    ",",
+    "w8a8,w8a8",
+    "é",
+    "a" * 2000,
+    "It was",
+    "hf",
     "no-such-case",
-)  # fmt: skip
+)
 BACKENDS, DEVICES = (*["ref"] * 30, "torch", "jax", ""), (*["cpu"] * 9, "cuda", "mps", "")
 DTYPES = (*["float32"] * 4, *["float64"] * 4, "bfloat16", "int8", "")
 SHORT = {"steps": "1", "batch": "1", "batches": "1", "rounds": "1", "sequences": "2", "calibration": "1", "tokens": "2"}

@@ -322,9 +322,18 @@ def arrays(dtype: str) -> dict[str, np.ndarray]:
     """Whole numbers and halves, whose sums are exact in any order."""
     x = (np.arange(-8, 16).reshape(2, 3, 4) / 2).astype(dtype)
     found = {
-        "3-d": x, "2-d": x[0], "transposed": x[0].T, "strided": wider(x), "1-d": x[0, 0], "0-d": x[1, 2, 3],
-        "one": x[:1, 0, 0], "no row": x[:0], "no token": x[:, :0], "no channel": x[..., :0], "nothing": x[0, 0, :0],
-    }  # fmt: skip
+        "3-d": x,
+        "2-d": x[0],
+        "transposed": x[0].T,
+        "strided": wider(x),
+        "1-d": x[0, 0],
+        "0-d": x[1, 2, 3],
+        "one": x[:1, 0, 0],
+        "no row": x[:0],
+        "no token": x[:, :0],
+        "no channel": x[..., :0],
+        "nothing": x[0, 0, :0],
+    }
     found = {name: np.asarray(value) for name, value in found.items()}
     for name, odd in (("NaN", NAN), ("inf", INF), ("-inf", -INF)):
         found[name] = x.copy()

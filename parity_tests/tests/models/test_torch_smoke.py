@@ -269,9 +269,10 @@ def test_record_and_statistics(name: str) -> None:
             np.testing.assert_allclose(found[site][key] / scale, value / scale, atol=1e-4, err_msg=f"{site} {key}")
     length = spec.length if spec.family is Family.VIT else 24
     marks = {"first": np.arange(length)[None, :].repeat(2, axis=0) == 0}
-    streams = ["embed.norm" if spec.family is Family.BERT else "embed.sum", *(
-        f"layer.{i}.ffn.{'residual' if spec.pre_norm else 'norm'}" for i in range(spec.layers - 1)
-    )]  # fmt: skip
+    streams = [
+        "embed.norm" if spec.family is Family.BERT else "embed.sum",
+        *(f"layer.{i}.ffn.{'residual' if spec.pre_norm else 'norm'}" for i in range(spec.layers - 1)),
+    ]
     for ours, theirs in zip(*(m.attention(batch, marks, streams) for m in (our, ref)), strict=True):
         for key, value in theirs.items():
             np.testing.assert_allclose(ours[key], value, rtol=1e-4, err_msg=key)
