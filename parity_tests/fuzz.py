@@ -103,6 +103,7 @@ FILES: dict[str, tuple[tuple[Any, ...], ...]] = {  # of each mutated file, the c
     "set.csv": ((*TUNE, "--data", "set.csv"),),
     "set.jsonl": ((*TUNE, "--data", "set.jsonl"),),
 }
+PIPE = "pipe"  # a file without an end, as a device is
 RESULTS = ("ptq/ptq.json", "ptq/ptq.png", "study/study.json", "study/curves.png")  # which their commands write anew
 FOREIGN = {  # files of other programs
     "user.json": b'{"model": {"type": "BPE"}}\n',
@@ -195,13 +196,18 @@ def run_command(arguments: tuple[Any, ...]) -> Any:
 
 def snapshot(folder: Path) -> dict[str, str]:
     """Every file and link by its content."""
-    return {
-        str(path.relative_to(folder)): f"-> {os.readlink(path)}"
-        if path.is_symlink()
-        else hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_symlink() or path.is_file()
-    }
+    return {str(path.relative_to(folder)): describe(path) for path in folder.rglob("*") if not is_folder(path)}
+
+
+def is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def describe(path: Path) -> str:
+    """A file by its hash, a link by where it leads."""
+    if path.is_symlink():
+        return f"-> {os.readlink(path)}"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "pipe"
 
 
 def restore(folder: Path, whole: Path, changed: set[str]) -> None:
@@ -210,9 +216,12 @@ def restore(folder: Path, whole: Path, changed: set[str]) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         name = str(path.relative_to(folder))
         if name not in known:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            shutil.rmtree(path) if is_folder(path) else path.unlink()
     for name in changed:
-        if (whole / name).exists() or (whole / name).is_symlink():
+        if name == PIPE:
+            (folder / name).unlink(missing_ok=True)
+            os.mkfifo(folder / name)
+        elif (whole / name).exists() or (whole / name).is_symlink():
             (folder / name).unlink(missing_ok=True)
             shutil.copy2(whole / name, folder / name, follow_symlinks=False)
 
@@ -242,7 +251,8 @@ def run_case(
             tally.fail("refused in several lines", case, "\n".join(errors))
     after = snapshot(folder)
     changed = {name for name, content in before.items() if after.get(name) != content}
-    allowed = set(free) if result is not None and result.exit_code in (0, 130) else set()
+    refused = result is None or (result.exit_code not in (0, 130) and error_lines(result.output))
+    allowed = set() if refused else set(free)
     if lost := sorted(changed - allowed):
         tally.fail("files replaced", case, ", ".join(lost))
     return result, changed
@@ -312,18 +322,15 @@ PLACES = (
     "new.json",
     "new.qtx",
     "new.safetensors",
+    PIPE,
     ".",
-    "..",
     "",
-    "/",
-    "/dev/null",
-    "/dev/zero",
-    "/dev/stdout",
-    "/proc/self",
     "user.txt/below",
     "a" * 300,
     "-",
 )
+OUTSIDE = ("..", "/", "/dev/null", "/dev/zero", "/dev/stdout", "/proc/self")  # read alone: this may run as root
+WRITTEN = ("out", "json_path", "junit_path")  # options that name what a command writes
 WHOLE = ("0", "1", "2", "-1", "70000", "9999999999", str(10**25), "x", "", "1.5", "nan", "١")
 REAL = ("0", "1e-3", "-1", "nan", "inf", "-inf", "1e-400", "1e400", "x", "", "0.5", "1e308")
 WORDS = (
@@ -402,7 +409,7 @@ def draw_command(rng: np.random.Generator) -> tuple[str, ...]:
         if isinstance(parameter, click.Argument):
             if rng.random() < 0.95:
                 models = ("vit.safetensors", "opt.safetensors", "ranges.safetensors", "vit.qtx", "hub")
-                arguments.append(pick(models if rng.random() < 0.7 else PLACES, rng))
+                arguments.append(pick(models if rng.random() < 0.7 else PLACES + OUTSIDE, rng))
         elif parameter.name in SHORT:
             arguments += [parameter.opts[0], SHORT[parameter.name] if rng.random() < 0.8 else pick(WHOLE[3:], rng)]
         elif parameter.name == "backend_name":
@@ -426,8 +433,9 @@ def draw_command(rng: np.random.Generator) -> tuple[str, ...]:
 
 def value_of(parameter: click.Option, rng: np.random.Generator) -> str:
     """A value of the option's kind, or of another."""
+    places = PLACES if parameter.name in WRITTEN else PLACES + OUTSIDE
     if rng.random() < 0.1:
-        return pick(PLACES + WORDS + WHOLE + REAL, rng)
+        return pick(places + WORDS + WHOLE + REAL, rng)
     if parameter.name in ("device", "dtype"):
         return pick(DEVICES if parameter.name == "device" else DTYPES, rng)
     if isinstance(parameter.type, click.Choice):
@@ -435,7 +443,7 @@ def value_of(parameter: click.Option, rng: np.random.Generator) -> str:
     if isinstance(parameter.type, click.types.IntParamType):
         return pick(WHOLE, rng)
     if isinstance(parameter.type, click.Path) or parameter.name in ("json_path", "data"):
-        return pick(PLACES, rng)
+        return pick(places, rng)
     if parameter.type.name in ("float", "float range", "number"):
         return pick(REAL, rng)
     return pick(WORDS, rng)
@@ -479,6 +487,8 @@ def fuzz(files: int, commands: int, flips: int, seed: int) -> Tally:
         try:
             make_folder(whole)
             shutil.copytree(whole, folder, symlinks=True)
+            for place in (whole, folder):
+                os.mkfifo(place / PIPE)
             os.chdir(folder)
             for i, (run, count) in enumerate(((fuzz_files, files), (fuzz_commands, commands), (flip_bits, flips))):
                 run(tally, folder, whole, count, np.random.default_rng([seed, i]))

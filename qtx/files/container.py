@@ -30,6 +30,7 @@ CHECKPOINT, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-artifact", "qtx-vectors"
 STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-cost", "qtx-analysis", "qtx-result"
 # in a file's first bytes: of JSON, or of a safetensors file's header
 FORMAT = re.compile(rb'\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')
+REPORT, REPORT_MARK = "report", b'<testsuites name="qtx parity"'  # JUnit XML
 PICTURE, PICTURE_MARK = "picture", b"tEXtSoftware\0qtx"  # and a PNG's
 EARLIER = {  # and of results from before they had a format
     b'{\n "of": {\n  "spec": {\n   "recipes": [': COMPARISON,
@@ -110,8 +111,8 @@ def to_json(content: Any) -> str:
 
 
 def check_replaceable(path: Path, kind: str | None = None) -> None:
-    """Raises CheckpointError where a link, or something else than a file of that kind, has that name; kind: None for any
-    that qtx writes. An empty file is nobody's."""
+    """Raises CheckpointError where a link, a device, or something else than a file of that kind, has that name; kind: None
+    for any that qtx writes. An empty file is nobody's."""
     if path.is_symlink():
         raise CheckpointError(f"{path} is a link: name the file itself, or choose another")
     if path.exists() and not path.is_file():
@@ -128,8 +129,9 @@ def kind_of(head: bytes) -> str:
     """The kind of a file by its first bytes: its format, or picture; empty for what qtx does not write."""
     if (match := FORMAT.search(head)) is not None:
         return match[1].decode()
-    if PICTURE_MARK in head:
-        return PICTURE
+    for kind, mark in ((PICTURE, PICTURE_MARK), (REPORT, REPORT_MARK)):
+        if mark in head:
+            return kind
     return next((kind for mark, kind in EARLIER.items() if head.startswith(mark)), "")
 
 
