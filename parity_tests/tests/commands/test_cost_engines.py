@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from parity_tests.subjects.small_models import build
 from qtx.cost import compare as cost
@@ -55,6 +54,7 @@ def test_products_and_quantizers_are_all_that_run(name):
 
 
 def test_the_kernel_named_is_the_one_that_runs(monkeypatch):
+    torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     integer = importlib.import_module("qtx_torch.integer.products")
     spec = importlib.import_module("qtx_ref.spec").QuantSpec(bits=8, symmetric=True)
     calls = []
@@ -125,6 +125,7 @@ def test_onnxruntime_quantizes(exported, tmp_path):
 
 def test_torch_dynamic_int8_is_torchs_own():
     """`quantize_dynamic` of nn.Linear with the same weights gives the same bits, and the float weights are gone."""
+    torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     engines = importlib.import_module("qtx_torch.runners")
     model = build("bert_gate_linear")
     ours = backend("torch").Model(model.spec, model.params)

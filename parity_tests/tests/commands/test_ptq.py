@@ -78,13 +78,9 @@ def test_the_interval_is_that_of_scipy():
     plain, worse = (rng.random(400) < rate for rate in (0.9, 0.8))
     _, found = compare("accuracy", measured(worse.astype(int)), measured(plain.astype(int)), 0)
     wanted = stats.bootstrap(
-        (worse, plain),
-        lambda a, b, axis: 100 * (a.mean(axis=axis) - b.mean(axis=axis)),
-        paired=True,
-        n_resamples=20_000,
-        method="percentile",
-        rng=1,
-    ).confidence_interval
+        (worse, plain), lambda a, b, axis: 100 * (a.mean(axis=axis) - b.mean(axis=axis)), paired=True, n_resamples=20_000,
+        method="percentile", rng=1,
+    ).confidence_interval  # fmt: skip
     # an end is a 2.5 % quantile of 2000 draws: its deviation is about 2.7 / sqrt(2000) = 0.06 deviations of the difference
     deviation = 100 * np.std(worse.astype(float) - plain) / 20
     assert np.abs(np.subtract(found, wanted)).max() < 4 * 0.06 * deviation
@@ -120,7 +116,7 @@ def test_a_row_that_diverged_has_no_interval():
 @pytest.mark.parametrize("name", ["bert_plain", "opt_plain", "vit_gate_linear"])
 def test_every_standard_recipe_fits(name):
     spec: ModelSpec = small_models.build(name).spec
-    names = remedies.standard(spec)
+    names = remedies.list_standard(spec)
     assert len(set(names)) == len(names)
     for one in names:
         chosen = recipe(one, spec)
@@ -180,17 +176,9 @@ def test_shared_ranges_are_those_of_each_recipe_alone(backend_name):
     batches = [small.batch, small_models.make_batch(small.spec, 2)]
     machine = Machine(backend_name)
     shared, alone = Calibrated(machine.model(small.spec, small.params), lambda: batches), 0
-    others = (
-        "token-w8a8",
-        "lsq-w4a6",
-        "train-w8a8",
-        "fp8-e4m3",
-        "fp8-e5m2",
-        "w8a8-peg4p-mse",
-        "w4a4-channel-mse",
-        "w8a8-float[*.scores+*.probs]",
-    )
-    for name in (*remedies.standard(small.spec), *others):
+    others = ("token-w8a8", "lsq-w4a6", "train-w8a8", "fp8-e4m3", "fp8-e5m2", "w8a8-peg4p-mse", "w4a4-channel-mse",
+              "w8a8-float[*.scores+*.probs]")  # fmt: skip
+    for name in (*remedies.list_standard(small.spec), *others):
         chosen = recipe(name, small.spec)
         quants = resolve(chosen, small.spec)
         found = shared.of(chosen, quants)
@@ -263,13 +251,8 @@ def test_the_command(vit, tmp_path):
     assert list(rows) == ["float", *names.split(",")]
     assert all(f"| {name} " in shown for name in rows)
     assert [rows[name]["runs_as"] for name in rows] == [
-        "float",
-        "integers",
-        "integers",
-        "simulation",
-        "simulation",
-        "integers",
-    ]
+        "float", "integers", "integers", "simulation", "simulation", "integers",
+    ]  # fmt: skip
     assert rows["w8a8"]["bytes"] < rows["linear-w8a8-hadamard"]["bytes"] / 3
     assert "scale per group" in rows["w8a8-peg4p"]["why"]
     for row in rows.values():

@@ -181,7 +181,7 @@ def unclamped_zero_point(sound: Callable) -> Callable:
     def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: object) -> torch.Tensor:
         wide = replace(spec, bits=16)  # its clamp lets more zero points through
         s, z = scale.abs(), zero_point.round().clamp(wide.code_min - 9, wide.code_max)
-        y = s * ((x / s).round().add(z).clamp(spec.code_min, spec.code_max) - z)
+        y, _ = qtx_torch.quant.affine.simulate(x, s, z, spec)
         good = sound(x, scale, zero_point, spec)
         return good + (y - good).detach()
 
