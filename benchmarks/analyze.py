@@ -41,9 +41,9 @@ def batch_of(spec: ModelSpec, size: int, length: int, padding: bool) -> dict[str
     return {"tokens": tokens, "mask": np.arange(length) < real, "types": np.zeros_like(tokens)}
 
 
-def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def time_calls(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call in each round, after one that warms up; each round in another order."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     for turn in range(rounds + 1):
         order = stream(turn, "order").permutation(np.array(order, dtype=object)).tolist()
@@ -51,8 +51,8 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list
             start = time.perf_counter()
             call()
             if turn:
-                found[name].append(time.perf_counter() - start)
-    return found
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def peak(batches: int) -> None:
@@ -91,8 +91,8 @@ def main(checkpoint, size, length, padding, rounds, memory, batches):
         spec = preset("bert-tiny")
         model = torch.Model(spec, init_params(spec, 0))
     else:
-        found = load_checkpoint(checkpoint)
-        spec, model = found.spec, torch.Model(found.spec, found.params)
+        trained = load_checkpoint(checkpoint)
+        spec, model = trained.spec, torch.Model(trained.spec, trained.params)
     batch, named = batch_of(spec, size, length, padding), sites(spec)
     every, paper = dict.fromkeys(named.results, "sequence"), paper_sites(spec).inf_norm
     results, operands = ({site: QuantSpec() for site in part} for part in (named.results, named.operands))
@@ -104,13 +104,17 @@ def main(checkpoint, size, length, padding, rounds, memory, batches):
         f"calibration, {len(results)} results": lambda: model.calibrate([batch], results),
         f"calibration, {len(operands)} operands too": lambda: model.calibrate([batch], results | operands),
     }
-    seconds = timed(calls, rounds)
+    seconds = time_calls(calls, rounds)
     base = seconds["float forward"]
     rows = [
-        [name, f"{1000 * min(taken):.1f}", f"{min(taken) / min(base):.2f}",
-         f"{statistics.median(a / b for a, b in zip(taken, base, strict=True)):.2f}"]
+        [
+            name,
+            f"{1000 * min(taken):.1f}",
+            f"{min(taken) / min(base):.2f}",
+            f"{statistics.median(a / b for a, b in zip(taken, base, strict=True)):.2f}",
+        ]
         for name, taken in seconds.items()
-    ]  # fmt: skip
+    ]
     click.echo(f"{spec.layers} layers, width {spec.width}, {size} x {length} tokens, {torch.threads()} thread(s)")
     click.echo(format_table(["", "ms", "to forward", "median"], rows))
 

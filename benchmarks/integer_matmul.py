@@ -29,10 +29,10 @@ from qtx_torch.integer import products
 S8, U8 = QuantSpec(symmetric=True), QuantSpec()
 
 
-def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def time_calls(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call in each round, after one round that warms up. A slow one is timed once. Each round begins with
     another call, since each finds the caches as the one before left them."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     for turn in range(rounds + 1):
         order = stream(turn, "order").permutation(np.array(order, dtype=object)).tolist()
@@ -42,8 +42,8 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list
             start = time.perf_counter()
             call()
             if turn:
-                found[name].append(time.perf_counter() - start)
-    return found
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def without_onednn(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -93,15 +93,15 @@ def main(shape: tuple[int, int, int], rounds: int) -> None:
         if not np.array_equal(np.asarray(call()), want):
             raise SystemExit(f"{name} is not exact: nothing was timed")
     floats = {"NumPy float32 @": lambda: fa @ fb, "torch float32 @": lambda: tfa @ tfb}
-    found = timed({**floats, **{name: call for name, (call, _) in integers.items()}}, rounds)
+    times = time_calls({**floats, **{name: call for name, (call, _) in integers.items()}}, rounds)
 
     rows = []
-    for name, seconds in found.items():
+    for name, seconds in times.items():
         library = name.split()[0].split(".")[0]
         loops = "NumPy integer matmul, once" if library == "NumPy" else "torch._int_mm without oneDNN, once"
         against = []
         for other in (f"{library} float32 @", loops, "torch._int_mm"):
-            pairs = zip(seconds, found[other], strict=False)  # one round where either is timed once
+            pairs = zip(seconds, times[other], strict=False)  # one round where either is timed once
             against.append(f"{statistics.median(x / y for x, y in pairs):.4f}")
         rows.append([name, f"{1000 * statistics.median(seconds):.1f}", *against])
     print(

@@ -51,9 +51,9 @@ def make(name: str, kind: str, recipe_name: str, file: Path, size: int, length: 
     model = backend("torch").Model(spec, params)
     ranges = model.calibrate([random_batch(spec, size, length)], resolve(chosen, spec))
     source = file.with_suffix(".safetensors")
-    found = Checkpoint(spec, params)
-    save_checkpoint(source, found)
-    save_artifact(file, make_artifact(source, found, chosen, ranges, QTX, Nonlinear.TABLE, []))
+    checkpoint = Checkpoint(spec, params)
+    save_checkpoint(source, checkpoint)
+    save_artifact(file, make_artifact(source, checkpoint, chosen, ranges, QTX, Nonlinear.TABLE, []))
 
 
 def runner(run: str, artifact: Artifact):

@@ -126,16 +126,16 @@ def plain_step(spec: ModelSpec, params: dict[str, np.ndarray], batch: dict[str, 
     return step
 
 
-def timed(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def time_steps(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step, in turns. Each is taken twice and the second counts, so that all follow their own kind."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             step()
             begin = time.perf_counter()
             step()
-            found[name].append(time.perf_counter() - begin)
-    return found
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
 
 
 def full_batch(spec: ModelSpec, size: int) -> dict[str, np.ndarray]:
@@ -167,13 +167,20 @@ def main(models: tuple[str, ...], batch: int, rounds: int, kinds: tuple[str, ...
             if reference:
                 numpy_trainer = qtx_ref.backend.Trainer(qtx_ref.backend.Model(base, init_params(base, 0)), OPTIM)
                 steps["reference"] = lambda trainer=numpy_trainer, data=data: trainer.step(data)
-        found = timed(steps, rounds)
-        middle = {kind: statistics.median(seconds) for kind, seconds in found.items()}
+        times = time_steps(steps, rounds)
+        middle = {kind: statistics.median(seconds) for kind, seconds in times.items()}
         for kind, seconds in middle.items():
             against = "plain torch.nn" if kind == "vanilla" else "vanilla"
-            ratios = [a / b for a, b in zip(found[kind], found[against], strict=True)]
-            rows.append([f"{name} {kind}", f"{1000 * seconds:.1f}", against, f"{seconds / middle[against]:.3f}",
-                         f"{statistics.median(ratios):.3f}"])  # fmt: skip
+            ratios = [a / b for a, b in zip(times[kind], times[against], strict=True)]
+            rows.append(
+                [
+                    f"{name} {kind}",
+                    f"{1000 * seconds:.1f}",
+                    against,
+                    f"{seconds / middle[against]:.3f}",
+                    f"{statistics.median(ratios):.3f}",
+                ]
+            )
     print(
         format_table(
             [f"batch {batch} x 128, {torch.get_num_threads()} threads", "ms", "against", "ratio", "median of ratios"],

@@ -37,10 +37,22 @@ from qtx.files.checkpoint import Checkpoint, save_checkpoint
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import Family, Head, ModelSpec
 
-LIMIT = 20  # seconds of a case
+LIMIT = 180  # seconds of a case, on a machine that does much else
 MEMORY = 8 * 2**30  # bytes that the script may address: a case that asks for more fails
-VIT = ModelSpec(Family.VIT, 1, 16, 2, 32, Head.CLASSIFY, pre_norm=True, final_norm=True, classes=10, image_size=8,
-                patch_size=4, channels=1)  # fmt: skip
+VIT = ModelSpec(
+    Family.VIT,
+    1,
+    16,
+    2,
+    32,
+    Head.CLASSIFY,
+    pre_norm=True,
+    final_norm=True,
+    classes=10,
+    image_size=8,
+    patch_size=4,
+    channels=1,
+)
 OPT = ModelSpec(Family.OPT, 1, 16, 2, 32, Head.CAUSAL, vocab=2048, length=24)
 BERT = ModelSpec(Family.BERT, 1, 16, 2, 32, Head.MLM, vocab=2048, length=24, types=2)
 PTQ = ("ptq", "vit.safetensors", "--recipes", "w8a8", "--sequences", 4, "--calibration", 1, "--out", "ptq", "--resume")
@@ -91,6 +103,7 @@ FILES: dict[str, tuple[tuple[Any, ...], ...]] = {  # of each mutated file, the c
     "set.csv": ((*TUNE, "--data", "set.csv"),),
     "set.jsonl": ((*TUNE, "--data", "set.jsonl"),),
 }
+PIPE = "pipe"  # a file without an end, as a device is
 RESULTS = ("ptq/ptq.json", "ptq/ptq.png", "study/study.json", "study/curves.png")  # which their commands write anew
 FOREIGN = {  # files of other programs
     "user.json": b'{"model": {"type": "BPE"}}\n',
@@ -183,13 +196,18 @@ def run_command(arguments: tuple[Any, ...]) -> Any:
 
 def snapshot(folder: Path) -> dict[str, str]:
     """Every file and link by its content."""
-    return {
-        str(path.relative_to(folder)): f"-> {os.readlink(path)}"
-        if path.is_symlink()
-        else hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_symlink() or path.is_file()
-    }
+    return {str(path.relative_to(folder)): describe(path) for path in folder.rglob("*") if not is_folder(path)}
+
+
+def is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def describe(path: Path) -> str:
+    """A file by its hash, a link by where it leads."""
+    if path.is_symlink():
+        return f"-> {os.readlink(path)}"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "pipe"
 
 
 def restore(folder: Path, whole: Path, changed: set[str]) -> None:
@@ -198,9 +216,12 @@ def restore(folder: Path, whole: Path, changed: set[str]) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         name = str(path.relative_to(folder))
         if name not in known:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            shutil.rmtree(path) if is_folder(path) else path.unlink()
     for name in changed:
-        if (whole / name).exists() or (whole / name).is_symlink():
+        if name == PIPE:
+            (folder / name).unlink(missing_ok=True)
+            os.mkfifo(folder / name)
+        elif (whole / name).exists() or (whole / name).is_symlink():
             (folder / name).unlink(missing_ok=True)
             shutil.copy2(whole / name, folder / name, follow_symlinks=False)
 
@@ -230,7 +251,8 @@ def run_case(
             tally.fail("refused in several lines", case, "\n".join(errors))
     after = snapshot(folder)
     changed = {name for name, content in before.items() if after.get(name) != content}
-    allowed = set(free) if result is not None and result.exit_code in (0, 130) else set()
+    refused = result is None or (result.exit_code not in (0, 130) and error_lines(result.output))
+    allowed = set() if refused else set(free)
     if lost := sorted(changed - allowed):
         tally.fail("files replaced", case, ", ".join(lost))
     return result, changed
@@ -250,7 +272,7 @@ def change_file(path: Path, rng: np.random.Generator) -> None:
 
 def with_backend(command: tuple[Any, ...]) -> tuple[Any, ...]:
     """The command in the reference, where it computes."""
-    return command if command[0] in ("export", "show", "diff", "import") else (*command, "--backend", "ref")
+    return command if command[0] in ("export", "show", "diff", "import", "recipes") else (*command, "--backend", "ref")
 
 
 def fuzz_files(tally: Tally, folder: Path, whole: Path, count: int, rng: np.random.Generator) -> None:
@@ -286,25 +308,100 @@ def flip_bits(tally: Tally, folder: Path, whole: Path, count: int, rng: np.rando
 # --- command lines ----------------------------------------------------------------------------------------------------
 
 PLACES = (
-    *FOREIGN, *FILES, "link.json", "dangling.json", "folder", "ptq", "study", "hub", "nowhere", "nowhere/a/b.safetensors",
-    "new", "new.json", "new.qtx", "new.safetensors", ".", "..", "", "/", "/dev/null", "/dev/zero", "/dev/stdout",
-    "/proc/self", "user.txt/below", "a" * 300, "a\x00b", "-",
-)  # fmt: skip
-WHOLE = ("0", "1", "2", "-1", "9999999999", str(10**25), "x", "", "1.5", "nan", "١")
+    *FOREIGN,
+    *FILES,
+    "link.json",
+    "dangling.json",
+    "folder",
+    "ptq",
+    "study",
+    "hub",
+    "nowhere",
+    "nowhere/a/b.safetensors",
+    "new",
+    "new.json",
+    "new.qtx",
+    "new.safetensors",
+    PIPE,
+    ".",
+    "",
+    "user.txt/below",
+    "a" * 300,
+    "-",
+)
+OUTSIDE = ("..", "/", "/dev/null", "/dev/zero", "/dev/stdout", "/proc/self")  # read alone: this may run as root
+WRITTEN = ("out", "json_path", "junit_path")  # options that name what a command writes
+WHOLE = ("0", "1", "2", "-1", "70000", "9999999999", str(10**25), "x", "", "1.5", "nan", "١")
 REAL = ("0", "1e-3", "-1", "nan", "inf", "-inf", "1e-400", "1e400", "x", "", "0.5", "1e308")
 WORDS = (
-    "w8a8", "w4a8", "w8a8-peg4p", "linear-w8a8-hadamard", "mxfp8", "fp8-e4m3", "paper-vit", "float", "train-w8a8",
-    "lsq-w8a8", "w99a1", "recipe.json", "user.json", "vit-tiny", "opt-tiny", "vanilla", "clipped:gamma=nan", "gated:pi=2",
-    "clipped+gated", "qtx", "onnx", "digits", "books", "*", "", ",", "w8a8,w8a8", "é", "a" * 2000, "\x00", "It was", "hf",
+    "w8a8",
+    "w4a8",
+    "w8a8-peg4p",
+    "linear-w8a8-hadamard",
+    "mxfp8",
+    "fp8-e4m3",
+    "paper-vit",
+    "float",
+    "train-w8a8",
+    "lsq-w8a8",
+    "w99a1",
+    "recipe.json",
+    "user.json",
+    "vit-tiny",
+    "opt-tiny",
+    "vanilla",
+    "clipped:gamma=nan",
+    "gated:pi=2",
+    "clipped+gated",
+    "qtx",
+    "onnx",
+    "digits",
+    "books",
+    "*",
+    "",
+    ",",
+    "w8a8,w8a8",
+    "é",
+    "a" * 2000,
+    "It was",
+    "hf",
     "no-such-case",
-)  # fmt: skip
+)
 BACKENDS, DEVICES = (*["ref"] * 30, "torch", "jax", ""), (*["cpu"] * 9, "cuda", "mps", "")
 DTYPES = (*["float32"] * 4, *["float64"] * 4, "bfloat16", "int8", "")
 SHORT = {"steps": "1", "batch": "1", "batches": "1", "rounds": "1", "sequences": "2", "calibration": "1", "tokens": "2"}
 SLOW = ("parity", "cost")  # which begin a table of cases or other processes where they are not refused
+LONG = ("steps", "rounds", "batches", "epochs", "tokens", "count")  # of which many are work, not a fault
+SOUND = (
+    *dict.fromkeys(command for commands in FILES.values() for command in commands),
+    ("train", "--model", "vit-tiny", "--steps", 1, "--batch", 1, "--out", "new"),
+    ("recipes", "w8a8", "--model", "vit-tiny"),
+    ("parity", "--only", "no-such-case"),
+)
 
 
 def make_command(rng: np.random.Generator) -> tuple[str, ...]:
+    """A command that would work with one option more, or one of options drawn freely."""
+    return spoil_command(rng) if rng.random() < 0.5 else draw_command(rng)
+
+
+def spoil_command(rng: np.random.Generator) -> tuple[str, ...]:
+    """A command that works, and one option more; the last of two counts."""
+    arguments = list(with_backend(pick(SOUND, rng)))
+    options = [each for each in qtx.commands[arguments[0]].params if isinstance(each, click.Option)]
+    option = pick(options, rng)
+    arguments.append(option.opts[0])
+    if not option.is_flag:
+        value = value_of(option, rng)
+        arguments.append("1" if option.name in LONG and value in WHOLE and int_of(value) > 9 else value)
+    return tuple(map(str, arguments))
+
+
+def int_of(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
+
+
+def draw_command(rng: np.random.Generator) -> tuple[str, ...]:
     """A command with options of its own, most of them with values of their kind."""
     name = pick(sorted(set(qtx.commands) - set(SLOW)) + list(SLOW), rng)
     command, arguments = qtx.commands[name], [name]
@@ -312,7 +409,7 @@ def make_command(rng: np.random.Generator) -> tuple[str, ...]:
         if isinstance(parameter, click.Argument):
             if rng.random() < 0.95:
                 models = ("vit.safetensors", "opt.safetensors", "ranges.safetensors", "vit.qtx", "hub")
-                arguments.append(pick(models if rng.random() < 0.7 else PLACES, rng))
+                arguments.append(pick(models if rng.random() < 0.7 else PLACES + OUTSIDE, rng))
         elif parameter.name in SHORT:
             arguments += [parameter.opts[0], SHORT[parameter.name] if rng.random() < 0.8 else pick(WHOLE[3:], rng)]
         elif parameter.name == "backend_name":
@@ -327,6 +424,8 @@ def make_command(rng: np.random.Generator) -> tuple[str, ...]:
         arguments += ["--device", pick(DEVICES[2:], rng)] if name == "cost" else ["--only", "no-such-case"]
     if name in ("train", "study") and "--model" not in arguments:
         arguments += ["--model", "vit-tiny"]
+    if name == "study" and "--attention" not in arguments:
+        arguments += ["--attention", "vanilla"]
     if rng.random() < 0.03:
         arguments.append(pick(("--nonsense", "more", "--", "-h", "--json"), rng))
     return tuple(arguments)
@@ -334,8 +433,9 @@ def make_command(rng: np.random.Generator) -> tuple[str, ...]:
 
 def value_of(parameter: click.Option, rng: np.random.Generator) -> str:
     """A value of the option's kind, or of another."""
+    places = PLACES if parameter.name in WRITTEN else PLACES + OUTSIDE
     if rng.random() < 0.1:
-        return pick(PLACES + WORDS + WHOLE + REAL, rng)
+        return pick(places + WORDS + WHOLE + REAL, rng)
     if parameter.name in ("device", "dtype"):
         return pick(DEVICES if parameter.name == "device" else DTYPES, rng)
     if isinstance(parameter.type, click.Choice):
@@ -343,7 +443,7 @@ def value_of(parameter: click.Option, rng: np.random.Generator) -> str:
     if isinstance(parameter.type, click.types.IntParamType):
         return pick(WHOLE, rng)
     if isinstance(parameter.type, click.Path) or parameter.name in ("json_path", "data"):
-        return pick(PLACES, rng)
+        return pick(places, rng)
     if parameter.type.name in ("float", "float range", "number"):
         return pick(REAL, rng)
     return pick(WORDS, rng)
@@ -387,6 +487,8 @@ def fuzz(files: int, commands: int, flips: int, seed: int) -> Tally:
         try:
             make_folder(whole)
             shutil.copytree(whole, folder, symlinks=True)
+            for place in (whole, folder):
+                os.mkfifo(place / PIPE)
             os.chdir(folder)
             for i, (run, count) in enumerate(((fuzz_files, files), (fuzz_commands, commands), (flip_bits, flips))):
                 run(tally, folder, whole, count, np.random.default_rng([seed, i]))

@@ -53,7 +53,7 @@ def digest(x: np.ndarray) -> str:
     return f"{x.dtype} {x.shape} {hashlib.sha256(np.ascontiguousarray(x)).hexdigest()}"
 
 
-def first_difference(ref: RefModel, model: IntegerModel, batch: Batch) -> tuple[int, str]:
+def find_difference(ref: RefModel, model: IntegerModel, batch: Batch) -> tuple[int, str]:
     """The number of tensors compared, and the first one that differs, or nothing."""
     want: list[tuple[str, str]] = []
     out = ref.run(batch, lambda site, x: want.append((site, digest(x))))
@@ -70,7 +70,7 @@ def first_difference(ref: RefModel, model: IntegerModel, batch: Batch) -> tuple[
     return len(want), "".join(differing)
 
 
-def first_generated(ref: RefModel, model: IntegerModel, start: np.ndarray) -> tuple[int, str]:
+def compare_generated(ref: RefModel, model: IntegerModel, start: np.ndarray) -> tuple[int, str]:
     """The same of `GENERATED` tokens: their integers, and the text."""
     runs = []
     for each in (ref, model):
@@ -94,9 +94,9 @@ def check(name: str, count: int, device: str) -> Iterator[tuple[str, int, str]]:
         padded = i % 2 == 1 and "mask" in batch
         if padded:
             batch["mask"][:, -low.spec.length // (i + 2) :] = False
-        yield f"input {i}{', padded' if padded else ''}", *first_difference(ref, model, batch)
+        yield f"input {i}{', padded' if padded else ''}", *find_difference(ref, model, batch)
     if low.spec.family is Family.OPT:
-        yield f"{GENERATED} tokens", *first_generated(ref, model, random_batch(low.spec, 32, "start")["tokens"])
+        yield f"{GENERATED} tokens", *compare_generated(ref, model, random_batch(low.spec, 32, "start")["tokens"])
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def check_attention(softmax: str, situation: str, decomposed: bool, context: Con
     rows = None if inputs.rows is None else tensor(inputs.rows, context)
     mask = tensor(inputs.mask, context)
 
-    def called(x: dict[str, Tensor]) -> Tensor:
+    def call(x: dict[str, Tensor]) -> Tensor:
         if "sink" in x:
             put_value(attn, "probs.sink", x["sink"])
         made = attention.make_mask(rows, tokens, tokens, situation == "causal", x["q"])
@@ -71,7 +71,7 @@ def check_attention(softmax: str, situation: str, decomposed: bool, context: Con
         wide = mask.expand(batch, 1, tokens, tokens)
         return plain_torch.attention(x["q"], x["k"], x["v"], wide, inputs.spec, x.get("sink"))
 
-    verdicts = errors(called, plain, inputs.reference, inputs.leaves, BOUND, context)
+    verdicts = errors(call, plain, inputs.reference, inputs.leaves, BOUND, context)
     return [*verdicts, equal("probabilities were shown", bool(seen), True)] if decomposed else verdicts
 
 
@@ -79,7 +79,7 @@ def check_gate(kind: Gate, context: Context) -> list[Verdict]:
     inputs: GateInputs = gate_inputs(kind, 8)
     attn, rows = build_attention(inputs.spec, context), tensor(inputs.rows, context)
 
-    def called(x: dict[str, Tensor]) -> Tensor:
+    def call(x: dict[str, Tensor]) -> Tensor:
         for name, value in x.items():
             if name.startswith("layer.0.attn."):
                 put_value(attn, name.removeprefix("layer.0.attn."), value)
@@ -88,9 +88,9 @@ def check_gate(kind: Gate, context: Context) -> list[Verdict]:
         return gate(nx, attn, x["x"], x["context"], inputs.spec)
 
     def plain(x: dict[str, Tensor]) -> Tensor:
-        return plain_torch.gated(inputs.spec, x, "layer.0.attn", x["x"], x["context"], rows)
+        return plain_torch.apply_gate(inputs.spec, x, "layer.0.attn", x["x"], x["context"], rows)
 
-    return errors(called, plain, inputs.reference, inputs.leaves, BOUND, context)
+    return errors(call, plain, inputs.reference, inputs.leaves, BOUND, context)
 
 
 def check_masks(context: Context) -> list[Verdict]:

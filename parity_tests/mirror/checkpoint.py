@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from parity_tests.mirror.fakequant import bound, calibrate_both, measure_flips
+from parity_tests.mirror.fakequant import calibrate_both, find_quantizers, measure_flips
 from parity_tests.proof import teacher
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.verdict import Verdict, relative, relative_rms, report
@@ -44,11 +44,11 @@ def list_cases(
 
     def check_forced(context: Context, quantized: bool) -> list[Verdict]:
         ref, model = build_models(context, quantized)
-        hooks: dict[str, nn.Module] = bound(model)
+        hooks: dict[str, nn.Module] = find_quantizers(model)
         verdicts = []
         for batch in batches:
             nx = teacher.FakeQuant(quants, ranges, **held) if quantized else teacher.Float(transforms=transforms)
-            verdicts += teacher.forced(model, batch, teacher.record(nx, ref, batch), hooks, context)
+            verdicts += teacher.force(model, batch, teacher.record(nx, ref, batch), hooks, context)
         return verdicts
 
     def check_ranges(context: Context) -> list[Verdict]:

@@ -22,7 +22,7 @@ from qtx.recipes import named as recipes
 from qtx.recipes.sites import extents
 from qtx_ref.backend import Model as RefModel
 from qtx_ref.numerics import is_weight
-from qtx_ref.quant import quantizer as quantizers
+from qtx_ref.quant import quantizer
 from qtx_ref.spec import (
     FloatFormat,
     FloatQuantSpec,
@@ -124,9 +124,9 @@ def check_forced(name: str, kind: str, recipe_name: str, context: Context) -> li
     options = {"quantize": recipe.quantize_while_calibrating, "masked_scores": recipe.masked_scores}
     verdicts, ranges = calibrate_both(ref, model, batches[:2], quants, transforms, options, context)
     held = {"masked_scores": recipe.masked_scores, "transforms": transforms}
-    shown = teacher.record(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
+    passages = teacher.record(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
     model.bind(quants, ranges, **held)
-    return verdicts + teacher.forced(model, batches[2], shown, bound(model), context)
+    return verdicts + teacher.force(model, batches[2], passages, find_quantizers(model), context)
 
 
 def calibrate_both(
@@ -144,7 +144,7 @@ def calibrate_both(
     verdicts = []
     for batch in batches:
         with torch.no_grad():
-            verdicts += teacher.forced(model, batch, teacher.record(nx, ref, batch), hooks, context)
+            verdicts += teacher.force(model, batch, teacher.record(nx, ref, batch), hooks, context)
     ranges = nx.ranges()
     for key, want in ranges.items():
         for part, a, b in zip(Range._fields, hooks[key].range(), want, strict=True):
@@ -152,7 +152,7 @@ def calibrate_both(
     return verdicts, ranges
 
 
-def bound(model: Model) -> dict[str, nn.Module]:
+def find_quantizers(model: Model) -> dict[str, nn.Module]:
     """The quantizers of a bound model, by key; none where it is in float."""
     return {hook.site: hook for hook in model.net.modules() if isinstance(hook, numerics.FakeQuant)}
 
@@ -185,16 +185,16 @@ def measure_flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool
     """Of two bound models that run freely: the share of each site's codes that differ, and the loss. A dynamic scale follows
     the tensor's noise: there a code differs where the value does by half a step or more."""
     held = {"masked_scores": masked_scores, "transforms": ref.transforms}
-    shown = teacher.record(teacher.FakeQuant(ref.quants, ref.fixed, **held), ref, batch)
-    keepers = {key: RecordOutput(hook) for key, hook in bound(model).items()}
+    passages = teacher.record(teacher.FakeQuant(ref.quants, ref.fixed, **held), ref, batch)
+    keepers = {key: RecordOutput(hook) for key, hook in find_quantizers(model).items()}
     with swap_hooks(model.net, keepers):
         model.forward(batch)
     verdicts = []
-    for key in (key for key in shown if key in keepers):
-        got, want, quant = array(keepers[key].value), shown[key].after, ref.quants[key]
+    for key in (key for key in passages if key in keepers):
+        got, want, quant = array(keepers[key].value), passages[key].after, ref.quants[key]
         differ = got != want
         if quant.dynamic and isinstance(quant, QuantSpec):
-            scale, _ = quantizers.dynamic_scale(shown[key].before, quant, shown[key].where, is_weight(key))
+            scale, _ = quantizer.dynamic_scale(passages[key].before, quant, passages[key].where, is_weight(key))
             differ = (np.abs(got - want) >= scale / 2) & (scale > 0)  # 0: channels that stay in float
         rate = float(differ.mean())
         verdicts.append(report(key, "flip rate", rate, "float noise near ties; reported, not bounded"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from parity_tests.proof import evaluate_ref
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.evaluate_ref import Leaves
-from parity_tests.proof.evaluate_torch import array, rounded, tensor, value_and_gradients
+from parity_tests.proof.evaluate_torch import array, round_leaves, tensor, value_and_gradients
 from parity_tests.proof.verdict import EPS, Verdict, against_truth, exact
 from parity_tests.subjects.operations import operations
 from qtx_ref import ops as ref_ops
@@ -98,7 +98,7 @@ def errors(
 
     Where a gradient is 0 by theory, its noise is held beside the largest of the other gradients.
     """
-    inputs = rounded(leaves, context)
+    inputs = round_leaves(leaves, context)
     truth, true_grads = evaluate_ref.value_and_gradients(reference, inputs)
     other, other_grads = value_and_gradients(plain, leaves, context)
     got = {"torch": value_and_gradients(called, leaves, context)}

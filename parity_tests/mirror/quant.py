@@ -15,7 +15,7 @@ from parity_tests.proof.evaluate_torch import array, tensor
 from parity_tests.proof.verdict import Verdict, equal, exact
 from qtx_ref.quant import affine as ref_affine
 from qtx_ref.quant import observers as ref_observers
-from qtx_ref.quant import quantizer as ref_quantizers
+from qtx_ref.quant import quantizer as ref_quantizer
 from qtx_ref.random import stream
 from qtx_ref.spec import (
     FloatFormat,
@@ -27,8 +27,7 @@ from qtx_ref.spec import (
     QuantSpec,
     SharedScale,
 )
-from qtx_torch.quant import affine, observers
-from qtx_torch.quant import quantizer as quantizers
+from qtx_torch.quant import affine, observers, quantizer
 
 BITS = (2, 3, 4, 6, 8, 12, 16)
 REACH: dict[str, dict[str, Any]] = {
@@ -123,15 +122,15 @@ def check_float(form: FloatFormat, context: Context) -> list[Verdict]:
     verdicts = []
     for (data, make), spec, factor in product(DATA.items(), specs, (1, 1.5)):
         x = make(stream(0, "float", form, data)).astype(np.float32)
-        scale, zero = ref_quantizers.dynamic_scale(x, spec, None, False)
-        pair = quantizers.dynamic_scale(tensor(x, context), spec, None, False)
+        scale, zero = ref_quantizer.dynamic_scale(x, spec, None, False)
+        pair = quantizer.dynamic_scale(tensor(x, context), spec, None, False)
         with np.errstate(over="ignore"):
             x = x * np.float32(factor)
-        want = ref_quantizers.quantize(x, scale, zero, spec), *ref_quantizers.fake_quantize(x, scale, zero, spec)
+        want = ref_quantizer.quantize(x, scale, zero, spec), *ref_quantizer.fake_quantize(x, scale, zero, spec)
         moved = tensor(x, context), *pair
-        got = quantizers.quantize(*moved, spec), *quantizers.fake_quantize(*moved, spec)
+        got = quantizer.quantize(*moved, spec), *quantizer.fake_quantize(*moved, spec)
         names = tuple(f"{data} times {factor}, {spec}: {name}" for name in (*CHAIN[2:5], *CHAIN[6:]))
-        verdicts += compare_twins(names, (*pair, *map(marked, got)), (scale, zero, *map(marked, want)))
+        verdicts += compare_twins(names, (*pair, *map(mark_nans, got)), (scale, zero, *map(mark_nans, want)))
     return verdicts
 
 
@@ -144,19 +143,19 @@ def check_outliers(context: Context) -> list[Verdict]:
         where = rng.uniform(size=(*x.shape[:-1], 1)) < 0.6 if masked else None
         for threshold in (2.0, float(np.abs(x).max(initial=1e-3)) / 2):
             spec = QuantSpec(8, symmetric, granularity=Granularity.TOKEN, dynamic=True, outliers=threshold)
-            scale, zero = ref_quantizers.dynamic_scale(x, spec, where, False)
+            scale, zero = ref_quantizer.dynamic_scale(x, spec, where, False)
             kept = None if where is None else tensor(where, context)
-            pair = quantizers.dynamic_scale(tensor(x, context), spec, kept, False)
+            pair = quantizer.dynamic_scale(tensor(x, context), spec, kept, False)
             moved = tensor(x, context), *pair
-            want = ref_quantizers.quantize(x, scale, zero, spec), *ref_quantizers.fake_quantize(x, scale, zero, spec)
-            got = quantizers.quantize(*moved, spec), *quantizers.fake_quantize(*moved, spec)
+            want = ref_quantizer.quantize(x, scale, zero, spec), *ref_quantizer.fake_quantize(x, scale, zero, spec)
+            got = quantizer.quantize(*moved, spec), *quantizer.fake_quantize(*moved, spec)
             kind = f"{data}, symmetric {symmetric}, masked {masked}, from {threshold:.3g}"
             names = tuple(f"{kind}: {name}" for name in (*CHAIN[2:5], *CHAIN[6:]))
             verdicts += compare_twins(names, (*pair, *got), (scale, zero, *want))
     return verdicts
 
 
-def marked(values: Any) -> np.ndarray:
+def mark_nans(values: Any) -> np.ndarray:
     """NaN, which equals nothing, as a number that no format has."""
     values = array(values) if isinstance(values, torch.Tensor) else values
     return np.where(np.isnan(values), 0.123, values).astype(values.dtype)

@@ -34,7 +34,7 @@ def central_differences(function: Function, leaves: Leaves, step: float = 1e-5) 
     With h = 1e-5 the neglected term h^2 f''' / 6 and the rounding eps f / h are both about 1e-10.
     """
 
-    def weighted(values: Leaves) -> float:
+    def weigh(values: Leaves) -> float:
         y = function({name: const(value) for name, value in values.items()}).value
         return float((y * cotangent(y.shape)).sum())
 
@@ -46,7 +46,7 @@ def central_differences(function: Function, leaves: Leaves, step: float = 1e-5) 
             for sign in (1, -1):
                 moved = value.astype(np.float64)
                 moved[index] += sign * step
-                ends.append(weighted(leaves | {name: moved}))
+                ends.append(weigh(leaves | {name: moved}))
             slope[index] = (ends[0] - ends[1]) / (2 * step)
         slopes[name] = slope
     return slopes

@@ -24,7 +24,7 @@ def array(value: Tensor) -> np.ndarray:
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
-def rounded(leaves: Leaves, context: Context) -> Leaves:
+def round_leaves(leaves: Leaves, context: Context) -> Leaves:
     """The leaves as the context's dtype holds them, in float64: what the truth is computed from."""
     return {name: array(tensor(value, context).double()) for name, value in leaves.items()}
 

@@ -18,18 +18,18 @@ from parity_tests.proof.verdict import EPS, Verdict, against_truth, exact
 from qtx_ref import models as ref_models
 from qtx_ref import numerics as ref_numerics
 from qtx_ref.backend import Model as RefModel
-from qtx_ref.quant import quantizer as ref_quantizers
+from qtx_ref.quant import quantizer as ref_quantizer
 from qtx_ref.tape import Var
 from qtx_torch import numerics
 from qtx_torch.backend import Model
-from qtx_torch.quant import quantizer as quantizers
+from qtx_torch.quant import quantizer
 from qtx_torch.sites import swap_hooks
 
 OP = 4.0, "two float32 results of one op from the same operands: sums of n <= 512 products, c = 1 and more each"
 
 
 @dataclass(frozen=True)
-class Shown:
+class Passage:
     """A tensor as a hook saw it, as the hook passed it on, and which of its elements count."""
 
     before: np.ndarray
@@ -38,9 +38,9 @@ class Shown:
 
 
 class Recording:
-    """Mixed into one of the reference's numerics: keeps in `shown`, by key and in order, what the hooks see."""
+    """Mixed into one of the reference's numerics: keeps in `passages`, by key and in order, what the hooks see."""
 
-    shown: dict[str, Shown]
+    passages: dict[str, Passage]
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
         return self._keep(site, x, super().operand(site, x, where), where)
@@ -52,7 +52,7 @@ class Recording:
         return self._keep(site, y, super().named(site, y, where), where)
 
     def _keep(self, site: str, before: Var, after: Var, where: np.ndarray | None) -> Var:
-        self.shown[site] = Shown(before.value, after.value, where)
+        self.passages[site] = Passage(before.value, after.value, where)
         return after
 
 
@@ -68,30 +68,30 @@ class Calibrate(Recording, ref_numerics.Calibrate):
     pass
 
 
-def record(nx: Recording, model: RefModel, batch: dict[str, np.ndarray]) -> dict[str, Shown]:
+def record(nx: Recording, model: RefModel, batch: dict[str, np.ndarray]) -> dict[str, Passage]:
     """What the hooks of a numerics see in one forward pass of the reference."""
-    nx.shown = {}
+    nx.passages = {}
     nx.load(model.weights)
     ref_models.forward(nx, model.spec, batch)
-    return nx.shown
+    return nx.passages
 
 
 class Pupil(nn.Module):
     """Sits in torch's slot `key`; `quantizer`, what would have sat there, is fed the reference's tensor."""
 
     def __init__(
-        self, key: str, shown: Shown, quantizer: nn.Module | None, context: Context, cancelled: float = 0.0
+        self, key: str, passage: Passage, quantizer: nn.Module | None, context: Context, cancelled: float = 0.0
     ) -> None:
         """cancelled: the size of terms that the op subtracts from each other, where they are larger than its result."""
         super().__init__()
-        self.key, self.shown, self.quantizer, self.context = key, shown, quantizer, context
-        self.scale = float(np.abs(shown.before).max(initial=0.0)) + cancelled
+        self.key, self.passage, self.quantizer, self.context = key, passage, quantizer, context
+        self.scale = float(np.abs(passage.before).max(initial=0.0)) + cancelled
         self.verdicts: list[Verdict] = []
 
     def forward(self, x: Tensor, where: Tensor | None) -> Tensor:
-        before, after = self.shown.before, self.shown.after
+        before, after = self.passage.before, self.passage.after
         self.verdicts.append(against_truth(self.key, array(x), before, EPS["float32"], *OP, scale=self.scale))
-        counted = np.broadcast_to(True if self.shown.where is None else self.shown.where, before.shape)
+        counted = np.broadcast_to(True if self.passage.where is None else self.passage.where, before.shape)
         seen = np.broadcast_to(True if where is None else array(where), before.shape)
         self.verdicts.append(exact(f"{self.key}: elements that count", seen, counted))
         if self.quantizer is not None:
@@ -100,8 +100,8 @@ class Pupil(nn.Module):
 
     def quantize(self, where: Tensor | None) -> None:
         """The value that the quantizer passes on, to the bit."""
-        y = self.quantizer(tensor(self.shown.before, self.context), where)
-        self.verdicts.append(exact(f"{self.key}: passed on", array(y), self.shown.after))
+        y = self.quantizer(tensor(self.passage.before, self.context), where)
+        self.verdicts.append(exact(f"{self.key}: passed on", array(y), self.passage.after))
 
 
 class Quantized(Pupil):
@@ -109,32 +109,34 @@ class Quantized(Pupil):
 
     def quantize(self, where: Tensor | None) -> None:
         super().quantize(where)
-        key, quantizer, x = self.key, self.quantizer, self.shown.before
-        spec, given = quantizer.spec, tensor(x, self.context).requires_grad_()
+        key, hook, x = self.key, self.quantizer, self.passage.before
+        spec, given = hook.spec, tensor(x, self.context).requires_grad_()
         if spec.dynamic:
-            kept = None if quantizer.everywhere else self.shown.where
-            scale, zero = ref_quantizers.dynamic_scale(x, spec, kept, quantizer.is_weight)
-            got = quantizers.dynamic_scale(
-                given.detach(), spec, None if quantizer.everywhere else where, quantizer.is_weight
-            )
+            kept = None if hook.everywhere else self.passage.where
+            scale, zero = ref_quantizer.dynamic_scale(x, spec, kept, hook.is_weight)
+            got = quantizer.dynamic_scale(given.detach(), spec, None if hook.everywhere else where, hook.is_weight)
             self.verdicts += [
                 exact(f"{key}: scale", array(got[0]), scale),
                 exact(f"{key}: zero point", array(got[1]), zero),
             ]
         else:
-            scale, zero = array(quantizer.scale), array(quantizer.zero_point)
+            scale, zero = array(hook.scale), array(hook.zero_point)
             zero = np.rint(zero).astype(np.int32)  # a learned one is a float, and rounded as it is used
         moved = tensor(scale, self.context), tensor(zero, self.context)
-        codes = quantizers.quantize(given.detach(), *moved, spec)
-        self.verdicts.append(exact(f"{key}: codes", array(codes), ref_quantizers.quantize(x, scale, zero, spec)))
+        codes = quantizer.quantize(given.detach(), *moved, spec)
+        self.verdicts.append(exact(f"{key}: codes", array(codes), ref_quantizer.quantize(x, scale, zero, spec)))
         with torch.enable_grad():
-            passes = torch.autograd.grad(quantizer(given, where).sum(), given)[0] != 0
-        inside = ref_quantizers.fake_quantize(x, scale, zero, spec)[1]
+            passes = torch.autograd.grad(hook(given, where).sum(), given)[0] != 0
+        inside = ref_quantizer.fake_quantize(x, scale, zero, spec)[1]
         self.verdicts.append(exact(f"{key}: gradient passes", array(passes), inside))
 
 
-def forced(
-    model: Model, batch: dict[str, np.ndarray], shown: dict[str, Shown], hooks: dict[str, nn.Module], context: Context
+def force(
+    model: Model,
+    batch: dict[str, np.ndarray],
+    passages: dict[str, Passage],
+    hooks: dict[str, nn.Module],
+    context: Context,
 ) -> list[Verdict]:
     """The verdicts of a forward pass of torch in which every slot has its pupil, in forward order."""
     kind = {key: Quantized if isinstance(hook, numerics.FakeQuant) else Pupil for key, hook in hooks.items()}
@@ -142,9 +144,9 @@ def forced(
         abs(model.spec.attention.gamma), model.spec.attention.alpha or 0.0
     )  # gamma is taken from clipped probs
     pupils = {}
-    for key, seen in shown.items():
+    for key, passage in passages.items():
         cancelled = stretch if key.endswith(".probs") else 0.0
-        pupils[key] = kind.get(key, Pupil)(key, seen, hooks.get(key), context, cancelled).to(context.device)
+        pupils[key] = kind.get(key, Pupil)(key, passage, hooks.get(key), context, cancelled).to(context.device)
     with swap_hooks(model.net, pupils):
         model.forward(batch)
     return [verdict for pupil in pupils.values() for verdict in pupil.verdicts]

@@ -44,7 +44,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionSpec
     return (probabilities(scores, mask, spec, sink) @ v).transpose(1, 2).flatten(2)
 
 
-def gated(spec: ModelSpec, p: Tensors, name: str, x: Tensor, context: Tensor, rows: Tensor) -> Tensor:
+def apply_gate(spec: ModelSpec, p: Tensors, name: str, x: Tensor, context: Tensor, rows: Tensor) -> Tensor:
     """sigmoid(logit) * context; x and context (B, T, D), rows (B, T)."""
     kind, w, b = spec.attention.gate, p.get(f"{name}.gate_logit.weight"), p.get(f"{name}.gate_logit.bias")
     if kind is Gate.ELEMENTWISE:
@@ -81,7 +81,7 @@ def block(spec: ModelSpec, p: Tensors, i: int, x: Tensor, mask: Tensor, rows: Te
     )
     context = attention(q, k, v, mask, spec.attention, p.get(f"{attn}.probs.sink"))
     if spec.attention.gate is not Gate.NONE:
-        context = gated(spec, p, attn, h, context, rows)
+        context = apply_gate(spec, p, attn, h, context, rows)
     x = x + linear(p, f"{attn}.output", context)
     x = x if spec.pre_norm else norm(p, f"{attn}.norm", x, eps)
     h = linear(p, f"{ffn}.hidden", norm(p, f"{ffn}.norm", x, eps) if spec.pre_norm else x)

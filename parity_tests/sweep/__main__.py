@@ -1,6 +1,6 @@
 """Reference = torch eager = torch compiled, to the bit, over random configurations of the integer arithmetic.
 
-    python -m parity_tests.sweep.__main__ --module integer --codes 10000000
+    python -m parity_tests.sweep --module integer --codes 10000000
 
 prints how many codes were compared and how many differed, and fails if one did. The test suite runs a slice.
 """
@@ -20,7 +20,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from parity_tests.sweep.cases import DRAWS, MODULES, Configuration
-from qtx_torch.integer import products as integer
+from qtx_torch.integer import products
 
 
 @dataclass
@@ -37,7 +37,7 @@ def tensors(arrays: dict[str, np.ndarray | None]) -> dict[str, torch.Tensor | No
     return {name: None if x is None else torch.from_numpy(np.array(x)) for name, x in arrays.items()}
 
 
-def flat(results: dict[str, Any]) -> dict[str, np.ndarray]:
+def flatten(results: dict[str, Any]) -> dict[str, np.ndarray]:
     """Named results as arrays; a tuple becomes one entry per member."""
     named = {}
     for name, value in results.items():
@@ -46,15 +46,15 @@ def flat(results: dict[str, Any]) -> dict[str, np.ndarray]:
     return named
 
 
-def outcome(chain: Any, module: Any, arrays: dict[str, Any], settings: dict[str, Any]) -> dict[str, np.ndarray] | str:
+def run_chain(chain: Any, module: Any, arrays: dict[str, Any], settings: dict[str, Any]) -> dict[str, np.ndarray] | str:
     """The results, or the words of the refusal."""
     try:
-        return flat(chain(module, **arrays, **settings))
+        return flatten(chain(module, **arrays, **settings))
     except ValueError as error:
         return str(error)
 
 
-def differing(got: np.ndarray, want: np.ndarray) -> int:
+def count_differing(got: np.ndarray, want: np.ndarray) -> int:
     """Elements that differ in a bit; one NaN is as good as another. All of them, if shape or dtype differs."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return max(1, want.size)
@@ -75,15 +75,15 @@ def compare(tally: Tally, label: str, got: dict[str, np.ndarray] | str, want: di
         return
     for name in want:
         tally.codes += want[name].size
-        if count := differing(got[name], want[name]):
+        if count := count_differing(got[name], want[name]):
             tally.differing += count
             tally.first.append(f"{label}: {name}: {count} of {want[name].size} differ")
 
 
-def settled(case: Configuration) -> Any:
+def settle_instructions(case: Configuration) -> Any:
     """The context that a configuration runs in: whether torch may use byte instructions."""
-    use = case.axes.get("vnni", True) and integer.byte_instructions("cpu")
-    return mock.patch.object(integer, "byte_instructions", lambda device: use)
+    use = case.axes.get("vnni", True) and products.byte_instructions("cpu")
+    return mock.patch.object(products, "byte_instructions", lambda device: use)
 
 
 def sweep(module: str, codes: int, configurations: int, compiled: bool = False, chain: Any = None) -> Tally:
@@ -100,12 +100,15 @@ def sweep(module: str, codes: int, configurations: int, compiled: bool = False, 
             torch._dynamo.reset()
             counters.clear()
             run = torch.compile(own, dynamic=False)
-        with settled(case), torch._dynamo.config.patch(recompile_limit=64):  # a function called often stays compiled
-            got = outcome(run, accelerated, tensors(case.arrays), case.settings)
+        with (
+            settle_instructions(case),
+            torch._dynamo.config.patch(recompile_limit=64),
+        ):  # a function called often stays compiled
+            got = run_chain(run, accelerated, tensors(case.arrays), case.settings)
         tally.graphs += counters["stats"]["unique_graphs"] if compiled else 0
         mode = "compiled" if compiled else "eager"
         label = f"{module} {index} {mode} { {k: str(v) for k, v in case.axes.items()} }"
-        compare(tally, label, got, outcome(own, reference, case.arrays, case.settings))
+        compare(tally, label, got, run_chain(own, reference, case.arrays, case.settings))
         index += 1
     return tally
 

@@ -15,8 +15,12 @@ from qtx.hub.export import export_model
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import Head
 
-SPECS = {"bert": BERT, "classify": replace(BERT, head=Head.CLASSIFY, classes=3), "opt": OPT,
-         "vit": replace(VIT, patch_norm=False)}  # fmt: skip
+SPECS = {
+    "bert": BERT,
+    "classify": replace(BERT, head=Head.CLASSIFY, classes=3),
+    "opt": OPT,
+    "vit": replace(VIT, patch_norm=False),
+}
 WORD = "bert.embeddings.word_embeddings.weight"
 NORM = "bert.encoder.layer.1.output.LayerNorm.weight"
 

@@ -18,8 +18,16 @@ TEXT = {
 BERT_SIZE = TEXT | {"intermediate_size": 24, "num_labels": 3}
 OPT_SIZE = TEXT | {"ffn_dim": 24, "pad_token_id": 1}
 OPT_350M = OPT_SIZE | {"word_embed_proj_dim": 10, "do_layer_norm_before": False, "_remove_final_layer_norm": True}
-VIT_SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8,
-            "patch_size": 4, "num_channels": 3, "num_labels": 3}  # fmt: skip
+VIT_SIZE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 3,
+    "num_labels": 3,
+}
 MODELS = {
     "bert": ("BertModel", BERT_SIZE),
     "bert relu": ("BertModel", BERT_SIZE | {"hidden_act": "relu"}),

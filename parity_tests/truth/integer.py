@@ -12,13 +12,12 @@ from parity_tests.proof.verdict import Verdict, equal, exact, holds, within
 from parity_tests.subjects import integer_models
 from parity_tests.subjects.integer_models import record_run, same
 from qtx_ref.backend import IntegerModel
-from qtx_ref.integer import lowering
-from qtx_ref.integer import ops as integer_ops
+from qtx_ref.integer import lowering, ops
 from qtx_ref.random import stream
 from qtx_ref.spec import Requantization
 
 HALF = Fraction(1, 2)
-ONE = 1 << integer_ops.PROBABILITY_BITS
+ONE = 1 << ops.PROBABILITY_BITS
 STEP = 0.05  # of the score codes below
 
 
@@ -37,35 +36,31 @@ def check_literals(context: Context) -> list[Verdict]:
     p = [ONE * 4 / 7, ONE * 2 / 7, ONE / 7, 0]
     eps = np.int64(0)
     pairs = {
-        "half_up": (integer_ops.half_up(np.array([-5, -3, -1, 1, 3, 5]), np.array(2)).tolist(), [-2, -1, 0, 1, 2, 3]),
-        "softmax": (integer_ops.softmax(code, mask, table)[0, 0, 0].tolist(), [math.floor(x + 0.5) for x in p]),
-        "softmax of no key": (integer_ops.softmax(code, mask & False, table).tolist(), [[[[0, 0, 0, 0]]]]),
-        "normalize -1 and 1": (integer_ops.normalize(np.int8([[3, 5]]), eps).tolist(), [[-(2**16), 2**16]]),
-        "normalize a constant": (integer_ops.normalize(np.int8([[9, 9, 9]]), eps).tolist(), [[0, 0, 0]]),
-        "normalize 0, 0, 3": (integer_ops.normalize(np.int8([[0, 0, 3]]), eps).tolist(), [[-46341, -46341, 92682]]),
+        "half_up": (ops.half_up(np.array([-5, -3, -1, 1, 3, 5]), np.array(2)).tolist(), [-2, -1, 0, 1, 2, 3]),
+        "softmax": (ops.softmax(code, mask, table)[0, 0, 0].tolist(), [math.floor(x + 0.5) for x in p]),
+        "softmax of no key": (ops.softmax(code, mask & False, table).tolist(), [[[[0, 0, 0, 0]]]]),
+        "normalize -1 and 1": (ops.normalize(np.int8([[3, 5]]), eps).tolist(), [[-(2**16), 2**16]]),
+        "normalize a constant": (ops.normalize(np.int8([[9, 9, 9]]), eps).tolist(), [[0, 0, 0]]),
+        "normalize 0, 0, 3": (ops.normalize(np.int8([[0, 0, 3]]), eps).tolist(), [[-46341, -46341, 92682]]),
         "clip_stretch": (
-            integer_ops.clip_stretch(
+            ops.clip_stretch(
                 np.array([0, ONE // 2, ONE]), np.int64(1 << 24), np.array(-ONE // 2)
             ).tolist(),  # p - (1 - p) / 2
             [0, ONE // 4, ONE],
         ),
-        "row_gamma": (integer_ops.row_gamma(np.int64(30), np.array([[True] * 4, [False] * 4])).tolist(), [[-8], [-30]]),
+        "row_gamma": (ops.row_gamma(np.int64(30), np.array([[True] * 4, [False] * 4])).tolist(), [[-8], [-30]]),
         "weighted_sum": (
-            integer_ops.weighted_sum(
-                [np.int32([1, -1, 3])], [np.int64(1)], np.int64(1), Requantization.FIXED_ONE
-            ).tolist(),
+            ops.weighted_sum([np.int32([1, -1, 3])], [np.int64(1)], np.int64(1), Requantization.FIXED_ONE).tolist(),
             [1, 0, 2],
         ),
         "weighted_sum, half away": (
-            integer_ops.weighted_sum(
-                [np.int32([1, -1, 3])], [np.int64(1)], np.int64(1), Requantization.FIXED_TWO
-            ).tolist(),
+            ops.weighted_sum([np.int32([1, -1, 3])], [np.int64(1)], np.int64(1), Requantization.FIXED_TWO).tolist(),
             [1, -1, 2],
         ),
-        "mean": (integer_ops.mean(np.int32([[[1], [2]]]), None).tolist(), [[[2]]]),
-        "exp(0)": (integer_ops.exp_polynomial(np.array(0)).item(), 16781911),  # 0.3585 1.353^2 + 0.344 = 1.00028
-        "gelu(0)": (integer_ops.gelu_polynomial(np.array(0)).item(), 0),
-        "sigmoid(0)": (integer_ops.sigmoid_polynomial(np.array(0)).item(), 134198951),
+        "mean": (ops.mean(np.int32([[[1], [2]]]), None).tolist(), [[[2]]]),
+        "exp(0)": (ops.exp_polynomial(np.array(0)).item(), 16781911),  # 0.3585 1.353^2 + 0.344 = 1.00028
+        "gelu(0)": (ops.gelu_polynomial(np.array(0)).item(), 0),
+        "sigmoid(0)": (ops.sigmoid_polynomial(np.array(0)).item(), 134198951),
     }
     multipliers, shift = lowering.common_shift([np.array(0.75), np.array(2.0**-30)])
     pairs["common_shift"] = ([int(m) for m in multipliers] + [int(shift)], [3 << 28, 1, 30])
@@ -75,7 +70,7 @@ def check_literals(context: Context) -> list[Verdict]:
 def check_softmax(context: Context) -> list[Verdict]:
     """Exactly, by its definition; and near the softmax of the scores."""
     rng = stream(0, "integer softmax")
-    table = np.rint(np.exp(-STEP * np.arange(256)) * 2.0**integer_ops.EXP_BITS).astype(np.int32)
+    table = np.rint(np.exp(-STEP * np.arange(256)) * 2.0**ops.EXP_BITS).astype(np.int32)
     code = rng.integers(-128, 128, (2, 2, 3, 9)).astype(np.int8)
     code[0, 0, 0], code[0, 0, 1] = 127, [-128] * 8 + [127]
     mask = rng.uniform(size=(2, 1, 3, 9)) < 0.7
@@ -83,7 +78,7 @@ def check_softmax(context: Context) -> list[Verdict]:
     sinks = (np.int32([-300, 200]), np.int64([1 << 20, 1100000]))
     verdicts = []
     for name, sink in (("plain", None), ("sink", sinks)):
-        got = integer_ops.softmax(code, mask, table, sink)
+        got = ops.softmax(code, mask, table, sink)
         want, real = np.zeros(code.shape, np.int64), np.zeros(code.shape)
         for b, h, q in np.ndindex(code.shape[:3]):
             keys = [j for j in range(9) if mask[b, 0, q, j]]
@@ -109,7 +104,7 @@ def check_clip(context: Context) -> list[Verdict]:
     verdicts = []
     for zeta, gamma in ((1.0, 0.0), (1.003, -0.003), (1.5, -64.0), (8.0, -12.0 / 128)):
         z, g = round(zeta * 2**24), round(gamma * ONE)
-        got = integer_ops.clip_stretch(p, np.int64(z), np.int64(g))
+        got = ops.clip_stretch(p, np.int64(z), np.int64(g))
         want = [
             min(max(half_up(Fraction(z * int(x), 1 << 24)) + half_up(Fraction(g * (ONE - int(x)), ONE)), 0), ONE)
             for x in p
@@ -120,7 +115,7 @@ def check_clip(context: Context) -> list[Verdict]:
     mask = rng.uniform(size=(5, 7)) < 0.5
     keys = [max(int(row.sum()), 1) for row in mask]
     want = [[-half_up(Fraction(12345, n))] for n in keys]
-    return [*verdicts, exact("gamma of a row", integer_ops.row_gamma(np.int64(12345), mask), np.array(want))]
+    return [*verdicts, exact("gamma of a row", ops.row_gamma(np.int64(12345), mask), np.array(want))]
 
 
 def check_root(context: Context) -> list[Verdict]:
@@ -129,7 +124,7 @@ def check_root(context: Context) -> list[Verdict]:
     roots = [2**30, 2**31 - 1, 2**30 + 12345, *rng.integers(2**30, 2**31, 300).tolist()]
     x = [r * r + d for r in roots for d in (-1, 0, 1)] + [2**60, 2**62 - 1, *rng.integers(2**60, 2**62, 700).tolist()]
     x = [v for v in x if 2**60 <= v < 2**62]
-    return [exact("square_root", integer_ops.square_root(np.array(x)), np.array([math.isqrt(v) for v in x]))]
+    return [exact("square_root", ops.square_root(np.array(x)), np.array([math.isqrt(v) for v in x]))]
 
 
 def check_normalize(context: Context) -> list[Verdict]:
@@ -139,7 +134,7 @@ def check_normalize(context: Context) -> list[Verdict]:
         code = rng.integers(0, 2**bits, (4, width))
         code[1] = np.where(np.arange(width) % 2, 2**bits - 1, 0)  # the largest squares
         code[2] = np.arange(width) == 0  # nearly nothing
-        got = integer_ops.normalize(code, np.int64(eps))
+        got = ops.normalize(code, np.int64(eps))
         want = np.zeros(code.shape, np.int64)
         for i, row in enumerate(code.tolist()):
             w = max(width * sum(c * c for c in row) - sum(row) ** 2 + eps, 1)
@@ -160,7 +155,7 @@ def check_sums(context: Context) -> list[Verdict]:
     verdicts = []
     for kind, rounded in ((Requantization.FIXED_ONE, half_up), (Requantization.FIXED_TWO, half_away)):
         for m, n, shift in ((2**30, 2**30, 30), (2**29 + 1, 7, 61), (3, 2**29, 31)):
-            got = integer_ops.weighted_sum([a, b], [np.int64(m), np.int64(n)], np.int64(shift), kind)
+            got = ops.weighted_sum([a, b], [np.int64(m), np.int64(n)], np.int64(shift), kind)
             pairs = zip(a.tolist(), b.tolist(), strict=True)
             want = [rounded(Fraction(x * m + y * n, 1 << shift)) for x, y in pairs]
             verdicts.append(exact(f"weighted_sum {kind} {m} {n} {shift}", got, np.array(want)))
@@ -170,7 +165,7 @@ def check_sums(context: Context) -> list[Verdict]:
     for i, c in np.ndindex(4, 3):
         rows = [int(x[i, t, c]) for t in range(6) if where[i, t, 0]]
         want[i, 0, c] = half_up(Fraction(sum(rows), max(len(rows), 1)))
-    verdicts.append(exact("mean", integer_ops.mean(x, where), want))
+    verdicts.append(exact("mean", ops.mean(x, where), want))
     reals = [10.0 ** rng.uniform(-6, 6, 50), 10.0 ** rng.uniform(-6, 6, 50)]
     multipliers, shift = lowering.common_shift([np.array(r) for r in reals])
     for m, real in zip(multipliers, reals, strict=True):
@@ -204,10 +199,10 @@ def check_polynomial(context: Context) -> list[Verdict]:
         return 2 * sigmoid(2 * v) - ONE
 
     functions = {  # integers, float64, bits, the largest error
-        "exp": (exp, lambda v: math.exp(-v), integer_ops.exp_polynomial, 24, 2.15e-3),
-        "gelu": (gelu, lambda v: v / 2 * (1 + math.erf(v / 2**0.5)), integer_ops.gelu_polynomial, 20, 2.0e-2),
-        "sigmoid": (sigmoid, lambda v: 0.5 + 0.5 * math.tanh(v / 2), integer_ops.sigmoid_polynomial, 28, 1.0e-3),
-        "tanh": (tanh, math.tanh, integer_ops.tanh_polynomial, 28, 2.0e-3),
+        "exp": (exp, lambda v: math.exp(-v), ops.exp_polynomial, 24, 2.15e-3),
+        "gelu": (gelu, lambda v: v / 2 * (1 + math.erf(v / 2**0.5)), ops.gelu_polynomial, 20, 2.0e-2),
+        "sigmoid": (sigmoid, lambda v: 0.5 + 0.5 * math.tanh(v / 2), ops.sigmoid_polynomial, 28, 1.0e-3),
+        "tanh": (tanh, math.tanh, ops.tanh_polynomial, 28, 2.0e-3),
     }
     verdicts = []
     for name, (whole, real, ours, bits, error) in functions.items():

@@ -10,8 +10,7 @@ import numpy as np
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.verdict import Verdict, equal, exact, holds, relative
 from qtx_ref import numerics, ops, random
-from qtx_ref.quant import affine
-from qtx_ref.quant import quantizer as quantizers
+from qtx_ref.quant import affine, quantizer
 from qtx_ref.quant.observers import Observer, squared_error
 from qtx_ref.spec import Granularity, ObserverKind, ObserverSpec, QuantSpec
 from qtx_ref.tape import backward, const, leaf
@@ -100,8 +99,8 @@ def check_outliers(context: Context) -> list[Verdict]:
     spec = QuantSpec(symmetric=True, granularity=Granularity.TOKEN, dynamic=True, outliers=6.0)
     x = F32([[[2, -6, 1, 0.5], [3.2, 0.3, -5.1, 5.9], [127, 50, 0.4, 9]]])
     where = np.array([[[True], [True], [False]]])
-    scale, zero = quantizers.dynamic_scale(x, spec, where, False)
-    y, inside = quantizers.fake_quantize(x, scale, zero, spec)
+    scale, zero = quantizer.dynamic_scale(x, spec, where, False)
+    y, inside = quantizer.fake_quantize(x, scale, zero, spec)
     steps = F32([2, 5.9, 127]) / F32(127)
     want = steps[:, None] * np.rint(x[0] / steps[:, None])
     want[:, 1] = x[0, :, 1]
@@ -110,7 +109,7 @@ def check_outliers(context: Context) -> list[Verdict]:
         exact("zero point", zero, np.zeros(x.shape, I32)),
         exact("value", y[0], want.astype(F32)),
         exact("gradient passes", inside, np.ones(x.shape, bool)),
-        exact("codes of an outlier", quantizers.quantize(x, scale, zero, spec)[..., 1], np.zeros((1, 3), I32)),
+        exact("codes of an outlier", quantizer.quantize(x, scale, zero, spec)[..., 1], np.zeros((1, 3), I32)),
     ]
 
 

@@ -35,7 +35,9 @@ from .options import DATA, JSON, MACHINE, OUT, RATE, VOCAB, WATCH, say, split_li
 @WATCH
 @MACHINE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds, from --seed on.")
+@click.option(
+    "--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Number of seeds, from --seed on."
+)
 @click.option("--out", type=OUT, default=Path("runs/study"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the study in --out, if there is one.")
 @JSON

@@ -220,7 +220,6 @@ def test_int4_packing(call):
 
 def test_saturating_byte_products_are_not_used():
     """oneDNN told to use AVX2 saturates pairs of products in int16, on a CPU that could do better."""
-    pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     code = (
         "import torch\nfrom qtx_ref.spec import QuantSpec\nfrom qtx_torch.integer import products as integer\n"
         "a, s8 = torch.full((64, 256), 127, dtype=torch.int8), QuantSpec(symmetric=True)\n"

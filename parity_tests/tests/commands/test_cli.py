@@ -393,7 +393,7 @@ def test_every_kind_of_recipe_comes_back_as_it_was_printed(model, tmp_path):
         (["evaluate", "nowhere"], "nowhere: no such checkpoint"),
         (["recipes", "w3"], "recipe 'w3' is not known"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     result = call(*arguments)

@@ -126,8 +126,16 @@ def test_faults():
 def test_added_parameters():
     """Against the paper's formulas (Bondarenko et al. 2023, table of gates), by hand for bert-base: H 12, K 64, D 768."""
     spec = preset("bert-base")
-    by_hand = {"vanilla": 0, "clipped": 0, "head": 12, "gated": 12 * 65, "mlp": 12 * (16 * 65 + 17),
-               "all_features": 12 * 769, "elementwise": 768 * 768, "sink": 12}  # fmt: skip
+    by_hand = {
+        "vanilla": 0,
+        "clipped": 0,
+        "head": 12,
+        "gated": 12 * 65,
+        "mlp": 12 * (16 * 65 + 17),
+        "all_features": 12 * 769,
+        "elementwise": 768 * 768,
+        "sink": 12,
+    }
     total = sum(value.size for value in backend("ref").Model(*first(preset("bert-tiny"))).params().values())
     assert attention_cost.count_parameters(preset("bert-tiny")) == total
     # 30522 + 512 + 2 rows of 768, their norm; 12 layers; the head's transform, norm and bias
@@ -194,8 +202,17 @@ def test_only_what_was_compared_is_timed(tmp_path):
     """A crash, NaN and a wrong float engine stand in the table and are not timed; a large error of 8 bits is timed."""
     spec, truth = build("bert_headless").spec, np.arange(24, dtype=np.float32).reshape(1, 4, 6)
     workers = cost.Workers("torch", "cpu", 1)
-    results(workers, {"float32": truth, "integer": truth + 1, "fake": truth * np.nan, "onnx": truth * 1.01,
-                      "onnx-dynamic": "crashed (signal 11)", "onnx-static": truth})  # fmt: skip
+    results(
+        workers,
+        {
+            "float32": truth,
+            "integer": truth + 1,
+            "fake": truth * np.nan,
+            "onnx": truth * 1.01,
+            "onnx-dynamic": "crashed (signal 11)",
+            "onnx-static": truth,
+        },
+    )
     plain = tmp_path / "float.safetensors"
     plain.touch()
     variants = [cost.Variant(kind, kind, plain) for kind in ("float32", "integer", "fake")]
@@ -204,8 +221,14 @@ def test_only_what_was_compared_is_timed(tmp_path):
     cost.probe(workers, variants, [cell], tmp_path, False, [])
     cost.measure(workers, variants, [cell], tmp_path, 2)
     findings = {v.kind: v.finding for v in variants}
-    assert {k: bool(f) for k, f in findings.items()} == {"float32": False, "integer": False, "fake": True, "onnx": True,
-                                                         "onnx-dynamic": True, "onnx-static": False}  # fmt: skip
+    assert {k: bool(f) for k, f in findings.items()} == {
+        "float32": False,
+        "integer": False,
+        "fake": True,
+        "onnx": True,
+        "onnx-dynamic": True,
+        "onnx-static": False,
+    }
     assert (
         "NaN" in findings["fake"]
         and "relative error 0.01" in findings["onnx"]
@@ -228,14 +251,16 @@ def described(fake: float, integer: float, memory: int = 100) -> str:
         cells = {"1x8": {"ratio": ratio, "memory": size, "error": 0.1}}
         return {"name": name, "bytes": size, "finding": None, "cells": cells, "profile": profile}
 
-    return costs.describe_costs({
-        "variants": [
-            variant("float32", 1.0, 100, matmuls=0.625),
-            variant("fake quantization", fake, memory, quantizers=7, weight_quantizers=3, quantizing=0.5),
-            variant("integers", integer, 25, matmuls=0.25, kernels={"torch._int_mm": 4}),
-            variant("onnxruntime int8 dynamic", 0.5, 25),
-        ]
-    })  # fmt: skip
+    return costs.describe_costs(
+        {
+            "variants": [
+                variant("float32", 1.0, 100, matmuls=0.625),
+                variant("fake quantization", fake, memory, quantizers=7, weight_quantizers=3, quantizing=0.5),
+                variant("integers", integer, 25, matmuls=0.25, kernels={"torch._int_mm": 4}),
+                variant("onnxruntime int8 dynamic", 0.5, 25),
+            ]
+        }
+    )
 
 
 def test_the_paragraph_says_what_was_measured():

@@ -123,8 +123,24 @@ def test_transforms_are_part_of_what_runs(checkpoint, tmp_path):
 
 
 def test_attentions(tmp_path):
-    text = ran("cost", "--model", "vit-tiny", "--backend", "ref", "--attention", "clipped,mlp", "--training", "--batch", "1",
-               "--rounds", "2", "--threads", "1", "--json", tmp_path / "a.json")  # fmt: skip
+    text = ran(
+        "cost",
+        "--model",
+        "vit-tiny",
+        "--backend",
+        "ref",
+        "--attention",
+        "clipped,mlp",
+        "--training",
+        "--batch",
+        "1",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--json",
+        tmp_path / "a.json",
+    )
     rows = json.loads((tmp_path / "a.json").read_text())["attentions"]
     assert [row["attention"] for row in rows] == ["vanilla", "clipped", "mlp"]
     assert [row["parameters"] for row in rows] == [0, 0, 4 * 4 * (4 * 17 + 5)]  # 4 layers, 4 heads of 16, 4 hidden
@@ -156,8 +172,21 @@ def test_refusals(arguments, said):
 def test_ctrl_c_ends_all_processes(checkpoint):
     """Also those that were started."""
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's & turns it off
-    command = [sys.executable, "-c", f"{listening}; from qtx.cli import main; main()", "cost", str(checkpoint),
-               "--backend", "ref", "--rounds", "1000000", "--batch", "1", "--length", "8"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        f"{listening}; from qtx.cli import main; main()",
+        "cost",
+        str(checkpoint),
+        "--backend",
+        "ref",
+        "--rounds",
+        "1000000",
+        "--batch",
+        "1",
+        "--length",
+        "8",
+    ]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -179,6 +208,11 @@ def test_ctrl_c_ends_all_processes(checkpoint):
 
 
 def test_the_worker_loads_no_torch_for_the_reference_and_onnx():
-    done = subprocess.run([sys.executable, "-c", "import sys, qtx.cost.worker; print('torch' in sys.modules)"],
-                          cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, qtx.cost.worker; print('torch' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == "False"

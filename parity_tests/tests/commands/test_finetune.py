@@ -41,8 +41,20 @@ from qtx_ref.spec import (
 pytest.importorskip("tokenizers", reason="the extra text is not installed")
 
 BERT = ModelSpec(Family.BERT, 2, 16, 2, 32, Head.MLM, vocab=2048, length=24, types=2, dropout=0.1, init_std=0.1)
-VIT = ModelSpec(Family.VIT, 1, 16, 2, 32, Head.CLASSIFY, pre_norm=True, final_norm=True, classes=12, image_size=8,
-                patch_size=4, channels=1)  # fmt: skip
+VIT = ModelSpec(
+    Family.VIT,
+    1,
+    16,
+    2,
+    32,
+    Head.CLASSIFY,
+    pre_norm=True,
+    final_norm=True,
+    classes=12,
+    image_size=8,
+    patch_size=4,
+    channels=1,
+)
 OPT = ModelSpec(Family.OPT, 1, 16, 2, 32, Head.CAUSAL, vocab=2048, length=24)
 
 
@@ -81,8 +93,19 @@ def place(tmp_path_factory):
 
 
 def tuned(place, out, *more, backend="ref"):
-    return answer("finetune", place / "bert.safetensors", "--data", place / "set.csv", "--out", out, "--batch", 8,
-                  "--backend", backend, *more)  # fmt: skip
+    return answer(
+        "finetune",
+        place / "bert.safetensors",
+        "--data",
+        place / "set.csv",
+        "--out",
+        out,
+        "--batch",
+        8,
+        "--backend",
+        backend,
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +124,11 @@ def test_a_classifier_learns_and_every_command_takes_it(place, model, tmp_path):
     assert found.meta["data"]["names"] == ["no", "yes"] and found.meta["data"]["length"] == 12
     again = answer("evaluate", path, "--backend", "ref")
     assert (again["loss"], again["accuracy"]) == (result["loss"], 100)  # the source, length and classes are its own
-    other = write_csv(tmp_path / "other.csv", [(f"good old town {i}", "yes", "evaluation") for i in range(9)],
-                      ("text", "label", "split"))  # fmt: skip
+    other = write_csv(
+        tmp_path / "other.csv",
+        [(f"good old town {i}", "yes", "evaluation") for i in range(9)],
+        ("text", "label", "split"),
+    )
     assert answer("evaluate", path, "--data", other)["targets"] == 9
     assert "the model knows no, yes" in refused("evaluate", path, "--data", "books")
     for file in ("q.safetensors", "q.qtx"):
@@ -123,8 +149,9 @@ def test_the_head_alone(place, tmp_path):
         for name, value in before.items():
             assert found[backend].params[name].tobytes() == value.tobytes(), name
         states = {name for name in found[backend].extra if name.startswith("optim.m.")}
-        assert states == {f"optim.m.head.{part}" for part in
-                          ("pool.weight", "pool.bias", "classifier.weight", "classifier.bias")}  # fmt: skip
+        assert states == {
+            f"optim.m.head.{part}" for part in ("pool.weight", "pool.bias", "classifier.weight", "classifier.bias")
+        }
     ref, ours = found["ref"], found["torch"]
     first = init_params(ref.spec, 0)
     for name in ("head.pool.weight", "head.classifier.weight", "head.classifier.bias"):
@@ -163,8 +190,21 @@ def test_a_trainer_of_nothing_is_refused(backend):
 
 
 def test_dropout_and_images(place, tmp_path):
-    result = answer("finetune", place / "vit.safetensors", "--data", "digits", "--out", tmp_path, "--steps", 3,
-                    "--head-only", "--dropout", 0.25, "--backend", "ref")  # fmt: skip
+    result = answer(
+        "finetune",
+        place / "vit.safetensors",
+        "--data",
+        "digits",
+        "--out",
+        tmp_path,
+        "--steps",
+        3,
+        "--head-only",
+        "--dropout",
+        0.25,
+        "--backend",
+        "ref",
+    )
     assert result["targets"] == 180
     spec = load_checkpoint(tmp_path / "model.safetensors").spec
     assert (spec.classes, spec.dropout, spec.attention_dropout) == (10, 0.25, 0.25)
@@ -176,8 +216,20 @@ def test_the_pooler_that_came_along_is_used(place, tmp_path):
     spec = replace(BERT, head=Head.NONE)
     came = {"hub.pooler.dense.weight": weight, "hub.pooler.dense.bias": bias}
     path = saved(tmp_path / "came.safetensors", spec, came)
-    answer("finetune", path, "--data", place / "set.csv", "--out", tmp_path / "out", "--steps", 1, "--lr", 1e-9,
-           "--backend", "ref")  # fmt: skip
+    answer(
+        "finetune",
+        path,
+        "--data",
+        place / "set.csv",
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        1,
+        "--lr",
+        1e-9,
+        "--backend",
+        "ref",
+    )
     params = load_checkpoint(tmp_path / "out" / "model.safetensors").params
     np.testing.assert_allclose(params["head.pool.weight"], weight, rtol=0, atol=1e-8)  # one step of 1e-9
     drawn = init_params(replace(BERT, head=Head.CLASSIFY, classes=2), 0)["head.classifier.weight"]
@@ -244,7 +296,7 @@ def test_another_init_is_another_run(place, tmp_path):
         (["train", "--init", "mlm.safetensors", "--attention", "mlp"], "only the linear one"),
         (["train", "--init", "mlm.safetensors", "--data", "digits"], "data 'digits' is images"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_begun_with_is_refused(place, model, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(place)
     if not Path("quantized.safetensors").exists():
@@ -378,8 +430,9 @@ def test_a_softmax_is_switched_and_a_gate_kept(place):
 
 
 def test_an_encoder_without_head_gets_one(place, tmp_path):
-    result = answer("train", "--init", place / "bert.safetensors", "--backend", "ref", "--steps", 2, "--batch", 2,
-                    "--out", tmp_path)  # fmt: skip
+    result = answer(
+        "train", "--init", place / "bert.safetensors", "--backend", "ref", "--steps", 2, "--batch", 2, "--out", tmp_path
+    )
     found = load_checkpoint(tmp_path)
     assert found.spec.head is Head.MLM and len(result["loss"]) == 2
     assert found.meta["data"]["source"] == "books" and found.meta["begun_from"].endswith("bert.safetensors")

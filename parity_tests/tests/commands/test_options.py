@@ -9,8 +9,6 @@ from parity_tests.tests.shell import call, good
 from qtx.jobs import finetune, opening, pretrain, study
 from qtx_ref.spec import SpecError
 
-pytest.importorskip("torch", reason="a missing device needs the extra torch")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from parity_tests import runner
 from parity_tests.junit import document
@@ -98,7 +99,6 @@ def test_what_is_refused_is_2(arguments: tuple, named: str, tmp_path: Path, monk
     "arguments", [(), (ARTIFACT, *DATA), (FLOAT, *DATA), ("--backend", "torch", "--only", "quant")]
 )
 def test_a_missing_device_is_3_before_any_case(arguments: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(runner, "run_case", lambda *given: pytest.fail("a case was run"))
     monkeypatch.setattr(cli_parity, "open_model", lambda *given: pytest.fail("the file was opened"))
@@ -119,7 +119,6 @@ def test_a_missing_backend_is_3(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_says_what_was_compared_and_by_what() -> None:
-    torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     found = json.loads(good("parity", ARTIFACT, *DATA, "--json", "-").stdout)
     assert found["schema_version"] == 1 and found["ok"] and found["dtype"] == "integer"
     assert found["file"] == {"path": str(ARTIFACT), "sha256": hashlib.sha256(ARTIFACT.read_bytes()).hexdigest()}

@@ -15,11 +15,10 @@ from qtx.measure.published import list_published
 from qtx.recipes.named import recipe
 from qtx.recipes.sites import paper_sites
 from qtx_ref.presets import attention, preset
-from qtx_ref.quant import observers
-from qtx_ref.quant import quantizer as quantizers
+from qtx_ref.quant import observers, quantizer
 from qtx_ref.spec import ObserverKind, ObserverSpec, QuantSpec
 from qtx_torch.quant import observers as torch_observers
-from qtx_torch.quant import quantizer as torch_quantizers
+from qtx_torch.quant import quantizer as torch_quantizer
 
 BACKENDS = {"ref": qtx_ref.backend.Model, "torch": qtx_torch.backend.Model}
 
@@ -110,11 +109,11 @@ def test_a_weights_quantizer_is_the_simulators(name, backend):
     x = np.array(values, np.float32)
     probes = np.concatenate([x, np.linspace(-3, 3, 999, dtype=np.float32)])
     if backend == "ref":
-        scale, zero = quantizers.scale_zero(x.min(), x.max(), spec)
-        got, _ = quantizers.fake_quantize(probes, scale, zero, spec)
+        scale, zero = quantizer.scale_zero(x.min(), x.max(), spec)
+        got, _ = quantizer.fake_quantize(probes, scale, zero, spec)
     else:
-        scale, zero = torch_quantizers.scale_zero(torch.tensor(x.min()), torch.tensor(x.max()), spec)
-        got, _ = torch_quantizers.fake_quantize(torch.tensor(probes), scale, zero, spec)
+        scale, zero = torch_quantizer.scale_zero(torch.tensor(x.min()), torch.tensor(x.max()), spec)
+        got, _ = torch_quantizer.fake_quantize(torch.tensor(probes), scale, zero, spec)
         scale, got = scale.numpy(), got.numpy()
     want_scale = np.float32(np.abs(x).max()) / np.float32(last)
     assert scale == want_scale and want_scale == pytest.approx(step, rel=1e-7)

@@ -192,14 +192,12 @@ def test_changed_vectors_are_refused_and_the_first_is_in_forward_order(artifact,
 
 
 def test_parity_of_an_artifact(artifact):
-    pytest.importorskip("torch", reason="the extra torch is not installed")
     found = json.loads(good("parity", artifact, "--json", "-").stdout)
     assert found["ok"] and found["first"] == ""
     assert {"embed.image", "layer.3.attn.probs", "output value"} <= {row["name"] for row in found["rows"]}
 
 
 def test_parity_of_an_artifact_has_no_dtype(artifact):
-    pytest.importorskip("torch", reason="the extra torch is not installed")
     assert "an integer model has no float dtype" in call("parity", artifact, "--dtype", "float64").output
 
 
@@ -223,10 +221,10 @@ def test_a_damaged_file_is_one_clear_error(damage, artifact, checkpoint, tmp_pat
         "empty": b"",
         "truncated": content[: len(content) // 2],
         "flipped": bytes(flipped),
-        "header": content.replace(b'half_even', b'half_away', 1),
+        "header": content.replace(b"half_even", b"half_away", 1),
         "text": b"not a model at all",
         "checkpoint": checkpoint.read_bytes(),
-    }[damage]  # fmt: skip
+    }[damage]
     file = tmp_path / "model.qtx"
     file.write_bytes(new)
     for command in ("evaluate", "show", "vectors"):
@@ -374,12 +372,16 @@ def test_own_ranges_are_kept(tmp_path):
     [
         ("w8a8", (), "which recipe mine leaves in float, multiplies the int8 codes of embed.token.weight; its int32"),
         ("w16a16", (), "int16 codes of embed.token.weight; its int64"),
-        ("w8a8", (Rule(("*.weight",), QuantSpec(), "a test"),), "which recipe mine leaves in float, multiplies the uint8"),
+        (
+            "w8a8",
+            (Rule(("*.weight",), QuantSpec(), "a test"),),
+            "which recipe mine leaves in float, multiplies the uint8",
+        ),
         ("w8a8", (Rule(("head.decoder",), QuantSpec(), "a test"),), "whose weights recipe mine leaves in float"),
         ("w8a8", (Rule(("head.decoder.weight",), QuantSpec(), "a test"),), "whose result recipe mine leaves in float"),
         ("w8a8", (Rule(("head.decoder*",), QuantSpec(), "a test"),), ""),
     ],
-)  # fmt: skip
+)
 def test_the_note_on_a_head_in_float(base, rules, said):
     spec = preset("opt-tiny")
     chosen = recipe(base, spec)

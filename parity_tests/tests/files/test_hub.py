@@ -74,10 +74,15 @@ CLASSIFIER = {"head": Head.CLASSIFY, "classes": 4}
 
 @pytest.mark.parametrize(
     "spec",
-    [BERT, replace(BERT, **CLASSIFIER), OPT, replace(OPT, pre_norm=False, final_norm=False, embed_width=10),
-     replace(VIT, patch_norm=False, channels=3)],
+    [
+        BERT,
+        replace(BERT, **CLASSIFIER),
+        OPT,
+        replace(OPT, pre_norm=False, final_norm=False, embed_width=10),
+        replace(VIT, patch_norm=False, channels=3),
+    ],
     ids=["mlm", "classify", "causal", "350m", "vit"],
-)  # fmt: skip
+)
 def test_a_model_made_here_is_loaded_by_transformers(tmp_path, spec):
     draw = np.random.default_rng(0)
     params = {k: v + 0.2 * draw.normal(size=v.shape).astype(np.float32) for k, v in init_params(spec, 0).items()}
@@ -142,9 +147,11 @@ def test_what_is_kept_apart(tmp_path):
     model = make("bert pretraining", tmp_path / "theirs")
     found = through_file(import_model(tmp_path / "theirs"), tmp_path / "m.safetensors")
     assert sorted(found.extra) == [
-        "hub.bert.pooler.dense.bias", "hub.bert.pooler.dense.weight", "hub.cls.seq_relationship.bias",
+        "hub.bert.pooler.dense.bias",
+        "hub.bert.pooler.dense.weight",
+        "hub.cls.seq_relationship.bias",
         "hub.cls.seq_relationship.weight",
-    ]  # fmt: skip
+    ]
     weight, bias = pooler(found)
     np.testing.assert_array_equal(weight, model.bert.pooler.dense.weight.detach())
     np.testing.assert_array_equal(bias, model.bert.pooler.dense.bias.detach())

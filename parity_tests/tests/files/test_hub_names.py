@@ -107,9 +107,15 @@ def test_names_of_old(folder):
 @pytest.mark.parametrize("folder", ["vit"], indirect=True)
 def test_names_of_transformers_5(folder):
     before = import_model(folder).params
-    new = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
-           "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj",
-           "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2", "encoder.layer.": "layers."}  # fmt: skip
+    new = {
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+        "encoder.layer.": "layers.",
+    }
 
     def change(found):
         for name in list(found):

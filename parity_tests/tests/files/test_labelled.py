@@ -154,12 +154,15 @@ def row(text="a text", label="x", split=None):
         ([row(), row("b"), row(label="y")], "line 3 has the text of .* line 1, with labels 'y' and 'x': remove one"),
         ([row() | {"text_pair": "b"}], "line 1 has a text_pair: pairs of texts are not read"),
         ([row(label="1" * 5000), row("b", "2")], "line 1 has a label of 5000 characters: give at most 200"),
-        ([row(split="train"), row(split="evaluation")], "line 2 of the evaluation split has the text of .* line 1 of train"),
+        (
+            [row(split="train"), row(split="evaluation")],
+            "line 2 of the evaluation split has the text of .* line 1 of train",
+        ),
         ([[]], "line 1 is no object"),
         ([row("\ud800")], "half a surrogate pair"),
         ([], "is empty"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_cannot_be_used_are_named(tmp_path, rows, message):
     path = tmp_path / "set.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

@@ -83,7 +83,6 @@ def differences(ref: object, ours: object, apart: set[str]) -> set[str]:
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_pair_of_modules_has_the_same_names_and_signatures(name: str) -> None:
     """Or torch's says in its docstring which of them differ, and why; and none that does not."""
-    pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     ref, ours = (importlib.import_module(f"{package}.{name}") for package in ("qtx_ref", "qtx_torch"))
     apart = declared(ours)
     assert differences(ref, ours, apart) <= apart
@@ -106,7 +105,6 @@ def test_a_difference_is_noticed() -> None:
 
 
 def test_what_only_torch_has_says_why() -> None:
-    pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     for name in modules("qtx_torch") - modules("qtx_ref"):
         assert ALONE.search(heading(importlib.import_module(f"qtx_torch.{name}"))), name
 

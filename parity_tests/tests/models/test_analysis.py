@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,10 +30,12 @@ from qtx_ref.spec import Gate, Softmax
 MODELS = ("bert_plain", "opt_clipped", "vit_gate_elementwise", "bert_classify")
 BACKENDS = {"ref": qtx_ref.backend.Model, "torch": qtx_torch.backend.Model}
 TIGHT = {"rtol": 1e-10, "atol": 1e-13}  # float64 sums in another order; the small ones cancel
-TOKENIZER = json.dumps({
-    "model": {"vocab": {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, ".": 3, "word": 4, "##!": 5}},
-    "added_tokens": [{"id": 6, "content": "[MASK]"}],
-})  # fmt: skip
+TOKENIZER = json.dumps(
+    {
+        "model": {"vocab": {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, ".": 3, "word": 4, "##!": 5}},
+        "added_tokens": [{"id": 6, "content": "[MASK]"}],
+    }
+)
 SPECIALS = SimpleNamespace(pad=0, cls=1, sep=2, mask=6, ids=(0, 1, 2, 6))
 
 
@@ -81,8 +84,10 @@ def test_statistics_of_every_site_are_those_of_the_recorded_tensors(name, backen
         flat, whole = np.concatenate([part.ravel() for part in parts]), np.concatenate(parts)
         found, close = sums[site].result(site), lambda got, want: np.testing.assert_allclose(got, want, **TIGHT)
         constant = [np.ptp(part) == 0 for part in parts]
-        norms = [0.0 if flat_ else scipy_stats.kurtosis(p, axis=None, fisher=False)
-                 for p, flat_ in zip(parts, constant, strict=True)]  # fmt: skip
+        norms = [
+            0.0 if flat_ else scipy_stats.kurtosis(p, axis=None, fisher=False)
+            for p, flat_ in zip(parts, constant, strict=True)
+        ]
         unbiased = [np.var(p, ddof=1) if p.size > 1 else 0.0 for p in parts]
         assert found.elements == flat.size
         assert (found.lowest, found.highest) == (flat.min(), flat.max())
@@ -90,8 +95,10 @@ def test_statistics_of_every_site_are_those_of_the_recorded_tensors(name, backen
         close(found.inf_norm, np.mean([np.abs(p).max() for p in parts]))
         close(found.rms, np.sqrt(np.mean(flat**2)))
         close(found.kurtosis, np.mean(norms))
-        close(found.kurtosis_published, np.mean([np.mean((p - p.mean()) ** 4) / (v**2 + 1e-6)
-                                                 for p, v in zip(parts, unbiased, strict=True)]))  # fmt: skip
+        close(
+            found.kurtosis_published,
+            np.mean([np.mean((p - p.mean()) ** 4) / (v**2 + 1e-6) for p, v in zip(parts, unbiased, strict=True)]),
+        )
         if np.ptp(flat):
             close(found.kurtosis_pooled, scipy_stats.kurtosis(flat, fisher=False))
         energy = np.sort((whole**2).sum(axis=0))[::-1]
@@ -344,7 +351,6 @@ def test_both_backends_say_the_same(files):
 
 def test_masked_ranges_are_those_of_the_elements_that_count():
     """The fast way of torch's min-max against brute force, with NaN and infinity where nothing counts."""
-    torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
     from qtx_torch.quant.affine import min_max
 
     rng = np.random.default_rng(1)

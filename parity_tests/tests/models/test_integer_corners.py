@@ -7,23 +7,21 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from scipy import special
 
-torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
-
-from parity_tests import integer_report  # noqa: E402
-from parity_tests.subjects import small_models  # noqa: E402
-from parity_tests.subjects.integer_models import Lowered, RunRecord, record_run, same  # noqa: E402
-from qtx.measure.scores import IntegerScorer  # noqa: E402
-from qtx.recipes import named as recipes  # noqa: E402
-from qtx_ref.backend import IntegerModel as RefModel  # noqa: E402
-from qtx_ref.backend import Model as RefBackend  # noqa: E402
-from qtx_ref.integer import lifting, lowering  # noqa: E402
-from qtx_ref.integer import products as integer  # noqa: E402
-from qtx_ref.profiles import profile  # noqa: E402
-from qtx_ref.spec import Granularity, Nonlinear, QuantSpec, Rule, SpecError  # noqa: E402
-from qtx_torch.backend import IntegerModel  # noqa: E402
-from qtx_torch.integer import products as torch_integer  # noqa: E402
+from parity_tests import integer_report
+from parity_tests.subjects import small_models
+from parity_tests.subjects.integer_models import Lowered, RunRecord, record_run, same
+from qtx.measure.scores import IntegerScorer
+from qtx.recipes import named as recipes
+from qtx_ref.backend import IntegerModel as RefModel
+from qtx_ref.backend import Model as RefBackend
+from qtx_ref.integer import lifting, lowering, products
+from qtx_ref.profiles import profile
+from qtx_ref.spec import Granularity, Nonlinear, QuantSpec, Rule, SpecError
+from qtx_torch.backend import IntegerModel
+from qtx_torch.integer import products as torch_products
 
 
 def corner(
@@ -192,11 +190,11 @@ def test_a_gate_with_a_scale_per_token(name: str) -> None:
     assert gap(low) < 0.1
 
 
-@pytest.mark.parametrize("module", [integer, torch_integer])
+@pytest.mark.parametrize("module", [products, torch_products])
 def test_the_lowest_bias_overflows_aloud(module: ModuleType) -> None:
     s8 = QuantSpec(symmetric=True)
     a, b, bias = np.full((2, 4), -10, np.int8), np.full((4, 1), 10, np.int8), np.array([-(2**31)], np.int32)
-    if module is torch_integer:
+    if module is torch_products:
         a, b, bias = map(torch.tensor, (a, b, bias))
     with pytest.raises(ValueError, match="accumulators run from -2147484048"):
         module.matmul(a, b, s8, s8, bias=bias)

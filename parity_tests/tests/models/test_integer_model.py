@@ -6,26 +6,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
-
-from parity_tests import integer_report, large_integer  # noqa: E402
-from parity_tests.subjects import integer_models  # noqa: E402
-from parity_tests.subjects.integer_models import RunRecord, record_run, same  # noqa: E402
-from qtx.measure.scores import IntegerScorer  # noqa: E402
-from qtx_ref.backend import IntegerModel as RefModel  # noqa: E402
-from qtx_ref.integer import fixed_point, lowering  # noqa: E402
-from qtx_ref.integer import ops as integer_ops  # noqa: E402
-from qtx_ref.profiles import NAMES, profile  # noqa: E402
-from qtx_ref.quant import affine  # noqa: E402
-from qtx_ref.random import stream  # noqa: E402
-from qtx_ref.spec import Gate, QuantSpec, Requantization, SpecError  # noqa: E402
-from qtx_torch import backend as torch_backend  # noqa: E402
-from qtx_torch.backend import IntegerModel  # noqa: E402
-from qtx_torch.integer import fixed_point as torch_fixed_point  # noqa: E402
-from qtx_torch.integer import ops as torch_integer_ops  # noqa: E402
+from parity_tests import integer_report, large_integer
+from parity_tests.subjects import integer_models
+from parity_tests.subjects.integer_models import RunRecord, record_run, same
+from qtx.measure.scores import IntegerScorer
+from qtx_ref.backend import IntegerModel as RefModel
+from qtx_ref.integer import fixed_point, lowering, ops
+from qtx_ref.profiles import NAMES, profile
+from qtx_ref.quant import affine
+from qtx_ref.random import stream
+from qtx_ref.spec import Gate, QuantSpec, Requantization, SpecError
+from qtx_torch import backend as torch_backend
+from qtx_torch.backend import IntegerModel
+from qtx_torch.integer import fixed_point as torch_fixed_point
+from qtx_torch.integer import ops as torch_ops
 
 SEEDS = st.integers(0, 2**32 - 1)
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -33,7 +31,7 @@ OPS = ("exp_polynomial", "gelu_polynomial", "sigmoid_polynomial", "tanh_polynomi
 FIXED = (Requantization.FIXED_ONE, Requantization.FIXED_TWO)
 
 
-def agree(function: str, *values: object, module: str = "integer_ops") -> None:
+def agree(function: str, *values: object, module: str = "ops") -> None:
     """The function of both backends on the same integers: the same integers."""
 
     def tensor(x: object) -> object:
@@ -45,7 +43,7 @@ def agree(function: str, *values: object, module: str = "integer_ops") -> None:
         return [a for part in x for a in flat(part)] if isinstance(x, (list, tuple)) else [np.asarray(x)]
 
     ref, ours = {
-        "integer_ops": (integer_ops, torch_integer_ops),
+        "ops": (ops, torch_ops),
         "fixed_point": (fixed_point, torch_fixed_point),
     }[module]
     want = flat(getattr(ref, function)(*values))
@@ -86,10 +84,10 @@ def test_softmax(seed: int, kind: str, sink: bool, bits: int) -> None:
     exponential = table if kind == "table" else fixed_point.quantize_multiplier(real)
     extra = (rng.integers(-400, 400, 3).astype(np.int32), rng.integers(2**20, 2**22, 3)) if sink else None
     agree("softmax", code, mask, exponential, extra)
-    p = integer_ops.softmax(code, mask, exponential, extra)
+    p = ops.softmax(code, mask, exponential, extra)
     zeta, gamma, alpha = np.int64(rng.integers(2**24, 2**26)), -rng.integers(0, 2**33), rng.integers(0, 2**33)
     agree("row_gamma", np.int64(alpha), mask)
-    for stretch in (np.int64(gamma), integer_ops.row_gamma(np.int64(alpha), mask)):
+    for stretch in (np.int64(gamma), ops.row_gamma(np.int64(alpha), mask)):
         agree("clip_stretch", p, zeta, stretch)
 
 
@@ -181,15 +179,15 @@ def test_the_large_command_names_the_first_site_that_differs() -> None:
     bias = "layer.1.ffn.output.bias"
     changed = replace(low, constants={**low.constants, bias: low.constants[bias] + 1})
     ref, model = low.model(RefModel), low.model(IntegerModel)
-    count, differs = large_integer.first_difference(ref, model, low.batch)
+    count, differs = large_integer.find_difference(ref, model, low.batch)
     assert (count > 50, differs) == (True, "")
     assert (
-        large_integer.first_difference(ref, changed.model(IntegerModel), low.batch)[1]
+        large_integer.find_difference(ref, changed.model(IntegerModel), low.batch)[1]
         == "layer.1.ffn.output.accumulator"
     )
     start = low.batch["tokens"][:, :3]
-    assert large_integer.first_generated(ref, model, start)[1] == ""
-    assert large_integer.first_generated(ref, changed.model(IntegerModel), start)[1] == "generated"
+    assert large_integer.compare_generated(ref, model, start)[1] == ""
+    assert large_integer.compare_generated(ref, changed.model(IntegerModel), start)[1] == "generated"
 
 
 # --- strict -----------------------------------------------------------------------------------------------------------
@@ -198,7 +196,7 @@ def test_the_large_command_names_the_first_site_that_differs() -> None:
 @pytest.mark.parametrize("name", ["bert_plain", "vit_plain"])
 def test_strict_stops_at_the_first_float(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     low = integer_models.small(name)
-    for kind, module in ((RefModel, integer_ops), (IntegerModel, torch_integer_ops)):
+    for kind, module in ((RefModel, ops), (IntegerModel, torch_ops)):
         with monkeypatch.context() as patch:
             patch.setattr(module, "half_up", lambda a, b: a // b + (a * 0.5 > a))
             low.model(kind).run(low.batch)

@@ -7,22 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
-
-import qtx_torch.attention  # noqa: E402
-import qtx_torch.backend  # noqa: E402
-import qtx_torch.ops  # noqa: E402
-import qtx_torch.quant.observers  # noqa: E402
-import qtx_torch.quant.quantizer  # noqa: E402
-import qtx_torch.stats  # noqa: E402
-from parity_tests.subjects.integer_models import lower_model  # noqa: E402
-from qtx_ref import attention, backend, ops, stats  # noqa: E402
-from qtx_ref.models.initial import init_params  # noqa: E402
-from qtx_ref.presets import preset  # noqa: E402
-from qtx_ref.quant import observers  # noqa: E402
-from qtx_ref.quant import quantizer as quantizers  # noqa: E402
-from qtx_ref.spec import (  # noqa: E402
+import qtx_torch.attention
+import qtx_torch.backend
+import qtx_torch.ops
+import qtx_torch.quant.observers
+import qtx_torch.quant.quantizer
+import qtx_torch.stats
+from parity_tests.subjects.integer_models import lower_model
+from qtx_ref import attention, backend, ops, stats
+from qtx_ref.models.initial import init_params
+from qtx_ref.presets import preset
+from qtx_ref.quant import observers, quantizer
+from qtx_ref.spec import (
     AttentionSpec,
     FloatQuantSpec,
     Granularity,
@@ -32,7 +30,7 @@ from qtx_ref.spec import (  # noqa: E402
     Softmax,
     SpecError,
 )
-from qtx_ref.tape import Var, const  # noqa: E402
+from qtx_ref.tape import Var, const
 
 NAN, INF = np.nan, np.inf
 SIZE = {"layers": 1, "width": 16, "heads": 2, "hidden": 32}
@@ -324,9 +322,18 @@ def arrays(dtype: str) -> dict[str, np.ndarray]:
     """Whole numbers and halves, whose sums are exact in any order."""
     x = (np.arange(-8, 16).reshape(2, 3, 4) / 2).astype(dtype)
     found = {
-        "3-d": x, "2-d": x[0], "transposed": x[0].T, "strided": wider(x), "1-d": x[0, 0], "0-d": x[1, 2, 3],
-        "one": x[:1, 0, 0], "no row": x[:0], "no token": x[:, :0], "no channel": x[..., :0], "nothing": x[0, 0, :0],
-    }  # fmt: skip
+        "3-d": x,
+        "2-d": x[0],
+        "transposed": x[0].T,
+        "strided": wider(x),
+        "1-d": x[0, 0],
+        "0-d": x[1, 2, 3],
+        "one": x[:1, 0, 0],
+        "no row": x[:0],
+        "no token": x[:, :0],
+        "no channel": x[..., :0],
+        "nothing": x[0, 0, :0],
+    }
     found = {name: np.asarray(value) for name, value in found.items()}
     for name, odd in (("NaN", NAN), ("inf", INF), ("-inf", -INF)):
         found[name] = x.copy()
@@ -378,7 +385,7 @@ def test_scales_of_odd_tensors(quant, dtype):
         given = x, QUANTS[quant], None, weight
         got = answer(qtx_torch.quant.quantizer.dynamic_scale, *map(tensors, given))
         try:
-            same(got, answer(quantizers.dynamic_scale, *given))
+            same(got, answer(quantizer.dynamic_scale, *given))
         except AssertionError as error:
             raise AssertionError(f"{name}, weight {weight}") from error
 
@@ -390,7 +397,7 @@ def test_masks_of_ranges(quant, where):
         given = x, QUANTS[quant], WHERES[where], False
         got = answer(qtx_torch.quant.quantizer.dynamic_scale, *map(tensors, given))
         try:
-            same(got, answer(quantizers.dynamic_scale, *given))
+            same(got, answer(quantizer.dynamic_scale, *given))
         except AssertionError as error:
             raise AssertionError(name) from error
 

@@ -5,13 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import qtx_ref.backend
+import qtx_torch.backend
 from qtx.recipes.sites import sites
-from qtx_ref import backend as ref
 from qtx_ref.models.initial import add_gate, init_params
 from qtx_ref.presets import attention, preset
 from qtx_ref.quant.observers import Observer
 from qtx_ref.spec import Gate, ObserverKind, ObserverSpec, QuantSpec
 
+BACKENDS = {"ref": qtx_ref.backend, "torch": qtx_torch.backend}
 SPEC = replace(preset("bert-tiny"), layers=1, width=16, heads=2, hidden=32, vocab=50, length=8)
 
 
@@ -26,7 +28,7 @@ def padded_batch(filler: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", ["clipped+mlp", "sink+head_conditional", "softmax1+elementwise"])
 @pytest.mark.parametrize("name", ["ref", "torch"])
 def test_padding_moves_no_range(name, kind):
-    module = ref if name == "ref" else pytest.importorskip("qtx_torch.backend", reason="needs the extra torch")
+    module = BACKENDS[name]
     spec = replace(SPEC, attention=attention(kind))
     model = module.Model(spec, init_params(spec, 0))
     quants = dict.fromkeys(sites(spec).all, QuantSpec())
@@ -50,7 +52,7 @@ def test_a_batch_without_elements_changes_nothing(kind):
 @pytest.mark.parametrize("name", ["ref", "torch"])
 def test_a_gate_added_to_a_trained_model_changes_little(name):
     """sigmoid(logit(pi) + small) / pi is 1 + small: weights of 0.01 on unit-size inputs move the gate by a few percent."""
-    module = ref if name == "ref" else pytest.importorskip("qtx_torch.backend", reason="needs the extra torch")
+    module = BACKENDS[name]
     plain = init_params(SPEC, 0)
     params, spec = add_gate(plain, SPEC, pi=0.25, seed=1)
     assert spec.attention.gate is Gate.LINEAR and spec.attention.rescaled

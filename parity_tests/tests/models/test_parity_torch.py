@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="the torch backend needs the extra torch")
-
-from parity_tests.mirror.fakequant import measure_flips, resolve_recipe  # noqa: E402
-from parity_tests.proof.case import Case, Context  # noqa: E402
-from parity_tests.runner import check_checkpoint, report_rows, run, run_case  # noqa: E402
-from parity_tests.subjects import small_models  # noqa: E402
-from parity_tests.table import list_cases  # noqa: E402
-from qtx_ref.backend import Model as RefModel  # noqa: E402
-from qtx_torch.backend import Model  # noqa: E402
+from parity_tests.mirror.fakequant import measure_flips, resolve_recipe
+from parity_tests.proof.case import Case, Context
+from parity_tests.runner import check_checkpoint, report_rows, run, run_case
+from parity_tests.subjects import small_models
+from parity_tests.table import list_cases
+from qtx_ref.backend import Model as RefModel
+from qtx_torch.backend import Model
 
 CONTEXT = Context()
 

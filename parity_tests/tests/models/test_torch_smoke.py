@@ -7,16 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-import qtx_ref.backend as reference  # noqa: E402
-from parity_tests.mirror.quant import REACH  # noqa: E402
-from qtx_ref.models.initial import init_params, shapes  # noqa: E402
-from qtx_ref.presets import PRESETS, attention  # noqa: E402
-from qtx_ref.quant import affine as reference_affine  # noqa: E402
-from qtx_ref.random import keep_mask as reference_keep_mask  # noqa: E402
-from qtx_ref.spec import (  # noqa: E402
+import qtx_ref.backend as reference
+from parity_tests.mirror.quant import REACH
+from qtx_ref.models.initial import init_params, shapes
+from qtx_ref.presets import PRESETS, attention
+from qtx_ref.quant import affine as reference_affine
+from qtx_ref.random import keep_mask as reference_keep_mask
+from qtx_ref.spec import (
     Family,
     Granularity,
     ModelSpec,
@@ -26,12 +25,12 @@ from qtx_ref.spec import (  # noqa: E402
     QuantSpec,
     SpecError,
 )
-from qtx_torch import backend  # noqa: E402
-from qtx_torch.attention import make_mask  # noqa: E402
-from qtx_torch.numerics import Float, Record  # noqa: E402
-from qtx_torch.quant import affine  # noqa: E402
-from qtx_torch.random import keep_mask  # noqa: E402
-from qtx_torch.sites import swap_hooks  # noqa: E402
+from qtx_torch import backend
+from qtx_torch.attention import make_mask
+from qtx_torch.numerics import Float, Record
+from qtx_torch.quant import affine
+from qtx_torch.random import keep_mask
+from qtx_torch.sites import swap_hooks
 
 MODELS = ("bert-tiny", "opt-tiny", "vit-tiny")
 VARIANTS = ("vanilla", "clipped", "clipped_row", "softmax1", "sink+all_features", "gated", "mlp", "elementwise+clipped")
@@ -273,9 +272,10 @@ def test_record_and_statistics(name: str) -> None:
             np.testing.assert_allclose(found[site][key] / scale, value / scale, atol=1e-4, err_msg=f"{site} {key}")
     length = spec.length if spec.family is Family.VIT else 24
     marks = {"first": np.arange(length)[None, :].repeat(2, axis=0) == 0}
-    streams = ["embed.norm" if spec.family is Family.BERT else "embed.sum", *(
-        f"layer.{i}.ffn.{'residual' if spec.pre_norm else 'norm'}" for i in range(spec.layers - 1)
-    )]  # fmt: skip
+    streams = [
+        "embed.norm" if spec.family is Family.BERT else "embed.sum",
+        *(f"layer.{i}.ffn.{'residual' if spec.pre_norm else 'norm'}" for i in range(spec.layers - 1)),
+    ]
     for ours, theirs in zip(*(m.attention(batch, marks, streams) for m in (our, ref)), strict=True):
         for key, value in theirs.items():
             np.testing.assert_allclose(ours[key], value, rtol=1e-4, err_msg=key)
