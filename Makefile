@@ -9,8 +9,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: .venv/all
 	$(BIN)/qtx study --out runs/demo --resume
 
+# one process a core, each with one thread
 test: .venv/dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -385,7 +385,7 @@ def test_every_kind_of_recipe_comes_back_as_it_was_printed(model, tmp_path):
         (["study", "--recipe", "w8a8", "--bits", "w6a6"], "give one of them"),
         (["study", "--recipe", "int8"], "recipe 'int8' is not known"),
         (["study", "--recipe", "paper-bert"], "use paper-opt"),
-        (["study", "--recipe", "nowhere.json"], "recipe file nowhere.json: there is no such file"),
+        (["study", "--recipe", "nowhere.json"], "recipe file nowhere.json cannot be read (No such file or directory)"),
         (["study", "--attention", ""], "name at least one"),
         (["study", "--attention", "vanilla,vanilla"], "each once"),
         (["train", "--attention", "clipped:gamma=-0.1:gamma=-0.2"], "gives a setting twice"),

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 from parity_tests import fuzz
 from parity_tests.subjects.mutations import flip_bit
 from parity_tests.tests.shell import call, good
-from qtx.engines.machine import Machine
 from qtx.files import artifact
 from qtx.files.artifact import load_artifact
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -33,6 +32,7 @@ from qtx.files.formats import check_replaceable, kind_of
 from qtx.files.results import read_comparison, read_study
 from qtx.jobs import finetune, opening, pretrain, quantize
 from qtx_ref import spec
+from qtx_ref.backend import Model
 from qtx_ref.integer import lowering
 from qtx_ref.models.initial import init_params
 
@@ -258,7 +258,7 @@ def test_a_prompt_without_words_is_refused(place):
 
 def test_quantize_checks_once_and_builds_what_it_calibrates(place, monkeypatch):
     checked, built = [], []
-    whole_check, model = spec.check_integer, Machine.model
+    whole_check, make = spec.check_integer, Model.__init__
 
     def check(*arguments, **more):
         checked.append(1)
@@ -266,7 +266,7 @@ def test_quantize_checks_once_and_builds_what_it_calibrates(place, monkeypatch):
 
     for module in (quantize, artifact, lowering):
         monkeypatch.setattr(module, "check_integer", check)
-    monkeypatch.setattr(Machine, "model", lambda *given: built.append(1) or model(*given))
+    monkeypatch.setattr(Model, "__init__", lambda *given, **more: built.append(1) or make(*given, **more))
     good("quantize", "vit.safetensors", "--backend", "ref", "--out", "new.qtx")
     assert (len(checked), len(built)) == (1, 1)
     built.clear()
