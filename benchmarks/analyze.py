@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/analyze.py MODEL.safetensors --batch 16 --length 64
     python benchmarks/analyze.py --memory                  # peak memory of an analysis of N and of 4 N batches
 
-Everything includes its own forward pass. Calibration is by running minimum and maximum. Tokens are random; with --padding
-the sequences have different lengths. Ratios are of the minima and, per round, their median.
+Everything includes its own forward pass. Calibration is by running minimum and maximum. Tokens are random; with
+--padding the sequences have different lengths. Ratios are of the minima and, per round, their median.
 """
 
 from __future__ import annotations

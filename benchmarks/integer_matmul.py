@@ -5,8 +5,8 @@
 
 Rows: NumPy through float32 blocks, with a zero point of u8 codes too, and by NumPy's integer matmul (int32, timed
 once); torch by `qtx_torch.integer.products` with and without byte instructions, and `torch._int_mm` alone, also by its
-own loop, which is what it runs on a CPU without VNNI (timed once). "To integer loops" is to that loop, or NumPy's. Every
-result is held to the exact one before it is timed. Ratios are medians over rounds.
+own loop, which is what it runs on a CPU without VNNI (timed once). "To integer loops" is to that loop, or NumPy's.
+Every result is held to the exact one before it is timed. Ratios are medians over rounds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ S8, U8 = QuantSpec(symmetric=True), QuantSpec()
 
 
 def time_calls(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after one round that warms up. A slow one is timed once. Each round begins with
-    another call, since each finds the caches as the one before left them."""
+    """Seconds of each call in each round, after one round that warms up. A slow one is timed once. Each round begins
+    with another call, since each finds the caches as the one before left them."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     for turn in range(rounds + 1):

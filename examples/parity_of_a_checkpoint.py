@@ -1,6 +1,7 @@
 """Holds torch to the reference on a checkpoint, site by site: `python examples/parity_of_a_checkpoint.py [CHECKPOINT]`.
 
-Without one it makes a small BERT with ranges of `w8a8`. The exit status is 1 where the backends part, as of `qtx parity`.
+Without one it makes a small BERT with ranges of `w8a8`. The exit status is 1 where the backends part, as of `qtx
+parity`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Training that is killed: `python -m parity_tests.kill_test --moments 20`.
 
-Real processes of `qtx train` get SIGKILL or SIGTERM at a random moment between their start and the time that the whole run
-takes: while they import, read data, train or save. The same command with `--resume` must then leave the tensors of the run
-that nothing interrupted, bit for bit, and nothing else in its folder, nor where temporary files go. Half of the
+Real processes of `qtx train` get SIGKILL or SIGTERM at a random moment between their start and the time that the whole
+run takes: while they import, read data, train or save. The same command with `--resume` must then leave the tensors of
+the run that nothing interrupted, bit for bit, and nothing else in its folder, nor where temporary files go. Half of the
 moments are of a run shorter than the interval between its checkpoints (30 s), half of one that saves after each step.
 """
 
@@ -149,7 +149,8 @@ def main() -> None:
         stopped = stop_runs(Path(name), given.moments, seed=given.seed, backend=given.backend, steps=given.steps)
     for moment in stopped:
         print(
-            f"{moment.number.name:8} {moment.kind:6} {moment.seconds:6.2f} s  {moment.place:18} {moment.fault or 'equal'}"
+            f"{moment.number.name:8} {moment.kind:6} {moment.seconds:6.2f} s  {moment.place:18} "
+            f"{moment.fault or 'equal'}"
         )
     for place, count in Counter(moment.place for moment in stopped).items():
         print(f"{place}: {count}")

@@ -100,7 +100,8 @@ def as_json(row: Row) -> dict[str, Any]:
 
 
 def describe_machine(backend: str, device: str) -> dict[str, Any]:
-    """What a report's numbers may depend on: versions, the CPU's vector instructions, threads, and the GPU that was used."""
+    """What a report's numbers may depend on: versions, the CPU's vector instructions, threads, and the GPU that was
+    used."""
     about = {
         "qtx": __version__,
         "python": platform.python_version(),
@@ -269,8 +270,8 @@ def check_checkpoint(
 ) -> Report:
     """torch against the reference on a user's own model; `Report.first` names the site where they part, if they do.
 
-    quants, with ranges (from the reference's calibration on these batches where there are none), are checked as well, and
-    what both choose from the batches of `calibration`; `quantize` quantizes while it calibrates.
+    quants, with ranges (from the reference's calibration on these batches where there are none), are checked as well,
+    and what both choose from the batches of `calibration`; `quantize` quantizes while it calibrates.
     """
     from parity_tests.mirror import checkpoint as torch_checkpoint
     from qtx_ref.backend import Model

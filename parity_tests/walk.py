@@ -1,11 +1,13 @@
-"""The walk of one weight: through which files it goes from `qtx quantize` to its codes, and to their use in `qtx evaluate`.
+"""The walk of one weight: through which files it goes from `qtx quantize` to its codes, and to their use in `qtx
+evaluate`.
 
     python -m parity_tests.walk [--weight layer.0.ffn.hidden.weight] [CHECKPOINT] [--data TEXT]
 
-Runs `qtx quantize CHECKPOINT --out MODEL.qtx` and `qtx evaluate MODEL.qtx` in this process, on the reference, and watches
-every call and every return of a function of the project. Words, as they are counted:
+Runs `qtx quantize CHECKPOINT --out MODEL.qtx` and `qtx evaluate MODEL.qtx` in this process, on the reference, and
+watches every call and every return of a function of the project. Words, as they are counted:
 
-- The weight's arrays are the one that `quantize` first has under the weight's name, what a function of the project makes
+- The weight's arrays are the one that `quantize` first has under the weight's name, what a function of the project
+makes
   of one of them in the same shape (its codes), and whatever is equal to one of these, after the file is read again too.
 - A function holds the weight while one of its arguments or local variables, or what was just returned to it, is one of
   these arrays, a view of one, a variable of the tape around one, or a mapping that has one under the weight's name. An
@@ -154,7 +156,8 @@ class Follower:
 
 
 def follow(weight: str = WEIGHT, checkpoint: Path = CHECKPOINT, data: Path = TEXT) -> Walk:
-    """The walk of a weight of a checkpoint. Raises RuntimeError where a command fails, or where nobody holds the weight."""
+    """The walk of a weight of a checkpoint. Raises RuntimeError where a command fails, or where nobody holds the
+    weight."""
     follower = Follower(weight)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.qtx"

@@ -1,4 +1,5 @@
-"""`python -m qtx`, and what the installed `qtx` calls: the command line, which can be stopped while it is still imported."""
+"""`python -m qtx`, and what the installed `qtx` calls: the command line, which can be stopped while it is still
+imported."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ class Commands(click.Group):
     """Turns mendable errors into one line; SIGINT and SIGTERM end every command with 130 and 143."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command that was named. Raises ClickException for what a user can mend, click's Exit for a signal."""
+        """Runs the command that was named. Raises ClickException for what a user can mend, click's Exit for a
+        signal."""
         try:
             with handle(interrupt):
                 return super().invoke(ctx)

@@ -15,8 +15,8 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """`with Progress("vanilla", steps) as bar: bar.advance(note="loss 4.3")`. Redrawn at most twice a second; nothing is
-    drawn while the total is 0."""
+    """`with Progress("vanilla", steps) as bar: bar.advance(note="loss 4.3")`. Redrawn at most twice a second; nothing
+    is drawn while the total is 0."""
 
     def __init__(self, label: str, total: int, done: int = 0) -> None:
         self.label, self.total, self.done, self.first = label, total, done, done

@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM, which mean the same: a command ends, with status 130 or 143, and cuts no step of training in two."""
+"""SIGINT and SIGTERM, which mean the same: a command ends, with status 130 or 143, and cuts no step of training in
+two."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Writes the signatures of docs/api.md from the modules themselves: `python tools/build_api.py`.
 
 Between `<!-- api: MODULE NAME ... -->` and `<!-- end -->` stand, of each name, its signature as the source has it and
-the first paragraph of its docstring; all the rest of the page is written by hand. `--check` writes nothing and exits with
-1 where the page is stale.
+the first paragraph of its docstring; all the rest of the page is written by hand. `--check` writes nothing and exits
+with 1 where the page is stale.
 """
 
 from __future__ import annotations

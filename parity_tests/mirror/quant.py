@@ -111,7 +111,8 @@ def check_affine(data: str, reach: str, context: Context) -> list[Verdict]:
 
 
 def check_float(form: FloatFormat, context: Context) -> list[Verdict]:
-    """Small floats from a tensor to its scale, codes, values and gradient mask; and beyond the scale, where it saturates."""
+    """Small floats from a tensor to its scale, codes, values and gradient mask; and beyond the scale, where it
+    saturates."""
     specs = [
         FloatQuantSpec(form, form is FloatFormat.E2M1, dynamic=True, **REACH[reach]) for reach in ("tensor", "token")
     ]
@@ -214,8 +215,8 @@ def observe(m: Any, batches: Any, where: Any, spec: Quant, weight: bool) -> tupl
 
 
 def check_observer(kind: ObserverKind, context: Context) -> list[Verdict]:
-    """The range after each of three batches, masked and not, of activations and weights: of tensors, channels and groups in
-    uniform codes, of tensors and channels in small floats."""
+    """The range after each of three batches, masked and not, of activations and weights: of tensors, channels and
+    groups in uniform codes, of tensors and channels in small floats."""
     observer = ObserverSpec(kind, percentile=97.0, candidates=40, margin=0.25)
     static = [REACH[reach] for reach in ("tensor", "channel", "group", "permuted")]
     specs: list[Quant] = [

@@ -1,8 +1,8 @@
 """20 training steps of the small presets in both backends, from the same 50 steps on, and AdamW by itself.
 
-A smooth model runs freely in both. Where there are kinks (ReLU, clipping) one ulp may flip a derivative, and AdamW makes
-a step of full size from the smallest difference: there each step starts from the reference's parameters, and how far
-free runs part is reported beside the distance between float32 and float64 torch.
+A smooth model runs freely in both. Where there are kinks (ReLU, clipping) one ulp may flip a derivative, and AdamW
+makes a step of full size from the smallest difference: there each step starts from the reference's parameters, and how
+far free runs part is reported beside the distance between float32 and float64 torch.
 """
 
 from __future__ import annotations

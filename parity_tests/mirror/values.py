@@ -94,7 +94,8 @@ def check_clipping(context: Context) -> list[Verdict]:
 
 
 def check_adamw(context: Context) -> list[Verdict]:
-    """30 steps from the same gradients, with and without clipping and decay of norm gains; biases and sinks never decay."""
+    """30 steps from the same gradients, with and without clipping and decay of norm gains; biases and sinks never
+    decay."""
     names = {"ffn.output.weight": (20, 30), "ffn.output.bias": (20,), "ffn.norm.weight": (30,), "attn.probs.sink": (4,)}
     verdicts = []
     for gains, clip in ((False, 0.0), (True, 0.5)):

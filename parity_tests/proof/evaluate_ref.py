@@ -15,7 +15,8 @@ Function = Callable[[dict[str, Var]], Var]
 
 
 def cotangent(shape: tuple[int, ...]) -> np.ndarray:
-    """The gradient that is sent back through a tensor of `shape`: normal, cut to bfloat16 and so exact in every dtype."""
+    """The gradient that is sent back through a tensor of `shape`: normal, cut to bfloat16 and so exact in every
+    dtype."""
     words = np.asarray(stream(0, "cotangent", *shape).normal(size=shape), np.float32).view(np.uint32)
     return np.asarray((words & np.uint32(0xFFFF0000)).view(np.float32), np.float64)
 

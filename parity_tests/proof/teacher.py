@@ -1,7 +1,9 @@
-"""Teacher forcing: torch computes each tensor from the reference's operands, is compared, and is handed the reference's.
+"""Teacher forcing: torch computes each tensor from the reference's operands, is compared, and is handed the
+reference's.
 
-The reference runs once and keeps what each hook was shown and what it passed on. A `Pupil` in each of torch's slots then
-compares what torch computed there, quantizes the reference's tensor, and lets the model go on with the reference's result.
+The reference runs once and keeps what each hook was shown and what it passed on. A `Pupil` in each of torch's slots
+then compares what torch computed there, quantizes the reference's tensor, and lets the model go on with the reference's
+result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Changes to files, drawn at random: bytes of any file, JSON values, rows of tables, headers and tensors of safetensors."""
+"""Changes to files, drawn at random: bytes of any file, JSON values, rows of tables, headers and tensors of
+safetensors."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from qtx.files.container import digest
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, -(2**63) - 1, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, -1e308,
-    float("nan"), float("inf"), "", "x", "NaN", "float", "w8a8", "../..", "\x00", "\ud800", "é" * 9, "a" * 10_000, [], [[]],
-    [0], ["a"], [None], {}, {"a": 1}, {"": {}}, [1.5, "b", None],
+    float("nan"), float("inf"), "", "x", "NaN", "float", "w8a8", "../..", "\x00", "\ud800", "é" * 9, "a" * 10_000, [],
+    [[]], [0], ["a"], [None], {}, {"a": 1}, {"": {}}, [1.5, "b", None],
 )  # fmt: skip
 DEEP = 100_000
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint64", "bool")

@@ -1,8 +1,8 @@
 """Random configurations of the integer arithmetic, and the chain of calls that each puts through a backend.
 
 A chain takes the backend's module (`qtx_ref.quant.affine` or `qtx_torch.quant.affine`, ...): functions and parameters
-have the same names. `DRAWS[module](index, codes)` draws configuration `index`: each axis goes through all its values, in
-an order of its own, before it repeats one, so n configurations meet every value of every axis with at most n values.
+have the same names. `DRAWS[module](index, codes)` draws configuration `index`: each axis goes through all its values,
+in an order of its own, before it repeats one, so n configurations meet every value of every axis with at most n values.
 """
 
 from __future__ import annotations
@@ -90,18 +90,18 @@ AFFINE = {
 def affine_chain(m, x, special, scale, zero, words, special_words, spec, profile, weight):
     """Dynamic: range, scale, codes and values of x. Static: `special`, by a scale it holds ties of."""
     low, high = m.ranges(x, spec, weight)
-    found, point = m.scale_zero(low, high, spec, profile)
-    codes = m.quantize(x, found, point, spec, profile, words)
-    fake, inside = m.fake_quantize(x, found, point, spec, profile, words)
+    got, point = m.scale_zero(low, high, spec, profile)
+    codes = m.quantize(x, got, point, spec, profile, words)
+    fake, inside = m.fake_quantize(x, got, point, spec, profile, words)
     static = m.quantize(special, scale, zero, spec, profile, special_words)
     fake_static, inside_static = m.fake_quantize(special, scale, zero, spec, profile, special_words)
     return {
         "low": low + 0.0,  # the sign of a zero end is that of whichever zero came last, and nothing reads it
         "high": high + 0.0,
-        "scale": found,
+        "scale": got,
         "zero_point": point,
         "codes": codes,
-        "dequantized": m.dequantize(codes, found, point, profile),
+        "dequantized": m.dequantize(codes, got, point, profile),
         "fake": fake,
         "inside": inside,
         "static": static,

@@ -50,14 +50,14 @@ def refused(folder, *parts, memory=4_000_000):
 
 def tensors(folder, change):
     """The file with its tensors changed by `change(tensors)`."""
-    found = load_file(folder / "model.safetensors")
-    change(found)
-    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    got = load_file(folder / "model.safetensors")
+    change(got)
+    save_file(got, folder / "model.safetensors", {"format": "pt"})
 
 
 def config(folder, **values):
-    found = json.loads((folder / "config.json").read_bytes()) | values
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in found.items() if v is not ...}))
+    got = json.loads((folder / "config.json").read_bytes()) | values
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in got.items() if v is not ...}))
 
 
 def header(folder, change):
@@ -65,6 +65,6 @@ def header(folder, change):
     path = folder / "model.safetensors"
     raw = path.read_bytes()
     size = int.from_bytes(raw[:8], "little")
-    found = json.loads(raw[8 : 8 + size])
-    text = change(found) or json.dumps(found)
+    got = json.loads(raw[8 : 8 + size])
+    text = change(got) or json.dumps(got)
     path.write_bytes(len(text.encode()).to_bytes(8, "little") + text.encode() + raw[8 + size :])

@@ -83,10 +83,10 @@ def words(tokens, mask):
 
 def output(model, given):
     with torch.no_grad():
-        found = model.float()(**given)
+        got = model.float()(**given)
     for key in ("logits", "prediction_logits", "last_hidden_state"):
-        if key in found:
-            return found[key].numpy()
+        if key in got:
+            return got[key].numpy()
 
 
 def read(folder):

@@ -92,7 +92,8 @@ def check_granularities(context: Context) -> list[Verdict]:
 
 
 def check_outliers(context: Context) -> list[Verdict]:
-    """Magnitudes from 6 on keep a channel in float: the second by -6, not the first and fourth, whose 127 and 9 are padding.
+    """Magnitudes from 6 on keep a channel in float: the second by -6, not the first and fourth, whose 127 and 9 are
+    padding.
 
     Row scales are absmax of the other channels / 127: of 2, 5.9, and in the padded row 127.
     """

@@ -36,8 +36,8 @@ def analyze_command(
 ) -> None:
     """Where the outliers are.
 
-    Sizes and tails of every site, growth along the residual stream, the channels and tokens that carry outliers, and the
-    attention heads that do nothing; over 16 evaluation batches unless --batches says otherwise.
+    Sizes and tails of every site, growth along the residual stream, the channels and tokens that carry outliers, and
+    the attention heads that do nothing; over 16 evaluation batches unless --batches says otherwise.
     """
     analysis, written = analyze(AnalyzeRequest(checkpoint, out, batches or BATCHES, data, tokenizer, machine))
     say("\n\n".join(f"{title}\n{body}" for title, body in tabulate(analysis)), json_path)
@@ -82,9 +82,9 @@ def tabulate(analysis: Analysis) -> list[tuple[str, str]]:
     parts.append((f"attention by layer: {idle} of {len(analysis.heads)} heads do nothing", tabulate_layers(analysis)))
     title = (
         f"heads, those that do nothing first: an update of at most {format_percent(UPDATE, 0)} of the residual's norm, "
-        f"whatever the reason: gate closed (a mean opening of at most {format_percent(OPEN, 0)}), no probability (at most "
-        f"{format_percent(KEPT, 0)} on all keys), marked keys (at least {format_percent(MASS, 0)} of the probability, "
-        f"and {EXCESS:g} times what even attention would give them), or small values"
+        f"whatever the reason: gate closed (a mean opening of at most {format_percent(OPEN, 0)}), no probability "
+        f"(at most {format_percent(KEPT, 0)} on all keys), marked keys (at least {format_percent(MASS, 0)} of the "
+        f"probability, and {EXCESS:g} times what even attention would give them), or small values"
     )
     sizes_title = (
         "and the size of their values V and of the product P V: mean L2 norm at all tokens and at the marked ones"

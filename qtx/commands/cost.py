@@ -87,8 +87,8 @@ def cost_command(
 ) -> None:
     """Does a quantized model run faster?
 
-    Latency, throughput, memory and bytes of the same model in float, under fake quantization and in integers, beside other
-    engines, all in turn; or, with --attention, what clipped softmax and each gate add.
+    Latency, throughput, memory and bytes of the same model in float, under fake quantization and in integers, beside
+    other engines, all in turn; or, with --attention, what clipped softmax and each gate add.
     """
     request = CostRequest(
         checkpoint=checkpoint,

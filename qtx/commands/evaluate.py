@@ -35,8 +35,8 @@ def evaluate_command(
 ) -> None:
     """Perplexity or accuracy of a model.
 
-    Of a CHECKPOINT in float or under fake quantization, of a MODEL.qtx in integers or, with --numerics fake, under the fake
-    quantization of the same codes.
+    Of a CHECKPOINT in float or under fake quantization, of a MODEL.qtx in integers or, with --numerics fake, under the
+    fake quantization of the same codes.
     """
     request = EvaluateRequest(checkpoint, recipe_name, numerics, strict, batches, data, tokenizer, machine)
     score, words = evaluate(request)

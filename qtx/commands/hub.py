@@ -22,8 +22,8 @@ from .options import CHECKPOINT, JSON, OUT, say, write_json
 def import_command(folder: Path, out: Path, json_path: str | None) -> None:
     """Make a checkpoint of a Hugging Face model.
 
-    FOLDER holds config.json, model.safetensors (or shards and their index) and, for text, tokenizer.json: a BERT, OPT or
-    ViT, with or without its head.
+    FOLDER holds config.json, model.safetensors (or shards and their index) and, for text, tokenizer.json: a BERT, OPT
+    or ViT, with or without its head.
     """
     if json_path not in (None, "-") and Path(json_path).resolve().parent == folder.resolve():
         raise SpecError(f"--json {json_path} is in the folder that is read: choose another")
@@ -62,8 +62,8 @@ def import_command(folder: Path, out: Path, json_path: str | None) -> None:
 def export_command(checkpoint: Path, form: str, out: Path, json_path: str | None) -> None:
     """Write a checkpoint for another library.
 
-    A model that was imported and has its structure still gets the same names, dtypes and configuration again; another one
-    the names of today's transformers.
+    A model that was imported and has its structure still gets the same names, dtypes and configuration again; another
+    one the names of today's transformers.
     """
     if form != "hf":
         raise SpecError(f"--format {form}: only hf, a folder that transformers loads, is known")

@@ -117,8 +117,8 @@ def parity_command(
 ) -> None:
     """Prove that the backends agree, by case or on a file.
 
-    Without a file: the table of cases. CHECKPOINT: every site of that model, in float32 and under its recipe. MODEL.qtx:
-    every code of every site.
+    Without a file: the table of cases. CHECKPOINT: every site of that model, in float32 and under its recipe.
+    MODEL.qtx: every code of every site.
 
     \b
     Exit status:
@@ -172,7 +172,8 @@ def list_others(checkpoint: Path | None, json_path: str | None) -> set[Path]:
 def fit_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
     """The table in lines of at most `width` characters.
 
-    Where it is too wide, it goes without some columns, which then follow for the rows that failed, and with shorter names.
+    Where it is too wide, it goes without some columns, which then follow for the rows that failed, and with shorter
+    names.
     """
     chosen = list(header)
     for dropped in OPTIONAL:
@@ -210,8 +211,8 @@ def describe_failure(row: Mapping[str, str]) -> str:
     if not row["where"]:
         return f"{row['case']}: {row['measure']}"
     return (
-        f"{row['case']}: {row['where']}: {row['measure']} {row['worst error']} above {row['tolerance']}; got {row['got']}, "
-        f"want {row['want']}"
+        f"{row['case']}: {row['where']}: {row['measure']} {row['worst error']} above {row['tolerance']}; "
+        f"got {row['got']}, want {row['want']}"
     )
 
 

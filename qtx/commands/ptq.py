@@ -63,8 +63,8 @@ def ptq_command(
 ) -> None:
     """Compare the remedies of post-training quantization.
 
-    One row per recipe: task metric, its difference to float with a bootstrap interval over sequences, the sites with the
-    largest error, latency and size. Leaves OUT/ptq.json and OUT/ptq.png.
+    One row per recipe: task metric, its difference to float with a bootstrap interval over sequences, the sites with
+    the largest error, latency and size. Leaves OUT/ptq.json and OUT/ptq.png.
     """
     request = PtqRequest(
         checkpoint=checkpoint,
@@ -109,9 +109,9 @@ def tabulate_rows(job: Comparison) -> str:
     count = len(job.plain.answers.count)
     note = (
         f"{count} evaluation sequences, {job.spec.calibration} calibration batches of {BATCH}; to float in "
-        f"{shift}, its interval by a paired bootstrap over sequences. Metric, ms (of a sequence, as evaluated) and MiB of a "
-        "row are of one thing: the integer artifact, or the simulation, which is float32 parameters and quantizers. error: "
-        "squared error over squared tensor of the site's quantizer, fed the float model's tensor."
+        f"{shift}, its interval by a paired bootstrap over sequences. Metric, ms (of a sequence, as evaluated) and MiB "
+        "of a row are of one thing: the integer artifact, or the simulation, which is float32 parameters and "
+        "quantizers. error: squared error over squared tensor of the site's quantizer, fed the float model's tensor."
     )
     failed = "".join(f"\n{name} failed: {row['why']}" for name, row in job.rows.items() if row["runs_as"] == "failed")
     return f"{format_table(header, rows)}\n{note}{failed}"

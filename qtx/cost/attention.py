@@ -1,4 +1,5 @@
-"""The paper's compute-cost table (Bondarenko et al. 2023, appendix): what clipped softmax and each gate add to a model."""
+"""The paper's compute-cost table (Bondarenko et al. 2023, appendix): what clipped softmax and each gate add to a
+model."""
 
 from __future__ import annotations
 
@@ -51,8 +52,8 @@ def attention_cost(
     *,
     training: bool,
 ) -> list[dict[str, Any]]:
-    """Per attention and size: parameters added, and the median over rounds of the pass's ratio to vanilla's, which runs in
-    the same rounds; of new parameters and random inputs, which the time does not depend on.
+    """Per attention and size: parameters added, and the median over rounds of the pass's ratio to vanilla's, which runs
+    in the same rounds; of new parameters and random inputs, which the time does not depend on.
 
     On torch vanilla runs a second time without its fused kernel: what clipping loses by it alone.
     Raises SpecError where one cannot be measured.

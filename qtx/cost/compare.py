@@ -1,7 +1,7 @@
 """What a model costs to run: float, bfloat16, fake-quantized and in integers, beside other engines, measured in turn.
 
-Every variant runs first in a process of its own: a crash there is a finding, its memory is that of the variant alone, and
-its output is compared with float32 before anything is timed. Then one process times all that are left, interleaved.
+Every variant runs first in a process of its own: a crash there is a finding, its memory is that of the variant alone,
+and its output is compared with float32 before anything is timed. Then one process times all that are left, interleaved.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ INPUTS = ("tokens", "mask", "types", "images")
 
 @dataclass(frozen=True)
 class Cell:
-    """Inputs of one batch size and length; `real`: of the model's data, and not random. `samples`: further batches of the
-    same shape, on which answers are compared; empty where another cell of the same length has them."""
+    """Inputs of one batch size and length; `real`: of the model's data, and not random. `samples`: further batches of
+    the same shape, on which answers are compared; empty where another cell of the same length has them."""
 
     batch: int
     length: int
@@ -68,8 +68,8 @@ def make_cells(spec: ModelSpec, data: Calibration | None, sizes: Sequence[tuple[
 
 def make_cell(spec: ModelSpec, data: Calibration | None, size: int, length: int, *, sampled: bool = False) -> Cell:
     """Evaluation data: sequences of at least `length` tokens cut there, then, where too few are as long, padded ones.
-    Random inputs where there are no data, too few, or none as long. Samples are SAMPLED sequences or more in whole batches,
-    or as many as the data have."""
+    Random inputs where there are no data, too few, or none as long. Samples are SAMPLED sequences or more in whole
+    batches, or as many as the data have."""
     batches = -(-SAMPLED // size) if sampled else 0
     rows = read_rows(spec, data, size * max(batches, 1), length)
     if len(rows) >= size and (spec.family is Family.VIT or reaches_length(rows[0], length)):
@@ -148,7 +148,8 @@ def write_batch(path: Path, batch: Batch) -> None:
 
 
 class Random:
-    """Random calibration batches, where a model has no data: times and memory are right, errors are not those of data."""
+    """Random calibration batches, where a model has no data: times and memory are right, errors are not those of
+    data."""
 
     def __init__(self, length: int) -> None:
         self.length = length

@@ -1,7 +1,7 @@
 """What `qtx cost` runs in processes of their own: a crash there is a finding, and memory is that of one variant alone.
 
-`python -m qtx.cost.worker` takes one task, a line of JSON, on stdin; it writes lines of JSON on stdout, the last of them its
-result. It ends when stdin does, which whoever started it holds open as long as it lives.
+`python -m qtx.cost.worker` takes one task, a line of JSON, on stdin; it writes lines of JSON on stdout, the last of
+them its result. It ends when stdin does, which whoever started it holds open as long as it lives.
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ def prepare(task: Task) -> Task:
     """Makes the file that an engine loads."""
     source, path = Path(task["source"]), Path(task["file"])
     if task["kind"] == "onnx":
-        found = load_checkpoint(source)
+        checkpoint = load_checkpoint(source)
         exporter = importlib.import_module("qtx_torch.runners.onnx_export")
-        exporter.export_onnx(found.spec, found.params, path, masked=task["masked"])
+        exporter.export_onnx(checkpoint.spec, checkpoint.params, path, masked=task["masked"])
     else:
         batches = (load_file(file) for file in task["calibration"])
         onnx_engine.quantize(source, path, task["kind"] == "onnx-static", iter(batches))
@@ -145,8 +145,8 @@ def prepare(task: Task) -> Task:
 
 
 def probe(task: Task) -> Task:
-    """Memory of some passes, their output to `task["output"]`, the argmax of the output of each sample, (N, T) or (N,), to
-    `task["answers"]`, and which kernels ran."""
+    """Memory of some passes, their output to `task["output"]`, the argmax of the output of each sample, (N, T) or (N,),
+    to `task["answers"]`, and which kernels ran."""
     kind, batch = task["kind"], load_file(task["cell"])
     runner = load(task, kind, task["file"])
     inputs = runner.inputs(batch)
@@ -179,7 +179,8 @@ def repeated(runner: Any, inputs: Any) -> None:
 
 
 def kernels(task: Task, runner: Any, batch: Any, inputs: Any) -> Task:
-    """Shares of op time, of the integer matmuls and of the quantizers; `matmuls` is the share of all matrix products."""
+    """Shares of op time, of the integer matmuls and of the quantizers; `matmuls` is the share of all matrix
+    products."""
     kind = task["kind"]
     if kind.startswith("onnx"):
         ops, matmuls = onnx_engine.shares(Path(task["file"]), task["threads"], batch)
@@ -225,9 +226,9 @@ def time_variants(task: Task) -> Task:
             inputs = runner.inputs(batch)
             measure = clock(task, task["variants"][name][0])
             calls[name] = (lambda runner=runner, inputs=inputs: runner(inputs), measure)
-        found = result[cell] = {name: [] for name in names}
+        times = result[cell] = {name: [] for name in names}
         for name, seconds in turns(task, calls):
-            found[name].append(seconds)
+            times[name].append(seconds)
     return {"seconds": result}
 
 
@@ -256,9 +257,9 @@ def time_attentions(task: Task) -> Task:
             trainers = {n: module.Trainer(model, optim) for n, model in models.items()}
             kinds["step"] = {n: (lambda n=n: trainers[n].step(batch), measure) for n in models}  # noqa: B023
         for kind, each in kinds.items():
-            found = result[kind][cell] = {name: [] for name in models}
+            times = result[kind][cell] = {name: [] for name in models}
             for name, seconds in turns(task, each):
-                found[name].append(seconds)
+                times[name].append(seconds)
     return result
 
 

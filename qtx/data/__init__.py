@@ -44,11 +44,11 @@ def load(
     source: "books" (the default of text models), "digits" (of image models), or the path of a text file or of a folder
     of *.txt. A path's text trains a tokenizer of at most `vocab` entries (the model's own number if None) on its train
     split, or takes `tokenizer`, a tokenizer.json; both need the extra `text` (`MissingExtra`).
-    A classifier of text takes a .csv or .jsonl of text and label, or the books' paragraphs; a headless BERT either kind.
-    An image model takes a folder of pictures per class too (extra `images`).
-    seed: draws the division of digits, pictures and undivided rows, nothing else; a model must be evaluated under the one
-    it was trained under. length: most tokens of a labelled text. names: the classes of a trained model. scaling: its
-    images' mean and std. labelled: for a classifier still to be made of the model, whatever its head and classes.
+    A classifier of text takes a .csv or .jsonl of text and label, or the books' paragraphs; a headless BERT either
+    kind. An image model takes a folder of pictures per class too (extra `images`).
+    seed: draws the division of digits, pictures and undivided rows, nothing else; a model must be evaluated under the
+    one it was trained under. length: most tokens of a labelled text. names: the classes of a trained model. scaling:
+    its images' mean and std. labelled: for a classifier still to be made of the model, whatever its head and classes.
     """
     if labelled:
         spec = replace(spec, head=Head.NONE, classes=0)

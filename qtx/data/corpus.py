@@ -107,8 +107,8 @@ def divide(parts: list[tuple[str, str]], source: str) -> tuple[list[Passage], in
 
 
 def read_source(path: Path) -> tuple[list[Passage], int]:
-    """The passages of a text file, of a .csv or .jsonl file's column text, or of a folder's *.txt in order of path, and how
-    many duplicates were left out.
+    """The passages of a text file, of a .csv or .jsonl file's column text, or of a folder's *.txt in order of path, and
+    how many duplicates were left out.
 
     A folder of three files or more is divided by files; otherwise the text is divided by chapters, or by blocks.
     Raises DataError for what cannot be read, holds no text, or is too short to divide.
@@ -132,8 +132,8 @@ def read_source(path: Path) -> tuple[list[Passage], int]:
 
 
 def join_rows(source: str, rows: Sequence[Row]) -> tuple[list[Passage], int]:
-    """Passages of whole rows in their order, an empty line between two, and how many rows were left out because an earlier
-    one has the same text. Rows that have a split stay in it.
+    """Passages of whole rows in their order, an empty line between two, and how many rows were left out because an
+    earlier one has the same text. Rows that have a split stay in it.
 
     Raises DataError as `keep_different`.
     """

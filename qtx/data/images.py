@@ -66,8 +66,8 @@ class ImageData(ClassifiedItems):
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
     ) -> None:
-        """images (N, S, S) or (N, C, S, S) uint8 from 0 to `largest`, labels (N,) whole numbers; `names` of the classes,
-        if any. mean and std, one or C numbers: a pixel x becomes (x / largest - mean) / std."""
+        """images (N, S, S) or (N, C, S, S) uint8 from 0 to `largest`, labels (N,) whole numbers; `names` of the
+        classes, if any. mean and std, one or C numbers: a pixel x becomes (x / largest - mean) / std."""
         self.source, self.seed, self.largest = source, seed, largest
         hashes = [digest(image.tobytes()) for image in images]
         unique = sorted({value: index for index, value in reversed(list(enumerate(hashes)))}.values())
@@ -144,9 +144,9 @@ def load_digits(seed: int = 0) -> ImageData:
 class Preparation:
     """How a picture becomes a model's pixels: resized, cropped about its middle, then (x / 255 - mean) / std.
 
-    mean, std: one number or one a channel. resize: (height, width) in pixels, the length of the shorter side, or None: as
-    it is. resample: the number of one of Pillow's filters, 2 bilinear. crop: (height, width), black where the picture is
-    smaller, or None.
+    mean, std: one number or one a channel. resize: (height, width) in pixels, the length of the shorter side, or None:
+    as it is. resample: the number of one of Pillow's filters, 2 bilinear. crop: (height, width), black where the
+    picture is smaller, or None.
     """
 
     mean: tuple[float, ...] = (0.5,)
@@ -186,7 +186,8 @@ def read_scales(key: str, values: object, channels: int) -> tuple[float, ...]:
 
 
 def read_sides(key: str, value: object) -> tuple[int, int] | int | None:
-    """Height and width in pixels, the length of the shorter side, or None. Raises DataError where it is none of these."""
+    """Height and width in pixels, the length of the shorter side, or None. Raises DataError where it is none of
+    these."""
     return value if is_length(value) else read_pair(key, value)
 
 
@@ -219,7 +220,8 @@ def load_folder(
     `read_preparation`.
 
     Raises:
-        DataError: no pictures, fewer than two classes, a class without picture, an unknown class, a picture that cannot be
+        DataError: no pictures, fewer than two classes, a class without picture, an unknown class, a picture that cannot
+        be
             read or has another size than the model takes.
         MissingExtra: without pillow.
     """
@@ -250,8 +252,8 @@ def load_folder(
 
 
 def read_picture(file: Path, spec: ModelSpec, how: Preparation) -> np.ndarray:
-    """A picture's pixels, (C, S, S) uint8, upright as its EXIF orientation says. Raises DataError naming the file where it
-    cannot be read, or has too many pixels."""
+    """A picture's pixels, (C, S, S) uint8, upright as its EXIF orientation says. Raises DataError naming the file where
+    it cannot be read, or has too many pixels."""
     image, ops = (need(f"PIL.{name}", "images", "a folder of pictures") for name in ("Image", "ImageOps"))
     try:
         with open_regular(file) as raw, warnings.catch_warnings():

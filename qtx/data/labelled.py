@@ -57,7 +57,8 @@ class LabelledText(ClassifiedItems):
         seed: int = 0,
     ) -> None:
         """rows: all divided, or none, and then divided here by `seed`, after equal texts were dropped. length: at most
-        so many tokens of a text with [CLS] and [SEP]. names: the class names of a trained model; None: those of the rows.
+        so many tokens of a text with [CLS] and [SEP]. names: the class names of a trained model; None: those of the
+        rows.
 
         Raises:
             DataError: a text in two splits, a label not among `names`, fewer than two classes, too few rows to divide.
@@ -115,8 +116,8 @@ class LabelledText(ClassifiedItems):
         return min(self.length, spec.length)
 
     def train_batches(self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of the train split, without end, from step `start` on; every text once per pass, newly shuffled, texts of
-        like length together.
+        """Batches of the train split, without end, from step `start` on; every text once per pass, newly shuffled,
+        texts of like length together.
 
         Batch `step` depends on (seed, step) alone.
         """
@@ -128,8 +129,8 @@ class LabelledText(ClassifiedItems):
     def split_batches(
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
     ) -> Iterator[Batch]:
-        """The split once, in an order drawn when the data were loaded, so that its first batches have every class; at most
-        `limit` batches, the last may be smaller. Nothing is drawn from `seed`. Raises DataError as `check`."""
+        """The split once, in an order drawn when the data were loaded, so that its first batches have every class; at
+        most `limit` batches, the last may be smaller. Nothing is drawn from `seed`. Raises DataError as `check`."""
         longest = self.check(spec)
         check_split(split)
         rows = self._rows[split]

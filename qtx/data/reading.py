@@ -44,8 +44,8 @@ def open_regular(path: Path) -> BinaryIO:
 def read_regular(path: Path, most: int = JSON_BYTES) -> bytes:
     """The bytes of a regular file of at most `most`.
 
-    Raises OSError: missing, another kind of file, larger, or not as long as the system says (as in /proc, or while another
-    program writes it).
+    Raises OSError: missing, another kind of file, larger, or not as long as the system says (as in /proc, or while
+    another program writes it).
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

@@ -29,7 +29,8 @@ LABEL = 200  # characters of the longest label
 
 
 class Row(NamedTuple):
-    """A text before it is tokenized. `where` names its place in the file; `label` and `split` are "" where it has none."""
+    """A text before it is tokenized. `where` names its place in the file; `label` and `split` are "" where it has
+    none."""
 
     where: str
     text: str
@@ -177,8 +178,8 @@ def join_names(names: Sequence[str], most: int = 8) -> str:
 
 
 def keep_different(source: str, rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """Rows of which all have a split, or none; and how many were dropped. Rows that have a split all stay; of others the
-    first with a text.
+    """Rows of which all have a split, or none; and how many were dropped. Rows that have a split all stay; of others
+    the first with a text.
 
     Raises:
         DataError: some rows have a split and others none, a text in two splits or, where one of them would be dropped,

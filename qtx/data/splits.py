@@ -64,7 +64,8 @@ class ClassifiedItems:
     _rows: dict[str, np.ndarray]  # of each split, in its order
 
     def hashes(self, split: str) -> list[str]:
-        """The sha256 of each of the split's items, or its first 16 digits, in order. Raises DataError for another split."""
+        """The sha256 of each of the split's items, or its first 16 digits, in order. Raises DataError for another
+        split."""
         check_split(split)
         return [self._hashes[row] for row in self._rows[split]]
 
@@ -79,8 +80,8 @@ def iterate_passes(
 ) -> Iterator[np.ndarray]:
     """The rows of batch `start`, `start` + 1, ... without end: every row once per pass, newly shuffled.
 
-    sizes: by row; rows of like size then share a batch, so that little of it is padding: each run of `SORTED` batches of
-    the shuffled rows is sorted by size, and its batches are shuffled. Batch `step` depends on (seed, step) alone.
+    sizes: by row; rows of like size then share a batch, so that little of it is padding: each run of `SORTED` batches
+    of the shuffled rows is sorted by size, and its batches are shuffled. Batch `step` depends on (seed, step) alone.
     """
 
     def order(turn: int) -> np.ndarray:
@@ -106,8 +107,8 @@ def iterate_passes(
 
 
 def refuse_overlap(meta: Mapping[str, Any], data: Calibration, split: str) -> None:
-    """Raises SpecError where a section of `split` is among those that the model, or a model that it began with, was trained
-    on, or that it was calibrated on."""
+    """Raises SpecError where a section of `split` is among those that the model, or a model that it began with, was
+    trained on, or that it was calibrated on."""
     hashes = meta.get("data", {}).get("hashes", {})
     known = {"train": hashes.get("train", []), "calibration": meta.get("calibration", hashes.get("calibration", []))}
     known["earlier train"] = meta.get("trained_on", [])

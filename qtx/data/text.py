@@ -154,8 +154,8 @@ class TextData:
     ) -> Iterator[Batch]:
         """The split once, in order, in adjoining windows; at most `limit` batches, the last one as small as it is.
 
-        BERT's masks come from the stream (seed, split, window index): the same at any batch size. Without its MLM head it
-        sees the text as it is.
+        BERT's masks come from the stream (seed, split, window index): the same at any batch size. Without its MLM head
+        it sees the text as it is.
         """
         first, end = self._starts(split, spec)
         check_batch(batch_size, max(len(first), batch_size), f"{split} windows")

@@ -118,7 +118,8 @@ def open_tokenizer(
 
 
 def read_vocabulary(tokenizer_json: str) -> dict[int, str]:
-    """Strings by id, as they stand in the file (WordPiece, BPE, WordLevel: a mapping; Unigram: a list), and added tokens.
+    """Strings by id, as they stand in the file (WordPiece, BPE, WordLevel: a mapping; Unigram: a list), and added
+    tokens.
 
     Raises DataError where the file is no tokenizer.json, or its ids are as `check_ids` refuses them.
     """
@@ -137,8 +138,8 @@ def read_vocabulary(tokenizer_json: str) -> dict[int, str]:
 
 
 def check_ids(ids: Mapping[str, int]) -> None:
-    """Raises DataError for a vocabulary that is empty, or whose largest id is no vocabulary's of so many tokens: tables by
-    id would take the machine's memory."""
+    """Raises DataError for a vocabulary that is empty, or whose largest id is no vocabulary's of so many tokens: tables
+    by id would take the machine's memory."""
     if not ids:
         raise DataError("the tokenizer cannot be read (it has no token): give a tokenizer.json")
     token, most = max(ids.items(), key=lambda item: item[1])

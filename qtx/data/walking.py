@@ -30,8 +30,8 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 
 def walk(folder: Path, hidden: list[Path], above: tuple[tuple[int, int], ...]) -> list[Path]:
-    """Every file below `folder` that is not `hidden`, to which others are added; `above` are the device and inode of each
-    folder that holds it."""
+    """Every file below `folder` that is not `hidden`, to which others are added; `above` are the device and inode of
+    each folder that holds it."""
     status = os.stat(folder)
     place = (status.st_dev, status.st_ino)
     if place in above:

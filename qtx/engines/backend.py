@@ -27,7 +27,8 @@ class MissingDevice(SpecError):
 
 
 def need(package: str, extra: str, what: str, without: str = "") -> ModuleType:
-    """The imported package. Raises MissingExtra with the command that installs it, and `without`: what works as it is."""
+    """The imported package. Raises MissingExtra with the command that installs it, and `without`: what works as it
+    is."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

@@ -28,8 +28,8 @@ class Machine:
 
     @property
     def model(self) -> Callable[[ModelSpec, Mapping[str, np.ndarray]], Model]:
-        """The backend's model of a spec and parameters, on this device in this dtype. Called, it raises SpecError where the
-        machine is not to be had."""
+        """The backend's model of a spec and parameters, on this device in this dtype. Called, it raises SpecError where
+        the machine is not to be had."""
         return partial(backend(self.backend).Model, device=self.device, dtype=self.dtype)
 
 

@@ -29,7 +29,8 @@ class OnnxRunner:
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors
         options.intra_op_num_threads = threads
-        # as torch's threads here, which sleep while they wait: engines take turns, and none may heat the cores of the next
+        # as torch's threads here, which sleep while they wait: engines take turns, and none may heat the cores of the
+        # next
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if profile:
             options.enable_profiling = True

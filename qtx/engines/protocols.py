@@ -60,7 +60,8 @@ class Model(Runnable, Protocol):
         """Moments of the input of each linear, (..., I), over real tokens in a float forward pass."""
 
     def attention(self, batch: Batch, marks: Mapping[str, np.ndarray], streams: Sequence[str]) -> list[Arrays]:
-        """Sums of each layer by head, (H,); marks: keys (B, T) by name; streams: what each layer's output is added to."""
+        """Sums of each layer by head, (H,); marks: keys (B, T) by name; streams: what each layer's output is added
+        to."""
 
     def calibrate(
         self,
@@ -162,8 +163,9 @@ class Calibration(Protocol):
 class Data(Calibration, Protocol):
     """Text or images in the splits train, calibration and evaluation, none in two.
 
-    A batch is NumPy arrays by name: tokens (B, T) int64, mask (B, T) bool, types and targets of text; images (B, C, S, S)
-    float32; labels (B,) int64 of a classifier's. What takes a model's spec raises DataError where the model does not fit.
+    A batch is NumPy arrays by name: tokens (B, T) int64, mask (B, T) bool, types and targets of text; images (B, C, S,
+    S) float32; labels (B,) int64 of a classifier's. What takes a model's spec raises DataError where the model does not
+    fit.
     """
 
     source: str

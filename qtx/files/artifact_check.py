@@ -48,8 +48,8 @@ def check_size(spec: ModelSpec, constants: Constants) -> None:
 def check_constants(
     spec: ModelSpec, recipe: Recipe, profile: Profile, nonlinear: Nonlinear, constants: Constants
 ) -> None:
-    """Raises ValueError naming the first constant that is missing, unknown, or of another dtype, shape or range than this
-    model's can have."""
+    """Raises ValueError naming the first constant that is missing, unknown, or of another dtype, shape or range than
+    this model's can have."""
     expected, axes = list_expected(spec, recipe, profile, nonlinear)
     quants, parameters = resolve_integers(recipe, spec), shapes(spec)
     for name, (dtype, shape) in expected.items():
@@ -77,8 +77,8 @@ def check_constants(
 
 
 def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], constants: Constants) -> None:
-    """Raises ValueError where floats are not finite, scales not positive, multipliers and other factors negative, or codes
-    and zero points not among their quantizer's."""
+    """Raises ValueError where floats are not finite, scales not positive, multipliers and other factors negative, or
+    codes and zero points not among their quantizer's."""
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise ValueError(f"constant {name} holds NaN or infinity")
     site, _, kind = name.rpartition(".")
@@ -99,8 +99,8 @@ def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], 
 def list_expected(
     spec: ModelSpec, recipe: Recipe, profile: Profile, nonlinear: Nonlinear
 ) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...]]], dict[int, set[int]]]:
-    """Dtype and shape of every constant of a small model of the same structure, lowered; and what the lengths of its axes
-    may be in this one."""
+    """Dtype and shape of every constant of a small model of the same structure, lowered; and what the lengths of its
+    axes may be in this one."""
     small, batch = shorten_inputs(narrow_widths(spec, 8))  # so that no axis but a single head's has length 1
     quants = resolve_integers(recipe, spec)
     for spread in SPREADS:

@@ -1,9 +1,9 @@
 """Checkpoints: one safetensors file with JSON in its metadata. Nothing is ever unpickled.
 
-Tensors: parameters by name (tied weights once), `optim.*` of a trainer, `history.*` of its run, and for a quantized model
-`range.<site>.{low,high,scale,zero_point}` and `transform.<site>.divisor`. Metadata `qtx`: format, version, model spec, what
-made the file, and a sha256 over all of it, which reading compares. A file is written beside its final name and renamed, so
-that a kill leaves the old one.
+Tensors: parameters by name (tied weights once), `optim.*` of a trainer, `history.*` of its run, and for a quantized
+model `range.<site>.{low,high,scale,zero_point}` and `transform.<site>.divisor`. Metadata `qtx`: format, version, model
+spec, what made the file, and a sha256 over all of it, which reading compares. A file is written beside its final name
+and renamed, so that a kill leaves the old one.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ KEYS = {"format", "version", "spec", "recipe", "meta"}  # of the header, beside 
 
 @dataclass
 class Checkpoint:
-    """A model's spec and parameters; `extra` holds tensors apart from them, `recipe`, `ranges` and `transforms` (at linears'
-    inputs, for which the parameters are made) a quantizer's state, `meta` JSON values about the run (data, training,
-    metrics)."""
+    """A model's spec and parameters; `extra` holds tensors apart from them, `recipe`, `ranges` and `transforms` (at
+    linears' inputs, for which the parameters are made) a quantizer's state, `meta` JSON values about the run (data,
+    training, metrics)."""
 
     spec: ModelSpec
     params: Mapping[str, np.ndarray]

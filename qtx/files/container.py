@@ -1,7 +1,7 @@
 """qtx's files, read with one clear error for whatever is wrong: safetensors with JSON in their metadata, and JSON.
 
-Tensors: a checkpoint, an artifact, golden vectors. JSON: the results of study, ptq, cost and analyze. Each carries a sha256
-over all that it holds, its seal, and a mark by which qtx knows what it may replace.
+Tensors: a checkpoint, an artifact, golden vectors. JSON: the results of study, ptq, cost and analyze. Each carries a
+sha256 over all that it holds, its seal, and a mark by which qtx knows what it may replace.
 """
 
 from __future__ import annotations

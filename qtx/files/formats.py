@@ -63,8 +63,8 @@ def check_file(path: Path, missing: str = "no such file") -> None:
 
 
 def check_replaceable(path: Path, kind: str | None = None) -> None:
-    """Raises FileError where a link, a device, a pipe, or something else than a file of that kind has that name; kind: None
-    for any that qtx writes. An empty file is nobody's."""
+    """Raises FileError where a link, a device, a pipe, or something else than a file of that kind has that name; kind:
+    None for any that qtx writes. An empty file is nobody's."""
     if path.is_symlink():
         raise FileError(f"{path} is a link: name the file itself, or choose another")
     try:

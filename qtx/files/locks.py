@@ -1,7 +1,7 @@
 """Who may write where: a lock on a folder, held by the system for a process and gone with it, however it ends.
 
-The lock is on a file of the folder, `.qtx-lock`, which names the process and is removed when it is done. One that a killed
-process left locks nothing: the next command takes it over. On Windows, which has no flock, nothing is locked.
+The lock is on a file of the folder, `.qtx-lock`, which names the process and is removed when it is done. One that a
+killed process left locks nothing: the next command takes it over. On Windows, which has no flock, nothing is locked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _held: set[Path] = set()
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """The folder is this process's to write in; it is made, and removed again where nothing was written. What killed
-    processes left of files that they were writing is removed. Held twice by one process, it is held until the first lets go.
+    processes left of files that they were writing is removed. Held twice by one process, it is held until the first
+    lets go.
 
     Raises FileError where another process holds it, naming that, or where it cannot be written.
     """

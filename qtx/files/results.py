@@ -68,8 +68,8 @@ class Comparison(TypedDict):
 def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> Comparison:
     """What `qtx ptq` wrote.
 
-    Raises FileError where a value that is shown or gone on with is not of its kind, the metric is another than `metric`, or
-    a row is of a recipe other than `recipes` and float.
+    Raises FileError where a value that is shown or gone on with is not of its kind, the metric is another than
+    `metric`, or a row is of a recipe other than `recipes` and float.
     """
 
     def check(content: JsonObject) -> None:

@@ -1,4 +1,5 @@
-"""Golden vectors: inputs, every code and accumulator in the order of the forward pass, and outputs, in one sealed file."""
+"""Golden vectors: inputs, every code and accumulator in the order of the forward pass, and outputs, in one sealed
+file."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ def run_vectors(model: IntegerModel, batch: Batch) -> Arrays:
 
 
 def save_vectors(path: Path, model: Path, vectors: Arrays) -> None:
-    """Writes the vectors of the artifact `model`. Raises FileError where `path` is another kind of file, WriteError where
-    it cannot be written."""
+    """Writes the vectors of the artifact `model`. Raises FileError where `path` is another kind of file, WriteError
+    where it cannot be written."""
     header = {"format": VECTORS, "version": VERSION, "model": sha_of(model), "order": list(vectors)}
     write_sealed(path, header, vectors)
 
@@ -80,7 +81,8 @@ def check_inputs(path: Path, spec: ModelSpec, batch: Arrays) -> None:
 
 
 def list_differing(expected: Arrays, actual: Arrays) -> list[str]:
-    """Names, in the order of the forward pass, of what is not the same: in one only, of another dtype or shape, or value."""
+    """Names, in the order of the forward pass, of what is not the same: in one only, of another dtype or shape, or
+    value."""
     return [
         name
         for name in dict.fromkeys([*expected, *actual])

@@ -1,5 +1,5 @@
-"""Writing a file so that at any moment, also when the process is killed, the machine stops or the disk is full, either the
-old or the new one is whole."""
+"""Writing a file so that at any moment, also when the process is killed, the machine stops or the disk is full, either
+the old or the new one is whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ EARLIER = re.compile(r"\.(.+)\.([0-9]{1,7})")  # up to version 0.1: .model.safet
 
 
 class WriteError(OSError):
-    """A file that could not be written; what was there before is there still. The message names it, why and a remedy."""
+    """A file that could not be written; what was there before is there still. The message names it, why and a
+    remedy."""
 
 
 def try_lock(file: int) -> bool:
@@ -99,8 +100,8 @@ def is_earlier_stale(beside: Path) -> bool:
 
 @contextmanager
 def open_beside(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file beside `path`, and its name: opened exclusively, locked while it is open, and gone afterwards unless it
-    was renamed.
+    """A new file beside `path`, and its name: opened exclusively, locked while it is open, and gone afterwards unless
+    it was renamed.
 
     Raises BlockingIOError where another process is writing `path`.
     """

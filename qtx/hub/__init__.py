@@ -55,9 +55,9 @@ APART = "hub."  # of tensors that are kept and not used
 def import_model(folder: Path) -> Checkpoint:
     """The model of a folder, as a checkpoint that nothing has been trained on.
 
-    Parameters become float32 (float64 stays). `meta["hub"]` has the configuration, their name of each parameter of ours,
-    their copies of tied parameters and the dtype of each of their tensors, `meta["files"]` the text of each file of
-    `BESIDE`; `extra` holds what our model does not use, each tensor under `hub.<their name>`.
+    Parameters become float32 (float64 stays). `meta["hub"]` has the configuration, their name of each parameter of
+    ours, their copies of tied parameters and the dtype of each of their tensors, `meta["files"]` the text of each file
+    of `BESIDE`; `extra` holds what our model does not use, each tensor under `hub.<their name>`.
 
     Raises:
         FileError: whatever is wrong with the folder or its files, in one line.
@@ -121,8 +121,8 @@ def assign(
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Every tensor's use: file's names of our parameters, copies with our parameter, and those that stay apart.
 
-    ties: tie_word_embeddings of the configuration; where it is False, transformers has a decoder of its own, which must be
-    in the file. Raises FileError with the unknown and the missing ones.
+    ties: tie_word_embeddings of the configuration; where it is False, transformers has a decoder of its own, which must
+    be in the file. Raises FileError with the unknown and the missing ones.
     """
     wanted, copies, known = name_parameters(spec), list_tied(spec), list_unused(spec)
     needed = [*wanted.values(), *(name for name in copies if not ties and name.endswith(".weight"))]
@@ -180,7 +180,8 @@ def describe_data(folder: Path, spec: ModelSpec) -> dict[str, Any]:
 
 
 def pooler(checkpoint: Checkpoint) -> tuple[np.ndarray, np.ndarray] | None:
-    """Weight (D, D) and bias (D,), float, of the trained pooler that came with a BERT without classifier, if one did."""
+    """Weight (D, D) and bias (D,), float, of the trained pooler that came with a BERT without classifier, if one
+    did."""
     d = checkpoint.spec.width
     weight, bias = (
         next(

@@ -143,8 +143,8 @@ def read_family(config: Mapping[str, object]) -> Family:
 
 
 def check_problem(config: Mapping[str, object], head: Head) -> None:
-    """Raises SpecError for a classifier whose scores are not those of one class among several, as a softmax takes them, and
-    for names of classes that are too long to be shown."""
+    """Raises SpecError for a classifier whose scores are not those of one class among several, as a softmax takes them,
+    and for names of classes that are too long to be shown."""
     if head is not Head.CLASSIFY:
         return
     given = Settings(config)

@@ -43,11 +43,11 @@ class Written:
 
 
 def export_model(path: Path, checkpoint: Checkpoint, out: Path) -> Written:
-    """Writes the folder that transformers loads: config.json, model.safetensors and, where they are known, tokenizer.json,
-    preprocessor_config.json and the other files of `BESIDE`. `path` names the checkpoint in errors.
+    """Writes the folder that transformers loads: config.json, model.safetensors and, where they are known,
+    tokenizer.json, preprocessor_config.json and the other files of `BESIDE`. `path` names the checkpoint in errors.
 
-    A model whose structure is as it was imported gets its configuration and tensor names again, and its dtypes where they
-    still hold every value; another gets today's names, and a configuration of its spec.
+    A model whose structure is as it was imported gets its configuration and tensor names again, and its dtypes where
+    they still hold every value; another gets today's names, and a configuration of its spec.
 
     Raises:
         SpecError: transformers has no such model, or it is quantized.

@@ -1,9 +1,9 @@
-"""The files of a Hugging Face model: a folder with config.json and safetensors, read with one clear error for whatever is
-wrong, and no allocation beyond what the files hold. Nothing is ever unpickled.
+"""The files of a Hugging Face model: a folder with config.json and safetensors, read with one clear error for whatever
+is wrong, and no allocation beyond what the files hold. Nothing is ever unpickled.
 
 A safetensors file is 8 bytes of header length, a JSON header (dtype, shape and offsets by tensor), then the tensors'
-bytes, little-endian. The package safetensors checks that offsets are in order, whole and within the file; bfloat16, which
-NumPy lacks, is read here: it is the upper half of a float32.
+bytes, little-endian. The package safetensors checks that offsets are in order, whole and within the file; bfloat16,
+which NumPy lacks, is read here: it is the upper half of a float32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """preprocessor_config.json: how pictures become a ViT's pixels, to a checkpoint's `meta["images"]` and back.
 
-transformers' ViTImageProcessor resizes, crops about the middle, multiplies by rescale_factor and normalises, each step if
-its flag is set. Every key that changes pixels is honoured or refused by name.
+transformers' ViTImageProcessor resizes, crops about the middle, multiplies by rescale_factor and normalises, each step
+if its flag is set. Every key that changes pixels is honoured or refused by name.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FILTERS = 6  # Pillow numbers its filters from 0
 
 
 def read_preprocessor(path: Path, given: Mapping[str, object], spec: ModelSpec) -> dict[str, object]:
-    """`meta["images"]` of a preprocessor_config.json: `mean` and `std` by channel of pixels in [0, 1], `resize`, `resample`
-    and `crop` as in `qtx.data.images.Preparation`.
+    """`meta["images"]` of a preprocessor_config.json: `mean` and `std` by channel of pixels in [0, 1], `resize`,
+    `resample` and `crop` as in `qtx.data.images.Preparation`.
 
     Raises FileError naming the key, for a wrong value and for what is not done here.
     """

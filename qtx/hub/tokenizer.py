@@ -1,5 +1,5 @@
-"""The files that say how a tokenizer is used, beside tokenizer.json: what they add to it is honoured, or refused by name
-where tokenizer.json says otherwise. They are kept, and written again as they were."""
+"""The files that say how a tokenizer is used, beside tokenizer.json: what they add to it is honoured, or refused by
+name where tokenizer.json says otherwise. They are kept, and written again as they were."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ..data.tokenizing import SAME_AS, read_vocabulary
 from ..files.container import FileError
 from .files import ADDED, SPECIALS, TOKENIZER, TOKENIZER_CONFIG, read_json
 
-# of a tokenizer whose class is BERT's or GPT-2's, transformers makes the normalizer and the pre-tokenizer anew from these
+# of a tokenizer whose class is BERT's or GPT-2's, transformers makes the normalizer and the pre-tokenizer anew from
+# these
 NORMALIZER = {
     "do_lower_case": "lowercase",
     "strip_accents": "strip_accents",
@@ -128,8 +129,8 @@ def check_added(folder: Path, config: Mapping[str, object], words: Mapping[int, 
         if not isinstance(number, int) or words.get(number) != token:
             own = next((place for place, word in words.items() if word == token), "none")
             raise FileError(
-                f"{folder / name}: the added token {shorten(token)} has the id {shorten(number)}, in {TOKENIZER} {own}: "
-                "make the two agree"
+                f"{folder / name}: the added token {shorten(token)} has the id {shorten(number)}, in {TOKENIZER} {own}"
+                ": make the two agree"
             )
 
 

@@ -1,7 +1,7 @@
 """Recipes of post-training quantization side by side: one model, one data set, a row for each.
 
-Every row's metric, latency and size belong to one thing: the integer artifact where the recipe can run in integers, else
-the simulation, float32 parameters with quantizers between them; the row says which.
+Every row's metric, latency and size belong to one thing: the integer artifact where the recipe can run in integers,
+else the simulation, float32 parameters with quantizers between them; the row says which.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class PtqSpec:
 
 
 def make_integers(spec: ModelSpec, prepared: Prepared, chosen: Recipe, machine: Machine) -> tuple[IntegerModel, int]:
-    """The recipe as an artifact: its model in integers and the bytes of its tensors. Raises ValueError saying what cannot
-    run in integers."""
+    """The recipe as an artifact: its model in integers and the bytes of its tensors. Raises ValueError saying what
+    cannot run in integers."""
     quants = resolve(chosen, spec)
     check_integer(quants, QTX, transforms=prepared.transforms)
     codes = cast(Mapping[str, QuantSpec], quants)  # none of small floats, which are refused
@@ -214,8 +214,8 @@ class Comparison:
         save_checkpoint(self.out / kept_name(name), whole)
 
     def sensitivity(self, name: str) -> None:
-        """Quantizes one site of a recipe at a time; `sites[name]` has what each costs, the dearest first. Raises SpecError
-        for a recipe that rewrites weights, all of which would differ from float."""
+        """Quantizes one site of a recipe at a time; `sites[name]` has what each costs, the dearest first. Raises
+        SpecError for a recipe that rewrites weights, all of which would differ from float."""
         quants, chosen = self.quants[name], self.recipes[name]
         if chosen.rewrite is not None:
             raise SpecError(f"--sensitivity {name}: {chosen.rewrite} changes all weights at once; take it without")

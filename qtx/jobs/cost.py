@@ -178,8 +178,8 @@ def open_either(path: Path, recipe: str | None, profile_name: str | None) -> tup
         raise CheckpointError(f"{path}: training diverged at step {step}; no model is left to use")
     if stored.transforms:
         raise SpecError(
-            f"{path} is made for the transforms of {name_recipe(stored)}, so float32 is not among what it can run: give "
-            f"the float checkpoint that it was made from, and --recipe {name_recipe(stored)}"
+            f"{path} is made for the transforms of {name_recipe(stored)}, so float32 is not among what it can run: "
+            f"give the float checkpoint that it was made from, and --recipe {name_recipe(stored)}"
         )
     return stored, None
 

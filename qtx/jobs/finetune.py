@@ -89,8 +89,8 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
 def load_labelled(origin: Origin, data: str, length: int | None) -> LabelledText | ImageData:
     """Labelled data for the checkpoint's family and tokenizer, all three splits filled.
 
-    Raises SpecError, DataError: they do not fit, a class has no train rows, or evaluation or calibration data trained the
-    checkpoint or one that it began with.
+    Raises SpecError, DataError: they do not fit, a class has no train rows, or evaluation or calibration data trained
+    the checkpoint or one that it began with.
     """
     spec, meta = origin.checkpoint.spec, origin.checkpoint.meta
     if spec.family is Family.OPT:

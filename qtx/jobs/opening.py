@@ -24,8 +24,8 @@ from ..recipes.sites import sites
 
 
 def open_data(path: Path, spec: ModelSpec, meta: Mapping[str, Any], name: str | None, tokenizer: Path | None) -> Data:
-    """The data to evaluate a model on: its own unless said otherwise, with its own tokenizer. Raises SpecError where they
-    are gone, or another tokenizer's."""
+    """The data to evaluate a model on: its own unless said otherwise, with its own tokenizer. Raises SpecError where
+    they are gone, or another tokenizer's."""
     need_tokenizer(path, spec, meta)
     about = meta.get("data", {})
     source = about.get("source") if name is None else name
@@ -185,8 +185,8 @@ def describe_head(artifact: Artifact) -> str:
 
 
 def find_recipe(checkpoint: Checkpoint, recipe_name: str | None) -> Recipe | None:
-    """The recipe that a checkpoint is run under: its own, or the one of that name; None for float. Raises SpecError for one
-    that does not exist, or does not fit the model."""
+    """The recipe that a checkpoint is run under: its own, or the one of that name; None for float. Raises SpecError for
+    one that does not exist, or does not fit the model."""
     if recipe_name == "float" or (recipe_name is None and checkpoint.recipe is None):
         return None
     if recipe_name is None:
@@ -216,14 +216,14 @@ def refuse_transformed(checkpoint: Checkpoint, what: str) -> None:
     """Raises SpecError where the parameters are made for transforms, without which they are another model."""
     if checkpoint.transforms:
         raise SpecError(
-            f"{what}: the checkpoint's weights are made for the transforms of {name_recipe(checkpoint)}; take the float "
-            "checkpoint that it was made from"
+            f"{what}: the checkpoint's weights are made for the transforms of {name_recipe(checkpoint)}; take the "
+            "float checkpoint that it was made from"
         )
 
 
 def prepare_anew(checkpoint: Checkpoint, machine: Machine, data: Calibration, chosen: Recipe) -> prepare.Prepared:
-    """A checkpoint's parameters under a recipe, from its calibration data. Raises SpecError where the parameters are made
-    for transforms of another recipe, and for data that the checkpoint knows from another split."""
+    """A checkpoint's parameters under a recipe, from its calibration data. Raises SpecError where the parameters are
+    made for transforms of another recipe, and for data that the checkpoint knows from another split."""
     refuse_transformed(checkpoint, f"recipe {chosen.name}")
     splits.refuse_overlap(checkpoint.meta, data, "calibration")
     batches = calibration.calibration_batches(data, checkpoint.spec)

@@ -38,7 +38,8 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with where its parameters are not drawn; the run's `TrainSpec.init` says which file it is of."""
+    """What a run begins with where its parameters are not drawn; the run's `TrainSpec.init` says which file it is
+    of."""
 
     params: dict[str, np.ndarray]
     kept: dict[str, Any] = field(default_factory=dict)  # JSON values that every checkpoint of the run keeps
@@ -72,8 +73,8 @@ def refuse_existing(path: Path, resume: bool) -> None:
 
 @contextmanager
 def claim(path: Path, resume: bool) -> Iterator[None]:
-    """A run's file is this process's to write. Raises CheckpointError where it is there and not to be gone on with, cannot
-    be written, or another process holds its folder."""
+    """A run's file is this process's to write. Raises CheckpointError where it is there and not to be gone on with,
+    cannot be written, or another process holds its folder."""
     refuse_existing(path, resume)
     with hold(path.parent):
         check_writable(path)

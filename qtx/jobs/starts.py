@@ -1,4 +1,5 @@
-"""Beginning with a checkpoint's parameters: as a classifier, or going on with pre-training, also with a new attention."""
+"""Beginning with a checkpoint's parameters: as a classifier, or going on with pre-training, also with a new
+attention."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ def make_classifier(
 ) -> tuple[ModelSpec, Params]:
     """The checkpoint's encoder with a new classifier, drawn from `seed`; BERT keeps its pooler where it has one.
 
-    dropout: of hidden states and of attention probabilities; None: the checkpoint's. Raises SpecError for an OPT, which has
-    no classifier.
+    dropout: of hidden states and of attention probabilities; None: the checkpoint's. Raises SpecError for an OPT, which
+    has no classifier.
     """
     spec = replace(checkpoint.spec, head=Head.CLASSIFY, classes=classes)
     if dropout is not None:

@@ -178,10 +178,10 @@ class Study:
         rows = []
         for (quant, attention_name), figures in zip(order, beside, strict=True):
             name = run_name(attention_name, quant)
-            found = [self.runs[f"{name}-seed{seed}"] for seed in self.spec.seeds]
-            lost = sum(run["diverged"] for run in found)
-            label = name + (f" (diverged{f' {lost} of {len(found)}' if len(found) > 1 else ''})" if lost else "")
-            rows.append([label, *self._cells(found, kind), *([figures] if sources else [])])
+            runs = [self.runs[f"{name}-seed{seed}"] for seed in self.spec.seeds]
+            lost = sum(run["diverged"] for run in runs)
+            label = name + (f" (diverged{f' {lost} of {len(runs)}' if len(runs) > 1 else ''})" if lost else "")
+            rows.append([label, *self._cells(runs, kind), *([figures] if sources else [])])
         lines = [format_table(header, rows), *sources]
         if self.unigram is not None:
             lines.append(f"unigram model on the same targets: perplexity {format_number(self.unigram)}")
@@ -191,10 +191,10 @@ class Study:
         """The name of the recipe that `train_quant` stands for."""
         return training_recipe(quant, self.models[kind]).name if quant else None
 
-    def _cells(self, found: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    def _cells(self, runs: Sequence[dict[str, Any]], kind: str) -> list[str]:
         def values(*keys: str) -> list[float | None]:
             collected = []
-            for run in found:
+            for run in runs:
                 scores: Any = run
                 for key in keys[:-1]:
                     scores = None if scores is None else scores.get(key)

@@ -72,8 +72,9 @@ def train(
 
 
 class Loop:
-    """One run from where it stands to its last step. Each thing that is done in a step is a method of its own: `advance`
-    trains, `record` measures, `is_due` and `save` are the policy of checkpoints, `snapshot` is what they hold."""
+    """One run from where it stands to its last step. Each thing that is done in a step is a method of its own:
+    `advance` trains, `record` measures, `is_due` and `save` are the policy of checkpoints, `snapshot` is what they
+    hold."""
 
     def __init__(
         self,
@@ -98,7 +99,8 @@ class Loop:
         return len(self.state.history.loss)
 
     def complete(self, label: str) -> Checkpoint:
-        """Trains to the last step and returns what is then at `path`. Raises Interrupted and WriteError, see `train`."""
+        """Trains to the last step and returns what is then at `path`. Raises Interrupted and WriteError, see
+        `train`."""
         with postpone() as stop:
             with Progress(label, self.run.optim.steps, self.step) as bar:
                 self.begin()
@@ -156,8 +158,8 @@ class Loop:
         return time.monotonic() - self.saved > SAVE_SECONDS
 
     def save(self, *, last: bool, done: bool = False) -> Checkpoint:
-        """Saves and returns a checkpoint. Where it cannot be written, training goes on without; the `last` one, or that of
-        a run that diverged, is tried for a minute, and then raises WriteError."""
+        """Saves and returns a checkpoint. Where it cannot be written, training goes on without; the `last` one, or that
+        of a run that diverged, is tried for a minute, and then raises WriteError."""
         checkpoint = self.snapshot(done)
         last = last or checkpoint.meta["done"]
         until = time.monotonic() + LAST_SECONDS
@@ -183,8 +185,8 @@ class Loop:
         return checkpoint
 
     def snapshot(self, done: bool) -> Checkpoint:
-        """The run as it stands. Of one whose numbers are finite no more, its first parameters and its curves as far as they
-        are finite: nothing evaluates it."""
+        """The run as it stands. Of one whose numbers are finite no more, its first parameters and its curves as far as
+        they are finite: nothing evaluates it."""
         state, run = self.state, self.run
         loss = state.history.loss
         params, extra = state.model.params(), state.history.tensors() | state.trainer.state()

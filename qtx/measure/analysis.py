@@ -135,7 +135,8 @@ class SiteSums:
 
 @dataclass(frozen=True)
 class Channel:
-    """A channel of the residual stream: at how many of its sites and layers it has outliers, and in what share of tokens."""
+    """A channel of the residual stream: at how many of its sites and layers it has outliers, and in what share of
+    tokens."""
 
     channel: int
     sites: int

@@ -1,11 +1,11 @@
 """Attention heads: where their probability goes, how spread it is, and how much they change the residual stream.
 
-Bondarenko et al. 2023, section 3: a head that has nothing to add does a "no-op". It hands on a product of probabilities and
-values so small that the residual stream stays as it is. A plain softmax cannot give zeros, so such a head gives almost all
-probability to tokens that say little ([SEP], the first token, punctuation; background patches of an image), whose values it
-keeps small; clipped softmax lets it give zeros (section 4.1), a gate lets it close (section 4.2). A head does nothing here
-whichever of these it does, if what it adds, W_h (g * P V)_h, is at most UPDATE of the norm of what it is added to, as a mean
-over tokens. `Head.reason` says by what means.
+Bondarenko et al. 2023, section 3: a head that has nothing to add does a "no-op". It hands on a product of probabilities
+and values so small that the residual stream stays as it is. A plain softmax cannot give zeros, so such a head gives
+almost all probability to tokens that say little ([SEP], the first token, punctuation; background patches of an image),
+whose values it keeps small; clipped softmax lets it give zeros (section 4.1), a gate lets it close (section 4.2). A
+head does nothing here whichever of these it does, if what it adds, W_h (g * P V)_h, is at most UPDATE of the norm of
+what it is added to, as a mean over tokens. `Head.reason` says by what means.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Head:
 
     @property
     def reason(self) -> str | None:
-        """By what means it does nothing, the first that holds: its gate is closed, it gives no probability, it gives it to
-        marked keys, or what it collects is small. None where it does something."""
+        """By what means it does nothing, the first that holds: its gate is closed, it gives no probability, it gives it
+        to marked keys, or what it collects is small. None where it does something."""
         if not self.idle:
             return None
         if self.gate is not None and self.gate <= OPEN:

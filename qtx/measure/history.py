@@ -14,8 +14,8 @@ WATCHED = ("integer_step", "integer_perplexity", "float_perplexity", "kurtosis",
 class History:
     """Per step the loss in nats; now and then the largest inf norm over the paper's sites, on one fixed batch.
 
-    Where integers are watched, also perplexity in integers and in float on a fixed slice, and the float model's published
-    average kurtosis and max inf norm on another.
+    Where integers are watched, also perplexity in integers and in float on a fixed slice, and the float model's
+    published average kurtosis and max inf norm on another.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -28,7 +28,8 @@ class History:
     watched_inf_norm: list[float] = field(default_factory=list)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The curves as a checkpoint's `history.*`, steps int64 and all else float64; the watch's where there are any."""
+        """The curves as a checkpoint's `history.*`, steps int64 and all else float64; the watch's where there are
+        any."""
         kept = {key: value for key, value in vars(self).items() if value or key not in WATCHED}
         return {f"history.{k}": np.array(v, np.int64 if k.endswith("step") else np.float64) for k, v in kept.items()}
 

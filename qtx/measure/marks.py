@@ -1,4 +1,5 @@
-"""Kinds of tokens: specials, punctuation and the rest, from a tokenizer.json alone; and an image's background patches."""
+"""Kinds of tokens: specials, punctuation and the rest, from a tokenizer.json alone; and an image's background
+patches."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class Kinds:
         return table
 
     def of(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Kind of each token, (B, T); a sequence's first one is `first` where the model is causal or it is not [CLS]."""
+        """Kind of each token, (B, T); a sequence's first one is `first` where the model is causal or it is not
+        [CLS]."""
         known = np.minimum(batch["tokens"], len(self.table) - 1)
         kinds = np.where(known == batch["tokens"], self.table[known], self.names.index("other"))
         begin = np.asarray(batch["mask"], bool).argmax(axis=1)[:, None]  # the first real token

@@ -11,7 +11,8 @@ from ..recipes.sites import paper_sites
 
 @dataclass(frozen=True)
 class Outliers:
-    """The published metrics: the largest over sites of the mean inf norm, where, and the kurtosis averaged over sites."""
+    """The published metrics: the largest over sites of the mean inf norm, where, and the kurtosis averaged over
+    sites."""
 
     max_inf_norm: float
     max_inf_norm_site: str

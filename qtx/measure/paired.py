@@ -27,8 +27,8 @@ class Measured:
     seconds: float
 
     def values(self, kind: str, times: np.ndarray | None = None) -> np.ndarray:
-        """Accuracy in percent, or perplexity, (R,): of resamples where `times` (R, N) says how often each drew a sequence,
-        else of all sequences once, R = 1."""
+        """Accuracy in percent, or perplexity, (R,): of resamples where `times` (R, N) says how often each drew a
+        sequence, else of all sequences once, R = 1."""
         each = np.ones((1, len(self.answers.count))) if times is None else times
         loss, count, right = (each @ part for part in self.answers)
         with np.errstate(over="ignore"):

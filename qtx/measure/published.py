@@ -86,8 +86,8 @@ def list_published(model: str, kind: AttentionSpec, train_quant: str | None = No
 def make_column(
     model: str, rows: Sequence[tuple[AttentionSpec, str | None]], recipes: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """The cells of a table's column, one for each (attention, recipe of its training), and the sources that they number;
-    no source where nothing is published of any row."""
+    """The cells of a table's column, one for each (attention, recipe of its training), and the sources that they
+    number; no source where nothing is published of any row."""
     published = [list_published(model, kind, train_quant) for kind, train_quant in rows]
     sources = list(dict.fromkeys(figure.source for figures in published for figure in figures))
     cells = [

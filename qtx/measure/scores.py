@@ -37,8 +37,8 @@ def metric(spec: ModelSpec) -> str:
 def evaluate(model: Runnable, batches: Iterable[Batch], label: str = "evaluate", total: int = 0) -> Score:
     """The score of a model, float, bound or an `IntegerScorer`, over batches.
 
-    label, total: of the progress bar, which is not drawn where the total number of batches is 0. Raises SpecError without
-    a target.
+    label, total: of the progress bar, which is not drawn where the total number of batches is 0. Raises SpecError
+    without a target.
     """
     total_loss, count, right = 0.0, 0, 0
     with Progress(label, total) as bar:
@@ -53,8 +53,8 @@ def evaluate(model: Runnable, batches: Iterable[Batch], label: str = "evaluate",
 
 
 class Answers(NamedTuple):
-    """Of each sequence (or image) of a batch, (B,) each: summed negative log-likelihood in nats, targets, and how many of
-    them were predicted right."""
+    """Of each sequence (or image) of a batch, (B,) each: summed negative log-likelihood in nats, targets, and how many
+    of them were predicted right."""
 
     loss: np.ndarray
     count: np.ndarray  # type: ignore[assignment]  # of a tuple's method

@@ -63,8 +63,8 @@ def measure_relative_error(
     weight: bool = False,
     wanted: np.ndarray | None = None,
 ) -> float:
-    """Squared error over squared tensor of the elements that count; 0 of a tensor of zeros. wanted: what x stands for, x
-    itself unless given."""
+    """Squared error over squared tensor of the elements that count; 0 of a tensor of zeros. wanted: what x stands for,
+    x itself unless given."""
     scale, zero_point = (
         quantizers.dynamic_scale(x, quant, where, weight) if range is None else (range.scale, range.zero_point)
     )

@@ -14,8 +14,8 @@ from ..files.artifact import PACKED_BITS, count_packed
 def count_stored_bytes(
     params: Mapping[str, np.ndarray], quants: Mapping[str, Quant], ranges: Mapping[str, Range]
 ) -> int:
-    """Bytes of the parameters under a recipe: codes as an artifact stores them (up to 4 bits two to a byte, up to 8 one,
-    else two), what stays in float as it is, and float32 scale and int32 zero point of every static range.
+    """Bytes of the parameters under a recipe: codes as an artifact stores them (up to 4 bits two to a byte, up to 8
+    one, else two), what stays in float as it is, and float32 scale and int32 zero point of every static range.
 
     Small floats likewise, their MX blocks with a byte of scale each.
     """

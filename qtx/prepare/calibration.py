@@ -17,7 +17,8 @@ CALIBRATION_SEED = 0  # of calibration batches (BERT's masks are drawn from it),
 
 
 def calibration_batches(data: Calibration, spec: ModelSpec) -> Batches:
-    """What `prepare` takes: the first n batches of the calibration split, anew each time, the same for every command."""
+    """What `prepare` takes: the first n batches of the calibration split, anew each time, the same for every
+    command."""
     return lambda count: data.split_batches("calibration", spec, BATCH, CALIBRATION_SEED, limit=count)
 
 

@@ -19,8 +19,8 @@ from .transforms import transform
 
 @dataclass
 class Prepared:
-    """A quantized model: parameters, rewritten where the recipe says so, static ranges, the transforms of linears' inputs
-    that no norm has taken in, and the parameters as they were before they were rewritten, where they were."""
+    """A quantized model: parameters, rewritten where the recipe says so, static ranges, the transforms of linears'
+    inputs that no norm has taken in, and the parameters as they were before they were rewritten, where they were."""
 
     params: Mapping[str, np.ndarray]
     ranges: dict[str, Range]
@@ -28,7 +28,8 @@ class Prepared:
     before: Mapping[str, np.ndarray] | None = None
 
     def model(self, machine: Machine, spec: ModelSpec, recipe: Recipe) -> Model:
-        """The model under the recipe's fake quantization, on a machine. Raises SpecError where that is not to be had."""
+        """The model under the recipe's fake quantization, on a machine. Raises SpecError where that is not to be
+        had."""
         model = machine.model(spec, self.params)
         bind(model, recipe, self.ranges, self.transforms)
         return model

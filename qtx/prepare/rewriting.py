@@ -26,8 +26,8 @@ def rewrite(
     quants: Mapping[str, Quant],
     ranges: Mapping[str, Range],
 ) -> dict[str, np.ndarray]:
-    """The parameters as the recipe's `rewrite` makes them for these ranges, from the inputs of a float forward pass. Every
-    linear with a quantized weight of its own is rewritten.
+    """The parameters as the recipe's `rewrite` makes them for these ranges, from the inputs of a float forward pass.
+    Every linear with a quantized weight of its own is rewritten.
 
     Raises SpecError where there is none, or its weight has a quantizer that the method does not know.
     """

@@ -13,9 +13,9 @@ from ..engines.protocols import Batch, Model
 
 
 class Calibrated:
-    """Ranges that several recipes share: what an observer found depends neither on the bits (but for least squares) nor on
-    how channels are grouped. It does depend, in its last bits, on which sites are quantized: a backend may fuse ops between
-    which nobody looks."""
+    """Ranges that several recipes share: what an observer found depends neither on the bits (but for least squares) nor
+    on how channels are grouped. It does depend, in its last bits, on which sites are quantized: a backend may fuse ops
+    between which nobody looks."""
 
     def __init__(self, model: Model, batches: Callable[[], Iterable[Batch]]) -> None:
         self.model = model

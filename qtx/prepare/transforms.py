@@ -1,4 +1,5 @@
-"""What a recipe does to a float model's parameters before and after its ranges are found: transforms and rewritten weights.
+"""What a recipe does to a float model's parameters before and after its ranges are found: transforms and rewritten
+weights.
 
 `prepare.prepare` is the way in. The arithmetic is `qtx_ref.quant.rewriting` and `qtx_ref.quant.rounding_choice`,
 whichever backend ran the model; this hands them what the calibration batches show.
@@ -28,8 +29,8 @@ def transform(
 ) -> tuple[Arrays, dict[str, InputTransform]]:
     """The parameters made for a recipe's transforms, and those that are left to the linears' inputs.
 
-    Raises SpecError for a block that does not divide a width, a linear without a weight of its own, and inputs that are not
-    finite.
+    Raises SpecError for a block that does not divide a width, a linear without a weight of its own, and inputs that are
+    not finite.
     """
     chosen = choose_transforms(recipe, spec)
     blocks = {

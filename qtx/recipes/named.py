@@ -56,7 +56,8 @@ NAMES = (
 
 
 def post_training(weight_bits: int, activation_bits: int, learned: bool = False) -> Parts:
-    """Static per-tensor ranges everywhere: symmetric weights, asymmetric activations, running min-max over 16 batches."""
+    """Static per-tensor ranges everywhere: symmetric weights, asymmetric activations, running min-max over 16
+    batches."""
     weights = QuantSpec(bits=weight_bits, symmetric=True, learned=learned)
     activations = QuantSpec(bits=activation_bits, observer=RUNNING, learned=learned)
     bits = f"w{weight_bits}a{activation_bits}"
@@ -77,8 +78,8 @@ def per_token(base: Parts, bits: int) -> Parts:
 
 
 def linears(weight_bits: int, activation_bits: int) -> Parts:
-    """The operands of the linear layers alone, static and per tensor; all else in float, as in GPTQ's, SmoothQuant's and
-    LLM.int8's simulations."""
+    """The operands of the linear layers alone, static and per tensor; all else in float, as in GPTQ's, SmoothQuant's
+    and LLM.int8's simulations."""
     source = "Xiao et al. 2023, section 4: int8 linear layers, norms, softmax and sums in floats"
     return Parts(
         f"linear-w{weight_bits}a{activation_bits}",
@@ -261,8 +262,8 @@ def training_recipe(name: str, spec: ModelSpec) -> Recipe:
 
 
 def resolve(chosen: Recipe, spec: ModelSpec) -> dict[str, Quant]:
-    """The quantizer of each site of a model. Raises SpecError where the recipe touches none, and for channels, groups and
-    blocks that a site does not have."""
+    """The quantizer of each site of a model. Raises SpecError where the recipe touches none, and for channels, groups
+    and blocks that a site does not have."""
     quants = {site: quant for site in sites(spec).all if (quant := chosen.quant(site)) is not None}
     for site, quant in quants.items():
         kind = quant.granularity

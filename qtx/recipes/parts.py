@@ -21,8 +21,8 @@ from qtx_ref.spec import (
 
 @dataclass(frozen=True)
 class Parts:
-    """`activations` and `weights` decide for all of theirs; `special` for activations that differ at some sites; `floats`
-    for what stays in float, over all of these. The rest is as in `Recipe`."""
+    """`activations` and `weights` decide for all of theirs; `special` for activations that differ at some sites;
+    `floats` for what stays in float, over all of these. The rest is as in `Recipe`."""
 
     name: str
     activations: Rule

@@ -50,7 +50,8 @@ def list_ffn_sites(spec: ModelSpec) -> tuple[str, ...]:
     return ("layer.*.ffn.norm" if spec.pre_norm else "layer.*.attn.norm", "layer.*.ffn.output", "layer.*.ffn.residual")
 
 
-# --- one remedy each: (a recipe's parts, model, the match of its name) -> parts -------------------------------------------
+# --- one remedy each: (a recipe's parts, model, the match of its name) -> parts
+# -------------------------------------------
 
 
 def percentile(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:

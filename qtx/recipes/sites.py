@@ -19,8 +19,8 @@ KEYS = (".scores", ".probs", ".context.lhs")  # sites whose last axis is the key
 
 @dataclass(frozen=True)
 class Sites:
-    """Names in the order of the forward pass. Results are tensors where they are produced; operands are `<op>.input`, or
-    `.lhs` and `.rhs`, where a matmul takes them in; weights are `<op>.weight` where they are used."""
+    """Names in the order of the forward pass. Results are tensors where they are produced; operands are `<op>.input`,
+    or `.lhs` and `.rhs`, where a matmul takes them in; weights are `<op>.weight` where they are used."""
 
     results: tuple[str, ...]
     operands: tuple[str, ...]
@@ -86,8 +86,8 @@ def record_shapes(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
 
 @cache
 def extents(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """Channels of each site (what GROUP divides: an activation's last axis, a weight's rows) and its last axis (what BLOCK
-    divides). Not of `scores`, `probs` and `context.lhs`, whose last axis is the keys."""
+    """Channels of each site (what GROUP divides: an activation's last axis, a weight's rows) and its last axis (what
+    BLOCK divides). Not of `scores`, `probs` and `context.lhs`, whose last axis is the keys."""
     sizes = shapes(spec)
     first: dict[str, tuple[int, int]] = {}  # of a model with one layer
     for kind, sized in record_shapes(replace(spec, layers=1)).items():
@@ -124,11 +124,11 @@ def paper_sites(spec: ModelSpec) -> PaperSites:
     """Where Bondarenko et al. 2023 take "max inf norm" and "average kurtosis", as their scripts `validate_mlm.py` and
     `validate_clm.py` list them.
 
-    BERT: each layer's FFN output and last norm's output, for the inf norm also that norm's input. OPT: five modules of each
-    layer (the layer itself, FFN output, both norms, attention output), and the final norm where there is one. In a
-    post-norm layer its last norm's output is the layer's output too, and counts twice. The FFN output, and a norm before
-    the FFN, arrive flattened to tokens there. ViT has no published code: FFN output, layer output and final norm are an
-    assumption.
+    BERT: each layer's FFN output and last norm's output, for the inf norm also that norm's input. OPT: five modules of
+    each layer (the layer itself, FFN output, both norms, attention output), and the final norm where there is one. In a
+    post-norm layer its last norm's output is the layer's output too, and counts twice. The FFN output, and a norm
+    before the FFN, arrive flattened to tokens there. ViT has no published code: FFN output, layer output and final norm
+    are an assumption.
     """
     units: dict[str, str] = {}
     listed: list[str] = []
@@ -156,8 +156,8 @@ def paper_sites(spec: ModelSpec) -> PaperSites:
 
 
 def residual_stream(spec: ModelSpec) -> tuple[str, ...]:
-    """The sites at which the residual stream stands, all D wide: the embedding, then each sum and, where the norm follows
-    it, its norm."""
+    """The sites at which the residual stream stands, all D wide: the embedding, then each sum and, where the norm
+    follows it, its norm."""
     parts = (
         ("attn.residual", "ffn.residual")
         if spec.pre_norm

@@ -133,7 +133,8 @@ def tabulate_costs(result: CostResult) -> str:
 
 
 def format_agreement(cell: CellResult) -> str:
-    """The share of equal answers with the number of sequences behind it, which is measured in one cell of each length."""
+    """The share of equal answers with the number of sequences behind it, which is measured in one cell of each
+    length."""
     share = cell.get("agreement")
     if share is None:
         return "-"
@@ -290,8 +291,8 @@ def draw_cost(path: Path, result: CostResult) -> None:
 
 
 def make_cost_figure(result: CostResult) -> Figure:
-    """For each cell a panel of latency and one of peak memory, with a bar and its number for every variant of the table,
-    or words where it was not measured. Each panel has its own scale. Raises MissingExtra without matplotlib."""
+    """For each cell a panel of latency and one of peak memory, with a bar and its number for every variant of the
+    table, or words where it was not measured. Each panel has its own scale. Raises MissingExtra without matplotlib."""
     cells, variants = result["cells"], result["variants"]
     columns = min(WIDE, max(len(cells), 1))
     bands = max(1, -(-len(cells) // columns))
@@ -318,7 +319,8 @@ def make_cost_figure(result: CostResult) -> Figure:
 def draw_bars(
     panel: Axes, cell: str, key: Literal["median", "memory"], factor: float, variants: Sequence[VariantResult]
 ) -> None:
-    """One cell's bars, the first variant uppermost; on a logarithmic axis where they span more than a decade and a half."""
+    """One cell's bars, the first variant uppermost; on a logarithmic axis where they span more than a decade and a
+    half."""
     parts = [variant["cells"].get(cell, {}) for variant in variants]
     values = [None if (value := part.get(key)) is None else value * factor for part in parts]
     whiskers = [part["p95"] * factor if key == "median" and "p95" in part else None for part in parts]

@@ -1,4 +1,5 @@
-"""What all pictures have in common: how runs look, which axes are logarithmic, what a font can write, where titles stand.
+"""What all pictures have in common: how runs look, which axes are logarithmic, what a font can write, where titles
+stand.
 
 A figure is built by one function and written by another, so that what it draws can be read from its artists.
 """
@@ -66,8 +67,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def plain(text: str, longest: int = LONGEST) -> str:
-    """A text as the font can write it, in one line: a character that it lacks is a question mark, a $ begins no formula,
-    and the middle of what is longer than `longest` characters is left out."""
+    """A text as the font can write it, in one line: a character that it lacks is a question mark, a $ begins no
+    formula, and the middle of what is longer than `longest` characters is left out."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))
@@ -97,8 +98,8 @@ def spans_decades(values: Iterable[float | None]) -> bool:
 
 
 def choose_scale(axes: Axes, which: Literal["x", "y"], values: Iterable[float | None]) -> None:
-    """A logarithmic axis where the values span more than a decade and a half, with ticks written often enough to be read;
-    else a linear one."""
+    """A logarithmic axis where the values span more than a decade and a half, with ticks written often enough to be
+    read; else a linear one."""
     from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
 
     known = finite(values)
@@ -135,8 +136,8 @@ class Look:
 
 
 def choose_looks(names: Sequence[str]) -> dict[str, Look]:
-    """One look per run, no two alike up to 42 runs. Runs that differ in their seed alone (`vanilla-seed0`, `vanilla-seed1`)
-    share a colour and a marker."""
+    """One look per run, no two alike up to 42 runs. Runs that differ in their seed alone (`vanilla-seed0`,
+    `vanilla-seed1`) share a colour and a marker."""
     seeds = [name.rpartition("-seed")[2] if "-seed" in name else "" for name in names]
     groups = [name.rpartition("-seed")[0] or name for name in names]
     kinds = {group: i for i, group in enumerate(dict.fromkeys(groups))}

@@ -123,7 +123,8 @@ def make_channel_figure(analysis: Analysis, title: str) -> Figure:
 
 
 def space_apart(places: Sequence[int], gap: float, end: float) -> list[float]:
-    """Ascending places moved as little to the right, and from the end back to the left, as leaves `gap` between them."""
+    """Ascending places moved as little to the right, and from the end back to the left, as leaves `gap` between
+    them."""
     moved: list[float] = []
     for place in places:
         moved.append(max(float(place), moved[-1] + gap) if moved else float(place))
@@ -176,7 +177,8 @@ def describe_head(head: Head) -> str:
 
 
 def make_text_figure(analysis: Analysis, chosen: Sequence[Head], probs: Mapping[int, np.ndarray], title: str) -> Figure:
-    """Probabilities that each query (down) of one sequence gives to each key (across), of its first and last tokens; probs:
+    """Probabilities that each query (down) of one sequence gives to each key (across), of its first and last tokens;
+    probs:
     by layer (H, T, T). Raises MissingExtra without matplotlib."""
     real = np.flatnonzero(analysis.example["mask"][0])
     places = real if len(real) <= WORDS else np.concatenate([real[: WORDS - LAST], real[-LAST:]])

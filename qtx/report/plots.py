@@ -56,7 +56,8 @@ def make_curve_figure(runs: Mapping[str, Curves], title: str) -> Figure:
     """Training loss, the runs' distance from their mean, and max inf norm, by step. Where integers were watched also
     kurtosis, integer perplexity above float's, and for each run a panel of both perplexities.
 
-    Runs that lie over one another in the loss are told apart by the second panel. Raises MissingExtra without matplotlib.
+    Runs that lie over one another in the loss are told apart by the second panel. Raises MissingExtra without
+    matplotlib.
     """
     watched = {name: run for name, run in runs.items() if run.integer_step}
     several = len(runs) > 1
@@ -152,7 +153,8 @@ def draw_lines(panel: Axes, lines: Mapping[str, Points], looks: Mapping[str, Loo
 
 
 def draw_perplexities(panels: Sequence[Axes], runs: Mapping[str, Curves], looks: Mapping[str, Look]) -> None:
-    """A panel for each run, all of one scale: perplexity in float as a wide pale line, in integers as points upon it."""
+    """A panel for each run, all of one scale: perplexity in float as a wide pale line, in integers as points upon
+    it."""
     every = [value for run in runs.values() for value in (*run.integer_perplexity, *run.float_perplexity)]
     for panel, (name, run) in zip(panels, runs.items(), strict=True):
         look = looks[name]

@@ -51,8 +51,8 @@ def draw_rows(path: Path, kind: str, rows: Mapping[str, RecipeRow], title: str) 
 
 
 def make_row_figure(kind: str, rows: Mapping[str, RecipeRow], title: str) -> Figure:
-    """Every row's difference to float with its bootstrap interval; a second time, enlarged, where a few rows lie far from
-    the others; and the row's latency and size.
+    """Every row's difference to float with its bootstrap interval; a second time, enlarged, where a few rows lie far
+    from the others; and the row's latency and size.
 
     kind: "accuracy" (differences in points) or "perplexity" (in percent). A row without numbers says why. Raises
     MissingExtra without matplotlib.

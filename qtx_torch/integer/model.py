@@ -1,7 +1,8 @@
 """`Integer`: a whole model in integer codes, as a device computes it.
 
 Differs from the reference: site, module, attn: a site's module knows its site and holds its parameters.
-Differs from the reference: Integer.dropout, Code.arrange, Whole: there is no tape, and torch forbids floats in another way.
+Differs from the reference: Integer.dropout, Code.arrange, Whole: there is no tape, and torch forbids floats in another
+way.
 
 Every value is a `Code`, `real = unit * (value - zero_point)`. A matmul of codes gives an int32 accumulator (int64 where
 a factor has more than 8 bits), whose unit is the product of its factors' scales; requantization by the profile makes it

@@ -200,13 +200,13 @@ def test_named_recipes_fit_every_preset():
         spec = preset(name)
         integer = recipes.resolve(recipes.recipe("w8a8", spec), spec)
         for kind, form in recipes.FLOATS.items():
-            found = recipes.resolve(recipes.recipe(kind, spec), spec)
-            assert {quant.format for quant in found.values()} == {form}
+            got = recipes.resolve(recipes.recipe(kind, spec), spec)
+            assert {quant.format for quant in got.values()} == {form}
             if kind.startswith("fp8"):
-                assert found.keys() == integer.keys()
+                assert got.keys() == integer.keys()
             else:
-                assert {"layer.0.ffn.hidden.input", "layer.0.ffn.hidden.weight"} <= found.keys()
-                assert not any(site.endswith((".norm.weight", ".context.rhs")) for site in found)
+                assert {"layer.0.ffn.hidden.input", "layer.0.ffn.hidden.weight"} <= got.keys()
+                assert not any(site.endswith((".norm.weight", ".context.rhs")) for site in got)
 
 
 @pytest.mark.parametrize("name", recipes.FLOATS)

@@ -1,4 +1,5 @@
-"""GPTQ against its definition with inverses made anew, both against every rounding there is, and on correlated inputs."""
+"""GPTQ against its definition with inverses made anew, both against every rounding there is, and on correlated
+inputs."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def problem(outputs: int, inputs: int, quant: QuantSpec, seed: int = 0) -> tuple
 
 
 def textbook(weight: np.ndarray, gram: np.ndarray, scale: np.ndarray, zero: np.ndarray, quant: QuantSpec) -> np.ndarray:
-    """Optimal brain quantization in column order (Frantar et al. 2023, eq. 2): after each column the inverse of the Hessian
-    of those that are left is made from it anew."""
+    """Optimal brain quantization in column order (Frantar et al. 2023, eq. 2): after each column the inverse of the
+    Hessian of those that are left is made from it anew."""
     hessian = gram + 0.01 * np.diag(gram).mean() * np.eye(len(gram))
     w = weight.astype(np.float64)
     for j in range(w.shape[1]):
@@ -51,7 +52,8 @@ def test_gptq_is_the_textbook_one(granularity: Granularity, block: int) -> None:
 
 @pytest.mark.parametrize("choose", [gptq, adaround])
 def test_no_choice_of_codes_errs_less_than_the_best_of_all(choose: Callable) -> None:
-    """Rows of 4 weights on 8 codes: each of 4096 rounded rows is tried. Never above nearest, and often the best itself."""
+    """Rows of 4 weights on 8 codes: each of 4096 rounded rows is tried. Never above nearest, and often the best
+    itself."""
     quant = QuantSpec(3, True, granularity=Granularity.CHANNEL)
     best = 0
     for seed in range(6):

@@ -196,13 +196,13 @@ def test_a_study_of_any_seed_calibrates_as_every_command_and_keeps_what_it_found
     run = result["runs"]["vanilla-seed1"]
     file = tmp_path / "q.safetensors"
     good("quantize", out / "vanilla-seed1", "--backend", "ref", "--recipe", "w4a8", "--out", file)
-    found = load_checkpoint(file)
+    got = load_checkpoint(file)
     kept = run["recipes"]["w4a8"]["ranges"]
-    assert kept.keys() == found.ranges.keys()
-    for site, known in found.ranges.items():
+    assert kept.keys() == got.ranges.keys()
+    for site, known in got.ranges.items():
         assert kept[site] == {key: value.ravel().tolist() for key, value in known._asdict().items()}, site
-    count = sum(value.size for value in found.params.values())
-    codes = sum(value.size for name, value in found.params.items() if name in kept)
+    count = sum(value.size for value in got.params.values())
+    codes = sum(value.size for name, value in got.params.items() if name in kept)
     assert run["float_bytes"] == 4 * count
     assert run["recipes"]["w4a8"]["bytes"] == 4 * (count - codes) + codes / 2 + 8 * len(kept)  # two codes to a byte
 

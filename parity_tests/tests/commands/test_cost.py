@@ -69,10 +69,10 @@ def test_lengths():
 
 def test_summary():
     seconds, base = [0.4, 0.1, 0.3, 0.2, 0.5], [0.2, 0.1, 0.1, 0.1, 0.1]
-    found = cost.summarize(seconds, base, 8, 512)
-    assert found["median"] == 0.3 and found["p95"] == pytest.approx(0.48, rel=1e-12)  # 0.4 + 0.8 (0.5 - 0.4)
-    assert found["ratio"] == pytest.approx(2.0, rel=1e-12)  # of 2, 1, 3, 2, 5
-    assert found["sequences_per_s"] == pytest.approx(8 / 0.3) and found["tokens_per_s"] == pytest.approx(512 / 0.3)
+    got = cost.summarize(seconds, base, 8, 512)
+    assert got["median"] == 0.3 and got["p95"] == pytest.approx(0.48, rel=1e-12)  # 0.4 + 0.8 (0.5 - 0.4)
+    assert got["ratio"] == pytest.approx(2.0, rel=1e-12)  # of 2, 1, 3, 2, 5
+    assert got["sequences_per_s"] == pytest.approx(8 / 0.3) and got["tokens_per_s"] == pytest.approx(512 / 0.3)
 
 
 def test_compare():
@@ -124,7 +124,8 @@ def test_faults():
 
 
 def test_added_parameters():
-    """Against the paper's formulas (Bondarenko et al. 2023, table of gates), by hand for bert-base: H 12, K 64, D 768."""
+    """Against the paper's formulas (Bondarenko et al. 2023, table of gates), by hand for bert-base: H 12, K 64, D
+    768."""
     spec = preset("bert-base")
     by_hand = {
         "vanilla": 0,

@@ -67,10 +67,10 @@ def test_whole_command(checkpoint, tmp_path):
         "1",
     )
     text = ran(*command, "--out", out)
-    found = json.loads((out / "cost.json").read_text())
-    assert [v["name"] for v in found["variants"]] == ["float32", "fake quantization", "integers"]
-    assert "random inputs and calibration" in text and found["threads"] == 1 and found["recipe"] == "w8a8"
-    for variant in found["variants"]:
+    got = json.loads((out / "cost.json").read_text())
+    assert [v["name"] for v in got["variants"]] == ["float32", "fake quantization", "integers"]
+    assert "random inputs and calibration" in text and got["threads"] == 1 and got["recipe"] == "w8a8"
+    for variant in got["variants"]:
         assert variant["finding"] is None and variant["bytes"] > 0
         for cell in ("1x8", "2x8"):
             measured = variant["cells"][cell]
@@ -81,11 +81,11 @@ def test_whole_command(checkpoint, tmp_path):
         last = variant["cells"]["2x8"]
         assert last["compared"] == 256 and 0 <= last["agreement"] <= 1
         assert f"{100 * last['agreement']:.1f}% of 256 seq" in text
-    fake, integers = found["variants"][1:]
+    fake, integers = got["variants"][1:]
     quants = resolve(recipe("w8a8", preset("opt-tiny")), replace(preset("opt-tiny"), layers=1))
     assert fake["profile"]["quantizers"] == len(quants)
     assert integers["profile"]["kernels"] == {"float32 blocks (NumPy)": 4 + 2 + 2 + 1}
-    assert integers["bytes"] < fake["bytes"] and costs.describe_costs(found) in text
+    assert integers["bytes"] < fake["bytes"] and costs.describe_costs(got) in text
     assert (out / "cost.txt").read_text().strip() in text
     assert "exists: choose another --out" in ran(*command, "--out", out)
 
@@ -110,14 +110,12 @@ def test_transforms_are_part_of_what_runs(checkpoint, tmp_path):
     fake = json.loads((tmp_path / "cost.json").read_text())["variants"][1]
     assert fake["name"] == "fake quantization" and 0 < fake["cells"]["1x8"]["error"] < 0.2, text
     assert "integers: not timed: site" in text and "a transform of its input is left" in text
-    found = load_checkpoint(checkpoint)
-    chosen = recipe("w8a8-hadamard", found.spec)
+    got = load_checkpoint(checkpoint)
+    chosen = recipe("w8a8-hadamard", got.spec)
     random = cost_inputs.Random(8)
-    made = prepare(
-        Machine("ref"), found.spec, found.params, lambda n: random.split_batches("", found.spec, 2, 0), chosen
-    )
+    made = prepare(Machine("ref"), got.spec, got.params, lambda n: random.split_batches("", got.spec, 2, 0), chosen)
     own = tmp_path / "own.safetensors"
-    save_checkpoint(own, Checkpoint(found.spec, made.params, {}, chosen, made.ranges, transforms=made.transforms))
+    save_checkpoint(own, Checkpoint(got.spec, made.params, {}, chosen, made.ranges, transforms=made.transforms))
     text = ran("cost", own, *command[2:])
     assert "is made for the transforms of w8a8-hadamard" in text and "--recipe w8a8-hadamard" in text
 
@@ -195,7 +193,7 @@ def test_ctrl_c_ends_all_processes(checkpoint):
         process.kill()
         pytest.skip("needs Linux's list of a process's children")
     for _ in range(600):
-        if found := children.read_text().split():
+        if got := children.read_text().split():
             break
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
@@ -204,7 +202,7 @@ def test_ctrl_c_ends_all_processes(checkpoint):
     finally:
         process.kill()
     assert process.returncode == 130 and "stopped" in text and "Traceback" not in text
-    assert found and not any(Path(f"/proc/{child}").exists() for child in found)
+    assert got and not any(Path(f"/proc/{child}").exists() for child in got)
 
 
 def test_the_worker_loads_no_torch_for_the_reference_and_onnx():

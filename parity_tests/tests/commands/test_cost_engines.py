@@ -39,8 +39,8 @@ def test_products_and_quantizers_are_all_that_run(name):
     float_model.bind(quants, ranges)
     timed, seconds = profiling.quantizers(float_model, model.batch)
     assert sorted(site for site, _ in timed) == sorted(quants) and 0 < sum(taken for _, taken in timed) <= seconds
-    found = Checkpoint(model.spec, model.params)
-    made = make_artifact(Path(__file__), found, chosen, ranges, QTX, Nonlinear.TABLE, [])
+    got = Checkpoint(model.spec, model.params)
+    made = make_artifact(Path(__file__), got, chosen, ranges, QTX, Nonlinear.TABLE, [])
     integers = module.IntegerModel(model.spec, made.constants, made.quants, made.profile)
     products, seconds = profiling.products(integers, model.batch)
     assert len(products) == 2 * (6 + 1 + 2) + 2  # query to output, FFN; gate; scores and context; head

@@ -119,9 +119,9 @@ def test_a_classifier_learns_and_every_command_takes_it(place, model, tmp_path):
     path, result = model
     assert result["steps"] == 60 and result["targets"] == 20
     assert result["accuracy"] == 100  # the label is a word of the text
-    found = load_checkpoint(path)
-    assert found.spec.head is Head.CLASSIFY and found.spec.classes == 2
-    assert found.meta["data"]["names"] == ["no", "yes"] and found.meta["data"]["length"] == 12
+    got = load_checkpoint(path)
+    assert got.spec.head is Head.CLASSIFY and got.spec.classes == 2
+    assert got.meta["data"]["names"] == ["no", "yes"] and got.meta["data"]["length"] == 12
     again = answer("evaluate", path, "--backend", "ref")
     assert (again["loss"], again["accuracy"]) == (result["loss"], 100)  # the source, length and classes are its own
     other = write_csv(
@@ -142,17 +142,17 @@ def test_a_classifier_learns_and_every_command_takes_it(place, model, tmp_path):
 def test_the_head_alone(place, tmp_path):
     """Both backends train the head alone, agree, and leave the encoder's bytes as they were."""
     before = load_checkpoint(place / "bert.safetensors").params
-    found = {}
+    got = {}
     for backend in ("ref", "torch"):
         tuned(place, tmp_path / backend, "--head-only", "--steps", 6, "--lr", 1e-2, backend=backend)
-        found[backend] = load_checkpoint(tmp_path / backend / "model.safetensors")
+        got[backend] = load_checkpoint(tmp_path / backend / "model.safetensors")
         for name, value in before.items():
-            assert found[backend].params[name].tobytes() == value.tobytes(), name
-        states = {name for name in found[backend].extra if name.startswith("optim.m.")}
+            assert got[backend].params[name].tobytes() == value.tobytes(), name
+        states = {name for name in got[backend].extra if name.startswith("optim.m.")}
         assert states == {
             f"optim.m.head.{part}" for part in ("pool.weight", "pool.bias", "classifier.weight", "classifier.bias")
         }
-    ref, ours = found["ref"], found["torch"]
+    ref, ours = got["ref"], got["torch"]
     first = init_params(ref.spec, 0)
     for name in ("head.pool.weight", "head.classifier.weight", "head.classifier.bias"):
         moved = ref.params[name] - first[name]
@@ -176,9 +176,9 @@ def test_gradients_of_some_are_those_of_all(backend):
     batch = {"tokens": tokens, "mask": np.ones((2, 12), bool), "types": tokens * 0, "labels": np.array([0, 1])}
     some = {"head.classifier.weight", "layer.1.ffn.output.bias"}
     loss, every = model.gradients(batch)
-    again, found = model.gradients(batch, only=some)
-    assert loss == again and found.keys() == some
-    assert all(np.array_equal(found[name], every[name]) for name in some)
+    again, got = model.gradients(batch, only=some)
+    assert loss == again and got.keys() == some
+    assert all(np.array_equal(got[name], every[name]) for name in some)
     assert model.gradients(batch)[1].keys() == every.keys()  # and the next call is free again
 
 
@@ -301,8 +301,8 @@ def test_what_cannot_be_begun_with_is_refused(place, model, tmp_path, monkeypatc
     monkeypatch.chdir(place)
     if not Path("quantized.safetensors").exists():
         good("quantize", model[0], "--out", "quantized.safetensors")
-        found = load_checkpoint(Path("bert.safetensors"))
-        save_checkpoint(Path("diverged.safetensors"), replace(found, meta={**found.meta, "diverged_at": 3}))
+        got = load_checkpoint(Path("bert.safetensors"))
+        save_checkpoint(Path("diverged.safetensors"), replace(got, meta={**got.meta, "diverged_at": 3}))
         save_checkpoint(Path("classifier.safetensors"), replace(load_checkpoint(model[0]), extra={}))
         rows = [(sentence(i, 4), i % 2, ("train", "evaluation")[i % 2]) for i in range(10)]
         write_csv(Path("half.csv"), rows, ("text", "label", "split"))
@@ -351,9 +351,9 @@ def test_what_an_earlier_training_saw_evaluates_nothing(place, model, tmp_path):
 
 @pytest.mark.parametrize("command", ["evaluate", "analyze", "ptq", "quantize"])
 def test_data_that_moved_are_asked_for(place, model, tmp_path, command):
-    found = load_checkpoint(model[0])
-    meta = {**found.meta, "data": found.meta["data"] | {"source": "moved/set.csv"}}
-    save_checkpoint(tmp_path / "model.safetensors", replace(found, meta=meta))
+    got = load_checkpoint(model[0])
+    meta = {**got.meta, "data": got.meta["data"] | {"source": "moved/set.csv"}}
+    save_checkpoint(tmp_path / "model.safetensors", replace(got, meta=meta))
     more = ["--out", tmp_path / "out.qtx"] if command in ("ptq", "quantize") else []
     said = refused(command, tmp_path / "model.safetensors", *more, "--backend", "ref")
     assert "model.safetensors has its data from moved/set.csv" in said and "with --data" in said
@@ -362,9 +362,9 @@ def test_data_that_moved_are_asked_for(place, model, tmp_path, command):
 def test_an_artifact_keeps_how_its_pixels_are_scaled(place, tmp_path):
     """A ViT whose pixels have another mean and deviation than 0.5: integers see the same images."""
     pytest.importorskip("PIL.Image", reason="the extra images is not installed")
-    found = load_checkpoint(place / "vit.safetensors")
+    got = load_checkpoint(place / "vit.safetensors")
     scaling = {"mean": [0.25], "std": [0.125]}
-    save_checkpoint(tmp_path / "vit.safetensors", replace(found, meta={**found.meta, "images": scaling}))
+    save_checkpoint(tmp_path / "vit.safetensors", replace(got, meta={**got.meta, "images": scaling}))
     good("quantize", tmp_path / "vit.safetensors", "--out", tmp_path / "vit.qtx", "--backend", "ref")
     assert load_artifact(tmp_path / "vit.qtx").meta["images"] == scaling
 
@@ -382,23 +382,24 @@ def first_loss(spec, params, tmp_path):
 
 
 def test_going_on_begins_where_the_model_stands(place, tmp_path):
-    found = load_checkpoint(place / "mlm.safetensors")
-    spec, params = continue_model(replace(found, spec=replace(BERT, dropout=0.0)), None, 0)
-    assert all(params[name] is found.params[name] for name in params)
+    got = load_checkpoint(place / "mlm.safetensors")
+    spec, params = continue_model(replace(got, spec=replace(BERT, dropout=0.0)), None, 0)
+    assert all(params[name] is got.params[name] for name in params)
     trained, evaluated = first_loss(spec, params, tmp_path)
     assert trained == evaluated
 
 
 @pytest.mark.parametrize("pi", [0.5, 0.25])
 def test_an_added_gate_changes_little(pi):
-    """Each gate is sigmoid(logit(pi) + d) / pi = 1 + (1 - pi) d + O(d^2). d is the product of K weights of deviation 0.01
-    with K of the D features of a normalised vector, of norm sqrt(D): its deviation is about 0.01 sqrt(K). It scales one of
-    the two terms of a sum that is then normalised, once per layer, so the hidden states change by less than
-    layers (1 - pi) 0.01 sqrt(K) of their RMS. Without the factor 1 / pi the term is 1 - pi smaller: by far more."""
+    """Each gate is sigmoid(logit(pi) + d) / pi = 1 + (1 - pi) d + O(d^2). d is the product of K weights of deviation
+    0.01 with K of the D features of a normalised vector, of norm sqrt(D): its deviation is about 0.01 sqrt(K). It
+    scales one of the two terms of a sum that is then normalised, once per layer, so the hidden states change by less
+    than layers (1 - pi) 0.01 sqrt(K) of their RMS. Without the factor 1 / pi the term is 1 - pi smaller: by far
+    more."""
     small = build("bert_headless")
-    found = Checkpoint(small.spec, small.params)  # gets an MLM head, which has no part in this
+    got = Checkpoint(small.spec, small.params)  # gets an MLM head, which has no part in this
     named = "gated" if pi == 0.5 else f"gated:pi={pi}"  # the default opening probability is a half
-    made, gated = continue_model(found, named, 0)
+    made, gated = continue_model(got, named, 0)
     assert (made.attention.gate, made.attention.pi, made.attention.rescaled) == (Gate.LINEAR, pi, True)
 
     def hidden(spec: ModelSpec, params: dict) -> np.ndarray:
@@ -415,11 +416,11 @@ def test_an_added_gate_changes_little(pi):
 
 
 def test_a_softmax_is_switched_and_a_gate_kept(place):
-    found = load_checkpoint(place / "mlm.safetensors")
-    spec, params = continue_model(found, "clipped:gamma=-0.03", 0)
+    got = load_checkpoint(place / "mlm.safetensors")
+    spec, params = continue_model(got, "clipped:gamma=-0.03", 0)
     assert (spec.attention.softmax, spec.attention.gamma) == (Softmax.CLIPPED, -0.03)
-    assert params.keys() == found.params.keys()
-    gated, more = continue_model(found, "gated:pi=0.25", 0)
+    assert params.keys() == got.params.keys()
+    gated, more = continue_model(got, "gated:pi=0.25", 0)
     both, same = continue_model(Checkpoint(gated, more), "clipped+gated", 0)
     assert (both.attention.softmax, both.attention.pi, both.attention.rescaled) == (Softmax.CLIPPED, 0.25, True)
     assert all(same[name] is more[name] for name in more)
@@ -433,7 +434,7 @@ def test_an_encoder_without_head_gets_one(place, tmp_path):
     result = answer(
         "train", "--init", place / "bert.safetensors", "--backend", "ref", "--steps", 2, "--batch", 2, "--out", tmp_path
     )
-    found = load_checkpoint(tmp_path)
-    assert found.spec.head is Head.MLM and len(result["loss"]) == 2
-    assert found.meta["data"]["source"] == "books" and found.meta["begun_from"].endswith("bert.safetensors")
+    got = load_checkpoint(tmp_path)
+    assert got.spec.head is Head.MLM and len(result["loss"]) == 2
+    assert got.meta["data"]["source"] == "books" and got.meta["begun_from"].endswith("bert.safetensors")
     assert answer("evaluate", tmp_path, "--backend", "ref", "--batches", 1)["targets"] > 0

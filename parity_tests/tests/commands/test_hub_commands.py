@@ -23,8 +23,8 @@ def test_commands(tmp_path):
     words = '{"model": {"vocab": {"[PAD]": 0, "a": 1}}}\n'
     (tmp_path / "theirs/tokenizer.json").write_text(words)
     ours, out = tmp_path / "m.safetensors", tmp_path / "out"
-    found = run("import", tmp_path / "theirs", "--out", ours, "--json", tmp_path / "found.json")
-    assert found.exit_code == 0
+    got = run("import", tmp_path / "theirs", "--out", ours, "--json", tmp_path / "found.json")
+    assert got.exit_code == 0
     said = json.loads((tmp_path / "found.json").read_bytes())
     assert (said["family"], said["head"], said["layers"], said["width"], said["heads"]) == ("bert", "mlm", 2, 16, 2)
     assert said["parameters"] == sum(value.size for value in load_checkpoint(ours).params.values())
@@ -60,9 +60,9 @@ def test_other_commands_say_what_an_imported_model_lacks(tmp_path):
             "was not made by qtx train",
         ),
     ]:
-        found = run(*words)
-        assert (found.exit_code, found.output.count("\n")) == (1, 1), found.output
-        assert message in found.output
+        got = run(*words)
+        assert (got.exit_code, got.output.count("\n")) == (1, 1), got.output
+        assert message in got.output
 
 
 def test_other_commands_take_an_imported_model(tmp_path):
@@ -79,8 +79,8 @@ def test_other_commands_take_an_imported_model(tmp_path):
         ("quantize", ours, "--out", integers),
         ("evaluate", integers, "--batches", 1),
     ]:
-        found = run(*command)
-        assert found.exit_code == 0, found.output
+        got = run(*command)
+        assert got.exit_code == 0, got.output
     batch = next(words.split_batches("evaluation", load_checkpoint(ours).spec, 16, 0))
     given = {
         "input_ids": batch["tokens"],

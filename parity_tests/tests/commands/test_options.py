@@ -1,4 +1,5 @@
-"""What can be told from a command's options alone is refused before data are read, in a line, and leaves nothing behind."""
+"""What can be told from a command's options alone is refused before data are read, in a line, and leaves nothing
+behind."""
 
 import os
 

@@ -119,10 +119,10 @@ def test_a_missing_backend_is_3(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_says_what_was_compared_and_by_what() -> None:
-    found = json.loads(good("parity", ARTIFACT, *DATA, "--json", "-").stdout)
-    assert found["schema_version"] == 1 and found["ok"] and found["dtype"] == "integer"
-    assert found["file"] == {"path": str(ARTIFACT), "sha256": hashlib.sha256(ARTIFACT.read_bytes()).hexdigest()}
-    made = found["made_by"]
+    got = json.loads(good("parity", ARTIFACT, *DATA, "--json", "-").stdout)
+    assert got["schema_version"] == 1 and got["ok"] and got["dtype"] == "integer"
+    assert got["file"] == {"path": str(ARTIFACT), "sha256": hashlib.sha256(ARTIFACT.read_bytes()).hexdigest()}
+    made = got["made_by"]
     assert (made["qtx"], made["numpy"], made["torch"]) == (__version__, np.__version__, torch.__version__)
     assert made["python"] == ".".join(map(str, sys.version_info[:3])) and made["threads"] == torch.get_num_threads()
     assert made["gpu"] is None and made["blas"]
@@ -132,8 +132,8 @@ def test_json_says_what_was_compared_and_by_what() -> None:
 
 
 def test_json_of_the_table_without_torch() -> None:
-    found = json.loads(good("parity", *FEW, "--json", "-").stdout)
-    assert found["file"] is None and found["made_by"]["torch"] is None and found["cases"] == {"quant": 1}
+    got = json.loads(good("parity", *FEW, "--json", "-").stdout)
+    assert got["file"] is None and got["made_by"]["torch"] is None and got["cases"] == {"quant": 1}
 
 
 # --- JUnit ------------------------------------------------------------------------------------------------------------
@@ -217,10 +217,10 @@ def test_the_page_gives_commands_that_exist(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_page_names_every_key_and_status() -> None:
     report = Report("ref", "cpu", "float32", [Row("g", "n", 0.0, (exact("x", 1, 2),))])
-    found = report.as_json()
-    for key in (*found, *found["made_by"], *found["rows"][0], *found["rows"][0]["verdicts"][0]):
+    got = report.as_json()
+    for key in (*got, *got["made_by"], *got["rows"][0], *got["rows"][0]["verdicts"][0]):
         assert f"`{key}`" in PAGE, key
-    assert f"| `schema_version` | {found['schema_version']};" in PAGE
+    assert f"| `schema_version` | {got['schema_version']};" in PAGE
     said = good("parity", "--help").output
     for status in "0123":
         assert f"\n| {status} |" in PAGE and f"\n    {status}  " in said

@@ -36,16 +36,16 @@ def bad(*arguments):
 def test_answers_are_those_of_scipy(name):
     small = small_models.build(name)
     model = Model(small.spec, small.params)
-    found = answer_batch(model, small.batch)
+    got = answer_batch(model, small.batch)
     logs = special.log_softmax(model.forward(small.batch).astype(np.float64), axis=-1)
     targets = small.batch["targets"] if "targets" in small.batch else small.batch["labels"]
     for i, wanted in enumerate(targets):
         some = np.atleast_1d(wanted) >= 0
         rows = np.atleast_2d(logs[i])[some]
         picked = rows[np.arange(some.sum()), np.atleast_1d(wanted)[some]]
-        assert found.loss[i] == pytest.approx(-picked.sum(), rel=1e-12)  # float64 sums in another order
-        assert found.count[i] == some.sum()
-        assert found.right[i] == (rows.argmax(axis=-1) == np.atleast_1d(wanted)[some]).sum()
+        assert got.loss[i] == pytest.approx(-picked.sum(), rel=1e-12)  # float64 sums in another order
+        assert got.count[i] == some.sum()
+        assert got.right[i] == (rows.argmax(axis=-1) == np.atleast_1d(wanted)[some]).sum()
 
 
 def measured(right, loss=None, count=None):
@@ -71,15 +71,16 @@ def test_the_bootstrap_is_paired():
 def test_the_interval_is_that_of_scipy():
     rng = np.random.default_rng(0)
     plain, worse = (rng.random(400) < rate for rate in (0.9, 0.8))
-    _, found = compare("accuracy", measured(worse.astype(int)), measured(plain.astype(int)), 0)
+    _, got = compare("accuracy", measured(worse.astype(int)), measured(plain.astype(int)), 0)
     wanted = stats.bootstrap(
-        (worse, plain), lambda a, b, axis: 100 * (a.mean(axis=axis) - b.mean(axis=axis)), paired=True, n_resamples=20_000,
-        method="percentile", rng=1,
+        (worse, plain), lambda a, b, axis: 100 * (a.mean(axis=axis) - b.mean(axis=axis)), paired=True,
+        n_resamples=20_000, method="percentile", rng=1,
     ).confidence_interval  # fmt: skip
-    # an end is a 2.5 % quantile of 2000 draws: its deviation is about 2.7 / sqrt(2000) = 0.06 deviations of the difference
+    # an end is a 2.5 % quantile of 2000 draws: its deviation is about 2.7 / sqrt(2000) = 0.06 deviations of the
+    # difference
     deviation = 100 * np.std(worse.astype(float) - plain) / 20
-    assert np.abs(np.subtract(found, wanted)).max() < 4 * 0.06 * deviation
-    assert found[1] - found[0] > 2 * deviation
+    assert np.abs(np.subtract(got, wanted)).max() < 4 * 0.06 * deviation
+    assert got[1] - got[0] > 2 * deviation
 
 
 class Fixed:
@@ -90,9 +91,9 @@ class Fixed:
 
 
 def test_sequences_without_a_target_are_left_out():
-    found = measure(Fixed(), [{"targets": np.array([[-1, -1], [2, -1], [0, 1]])}])
-    assert found.answers.count.tolist() == [1, 2]
-    assert found.loss == pytest.approx(math.log(3), rel=1e-6)  # float32 logits
+    got = measure(Fixed(), [{"targets": np.array([[-1, -1], [2, -1], [0, 1]])}])
+    assert got.answers.count.tolist() == [1, 2]
+    assert got.loss == pytest.approx(math.log(3), rel=1e-6)  # float32 logits
     for batches in ([], [{"targets": np.full((2, 2), -1)}]):
         with pytest.raises(SpecError, match="no target"):
             measure(Fixed(), batches)
@@ -124,8 +125,8 @@ def test_remedies_change_what_they_name():
     plain = resolve(recipe("w8a8", spec), spec)
 
     def differing(name):
-        found = resolve(recipe(name, spec), spec)
-        return {site for site in plain.keys() | found.keys() if plain.get(site) != found.get(site)}
+        got = resolve(recipe(name, spec), spec)
+        return {site for site in plain.keys() | got.keys() if plain.get(site) != got.get(site)}
 
     ffn = {f"layer.{i}.{rest}" for i in (0, 1) for rest in ("attn.norm", "ffn.output", "ffn.residual")}
     assert differing("w8a8-ffn16") == ffn
@@ -176,14 +177,14 @@ def test_shared_ranges_are_those_of_each_recipe_alone(backend_name):
     for name in (*remedies.list_standard(small.spec), *others):
         chosen = recipe(name, small.spec)
         quants = resolve(chosen, small.spec)
-        found = shared.of(chosen, quants)
-        if found is None:
+        got = shared.of(chosen, quants)
+        if got is None:
             assert chosen.transforms
             continue
         wanted = machine.model(small.spec, small.params).calibrate(batches, quants)
-        assert found.keys() == wanted.keys()
+        assert got.keys() == wanted.keys()
         for site, range_ in wanted.items():
-            for part, have in zip(range_, found[site], strict=True):
+            for part, have in zip(range_, got[site], strict=True):
                 assert np.array_equal(part, have), (name, site)
         alone += 1
     assert alone > 20
@@ -204,26 +205,26 @@ def test_errors_by_site_name_the_coarsest():
     model = Model(small.spec, small.params)
     quants = {site: QuantSpec(8) for site in ("layer.0.ffn.output", "embed.sum")} | {"layer.1.ffn.hidden": QuantSpec(2)}
     quants["head.classifier.weight"] = QuantSpec(3, symmetric=True)
-    found = measure_site_errors(
+    got = measure_site_errors(
         model, small.batch, quants, Prepared(small.params, model.calibrate([small.batch], quants), {})
     )
-    assert set(found) == set(quants)
-    assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert next(iter(found)) in ("layer.1.ffn.hidden", "head.classifier.weight")
+    assert set(got) == set(quants)
+    assert list(got.values()) == sorted(got.values(), reverse=True)
+    assert next(iter(got)) in ("layer.1.ffn.hidden", "head.classifier.weight")
     x, where = model.record(small.batch, ["layer.1.ffn.hidden"])["layer.1.ffn.hidden"]
     kept = x[np.broadcast_to(where, x.shape)]
     step = (max(kept.max(), 0) - min(kept.min(), 0)) / 3
     error = np.abs(kept - kept.clip(min=kept.min()))  # nothing is clipped in the middle: at most half a step anywhere
-    assert found["layer.1.ffn.hidden"] <= (kept.size * (step / 2) ** 2 + error.sum()) / np.square(kept).sum()
+    assert got["layer.1.ffn.hidden"] <= (kept.size * (step / 2) ** 2 + error.sum()) / np.square(kept).sum()
 
 
 def test_the_error_of_a_rewritten_weight_counts_from_before():
     small, name = small_models.build("bert_plain"), "layer.0.ffn.output.weight"
     chosen = recipe("w4a16-channel-gptq", small.spec)
     quants = {name: resolve(chosen, small.spec)[name]}
-    found = prepare(Machine("ref"), small.spec, small.params, lambda count: [small.batch], chosen)
-    error = measure_site_errors(Model(small.spec, small.params), small.batch, quants, found)[name]
-    was, now = small.params[name].astype(np.float64), found.params[name]
+    got = prepare(Machine("ref"), small.spec, small.params, lambda count: [small.batch], chosen)
+    error = measure_site_errors(Model(small.spec, small.params), small.batch, quants, got)[name]
+    was, now = small.params[name].astype(np.float64), got.params[name]
     assert error == pytest.approx(np.square(now - was).sum() / np.square(was).sum(), rel=1e-12) and error > 1e-4
 
 
@@ -306,8 +307,8 @@ def test_resume_goes_on_and_refuses_another(vit, tmp_path, monkeypatch):
 
 def test_sensitivity_ranks_sites(vit, tmp_path):
     out = tmp_path / "ptq"
-    found = json.loads(good("ptq", vit, *SMALL, "--sensitivity", "w4a4", "--out", out, "--json", "-").stdout)
-    ranked = found["sensitivity"]["w4a4"]
+    got = json.loads(good("ptq", vit, *SMALL, "--sensitivity", "w4a4", "--out", out, "--json", "-").stdout)
+    ranked = got["sensitivity"]["w4a4"]
     spec = json.loads((out / "ptq.json").read_text())["of"]["spec"]
     assert spec["recipes"] == ["w4a4"]
     assert [(-e["difference"], e["loss"]) for e in ranked] == sorted(
@@ -323,8 +324,8 @@ def test_sensitivity_of_transformed_and_simulated_recipes(vit, tmp_path):
     smaller = ("--backend", "ref", "--sequences", "4", "--calibration", "1")
     for name in ("linear-w8a8-hadamard", "paper-vit"):
         command = ("ptq", vit, *smaller, "--sensitivity", name, "--out", tmp_path / name, "--json", "-")
-        found = json.loads(good(*command).stdout)
-        assert all(abs(entry["loss"] - found["rows"]["float"]["loss"]) < 0.1 for entry in found["sensitivity"][name])
+        got = json.loads(good(*command).stdout)
+        assert all(abs(entry["loss"] - got["rows"]["float"]["loss"]) < 0.1 for entry in got["sensitivity"][name])
     out = ("--out", tmp_path / "a")
     assert "gptq" in bad("ptq", vit, *SMALL, "--sensitivity", "w4a16-channel-gptq", *out)
     assert "not known" in bad("ptq", vit, *SMALL, "--sensitivity", "w8a8,w4a4", *out)

@@ -1,4 +1,5 @@
-"""What the published code does, site by site and number by number: its lists of statistics, its simulator, its figures."""
+"""What the published code does, site by site and number by number: its lists of statistics, its simulator, its
+figures."""
 
 from collections import Counter
 
@@ -32,7 +33,7 @@ def published_kurtosis(value, where, unit):
 
 def published_list(spec):
     """The modules of `validate_clm.py` (ACT_KEYS) by the site of their output, with how it arrives there."""
-    found = [("final.norm", "sequence")] if spec.final_norm else []
+    got = [("final.norm", "sequence")] if spec.final_norm else []
     last = "ffn.residual" if spec.pre_norm else "ffn.norm"  # what the module of a whole layer returns
     flat = "token" if spec.pre_norm else "sequence"
     parts = (
@@ -42,7 +43,7 @@ def published_list(spec):
         ("attn.output", "sequence"),
         ("attn.norm", "sequence"),
     )
-    return found + [(f"layer.{i}.{part}", unit) for part, unit in parts for i in range(spec.layers)]
+    return got + [(f"layer.{i}.{part}", unit) for part, unit in parts for i in range(spec.layers)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -53,9 +54,9 @@ def test_average_kurtosis_is_over_the_published_list(name, backend):
     model = BACKENDS[backend](small.spec, small.params, dtype="float64")
     tensors = model.record(small.batch)
     values = [published_kurtosis(*tensors[site], unit) for site, unit in published_list(small.spec)]
-    found = measure_outliers(model, [small.batch])
-    assert found.average_kurtosis == pytest.approx(np.mean(values), rel=1e-10)  # float64 sums in another order
-    assert found.max_kurtosis == pytest.approx(max(values), rel=1e-10)
+    got = measure_outliers(model, [small.batch])
+    assert got.average_kurtosis == pytest.approx(np.mean(values), rel=1e-10)  # float64 sums in another order
+    assert got.max_kurtosis == pytest.approx(max(values), rel=1e-10)
 
 
 def test_the_published_list_by_family_and_norm_order():
@@ -122,7 +123,8 @@ def test_a_weights_quantizer_is_the_simulators(name, backend):
 
 @pytest.mark.parametrize("backend", ["ref", "torch"])
 def test_running_ranges_are_the_published_codes_numbers(backend):
-    """`(1 - momentum) * x + momentum * old`, a Python number times a float32 tensor of no axes, as torch computes it."""
+    """`(1 - momentum) * x + momentum * old`, a Python number times a float32 tensor of no axes, as torch computes
+    it."""
     batches = np.random.default_rng(5).standard_t(2, size=(40, 6, 7)).astype(np.float32)
     momentum, low, high = 0.9, None, None
     for x in map(torch.tensor, batches):

@@ -15,14 +15,14 @@ from qtx_ref.spec import SpecError
 
 def test_training_is_watched_in_integers(tmp_path):
     command = (*TRAIN, "--out", tmp_path, "--watch-integer", 4, "--json", "-")
-    found = json.loads(good(*command).stdout)
-    assert found["integer_step"] == [0, 4, 8]
-    assert len(found["watched_inf_norm"]) == 3 and min(found["watched_inf_norm"]) > 0
-    for integer, floating in zip(found["integer_perplexity"], found["float_perplexity"], strict=True):
+    got = json.loads(good(*command).stdout)
+    assert got["integer_step"] == [0, 4, 8]
+    assert len(got["watched_inf_norm"]) == 3 and min(got["watched_inf_norm"]) > 0
+    for integer, floating in zip(got["integer_perplexity"], got["float_perplexity"], strict=True):
         assert integer != floating
         assert abs(integer / floating - 1) < 0.05
     unwatched = json.loads(good(*TRAIN, "--out", tmp_path / "b", "--json", "-").stdout)
-    assert unwatched["loss"] == found["loss"]  # watching changes nothing
+    assert unwatched["loss"] == got["loss"]  # watching changes nothing
 
 
 def test_a_run_is_resumed_only_as_it_was_watched(tmp_path):

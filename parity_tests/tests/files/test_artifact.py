@@ -97,8 +97,8 @@ def test_four_bit_weights_take_half_the_bytes(checkpoint, artifact, tmp_path):
     good("quantize", checkpoint, *REF, "--recipe", "w4a8", "--out", file)
     half, whole = (measure_size(f, load_artifact(f)) for f in (file, artifact))
     assert 2 * half.codes == whole.codes  # every last axis is even
-    found = load_artifact(file)
-    assert found.constants["layer.0.attn.query.weight"].min() >= -8
+    got = load_artifact(file)
+    assert got.constants["layer.0.attn.query.weight"].min() >= -8
     assert evaluated(file, *REF)["targets"] == 180
 
 
@@ -192,9 +192,9 @@ def test_changed_vectors_are_refused_and_the_first_is_in_forward_order(artifact,
 
 
 def test_parity_of_an_artifact(artifact):
-    found = json.loads(good("parity", artifact, "--json", "-").stdout)
-    assert found["ok"] and found["first"] == ""
-    assert {"embed.image", "layer.3.attn.probs", "output value"} <= {row["name"] for row in found["rows"]}
+    got = json.loads(good("parity", artifact, "--json", "-").stdout)
+    assert got["ok"] and got["first"] == ""
+    assert {"embed.image", "layer.3.attn.probs", "output value"} <= {row["name"] for row in got["rows"]}
 
 
 def test_parity_of_an_artifact_has_no_dtype(artifact):
@@ -305,8 +305,8 @@ def test_whatever_lowers_passes(model, kind):
     short, batch = shorten_inputs(spec)
     params = {name: 8 * value for name, value in init_params(short, 0).items()}  # no scale too fine for a polynomial
     quants = resolve(chosen, short)
-    found = Model(short, params).calibrate([batch], quants)
-    ranges = {site: widen_to_one(one, quants[site]) for site, one in found.items()}
+    got = Model(short, params).calibrate([batch], quants)
+    ranges = {site: widen_to_one(one, quants[site]) for site, one in got.items()}
     for name in ("qtx", "onnx"):
         for nonlinear in Nonlinear:
             constants = lower(short, params, quants, ranges, profile(name), nonlinear)
@@ -315,11 +315,11 @@ def test_whatever_lowers_passes(model, kind):
 
 
 def test_a_model_without_a_head_is_not_evaluated(checkpoint, tmp_path):
-    found = load_checkpoint(checkpoint)
-    found.spec = replace(found.spec, head=Head.NONE)
-    found.params = {name: value for name, value in found.params.items() if not name.startswith("head.")}
-    found.extra = {}
-    save_checkpoint(tmp_path / "m.safetensors", found)
+    got = load_checkpoint(checkpoint)
+    got.spec = replace(got.spec, head=Head.NONE)
+    got.params = {name: value for name, value in got.params.items() if not name.startswith("head.")}
+    got.extra = {}
+    save_checkpoint(tmp_path / "m.safetensors", got)
     good("quantize", tmp_path / "m.safetensors", *REF, "--out", tmp_path / "m.qtx")
     for name in ("m.safetensors", "m.qtx"):
         result = call("evaluate", tmp_path / name, *REF)
@@ -338,8 +338,8 @@ def test_differences_are_exact(artifact):
     name = "layer.0.attn.norm.eps"
     one.constants[name], other.constants[name] = np.array([2**62 + 1, -(2**63)]), np.array([2**62, 2**63 - 1])
     other.meta = one.meta | {"tokenizer": "x" * 100}
-    found = {d.where: d.what for d in list_differences(one, other)}
-    assert found == {name: "2 of 2 differ, by 18446744073709551615 at most", "meta.tokenizer": "only in the second"}
+    got = {d.where: d.what for d in list_differences(one, other)}
+    assert got == {name: "2 of 2 differ, by 18446744073709551615 at most", "meta.tokenizer": "only in the second"}
 
 
 def test_json_is_no_other_file_of_the_command(artifact, checkpoint, tmp_path, monkeypatch):
@@ -359,10 +359,10 @@ def test_own_ranges_are_kept(tmp_path):
     own = good("quantize", tmp_path, *REF, "--out", tmp_path / "own.qtx").output
     assert "recipe lsq-w8a8, the checkpoint's own ranges" in own
     ranges = load_checkpoint(tmp_path).ranges
-    found = load_artifact(tmp_path / "own.qtx").ranges()
-    assert ranges.keys() == found.keys()
+    got = load_artifact(tmp_path / "own.qtx").ranges()
+    assert ranges.keys() == got.keys()
     for site, one in ranges.items():
-        assert one.scale == found[site].scale and one.zero_point == found[site].zero_point
+        assert one.scale == got[site].scale and one.zero_point == got[site].zero_point
     other = good("quantize", tmp_path, *REF, "--recipe", "w8a8", "--out", tmp_path / "new.qtx").output
     assert "recipe w8a8, ranges of 16 calibration batches" in other
 
@@ -443,21 +443,21 @@ def test_generate_from_codes(tmp_path):
     file = tmp_path / "m.qtx"
     good("quantize", tmp_path / "model.safetensors", *REF, "--out", file)
     command = ["generate", file, *REF, "--prompt", "It was the best", "--tokens", 5, "--json", "-"]
-    found = json.loads(good(*command).stdout)
-    assert len(found["tokens"]) == found["prompt_tokens"] + 5
+    got = json.loads(good(*command).stdout)
+    assert len(got["tokens"]) == got["prompt_tokens"] + 5
     sampled = [json.loads(good(*command, "--temperature", 1, "--seed", s).stdout)["tokens"] for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
 def test_a_bias_beyond_int32_is_read_back(checkpoint, tmp_path):
     """Behind values that are almost nothing a bias takes 64 bits."""
-    found = load_checkpoint(checkpoint)
-    for name, value in found.params.items():
+    got = load_checkpoint(checkpoint)
+    for name, value in got.params.items():
         if ".attn.value." in name:
             value *= 1e-4
         if name.endswith("attn.output.bias"):
             value += 1
-    save_checkpoint(tmp_path / "c.safetensors", found)
+    save_checkpoint(tmp_path / "c.safetensors", got)
     good("quantize", tmp_path / "c.safetensors", *REF, "--out", tmp_path / "m.qtx")
     assert load_artifact(tmp_path / "m.qtx").constants["layer.0.attn.output.bias"].dtype == np.int64
     assert evaluated(tmp_path / "m.qtx", *REF)["targets"] == 180

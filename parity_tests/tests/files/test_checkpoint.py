@@ -1,4 +1,5 @@
-"""Checkpoints: whole or refused, with one line that names the file and the fault; an old file survives a refused save."""
+"""Checkpoints: whole or refused, with one line that names the file and the fault; an old file survives a refused
+save."""
 
 import json
 from dataclasses import replace
@@ -40,14 +41,14 @@ def rewrite(path, change):
 
 
 def test_what_is_written_is_read(path):
-    found = load_checkpoint(path)
-    assert found.spec == SPEC
-    assert found.spec.attention.gamma == -4 / 17  # alpha over the configured length, 16 patches and CLS
+    got = load_checkpoint(path)
+    assert got.spec == SPEC
+    assert got.spec.attention.gamma == -4 / 17  # alpha over the configured length, 16 patches and CLS
     for name, value in init_params(SPEC, 0).items():
-        np.testing.assert_array_equal(found.params[name], value)
-    assert found.extra["history.loss"].tolist() == [2.5, 2.25]
-    assert found.recipe.quant("embed.patch") == QuantSpec(bits=8)
-    assert found.ranges["embed.patch"].zero_point.item() == 85
+        np.testing.assert_array_equal(got.params[name], value)
+    assert got.extra["history.loss"].tolist() == [2.5, 2.25]
+    assert got.recipe.quant("embed.patch") == QuantSpec(bits=8)
+    assert got.ranges["embed.patch"].zero_point.item() == 85
     assert load_checkpoint(path.parent).spec == SPEC  # a folder stands for its model.safetensors
 
 
@@ -165,7 +166,7 @@ def test_a_place_is_tried_without_leaving_folders(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written"):
         check_writable(tmp_path / "file" / "b" / "c.safetensors")
-    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+    assert [got.name for got in tmp_path.iterdir()] == ["file"]
 
 
 def test_foreign_files(tmp_path):

@@ -62,8 +62,8 @@ def same(one: dict, two: dict) -> bool:
 def home(data: TextData, split: str, token: int) -> int:
     """The index of the split's section that holds `token`."""
     rows = [s for s in data.sections if s.split == split]
-    (found,) = [i for i, s in enumerate(rows) if token in s.tokens]
-    return found
+    (got,) = [i for i, s in enumerate(rows) if token in s.tokens]
+    return got
 
 
 # --- bundled -------------------------------------------------------------------------------------------------------
@@ -237,8 +237,8 @@ def test_masking_rates():
     replaced = ~hidden & ~kept
     assert (tokens[chosen][replaced] > MASK).all()
 
-    def near(found: np.ndarray, rate: float) -> bool:
-        return abs(found.mean() - rate) < 5 * math.sqrt(rate * (1 - rate) / found.size)  # 5 standard deviations
+    def near(got: np.ndarray, rate: float) -> bool:
+        return abs(got.mean() - rate) < 5 * math.sqrt(rate * (1 - rate) / got.size)  # 5 standard deviations
 
     assert near(chosen[ordinary], 0.15)
     assert near(hidden, 0.8) and near(replaced, 0.1) and near(kept, 0.1)
@@ -271,8 +271,8 @@ def test_unigram_perplexity_by_hand():
         for split, tokens in zip(SPLITS, ([5, 6, 6, 6, 7], [5, 5], [5, 6, 7]), strict=True)
     ]
     data = TextData("made", sections, "", 8, Specials(PAD, CLS, SEP, MASK, (0, 1, 2, 3, 4)))
-    found = unigram_perplexity(data, dataclasses.replace(OPT, vocab=8, length=2), seed=0, batch_size=1)
-    assert found == pytest.approx(math.sqrt(12 / 4 * 12 / 2), rel=1e-12)
+    got = unigram_perplexity(data, dataclasses.replace(OPT, vocab=8, length=2), seed=0, batch_size=1)
+    assert got == pytest.approx(math.sqrt(12 / 4 * 12 / 2), rel=1e-12)
 
 
 def test_unigram_perplexity_of_the_bundled_text():

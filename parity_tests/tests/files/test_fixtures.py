@@ -76,8 +76,8 @@ def codes(name: str, backend: str) -> dict[str, str]:
 def score(path: str, *options: object) -> dict[str, float]:
     """Loss and targets of a model on its evaluation split."""
     data = () if path.startswith("vit") else ("--data", "words.txt")
-    found = values("evaluate", path, *data, *REF, *options)
-    return {"loss": found["loss"], "targets": found["targets"]}
+    got = values("evaluate", path, *data, *REF, *options)
+    return {"loss": got["loss"], "targets": got["targets"]}
 
 
 def same_score(got: dict[str, float], want: dict[str, float], tolerance: float) -> None:
@@ -101,8 +101,8 @@ def test_artifact_is_evaluated_and_shown(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["ref", "torch"])
 def test_vectors_hold(backend: str) -> None:
-    found = values("vectors", "opt.qtx", "--check", "opt.vectors.safetensors", "--backend", backend)
-    assert (found["tensors"], found["differ"]) == (EXPECTED["vectors"], [])
+    got = values("vectors", "opt.qtx", "--check", "opt.vectors.safetensors", "--backend", backend)
+    assert (got["tensors"], got["differ"]) == (EXPECTED["vectors"], [])
 
 
 @pytest.mark.parametrize("path", CHECKPOINTS)
@@ -134,8 +134,8 @@ def test_checkpoint_is_quantized_and_exported() -> None:
 def test_half_a_run_is_resumed() -> None:
     Path("cut").mkdir()
     shutil.copy("half.safetensors", "cut/model.safetensors")
-    found = values("train", "--model", "opt-small", "--attention", "gated", *TRAIN, *REF, "--out", "cut", "--resume")
-    assert found["loss"] == pytest.approx(EXPECTED["resumed"], rel=1e-5)
+    got = values("train", "--model", "opt-small", "--attention", "gated", *TRAIN, *REF, "--out", "cut", "--resume")
+    assert got["loss"] == pytest.approx(EXPECTED["resumed"], rel=1e-5)
 
 
 def test_study_is_read_again() -> None:

@@ -47,8 +47,8 @@ def test_outputs_and_the_way_back(tmp_path, name, dtype):
     assert np.ptp(expected) > 0.5  # not a model that says one thing
     checkpoint = through_file(import_model(tmp_path / "theirs"), tmp_path / "ours.safetensors")
     for which in ("ref", "torch"):
-        found = backend(which).Model(checkpoint.spec, checkpoint.params).forward(batch)
-        np.testing.assert_allclose(found[where], expected[where], rtol=0, atol=CLOSE, err_msg=which)
+        got = backend(which).Model(checkpoint.spec, checkpoint.params).forward(batch)
+        np.testing.assert_allclose(got[where], expected[where], rtol=0, atol=CLOSE, err_msg=which)
     assert export_model(tmp_path, checkpoint, tmp_path / "back").as_imported
     assert read(tmp_path / "back") == read(tmp_path / "theirs")
     config = [json.loads((tmp_path / folder / "config.json").read_bytes()) for folder in ("theirs", "back")]
@@ -58,8 +58,8 @@ def test_outputs_and_the_way_back(tmp_path, name, dtype):
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "bert pretraining"])
 def test_a_model_without_its_origin_goes_out_under_todays_names(tmp_path, name):
     model = make(name, tmp_path / "theirs")
-    found = import_model(tmp_path / "theirs")
-    written = export_model(tmp_path, replace(found, meta={}, extra={}), tmp_path / "back")
+    got = import_model(tmp_path / "theirs")
+    written = export_model(tmp_path, replace(got, meta={}, extra={}), tmp_path / "back")
     assert not written.as_imported
     before, after = read(tmp_path / "theirs"), read(tmp_path / "back")
     assert after == {key: value for key, value in before.items() if key in after}
@@ -102,8 +102,8 @@ def test_a_model_made_here_is_loaded_by_transformers(tmp_path, spec):
         assert (config.pad_token_id, config.eos_token_id) == (0, 3)
         assert (tmp_path / "out/tokenizer.json").read_text() == tokenizer
     where = batch["mask"] if spec.head in (Head.MLM, Head.CAUSAL) else ...
-    found = backend("ref").Model(spec, params).forward(batch)
-    np.testing.assert_allclose(found[where], output(model, given)[where], rtol=0, atol=CLOSE)
+    got = backend("ref").Model(spec, params).forward(batch)
+    np.testing.assert_allclose(got[where], output(model, given)[where], rtol=0, atol=CLOSE)
 
 
 def test_parameters_that_have_changed_are_not_rounded(tmp_path):
@@ -119,10 +119,10 @@ def test_parameters_that_have_changed_are_not_rounded(tmp_path):
 
 def test_another_structure_is_not_exported_as_it_was_imported(tmp_path):
     make("bert classify", tmp_path / "theirs")
-    found = import_model(tmp_path / "theirs")
-    spec = replace(found.spec, classes=5)
-    params = {name: np.resize(found.params[name], shape) for name, shape in shapes(spec).items()}
-    assert not export_model(tmp_path, replace(found, spec=spec, params=params), tmp_path / "back").as_imported
+    got = import_model(tmp_path / "theirs")
+    spec = replace(got.spec, classes=5)
+    params = {name: np.resize(got.params[name], shape) for name, shape in shapes(spec).items()}
+    assert not export_model(tmp_path, replace(got, spec=spec, params=params), tmp_path / "back").as_imported
     assert read(tmp_path / "back")["classifier.weight"][2] == [5, 16]
 
 
@@ -131,12 +131,12 @@ def test_names_of_classes(tmp_path):
     assert "names" not in import_model(tmp_path / "theirs").meta["data"]  # LABEL_0, LABEL_1, LABEL_2
     config = json.loads((tmp_path / "theirs/config.json").read_bytes()) | {"id2label": {"0": "no", "2": "ja", "1": "?"}}
     (tmp_path / "theirs/config.json").write_text(json.dumps(config))
-    found = import_model(tmp_path / "theirs")
-    assert found.meta["data"]["names"] == ["no", "?", "ja"]
-    plain = replace(found, meta={"data": found.meta["data"]})
-    other = replace(found, meta=found.meta | {"data": {"names": ["a", "b", "c"]}})
+    got = import_model(tmp_path / "theirs")
+    assert got.meta["data"]["names"] == ["no", "?", "ja"]
+    plain = replace(got, meta={"data": got.meta["data"]})
+    other = replace(got, meta=got.meta | {"data": {"names": ["a", "b", "c"]}})
     for i, (checkpoint, names) in enumerate(
-        [(found, ["no", "?", "ja"]), (plain, ["no", "?", "ja"]), (other, ["a", "b", "c"])]
+        [(got, ["no", "?", "ja"]), (plain, ["no", "?", "ja"]), (other, ["a", "b", "c"])]
     ):
         export_model(tmp_path, checkpoint, tmp_path / str(i))
         read_back = transformers.AutoConfig.from_pretrained(tmp_path / str(i))
@@ -145,14 +145,14 @@ def test_names_of_classes(tmp_path):
 
 def test_what_is_kept_apart(tmp_path):
     model = make("bert pretraining", tmp_path / "theirs")
-    found = through_file(import_model(tmp_path / "theirs"), tmp_path / "m.safetensors")
-    assert sorted(found.extra) == [
+    got = through_file(import_model(tmp_path / "theirs"), tmp_path / "m.safetensors")
+    assert sorted(got.extra) == [
         "hub.bert.pooler.dense.bias",
         "hub.bert.pooler.dense.weight",
         "hub.cls.seq_relationship.bias",
         "hub.cls.seq_relationship.weight",
     ]
-    weight, bias = pooler(found)
+    weight, bias = pooler(got)
     np.testing.assert_array_equal(weight, model.bert.pooler.dense.weight.detach())
     np.testing.assert_array_equal(bias, model.bert.pooler.dense.bias.detach())
     make("bert classify", tmp_path / "classify")
@@ -163,9 +163,9 @@ def test_shards(tmp_path):
     model = make("opt causal", tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    found, whole = import_model(tmp_path / "shards"), import_model(tmp_path / "whole")
+    got, whole = import_model(tmp_path / "shards"), import_model(tmp_path / "whole")
     for name, value in whole.params.items():
-        np.testing.assert_array_equal(found.params[name], value)
+        np.testing.assert_array_equal(got.params[name], value)
 
 
 INEXPRESSIBLE = [
@@ -187,9 +187,9 @@ def test_models_that_transformers_lacks(tmp_path, spec, message):
 
 
 def test_a_quantized_model_stays(tmp_path):
-    found = Checkpoint(BERT, init_params(BERT, 0), recipe=Recipe("w8a8", ()), meta={"quantized_from": "a.safetensors"})
+    got = Checkpoint(BERT, init_params(BERT, 0), recipe=Recipe("w8a8", ()), meta={"quantized_from": "a.safetensors"})
     with pytest.raises(SpecError, match="has quantizers .recipe w8a8.* export a.safetensors"):
-        export_model(tmp_path, found, tmp_path / "out")
+        export_model(tmp_path, got, tmp_path / "out")
     with pytest.raises(CheckpointError, match="diverged at step 5"):
         export_model(tmp_path, Checkpoint(BERT, init_params(BERT, 0), meta={"diverged_at": 5}), tmp_path / "out")
 
@@ -197,10 +197,10 @@ def test_a_quantized_model_stays(tmp_path):
 def test_bfloat16_as_torch_has_it(tmp_path):
     value = torch.tensor([1.0, -0.0, 3.140625, 1e-40, -3.38e38, 2.0**-126])
     save_file({"x": value.to(torch.bfloat16)}, tmp_path / "x.safetensors")
-    found = read_tensor("x", read_header(tmp_path / "x.safetensors")["x"])
-    np.testing.assert_array_equal(found.view(np.uint32), value.to(torch.bfloat16).float().numpy().view(np.uint32))
-    assert fits(found, "BF16") and not fits(np.float32([1.001]), "BF16")
-    (tmp_path / "y.safetensors").write_bytes(write_bytes({"x": (found, "BF16")}))
+    got = read_tensor("x", read_header(tmp_path / "x.safetensors")["x"])
+    np.testing.assert_array_equal(got.view(np.uint32), value.to(torch.bfloat16).float().numpy().view(np.uint32))
+    assert fits(got, "BF16") and not fits(np.float32([1.001]), "BF16")
+    (tmp_path / "y.safetensors").write_bytes(write_bytes({"x": (got, "BF16")}))
     with safe_open(tmp_path / "y.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("x"), value.to(torch.bfloat16))
         assert file.metadata() == {"format": "pt"}

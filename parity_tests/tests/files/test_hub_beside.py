@@ -134,7 +134,8 @@ def test_settings_that_agree_are_no_matter(folder):
 
 
 def test_what_transformers_makes_of_letters_is_what_is_imported(tmp_path):
-    """BertTokenizer makes its normalizer of tokenizer_config.json; a tokenizer.json that says otherwise gives other ids."""
+    """BertTokenizer makes its normalizer of tokenizer_config.json; a tokenizer.json that says otherwise gives other
+    ids."""
     made = {}
     for lower in (True, False):
         make("bert mlm", folder := tmp_path / str(lower))
@@ -199,7 +200,8 @@ def test_files_of_a_hostile_checkpoint_are_written_nowhere_else(theirs, tmp_path
 
 @pytest.mark.parametrize("folder", ["vit"], indirect=True)
 def test_how_pictures_are_made_goes_out_again(folder, tmp_path):
-    text = '{"size": {"shortest_edge": 9},\n "resample": 3, "do_center_crop": true, "crop_size": 4, "image_mean": [0, 0.1]}'
+    text = '{"size": {"shortest_edge": 9},\n "resample": 3, "do_center_crop": true, "crop_size": 4, '
+    text += '"image_mean": [0, 0.1]}'
     (folder / "preprocessor_config.json").write_text(text)
     checkpoint = import_model(folder)
     export_model(tmp_path, checkpoint, tmp_path / "out")
@@ -235,7 +237,7 @@ def test_a_prompt_is_what_transformers_makes_of_it(opt, tmp_path):
     folder, model = opt
     good("import", folder, "--out", tmp_path / "m.safetensors")
     (tmp_path / "text.txt").write_text("\n\n".join("a b c d e f g h i j k l m n o p"[i % 9 :] for i in range(300)))
-    found = tmp_path / "said.json"
+    got = tmp_path / "said.json"
     for prompt in ("a b c d e", "a"):  # longer and shorter than what the file would cut and fill
         theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         ids = theirs(prompt, padding=False, truncation=False, return_tensors="pt").input_ids
@@ -251,9 +253,9 @@ def test_a_prompt_is_what_transformers_makes_of_it(opt, tmp_path):
             "--backend",
             "ref",
             "--json",
-            found,
+            got,
         )
-        said = json.loads(found.read_bytes())
+        said = json.loads(got.read_bytes())
         assert said["prompt_tokens"] == ids.shape[1] == 1 + len(prompt.split())
         wanted = ids
         for _ in range(3):

@@ -32,45 +32,45 @@ def test_a_header_longer_than_its_file(folder, length):
     refused(folder, f"its header alone would have {length}")
 
 
-def grow(found):
-    found[WORD]["data_offsets"][1] += 2**40
+def grow(got):
+    got[WORD]["data_offsets"][1] += 2**40
 
 
-def shift(found):
-    found[WORD]["data_offsets"] = [2**62, 2**62 + 1472]
+def shift(got):
+    got[WORD]["data_offsets"] = [2**62, 2**62 + 1472]
 
 
-def widen(found):
-    found[WORD]["shape"] = [2**40, 2**20]
+def widen(got):
+    got[WORD]["shape"] = [2**40, 2**20]
 
 
-def overflow(found):
-    found[WORD]["shape"] = [2**63, 2]
+def overflow(got):
+    got[WORD]["shape"] = [2**63, 2]
 
 
-def overlap(found):
-    found[WORD]["data_offsets"] = found[NORM]["data_offsets"]
+def overlap(got):
+    got[WORD]["data_offsets"] = got[NORM]["data_offsets"]
 
 
-def strange(found):
-    found[WORD]["dtype"] = "F4096"
+def strange(got):
+    got[WORD]["dtype"] = "F4096"
 
 
-def negative(found):
-    found[WORD]["shape"] = [-23, -16]
+def negative(got):
+    got[WORD]["shape"] = [-23, -16]
 
 
-def no_header(found):
+def no_header(got):
     return "[" * 100_000
 
 
-def no_object(found):
+def no_object(got):
     return "[]"
 
 
-def twice(found):
-    text = json.dumps(found)
-    return text[:-1] + f', "{WORD}": {json.dumps(found[WORD])}' + "}"
+def twice(got):
+    text = json.dumps(got)
+    return text[:-1] + f', "{WORD}": {json.dumps(got[WORD])}' + "}"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_header_that_lies(folder, change):
 
 def test_two_hundred_thousand_unknown_tensors(folder):
     many = ", ".join(f'"x{i}": {{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}' for i in range(200_000))
-    header(folder, lambda found: json.dumps(found)[:-1] + f", {many}}}")
+    header(folder, lambda got: json.dumps(got)[:-1] + f", {many}}}")
     size = (folder / "model.safetensors").stat().st_size
     refused(folder, "names about 200043 tensors", "at most 20000", memory=2 * size)
 
@@ -119,12 +119,12 @@ def test_folders_without_a_model(folder, tmp_path):
 
 def shards(folder, where):
     """The model as two shards, with an index changed by `where(weight_map)`."""
-    found = load_file(folder / "model.safetensors")
+    got = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names = sorted(found)
+    names = sorted(got)
     parts = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
     for file, part in parts.items():
-        save_file({name: found[name] for name in part}, folder / file)
+        save_file({name: got[name] for name in part}, folder / file)
     index = {name: file for file, part in parts.items() for name in part}
     where(index)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))

@@ -26,10 +26,10 @@ def folder(tmp_path, request):
 
 
 def test_missing_and_unknown_are_listed(folder):
-    def change(found):
+    def change(got):
         for i in range(5):
-            found[f"bert.adapter.{i}"] = np.zeros(2, np.float32)
-        del found[NORM], found[WORD]
+            got[f"bert.adapter.{i}"] = np.zeros(2, np.float32)
+        del got[NORM], got[WORD]
 
     tensors(folder, change)
     refused(
@@ -43,35 +43,35 @@ def test_missing_and_unknown_are_listed(folder):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_none(folder, value):
-    tensors(folder, lambda found: found[NORM].__setitem__(3, value))
+    tensors(folder, lambda got: got[NORM].__setitem__(3, value))
     refused(folder, f"tensor {NORM} holds NaN or infinity")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "bool", "uint8"])
 def test_parameters_that_are_no_floats(folder, dtype):
-    tensors(folder, lambda found: found.update({NORM: found[NORM].astype(dtype)}))
+    tensors(folder, lambda got: got.update({NORM: got[NORM].astype(dtype)}))
     refused(folder, f"tensor {NORM} is", "expected one of F32, F16, BF16, F64")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_other_floats_are_read(folder, dtype):
     before = import_model(folder).params["layer.1.ffn.norm.weight"]
-    tensors(folder, lambda found: found.update({NORM: (found[NORM] / 3).astype(dtype)}))
-    found = import_model(folder).params["layer.1.ffn.norm.weight"]
-    assert found.dtype == ("float64" if dtype == "float64" else "float32")
-    np.testing.assert_array_equal(found, (before / 3).astype(dtype))
+    tensors(folder, lambda got: got.update({NORM: (got[NORM] / 3).astype(dtype)}))
+    got = import_model(folder).params["layer.1.ffn.norm.weight"]
+    assert got.dtype == ("float64" if dtype == "float64" else "float32")
+    np.testing.assert_array_equal(got, (before / 3).astype(dtype))
 
 
 def test_shapes(folder):
-    tensors(folder, lambda found: found.update({WORD: found[WORD].T.copy()}))
+    tensors(folder, lambda got: got.update({WORD: got[WORD].T.copy()}))
     refused(folder, f"tensor {WORD} has shape (16, 23); config.json makes it (23, 16)")
 
 
 def test_a_copy_that_is_none(folder):
     decoder = "cls.predictions.decoder.weight"
-    tensors(folder, lambda found: found.update({decoder: found[WORD].copy()}))
+    tensors(folder, lambda got: got.update({decoder: got[WORD].copy()}))
     assert import_model(folder).meta["hub"]["tied"] == {decoder: "embed.token.weight"}
-    tensors(folder, lambda found: found[decoder].__setitem__((2, 5), 1))
+    tensors(folder, lambda got: got[decoder].__setitem__((2, 5), 1))
     refused(folder, f"tensor {decoder} differs from {WORD}")
 
 
@@ -80,27 +80,27 @@ def test_the_copies_of_opt(folder):
     config(folder, tie_word_embeddings=False)
     refused(folder, "1 tensor (lm_head.weight) missing")
     word = "model.decoder.embed_tokens.weight"
-    tensors(folder, lambda found: found.update({"lm_head.weight": found[word] + 1}))
+    tensors(folder, lambda got: got.update({"lm_head.weight": got[word] + 1}))
     refused(folder, f"tensor lm_head.weight differs from {word}")
 
 
 def test_names_of_old(folder):
     before = import_model(folder).params
 
-    def change(found):
-        for name in list(found):
+    def change(got):
+        for name in list(got):
             old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-            found[old.removeprefix("bert.")] = found.pop(name)
-        found["cls.predictions.decoder.bias"] = found.pop("cls.predictions.bias")
-        found["embeddings.position_ids"] = np.arange(7)[None]
+            got[old.removeprefix("bert.")] = got.pop(name)
+        got["cls.predictions.decoder.bias"] = got.pop("cls.predictions.bias")
+        got["embeddings.position_ids"] = np.arange(7)[None]
 
     tensors(folder, change)
-    found = import_model(folder)
+    got = import_model(folder)
     for name, value in before.items():
-        np.testing.assert_array_equal(found.params[name], value)
-    assert [*found.extra] == ["hub.embeddings.position_ids"]
-    assert found.meta["hub"]["names"]["embed.norm.weight"] == "embeddings.LayerNorm.gamma"
-    tensors(folder, lambda found: found.update({"embeddings.LayerNorm.weight": found["embeddings.LayerNorm.gamma"]}))
+        np.testing.assert_array_equal(got.params[name], value)
+    assert [*got.extra] == ["hub.embeddings.position_ids"]
+    assert got.meta["hub"]["names"]["embed.norm.weight"] == "embeddings.LayerNorm.gamma"
+    tensors(folder, lambda got: got.update({"embeddings.LayerNorm.weight": got["embeddings.LayerNorm.gamma"]}))
     refused(folder, "embeddings.LayerNorm.gamma", "embeddings.LayerNorm.weight", "one parameter")
 
 
@@ -117,18 +117,18 @@ def test_names_of_transformers_5(folder):
         "encoder.layer.": "layers.",
     }
 
-    def change(found):
-        for name in list(found):
+    def change(got):
+        for name in list(got):
             renamed = name
             for theirs, word in new.items():
                 renamed = renamed.replace(theirs, word)
-            found[renamed] = found.pop(name)
+            got[renamed] = got.pop(name)
 
     tensors(folder, change)
-    found = import_model(folder)
-    assert "vit.layers.1.attention.o_proj.bias" in found.meta["hub"]["dtypes"]
+    got = import_model(folder)
+    assert "vit.layers.1.attention.o_proj.bias" in got.meta["hub"]["dtypes"]
     for name, value in before.items():
-        np.testing.assert_array_equal(found.params[name], value)
+        np.testing.assert_array_equal(got.params[name], value)
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------

@@ -62,11 +62,11 @@ def test_a_batch_is_what_the_tokenizer_gives(divided):
     data = opened(path, length=12)
     (batch,) = data.split_batches("evaluation", BERT, 16, 0)
     place = {digest(text.encode())[:16]: (text, label) for text, label, split in rows if split == "evaluation"}
-    drawn = [place[found] for found in data.hashes("evaluation")]  # the order that the batches keep
+    drawn = [place[got] for got in data.hashes("evaluation")]  # the order that the batches keep
     assert len(set(drawn)) == len(place) and drawn != list(place.values())
     wanted = theirs.encode_batch([text for text, _ in drawn])
-    assert batch["tokens"].tolist() == [found.ids for found in wanted]
-    assert batch["mask"].tolist() == [[bool(x) for x in found.attention_mask] for found in wanted]
+    assert batch["tokens"].tolist() == [got.ids for got in wanted]
+    assert batch["mask"].tolist() == [[bool(x) for x in got.attention_mask] for got in wanted]
     assert not batch["types"].any() and batch["types"].shape == batch["tokens"].shape
     assert [data.names[label] for label in batch["labels"]] == [label for _, label in drawn]
 
@@ -108,7 +108,7 @@ def test_undivided_rows_are_divided_and_duplicates_dropped(tmp_path):
     assert [len(data.hashes(split)) for split in SPLITS] == [40, 5, 5]
     assert data.names == ("0", "1", "2")
     known = [digest(text.encode())[:16] for text, _ in rows[:50]]
-    places = [known.index(found) for split in SPLITS for found in data.hashes(split)]
+    places = [known.index(got) for split in SPLITS for got in data.hashes(split)]
     assert sorted(places) == list(range(50)) and places != sorted(places)  # drawn, since files are sorted by label
     assert opened(path, seed=1).hashes("evaluation") != data.hashes("evaluation") == opened(path).hashes("evaluation")
 

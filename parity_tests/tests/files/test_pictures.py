@@ -1,5 +1,5 @@
-"""Pictures: which are found and under which class, as torchvision's ImageFolder, and which pixels a model gets of them, as
-transformers' ViTImageProcessor makes them."""
+"""Pictures: which are found and under which class, as torchvision's ImageFolder, and which pixels a model gets of them,
+as transformers' ViTImageProcessor makes them."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def test_pixels_are_those_of_transformers(tmp_path, given, shape):
     draw_picture(*shape).save(path)
     theirs = transformers.models.vit.image_processing_pil_vit.ViTImageProcessorPil(**given)
     wanted = theirs(image.open(path), return_tensors="np")["pixel_values"][0]
-    found, meta = pixels_of(path, given)
+    got, meta = pixels_of(path, given)
     scale = np.abs(wanted).max()
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=4e-6 * max(1, scale))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=4e-6 * max(1, scale))
     again, _ = pixels_of(path, write_preprocessor(VIT, meta))
-    np.testing.assert_allclose(again, found, rtol=0, atol=4e-6 * max(1, scale))
+    np.testing.assert_allclose(again, got, rtol=0, atol=4e-6 * max(1, scale))
 
 
 def test_a_picture_of_another_size_is_refused_where_nothing_resizes_it(tmp_path):
@@ -103,12 +103,13 @@ def test_pictures_are_upright(tmp_path, orientation, ending):
     exif[0x0112] = orientation
     drawn.save(path, exif=exif)
     plain = np.asarray(image.open(path).convert("RGB")) if ending == "jpg" else np.asarray(drawn)  # a jpg has lost some
-    found = read_picture(path, VIT, read_preparation(VIT, None))
-    assert np.array_equal(found.transpose(1, 2, 0), UPRIGHT[orientation](plain))
+    got = read_picture(path, VIT, read_preparation(VIT, None))
+    assert np.array_equal(got.transpose(1, 2, 0), UPRIGHT[orientation](plain))
 
 
 def test_pictures_are_found_as_torchvision_finds_them(tmp_path, capsys):
-    """ImageFolder: a class is a folder, its pictures lie anywhere below it, links are followed; hidden ones are no class."""
+    """ImageFolder: a class is a folder, its pictures lie anywhere below it, links are followed; hidden ones are no
+    class."""
     fill(tmp_path / "set")
     deep = tmp_path / "set/cat/2024/june"
     deep.mkdir(parents=True)

@@ -67,9 +67,9 @@ def test_a_csv_is_the_same_texts(lines, tmp_path, ending):
 def test_rows_that_say_their_split_stay_in_it(tmp_path):
     splits = ["evaluation"] * 60 + ["train"] * 280 + ["calibration"] * 60
     path = write_lines(tmp_path / "set.jsonl", [{"text": make_text(i), "split": splits[i]} for i in range(400)])
-    found = decode(load_words(path))
+    got = decode(load_words(path))
     for split in SPLITS:
-        assert found[split] == " ".join(make_text(i) for i in range(400) if splits[i] == split)
+        assert got[split] == " ".join(make_text(i) for i in range(400) if splits[i] == split)
     write_lines(path, [{"text": make_text(i % 399), "split": splits[i]} for i in range(400)])
     with pytest.raises(DataError, match="line 400 of the calibration split has the text of .* line 1 of evaluation"):
         load_words(path)

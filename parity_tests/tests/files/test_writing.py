@@ -1,4 +1,5 @@
-"""Files that are written while something goes wrong: a full disk, a killed process, another process in the same folder."""
+"""Files that are written while something goes wrong: a full disk, a killed process, another process in the same
+folder."""
 
 import errno
 import os

@@ -71,8 +71,8 @@ def parse(line: str) -> None:
     while isinstance(command, click.Group):
         if words[:1] in ([], ["--help"], ["--version"]):
             return
-        name, found, words = command.resolve_command(context, words)
-        command, context = found, click.Context(found, context, info_name=name)
+        name, got, words = command.resolve_command(context, words)
+        command, context = got, click.Context(got, context, info_name=name)
     command.parse_args(context, words)
 
 

@@ -1,8 +1,8 @@
 """What a name of the reference says of itself: it is exported, documented, and an array has a shape and a dtype.
 
-A function that takes or returns arrays names a shape, `(..., O)` or in words, and a dtype. What holds for all arrays of a
-module is said once, in a paragraph of the module's docstring that begins with "Arrays:". A function that raises, or calls a
-check, says so.
+A function that takes or returns arrays names a shape, `(..., O)` or in words, and a dtype. What holds for all arrays of
+a module is said once, in a paragraph of the module's docstring that begins with "Arrays:". A function that raises, or
+calls a check, says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def public(module: ModuleType) -> dict[str, object]:
 
 
 def can_raise(function: Callable) -> bool:
-    """Whether a function has a `raise` of its own, or calls another named check or refuse; not within one it defines."""
+    """Whether a function has a `raise` of its own, or calls another named check or refuse; not within one it
+    defines."""
     left = list(ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].body)
     while left:
         node = left.pop()

@@ -43,8 +43,8 @@ def declared(module: object) -> set[str]:
 
 def public(module: object) -> dict[str, object]:
     """Functions and classes that a module defines under a public name; not torch's autograd nodes."""
-    found = inspect.getmembers(module, lambda x: inspect.isfunction(x) or inspect.isclass(x))
-    own = {name: x for name, x in found if x.__module__ == module.__name__ and not name.startswith("_")}
+    got = inspect.getmembers(module, lambda x: inspect.isfunction(x) or inspect.isclass(x))
+    own = {name: x for name, x in got if x.__module__ == module.__name__ and not name.startswith("_")}
     return {name: x for name, x in own.items() if not hasattr(x, "apply") or not hasattr(x, "backward")}
 
 
@@ -61,23 +61,24 @@ def plain(default: object) -> object:
 
 def members(own: dict[str, object]) -> dict[str, object]:
     """The functions of a module, its classes, and by `Class.method` what the classes themselves define."""
-    found = dict(own)
+    got = dict(own)
     for name, kind in own.items():
         for key, x in vars(kind).items() if inspect.isclass(kind) else ():
             x = x.__func__ if isinstance(x, (staticmethod, classmethod)) else x
             if inspect.isfunction(x) and (key == "__init__" or not key.startswith("_")):
-                found[f"{name}.{key}"] = x
-    return found
+                got[f"{name}.{key}"] = x
+    return got
 
 
 def differences(ref: object, ours: object, apart: set[str]) -> set[str]:
-    """The names that only one of two modules has, and those whose signatures differ; nothing within a class of `apart`."""
+    """The names that only one of two modules has, and those whose signatures differ; nothing within a class of
+    `apart`."""
     first, second = (members(public(module)) for module in (ref, ours))
-    found = set(first) ^ set(second)
+    got = set(first) ^ set(second)
     for name in set(first) & set(second):
         if not inspect.isclass(first[name]) and shape(first[name], apart) != shape(second[name], apart):
-            found.add(name)
-    return {name for name in found if name.partition(".")[0] not in apart or "." not in name}
+            got.add(name)
+    return {name for name in got if name.partition(".")[0] not in apart or "." not in name}
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -141,23 +142,23 @@ print(run("ref", only="quant").ok)
 def test_qtx_does_not_import_the_proof() -> None:
     names = sorted(f"qtx.{p.stem}" for p in (ROOT / "qtx").glob("*.py") if p.stem != "__init__")
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
-    found = run_fresh(code + "print([n for n in sys.modules if n.partition('.')[0] in ('parity_tests', 'torch')])")
-    assert found == "[]"
+    got = run_fresh(code + "print([n for n in sys.modules if n.partition('.')[0] in ('parity_tests', 'torch')])")
+    assert got == "[]"
 
 
 def imports(path: Path, wide: bool = False) -> set[str]:
     """Every module that a file imports, relative imports made absolute; wide: and every name taken from one."""
     package = path.relative_to(ROOT).parent.parts
-    found = set()
+    got = set()
     for entry in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(entry, ast.Import):
-            found |= {alias.name for alias in entry.names}
+            got |= {alias.name for alias in entry.names}
         elif isinstance(entry, ast.ImportFrom):
             base = ".".join(package[: len(package) - entry.level + 1]) if entry.level else ""
             module = ".".join(filter(None, (base, entry.module)))
-            found |= {module} if entry.module else {f"{module}.{alias.name}" for alias in entry.names}
-            found |= {f"{module}.{alias.name}" for alias in entry.names} if wide or module == "qtx_ref" else set()
-    return found
+            got |= {module} if entry.module else {f"{module}.{alias.name}" for alias in entry.names}
+            got |= {f"{module}.{alias.name}" for alias in entry.names} if wide or module == "qtx_ref" else set()
+    return got
 
 
 def test_torch_knows_the_reference_by_its_spec_alone() -> None:

@@ -1,4 +1,5 @@
-"""What is installed: the wheel holds the program and the proof, no pytest file, and runs where torch is not installed."""
+"""What is installed: the wheel holds the program and the proof, no pytest file, and runs where torch is not
+installed."""
 
 from __future__ import annotations
 

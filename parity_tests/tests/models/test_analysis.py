@@ -66,8 +66,8 @@ def summed(model, batches):
     units = dict.fromkeys(sites(model.spec).results, "sequence")
     sums = {site: analysis.SiteSums() for site in units}
     for batch in batches:
-        for site, found in model.statistics(batch, units).items():
-            sums[site].add(found)
+        for site, got in model.statistics(batch, units).items():
+            sums[site].add(got)
     return sums
 
 
@@ -171,12 +171,12 @@ def test_heads_are_those_of_the_recorded_tensors(name, backend):
     spec, weights = model.spec, model.params()
     size = len(next(iter(batch.values())))
     marks = {"first": np.arange(spec.length)[None] == np.zeros((size, 1))}
-    found = model.attention(batch, marks, layer_inputs(spec))
+    got = model.attention(batch, marks, layer_inputs(spec))
     gated = spec.attention.gate is not Gate.NONE
     names = ("probs", "output.input", "value", "context", *(["gate"] * gated))
     parts = [f"layer.{i}.attn.{part}" for i in range(spec.layers) for part in names]
     tensors = model.record(batch, [*layer_inputs(spec), *parts])  # all at once: a fused kernel rounds otherwise
-    for layer, (part, stream) in enumerate(zip(found, layer_inputs(spec), strict=True)):
+    for layer, (part, stream) in enumerate(zip(got, layer_inputs(spec), strict=True)):
         names = (f"layer.{layer}.attn.probs", f"layer.{layer}.attn.output.input", stream)
         probs, where = tensors[names[0]]
         where = np.broadcast_to(where, (size, 1, *probs.shape[2:]))

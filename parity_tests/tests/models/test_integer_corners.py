@@ -54,7 +54,8 @@ def both(low: Lowered) -> RunRecord:
 
 
 def gap(low: Lowered) -> float:
-    """RMS difference of the outputs of integers and fake quantization of the original parameters, to the outputs' own."""
+    """RMS difference of the outputs of integers and fake quantization of the original parameters, to the outputs'
+    own."""
     fake = RefBackend(low.spec, low.params)
     fake.bind(low.quants, low.ranges)
     want = fake.forward(low.batch).astype(np.float64)

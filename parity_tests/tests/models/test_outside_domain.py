@@ -1,4 +1,5 @@
-"""Where inputs leave the domain of the arithmetic, the two backends give one answer: a value, or an error and its words."""
+"""Where inputs leave the domain of the arithmetic, the two backends give one answer: a value, or an error and its
+words."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -321,7 +322,7 @@ def test_masks_of_every_dtype(dtype, shape):
 def arrays(dtype: str) -> dict[str, np.ndarray]:
     """Whole numbers and halves, whose sums are exact in any order."""
     x = (np.arange(-8, 16).reshape(2, 3, 4) / 2).astype(dtype)
-    found = {
+    got = {
         "3-d": x,
         "2-d": x[0],
         "transposed": x[0].T,
@@ -334,12 +335,12 @@ def arrays(dtype: str) -> dict[str, np.ndarray]:
         "no channel": x[..., :0],
         "nothing": x[0, 0, :0],
     }
-    found = {name: np.asarray(value) for name, value in found.items()}
+    got = {name: np.asarray(value) for name, value in got.items()}
     for name, odd in (("NaN", NAN), ("inf", INF), ("-inf", -INF)):
-        found[name] = x.copy()
-        found[name][1, 0, 2] = odd
-    found["constant"] = np.full((2, 3, 4), 0.1, dtype)
-    return found
+        got[name] = x.copy()
+        got[name][1, 0, 2] = odd
+    got["constant"] = np.full((2, 3, 4), 0.1, dtype)
+    return got
 
 
 NAMES = list(arrays("f4"))
@@ -459,8 +460,8 @@ def test_a_constant_has_no_kurtosis(value):
     for size in range(2, 40):
         x = np.full((1, size, 3), value)
         for unit in ("sequence", "token"):
-            for found in (stats.describe(x, None, unit), qtx_torch.stats.describe(torch.tensor(x), None, unit)):
-                assert not np.asarray(found["kurtosis"]).any() and not np.asarray(found["kurtosis_published"]).any()
+            for got in (stats.describe(x, None, unit), qtx_torch.stats.describe(torch.tensor(x), None, unit)):
+                assert not np.asarray(got["kurtosis"]).any() and not np.asarray(got["kurtosis_published"]).any()
 
 
 def test_kurtosis_of_what_is_no_number_is_none():

@@ -34,8 +34,8 @@ def test_padding_moves_no_range(name, kind):
     quants = dict.fromkeys(sites(spec).all, QuantSpec())
     for quantize in (False, True):
         one, other = (model.calibrate([padded_batch(f)], quants, quantize=quantize) for f in (3, 40))
-        for site, found in one.items():
-            for field, value in found._asdict().items():
+        for site, got in one.items():
+            for field, value in got._asdict().items():
                 np.testing.assert_array_equal(value, getattr(other[site], field), err_msg=f"{site} {field}")
 
 
@@ -51,7 +51,8 @@ def test_a_batch_without_elements_changes_nothing(kind):
 
 @pytest.mark.parametrize("name", ["ref", "torch"])
 def test_a_gate_added_to_a_trained_model_changes_little(name):
-    """sigmoid(logit(pi) + small) / pi is 1 + small: weights of 0.01 on unit-size inputs move the gate by a few percent."""
+    """sigmoid(logit(pi) + small) / pi is 1 + small: weights of 0.01 on unit-size inputs move the gate by a few
+    percent."""
     module = BACKENDS[name]
     plain = init_params(SPEC, 0)
     params, spec = add_gate(plain, SPEC, pi=0.25, seed=1)

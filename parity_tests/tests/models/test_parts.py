@@ -38,13 +38,9 @@ def test_the_order_of_roles():
     quants = [QuantSpec(bits=bits) for bits in (4, 5, 6)]
     everything, special, weights = (Rule(("*",), quant, "a test") for quant in quants)
     base = Parts("mine", everything, replace(weights, sites=("*.weight",)))
-    found = (
-        base.add_special(replace(special, sites=("a.*",))).add_floats(Rule(("a.b.weight",), None, "a test")).recipe()
-    )
+    got = base.add_special(replace(special, sites=("a.*",))).add_floats(Rule(("a.b.weight",), None, "a test")).recipe()
     bits = {
-        site: quant and quant.bits
-        for site in ("b.c", "a.b", "a.c.weight", "a.b.weight")
-        for quant in [found.quant(site)]
+        site: quant and quant.bits for site in ("b.c", "a.b", "a.c.weight", "a.b.weight") for quant in [got.quant(site)]
     }
     assert bits == {"b.c": 4, "a.b": 5, "a.c.weight": 6, "a.b.weight": None}
 

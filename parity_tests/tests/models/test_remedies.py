@@ -75,7 +75,8 @@ def prepared(name: str, recipe: Recipe, machine: Machine, **given: Any) -> prepa
     return prepare.prepare(machine, small.spec, small.params, lambda n: batches_of(name)[:n], recipe, **given)
 
 
-# transforms ---------------------------------------------------------------------------------------------------------------
+# transforms
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.backend)
@@ -85,29 +86,29 @@ def test_transforms_change_nothing_in_float(name: str, machine: Machine) -> None
     plain = machine.model(small.spec, small.params).forward(small.batch)
     mixed = smooth(strength=0.8), hadamard("layer.0.*"), hadamard("layer.1.ffn.output", block=4)
     for transforms in ((smooth(),), (hadamard(),), mixed):
-        found = prepared(name, weights(8, *transforms), machine)
-        moved = [key for key, value in found.params.items() if (value != small.params[key]).any()]
+        got = prepared(name, weights(8, *transforms), machine)
+        moved = [key for key, value in got.params.items() if (value != small.params[key]).any()]
         assert {f"{site}.weight" for site in linears(small.spec) if site.startswith("layer.")} <= set(moved)
-        model = machine.model(small.spec, found.params)
-        model.bind({}, {}, transforms=found.transforms)
+        model = machine.model(small.spec, got.params)
+        model.bind({}, {}, transforms=got.transforms)
         np.testing.assert_allclose(model.forward(small.batch), plain, **FLOAT32)
         site = "layer.0.ffn.residual"  # a float pass of another kind has them too
         record = model.record(small.batch, [site])[site][0]
         want = machine.model(small.spec, small.params).record(small.batch, [site])[site][0]
         np.testing.assert_allclose(record, want, **FLOAT32)
-        if found.transforms:  # and without them the weights are wrong
+        if got.transforms:  # and without them the weights are wrong
             model.bind({}, {})
             assert np.abs(model.forward(small.batch) - plain).max() > 0.01
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_norm_takes_in_the_divisor_where_it_feeds_nothing_else(name: str) -> None:
-    spec, found = small_models.specs()[name], prepared(name, weights(8, smooth(*FOLDED)), MACHINES[0])
+    spec, got = small_models.specs()[name], prepared(name, weights(8, smooth(*FOLDED)), MACHINES[0])
     hidden = {f"layer.{i}.ffn.hidden" for i in range(2)}
     heads = {f"layer.{i}.attn.{part}" for i in range(2) for part in ("query", "key", "value")}
     read = spec.attention.gate is Gate.LINEAR  # by the gate, which has no divisor
     left = hidden | heads if not spec.pre_norm else heads if read else set()
-    assert set(found.transforms) == left == set(list_left_transforms(weights(8, smooth(*FOLDED)), spec))
+    assert set(got.transforms) == left == set(list_left_transforms(weights(8, smooth(*FOLDED)), spec))
     two = weights(8, smooth("*.query", "*.key"))  # the value would get a tensor that it does not expect
     assert set(list_left_transforms(two, spec)) == {site for site in heads if not site.endswith("value")}
 
@@ -168,24 +169,26 @@ def test_recipes_travel_as_json_and_old_ones_still_do() -> None:
     assert from_dict(Recipe, old) == weights(4)
 
 
-# inputs of linears --------------------------------------------------------------------------------------------------------
+# inputs of linears
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.backend)
 def test_moments_of_inputs_are_those_of_the_tensor_before(machine: Machine) -> None:
-    """In a post-norm model the tensor that query and hidden take in has a name of its own, and padding does not count."""
+    """In a post-norm model the tensor that query and hidden take in has a name of its own, and padding does not
+    count."""
     small = small_models.build("bert_plain")
     model = machine.model(small.spec, small.params)
     sources = {f"layer.0.attn.{part}": "embed.norm" for part in ("query", "value")}
     sources["layer.1.ffn.hidden"] = "layer.1.attn.norm"
-    found = model.input_moments(small.batch, list(sources))
+    got = model.input_moments(small.batch, list(sources))
     for site, source in sources.items():
         x = model.record(small.batch, [source])[source][0].astype(np.float64)[small.batch["mask"]]
         assert x.shape[0] < small.batch["mask"].size
         want = {"count": len(x), "sum": x.sum(0), "absmax": np.abs(x).max(0), "gram": np.einsum("ni,nj->ij", x, x)}
         for name, value in want.items():
-            np.testing.assert_allclose(found[site][name], value, rtol=1e-12, atol=1e-12, err_msg=name)
-            assert name == "count" or found[site][name].dtype == np.float64
+            np.testing.assert_allclose(got[site][name], value, rtol=1e-12, atol=1e-12, err_msg=name)
+            assert name == "count" or got[site][name].dtype == np.float64
     assert list(model.input_moments(small.batch, ["layer.0.attn.query"], ("sum",))["layer.0.attn.query"]) == ["sum"]
 
 
@@ -204,13 +207,12 @@ def test_ranges_are_those_of_the_transformed_input() -> None:
             (None, x),
         ):
             transforms = {site: how} if how else None
-            found = model.calibrate([small.batch], {f"{site}.input": QuantSpec()}, transforms=transforms)[
-                f"{site}.input"
-            ]
-            np.testing.assert_allclose([found.low.item(), found.high.item()], [want.min(), want.max()], rtol=1e-5)
+            got = model.calibrate([small.batch], {f"{site}.input": QuantSpec()}, transforms=transforms)[f"{site}.input"]
+            np.testing.assert_allclose([got.low.item(), got.high.item()], [want.min(), want.max()], rtol=1e-5)
 
 
-# preparing ----------------------------------------------------------------------------------------------------------------
+# preparing
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.backend)
@@ -275,19 +277,19 @@ def test_the_gram_matrices_are_made_in_runs_that_fit(monkeypatch: pytest.MonkeyP
 def test_bias_correction_takes_the_mean_error_away() -> None:
     """Layer by layer, on the calibration inputs: E[Q(W) x + b'] = E[W x + b] (Nagel et al. 2019, section 4.2)."""
     name, recipe = "opt_plain", weights(3, how=Rewrite.BIAS)
-    small, found = small_models.build(name), prepared(name, recipe, MACHINES[0])
+    small, got = small_models.build(name), prepared(name, recipe, MACHINES[0])
     model, quants = MACHINES[0].model(small.spec, small.params), resolve(recipe, small.spec)
     site = "layer.1.ffn.hidden"
     x = [model.record(batch, ["layer.1.ffn.norm"])["layer.1.ffn.norm"][0][batch["mask"]] for batch in batches_of(name)]
     mean = np.concatenate(x).astype(np.float64).mean(0)
     w, b = (small.params[f"{site}.{key}"].astype(np.float64) for key in ("weight", "bias"))
     coarse = rewriting.simulate_weight(
-        small.params[f"{site}.weight"], quants[f"{site}.weight"], found.ranges[f"{site}.weight"]
+        small.params[f"{site}.weight"], quants[f"{site}.weight"], got.ranges[f"{site}.weight"]
     )
     error = (coarse - w) @ mean
     assert np.abs(error).max() > 0.01
-    np.testing.assert_allclose(coarse @ mean + found.params[f"{site}.bias"], w @ mean + b, atol=1e-6)  # float32 biases
-    assert (found.params[f"{site}.weight"] == small.params[f"{site}.weight"]).all()
+    np.testing.assert_allclose(coarse @ mean + got.params[f"{site}.bias"], w @ mean + b, atol=1e-6)  # float32 biases
+    assert (got.params[f"{site}.weight"] == small.params[f"{site}.weight"]).all()
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,8 @@ def test_what_has_no_grid_is_not_rounded_otherwise(quant: Any, message: str) -> 
         prepared("bert_plain", nothing, MACHINES[0])
 
 
-# files and integers -------------------------------------------------------------------------------------------------------
+# files and integers
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -314,20 +317,20 @@ def saved(tmp_path: Any) -> Any:
     """A post-norm model with divisors left at some inputs and rotations at others, in a file."""
     small = small_models.build("bert_plain")
     recipe = weights(4, smooth(*FOLDED), hadamard("*.ffn.output"))
-    found = prepared("bert_plain", recipe, MACHINES[0])
+    got = prepared("bert_plain", recipe, MACHINES[0])
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, Checkpoint(small.spec, found.params, {}, recipe, found.ranges, {}, found.transforms))
-    return path, found, recipe
+    save_checkpoint(path, Checkpoint(small.spec, got.params, {}, recipe, got.ranges, {}, got.transforms))
+    return path, got, recipe
 
 
 def test_a_file_keeps_transforms(saved: Any) -> None:
-    path, found, recipe = saved
+    path, got, recipe = saved
     again, small = load_checkpoint(path), small_models.build("bert_plain")
-    assert set(again.transforms) == set(found.transforms) and not again.extra
+    assert set(again.transforms) == set(got.transforms) and not again.extra
     assert again.transforms["layer.0.ffn.output"].block == 8  # 24 = 8 * 3
     model = MACHINES[0].model(small.spec, again.params)
     calibration.bind(model, again.recipe, again.ranges, again.transforms)
-    want = found.model(MACHINES[0], small.spec, recipe).forward(small.batch)
+    want = got.model(MACHINES[0], small.spec, recipe).forward(small.batch)
     np.testing.assert_array_equal(model.forward(small.batch), want)
 
 
@@ -366,12 +369,12 @@ def test_integers_have_the_codes_that_were_chosen() -> None:
     """Folded smoothing and GPTQ go into an integer model: its weight codes are those of the rewritten weights."""
     spec = small_models.specs()["opt_plain"]
     recipe = replace(recipes.recipe("w4a8", spec), batches=2, transforms=(smooth(*FOLDED),), rewrite=Rewrite.GPTQ)
-    found, quants = prepared("opt_plain", recipe, MACHINES[0]), resolve(recipe, spec)
-    assert not found.transforms
-    constants = lower(spec, found.params, quants, found.ranges)
+    got, quants = prepared("opt_plain", recipe, MACHINES[0]), resolve(recipe, spec)
+    assert not got.transforms
+    constants = lower(spec, got.params, quants, got.ranges)
     for site in ("layer.0.attn.query", "layer.1.ffn.hidden"):
         key = f"{site}.weight"
-        np.testing.assert_array_equal(constants[key] * constants[f"{key}.scale"], found.params[key])
+        np.testing.assert_array_equal(constants[key] * constants[f"{key}.scale"], got.params[key])
 
 
 def test_outlier_channels_would_see_the_future() -> None:

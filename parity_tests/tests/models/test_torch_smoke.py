@@ -38,7 +38,8 @@ VARIANTS = ("vanilla", "clipped", "clipped_row", "softmax1", "sink+all_features"
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors of a thousand elements gain nothing from a second thread, and lose much where it has to share its core."""
+    """Tensors of a thousand elements gain nothing from a second thread, and lose much where it has to share its
+    core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,16 +77,16 @@ def batch_of(spec: ModelSpec, seed: int = 0, padded: bool = True) -> dict[str, n
 
 def quantizers(model: reference.Model, batch: dict[str, np.ndarray]) -> dict[str, QuantSpec]:
     """Every result, every matmul operand and weight: static, with one dynamic granularity each among the operands."""
-    found = {site: QuantSpec() for site in model.record(batch)}
+    got = {site: QuantSpec() for site in model.record(batch)}
     for i in range(model.spec.layers):
         attn = f"layer.{i}.attn"
-        found[f"{attn}.query.input"] = QuantSpec(symmetric=True, dynamic=True, granularity=Granularity.TOKEN)
-        found[f"{attn}.scores.lhs"] = QuantSpec(symmetric=True, dynamic=True, granularity=Granularity.TOKEN)
-        found[f"{attn}.context.rhs"] = QuantSpec(symmetric=True, dynamic=True, granularity=Granularity.CHANNEL)
-        found[f"{attn}.value.weight"] = QuantSpec(symmetric=True, granularity=Granularity.CHANNEL)
-    found["layer.0.ffn.output"] = QuantSpec(observer=ObserverSpec(ObserverKind.RUNNING_PERCENTILE, percentile=99))
-    found["layer.1.ffn.output"] = QuantSpec(observer=ObserverSpec(ObserverKind.MSE_GOLDEN))
-    return found
+        got[f"{attn}.query.input"] = QuantSpec(symmetric=True, dynamic=True, granularity=Granularity.TOKEN)
+        got[f"{attn}.scores.lhs"] = QuantSpec(symmetric=True, dynamic=True, granularity=Granularity.TOKEN)
+        got[f"{attn}.context.rhs"] = QuantSpec(symmetric=True, dynamic=True, granularity=Granularity.CHANNEL)
+        got[f"{attn}.value.weight"] = QuantSpec(symmetric=True, granularity=Granularity.CHANNEL)
+    got["layer.0.ffn.output"] = QuantSpec(observer=ObserverSpec(ObserverKind.RUNNING_PERCENTILE, percentile=99))
+    got["layer.1.ffn.output"] = QuantSpec(observer=ObserverSpec(ObserverKind.MSE_GOLDEN))
+    return got
 
 
 def close(name: str, ours: np.ndarray, theirs: np.ndarray, bound: float) -> None:
@@ -168,16 +169,16 @@ def test_calibration_and_fake_quantization(name: str) -> None:
     theirs, ours = ref.calibrate(batches, quants), our.calibrate(batches, quants)
     assert theirs.keys() == ours.keys()
     for site, known in theirs.items():
-        found = ours[site]
-        assert found.scale.dtype == np.float32 and found.zero_point.dtype == np.int32
-        assert found.scale.shape == known.scale.shape
+        got = ours[site]
+        assert got.scale.dtype == np.float32 and got.zero_point.dtype == np.int32
+        assert got.scale.shape == known.scale.shape
         # the observers were fed float tensors that differ by rounding, relative to their largest entry
-        np.testing.assert_allclose(found.scale, known.scale, rtol=2e-5, err_msg=site)
-        assert np.abs(found.zero_point - known.zero_point).max() <= 1, site
+        np.testing.assert_allclose(got.scale, known.scale, rtol=2e-5, err_msg=site)
+        assert np.abs(got.zero_point - known.zero_point).max() <= 1, site
     ref.bind(quants, theirs, masked_scores=True)
     our.bind(quants, theirs, masked_scores=True)
-    expected, found = ref.gradients(batches[0]), our.gradients(batches[0])
-    assert found[0] == pytest.approx(expected[0], rel=0.05)  # free-running: codes flip near ties and compound
+    expected, got = ref.gradients(batches[0]), our.gradients(batches[0])
+    assert got[0] == pytest.approx(expected[0], rel=0.05)  # free-running: codes flip near ties and compound
     our.bind({}, {})
     np.testing.assert_array_equal(our.forward(batches[0]), backend.Model(spec, parameters(spec)).forward(batches[0]))
 
@@ -265,11 +266,11 @@ def test_record_and_statistics(name: str) -> None:
             np.testing.assert_array_equal(ours[site][1], where, err_msg=site)
     units = {"layer.0.ffn.output": "token", "layer.1.attn.output": "sequence"}
     names = ("inf_norm", "kurtosis", "kurtosis_published", "moments", "lowest", "highest", "energy")
-    found = our.statistics(batch, units, names)
+    got = our.statistics(batch, units, names)
     for site, known in ref.statistics(batch, units, names).items():
         for key, value in known.items():
             scale = np.abs(value).max(axis=0)  # moments that cancel are small beside others
-            np.testing.assert_allclose(found[site][key] / scale, value / scale, atol=1e-4, err_msg=f"{site} {key}")
+            np.testing.assert_allclose(got[site][key] / scale, value / scale, atol=1e-4, err_msg=f"{site} {key}")
     length = spec.length if spec.family is Family.VIT else 24
     marks = {"first": np.arange(length)[None, :].repeat(2, axis=0) == 0}
     streams = [
@@ -296,11 +297,11 @@ def test_resume_is_exact_and_a_checkpoint_moves_between_backends() -> None:
         again = [resumed.step(batch) for batch in batches[3:]]
         if exact:
             assert again == losses[3:]
-            for known, found in (
+            for known, got in (
                 (straight.model.params(), resumed.model.params()),
                 (straight.state(), resumed.state()),
             ):
-                assert all(np.array_equal(value, found[key]) for key, value in known.items())
+                assert all(np.array_equal(value, got[key]) for key, value in known.items())
         else:
             np.testing.assert_allclose(again, losses[3:], rtol=1e-4)  # three steps of float32 noise through AdamW
             assert resumed.state().keys() == straight.state().keys()
