@@ -28,10 +28,10 @@ from .commands.train import train_command
 from .commands.vectors import vectors_command
 from .data import DataError
 from .engines.backend import MissingExtra
-from .files.container import CheckpointError
+from .files.container import FileError
 from .signals import Interrupted, exit_status, handle, interrupt
 
-MENDABLE = (SpecError, DataError, CheckpointError, MissingExtra, OSError)
+MENDABLE = (SpecError, DataError, FileError, MissingExtra, OSError)
 RESUMED = ("finetune", "ptq", "study", "train")  # commands that have --resume
 
 

@@ -14,7 +14,7 @@ from qtx_ref.spec import SpecError
 
 from ..engines.machine import Machine
 from ..files.artifact import SUFFIX, Size
-from ..files.container import RESULT, CheckpointError, check_writable, to_json, write_beside
+from ..files.container import RESULT, FileError, check_writable, to_json, write_beside
 from ..jobs.training import check_rate
 from ..report.tables import format_number, format_table
 
@@ -83,7 +83,7 @@ def check_json(ctx: click.Context, parameter: click.Parameter, path: str | None)
     if path is not None and path != "-":
         try:
             check_writable(Path(path), RESULT)
-        except CheckpointError as error:
+        except FileError as error:
             raise SpecError(f"--json: {error}") from None
     return path
 

@@ -20,7 +20,7 @@ from ..engines.machine import Machine
 from ..engines.protocols import Batch
 from ..files.artifact import SUFFIX, Artifact
 from ..files.checkpoint import file_of
-from ..files.container import CheckpointError, check_writable, sha_of, write_beside
+from ..files.container import FileError, check_writable, sha_of, write_beside
 from ..files.formats import REPORT
 from ..jobs.opening import is_artifact, make_artifact_model, open_model
 from ..progress import Progress, clock
@@ -65,7 +65,7 @@ def set_exit_statuses() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (SpecError, DataError, CheckpointError, MissingExtra, OSError) as error:
+    except (SpecError, DataError, FileError, MissingExtra, OSError) as error:
         kind = Missing if isinstance(error, (MissingDevice, MissingExtra)) else Refused
         raise kind(" ".join(str(error).split())) from None
 
@@ -133,7 +133,7 @@ def parity_command(
     from parity_tests import junit, runner
 
     if junit_path is not None and junit_path.resolve() in list_others(checkpoint, json_path):
-        raise CheckpointError(f"--junit {junit_path} is another file of this command: choose another")
+        raise FileError(f"--junit {junit_path} is another file of this command: choose another")
     if checkpoint is None and (given := data or tokenizer):
         raise SpecError(f"{given}: the table of cases has its own data; give a CHECKPOINT, or leave it out")
     runner.check_place(backend_name, device)
@@ -230,7 +230,7 @@ def refuse_options(path: Path, backend_name: str, dtype: str, only: str | None) 
 def check_file(runner: Any, path: Path, device: str, data: str | None, tokenizer: Path | None, progress: Any) -> Any:
     """The report on a checkpoint or an artifact, from its evaluation and calibration data.
 
-    Raises SpecError, CheckpointError or DataError for a file or data that cannot be had.
+    Raises SpecError, FileError or DataError for a file or data that cannot be had.
     """
     opened = open_model(path, Machine("ref"), data, tokenizer)
     source = opened.stored

@@ -42,7 +42,7 @@ def analyze(request: AnalyzeRequest) -> tuple[Analysis, list[str]]:
     Raises:
         SpecError: a machine that is not to be had.
         DataError: data that cannot be had or do not fit.
-        CheckpointError: the checkpoint cannot be read, or a file of `out` exists or cannot be written.
+        FileError: the checkpoint cannot be read, or a file of `out` exists or cannot be written.
         MissingExtra: pictures without matplotlib, or a backend or tokenizer whose package is not installed.
     """
     out = request.out

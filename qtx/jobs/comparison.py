@@ -25,7 +25,7 @@ from ..engines.machine import Machine
 from ..engines.protocols import Batch, Data, IntegerModel, Model
 from ..files.artifact import Artifact, count_constant_bytes
 from ..files.checkpoint import Checkpoint, save_checkpoint
-from ..files.container import COMPARISON, CheckpointError, check_writable, sha_of, write_sealed_json
+from ..files.container import COMPARISON, FileError, check_writable, sha_of, write_sealed_json
 from ..files.locks import hold
 from ..files.results import read_comparison
 from ..measure.paired import Measured, compare, measure
@@ -75,7 +75,7 @@ class Comparison:
 
         Raises:
             SpecError: a recipe that does not exist, or does not fit the model.
-            CheckpointError: `out` holds a comparison, and `resume` is not set or it is another one.
+            FileError: `out` holds a comparison, and `resume` is not set or it is another one.
         """
         self.spec, self.data, self.out = spec, data, out
         self.model_spec, self.params, self.meta = checkpoint.spec, checkpoint.params, checkpoint.meta
@@ -95,13 +95,13 @@ class Comparison:
 
     def _resume(self, resume: bool) -> None:
         if not resume:
-            raise CheckpointError(f"{self.path} exists: go on with --resume, or choose another --out")
+            raise FileError(f"{self.path} exists: go on with --resume, or choose another --out")
         known = read_comparison(self.path, self.kind, self.recipes)
         was = known["of"]
         self.rows = cast(dict[str, dict[str, Any]], known["rows"])
         self.sites = cast(dict[str, list[dict[str, Any]]], known["sensitivity"])
         if was != self.identity:
-            raise CheckpointError(f"{self.path} is another comparison: {describe_difference('of', was, self.identity)}")
+            raise FileError(f"{self.path} is another comparison: {describe_difference('of', was, self.identity)}")
 
     def save(self) -> None:
         result = {"of": self.identity, "metric": self.kind, "rows": self.rows, "sensitivity": self.sites}
@@ -149,7 +149,7 @@ class Comparison:
         """The row, or one that says why there is none: what one recipe cannot do stops no other."""
         try:
             return self.make_row(name, kept)
-        except (CheckpointError, DataError):  # of files
+        except (FileError, DataError):  # of files
             raise
         except ValueError as error:
             nothing = dict.fromkeys(("value", "loss", "difference", "low", "high", "ms", "bytes"))

@@ -24,7 +24,7 @@ from ..engines.machine import Machine
 from ..engines.protocols import Calibration, Data
 from ..files.artifact import SUFFIX, Artifact, load_artifact, make_artifact, save_artifact
 from ..files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ..files.container import COST, CheckpointError, check_writable, write_beside, write_sealed_json
+from ..files.container import COST, FileError, check_writable, write_beside, write_sealed_json
 from ..files.locks import hold, make_scratch
 from ..progress import Progress
 from ..recipes.named import resolve
@@ -83,7 +83,7 @@ def measure_cost(request: CostRequest, tell: Callable[[str], None] = lambda word
     Raises:
         SpecError: options that do not go together, names that do not exist, or float32 that does not run.
         DataError: data that were named and cannot be had.
-        CheckpointError: the model cannot be read, or `out` holds results or cannot be written.
+        FileError: the model cannot be read, or `out` holds results or cannot be written.
         MissingExtra: a backend or an engine that was named and is not installed.
     """
     check_request(request)
@@ -123,12 +123,12 @@ def check_request(request: CostRequest) -> None:
 
 
 def check_out(out: Path | None) -> None:
-    """Raises CheckpointError where the folder holds results already, or cannot be written."""
+    """Raises FileError where the folder holds results already, or cannot be written."""
     if out is None:
         return
     for name in NAMES:
         if (out / name).exists():
-            raise CheckpointError(f"{out / name} exists: choose another --out")
+            raise FileError(f"{out / name} exists: choose another --out")
         check_writable(out / name)
 
 
@@ -146,7 +146,7 @@ class Given:
 
 
 def open_given(request: CostRequest) -> Given:
-    """Raises SpecError, CheckpointError or DataError where the model cannot be had, or data that were named cannot."""
+    """Raises SpecError, FileError or DataError where the model cannot be had, or data that were named cannot."""
     path, data, tokenizer = request.checkpoint, request.data, request.tokenizer
     chosen = request.recipe, request.profile
     if path is None:
@@ -175,7 +175,7 @@ def open_either(path: Path, recipe: str | None, profile_name: str | None) -> tup
     stored = load_checkpoint(path)
     if "diverged_at" in stored.meta:
         step = stored.meta["diverged_at"]
-        raise CheckpointError(f"{path}: training diverged at step {step}; no model is left to use")
+        raise FileError(f"{path}: training diverged at step {step}; no model is left to use")
     if stored.transforms:
         raise SpecError(
             f"{path} is made for the transforms of {name_recipe(stored)}, so float32 is not among what it can run: "

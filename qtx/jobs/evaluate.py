@@ -50,7 +50,7 @@ def evaluate(request: EvaluateRequest) -> tuple[Score, Words]:
     Raises:
         SpecError: an option that the file has no use for, a model without a head, or one whose loss or metric is not
         finite. DataError: data that cannot be had, do not fit, or trained or calibrated the model.
-        CheckpointError: the file cannot be read, or its training diverged.
+        FileError: the file cannot be read, or its training diverged.
         MissingExtra: a backend or tokenizer whose package is not installed.
     """
     request.machine.check()

@@ -7,7 +7,7 @@ from pathlib import Path
 from qtx_ref.spec import SpecError
 
 from ..files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ..files.container import CheckpointError, check_writable
+from ..files.container import FileError, check_writable
 from ..hub import import_model
 from ..hub.export import Written, export_model
 
@@ -17,12 +17,12 @@ def import_folder(folder: Path, out: Path) -> Checkpoint:
 
     Raises:
         SpecError: `out` has another name than a .safetensors, or a configuration that our models do not have.
-        CheckpointError: `out` exists or cannot be written, or a file of the folder is missing or cannot be read.
+        FileError: `out` exists or cannot be written, or a file of the folder is missing or cannot be read.
     """
     if out.suffix != ".safetensors":
         raise SpecError(f"--out {out}: give a name ending in .safetensors")
     if out.exists():
-        raise CheckpointError(f"{out} exists: choose another --out")
+        raise FileError(f"{out} exists: choose another --out")
     check_writable(out)
     checkpoint = import_model(folder)
     save_checkpoint(out, checkpoint)
@@ -34,6 +34,6 @@ def export_checkpoint(path: Path, out: Path) -> Written:
 
     Raises:
         SpecError: a model that transformers does not have.
-        CheckpointError: the checkpoint cannot be read, or `out` is not empty or cannot be written.
+        FileError: the checkpoint cannot be read, or `out` is not empty or cannot be written.
     """
     return export_model(path, load_checkpoint(path), out)

@@ -57,7 +57,7 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
     Raises:
         SpecError: an OPT, data that do not fit, both `epochs` and `steps`, or training that diverged.
         DataError: data that cannot be had, or that trained the checkpoint and would evaluate it.
-        CheckpointError: a checkpoint that is quantized or cannot be read, or a `path` that is not to be gone on with.
+        FileError: a checkpoint that is quantized or cannot be read, or a `path` that is not to be gone on with.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
     if request.epochs is not None and request.steps is not None:

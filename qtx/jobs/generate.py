@@ -51,7 +51,7 @@ def generate(request: GenerateRequest) -> Generated:
     Raises:
         SpecError: the model is not causal, the text would outgrow it, the prompt has no token, or a temperature beyond
             its ends.
-        DataError, CheckpointError, MissingExtra: see `evaluate`.
+        DataError, FileError, MissingExtra: see `evaluate`.
     """
 
     def check(stored: Checkpoint | Artifact) -> None:

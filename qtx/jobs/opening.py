@@ -16,7 +16,7 @@ from ..engines.machine import Machine
 from ..engines.protocols import Calibration, Data, IntegerModel, Model, Runnable
 from ..files.artifact import SUFFIX, Artifact, load_artifact
 from ..files.checkpoint import Checkpoint, load_checkpoint
-from ..files.container import CheckpointError
+from ..files.container import FileError
 from ..measure import scores
 from ..prepare import calibration, prepare
 from ..recipes import named as recipes
@@ -56,12 +56,10 @@ def check_tokenizer(path: Path, meta: Mapping[str, Any], data: Data) -> None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint that holds a model. Raises CheckpointError where it cannot be read, or its training diverged."""
+    """A checkpoint that holds a model. Raises FileError where it cannot be read, or its training diverged."""
     checkpoint = load_checkpoint(path)
     if "diverged_at" in checkpoint.meta:
-        raise CheckpointError(
-            f"{path}: training diverged at step {checkpoint.meta['diverged_at']}; no model is left to use"
-        )
+        raise FileError(f"{path}: training diverged at step {checkpoint.meta['diverged_at']}; no model is left to use")
     return checkpoint
 
 
@@ -112,7 +110,7 @@ def open_model(
     check: refuses a file that the command cannot use, before any data are read.
 
     Raises:
-        SpecError, CheckpointError, DataError, MissingExtra: a file, data, or an option that does not belong to it.
+        SpecError, FileError, DataError, MissingExtra: a file, data, or an option that does not belong to it.
     """
     if is_artifact(path):
         if recipe_name is not None:

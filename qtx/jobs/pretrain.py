@@ -53,7 +53,7 @@ def pretrain(request: PretrainRequest) -> Checkpoint:
     Raises:
         SpecError: a model, attention, recipe or machine that does not exist, or that the checkpoint cannot take.
         DataError: data that cannot be had, do not fit, or on which the checkpoint was trained otherwise.
-        CheckpointError: `path` exists without `resume`, holds another run, or its folder is held by another process.
+        FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
     request.machine.check()

@@ -15,7 +15,7 @@ from ..data import splits
 from ..engines.backend import MissingExtra
 from ..engines.machine import Machine
 from ..files.checkpoint import file_of
-from ..files.container import CHECKPOINT, COMPARISON, CheckpointError, check_writable, open_sealed, sha_of
+from ..files.container import CHECKPOINT, COMPARISON, FileError, check_writable, open_sealed, sha_of
 from ..files.locks import hold
 from ..files.results import RecipeRow
 from ..recipes import remedies
@@ -57,7 +57,7 @@ def compare_recipes(request: PtqRequest) -> tuple[Comparison, list[str]]:
         SpecError: a recipe that does not exist or fit, options that do not go together, a model without a task, or one
             that diverges in float.
         DataError: data that cannot be had, do not fit, or trained the model.
-        CheckpointError: the checkpoint cannot be read, or `out` holds something else, or is held by another process.
+        FileError: the checkpoint cannot be read, or `out` holds something else, or is held by another process.
         MissingExtra: a backend or tokenizer whose package is not installed.
     """
     out = request.out
@@ -123,17 +123,17 @@ def name_files(keep: Sequence[str]) -> list[str]:
 
 
 def check_out(out: Path, resume: bool, kept: Sequence[str], sha256: str) -> None:
-    """Raises CheckpointError where the folder cannot take the results, or has a file of that name that is not of a
+    """Raises FileError where the folder cannot take the results, or has a file of that name that is not of a
     comparison of the checkpoint with this sha256. kept: files of models."""
     if (out / RESULTS).exists() and not resume:
-        raise CheckpointError(f"{out / RESULTS} exists: go on with --resume, or choose another --out")
+        raise FileError(f"{out / RESULTS} exists: go on with --resume, or choose another --out")
     check_writable(out / RESULTS, COMPARISON)
     for name in kept:
         check_writable(out / name, CHECKPOINT)
         if (out / name).exists():
             with open_sealed(out / name, CHECKPOINT) as (header, _):
                 if not resume or header.get("meta", {}).get("quantized_from") != sha256:
-                    raise CheckpointError(f"{out / name} exists: choose another --out")
+                    raise FileError(f"{out / name} exists: choose another --out")
 
 
 def draw(request: PtqRequest, comparison: Comparison) -> list[str]:
@@ -143,7 +143,7 @@ def draw(request: PtqRequest, comparison: Comparison) -> list[str]:
     title = f"qtx ptq: {request.checkpoint}, {about}"
     try:
         draw_rows(request.out / PICTURE, comparison.kind, cast(Mapping[str, RecipeRow], comparison.rows), title)
-    except (MissingExtra, CheckpointError) as error:
+    except (MissingExtra, FileError) as error:
         print(f"no picture: {error}", file=sys.stderr)
         return []
     return [PICTURE]

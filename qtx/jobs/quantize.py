@@ -12,7 +12,7 @@ from ..engines.machine import Machine
 from ..engines.protocols import Calibration
 from ..files.artifact import SUFFIX, Size, make_artifact, measure_size, save_artifact
 from ..files.checkpoint import Checkpoint, file_of, save_checkpoint
-from ..files.container import CheckpointError, check_writable
+from ..files.container import FileError, check_writable
 from ..prepare.prepare import Prepared
 from ..recipes.named import recipe, resolve
 from ..recipes.transforms import list_left_transforms
@@ -54,7 +54,7 @@ def quantize(request: QuantizeRequest) -> Quantized:
     Raises:
         SpecError: a recipe, profile or machine that does not exist or does not fit, or what cannot run in integers.
         DataError: data that cannot be had, do not fit, or trained the model.
-        CheckpointError: the checkpoint cannot be read, or `out` exists or cannot be written.
+        FileError: the checkpoint cannot be read, or `out` exists or cannot be written.
         MissingExtra: a backend or tokenizer whose package is not installed.
     """
     out = request.out
@@ -81,11 +81,11 @@ def quantize(request: QuantizeRequest) -> Quantized:
 
 
 def check_out(out: Path) -> None:
-    """Raises SpecError or CheckpointError where the file could not be written, or be read again under its name."""
+    """Raises SpecError or FileError where the file could not be written, or be read again under its name."""
     if out.suffix not in (SUFFIX, ".safetensors"):
         raise SpecError(f"--out {out}: give a name ending in {SUFFIX} (integers) or .safetensors (ranges)")
     if out.exists():
-        raise CheckpointError(f"{out} exists: choose another --out")
+        raise FileError(f"{out} exists: choose another --out")
     check_writable(out)
 
 

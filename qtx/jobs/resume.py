@@ -13,7 +13,7 @@ from ..engines.backend import backend
 from ..engines.machine import Machine, identify_machine
 from ..engines.protocols import Arrays, Data, Model, Trainer
 from ..files.checkpoint import Checkpoint, load_checkpoint
-from ..files.container import CheckpointError
+from ..files.container import FileError
 from ..files.writing import check_space
 from ..measure.history import History
 from ..prepare.calibration import bind, calibrate
@@ -35,7 +35,7 @@ def check_run(path: Path, spec: ModelSpec, optim: OptimSpec, machine: Machine, t
 
     Raises:
         SpecError, MissingExtra: no such recipe, machine or backend.
-        CheckpointError: what is at `path` is no run, or one of another machine.
+        FileError: what is at `path` is no run, or one of another machine.
         WriteError: there is no room for its checkpoint.
     """
     if train_quant:
@@ -47,15 +47,15 @@ def check_run(path: Path, spec: ModelSpec, optim: OptimSpec, machine: Machine, t
 
 
 def read_run(path: Path, train_quant: str | None, identity: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint of a run. Raises CheckpointError where it is of none, or of one with another `identity`."""
+    """The checkpoint of a run. Raises FileError where it is of none, or of one with another `identity`."""
     checkpoint = load_checkpoint(path)
     if (checkpoint.ranges or checkpoint.transforms) and not train_quant:
-        raise CheckpointError(f"{path} is a quantized model, not a run of qtx train; choose another --out")
+        raise FileError(f"{path} is a quantized model, not a run of qtx train; choose another --out")
     if "train" not in checkpoint.meta:
-        raise CheckpointError(f"{path} was not made by qtx train and cannot be resumed; choose another --out")
+        raise FileError(f"{path} was not made by qtx train and cannot be resumed; choose another --out")
     for key, value in identity.items():
         if checkpoint.meta.get(key) != value:
-            raise CheckpointError(f"{path} is another run: {describe_difference(key, checkpoint.meta.get(key), value)}")
+            raise FileError(f"{path} is another run: {describe_difference(key, checkpoint.meta.get(key), value)}")
     return checkpoint
 
 
@@ -67,19 +67,19 @@ def begin_run(run: TrainSpec, data: Data, machine: Machine, params: Arrays) -> S
 def resume_run(path: Path, run: TrainSpec, data: Data, machine: Machine, checkpoint: Checkpoint) -> State:
     """A run where its checkpoint left it; one that diverged has nothing but its curves to go on with.
 
-    Raises CheckpointError, naming `path`, where the checkpoint lacks a part of the run.
+    Raises FileError, naming `path`, where the checkpoint lacks a part of the run.
     """
     model, trainer = build(run, data, machine, dict(checkpoint.params), checkpoint)
     try:
         if "diverged_at" not in checkpoint.meta:
             trainer.load_state(checkpoint.extra)
             if int(checkpoint.extra["optim.step"]) != checkpoint.extra["history.loss"].size:
-                raise CheckpointError(f"{path}: its curves and its optimizer are at different steps")
+                raise FileError(f"{path}: its curves and its optimizer are at different steps")
         if not {"done", "diverged"} <= checkpoint.meta.keys():
             raise KeyError("done")
         return State(model, trainer, History.of(checkpoint.extra))
     except KeyError as error:
-        raise CheckpointError(f"{path} cannot be resumed: {error} is missing; choose another --out") from None
+        raise FileError(f"{path} cannot be resumed: {error} is missing; choose another --out") from None
 
 
 def build(

@@ -16,7 +16,7 @@ from qtx_ref.spec.optim import trains
 
 from ..engines.machine import Machine, identify_machine
 from ..engines.protocols import Data
-from ..files.container import CheckpointError, check_writable
+from ..files.container import FileError, check_writable
 from ..files.locks import hold
 
 STEPS, PER_STEP = 350, 16  # of a run, unless said otherwise: steps, and sequences or images in each
@@ -66,14 +66,14 @@ def describe_difference(key: str, was: Any, now: Any) -> str:
 
 
 def refuse_existing(path: Path, resume: bool) -> None:
-    """Raises CheckpointError for a file that is there and is not to be gone on with."""
+    """Raises FileError for a file that is there and is not to be gone on with."""
     if path.exists() and not resume:
-        raise CheckpointError(f"{path} exists: go on with --resume, or choose another --out")
+        raise FileError(f"{path} exists: go on with --resume, or choose another --out")
 
 
 @contextmanager
 def claim(path: Path, resume: bool) -> Iterator[None]:
-    """A run's file is this process's to write. Raises CheckpointError where it is there and not to be gone on with,
+    """A run's file is this process's to write. Raises FileError where it is there and not to be gone on with,
     cannot be written, or another process holds its folder."""
     refuse_existing(path, resume)
     with hold(path.parent):

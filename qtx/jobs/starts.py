@@ -16,7 +16,7 @@ from qtx_ref.spec import Family, Gate, Head, ModelSpec, SpecError
 from .. import hub
 from ..data.splits import SHORT
 from ..files.checkpoint import Checkpoint, file_of, load_checkpoint
-from ..files.container import CheckpointError, sha_of
+from ..files.container import FileError, sha_of
 
 PI = 0.5  # opening probability of a gate that is added
 Params = dict[str, np.ndarray]
@@ -42,12 +42,12 @@ class Origin:
 
 
 def open_origin(path: Path) -> Origin:
-    """Raises CheckpointError for a file that is none, is quantized, or of a run that diverged."""
+    """Raises FileError for a file that is none, is quantized, or of a run that diverged."""
     checkpoint = load_checkpoint(path)
     if checkpoint.recipe is not None or checkpoint.ranges:
-        raise CheckpointError(f"{path} is quantized: begin with the float checkpoint that it was made from")
+        raise FileError(f"{path} is quantized: begin with the float checkpoint that it was made from")
     if "diverged_at" in checkpoint.meta:
-        raise CheckpointError(f"{path}: training diverged at step {checkpoint.meta['diverged_at']}: begin with another")
+        raise FileError(f"{path}: training diverged at step {checkpoint.meta['diverged_at']}: begin with another")
     return Origin(path, checkpoint, sha_of(file_of(path)))
 
 

@@ -23,7 +23,7 @@ from ..engines.backend import MissingExtra
 from ..engines.machine import Machine, identify_machine
 from ..engines.protocols import Batch
 from ..files.checkpoint import Checkpoint, load_checkpoint
-from ..files.container import STUDY, CheckpointError, check_writable, write_sealed_json
+from ..files.container import STUDY, FileError, check_writable, write_sealed_json
 from ..files.locks import LOCK, hold
 from ..files.results import read_study
 from ..files.writing import check_space
@@ -75,7 +75,7 @@ class Study:
 
         Raises:
             SpecError, DataError: a name or number that does not exist.
-            CheckpointError: `out` holds a study, and `resume` is not set or it is another one.
+            FileError: `out` holds a study, and `resume` is not set or it is another one.
         """
         self.spec, self.out, self.resume = spec, out, resume
         for name, given in (("--attention", spec.attention), ("--bits", spec.recipes)):
@@ -94,7 +94,7 @@ class Study:
         if self.path.exists():
             known = self._read()
         elif out.is_dir() and any(item.name != LOCK for item in out.iterdir()) and not resume:
-            raise CheckpointError(f"{out} is not empty: go on with --resume, or choose another --out")
+            raise FileError(f"{out} is not empty: go on with --resume, or choose another --out")
         check_writable(self.path)
         spec.machine.check()
         self._check_space({} if known is None else known["runs"])
@@ -108,7 +108,7 @@ class Study:
             for key, value in self.conditions.items():
                 if known.get(key) != value:
                     words = describe_difference(key, known.get(key), value)
-                    raise CheckpointError(f"{self.path} is another study: {words}")
+                    raise FileError(f"{self.path} is another study: {words}")
             self.runs = known["runs"]
 
     def names(self) -> dict[str, tuple[int, str | None, str]]:
@@ -127,7 +127,7 @@ class Study:
     def run(self) -> None:
         """Trains and evaluates every run that is not finished. `study.json` is written after each.
 
-        Raises CheckpointError where another process holds the folder, and what `train` raises.
+        Raises FileError where another process holds the folder, and what `train` raises.
         """
         with hold(self.out):
             for name, (seed, quant, kind) in self.names().items():
@@ -145,7 +145,7 @@ class Study:
             about = f"{self.spec.data or 'bundled data'}, {self.spec.steps} steps of batch {self.spec.batch}"
             draw_curves(self.out / "curves.png", histories, f"qtx study: {self.spec.model} on {about}")
             self.written.append("curves.png")
-        except (MissingExtra, CheckpointError) as error:
+        except (MissingExtra, FileError) as error:
             print(f"no picture: {error}", file=sys.stderr)
 
     def result(self) -> dict[str, Any]:
@@ -271,23 +271,21 @@ class Study:
         try:
             return History.of(load_checkpoint(path).extra)
         except KeyError as error:
-            raise CheckpointError(f"{path} is no run of this study: tensor {error} is missing") from None
+            raise FileError(f"{path} is no run of this study: tensor {error} is missing") from None
 
     def _read(self) -> dict[str, Any]:
-        """The study in the folder. Raises CheckpointError where it is not to be gone on with, or another one."""
+        """The study in the folder. Raises FileError where it is not to be gone on with, or another one."""
         if not self.resume:
-            raise CheckpointError(f"{self.path} exists: go on with --resume, or choose another --out")
+            raise FileError(f"{self.path} exists: go on with --resume, or choose another --out")
         known = read_study(self.path)
         try:
             was = from_dict(StudySpec, known["spec"])
             if known["runs"] and "calibration_seed" not in known:
                 print(f"{self.path}: the runs it has were calibrated with their own seeds", file=sys.stderr)
         except SpecError as error:
-            raise CheckpointError(
-                f"{self.path} is not a study that qtx wrote ({error}); choose another --out"
-            ) from None
+            raise FileError(f"{self.path} is not a study that qtx wrote ({error}); choose another --out") from None
         if was != self.spec:
-            raise CheckpointError(
+            raise FileError(
                 f"{self.path} is another study: {describe_difference('study', to_dict(was), to_dict(self.spec))}"
             )
         return known
@@ -301,7 +299,7 @@ def run_study(spec: StudySpec, out: Path, *, resume: bool = False) -> Study:
 
     Raises:
         SpecError, DataError: a name or number that does not exist, or data that do not fit.
-        CheckpointError: `out` holds another study, or one without `resume`, or is held by another process.
+        FileError: `out` holds another study, or one without `resume`, or is held by another process.
         MissingExtra, WriteError, Interrupted: see `train`.
     """
     with hold(out):

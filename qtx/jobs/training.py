@@ -53,7 +53,7 @@ def train(
     A run whose loss is not finite (it ends there) or has risen (see `has_risen`) is marked `meta["diverged"]`.
 
     Raises:
-        CheckpointError: `path` exists without `resume`, holds another run, or its folder is held by another process.
+        FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         WriteError: the disk has no room for the checkpoint, before the first step or for a minute at the end.
         Interrupted: SIGINT or SIGTERM; `path` is up to date.
     """

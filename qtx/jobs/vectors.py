@@ -11,7 +11,7 @@ from qtx_ref.spec import SpecError
 from ..engines.machine import Machine
 from ..engines.protocols import IntegerModel
 from ..files.artifact import SUFFIX, load_artifact
-from ..files.container import CheckpointError, check_writable
+from ..files.container import FileError, check_writable
 from ..files.vectors import list_differing, load_vectors, run_vectors, save_vectors, take_inputs
 from .opening import make_artifact_model, open_model
 
@@ -48,14 +48,14 @@ def write_vectors(request: VectorsRequest) -> tuple[list[str], int]:
 
     Raises:
         SpecError: `out` has an artifact's name, a model that is none, or a machine that is not to be had.
-        CheckpointError: `out` exists or cannot be written, or the model cannot be read.
+        FileError: `out` exists or cannot be written, or the model cannot be read.
         DataError, MissingExtra: data that cannot be had, or a package that is not installed.
     """
     out = request.out
     if out.suffix.lower() == SUFFIX:
         raise SpecError(f"--out {out}: vectors are no model; give a name ending in .safetensors")
     if out.exists():
-        raise CheckpointError(f"{out} exists: choose another --out")
+        raise FileError(f"{out} exists: choose another --out")
     check_writable(out)
     request.machine.check()
     opened = open_model(request.model, request.machine, request.data, request.tokenizer, strict=request.strict)
@@ -72,7 +72,7 @@ def check_vectors(request: CheckRequest) -> tuple[int, list[str]]:
 
     Raises:
         SpecError: a machine that is not to be had.
-        CheckpointError: a file that cannot be read, or vectors of another model.
+        FileError: a file that cannot be read, or vectors of another model.
     """
     artifact = load_artifact(request.model)
     expected = load_vectors(request.vectors, request.model, artifact.spec)
