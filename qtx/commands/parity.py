@@ -16,19 +16,16 @@ from qtx_ref.spec import SpecError
 
 from ..data import DataError
 from ..engines.backend import MissingDevice, MissingExtra
-from ..engines.machine import Machine
-from ..engines.protocols import Batch
-from ..files.artifact import SUFFIX, Artifact
+from ..files.artifact import SUFFIX
 from ..files.checkpoint import file_of
-from ..files.container import FileError, check_writable, sha_of, write_beside
+from ..files.container import FileError, check_writable, write_beside
 from ..files.formats import REPORT
-from ..jobs.opening import is_artifact, make_artifact_model, open_model
+from ..jobs.opening import is_artifact
+from ..jobs.parity import ParityRequest, check_file
 from ..progress import Progress, clock
-from ..recipes import named as recipes
 from ..report.tables import format_table
 from .options import DATA, JSON, say, write_json
 
-FEW = 4  # sequences of a batch
 DIFFERS, REFUSED, MISSING = 1, 2, 3  # exit statuses; click's own for a wrong option is 2 as well
 NARROWEST = 20  # characters of the case's name that a narrow terminal leaves at least
 OPTIONAL = ("want", "got", "where", "measure")  # columns that a narrow terminal goes without, the first one first
@@ -147,7 +144,7 @@ def parity_command(
             report = runner.run(backend_name, device, dtype, only, advance)
         else:
             refuse_options(checkpoint, backend_name, dtype, only)
-            report = check_file(runner, checkpoint, device, data, tokenizer, advance)
+            report = check_file(ParityRequest(checkpoint, device, data, tokenizer), runner, advance)
     width = shutil.get_terminal_size().columns  # 80 where there is no terminal
     say(fit_table(runner.HEADER, runner.report_rows(report), width), json_path)
     groups = ", ".join(f"{group} {count}" for group, count in report.counts.items())
@@ -225,37 +222,3 @@ def refuse_options(path: Path, backend_name: str, dtype: str, only: str | None) 
         raise SpecError(f"--dtype {dtype}: {reason}; leave it out")
     if only:
         raise SpecError(f"--only {only}: a file has no table of cases; leave it out")
-
-
-def check_file(runner: Any, path: Path, device: str, data: str | None, tokenizer: Path | None, progress: Any) -> Any:
-    """The report on a checkpoint or an artifact, from its evaluation and calibration data.
-
-    Raises SpecError, FileError or DataError for a file or data that cannot be had.
-    """
-    opened = open_model(path, Machine("ref"), data, tokenizer)
-    source = opened.stored
-
-    def read_batches(split: str, count: int) -> list[Batch]:
-        return list(opened.data.split_batches(split, source.spec, FEW, 0, limit=count))
-
-    batches = read_batches("evaluation", 1)
-    if isinstance(source, Artifact):
-        other = make_artifact_model(source, Machine("torch", device))
-        report = runner.check_integers(opened.model, other, batches[0], device=device, progress=progress)
-    else:
-        chosen = source.recipe
-        report = runner.check_checkpoint(
-            source.spec,
-            source.params,
-            batches,
-            recipes.resolve(chosen, source.spec) if chosen else {},
-            source.ranges,
-            masked_scores=bool(chosen and chosen.masked_scores),
-            transforms=source.transforms,
-            calibration=read_batches("calibration", 2) if chosen else (),
-            quantize=bool(chosen and chosen.quantize_while_calibrating),
-            device=device,
-            progress=progress,
-        )
-    report.file, report.sha256 = str(path), sha_of(file_of(path))
-    return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity_tests import runner
 from qtx import jobs
 from qtx.data import load
 from qtx.engines.machine import Machine
@@ -26,6 +28,7 @@ from qtx.jobs.exchange import export_checkpoint, import_folder
 from qtx.jobs.finetune import FinetuneRequest, finetune
 from qtx.jobs.generate import GenerateRequest, generate
 from qtx.jobs.opening import open_model
+from qtx.jobs.parity import ParityRequest, check_file
 from qtx.jobs.pretrain import PretrainRequest, pretrain
 from qtx.jobs.ptq import PtqRequest, compare_recipes
 from qtx.jobs.quantize import QuantizeRequest, quantize
@@ -151,6 +154,19 @@ def test_vectors(integers: Path, tmp_path: Path) -> None:
     checked = check_vectors(CheckRequest(integers, tmp_path / "v.safetensors", machine=HERE))
     assert inputs == 2 and checked == (len(names), [])
     assert load_artifact(integers).spec == load_checkpoint(integers.with_suffix(".safetensors")).spec
+
+
+def test_parity(vit: Path, integers: Path) -> None:
+    pytest.importorskip("torch")
+    for path, group in ((vit, "checkpoint"), (integers, "integer")):
+        told: list[tuple] = []
+        report = check_file(ParityRequest(path), runner, lambda *given, told=told: told.append(given))
+        assert report.ok and [row for _, _, row in told] == report.rows and set(report.counts) == {group}
+        assert (report.file, report.sha256) == (str(path), hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(SpecError, match="device is 'tpu'"):
+        check_file(ParityRequest(vit, device="tpu"), runner)
+    with pytest.raises(CheckpointError, match=r"no\.safetensors"):
+        check_file(ParityRequest(vit.with_name("no.safetensors")), runner)
 
 
 def test_exchange(vit: Path, tmp_path: Path) -> None:

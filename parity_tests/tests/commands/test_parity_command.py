@@ -24,6 +24,7 @@ from parity_tests.tests.shell import call, good
 from qtx import __version__
 from qtx.cli import main
 from qtx.commands import parity as cli_parity
+from qtx.jobs import parity as job
 
 ABOVE = Path(__file__).parents
 PAGE = next(page for folder in ABOVE if (page := folder / "docs" / "parity-in-ci.md").is_file()).read_text("utf-8")
@@ -101,7 +102,7 @@ def test_what_is_refused_is_2(arguments: tuple, named: str, tmp_path: Path, monk
 def test_a_missing_device_is_3_before_any_case(arguments: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(runner, "run_case", lambda *given: pytest.fail("a case was run"))
-    monkeypatch.setattr(cli_parity, "open_model", lambda *given: pytest.fail("the file was opened"))
+    monkeypatch.setattr(job, "open_model", lambda *given: pytest.fail("the file was opened"))
     for device in ("cuda", "cuda:0"):
         result = call("parity", *arguments, "--device", device)
         assert result.exit_code == 3 and f"device is '{device}'" in result.output, result.output

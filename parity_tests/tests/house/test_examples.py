@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import qtx_ref
+from parity_tests.tests.shell import good
 
 ROOT = Path(qtx_ref.__file__).parent.parent
+KEPT = ROOT / "parity_tests" / "fixtures" / "v0.1"
 EXAMPLES = {  # what each prints at least
     "audit_one_layer": r"3072 of 3072 codes are equal",
     "train_with_clipped_softmax": r"(?s)vanilla +\d+\.\d\d .*clipped:gamma=-0.03 +\d+\.\d\d ",
@@ -39,3 +42,31 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(EXAMPLES[name], done.stdout)
     assert list(tmp_path.iterdir()) == []
+
+
+def run_parity(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "parity_of_a_checkpoint.py"), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["rotated.safetensors", "opt.qtx"])
+def test_parity_of_a_file_has_the_rows_of_the_command(name: str) -> None:
+    pytest.importorskip("torch")
+    path, text = KEPT / name, KEPT / "words.txt"
+    done = run_parity(path, text)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(good("parity", path, "--data", text, "--json", "-").stdout)["rows"]
+    assert [line.split()[:2] for line in done.stdout.splitlines()[:-1]] == [
+        ["ok", f"{row['group']}/{row['name'].split()[0]}"] for row in rows
+    ]
+    worst = {f"{v['error']:.4g}" for row in rows for v in row["verdicts"]}
+    assert {line.rpartition(" of ")[0].split()[-1] for line in done.stdout.splitlines()[:-1]} <= worst
+
+
+def test_parity_of_a_missing_file_is_one_line() -> None:
+    pytest.importorskip("torch")
+    done = run_parity("missing.safetensors")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "missing.safetensors" in done.stderr
