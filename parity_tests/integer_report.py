@@ -50,7 +50,7 @@ SPANS = {"0": (0, 0), "1": (1, 1), "2": (2, 2), "more": (3, None)}
 
 
 @dataclass
-class Tally:
+class Differences:
     """Differences between codes: how many of each size."""
 
     counts: dict[int, int] = field(default_factory=dict)
@@ -85,18 +85,18 @@ class Beside(Integer):
     def __init__(self, low: Lowered) -> None:
         super().__init__(low.constants, low.quants, low.profile)
         self.float = float_params(low.spec, low.constants)
-        self.single = Tally()
-        self.ops: dict[str, Tally] = {}
+        self.single = Differences()
+        self.ops: dict[str, Differences] = {}
 
-    def beside(self, tally: Tally, site: str, code: Code, truth: np.ndarray) -> None:
+    def beside(self, differences: Differences, site: str, code: Code, truth: np.ndarray) -> None:
         if site in self.quants:
             want = affine.quantize(
                 truth.astype(np.float32), code.unit, code.zero_point, self.quants[site], self.profile
             )
-            tally.add(code.value, want)
+            differences.add(code.value, want)
 
     def op(self, site: str, code: Code, truth: np.ndarray) -> Code:
-        self.beside(self.ops.setdefault(site, Tally()), site, code, truth)
+        self.beside(self.ops.setdefault(site, Differences()), site, code, truth)
         return code
 
     def named(self, site: str, x: Code) -> Code:
@@ -171,19 +171,19 @@ class RecordSite(FakeQuant):
         return y
 
 
-def last_residual(low: Lowered, batches: Sequence[Batch]) -> Tally:
+def last_residual(low: Lowered, batches: Sequence[Batch]) -> Differences:
     """Codes of the last residual add: integers against fake quantization, each running freely, at real tokens."""
     site = f"layer.{low.spec.layers - 1}.ffn.residual"
     scale, zero = (low.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
-    model, free, tally = low.model(IntegerModel), fake(low), Tally()
+    model, free, differences = low.model(IntegerModel), fake(low), Differences()
     nx = RecordSite(free, site)
     nx.load(free.weights)
     for batch in batches:
         models.forward(nx, low.spec, batch)
         code, want = dict(record_run(model, batch).sites)[site], affine.quantize(nx.kept, scale, zero, low.quants[site])
         where = batch["mask"] if "mask" in batch else np.ones(code.shape[:2], bool)
-        tally.add(code[where], want[where])
-    return tally
+        differences.add(code[where], want[where])
+    return differences
 
 
 def train_model(name: str, steps: int) -> tuple[ModelSpec, Arrays]:
@@ -211,9 +211,9 @@ def report(name: str, spec: ModelSpec, params: Mapping[str, np.ndarray], recipe:
     held_out = list(data.split_batches("evaluation", spec, size, 0))
     low = lower_model(spec, {key: params[key] for key in shapes(spec)}, calibration, held_out[0], recipe)
     nx = beside(low, held_out[0])
-    ops = Tally()
-    for tally in nx.ops.values():
-        for key, count in tally.counts.items():
+    ops = Differences()
+    for differences in nx.ops.values():
+        for key, count in differences.counts.items():
             ops.counts[key] = ops.counts.get(key, 0) + count
     free = last_residual(low, held_out[:2])
     scored = (Model(spec, params), fake(low), IntegerScorer(low.model(IntegerModel)))
@@ -221,7 +221,7 @@ def report(name: str, spec: ModelSpec, params: Mapping[str, np.ndarray], recipe:
     scores = [100 * right if by_accuracy else np.exp(loss) for loss, right in (metric(m, held_out) for m in scored)]
     return [
         name,
-        *(f"{tally.largest} ({tally.share(1):.1e})" for tally in (nx.single, ops)),
+        *(f"{differences.largest} ({differences.share(1):.1e})" for differences in (nx.single, ops)),
         " / ".join(f"{free.share(*span):.2%}" for span in SPANS.values()),
         "accuracy, %" if by_accuracy else "perplexity",
         *(f"{score:.3f}" for score in scores),

@@ -124,9 +124,9 @@ def check_forced(name: str, kind: str, recipe_name: str, context: Context) -> li
     options = {"quantize": recipe.quantize_while_calibrating, "masked_scores": recipe.masked_scores}
     verdicts, ranges = calibrate_both(ref, model, batches[:2], quants, transforms, options, context)
     held = {"masked_scores": recipe.masked_scores, "transforms": transforms}
-    passages = teacher.record(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
+    crossings = teacher.record(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
     model.bind(quants, ranges, **held)
-    return verdicts + teacher.force(model, batches[2], passages, find_quantizers(model), context)
+    return verdicts + teacher.force(model, batches[2], crossings, find_quantizers(model), context)
 
 
 def calibrate_both(
@@ -186,16 +186,16 @@ def measure_flips(ref: RefModel, model: Model, batch: Batch, masked_scores: bool
     """Of two bound models that run freely: the share of each site's codes that differ, and the loss. A dynamic scale
     follows the tensor's noise: there a code differs where the value does by half a step or more."""
     held = {"masked_scores": masked_scores, "transforms": ref.transforms}
-    passages = teacher.record(teacher.FakeQuant(ref.quants, ref.fixed, **held), ref, batch)
+    crossings = teacher.record(teacher.FakeQuant(ref.quants, ref.fixed, **held), ref, batch)
     keepers = {key: RecordOutput(hook) for key, hook in find_quantizers(model).items()}
     with swap_hooks(model.net, keepers):
         model.forward(batch)
     verdicts = []
-    for key in (key for key in passages if key in keepers):
-        got, want, quant = array(keepers[key].value), passages[key].after, ref.quants[key]
+    for key in (key for key in crossings if key in keepers):
+        got, want, quant = array(keepers[key].value), crossings[key].after, ref.quants[key]
         differ = got != want
         if quant.dynamic and isinstance(quant, QuantSpec):
-            scale, _ = quantizer.dynamic_scale(passages[key].before, quant, passages[key].where, is_weight(key))
+            scale, _ = quantizer.dynamic_scale(crossings[key].before, quant, crossings[key].where, is_weight(key))
             differ = (np.abs(got - want) >= scale / 2) & (scale > 0)  # 0: channels that stay in float
         rate = float(differ.mean())
         verdicts.append(report(key, "flip rate", rate, "float noise near ties; reported, not bounded"))

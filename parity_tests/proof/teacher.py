@@ -31,7 +31,7 @@ OP = 4.0, "two float32 results of one op from the same operands: sums of n <= 51
 
 
 @dataclass(frozen=True)
-class Passage:
+class Crossing:
     """A tensor as a hook saw it, as the hook passed it on, and which of its elements count."""
 
     before: np.ndarray
@@ -40,9 +40,9 @@ class Passage:
 
 
 class Recording:
-    """Mixed into one of the reference's numerics: keeps in `passages`, by key and in order, what the hooks see."""
+    """Mixed into one of the reference's numerics: keeps in `crossings`, by key and in order, what the hooks see."""
 
-    passages: dict[str, Passage]
+    crossings: dict[str, Crossing]
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
         return self._keep(site, x, super().operand(site, x, where), where)
@@ -54,7 +54,7 @@ class Recording:
         return self._keep(site, y, super().named(site, y, where), where)
 
     def _keep(self, site: str, before: Var, after: Var, where: np.ndarray | None) -> Var:
-        self.passages[site] = Passage(before.value, after.value, where)
+        self.crossings[site] = Crossing(before.value, after.value, where)
         return after
 
 
@@ -70,30 +70,30 @@ class Calibrate(Recording, ref_numerics.Calibrate):
     pass
 
 
-def record(nx: Recording, model: RefModel, batch: dict[str, np.ndarray]) -> dict[str, Passage]:
+def record(nx: Recording, model: RefModel, batch: dict[str, np.ndarray]) -> dict[str, Crossing]:
     """What the hooks of a numerics see in one forward pass of the reference."""
-    nx.passages = {}
+    nx.crossings = {}
     nx.load(model.weights)
     ref_models.forward(nx, model.spec, batch)
-    return nx.passages
+    return nx.crossings
 
 
 class Pupil(nn.Module):
     """Sits in torch's slot `key`; `quantizer`, what would have sat there, is fed the reference's tensor."""
 
     def __init__(
-        self, key: str, passage: Passage, quantizer: nn.Module | None, context: Context, cancelled: float = 0.0
+        self, key: str, crossing: Crossing, quantizer: nn.Module | None, context: Context, cancelled: float = 0.0
     ) -> None:
         """cancelled: the size of terms that the op subtracts from each other, where they are larger than its result."""
         super().__init__()
-        self.key, self.passage, self.quantizer, self.context = key, passage, quantizer, context
-        self.scale = float(np.abs(passage.before).max(initial=0.0)) + cancelled
+        self.key, self.crossing, self.quantizer, self.context = key, crossing, quantizer, context
+        self.scale = float(np.abs(crossing.before).max(initial=0.0)) + cancelled
         self.verdicts: list[Verdict] = []
 
     def forward(self, x: Tensor, where: Tensor | None) -> Tensor:
-        before, after = self.passage.before, self.passage.after
+        before, after = self.crossing.before, self.crossing.after
         self.verdicts.append(against_truth(self.key, array(x), before, EPS["float32"], *OP, scale=self.scale))
-        counted = np.broadcast_to(True if self.passage.where is None else self.passage.where, before.shape)
+        counted = np.broadcast_to(True if self.crossing.where is None else self.crossing.where, before.shape)
         seen = np.broadcast_to(True if where is None else array(where), before.shape)
         self.verdicts.append(exact(f"{self.key}: elements that count", seen, counted))
         if self.quantizer is not None:
@@ -102,19 +102,19 @@ class Pupil(nn.Module):
 
     def quantize(self, where: Tensor | None) -> None:
         """The value that the quantizer passes on, to the bit."""
-        y = self.quantizer(tensor(self.passage.before, self.context), where)
-        self.verdicts.append(exact(f"{self.key}: passed on", array(y), self.passage.after))
+        y = self.quantizer(tensor(self.crossing.before, self.context), where)
+        self.verdicts.append(exact(f"{self.key}: passed on", array(y), self.crossing.after))
 
 
-class Quantized(Pupil):
+class QuantizerPupil(Pupil):
     """Of a `FakeQuant`: also its range, codes and gradient mask."""
 
     def quantize(self, where: Tensor | None) -> None:
         super().quantize(where)
-        key, hook, x = self.key, self.quantizer, self.passage.before
+        key, hook, x = self.key, self.quantizer, self.crossing.before
         spec, given = hook.spec, tensor(x, self.context).requires_grad_()
         if spec.dynamic:
-            kept = None if hook.everywhere else self.passage.where
+            kept = None if hook.everywhere else self.crossing.where
             scale, zero = ref_quantizer.dynamic_scale(x, spec, kept, hook.is_weight)
             got = quantizer.dynamic_scale(given.detach(), spec, None if hook.everywhere else where, hook.is_weight)
             self.verdicts += [
@@ -136,19 +136,19 @@ class Quantized(Pupil):
 def force(
     model: Model,
     batch: dict[str, np.ndarray],
-    passages: dict[str, Passage],
+    crossings: dict[str, Crossing],
     hooks: dict[str, nn.Module],
     context: Context,
 ) -> list[Verdict]:
     """The verdicts of a forward pass of torch in which every slot has its pupil, in forward order."""
-    kind = {key: Quantized if isinstance(hook, numerics.FakeQuant) else Pupil for key, hook in hooks.items()}
+    kind = {key: QuantizerPupil if isinstance(hook, numerics.FakeQuant) else Pupil for key, hook in hooks.items()}
     stretch = max(
         abs(model.spec.attention.gamma), model.spec.attention.alpha or 0.0
     )  # gamma is taken from clipped probs
     pupils = {}
-    for key, passage in passages.items():
+    for key, crossing in crossings.items():
         cancelled = stretch if key.endswith(".probs") else 0.0
-        pupils[key] = kind.get(key, Pupil)(key, passage, hooks.get(key), context, cancelled).to(context.device)
+        pupils[key] = kind.get(key, Pupil)(key, crossing, hooks.get(key), context, cancelled).to(context.device)
     with swap_hooks(model.net, pupils):
         model.forward(batch)
     return [verdict for pupil in pupils.values() for verdict in pupil.verdicts]

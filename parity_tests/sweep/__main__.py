@@ -24,7 +24,7 @@ from qtx_torch.integer import products
 
 
 @dataclass
-class Tally:
+class SweepResult:
     configurations: int = 0
     refused: int = 0  # configurations that both backends refuse, with the same words
     codes: int = 0
@@ -64,20 +64,22 @@ def count_differing(got: np.ndarray, want: np.ndarray) -> int:
     return int(unequal.sum())
 
 
-def compare(tally: Tally, label: str, got: dict[str, np.ndarray] | str, want: dict[str, np.ndarray] | str) -> None:
-    """Adds one configuration to the tally."""
-    tally.configurations += 1
+def compare(
+    result: SweepResult, label: str, got: dict[str, np.ndarray] | str, want: dict[str, np.ndarray] | str
+) -> None:
+    """Adds one configuration to the result."""
+    result.configurations += 1
     if isinstance(got, str) or isinstance(want, str):
-        tally.refused += 1
+        result.refused += 1
         if got != want:
-            tally.differing += 1
-            tally.first.append(f"{label}: reference {want!r:.200}, torch {got!r:.200}")
+            result.differing += 1
+            result.first.append(f"{label}: reference {want!r:.200}, torch {got!r:.200}")
         return
     for name in want:
-        tally.codes += want[name].size
+        result.codes += want[name].size
         if count := count_differing(got[name], want[name]):
-            tally.differing += count
-            tally.first.append(f"{label}: {name}: {count} of {want[name].size} differ")
+            result.differing += count
+            result.first.append(f"{label}: {name}: {count} of {want[name].size} differ")
 
 
 def settle_instructions(case: Configuration) -> Any:
@@ -86,14 +88,14 @@ def settle_instructions(case: Configuration) -> Any:
     return mock.patch.object(products, "byte_instructions", lambda device: use)
 
 
-def sweep(module: str, codes: int, configurations: int, compiled: bool = False, chain: Any = None) -> Tally:
+def sweep(module: str, codes: int, configurations: int, compiled: bool = False, chain: Any = None) -> SweepResult:
     """At least `codes` codes in at least `configurations` configurations (at most twice as many), eager or compiled;
     through `chain` in place of the case's own."""
     reference, accelerated = (
         importlib.import_module(f"{package}.{MODULES[module]}") for package in ("qtx_ref", "qtx_torch")
     )
-    tally, index, size = Tally(), 0, max(3000, codes // configurations)  # long enough for vector instructions
-    while index < configurations or (tally.codes < codes and index < 2 * configurations):
+    result, index, size = SweepResult(), 0, max(3000, codes // configurations)  # long enough for vector instructions
+    while index < configurations or (result.codes < codes and index < 2 * configurations):
         case = DRAWS[module](index, size)
         run = own = chain or case.chain
         if compiled:
@@ -105,12 +107,12 @@ def sweep(module: str, codes: int, configurations: int, compiled: bool = False, 
             torch._dynamo.config.patch(recompile_limit=64),
         ):  # a function called often stays compiled
             got = run_chain(run, accelerated, tensors(case.arrays), case.settings)
-        tally.graphs += counters["stats"]["unique_graphs"] if compiled else 0
+        result.graphs += counters["stats"]["unique_graphs"] if compiled else 0
         mode = "compiled" if compiled else "eager"
         label = f"{module} {index} {mode} { {k: str(v) for k, v in case.axes.items()} }"
-        compare(tally, label, got, run_chain(own, reference, case.arrays, case.settings))
+        compare(result, label, got, run_chain(own, reference, case.arrays, case.settings))
         index += 1
-    return tally
+    return result
 
 
 def main() -> int:
@@ -128,15 +130,15 @@ def main() -> int:
         if not configurations:
             continue
         start = time.perf_counter()
-        tally = sweep(options.module, codes, configurations, mode == "compiled")
-        for line in tally.first[:20]:
+        result = sweep(options.module, codes, configurations, mode == "compiled")
+        for line in result.first[:20]:
             print(line)
         print(
-            f"{options.module} {mode}: {tally.configurations} configurations ({tally.refused} refused by both), "
-            f"{tally.codes} codes, {tally.differing} differ, {time.perf_counter() - start:.0f} s"
-            + (f", {tally.graphs} graphs" if tally.graphs else "")
+            f"{options.module} {mode}: {result.configurations} configurations ({result.refused} refused by both), "
+            f"{result.codes} codes, {result.differing} differ, {time.perf_counter() - start:.0f} s"
+            + (f", {result.graphs} graphs" if result.graphs else "")
         )
-        failed |= tally.differing > 0 or tally.codes < codes
+        failed |= result.differing > 0 or result.codes < codes
     return int(failed)
 
 

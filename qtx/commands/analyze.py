@@ -11,7 +11,7 @@ from qtx_ref.stats import SIGMAS
 from ..engines.machine import Machine
 from ..jobs.analyze import BATCHES, AnalyzeRequest, analyze
 from ..measure.analysis import PERCENTILES, Analysis, Carrier
-from ..measure.heads import EXCESS, KEPT, MASS, OPEN, UPDATE, Head
+from ..measure.heads import EXCESS, KEPT, MASS, OPEN, UPDATE, HeadStatistics
 from ..report.tables import format_number, format_table
 from .options import CHECKPOINT, DATA, JSON, LIMIT, MACHINE, OUT, say, write_json
 
@@ -214,7 +214,7 @@ def tabulate_heads(analysis: Analysis) -> str:
     return format_table(header, rows)
 
 
-def list_heads(analysis: Analysis) -> list[Head]:
+def list_heads(analysis: Analysis) -> list[HeadStatistics]:
     """Those that do nothing, at least LISTED."""
     return analysis.heads[: max(LISTED, sum(head.idle for head in analysis.heads))]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from .rows import Row, has_rows, keep_different, read_rows, read_text
+from .rows import TextRow, has_rows, keep_different, read_rows, read_text
 from .splits import SPLITS, DataError, digest, name_splits
 from .text import Section, Specials, TextData
 from .tokenizing import (
@@ -131,7 +131,7 @@ def read_source(path: Path) -> tuple[list[Passage], int]:
     return divide(parts if len(parts) >= HEADINGS else split_blocks(text), str(path))
 
 
-def join_rows(source: str, rows: Sequence[Row]) -> tuple[list[Passage], int]:
+def join_rows(source: str, rows: Sequence[TextRow]) -> tuple[list[Passage], int]:
     """Passages of whole rows in their order, an empty line between two, and how many rows were left out because an
     earlier one has the same text. Rows that have a split stay in it.
 
@@ -139,7 +139,7 @@ def join_rows(source: str, rows: Sequence[Row]) -> tuple[list[Passage], int]:
     """
     kept, dropped = keep_different(source, rows)
 
-    def join(chosen: Sequence[Row]) -> list[tuple[str, str]]:
+    def join(chosen: Sequence[TextRow]) -> list[tuple[str, str]]:
         return join_runs([row.text for row in chosen], "\n\n", sum(len(row.text) + 2 for row in chosen))
 
     if not kept[0].split:

@@ -18,7 +18,7 @@ from qtx_ref.spec import Family, ModelSpec
 from ..engines.protocols import Batch
 from .corpus import BOOKS, read_books
 from .rows import (
-    Row,
+    TextRow,
     divide_rows,
     has_rows,
     join_names,
@@ -49,7 +49,7 @@ class LabelledText(ClassifiedItems):
     def __init__(
         self,
         source: str,
-        rows: Sequence[Row],
+        rows: Sequence[TextRow],
         tokenizer_json: str,
         *,
         length: int = LENGTH,
@@ -153,7 +153,7 @@ class LabelledText(ClassifiedItems):
         return {"tokens": tokens, "mask": mask, "types": np.zeros_like(tokens), "labels": self.labels[rows]}
 
 
-def name_classes(source: str, rows: Sequence[Row], known: Sequence[str] | None) -> tuple[str, ...]:
+def name_classes(source: str, rows: Sequence[TextRow], known: Sequence[str] | None) -> tuple[str, ...]:
     """The class names, sorted; those of a model, in its order, where it has some.
 
     Raises DataError for a label that is not among `known`, or for a single one.
@@ -172,7 +172,7 @@ def name_classes(source: str, rows: Sequence[Row], known: Sequence[str] | None) 
     return tuple(sorted(counts, key=(lambda label: (int(label), label)) if whole else str))
 
 
-def read_book_rows() -> list[Row]:
+def read_book_rows() -> list[TextRow]:
     """Paragraphs of the bundled books of at least 200 characters; label: the book; split: that of its chapter."""
     rows = []
     for passage in read_books():
@@ -180,7 +180,7 @@ def read_book_rows() -> list[Row]:
         for number, paragraph in enumerate(passage.text.split("\n\n"), 1):
             text = " ".join(paragraph.split())
             if len(text) >= PARAGRAPH:
-                rows.append(Row(f"{passage.title}, paragraph {number}", text, book, passage.split))
+                rows.append(TextRow(f"{passage.title}, paragraph {number}", text, book, passage.split))
     return rows
 
 

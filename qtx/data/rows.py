@@ -28,7 +28,7 @@ PAIRS = (
 LABEL = 200  # characters of the longest label
 
 
-class Row(NamedTuple):
+class TextRow(NamedTuple):
     """A text before it is tokenized. `where` names its place in the file; `label` and `split` are "" where it has
     none."""
 
@@ -66,7 +66,7 @@ def read_text(path: Path, most: int = TEXT_BYTES) -> str:
     return text
 
 
-def read_rows(path: Path, labelled: bool = True) -> list[Row]:
+def read_rows(path: Path, labelled: bool = True) -> list[TextRow]:
     """The rows of a .csv or .jsonl file; says on stderr which of its columns are not read.
 
     labelled: every row must have a label; else it is not read.
@@ -77,7 +77,7 @@ def read_rows(path: Path, labelled: bool = True) -> list[Row]:
     text = read_text(path)
     needed = KEYS[:2] if labelled else KEYS[:1]
     given = iterate_csv(path, text, needed) if path.suffix.lower() == ".csv" else iterate_json(path, text)
-    rows: list[Row] = []
+    rows: list[TextRow] = []
     ignored: set[str] = set()
     for where, values in given:
         rows.append(make_row(where, values, labelled))
@@ -142,7 +142,7 @@ def refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return values
 
 
-def make_row(where: str, values: Mapping[str, object], labelled: bool = True) -> Row:
+def make_row(where: str, values: Mapping[str, object], labelled: bool = True) -> TextRow:
     """A row of its values. Raises DataError: no text, a second text, a label or a split that is none."""
     text, label, split = values.get("text"), values.get("label"), values.get("split") or ""
     if not isinstance(text, str) or not text.strip():
@@ -156,13 +156,13 @@ def make_row(where: str, values: Mapping[str, object], labelled: bool = True) ->
     if not isinstance(split, str) or (split and split not in SPLITS):
         raise DataError(f"{where} has the split {shorten(split)}: choose one of {', '.join(SPLITS)}")
     if not labelled:
-        return Row(where, text, "", split)
+        return TextRow(where, text, "", split)
     if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
         raise DataError(f"{where} has the label {shorten(label)}: give a text or a whole number")
     name = str(label).strip()
     if len(name) > LABEL:
         raise DataError(f"{where} has a label of {len(name)} characters: give at most {LABEL}")
-    return Row(where, text, name, split)
+    return TextRow(where, text, name, split)
 
 
 def shorten(value: object) -> str:
@@ -177,7 +177,7 @@ def join_names(names: Sequence[str], most: int = 8) -> str:
     return first + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def keep_different(source: str, rows: Sequence[Row]) -> tuple[list[Row], int]:
+def keep_different(source: str, rows: Sequence[TextRow]) -> tuple[list[TextRow], int]:
     """Rows of which all have a split, or none; and how many were dropped. Rows that have a split all stay; of others
     the first with a text.
 
@@ -185,7 +185,7 @@ def keep_different(source: str, rows: Sequence[Row]) -> tuple[list[Row], int]:
         DataError: some rows have a split and others none, a text in two splits or, where one of them would be dropped,
             under two labels, or fewer different texts than splits.
     """
-    first: dict[str, Row] = {}
+    first: dict[str, TextRow] = {}
     divided = all(row.split for row in rows)
     doubtful = []
     for row in rows:
@@ -215,7 +215,7 @@ def keep_different(source: str, rows: Sequence[Row]) -> tuple[list[Row], int]:
     return list(first.values()), len(rows) - len(first)
 
 
-def divide_rows(source: str, rows: Sequence[Row], seed: int) -> tuple[list[Row], int]:
+def divide_rows(source: str, rows: Sequence[TextRow], seed: int) -> tuple[list[TextRow], int]:
     """Rows with their splits, and how many were dropped. Rows that have a split keep it; others are divided by `seed`.
 
     Raises DataError as `keep_different`.

@@ -56,7 +56,7 @@ class SiteRow(Measurement):
     site: str
 
 
-class Comparison(TypedDict):
+class ComparisonRecord(TypedDict):
     """What `qtx ptq` writes."""
 
     of: JsonObject  # what was compared
@@ -65,7 +65,7 @@ class Comparison(TypedDict):
     sensitivity: dict[str, list[SiteRow]]  # by recipe
 
 
-def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> Comparison:
+def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> ComparisonRecord:
     """What `qtx ptq` wrote.
 
     Raises FileError where a value that is shown or gone on with is not of its kind, the metric is another than
@@ -86,7 +86,7 @@ def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> Compar
             for entry in sites:
                 expect_all(path, f"sensitivity.{name}", entry, {"site": "a text"} | MEASURED)
 
-    return cast(Comparison, read_sealed_json(path, COMPARISON, check))
+    return cast(ComparisonRecord, read_sealed_json(path, COMPARISON, check))
 
 
 def check_row(path: Path, where: str, value: object) -> None:

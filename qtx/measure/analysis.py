@@ -16,7 +16,7 @@ from ..data.text import TextData
 from ..engines.protocols import Batch, Data, Model
 from ..progress import Progress
 from ..recipes.sites import layer_inputs, residual_stream, sites
-from .heads import RULE, Head, HeadSums
+from .heads import RULE, HeadStatistics, HeadSums
 from .marks import Kinds, find_background
 
 PERCENTILES = (99.0, 99.9, 99.99)
@@ -175,7 +175,7 @@ class Analysis:
     channels: list[Channel]
     kinds: list[Carrier]
     words: list[Carrier]
-    heads: list[Head]
+    heads: list[HeadStatistics]
     energy: dict[str, np.ndarray] = field(repr=False)  # per stream site, (C,): mean square
     histograms: dict[str, np.ndarray] = field(repr=False)  # per stream site, (BINS,)
     places: dict[str, np.ndarray] = field(repr=False)  # per stream site, (T,): outliers by position; images only

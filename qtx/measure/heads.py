@@ -5,7 +5,7 @@ and values so small that the residual stream stays as it is. A plain softmax can
 almost all probability to tokens that say little ([SEP], the first token, punctuation; background patches of an image),
 whose values it keeps small; clipped softmax lets it give zeros (section 4.1), a gate lets it close (section 4.2). A
 head does nothing here whichever of these it does, if what it adds, W_h (g * P V)_h, is at most UPDATE of the norm of
-what it is added to, as a mean over tokens. `Head.reason` says by what means.
+what it is added to, as a mean over tokens. `HeadStatistics.reason` says by what means.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RULE = {
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadStatistics:
     """One head over all batches. Sizes are mean L2 norms over tokens: of `all`, and of those of each mark."""
 
     layer: int
@@ -80,13 +80,13 @@ class HeadSums:
             for name, value in part.items():
                 into[name] = into[name] + value if name in into else value
 
-    def result(self) -> list[Head]:
+    def result(self) -> list[HeadStatistics]:
         """Every head, the smallest update first."""
         heads = [head for layer, sums in enumerate(self.layers) for head in average_heads(layer, sums)]
         return sorted(heads, key=lambda head: head.update)
 
 
-def average_heads(layer: int, sums: Mapping[str, np.ndarray]) -> list[Head]:
+def average_heads(layer: int, sums: Mapping[str, np.ndarray]) -> list[HeadStatistics]:
     """The heads of a layer, from the sums that a model's `attention` gives."""
     queries, choices, tokens = (np.maximum(sums[name], 1) for name in ("queries", "choices", "tokens"))
     marks = [name.removeprefix("mass.") for name in sums if name.startswith("mass.")]
@@ -101,7 +101,7 @@ def average_heads(layer: int, sums: Mapping[str, np.ndarray]) -> list[Head]:
             for kind in ("value", "product")
         )
         heads.append(
-            Head(
+            HeadStatistics(
                 layer,
                 h,
                 mass,

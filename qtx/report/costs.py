@@ -40,7 +40,7 @@ class CellResult(TypedDict, total=False):
     tokens_per_s: float
 
 
-class Profile(TypedDict, total=False):
+class KernelProfile(TypedDict, total=False):
     """Which kernels ran: shares of a pass's time from 0 to 1, and counts."""
 
     ops: dict[str, float]
@@ -58,7 +58,7 @@ class VariantResult(TypedDict):
     bytes: int | None
     finding: str | None
     cells: dict[str, CellResult]
-    profile: Profile
+    profile: KernelProfile
 
 
 class AttentionRow(TypedDict, total=False):

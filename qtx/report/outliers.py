@@ -13,7 +13,7 @@ from qtx_ref.stats import SIGMAS
 
 from ..engines.protocols import Model
 from ..measure.analysis import Analysis, bin_edges
-from ..measure.heads import Head
+from ..measure.heads import HeadStatistics
 from .figures import (
     COLORS,
     GRAY,
@@ -170,13 +170,15 @@ def make_histogram_figure(analysis: Analysis, title: str) -> Figure:
     return figure
 
 
-def describe_head(head: Head) -> str:
+def describe_head(head: HeadStatistics) -> str:
     """A head's place, whether it does something, and by how much."""
     kind = "does nothing" if head.idle else "acts"
     return f"layer {head.layer} head {head.head}: {kind}\nmarked {head.marked:.0%}, update {head.update:.1%}"
 
 
-def make_text_figure(analysis: Analysis, chosen: Sequence[Head], probs: Mapping[int, np.ndarray], title: str) -> Figure:
+def make_text_figure(
+    analysis: Analysis, chosen: Sequence[HeadStatistics], probs: Mapping[int, np.ndarray], title: str
+) -> Figure:
     """Probabilities that each query (down) of one sequence gives to each key (across), of its first and last tokens;
     probs:
     by layer (H, T, T). Raises MissingExtra without matplotlib."""
@@ -226,7 +228,7 @@ def draw_over_image(axis: Axes, image: np.ndarray, by_patch: np.ndarray) -> Axes
 
 
 def make_image_figure(
-    analysis: Analysis, chosen: Sequence[Head], probs: Mapping[int, np.ndarray], title: str
+    analysis: Analysis, chosen: Sequence[HeadStatistics], probs: Mapping[int, np.ndarray], title: str
 ) -> Figure:
     """Probability that CLS gives to each patch of one image; probs: by layer (H, T, T). Raises MissingExtra without
     matplotlib."""

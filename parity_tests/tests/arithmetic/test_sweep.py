@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from parity_tests.sweep import cases
 from parity_tests.sweep.__main__ import (
-    Tally,
+    SweepResult,
     compare,
     count_differing,
     run_chain,
@@ -46,9 +46,9 @@ CORE = {
 
 @pytest.mark.parametrize("module", AXES)
 def test_eager_slice(module):
-    tally = sweep(module, codes=500_000, configurations=200)
-    assert tally.differing == 0, "\n".join(tally.first[:5])
-    assert tally.codes >= 500_000 and tally.refused < tally.configurations / 4
+    result = sweep(module, codes=500_000, configurations=200)
+    assert result.differing == 0, "\n".join(result.first[:5])
+    assert result.codes >= 500_000 and result.refused < result.configurations / 4
 
 
 @pytest.mark.parametrize("module", AXES)
@@ -64,9 +64,9 @@ def test_every_value_of_every_axis_is_drawn(module):
 def test_compiled_slice(module):
     """Each module's main function; whole chains of all configurations take a C++ compiler minutes."""
     count = 2 if module in ("affine", "formats") else 1  # the others check ranges on the way: a dozen graphs each
-    tally = sweep(module, codes=0, configurations=count, compiled=True, chain=CORE[module])
-    assert tally.differing == 0, "\n".join(tally.first[:5])
-    assert tally.codes > 0 and tally.graphs >= count
+    result = sweep(module, codes=0, configurations=count, compiled=True, chain=CORE[module])
+    assert result.differing == 0, "\n".join(result.first[:5])
+    assert result.codes > 0 and result.graphs >= count
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,10 +77,10 @@ def test_drawn_configurations(module, index):
     reference, accelerated = (
         importlib.import_module(f"{package}.{cases.MODULES[module]}") for package in ("qtx_ref", "qtx_torch")
     )
-    tally = Tally()
+    result = SweepResult()
     got = run_chain(case.chain, accelerated, tensors(case.arrays), case.settings)
-    compare(tally, str(case.axes), got, run_chain(case.chain, reference, case.arrays, case.settings))
-    assert tally.differing == 0, tally.first
+    compare(result, str(case.axes), got, run_chain(case.chain, reference, case.arrays, case.settings))
+    assert result.differing == 0, result.first
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,10 @@ def test_a_planted_fault_is_counted(module, function):
         return result
 
     with mock.patch.object(module, function, wrong):
-        tally = sweep(
+        result = sweep(
             {m: n for n, m in cases.MODULES.items()}[module.__name__.partition(".")[2]], codes=0, configurations=3
         )
-    assert tally.differing > 0 and tally.first
+    assert result.differing > 0 and result.first
 
 
 def test_differing_counts_bits():
@@ -108,6 +108,6 @@ def test_differing_counts_bits():
     assert count_differing(np.float32([-0.0, 1]), zero) == 1
     assert count_differing(nan, nan) == 0 and count_differing(zero, nan) == 1
     assert count_differing(zero.astype(np.float64), zero) == 2 and count_differing(zero[:1], zero) == 2
-    tally = Tally()
-    compare(tally, "words", "no", "yes")
-    assert tally.differing == 1
+    result = SweepResult()
+    compare(result, "words", "no", "yes")
+    assert result.differing == 1

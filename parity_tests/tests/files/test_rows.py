@@ -13,7 +13,7 @@ from parity_tests.subjects.small_models import OPT
 from parity_tests.tests.shell import call
 from qtx.data import SPLITS, DataError, load
 from qtx.data.reading import read_regular
-from qtx.data.rows import Row, divide_rows, read_rows, read_text
+from qtx.data.rows import TextRow, divide_rows, read_rows, read_text
 from qtx.data.tokenizing import BUNDLED
 from qtx.data.walking import list_files
 
@@ -107,12 +107,12 @@ def test_a_column_of_pairs_is_refused_and_an_empty_one_is_not(tmp_path):
 
 
 def test_one_text_under_two_labels(capsys):
-    rows = [Row(f"row {i}", make_text(i), "ab"[i % 2], "") for i in range(9)]
+    rows = [TextRow(f"row {i}", make_text(i), "ab"[i % 2], "") for i in range(9)]
     with pytest.raises(DataError, match=r"row 9 has the text of row 0, with labels 'b' and 'a': remove one"):
-        divide_rows("set", [*rows, Row("row 9", rows[0].text, "b", "")], 0)
+        divide_rows("set", [*rows, TextRow("row 9", rows[0].text, "b", "")], 0)
     kept, dropped = divide_rows("set", [*rows, rows[0]], 0)
     assert (len(kept), dropped) == (9, 1)
-    train = [row._replace(split="train") for row in [*rows, Row("row 9", rows[0].text, "b", "")]]
+    train = [row._replace(split="train") for row in [*rows, TextRow("row 9", rows[0].text, "b", "")]]
     assert divide_rows("set", train, 0) == (train, 0)  # a file that divides itself keeps all its rows
     said = capsys.readouterr().err
     assert (
@@ -125,7 +125,7 @@ def test_labels_that_are_one_number_have_an_order():
     """01 and 1 are two labels: which is first must not depend on the rows."""
     from qtx.data.labelled import name_classes
 
-    rows = [Row("", "", label, "") for label in ("1", "01", "-1", "+")]
+    rows = [TextRow("", "", label, "") for label in ("1", "01", "-1", "+")]
     assert name_classes("set", rows[:3], None) == name_classes("set", rows[2::-1], None) == ("-1", "01", "1")
 
 

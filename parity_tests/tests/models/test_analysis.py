@@ -20,7 +20,7 @@ from qtx.data import load
 from qtx.data.tokenizing import read_vocabulary
 from qtx.files.checkpoint import Checkpoint, save_checkpoint
 from qtx.measure import analysis
-from qtx.measure.heads import Head, HeadSums
+from qtx.measure.heads import HeadStatistics, HeadSums
 from qtx.measure.marks import Kinds, find_background, is_punctuation, read_word
 from qtx.recipes.sites import layer_inputs, residual_stream, sites
 from qtx_ref.models.initial import init_params
@@ -215,7 +215,7 @@ def test_a_head_does_nothing_that_leaves_the_residual_as_it_is():
     """By its update alone; where its probability goes says by what means."""
 
     def head(update, marked=0.0, even=0.0, kept=1.0, gate=None):
-        return Head(0, 0, {}, marked, even, 0.0, 0.0, update, kept, gate)
+        return HeadStatistics(0, 0, {}, marked, even, 0.0, 0.0, update, kept, gate)
 
     assert head(0.1, 0.6, 0.3).reason == "marked keys"
     assert head(0.1, 0.6, 0.3, gate=0.1).reason == "gate closed"

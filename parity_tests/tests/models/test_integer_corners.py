@@ -109,7 +109,7 @@ def test_sinks_far_from_the_scores(logit: float, shrunk: float) -> None:
     low = replace(low, params=params, ranges=ranges, constants=constants)
     assert gap(low) < 0.1
     nx = integer_report.beside(low, low.batch)
-    assert max(tally.largest for site, tally in nx.ops.items() if site.endswith("probs")) <= 1
+    assert max(differences.largest for site, differences in nx.ops.items() if site.endswith("probs")) <= 1
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_every_op_on_the_same_codes_is_within_one_of_its_float_form(name: str) -
     low = integer_models.small(name)
     nx = integer_report.beside(low, low.batch)
     assert nx.single.largest <= 1
-    assert {site: tally.largest for site, tally in nx.ops.items() if tally.largest > 1} == {}
+    assert {site: differences.largest for site, differences in nx.ops.items() if differences.largest > 1} == {}
     assert nx.ops.keys() >= {"layer.1.attn.query", "layer.1.attn.probs", "layer.1.ffn.residual", "layer.1.ffn.norm"}
 
 
