@@ -1,6 +1,6 @@
 """The table of parity cases. Installed with the package and free of pytest.
 
-`truth/` holds the reference to outside truth and need no torch; `mirror/` holds torch to the reference.
+`truth/` holds the reference to outside truth and needs no torch; `mirror/` holds torch to the reference.
 """
 
 from __future__ import annotations

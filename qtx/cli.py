@@ -1,4 +1,7 @@
-"""The command line. Every error that a user can mend is one line on stderr and exit status 1."""
+"""The command line. Every error that a user can mend is one line on stderr and exit status 1.
+
+`qtx parity` exits with 2 and 3 instead, and a command line that does not parse with 2, as click has it.
+"""
 
 from __future__ import annotations
 

@@ -93,6 +93,7 @@ def tabulate(analysis: Analysis) -> list[tuple[str, str]]:
 
 
 def tabulate_sizes(analysis: Analysis) -> str:
+    """A row per site: how large its values are."""
     header = ["site", "inf norm", "largest", "lowest", "highest", "rms", *(f"{q:g} %" for q in PERCENTILES)]
     return format_table(
         header,
@@ -109,6 +110,7 @@ def tabulate_sizes(analysis: Analysis) -> str:
 
 
 def tabulate_tails(analysis: Analysis) -> str:
+    """A row per site: how heavy its tails are, and what lies beyond 6 sigma."""
     sigma = f"> {SIGMAS:g} sigma"
     header = ["site", "kurtosis", "published", "pooled", "top 1 %", "top 0.1 %", sigma, "per million", "channels"]
     return format_table(
@@ -129,6 +131,7 @@ def tabulate_tails(analysis: Analysis) -> str:
 
 
 def tabulate_growth(analysis: Analysis) -> str:
+    """A row per site of the residual stream and per branch that is added to it, by depth."""
     header = ["site", "inf norm", "to the first", "rms", "kurtosis"]
     return format_table(
         header,
@@ -146,6 +149,7 @@ def tabulate_growth(analysis: Analysis) -> str:
 
 
 def tabulate_channels(analysis: Analysis) -> str:
+    """A row per channel of the residual stream that has outliers: where, and at what share of the tokens."""
     depth = 1 + len({site.split(".")[1] for site in analysis.stream if site.startswith("layer.")})
     header = ["channel", "layers", "sites", "of the tokens", "most", "at"]
     return format_table(
@@ -165,6 +169,7 @@ def tabulate_channels(analysis: Analysis) -> str:
 
 
 def tabulate_carriers(rows: list[Carrier], name: str) -> str:
+    """A row per kind of token or place: its share of the tokens and of the outliers."""
     header = [name, "of the tokens", "of the outliers", "times its share"]
     return format_table(
         header,
@@ -181,6 +186,7 @@ def tabulate_carriers(rows: list[Carrier], name: str) -> str:
 
 
 def tabulate_layers(analysis: Analysis) -> str:
+    """A row per layer: means over its heads, and how many of them do nothing."""
     names = list(analysis.heads[0].mass)
     rows = []
     for layer in sorted({head.layer for head in analysis.heads}):
@@ -203,6 +209,7 @@ def tabulate_layers(analysis: Analysis) -> str:
 
 
 def tabulate_heads(analysis: Analysis) -> str:
+    """A row per head of `list_heads`: what it attends to, and whether it does nothing."""
     names = list(analysis.heads[0].mass)
     header = ["head", "does nothing", *names, "marked", "even", "kept", "gate", "entropy", "of largest", "update"]
     rows = []
@@ -220,6 +227,7 @@ def list_heads(analysis: Analysis) -> list[HeadStatistics]:
 
 
 def tabulate_head_sizes(analysis: Analysis) -> str:
+    """A row per head of `list_heads`: the sizes of its V and P V, at all tokens and at those of each mark."""
     names = list(analysis.heads[0].value)
     header = ["head", *(f"{part} {name}" for part in ("V", "P V") for name in names)]
     rows = []

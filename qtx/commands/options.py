@@ -164,8 +164,8 @@ JSON = with_json
 DATA = options(
     click.option(
         "--data",
-        help="books, digits, a text file or a folder of .txt; of a classifier a .csv or .jsonl of text and label, "
-        "or a folder of pictures per class; default: the model's own.",
+        help="books, digits, a text file, a folder of .txt, or a .csv or .jsonl with a column `text`; of a classifier "
+        "a .csv or .jsonl of text and label, or a folder of pictures per class; default: the model's own.",
     ),
     click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json for your own text."),
 )

@@ -124,7 +124,8 @@ def parity_command(
       2  an option or a file is refused
       3  the backend, the device or a package that was asked for is not here
 
-    docs/parity-in-ci.md has a workflow to copy.
+    In CI: make integers with `qtx quantize CHECKPOINT --out MODEL.qtx`, then run this on both files with --junit and
+    --json, and keep the reports. Status 3 lets a job tell a machine without a GPU from a difference.
     """
     # only here: the proof is not needed to use qtx
     from parity_tests import junit, runner

@@ -46,12 +46,14 @@ class PlainRunner:
         self.call, self.model = call, model
 
     def inputs(self, batch: Any) -> Any:
+        """A batch as the model takes it."""
         return batch
 
     def __call__(self, inputs: Any) -> Any:
         return self.call(inputs)
 
     def output(self, result: Any) -> Any:
+        """What a pass gave, as an array."""
         return result
 
 
@@ -273,6 +275,7 @@ TASKS = {
 
 
 def say(line: Task) -> None:
+    """Writes a line of JSON to whoever started this process."""
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
@@ -291,6 +294,7 @@ def end_with_parent() -> None:
 
 
 def main() -> None:
+    """Takes a task as a line of JSON on stdin and does it, in words on stdout."""
     # whoever started this ends it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line = sys.stdin.readline()

@@ -104,10 +104,12 @@ class Comparison:
             raise FileError(f"{self.path} is another comparison: {describe_difference('of', was, self.identity)}")
 
     def save(self) -> None:
+        """Writes all rows so far."""
         result = {"of": self.identity, "metric": self.kind, "rows": self.rows, "sensitivity": self.sites}
         write_sealed_json(self.path, COMPARISON, result)
 
     def evaluation(self) -> Iterable[Batch]:
+        """The sequences that every recipe is evaluated on."""
         limit = -(-self.spec.sequences // BATCH)
         left = self.spec.sequences
         for batch in self.data.split_batches("evaluation", self.model_spec, BATCH, 0, limit=limit):
@@ -115,6 +117,7 @@ class Comparison:
             left -= BATCH
 
     def calibration(self, count: int) -> Iterable[Batch]:
+        """The first `count` batches to calibrate on, the same ones at every call."""
         return self.data.split_batches("calibration", self.model_spec, BATCH, CALIBRATION_SEED, limit=count)
 
     def start(self) -> None:
