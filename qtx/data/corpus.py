@@ -35,6 +35,7 @@ HEADINGS = 10  # fewer heading lines than this, and a file is divided into block
 BLOCKS = 50
 NOT_TEXT = {  # endings of files that hold text as something else; any other is taken for text
     ".json": "give .jsonl, one object with a text on each line",
+    ".ndjson": "name it .jsonl",
     ".gz": "unpack it first",
     **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".7z", ".tar"), "unpack it first"),
     **dict.fromkeys(

@@ -24,6 +24,8 @@ PAIRS = (
     "sentence2",
     "sentence_b",
     "hypothesis",
+    "premise",
+    "question",
 )  # second texts, which change the first
 LABEL = 200  # characters of the longest label
 
@@ -150,8 +152,8 @@ def make_row(where: str, values: Mapping[str, object], labelled: bool = True) ->
     for name, content in (("text", text), ("label", label)):
         if isinstance(content, str) and any("\ud800" <= character <= "\udfff" for character in content):
             raise DataError(f"{where}: {name} holds half a surrogate pair, which is no character: remove it")
-    for name in PAIRS:
-        if values.get(name) not in (None, ""):
+    for name in values:
+        if name.lower() in PAIRS and values[name] not in (None, ""):
             raise DataError(f"{where} has a {name}: pairs of texts are not read; give one text a row, as text")
     if not isinstance(split, str) or (split and split not in SPLITS):
         raise DataError(f"{where} has the split {shorten(split)}: choose one of {', '.join(SPLITS)}")

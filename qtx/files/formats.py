@@ -12,7 +12,7 @@ VERSION = 1
 CHECKPOINT, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-artifact", "qtx-vectors"
 STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-cost", "qtx-analysis", "qtx-result"
 # in a file's first bytes: of JSON, or of a safetensors file's header
-FORMAT = re.compile(rb'\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')
+FORMAT = re.compile(rb'(?s)(?:.{8}\{"__metadata__": ?\{"qtx": ?"\{|\{)\s*\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')
 REPORT, REPORT_MARK = "report", b'<testsuites name="qtx parity"'  # JUnit XML
 PICTURE, PICTURE_MARK = "picture", b"tEXtSoftware\0qtx"  # and a PNG's
 EARLIER = {  # and of results from before they had a format
@@ -37,10 +37,10 @@ CheckpointError = FileError  # its name up to version 0.1, under which it is sti
 
 def kind_of(head: bytes) -> str:
     """The kind of a file by its first bytes: its format, picture or report; empty for what qtx does not write."""
-    if (match := FORMAT.search(head)) is not None:
+    if (match := FORMAT.match(head)) is not None:
         return match[1].decode()
-    for kind, mark in ((PICTURE, PICTURE_MARK), (REPORT, REPORT_MARK)):
-        if mark in head:
+    for kind, first, mark in ((PICTURE, b"\x89PNG", PICTURE_MARK), (REPORT, b"<?xml", REPORT_MARK)):
+        if head.startswith(first) and mark in head:
             return kind
     return next((kind for mark, kind in EARLIER.items() if head.startswith(mark)), "")
 

@@ -67,6 +67,8 @@ def quantize(request: QuantizeRequest) -> Quantized:
     chosen = choose_recipe(stored, request.recipe, meaning if is_artifact(out) else None)
     data = open_data(request.checkpoint, stored.spec, stored.meta, request.data, request.tokenizer)
     prepared, calibration, words = prepare_checkpoint(stored, request.machine, data, chosen)
+    # again: another command may have written it meanwhile
+    check_out(out)
     if not is_artifact(out):
         meta = {**stored.meta, "quantized_from": str(request.checkpoint), "calibration": calibration}
         save_checkpoint(

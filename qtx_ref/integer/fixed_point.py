@@ -179,11 +179,13 @@ def real_multiplier(
 
     x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
     as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
-    (O,). Raises ValueError for weight scales of another shape.
+    (O,). Raises ValueError for scales of another shape.
     """
     exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
     kind = np.float64 if exact else np.float32
     x, w, y = (np.asanyarray(scale, kind) for scale in (x_scale, w_scale, y_scale))
+    if y.ndim > 1 and y.size > 1 and y.shape[-1] == 1:
+        raise ValueError(f"result scales of shape {y.shape}: give one, or (O,)")
     return one_or_all(x) * per_column(w) / one_or_all(y)
 
 

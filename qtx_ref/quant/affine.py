@@ -85,6 +85,7 @@ def min_max(x: np.ndarray, axes: tuple[int, ...], where: np.ndarray | None = Non
     """
     if where is not None:
         check_where(where.dtype == bool, where.shape, x.shape)
+    x = x if x.dtype.kind == "f" else x.astype(np.float64)
     keep = True if where is None else np.broadcast_to(where, x.shape)
     low = np.min(x, axis=axes, keepdims=True, where=keep, initial=np.inf)
     high = np.max(x, axis=axes, keepdims=True, where=keep, initial=-np.inf)

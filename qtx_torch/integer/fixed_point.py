@@ -152,11 +152,13 @@ def real_multiplier(x_scale: Tensor, w_scale: Tensor | int, y_scale: Tensor, pro
 
     x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
     as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
-    (O,). Raises ValueError for weight scales of another shape.
+    (O,). Raises ValueError for scales of another shape.
     """
     exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
     kind = torch.float64 if exact else torch.float32
     x_scale, w_scale, y_scale = (torch.as_tensor(scale).to(kind) for scale in (x_scale, w_scale, y_scale))
+    if y_scale.ndim > 1 and y_scale.numel() > 1 and y_scale.shape[-1] == 1:
+        raise ValueError(f"result scales of shape {tuple(y_scale.shape)}: give one, or (O,)")
     return one_or_all(x_scale) * per_column(w_scale) / one_or_all(y_scale)
 
 

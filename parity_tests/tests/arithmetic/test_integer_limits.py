@@ -269,3 +269,16 @@ def test_a_weighted_sum_keeps_the_shape_of_its_parts(call):
     for m, shift in ((np.ones((3, 1), I64), I64(1)), (I64(1), np.ones((3, 1), I64))):
         with pytest.raises(ValueError, match=r"\(3, 1\) does not fit shape \(1, 3\)"):
             call("integer.ops.weighted_sum", [a, a], [m, I64(1)], shift, rule)
+
+
+def test_result_scales_have_their_shape(call):
+    """(O, 1) would give a multiplier (O, 1), which goes along the rows where N = O."""
+    four = np.full(4, 0.5, np.float32)
+    with pytest.raises(ValueError, match="result scales of shape"):
+        call("integer.fixed_point.real_multiplier", np.float32(0.01), np.float32(1), four[:, None])
+    assert call("integer.fixed_point.real_multiplier", four[:, None], np.float32(1), four).shape == (4, 4)
+
+
+def test_ranges_of_whole_numbers(call):
+    low, high = call("quant.affine.min_max", np.int32([5, -3]), (0,))
+    assert (low.tolist(), high.tolist()) == ([-3], [5])

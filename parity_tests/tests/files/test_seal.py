@@ -312,3 +312,10 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
         write_beside(path, b"{}")
     assert "it is a pipe" in refuse("recipes", "w8a8", "--json", path)
     assert path.is_fifo()
+
+
+def test_a_file_that_quotes_the_mark_is_not_ours(place):
+    notes = place / "notes.json"
+    notes.write_text('My notes: the file has {"format": "qtx-result"} in it\n')
+    assert "not qtx's" in refuse("recipes", "w8a8", "--json", notes)
+    assert notes.read_text().startswith("My notes")
