@@ -41,7 +41,8 @@ def check_tokenizer(folder: Path, spec: ModelSpec, tokenizer_json: str) -> int |
     if not isinstance(kind, str):
         refuse("tokenizer_class", "it must be a text")
     if spec.family is Family.BERT:
-        if not kind or kind.startswith("BertTokenizer"):
+        # these take tokenizer.json as it is; the others set its normalizer anew
+        if not kind.startswith(("PreTrainedTokenizer", "TokenizersBackend")):
             check_normalizer(path, config, content)
         for key in ("padding_side", "truncation_side"):
             if config.get(key, "right") != "right":
@@ -60,6 +61,8 @@ def check_tokenizer(folder: Path, spec: ModelSpec, tokenizer_json: str) -> int |
         raise FileError(f"{folder / TOKENIZER}: {error}") from None
     check_specials(path, config, words, spec)
     check_specials(folder / SPECIALS, read_optional(folder / SPECIALS), words, spec)
+    for name, given in ((path, config), (folder / SPECIALS, read_optional(folder / SPECIALS))):
+        check_known(name, given, set(words.values()))
     check_added(folder, config, words)
     longest = config.get("model_max_length", config.get("max_len"))
     if longest is None:
@@ -114,6 +117,20 @@ def check_specials(path: Path, given: Mapping[str, object], words: Mapping[int, 
         own = next((word for word in same if word in known), None)
         if token is not None and token != own:
             raise FileError(f"{path}: {name}_token is {shorten(token)}: only {' or '.join(same)} is supported")
+
+
+def check_known(path: Path, given: Mapping[str, object], known: set[str]) -> None:
+    """Raises FileError for an unknown token or a further special token that tokenizer.json does not have: transformers
+    would add it."""
+    for key in ("unk_token", "additional_special_tokens", "extra_special_tokens"):
+        value = given.get(key)
+        several = list(value.values()) if isinstance(value, dict) and "content" not in value else value
+        for token in several if isinstance(several, list) else [several]:
+            text = token.get("content") if isinstance(token, dict) else token
+            if text is not None and text not in known:
+                raise FileError(
+                    f"{path}: {key} has {shorten(text)}, which {TOKENIZER} lacks: add it there, or leave it out"
+                )
 
 
 def check_added(folder: Path, config: Mapping[str, object], words: Mapping[int, str]) -> None:

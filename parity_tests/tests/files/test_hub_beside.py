@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from parity_tests.tests.hub_models import BERT_SIZE, OPT_SIZE, make, transformer
 from parity_tests.tests.shell import call, good
 from qtx.data.tokenizing import read_bundled_tokenizer
 from qtx.files.checkpoint import load_checkpoint, save_checkpoint
+from qtx.files.formats import FileError
 from qtx.hub import import_model
 from qtx.hub.export import export_model
+from qtx.hub.tokenizer import check_tokenizer
 from qtx.jobs.starts import open_origin
-from qtx_ref.spec import Head
+from qtx_ref.spec import Family, Head, ModelSpec
 
 tokenizers = pytest.importorskip("tokenizers", reason="the extra text is not installed")
 
@@ -271,3 +275,28 @@ def test_fine_tuning_needs_the_model_s_tokenizer(tmp_path):
     result = call("finetune", path, "--data", "books", "--steps", 1, "--out", tmp_path / "out")
     assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
     assert "found no tokenizer.json" in result.output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tokenizer_class": "DistilBertTokenizerFast", "do_lower_case": False}, "do_lower_case"),
+        ({"tokenizer_class": "ElectraTokenizer", "do_lower_case": False}, "do_lower_case"),
+        ({"additional_special_tokens": ["<new>"]}, "additional_special_tokens has '<new>'"),
+        ({"extra_special_tokens": {"image_token": "<new>"}}, "extra_special_tokens has '<new>'"),
+        ({"unk_token": "[X]"}, r"unk_token has '\[X\]'"),
+    ],
+)
+def test_settings_that_would_make_other_ids_are_refused(settings, said):
+    words = json.dumps(
+        {
+            "model": {"type": "WordPiece", "vocab": {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}},
+            "normalizer": {"type": "BertNormalizer", "lowercase": True},
+        }
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "tokenizer.json").write_text(words)
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        with pytest.raises(FileError, match=said):
+            check_tokenizer(folder, ModelSpec(Family.BERT, 1, 8, 2, 16, Head.MLM, vocab=5, length=8), words)
