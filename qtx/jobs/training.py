@@ -215,7 +215,7 @@ def fit_vocabulary(model: ModelSpec, data: Data) -> ModelSpec:
 
 def check_rate(rate: float) -> float:
     """The learning rate. Raises SpecError where a float32 parameter would not move, or only to infinity."""
-    if not RATE <= rate <= float(np.finfo(np.float32).max):
+    if not RATE <= rate < math.inf:
         raise SpecError(f"learning rate is {rate:g}: give a finite number of at least {RATE:.2g}")
     return rate
 
