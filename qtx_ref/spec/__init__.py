@@ -27,6 +27,7 @@ from .model import (
     Head,
     ModelSpec,
     Softmax,
+    Start,
 )
 from .optim import OptimSpec, Schedule, decays, trains
 from .profile import (
@@ -56,6 +57,7 @@ from .quant import (
 )
 from .recipe import InputTransform, Recipe, Rewrite, Rule, Transform, TransformKind
 from .statistics import BINS, DROPPED, MOMENTS, SIGMAS, STATISTICS
+from .step import Sharding, StepSpec
 
 __all__ = [
     "Activation",
@@ -98,10 +100,13 @@ __all__ = [
     "STATISTICS",
     "ScaleRule",
     "Schedule",
+    "Sharding",
     "SharedScale",
     "Softmax",
     "Spec",
     "SpecError",
+    "Start",
+    "StepSpec",
     "Transform",
     "TransformKind",
     "accumulator_bits",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .base import Name, Spec, refuse
 
-__all__ = ["Activation", "AttentionSpec", "Family", "Gate", "Head", "ModelSpec", "Softmax"]
+__all__ = ["Activation", "AttentionSpec", "Family", "Gate", "Head", "ModelSpec", "Softmax", "Start"]
 
 
 class Family(Name):
@@ -32,6 +32,13 @@ class Activation(Name):
 
     GELU = "gelu"  # x Phi(x), the erf form
     RELU = "relu"
+
+
+class Start(Name):
+    """How first values are drawn; `models.initial` has the distributions."""
+
+    OWN = "own"  # as the model's own paper says
+    PUBLISHED = "published"  # as the code of Bondarenko et al. 2023 leaves them, which replaces attention after drawing
 
 
 class Softmax(Name):
@@ -129,6 +136,7 @@ class ModelSpec(Spec):
     dropout: float = 0.0  # probability, after embeddings, attention output and FFN output
     attention_dropout: float = 0.0  # probability, on the attention probabilities
     init_std: float = 0.02
+    start: Start = Start.OWN
     init_output_scaled: bool = False  # attention and FFN output weights drawn with std / sqrt(2 layers)
     vocab: int = 0  # V; text only
     length: int = 0  # T, the longest text; images: derived

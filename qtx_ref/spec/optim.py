@@ -30,6 +30,7 @@ class OptimSpec(Spec):
     clip_norm: float = 1.0  # global gradient norm; 0 leaves gradients alone
     schedule: Schedule = Schedule.LINEAR
     warmup: int = 0  # steps from 0 to lr
+    first_rate_zero: bool = False  # the rate of step t is that of t - 1, and 0 at first: as published (transformers)
     steps: int = 1  # steps of the whole schedule
     only: tuple[str, ...] = ()  # beginnings of the names of the parameters that are trained; none: all of them
 
