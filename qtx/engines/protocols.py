@@ -182,5 +182,8 @@ class Data(Calibration, Protocol):
     def describe(self) -> dict[str, object]:
         """What a checkpoint keeps of its data, as JSON values."""
 
-    def train_batches(self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of the train split without end, from step `start` on; a batch depends on (seed, step) alone."""
+    def train_batches(
+        self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0, rows: slice | None = None
+    ) -> Iterator[Batch]:
+        """Batches of the train split without end, from step `start` on, of which `rows` are made (None: all); what a
+        batch holds depends on (seed, step) alone."""
