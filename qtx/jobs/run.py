@@ -11,44 +11,17 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.models.initial import shapes
-from qtx_ref.spec import ModelSpec, OptimSpec, Spec, StepSpec, to_dict
+from qtx_ref.spec import ModelSpec, OptimSpec, StepSpec, to_dict
 from qtx_ref.spec.optim import trains
 
 from ..engines.machine import Machine, identify_machine
 from ..engines.protocols import Data
 from ..files.container import FileError, check_writable
 from ..files.locks import hold
+from ..runs.spec import EvaluationSpec, LogSpec, SavingSpec
 
 STEPS, PER_STEP = 350, 16  # of a run, unless said otherwise: steps, and sequences or images in each
 HEADER = 2**20  # bytes of a checkpoint beside its numbers: at most about what a tokenizer and the names take
-
-
-@dataclass(frozen=True)
-class EvaluationSpec(Spec):
-    """The held-out loss while a run trains."""
-
-    every: int | None = None  # steps; None: never
-    batches: int = 8  # of the evaluation split, the first ones
-    recipes: tuple[str, ...] = ()  # also under fake quantization by these
-    integers: bool = False  # and in integers, where a recipe has them
-
-
-@dataclass(frozen=True)
-class SavingSpec(Spec):
-    """When a run's state is saved, and how many earlier ones are kept beside the last."""
-
-    every: int | None = None  # steps; None: by time alone
-    seconds: float = 30.0  # a kill loses at most this much
-    keep: int = 0  # of the numbered checkpoints that `every` makes; 0: the last state alone
-
-
-@dataclass(frozen=True)
-class LogSpec(Spec):
-    """What a run writes down of its course."""
-
-    every: int = 1  # steps between lines of log.jsonl
-    tensorboard: bool = False
-    sites: tuple[str, ...] = ()  # tensors whose inf norm and kurtosis stand in each line, of the step's own batch
 
 
 @dataclass(frozen=True)
