@@ -58,7 +58,7 @@ from .quant import (
 )
 from .recipe import InputTransform, Recipe, Rewrite, Rule, Transform, TransformKind
 from .statistics import BINS, DROPPED, MOMENTS, SIGMAS, STATISTICS
-from .step import Sharding, StepSpec
+from .step import PLAIN_STEP, Sharding, StepSpec, check_rows, divide_rows
 
 __all__ = [
     "Activation",
@@ -88,6 +88,7 @@ __all__ = [
     "OptimSpec",
     "Output",
     "Overflow",
+    "PLAIN_STEP",
     "Profile",
     "QTX",
     "Quant",
@@ -118,10 +119,12 @@ __all__ = [
     "check_generation",
     "check_integer",
     "check_marks",
+    "check_rows",
     "check_tokens",
     "check_where",
     "check_width",
     "decays",
+    "divide_rows",
     "from_dict",
     "range_axes",
     "refuse_integer",
