@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .base import Name, Spec, SpecError, from_dict, to_dict
 from .formats import FloatFormat, SharedScale
+from .gradients import Gradients, Operand
 from .inputs import (
     MASKS,
     READ,
@@ -69,6 +70,7 @@ __all__ = [
     "FloatFormat",
     "FloatQuantSpec",
     "Gate",
+    "Gradients",
     "Granularity",
     "Head",
     "InfinityPolicy",
@@ -82,6 +84,7 @@ __all__ = [
     "Nudging",
     "ObserverKind",
     "ObserverSpec",
+    "Operand",
     "OptimSpec",
     "Output",
     "Overflow",
