@@ -446,6 +446,8 @@ class Trainer:
             raise SpecError(f"optimizer only is {optim.only!r}: that begins none of the model's parameters")
         self.adam = AdamW(chosen, optim)
         self.scale = LossScale() if model.dtype == "float16" else None
+        for block in model.net.layer:
+            block.recompute = step.recompute
 
     def step(self, batch: Batch, *, first: int = 0, total: int | None = None) -> tuple[float, float]:
         """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping,

@@ -11,10 +11,14 @@ import torch
 import qtx_ref.backend
 import qtx_torch.backend
 from parity_tests.subjects import small_models
-from qtx_ref.spec import PLAIN_STEP, OptimSpec, Sharding, SpecError, StepSpec
+from qtx.prepare.calibration import bind
+from qtx.recipes.named import training_recipe
+from qtx_ref.spec import PLAIN_STEP, ObserverKind, ObserverSpec, OptimSpec, QuantSpec, Sharding, SpecError, StepSpec
+from qtx_torch.numerics import Float
 from qtx_torch.step import LossScale
 
 OPTIM = OptimSpec(lr=1e-3, warmup=5, steps=100)
+RUNNING = QuantSpec(observer=ObserverSpec(ObserverKind.RUNNING))  # a batch seen twice moves the mean twice
 BACKENDS = {"ref": qtx_ref.backend, "torch": qtx_torch.backend}
 
 
@@ -142,3 +146,52 @@ def test_at_scale_1_a_step_is_taken_as_in_float32():
         trainer.model.weights["layer.0.ffn.output.weight"].fill_(1e30)
     assert not np.isfinite(trainer.step(batch)[0])
     assert trainer.scale == LossScale(1.0) and trainer.adam.skipped == 0
+
+
+# --- recomputation ----------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(trainer: Trainer, batch: dict[str, np.ndarray]) -> int:
+    """What autograd keeps between a forward and a backward pass, each storage once, without parameters."""
+    own = {value.untyped_storage().data_ptr() for value in trainer.model.leaves().values()}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        inputs = trainer.model.accept(batch)
+        logits = trainer.model.compute(Float(training=True, seed=1), inputs)
+        total = sum(kept.values())
+    del logits
+    return total
+
+
+@pytest.mark.parametrize("name", ["bert_clipped_alpha", "opt_plain", "vit_gate_mlp"])
+@pytest.mark.parametrize("recipe", ["float", "w8a8"])
+def test_recomputation_changes_no_bit_and_keeps_less(name, recipe):
+    small = small_models.build(name, 8)
+    plain, again = make_trainer(name), make_trainer(name, StepSpec(recompute=True))
+    for trainer in (plain, again):
+        if recipe != "float":
+            bind(trainer.model, training_recipe(recipe, trainer.model.spec), {})
+    for _ in range(3):
+        assert plain.step(small.batch) == again.step(small.batch)
+    for key, value in plain.model.params().items():
+        np.testing.assert_array_equal(again.model.params()[key], value)
+    assert saved_bytes(again, small.batch) < 0.5 * saved_bytes(plain, small.batch)
+
+
+def test_what_looks_at_tensors_sees_each_once():
+    """Statistics and calibration are passes of their own, without gradients, in which nothing is computed again."""
+    plain, again = make_trainer("bert_plain"), make_trainer("bert_plain", StepSpec(recompute=True))
+    batch, quants = small_models.build("bert_plain").batch, {"layer.0.ffn.hidden": RUNNING}
+    calls: list[str] = []
+    again.model._show(batch, ["layer.0.ffn.hidden"], lambda site, x, where: calls.append(site))
+    assert calls == ["layer.0.ffn.hidden"]
+    batches = [small_models.make_batch(plain.model.spec, size) for size in (3, 4, 5)]
+    want, got = (t.model.calibrate(batches, quants) for t in (plain, again))
+    assert got["layer.0.ffn.hidden"] == want["layer.0.ffn.hidden"]
