@@ -60,7 +60,9 @@ class Specials:
 
     def around(self, causal: bool) -> tuple[int, int | None]:
         """What stands before and behind a document, or a window. Raises DataError where the tokenizer has none."""
-        before, behind = ((self.front if self.front is not None else self.cls), None) if causal else (self.cls, self.sep)
+        before, behind = (
+            ((self.front if self.front is not None else self.cls), None) if causal else (self.cls, self.sep)
+        )
         if before is None:
             raise DataError("the tokenizer has no token that begins a text ([BOS], <s>, </s>, [CLS]): leave out begin")
         return before, behind

@@ -117,9 +117,9 @@ def permute(index: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
     """Where each of `index` (N,), 0 to below `count`, comes to stand: a permutation of 0 .. count - 1 by `keys`
     (`ROUNDS`,) uint64, of which no part is ever held.
 
-    A Feistel network (Luby and Rackoff 1988) permutes the numbers of 2h bits; what falls outside is permuted again until
-    it falls inside (cycle walking, Black and Rogaway 2002). The round function is the finalizer of SplitMix64 (Steele et
-    al. 2014).
+    A Feistel network (Luby and Rackoff 1988) permutes the numbers of 2h bits; what falls outside is permuted again
+    until it falls inside (cycle walking, Black and Rogaway 2002). The round function is the finalizer of SplitMix64
+    (Steele et al. 2014).
     """
     half = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -139,8 +139,8 @@ def permute(index: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
 
 
 def order_epochs(place: np.ndarray, count: int, seed: int, source: int) -> np.ndarray:
-    """The windows at places 0, 1, ... of a source's endless order, in which each epoch has each of `count` windows once,
-    in an order of its own."""
+    """The windows at places 0, 1, ... of a source's endless order, in which each epoch has each of `count` windows
+    once, in an order of its own."""
     epoch, within = np.divmod(place, count)
     window = np.empty_like(within)
     for turn in np.unique(epoch).tolist():
