@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..engines.backend import need
+from ..engines.protocols import Batch
 from ..files.lines import Lines, cut_lines
 from ..files.writing import WriteError
-from .run import LOG, LogSpec
+from ..runs.spec import LogSpec
+from .run import LOG
 
 try:
     import resource
@@ -65,7 +69,7 @@ class Log:
 
 
 class Board:
-    """TensorBoard's events, by its own package, which needs no torch. What an earlier run wrote of steps after `step` is
+    """TensorBoard's events, by its own package, which needs no torch. What was written before of steps after `step` is
     taken back, as its readers understand it."""
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -85,6 +89,34 @@ class Board:
     def close(self) -> None:
         """Writes what is not written yet."""
         self.writer.close()
+
+
+class Clock:
+    """How fast a run is, and when it will end."""
+
+    def __init__(self, done: int, last: int) -> None:
+        self.began, self.first, self.last = time.monotonic(), done, last
+        self.spent = 0.0  # seconds of the steps since it was last read
+        self.items: Counter[str] = Counter()  # of their batches
+
+    @contextmanager
+    def step(self, batch: Batch) -> Iterator[None]:
+        """What is done within belongs to a step on this batch."""
+        began = time.monotonic()
+        yield
+        self.spent += time.monotonic() - began
+        if "images" in batch:
+            self.items["images_per_second"] += len(batch["images"])
+        else:
+            self.items["tokens_per_second"] += int(batch["mask"].sum()) if "mask" in batch else batch["tokens"].size
+
+    def read(self, step: int) -> dict[str, float]:
+        """Tokens (padding not counted) or images a second of the steps since this was last asked, evaluations and saves
+        apart; and the seconds that the rest of the run takes, all told."""
+        speed = {name: round(count / max(self.spent, 1e-9), 1) for name, count in self.items.items()}
+        self.spent, self.items = 0.0, Counter()
+        left = (time.monotonic() - self.began) / (step - self.first) * (self.last - step)
+        return {**speed, "seconds_left": round(left, 1)}
 
 
 def null_strange(value: Any) -> Any:

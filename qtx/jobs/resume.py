@@ -100,4 +100,4 @@ def build(
         static = any(rule.quant is not None and not rule.quant.dynamic for rule in chosen.rules)
         ranges = checkpoint.ranges if checkpoint else calibrate(model, data, chosen) if static else {}
         bind(model, chosen, ranges)
-    return model, backend(machine.backend).Trainer(model, run.optim, seed=run.seed)
+    return model, backend(machine.backend).Trainer(model, run.optim, seed=run.seed, step=run.step)

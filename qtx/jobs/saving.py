@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..files.checkpoint import Checkpoint, save_checkpoint
 from ..files.writing import WriteError, link_whole
-from .run import SavingSpec
+from ..runs.spec import SavingSpec
 
 LAST_SECONDS = 60  # for so long the last checkpoint is tried where the disk is full
 RETRY_SECONDS = 2

@@ -42,13 +42,15 @@ def find_sites(spec: ModelSpec, names: Iterable[str]) -> dict[str, str]:
     known = {name: inputs.get(name, name) for name in names}
     for name, site in known.items():
         if site not in sites(spec).results:
-            raise SpecError(f"log site {name!r} is not one of this model's: give such as {', '.join(list(inputs)[-1:])}")
+            raise SpecError(f"log site {name!r} is not one of this model's: give one such as {list(inputs)[-1]}")
     return known
 
 
 def measure_sites(model: Model, batch: Batch, names: Mapping[str, str]) -> dict[str, Values]:
-    """Inf norm and published kurtosis of sites, by the names of `find_sites`, each the mean over a batch's sequences, in
-    a float forward pass of its own: about a third of a training step."""
+    """Inf norm and published kurtosis of sites, by the names of `find_sites`, each the mean over a batch's sequences.
+
+    A float forward pass of its own, without dropout: about a third of a training step.
+    """
     units = dict.fromkeys(names.values(), "sequence")
     found = model.statistics(batch, units, ("inf_norm", "kurtosis_published"))
     return {

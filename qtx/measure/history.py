@@ -56,7 +56,7 @@ class History:
         steps = [step for step in by_step[0] if all(step in curve for curve in by_step)]
         columns = [[curve[step] for step in steps] for curve in by_step]
         columns[:2] = [[perplexity(loss) for loss in column] for column in columns[:2]]
-        return dict(zip(WATCHED, [steps, *columns], strict=True))
+        return {WATCHED[0]: [*steps], **dict(zip(WATCHED[1:], columns, strict=True))}
 
 
 def perplexity(loss: float) -> float:
@@ -71,6 +71,4 @@ def read_watch(extra: Mapping[str, np.ndarray]) -> dict[str, list[tuple[int, flo
     steps = extra["history.integer_step"].tolist()
     columns = [extra[f"history.{name}"] for name in WATCHED[1:]]
     columns[:2] = [np.log(column) for column in columns[:2]]
-    return {
-        name: list(zip(steps, column.tolist(), strict=True)) for name, column in zip(WATCH, columns, strict=True)
-    }
+    return {name: list(zip(steps, column.tolist(), strict=True)) for name, column in zip(WATCH, columns, strict=True)}
