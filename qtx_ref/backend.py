@@ -56,6 +56,7 @@ __all__ = [
     "check_device",
     "check_machine",
     "init_params",
+    "peak_memory",
     "shapes",
     "threads",
     "to_arrays",
@@ -471,3 +472,12 @@ def threads() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return os.cpu_count() or 1
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes that arrays have taken at most on a device with memory of its own: None, for the reference has none.
+
+    Raises SpecError for a device other than cpu.
+    """
+    check_device(device)
+    return None

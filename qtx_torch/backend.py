@@ -500,4 +500,10 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "threads"]
+def peak_memory(device: str) -> int | None:
+    """Bytes that tensors have taken at most on a CUDA device so far; None on a CPU."""
+    place = find_device(device)
+    return torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None
+
+
+__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "peak_memory", "threads"]

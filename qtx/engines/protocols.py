@@ -153,6 +153,9 @@ class Backend(Protocol):
     def threads(self) -> int:
         """How many threads its sums are divided among: the last bits depend on it."""
 
+    def peak_memory(self, device: str) -> int | None:
+        """Bytes taken at most on a device that has memory of its own; None where it has not."""
+
 
 class Calibration(Protocol):
     """Data that ranges come from."""

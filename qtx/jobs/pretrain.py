@@ -13,7 +13,7 @@ from ..engines.machine import Machine
 from ..files.checkpoint import Checkpoint
 from .opening import open_data
 from .resume import check_run
-from .run import PER_STEP, STEPS, Start, TrainSpec, claim
+from .run import PER_STEP, STEPS, Start, TrainSpec, claim, watch_integer
 from .starts import continue_model, open_origin
 from .training import default_optim, fit_vocabulary, train
 
@@ -70,7 +70,8 @@ def begin(request: PretrainRequest) -> Checkpoint:
     check_run(request.path, spec, optim, request.machine, request.train_quant)
     data = load(request.data, spec, tokenizer=request.tokenizer, vocab=request.vocab)
     spec = fit_vocabulary(spec, data)
-    run = TrainSpec(spec, optim, request.batch, request.seed, request.train_quant, request.watch_integer)
+    watch = watch_integer(request.watch_integer)
+    run = TrainSpec(spec, optim, request.batch, request.seed, request.train_quant, evaluation=watch)
     return train(run, data, request.path, request.machine, resume=request.resume, label=name_run(request))
 
 
@@ -87,7 +88,8 @@ def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
     data = open_data(init, spec, meta, request.data, None)
     for split in ("evaluation", "calibration"):
         splits.refuse_overlap(meta, data, split)
-    run = TrainSpec(spec, optim, request.batch, request.seed, request.train_quant, request.watch_integer, origin.sha256)
+    watch = watch_integer(request.watch_integer)
+    run = TrainSpec(spec, optim, request.batch, request.seed, request.train_quant, init=origin.sha256, evaluation=watch)
     start = Start(params, origin.describe())
     return train(run, data, request.path, request.machine, resume=request.resume, label=name_run(request), start=start)
 

@@ -37,7 +37,7 @@ from ..prepare.prepare import prepare
 from ..recipes.named import recipe, resolve, training_recipe
 from ..report.plots import draw_curves
 from ..report.tables import DIVERGED, format_number, format_spread, format_table
-from .run import PER_STEP, STEPS, TrainSpec, checkpoint_bytes, describe_difference
+from .run import PER_STEP, STEPS, TrainSpec, checkpoint_bytes, describe_difference, watch_integer
 from .training import default_optim, fit_vocabulary, train
 
 OUTLIER_BATCHES = 16  # evaluation batches behind inf norm and kurtosis
@@ -218,7 +218,8 @@ class Study:
     def _one(self, name: str, kind: str, model: ModelSpec, seed: int, quant: str | None) -> dict[str, Any]:
         machine = self.spec.machine
         path = self.out / name / "model.safetensors"
-        run = TrainSpec(model, self.optim, self.spec.batch, seed, quant, self.spec.watch_integer)
+        watch = watch_integer(self.spec.watch_integer)
+        run = TrainSpec(model, self.optim, self.spec.batch, seed, quant, evaluation=watch)
         checkpoint = train(run, self.data, path, machine, resume=self.resume or path.exists(), label=name)
         result: dict[str, Any] = {
             "attention": kind,
