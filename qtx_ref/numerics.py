@@ -102,8 +102,9 @@ class Numerics(Protocol[V]):
 
 
 class Float(Numerics[Var]):
-    """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element). `transforms` are those of
-    linears' inputs, by site; every numerics has them, for the weights are made for what they give."""
+    """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element), elements being counted in
+    the whole batch: `first_row` is there the first row of what is computed. `transforms` are those of linears' inputs,
+    by site; every numerics has them, for the weights are made for what they give."""
 
     def __init__(
         self,
@@ -111,12 +112,14 @@ class Float(Numerics[Var]):
         training: bool = False,
         seed: int = 0,
         step: int = 0,
+        first_row: int = 0,
         transforms: Mapping[str, InputTransform] | None = None,
     ) -> None:
         self.transforms = transforms or {}
         self.training = training
         self.seed = seed
         self.step = step
+        self.first_row = first_row
         self.params: dict[str, Var] = {}
 
     def load(self, params: Mapping[str, np.ndarray | Var]) -> None:
@@ -195,7 +198,8 @@ class Float(Numerics[Var]):
         """While training: zero with probability `rate`, else x / (1 - rate)."""
         if not self.training or rate == 0:
             return x
-        keep = random.keep_mask(self.seed, self.step, site, x.shape, rate)
+        first = self.first_row * int(np.prod(x.shape[1:]))
+        keep = random.keep_mask(self.seed, self.step, site, x.shape, rate, first)
         return ops.mul(x, const((keep / (1 - rate)).astype(x.value.dtype)))
 
     def softmax(self, site: str, scores: Var, mask: np.ndarray, spec: AttentionSpec) -> Var:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qtx_ref.spec import (
+    PLAIN_STEP,
     Gate,
     InputTransform,
     ModelSpec,
@@ -26,11 +28,14 @@ from qtx_ref.spec import (
     QuantSpec,
     Range,
     SpecError,
+    StepSpec,
     check_batch,
     check_generation,
     check_integer,
     check_marks,
+    check_rows,
     check_tokens,
+    divide_rows,
     trains,
 )
 
@@ -139,28 +144,57 @@ class Model:
         """Summed negative log-likelihood in nats (float64), number of targets, number predicted right."""
         inputs = self.accept(batch)
         logits = self.compute(Float(), inputs)
-        targets = inputs["targets"] if "targets" in inputs else inputs["labels"]
-        count = int((targets >= 0).sum())
+        targets, count = models.asked(inputs), models.count_targets(inputs)
         right = int(((logits.argmax(dim=-1) == targets) & (targets >= 0)).sum())
         return float(models.loss(logits, inputs)) * count, count, right
 
     def gradients(
-        self, batch: Batch, *, training: bool = False, seed: int = 0, step: int = 0, only: Collection[str] | None = None
+        self,
+        batch: Batch,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        step: int = 0,
+        only: Collection[str] | None = None,
+        accumulate: int = 1,
     ) -> tuple[float, Arrays]:
-        """The loss and its gradient by every trainable array, or by those that `only` names."""
-        loss, grads = self.backward(batch, Float(training=training, seed=seed, step=step), only)
-        return loss, {name: to_numpy(grad) for name, grad in grads.items()}
+        """The loss and its gradient by every trainable array, or by those that `only` names.
 
-    def backward(self, batch: Batch, nx: Float, only: Collection[str] | None = None) -> tuple[float, dict[str, Tensor]]:
-        """`gradients` under a numerics, as tensors; zeros where the loss does not depend on a parameter."""
-        leaves, inputs = self.leaves(), self.accept(batch)
+        accumulate: parts of adjoining rows, one after another, each with its share of the loss. Gradients are summed in
+        their own dtype. Raises SpecError where it does not divide the batch.
+        """
+        make = partial(Float, training=training, seed=seed, step=step)
+        loss, grads = self.backward(self.accept(batch), make, only, accumulate=accumulate)
+        return loss.item(), {name: to_numpy(grad) for name, grad in grads.items()}
+
+    def backward(
+        self,
+        inputs: Mapping[str, Tensor | None],
+        make: Callable[..., Float],
+        only: Collection[str] | None = None,
+        *,
+        accumulate: int = 1,
+        first: int = 0,
+        count: int | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`gradients` of what `accept` gave, as tensors; zeros where the loss does not depend on a parameter.
+
+        make: the numerics of a part, called with its `first_row`. inputs: rows `first` on of a global batch that has
+        `count` targets; None: all of it.
+        """
+        leaves = self.leaves()
         for name, value in leaves.items():
             value.grad = None
             value.requires_grad_(only is None or name in only)
-        loss = models.loss(self.compute(nx, inputs), inputs)
-        loss.backward()
+        count = models.count_targets(inputs) if count is None else count
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for rows in divide_rows(len(models.asked(inputs)), accumulate):
+            part = {name: None if x is None else x[rows] for name, x in inputs.items()}
+            loss = models.loss(self.compute(make(first_row=first + rows.start), part), part, count)
+            loss.backward()  # adds to each `grad`
+            total += loss.detach()
         wanted = {name: value for name, value in leaves.items() if value.requires_grad}
-        return loss.item(), {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in wanted.items()}
+        return total, {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in wanted.items()}
 
     def record(
         self, batch: Batch, sites: Iterable[str] | None = None
@@ -396,20 +430,27 @@ def check_machine(device: str, dtype: str) -> None:
 class Trainer:
     """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
 
-    def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0) -> None:
+    def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
         """Raises SpecError where the optimizer's `only` names no parameter."""
         self.model = model
         self.seed = seed
+        self.spec = step
         chosen = {name: x for name, x in model.leaves().items() if trains(name, optim)}
         if not chosen:
             raise SpecError(f"optimizer only is {optim.only!r}: that begins none of the model's parameters")
         self.adam = AdamW(chosen, optim)
 
-    def step(self, batch: Batch) -> tuple[float, float]:
-        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping."""
-        nx = Float(training=True, seed=self.seed, step=self.adam.count)
-        loss, grads = self.model.backward(batch, nx, self.adam.params)
-        return loss, self.adam.step(grads)
+    def step(self, batch: Batch, *, first: int = 0, total: int | None = None) -> tuple[float, float]:
+        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping.
+
+        batch: rows `first` on of one of `total` rows (None: all of it). Raises SpecError where it is not the whole, or
+        has no `accumulate` equal parts.
+        """
+        inputs = self.model.accept(batch)
+        check_rows(len(models.asked(inputs)), first, total)
+        make = partial(Float, training=True, seed=self.seed, step=self.adam.count)
+        loss, grads = self.model.backward(inputs, make, self.adam.params, accumulate=self.spec.accumulate, first=first)
+        return loss.item(), self.adam.step(grads)
 
     def state(self) -> Arrays:
         """All that a resumed run needs beside the parameters: `optim.m.<name>`, `optim.v.<name>`, `optim.step`, and

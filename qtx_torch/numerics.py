@@ -44,12 +44,14 @@ ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh
 
 
 class Float:
-    """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element)."""
+    """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element), elements being counted in
+    the whole batch: `first_row` is there the first row of what is computed."""
 
-    def __init__(self, *, training: bool = False, seed: int = 0, step: int = 0) -> None:
+    def __init__(self, *, training: bool = False, seed: int = 0, step: int = 0, first_row: int = 0) -> None:
         self.training = training
         self.seed = seed
         self.step = step
+        self.first_row = first_row
         self.rows: Tensor | None = None
 
     def begin(self, rows: Tensor | None) -> None:
@@ -130,8 +132,9 @@ class Float:
         """While training: zero with probability `rate`, else x / (1 - rate)."""
         if not self.training or rate == 0:
             return x
+        first = self.first_row * math.prod(x.shape[1:])
         with x.device:
-            keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate)
+            keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate, first)
         return ops.mul(x, keep.to(x.dtype).mul_(1 / (1 - rate)))
 
     def softmax(self, module: SiteModule, scores: Tensor, mask: Mask, spec: AttentionSpec) -> Tensor:

@@ -122,11 +122,13 @@ class TextData:
                 raise DataError(f"the tokenizer has no [{name.upper()}] token: give one that has, or use an opt model")
         return spec.length - 2, 0
 
-    def train_batches(self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0, rows: slice | None = None
+    ) -> Iterator[Batch]:
         """Batches of random windows of the train split, without end, from step `start` on.
 
         Every window is as likely as any other; a section shorter than a window counts as one. Batch `step` depends on
-        (seed, step) alone, so resuming costs nothing.
+        (seed, step) alone, so resuming costs nothing. rows: those of a batch that are made; None: all.
         """
         content, ahead = self.check(spec)
         check_batch(batch_size, len(self._starts("train", spec)[0]), f"train windows of {spec.length} tokens")
@@ -134,17 +136,18 @@ class TextData:
         size = end - begin
         choices = np.where(size > ahead, np.maximum(size - content - ahead + 1, 1), 0)  # windows per section
         upto = np.cumsum(choices)
+        own = rows or slice(None)
 
         def batches() -> Iterator[Batch]:
             step = start
             while True:
                 rng = stream(seed, "batch", step)
-                draw = rng.integers(upto[-1], size=batch_size)
+                draw = rng.integers(upto[-1], size=batch_size)[own]
                 section = np.searchsorted(upto, draw, side="right")
                 first = begin[section] + draw - (upto[section] - choices[section])
                 batch = self._cut("train", spec, first, end[section])
                 masked = spec.head is Head.MLM
-                yield self._mask(batch, rng.random((3, batch_size, spec.length))) if masked else batch
+                yield self._mask(batch, rng.random((3, batch_size, spec.length))[:, own]) if masked else batch
                 step += 1
 
         return batches()

@@ -208,7 +208,7 @@ def pass_everything(sound: Callable) -> Callable:
 
 
 def scaled_loss(sound: Callable) -> Callable:
-    return lambda logits, targets: sound(logits, targets) * (targets >= 0).sum() / targets.numel()
+    return lambda logits, targets, *count: sound(logits, targets, *count) * (targets >= 0).sum() / targets.numel()
 
 
 def wrong_slope(x: object) -> object:
@@ -303,7 +303,7 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "another dropout": (
         "torch",
         "models/vit_plain_dropout",
-        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, site, n: b(seed, step + 1, site, n)),
+        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, site, *n: b(seed, step + 1, site, *n)),
     ),
     "a biased deviation": (
         "torch",
