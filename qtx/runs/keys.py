@@ -173,13 +173,15 @@ def fit(kind: Any, value: Any, what: str) -> Any:
     a spec, a text for a spec's first field."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if value == NOTHING:
+        if value is None or value == NOTHING:
             return None
         kinds = [one for one in arguments if one is not types.NoneType]
         return fit(kinds[0], value, what) if len(kinds) == 1 else settle(kind, value, what)
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(fit(arguments[0], item, f"{what}[{i}]" if items is value else what) for i, item in enumerate(items))
+        return tuple(
+            fit(arguments[0], item, f"{what}[{i}]" if items is value else what) for i, item in enumerate(items)
+        )
     if isinstance(kind, type) and issubclass(kind, Spec):
         return value if isinstance(value, kind) else fit_spec(kind, value, what)
     return settle(kind, value, what)

@@ -13,7 +13,9 @@ from typing import Any
 
 from qtx_ref.spec import SpecError
 
+from .. import __version__
 from ..data.reading import read_regular
+from ..files.formats import RUN_MARK
 from .keys import NOTHING, Key, find_key, list_keys, nearest, read_value
 
 if sys.version_info >= (3, 11):
@@ -54,23 +56,36 @@ class RunSpec:
         return {key.removeprefix(f"{name}."): one.value for key, one in self.settings.items() if in_table(key, name)}
 
     def under(self, other: RunSpec) -> RunSpec:
-        """This run, and over it what another says."""
-        return RunSpec({**self.settings, **other.settings}, {**self.grids, **other.grids})
+        """This run, and over it what another says. Another preset is another model: of this one's the attention stays,
+        and no other key of its shape."""
+        own, name = self.settings, other.get("model.preset")
+        if name not in (None, self.get("model.preset", name)):
+            own = {key: one for key, one in own.items() if not in_table(key, "model") or key == "model.attention"}
+        return RunSpec({**own, **other.settings}, {**self.grids, **other.grids})
 
     def at(self, point: Mapping[str, Any]) -> RunSpec:
         """The run at one point of its grids."""
         return RunSpec({**self.settings, **{name: Setting(value, STUDY) for name, value in point.items()}})
 
+    def only(self, allowed: Sequence[str]) -> RunSpec:
+        """Of what is said, these keys and tables."""
+        return RunSpec({name: one for name, one in self.settings.items() if is_among(name, allowed)})
+
     def refuse(self, allowed: Sequence[str], why: str) -> None:
         """Raises SpecError for a key that is neither among `allowed` nor in a table of it."""
         for name, setting in self.settings.items():
-            if not any(name == one or in_table(name, one) for one in allowed):
+            if not is_among(name, allowed):
                 raise SpecError(f"{setting.origin}: {name} is {write_value(setting.value)}: {why}")
 
 
 def in_table(name: str, table: str) -> bool:
     """Whether a key is of a table."""
     return name.startswith(f"{table}.")
+
+
+def is_among(name: str, allowed: Sequence[str]) -> bool:
+    """Whether a key is one of these, or in one of these tables."""
+    return any(name == one or in_table(name, one) for one in allowed)
 
 
 def make_run(values: Mapping[str, Any], origin: str = "here", grids: Mapping[str, Any] | None = None) -> RunSpec:
@@ -85,7 +100,9 @@ def make_run(values: Mapping[str, Any], origin: str = "here", grids: Mapping[str
 def read_grid(name: str, given: Any, origin: str) -> tuple[Any, ...]:
     """The values of a key that varies. Raises SpecError for none, or one twice."""
     key = find_key(name, origin)
-    values = tuple(read_value(key, one, origin) for one in (given if isinstance(given, (list, tuple)) else [given]))
+    values = tuple(
+        read_value(key, one, origin) for one in (given if isinstance(given, (list, tuple, range)) else [given])
+    )
     if not values or any(one in values[:i] for i, one in enumerate(values)):
         raise SpecError(f"{origin}: {STUDY}.{name} is {write_value(given)}: name at least one, each once")
     return values
@@ -201,9 +218,9 @@ def write_value(value: Any) -> str:
     return json.dumps(str(value), ensure_ascii=False)
 
 
-def write_run(settings: Mapping[str, Setting], head: str = "") -> str:
+def write_run(settings: Mapping[str, Setting]) -> str:
     """A run as a file: every value with who said it beside it."""
-    lines, table = [f"# {line}" for line in head.splitlines()], ""
+    lines, table = [f"{RUN_MARK.decode()} {__version__}: each value with who said it"], ""
     for name in list_keys():
         if name not in settings:
             continue
