@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qtx_ref.spec import (
     PLAIN_STEP,
     Gate,
+    Gradients,
     InputTransform,
     ModelSpec,
     OptimSpec,
@@ -85,6 +86,7 @@ class Model:
         self.quants: dict[str, Quant] = {}
         self.fixed: dict[str, Range] = {}
         self.learned: dict[str, nn.Parameter] = {}
+        self.gradient_quants: Gradients | None = None
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
@@ -105,9 +107,11 @@ class Model:
         *,
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
-        weights are made for them: float passes (`record`, `statistics`, ...) have them too.
+        weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
+        passes quantize.
 
         Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a
         site that the model does not have.
@@ -122,7 +126,7 @@ class Model:
             hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores).to(self.device)
         attach(self.net, hooks)
         transform(self.net, self._transforms(transforms))
-        self.quants, self.fixed = dict(quants), dict(ranges)
+        self.quants, self.fixed, self.gradient_quants = dict(quants), dict(ranges), gradients
         self.learned = {
             f"{site}.{name}": value for site, hook in hooks.items() for name, value in hook.named_parameters()
         }
@@ -183,8 +187,8 @@ class Model:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`gradients` of what `accept` gave, as tensors; zeros where the loss does not depend on a parameter.
 
-        make: the numerics of a part, called with its `first_row`. inputs: rows `first` on of a global batch that has
-        `count` targets; None: all of it. The gradients are of `scale` times the loss.
+        make: the numerics of a part, called with its `first_row` and `gradients`. inputs: rows `first` on of a global
+        batch that has `count` targets; None: all of it. The gradients are of `scale` times the loss.
         """
         leaves = self.leaves()
         for name, value in leaves.items():
@@ -194,7 +198,8 @@ class Model:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for rows in divide_rows(len(models.asked(inputs)), accumulate):
             part = {name: None if x is None else x[rows] for name, x in inputs.items()}
-            loss = models.loss(self.compute(make(first_row=first + rows.start), part), part, count)
+            nx = make(first_row=first + rows.start, gradients=self.gradient_quants)
+            loss = models.loss(self.compute(nx, part), part, count)
             loss.backward(torch.full_like(loss, scale))  # adds to each `grad`
             total += loss.detach()
         wanted = {name: value for name, value in leaves.items() if value.requires_grad}
