@@ -123,8 +123,8 @@ class Loop:
         """Trains to the last step and returns what is then at `path`. Raises Interrupted and WriteError, see
         `train`."""
         last = self.run.last
-        with postpone() as stop:
-            with Log(self.path.parent, self.run.log, self.step) as self.log, Progress(label, last, self.step) as bar:
+        with postpone() as stop, Log(self.path.parent, self.run.log, self.step) as self.log:
+            with Progress(label, last, self.step) as bar:
                 self.begin()
                 while self.step < last:
                     line = self.advance()
