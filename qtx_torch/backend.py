@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qtx_ref.spec import (
     PLAIN_STEP,
     Gate,
+    Gradients,
     InputTransform,
     ModelSpec,
     OptimSpec,
@@ -53,10 +54,12 @@ from .numerics import (
 from .optim import AdamW
 from .quant import quantizer
 from .sites import attach, slots, swap_hooks, swap_transforms, transform
+from .step import LossScale
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
-DTYPES = ("float32", "float64", "bfloat16")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # matmuls alone are in them
 
 
 class Model:
@@ -65,7 +68,8 @@ class Model:
     def __init__(
         self, spec: ModelSpec, params: Mapping[str, np.ndarray], *, device: str = "cpu", dtype: str = "float32"
     ):
-        """params: every parameter of the model. bfloat16: parameters and quantizers float32, matmuls under autocast.
+        """params: every parameter of the model. bfloat16, float16: parameters and quantizers float32, matmuls under
+        autocast.
 
         Raises:
             SpecError: a device that is not there, or a dtype that is not one of DTYPES.
@@ -82,6 +86,7 @@ class Model:
         self.quants: dict[str, Quant] = {}
         self.fixed: dict[str, Range] = {}
         self.learned: dict[str, nn.Parameter] = {}
+        self.gradient_quants: Gradients | None = None
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
@@ -102,9 +107,11 @@ class Model:
         *,
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
-        weights are made for them: float passes (`record`, `statistics`, ...) have them too.
+        weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
+        passes quantize.
 
         Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a
         site that the model does not have.
@@ -119,7 +126,7 @@ class Model:
             hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores).to(self.device)
         attach(self.net, hooks)
         transform(self.net, self._transforms(transforms))
-        self.quants, self.fixed = dict(quants), dict(ranges)
+        self.quants, self.fixed, self.gradient_quants = dict(quants), dict(ranges), gradients
         self.learned = {
             f"{site}.{name}": value for site, hook in hooks.items() for name, value in hook.named_parameters()
         }
@@ -176,11 +183,12 @@ class Model:
         accumulate: int = 1,
         first: int = 0,
         count: int | None = None,
+        scale: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`gradients` of what `accept` gave, as tensors; zeros where the loss does not depend on a parameter.
 
-        make: the numerics of a part, called with its `first_row`. inputs: rows `first` on of a global batch that has
-        `count` targets; None: all of it.
+        make: the numerics of a part, called with its `first_row` and `gradients`. inputs: rows `first` on of a global
+        batch that has `count` targets; None: all of it. The gradients are of `scale` times the loss.
         """
         leaves = self.leaves()
         for name, value in leaves.items():
@@ -190,8 +198,9 @@ class Model:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for rows in divide_rows(len(models.asked(inputs)), accumulate):
             part = {name: None if x is None else x[rows] for name, x in inputs.items()}
-            loss = models.loss(self.compute(make(first_row=first + rows.start), part), part, count)
-            loss.backward()  # adds to each `grad`
+            nx = make(first_row=first + rows.start, gradients=self.gradient_quants)
+            loss = models.loss(self.compute(nx, part), part, count)
+            loss.backward(torch.full_like(loss, scale))  # adds to each `grad`
             total += loss.detach()
         wanted = {name: value for name, value in leaves.items() if value.requires_grad}
         return total, {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in wanted.items()}
@@ -320,7 +329,8 @@ class Model:
 
     def compute(self, nx: Float, inputs: Mapping[str, Tensor | None], cache: list | None = None) -> Tensor:
         """A forward pass of what `accept` gave under a numerics; cache as `models.opt` takes it."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        half = HALVES.get(self.dtype)
+        with torch.autocast(self.device.type, half, enabled=half is not None):
             return self.net(nx, inputs) if cache is None else self.net(nx, inputs, cache)
 
     def _transforms(self, transforms: Mapping[str, InputTransform] | None) -> dict[str, nn.Module]:
@@ -428,7 +438,8 @@ def check_machine(device: str, dtype: str) -> None:
 
 
 class Trainer:
-    """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
+    """AdamW steps on a model. Dropout of step t is drawn from (seed, t). In float16 the loss is scaled, and a step
+    whose gradients overflow is skipped: its batch, its rate and its draws are used up."""
 
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
         """Raises SpecError where the optimizer's `only` names no parameter."""
@@ -439,9 +450,13 @@ class Trainer:
         if not chosen:
             raise SpecError(f"optimizer only is {optim.only!r}: that begins none of the model's parameters")
         self.adam = AdamW(chosen, optim)
+        self.scale = LossScale() if model.dtype == "float16" else None
+        for block in model.net.layer:
+            block.recompute = step.recompute
 
     def step(self, batch: Batch, *, first: int = 0, total: int | None = None) -> tuple[float, float]:
-        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping.
+        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping,
+        which of a skipped step is not finite.
 
         batch: rows `first` on of one of `total` rows (None: all of it). Raises SpecError where it is not the whole, or
         has no `accumulate` equal parts.
@@ -449,15 +464,26 @@ class Trainer:
         inputs = self.model.accept(batch)
         check_rows(len(models.asked(inputs)), first, total)
         make = partial(Float, training=True, seed=self.seed, step=self.adam.count)
-        loss, grads = self.model.backward(inputs, make, self.adam.params, accumulate=self.spec.accumulate, first=first)
-        return loss.item(), self.adam.step(grads)
+        scale = self.scale.value if self.scale else 1.0
+        loss, grads = self.model.backward(
+            inputs, make, self.adam.params, accumulate=self.spec.accumulate, first=first, scale=scale
+        )
+        value, norm = loss.item(), self.adam.step(grads, scale)
+        if self.scale:
+            self.scale.update(norm)
+        return value, norm
 
     def state(self) -> Arrays:
         """All that a resumed run needs beside the parameters: `optim.m.<name>`, `optim.v.<name>`, `optim.step`, and
-        `learned.<site>.scale` and `.zero_point` of learned ranges."""
+        `learned.<site>.scale` and `.zero_point` of learned ranges; in float16 `optim.skipped`, `optim.loss_scale` and
+        `optim.good`, the steps since that changed."""
         tensors = {f"optim.m.{name}": to_numpy(value) for name, value in self.adam.m.items()}
         tensors |= {f"optim.v.{name}": to_numpy(value) for name, value in self.adam.v.items()}
         tensors |= {f"learned.{name}": to_numpy(value) for name, value in self.model.learned.items()}
+        if self.scale:
+            counts = {"skipped": self.adam.skipped, "good": self.scale.good}
+            tensors |= {f"optim.{name}": np.array(value, np.int64) for name, value in counts.items()}
+            tensors["optim.loss_scale"] = np.array(self.scale.value)
         return tensors | {"optim.step": np.array(self.adam.count, np.int64)}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -468,6 +494,9 @@ class Trainer:
         with torch.no_grad():
             for name, value in self.model.learned.items():
                 value.copy_(torch.tensor(state[f"learned.{name}"]))
+        if self.scale:
+            self.scale = LossScale(float(state["optim.loss_scale"]), int(state["optim.good"]))
+            self.adam.skipped = int(state["optim.skipped"])
         self.adam.count = int(state["optim.step"])
 
 

@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..disk import WriteError
 from .container import FileError
-from .writing import WriteError
 
 
 def cut_lines(path: Path, step: int) -> None:

@@ -12,10 +12,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..disk import WriteError
 from ..engines.backend import need
 from ..engines.protocols import Batch
 from ..files.lines import Lines, cut_lines
-from ..files.writing import WriteError
 from ..runs.spec import LogSpec
 from .run import LOG
 

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from ..disk import WriteError, link_whole
 from ..files.checkpoint import Checkpoint, save_checkpoint
-from ..files.writing import WriteError, link_whole
 from ..runs.spec import SavingSpec
 
 LAST_SECONDS = 60  # for so long the last checkpoint is tried where the disk is full
