@@ -17,6 +17,7 @@ from qtx.files.checkpoint import Checkpoint, load_checkpoint
 from qtx.files.container import FileError
 from qtx.files.lines import cut_lines
 from qtx.jobs import log as logs
+from qtx.jobs import training
 from qtx.jobs.identity import MOVE
 from qtx.jobs.run import TrainSpec
 from qtx.jobs.training import train
@@ -294,6 +295,34 @@ def test_a_run_that_diverges_is_marked_and_ends(tmp_path, capsys):
     lines = read_log(tmp_path)
     assert [line["step"] for line in lines] == [*range(at + 1)] and lines[-1]["loss"] is None
     assert go(wild, tmp_path).meta == lost.meta
+
+
+@pytest.mark.parametrize(("strange", "ends"), [({3, 4}, None), (range(3, 9), 5)])
+def test_overflow_in_float16_is_no_divergence_unless_it_lasts(tmp_path, monkeypatch, strange, ends):
+    """A trainer that skips steps, as `qtx_torch`'s does in float16; the machine is said to compute in it."""
+    trainer = backend("ref").Trainer
+    whole = trainer.step
+
+    def overflow(self, batch):
+        loss, norm = whole(self, batch)
+        return (math.inf, math.nan) if self.adam.count in strange else (loss, norm)
+
+    monkeypatch.setattr(trainer, "step", overflow)
+    monkeypatch.setattr(training, "SKIPS", 3)
+    begin = training.Loop.begin
+
+    def pretend(self):
+        begin(self)
+        self.machine = replace(REF, dtype="float16")
+
+    monkeypatch.setattr(training.Loop, "begin", pretend)
+    made = go(PLAIN, tmp_path)
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines if line["loss"] is None] == [s for s in strange if ends is None or s <= ends]
+    assert made.meta.get("diverged_at") == ends
+    if ends is None:
+        loss = made.extra["history.loss"]
+        assert loss[2] == loss[3] == loss[1] != loss[4]
 
 
 def test_what_cannot_be_logged_is_refused_before_a_step(tmp_path):
