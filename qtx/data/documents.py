@@ -21,6 +21,7 @@ from .rows import has_rows, iterate_json, make_row
 from .splits import SPLITS, DataError
 from .walking import list_files
 
+BUNDLED_NAMES = ("books", "digits")
 HUB = "hub:"  # begins the name of a data set of the Hugging Face hub
 LARGE = 2**24  # bytes of text files beyond which they are read as documents, and not whole
 LONGEST = 2**20  # characters of a document
@@ -107,6 +108,11 @@ def open_documents(source: str) -> Documents | None:
     if endings <= known and size <= LARGE:
         return None
     return Documents(source, tuple(files))
+
+
+def is_there(source: str) -> bool:
+    """Whether a source can be looked for under its name: bundled, of the hub, or a file or folder that exists."""
+    return source in BUNDLED_NAMES or source.startswith(HUB) or Path(source).exists()
 
 
 def is_saved(path: Path) -> bool:

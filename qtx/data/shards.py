@@ -27,6 +27,7 @@ from safetensors.numpy import save
 
 from ..disk import WriteError, fcntl, try_lock, write_whole
 from ..progress import Progress
+from .cache import cache_folder, hashes_path
 from .documents import Documents, choose_split, hash_file, stamp
 from .reading import read_regular
 from .splits import SHORT, SPLITS, DataError, digest
@@ -52,11 +53,10 @@ class Kept(NamedTuple):
 
 
 class Cache:
-    """The folder where shards are: `QTX_CACHE`, or qtx in the system's place for what can be made again."""
+    """The folder where tokenized texts are kept, as it is written and read here."""
 
     def __init__(self) -> None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.folder = Path(os.environ.get("QTX_CACHE") or Path(base) / "qtx")
+        self.folder = cache_folder()
 
     def write(self, path: Path, content: bytes) -> None:
         """Writes one of its files, whole or not at all. Raises DataError where it cannot be written."""
@@ -92,17 +92,6 @@ class Cache:
             with suppress(DataError):  # a cache that can only be read
                 self.write(path, json.dumps({"stamp": before, "sha256": got}).encode())
         return got
-
-    def hashes(self, known: str) -> np.ndarray | None:
-        """The hashes of a split's documents, sorted, by the first digits of its fingerprint; None where they are not
-        here."""
-        path = self.folder / "documents" / f"{known[:SHORT]}.npy"
-        if not set(known[:SHORT]) <= set("0123456789abcdef") or not path.is_file():
-            return None
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
-            return None
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -342,7 +331,7 @@ def seal(cache: Cache, folder: Path, reader: Reader, records: list[dict[str, Any
     for place, split in enumerate(SPLITS):
         raw = io.BytesIO()
         np.save(raw, np.sort(np.frombuffer(reader.hashes[place], np.uint64)))
-        cache.write(cache.folder / "documents" / f"{prints[split][:SHORT]}.npy", raw.getvalue())
+        cache.write(hashes_path(prints[split][:SHORT]), raw.getvalue())
     about = {"fingerprints": prints, "documents": counts, "dropped": reader.dropped, "empty": reader.empty}
     index = {"whole": True, **about, "shards": records}
     cache.write(folder / INDEX, json.dumps(index).encode())
