@@ -128,3 +128,19 @@ def write_whole(path: Path, content: bytes) -> None:
         raise WriteError(
             f"{path} cannot be written ({error.strerror or error}): make room, or choose another place"
         ) from None
+
+
+def link_whole(path: Path, source: Path) -> bool:
+    """Makes `path` a second name of a file that is whole, in place of what it was; whether the system can."""
+    beside = path.with_name(f".{path.name}{UNDER_WAY}")
+    try:
+        os.link(source, beside)
+    except OSError:
+        return False
+    try:
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise WriteError(f"{path} cannot be written ({error.strerror or error}): choose another place") from None
+    return True
