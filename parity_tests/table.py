@@ -22,6 +22,8 @@ MODULES = {
         "mirror.integer",
         "mirror.values",
         "mirror.steps",
+        "mirror.accumulation",
+        "mirror.gradients",
     ),
 }
 DTYPES = {"ref": ("float32",), "torch": ("float32", "bfloat16")}

@@ -21,8 +21,10 @@ from .numerics import Calibrate, FakeQuant, Float, Record, learned_scale_zero
 from .optim import AdamW
 from .quant import quantizer
 from .spec import (
+    PLAIN_STEP,
     READ,
     Gate,
+    Gradients,
     InputTransform,
     ModelSpec,
     OptimSpec,
@@ -32,11 +34,14 @@ from .spec import (
     QuantSpec,
     Range,
     SpecError,
+    StepSpec,
     check_batch,
     check_generation,
     check_integer,
     check_marks,
+    check_rows,
     check_tokens,
+    divide_rows,
     trains,
 )
 from .tape import Var, backward, const, leaf
@@ -52,6 +57,7 @@ __all__ = [
     "check_device",
     "check_machine",
     "init_params",
+    "peak_memory",
     "shapes",
     "threads",
     "to_arrays",
@@ -82,6 +88,7 @@ class Model:
         self.learned: Arrays = {}
         self.masked_scores = False
         self.transforms: dict[str, InputTransform] = {}
+        self.gradient_quants: Gradients | None = None
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
@@ -98,9 +105,11 @@ class Model:
         *,
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
-        weights are made for them: float passes (`record`, `statistics`, ...) have them too.
+        weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
+        passes quantize.
 
         Raises SpecError for a static site without a range, and for a scale or zero point that no quantizer has.
         """
@@ -110,7 +119,7 @@ class Model:
             if not spec.dynamic:
                 check_bound(site, ranges[site], spec)
         self.quants, self.fixed, self.masked_scores = dict(quants), dict(ranges), masked_scores
-        self.transforms = dict(transforms or {})
+        self.transforms, self.gradient_quants = dict(transforms or {}), gradients
         self.learned = {}
         for site, spec in quants.items():
             if spec.learned:
@@ -137,24 +146,41 @@ class Model:
         """Summed negative log-likelihood in nats (float64), number of targets, number predicted right."""
         inputs = self.accept(batch)
         logits = self.compute(self._numerics(), inputs)
-        targets = inputs["targets"] if "targets" in inputs else inputs["labels"]
-        count = int((targets >= 0).sum())
+        targets, count = models.asked(inputs), models.count_targets(inputs)
         right = int(((logits.value.argmax(axis=-1) == targets) & (targets >= 0)).sum())
         return float(models.loss(logits, inputs).value) * count, count, right
 
     @quiet
     def gradients(
-        self, batch: Batch, *, training: bool = False, seed: int = 0, step: int = 0, only: Collection[str] | None = None
+        self,
+        batch: Batch,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        step: int = 0,
+        only: Collection[str] | None = None,
+        accumulate: int = 1,
     ) -> tuple[float, Arrays]:
-        """The loss and its gradient by every trainable array, or by those that `only` names."""
-        known = self.trainable()
+        """The loss and its gradient by every trainable array, or by those that `only` names.
+
+        accumulate: parts of adjoining rows, one after another, each with its share of the loss. Gradients are summed in
+        their own dtype. Raises SpecError where it does not divide the batch.
+        """
+        known, inputs = self.trainable(), self.accept(batch)
         given = {name: leaf(x) if only is None or name in only else const(x) for name, x in known.items()}
-        nx = self._numerics(given, training=training, seed=seed, step=step)
-        nx.load(given)
-        inputs = self.accept(batch)
-        loss = models.loss(models.forward(nx, self.spec, inputs), inputs)
         leaves = {name: x for name, x in given.items() if x.wanted}
-        return float(loss.value), dict(zip(leaves, backward(loss, leaves.values()), strict=True))
+        grads: Arrays = {}
+        count, total = models.count_targets(inputs), 0.0
+        for rows in divide_rows(len(models.asked(inputs)), accumulate):
+            part = {name: x[rows] for name, x in inputs.items()}
+            at = {"seed": seed, "step": step, "first_row": rows.start}
+            nx = self._numerics(given, training=training, gradients=self.gradient_quants, **at)
+            nx.load(given)
+            loss = models.loss(models.forward(nx, self.spec, part), part, count)
+            total += float(loss.value)
+            for name, grad in zip(leaves, backward(loss, leaves.values()), strict=True):
+                grads[name] = grads[name] + grad if name in grads else grad
+        return total, grads
 
     def record(
         self, batch: Batch, sites: Iterable[str] | None = None
@@ -399,20 +425,32 @@ def check_machine(device: str, dtype: str) -> None:
 class Trainer:
     """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
 
-    def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0) -> None:
-        """Raises SpecError where the optimizer's `only` names no parameter."""
+    def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
+        """Raises SpecError where the optimizer's `only` names no parameter, and for a way to compute a step that the
+        reference does not have."""
+        for key in ("recompute", "compiled", "sharding"):
+            if getattr(step, key) != getattr(PLAIN_STEP, key):
+                raise SpecError(f"step {key} is {getattr(step, key)}: the reference has none; use --backend torch")
         self.model = model
         self.seed = seed
+        self.spec = step
         chosen = {name: x for name, x in model.trainable().items() if trains(name, optim)}
         if not chosen:
             raise SpecError(f"optimizer only is {optim.only!r}: that begins none of the model's parameters")
         self.adam = AdamW(chosen, optim)
 
     @quiet
-    def step(self, batch: Batch) -> tuple[float, float]:
-        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping."""
+    def step(self, batch: Batch, *, first: int = 0, total: int | None = None) -> tuple[float, float]:
+        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping.
+
+        batch: rows `first` on of one of `total` rows (None: all of it). Raises SpecError where it is not the whole, or
+        has no `accumulate` equal parts.
+        """
+        check_rows(len(models.asked(batch)), first, total)
         step, names = self.adam.count, self.adam.params
-        loss, grads = self.model.gradients(batch, training=True, seed=self.seed, step=step, only=names)
+        loss, grads = self.model.gradients(
+            batch, training=True, seed=self.seed, step=step, only=names, accumulate=self.spec.accumulate
+        )
         return loss, self.adam.step(grads)
 
     def state(self) -> Arrays:
@@ -439,3 +477,12 @@ def threads() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return os.cpu_count() or 1
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes that arrays have taken at most on a device with memory of its own: None, for the reference has none.
+
+    Raises SpecError for a device other than cpu.
+    """
+    check_device(device)
+    return None

@@ -233,26 +233,28 @@ def tanh(x: Var) -> Var:
     return node(y, (x, lambda g: g * (1 - y * y)))
 
 
-def cross_entropy(logits: Var, targets: np.ndarray) -> Var:
-    """sum over targets >= 0 of -log softmax(logits)[target], divided by their number; float64. Targets < 0 do not
-    count.
+def cross_entropy(logits: Var, targets: np.ndarray, count: int | None = None) -> Var:
+    """sum over targets >= 0 of -log softmax(logits)[target], divided by `count`, their number unless given; float64.
+    Targets < 0 do not count.
 
-    logits (..., V), targets (...) integers. dlogits = g (softmax - onehot) / n. Raises ValueError without any target.
+    logits (..., V), targets (...) integers. dlogits = g (softmax - onehot) / count. Raises ValueError where the count
+    is 0.
     """
     flat = logits.value.reshape(-1, logits.shape[-1]).astype(np.float64)
     flat_targets = targets.reshape(-1)
     rows = np.flatnonzero(flat_targets >= 0)
-    if rows.size == 0:
+    count = rows.size if count is None else count
+    if count == 0:
         raise ValueError("cross entropy has no target: every target is negative")
     picked, labels = flat[rows], flat_targets[rows]
     log_p = picked - special.logsumexp(picked, axis=-1, keepdims=True)
-    loss = -log_p[np.arange(rows.size), labels].sum() / rows.size
+    loss = -log_p[np.arange(rows.size), labels].sum() / count
 
     def dlogits(g: np.ndarray) -> np.ndarray:
         d = np.exp(log_p)
         d[np.arange(rows.size), labels] -= 1
         out = np.zeros_like(flat)
-        out[rows] = d * (g / rows.size)
+        out[rows] = d * (g / count)
         return out.reshape(logits.shape)
 
     return node(np.asarray(loss), (logits, dlogits))

@@ -44,23 +44,24 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack([c0, c1, c2, c3])
 
 
-def bits(seed: int, step: int, site: str, count: int) -> np.ndarray:
-    """`count` words of 32 random bits, shape (count,), uint64 below 2^32.
+def bits(seed: int, step: int, site: str, count: int, first: int = 0) -> np.ndarray:
+    """Words `first` to `first + count` of 32 random bits, shape (count,), uint64 below 2^32.
 
     Word e is word e % 4 of Philox with key (seed low, seed high) and counter (e // 4 low, e // 4 high, step,
-    crc32(site)).
+    crc32(site)). So part of a tensor has the words that it has in the whole.
     """
-    block = np.arange(-(-count // 4), dtype=np.uint64)
+    block = np.arange(first // 4, -(-(first + count) // 4), dtype=np.uint64)
     fixed = np.empty_like(block)
     counter = np.stack(
         [block & LOW, block >> np.uint64(32), np.full_like(fixed, step), np.full_like(fixed, zlib.crc32(site.encode()))]
     )
     words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
-    return words.T.reshape(-1)[:count]
+    return words.T.reshape(-1)[first % 4 :][:count]
 
 
-def keep_mask(seed: int, step: int, site: str, shape: tuple[int, ...], rate: float) -> np.ndarray:
+def keep_mask(seed: int, step: int, site: str, shape: tuple[int, ...], rate: float, first: int = 0) -> np.ndarray:
     """Dropout's mask of a tensor of `shape`, boolean: an element is dropped, False, where its word is below rate *
-    2^32, rounded. rate is in [0, 1)."""
-    words = bits(seed, step, site, int(np.prod(shape)))
+    2^32, rounded. rate is in [0, 1). The tensor's first element has word `first`: of rows r, r + 1, ... of a batch,
+    r * prod(shape[1:])."""
+    words = bits(seed, step, site, int(np.prod(shape)), first)
     return (words >= np.uint64(round(rate * 2**32))).reshape(shape)

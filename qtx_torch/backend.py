@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qtx_ref.spec import (
+    PLAIN_STEP,
     Gate,
+    Gradients,
     InputTransform,
     ModelSpec,
     OptimSpec,
@@ -26,11 +29,14 @@ from qtx_ref.spec import (
     QuantSpec,
     Range,
     SpecError,
+    StepSpec,
     check_batch,
     check_generation,
     check_integer,
     check_marks,
+    check_rows,
     check_tokens,
+    divide_rows,
     trains,
 )
 
@@ -48,10 +54,12 @@ from .numerics import (
 from .optim import AdamW
 from .quant import quantizer
 from .sites import attach, slots, swap_hooks, swap_transforms, transform
+from .step import LossScale
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
-DTYPES = ("float32", "float64", "bfloat16")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # matmuls alone are in them
 
 
 class Model:
@@ -60,7 +68,8 @@ class Model:
     def __init__(
         self, spec: ModelSpec, params: Mapping[str, np.ndarray], *, device: str = "cpu", dtype: str = "float32"
     ):
-        """params: every parameter of the model. bfloat16: parameters and quantizers float32, matmuls under autocast.
+        """params: every parameter of the model. bfloat16, float16: parameters and quantizers float32, matmuls under
+        autocast.
 
         Raises:
             SpecError: a device that is not there, or a dtype that is not one of DTYPES.
@@ -77,6 +86,7 @@ class Model:
         self.quants: dict[str, Quant] = {}
         self.fixed: dict[str, Range] = {}
         self.learned: dict[str, nn.Parameter] = {}
+        self.gradient_quants: Gradients | None = None
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
@@ -97,9 +107,11 @@ class Model:
         *,
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
-        weights are made for them: float passes (`record`, `statistics`, ...) have them too.
+        weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
+        passes quantize.
 
         Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a
         site that the model does not have.
@@ -114,7 +126,7 @@ class Model:
             hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores).to(self.device)
         attach(self.net, hooks)
         transform(self.net, self._transforms(transforms))
-        self.quants, self.fixed = dict(quants), dict(ranges)
+        self.quants, self.fixed, self.gradient_quants = dict(quants), dict(ranges), gradients
         self.learned = {
             f"{site}.{name}": value for site, hook in hooks.items() for name, value in hook.named_parameters()
         }
@@ -139,28 +151,59 @@ class Model:
         """Summed negative log-likelihood in nats (float64), number of targets, number predicted right."""
         inputs = self.accept(batch)
         logits = self.compute(Float(), inputs)
-        targets = inputs["targets"] if "targets" in inputs else inputs["labels"]
-        count = int((targets >= 0).sum())
+        targets, count = models.asked(inputs), models.count_targets(inputs)
         right = int(((logits.argmax(dim=-1) == targets) & (targets >= 0)).sum())
         return float(models.loss(logits, inputs)) * count, count, right
 
     def gradients(
-        self, batch: Batch, *, training: bool = False, seed: int = 0, step: int = 0, only: Collection[str] | None = None
+        self,
+        batch: Batch,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        step: int = 0,
+        only: Collection[str] | None = None,
+        accumulate: int = 1,
     ) -> tuple[float, Arrays]:
-        """The loss and its gradient by every trainable array, or by those that `only` names."""
-        loss, grads = self.backward(batch, Float(training=training, seed=seed, step=step), only)
-        return loss, {name: to_numpy(grad) for name, grad in grads.items()}
+        """The loss and its gradient by every trainable array, or by those that `only` names.
 
-    def backward(self, batch: Batch, nx: Float, only: Collection[str] | None = None) -> tuple[float, dict[str, Tensor]]:
-        """`gradients` under a numerics, as tensors; zeros where the loss does not depend on a parameter."""
-        leaves, inputs = self.leaves(), self.accept(batch)
+        accumulate: parts of adjoining rows, one after another, each with its share of the loss. Gradients are summed in
+        their own dtype. Raises SpecError where it does not divide the batch.
+        """
+        make = partial(Float, training=training, seed=seed, step=step)
+        loss, grads = self.backward(self.accept(batch), make, only, accumulate=accumulate)
+        return loss.item(), {name: to_numpy(grad) for name, grad in grads.items()}
+
+    def backward(
+        self,
+        inputs: Mapping[str, Tensor | None],
+        make: Callable[..., Float],
+        only: Collection[str] | None = None,
+        *,
+        accumulate: int = 1,
+        first: int = 0,
+        count: int | None = None,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`gradients` of what `accept` gave, as tensors; zeros where the loss does not depend on a parameter.
+
+        make: the numerics of a part, called with its `first_row` and `gradients`. inputs: rows `first` on of a global
+        batch that has `count` targets; None: all of it. The gradients are of `scale` times the loss.
+        """
+        leaves = self.leaves()
         for name, value in leaves.items():
             value.grad = None
             value.requires_grad_(only is None or name in only)
-        loss = models.loss(self.compute(nx, inputs), inputs)
-        loss.backward()
+        count = models.count_targets(inputs) if count is None else count
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for rows in divide_rows(len(models.asked(inputs)), accumulate):
+            part = {name: None if x is None else x[rows] for name, x in inputs.items()}
+            nx = make(first_row=first + rows.start, gradients=self.gradient_quants)
+            loss = models.loss(self.compute(nx, part), part, count)
+            loss.backward(torch.full_like(loss, scale))  # adds to each `grad`
+            total += loss.detach()
         wanted = {name: value for name, value in leaves.items() if value.requires_grad}
-        return loss.item(), {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in wanted.items()}
+        return total, {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in wanted.items()}
 
     def record(
         self, batch: Batch, sites: Iterable[str] | None = None
@@ -286,7 +329,8 @@ class Model:
 
     def compute(self, nx: Float, inputs: Mapping[str, Tensor | None], cache: list | None = None) -> Tensor:
         """A forward pass of what `accept` gave under a numerics; cache as `models.opt` takes it."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        half = HALVES.get(self.dtype)
+        with torch.autocast(self.device.type, half, enabled=half is not None):
             return self.net(nx, inputs) if cache is None else self.net(nx, inputs, cache)
 
     def _transforms(self, transforms: Mapping[str, InputTransform] | None) -> dict[str, nn.Module]:
@@ -394,29 +438,52 @@ def check_machine(device: str, dtype: str) -> None:
 
 
 class Trainer:
-    """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
+    """AdamW steps on a model. Dropout of step t is drawn from (seed, t). In float16 the loss is scaled, and a step
+    whose gradients overflow is skipped: its batch, its rate and its draws are used up."""
 
-    def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0) -> None:
+    def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
         """Raises SpecError where the optimizer's `only` names no parameter."""
         self.model = model
         self.seed = seed
+        self.spec = step
         chosen = {name: x for name, x in model.leaves().items() if trains(name, optim)}
         if not chosen:
             raise SpecError(f"optimizer only is {optim.only!r}: that begins none of the model's parameters")
         self.adam = AdamW(chosen, optim)
+        self.scale = LossScale() if model.dtype == "float16" else None
+        for block in model.net.layer:
+            block.recompute = step.recompute
 
-    def step(self, batch: Batch) -> tuple[float, float]:
-        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping."""
-        nx = Float(training=True, seed=self.seed, step=self.adam.count)
-        loss, grads = self.model.backward(batch, nx, self.adam.params)
-        return loss, self.adam.step(grads)
+    def step(self, batch: Batch, *, first: int = 0, total: int | None = None) -> tuple[float, float]:
+        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping,
+        which of a skipped step is not finite.
+
+        batch: rows `first` on of one of `total` rows (None: all of it). Raises SpecError where it is not the whole, or
+        has no `accumulate` equal parts.
+        """
+        inputs = self.model.accept(batch)
+        check_rows(len(models.asked(inputs)), first, total)
+        make = partial(Float, training=True, seed=self.seed, step=self.adam.count)
+        scale = self.scale.value if self.scale else 1.0
+        loss, grads = self.model.backward(
+            inputs, make, self.adam.params, accumulate=self.spec.accumulate, first=first, scale=scale
+        )
+        value, norm = loss.item(), self.adam.step(grads, scale)
+        if self.scale:
+            self.scale.update(norm)
+        return value, norm
 
     def state(self) -> Arrays:
         """All that a resumed run needs beside the parameters: `optim.m.<name>`, `optim.v.<name>`, `optim.step`, and
-        `learned.<site>.scale` and `.zero_point` of learned ranges."""
+        `learned.<site>.scale` and `.zero_point` of learned ranges; in float16 `optim.skipped`, `optim.loss_scale` and
+        `optim.good`, the steps since that changed."""
         tensors = {f"optim.m.{name}": to_numpy(value) for name, value in self.adam.m.items()}
         tensors |= {f"optim.v.{name}": to_numpy(value) for name, value in self.adam.v.items()}
         tensors |= {f"learned.{name}": to_numpy(value) for name, value in self.model.learned.items()}
+        if self.scale:
+            counts = {"skipped": self.adam.skipped, "good": self.scale.good}
+            tensors |= {f"optim.{name}": np.array(value, np.int64) for name, value in counts.items()}
+            tensors["optim.loss_scale"] = np.array(self.scale.value)
         return tensors | {"optim.step": np.array(self.adam.count, np.int64)}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -427,6 +494,9 @@ class Trainer:
         with torch.no_grad():
             for name, value in self.model.learned.items():
                 value.copy_(torch.tensor(state[f"learned.{name}"]))
+        if self.scale:
+            self.scale = LossScale(float(state["optim.loss_scale"]), int(state["optim.good"]))
+            self.adam.skipped = int(state["optim.skipped"])
         self.adam.count = int(state["optim.step"])
 
 
@@ -435,4 +505,10 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "threads"]
+def peak_memory(device: str) -> int | None:
+    """Bytes that tensors have taken at most on a CUDA device so far; None on a CPU."""
+    place = find_device(device)
+    return torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None
+
+
+__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "peak_memory", "threads"]

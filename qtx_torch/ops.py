@@ -65,7 +65,7 @@ def scale(x: Tensor, factor: float) -> Tensor:
 
 
 def divide(x: Tensor, divisor: Tensor) -> Tensor:
-    """y = x / d, d of x's last axis, in x's dtype (bfloat16: by the float32 d, then rounded)."""
+    """y = x / d, d of x's last axis, in x's dtype (16 bits: by the float32 d, then rounded)."""
     return (x / divisor).to(x.dtype)
 
 
@@ -76,7 +76,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     log2 n rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits
     everywhere.
     """
-    y, half = x.float() if x.dtype == torch.bfloat16 else x, 1
+    y, half = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, 1
     while half < block:
         y = y.reshape(-1, 2, half)  # (pairs, 2, half)
         y = torch.stack([y[:, 0] + y[:, 1], y[:, 0] - y[:, 1]], dim=1)
@@ -184,20 +184,22 @@ def tanh(x: Tensor) -> Tensor:
     return torch.tanh(x)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """sum over targets >= 0 of -log softmax(logits)[target], divided by their number. Targets < 0 do not count.
+def cross_entropy(logits: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
+    """sum over targets >= 0 of -log softmax(logits)[target], divided by `count`, their number unless given. Targets < 0
+    do not count.
 
     logits (..., V), targets (...) integers. Each target's term is float32 (float64 for float64 logits), their sum
-    float64. Raises ValueError without any target.
+    float64. Raises ValueError where the count is 0.
     """
     flat, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     rows = torch.nonzero(labels >= 0).squeeze(1)
-    if rows.numel() == 0:
+    count = rows.numel() if count is None else count
+    if count == 0:
         raise ValueError("cross entropy has no target: every target is negative")
     if rows.numel() < labels.numel():
         flat, labels = flat[rows], labels[rows]
     flat = flat if flat.dtype == torch.float64 else flat.float()
-    return F.cross_entropy(flat, labels, reduction="none").sum(dtype=torch.float64) / rows.numel()
+    return F.cross_entropy(flat, labels, reduction="none").sum(dtype=torch.float64) / count
 
 
 # --- wiring: moves values, changes none -------------------------------------------------------------------------------

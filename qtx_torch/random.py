@@ -36,18 +36,19 @@ def _high(product: Tensor) -> Tensor:
     return (product >> 32).bitwise_and_(LOW)
 
 
-def bits(seed: int, step: int, site: str, count: int) -> Tensor:
-    """`count` words of 32 random bits, (count,) int64 below 2^32.
+def bits(seed: int, step: int, site: str, count: int, first: int = 0) -> Tensor:
+    """Words `first` to `first + count` of 32 random bits, (count,) int64 below 2^32.
 
     Word e is word e % 4 of Philox with key (seed low, seed high) and counter (e // 4 low, e // 4 high, step,
-    crc32(site)).
+    crc32(site)). So part of a tensor has the words that it has in the whole.
     """
-    block = torch.arange(-(-count // 4))
+    block = torch.arange(first // 4, -(-(first + count) // 4))
     fixed = (torch.full_like(block, word) for word in (step, zlib.crc32(site.encode())))
     words = philox(torch.stack([block & LOW, block >> 32, *fixed]), (seed & LOW, (seed >> 32) & LOW))
-    return words.T.reshape(-1)[:count]
+    return words.T.reshape(-1)[first % 4 :][:count]
 
 
-def keep_mask(seed: int, step: int, site: str, shape: tuple[int, ...], rate: float) -> Tensor:
-    """Dropout's boolean mask: an element is dropped where its word is below rate * 2^32, rounded."""
-    return (bits(seed, step, site, math.prod(shape)) >= round(rate * 2**32)).reshape(shape)
+def keep_mask(seed: int, step: int, site: str, shape: tuple[int, ...], rate: float, first: int = 0) -> Tensor:
+    """Dropout's boolean mask: an element is dropped where its word is below rate * 2^32, rounded. The tensor's first
+    element has word `first`: of rows r, r + 1, ... of a batch, r * prod(shape[1:])."""
+    return (bits(seed, step, site, math.prod(shape), first) >= round(rate * 2**32)).reshape(shape)

@@ -41,18 +41,23 @@ def check_philox(context: Context) -> list[Verdict]:
 
 
 def check_dropout(context: Context) -> list[Verdict]:
-    """Words by (seed, step, site, count) and the mask that dropout makes of them."""
+    """Words by (seed, step, site, count, first) and the mask that dropout makes of them. Counters pass 2^32 at word
+    2^34."""
     verdicts = []
-    for seed, step, site, count in (
-        (0, 0, "a", 1),
-        (2**63 + 11, 7, "layer.3.attn.probs", 1003),
-        (5, 2**31, "embed.sum", 64),
+    for seed, step, site, count, first in (
+        (0, 0, "a", 1, 0),
+        (2**63 + 11, 7, "layer.3.attn.probs", 1003, 0),
+        (5, 2**31, "embed.sum", 64, 2),
+        (5, 2**31, "embed.sum", 1, 7),
+        (1, 2**32 - 1, "b", 70_001, 2**34 - 35_001),
     ):
         with torch.device(context.device):
-            words, keep = random.bits(seed, step, site, count), random.keep_mask(seed, step, site, (count, 3), 0.1)
-        name = f"seed {seed}, step {step}, {site}"
-        verdicts.append(exact(name, array(words).astype(np.uint64), ref_random.bits(seed, step, site, count)))
-        verdicts.append(exact(f"{name}: kept", array(keep), ref_random.keep_mask(seed, step, site, (count, 3), 0.1)))
+            words = random.bits(seed, step, site, count, first)
+            keep = random.keep_mask(seed, step, site, (count, 3), 0.1, first)
+        name = f"seed {seed}, step {step}, {site} from {first}"
+        want = ref_random.keep_mask(seed, step, site, (count, 3), 0.1, first)
+        verdicts.append(exact(name, array(words).astype(np.uint64), ref_random.bits(seed, step, site, count, first)))
+        verdicts.append(exact(f"{name}: kept", array(keep), want))
     return verdicts
 
 

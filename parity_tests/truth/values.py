@@ -169,11 +169,12 @@ def check_philox(context: Context) -> list[Verdict]:
 
 
 def check_dropped(context: Context) -> list[Verdict]:
-    """Word e does not depend on how many are drawn; the share that dropout keeps is 1 - rate."""
+    """Word e does not depend on what else is drawn; the share that dropout keeps is 1 - rate."""
     words = random.bits(2**40 + 7, 5, "layer.0.ffn.output", 4099)
     kept = random.keep_mask(1, 2, "a", (1000, 1000), 0.1).mean()
     return [
         exact("a prefix", random.bits(2**40 + 7, 5, "layer.0.ffn.output", 37), words[:37]),
+        exact("a part", random.bits(2**40 + 7, 5, "layer.0.ffn.output", 1001, 38), words[38:1039]),
         within("share kept", kept, 0.9, 5 * math.sqrt(0.09 / 1e6), "five standard deviations of a million draws"),
     ]
 

@@ -108,15 +108,18 @@ class ImageData(ClassifiedItems):
         if spec.classes and spec.classes < self.classes:
             raise DataError(f"{self.source} has {self.classes} classes and the model {spec.classes}: fine-tune it anew")
 
-    def train_batches(self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0, rows: slice | None = None
+    ) -> Iterator[Batch]:
         """Batches of the train split, without end, from step `start` on; every image once per pass, newly shuffled.
 
-        Batch `step` depends on (seed, step) alone.
+        Batch `step` depends on (seed, step) alone. rows: those of a batch that are made; None: all.
         """
         self.check(spec)
-        rows = self._rows["train"]
-        check_batch(batch_size, len(rows), "train images")
-        return (self._batch(chosen) for chosen in iterate_passes(rows, batch_size, seed, start))
+        images = self._rows["train"]
+        check_batch(batch_size, len(images), "train images")
+        own = rows or slice(None)
+        return (self._batch(chosen[own]) for chosen in iterate_passes(images, batch_size, seed, start))
 
     def split_batches(
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None

@@ -7,7 +7,18 @@ from typing import Protocol
 
 import numpy as np
 
-from qtx_ref.spec import InputTransform, ModelSpec, OptimSpec, Output, Profile, Quant, QuantSpec, Range
+from qtx_ref.spec import (
+    Gradients,
+    InputTransform,
+    ModelSpec,
+    OptimSpec,
+    Output,
+    Profile,
+    Quant,
+    QuantSpec,
+    Range,
+    StepSpec,
+)
 
 Arrays = dict[str, np.ndarray]
 Batch = Mapping[str, np.ndarray]
@@ -42,8 +53,10 @@ class Model(Runnable, Protocol):
         *,
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
-        """From now on quantize-dequantize the sites of `quants`; none: plain float. Raises SpecError."""
+        """From now on quantize-dequantize the sites of `quants`; none: plain float. `gradients`: what backward passes
+        quantize. Raises SpecError."""
 
     def forward(self, batch: Batch) -> np.ndarray:
         """The output: logits, or hidden states without a head."""
@@ -95,8 +108,13 @@ class IntegerModel(Protocol):
 class Trainer(Protocol):
     """AdamW on a model; `state` and `load_state` are what makes a resumed run the uninterrupted one."""
 
-    def step(self, batch: Batch) -> tuple[float, float]:
-        """One update; the loss before it and the gradient norm before clipping."""
+    def step(self, batch: Batch, *, first: int = 0, total: int | None = None) -> tuple[float, float]:
+        """One update; the loss before it and the gradient norm before clipping, of the global batch, the same in every
+        process.
+
+        batch: rows `first` on of a global batch of `total` rows (None: all of it). Raises SpecError where it has not
+        as many equal parts as the step's `accumulate` says.
+        """
 
     def state(self) -> Arrays:
         """All that a resumed run needs beside the parameters."""
@@ -129,9 +147,10 @@ class MakeIntegerModel(Protocol):
 
 
 class MakeTrainer(Protocol):
-    """A backend's `Trainer`. Raises SpecError where the optimizer's `only` names no parameter."""
+    """A backend's `Trainer`. Raises SpecError where the optimizer's `only` names no parameter, or where the backend has
+    no such step."""
 
-    def __call__(self, model: Model, optim: OptimSpec, *, seed: int = 0) -> Trainer: ...
+    def __call__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = ...) -> Trainer: ...
 
 
 class Backend(Protocol):
@@ -146,6 +165,9 @@ class Backend(Protocol):
 
     def threads(self) -> int:
         """How many threads its sums are divided among: the last bits depend on it."""
+
+    def peak_memory(self, device: str) -> int | None:
+        """Bytes taken at most on a device that has memory of its own; None where it has not."""
 
 
 class Calibration(Protocol):
@@ -176,5 +198,8 @@ class Data(Calibration, Protocol):
     def describe(self) -> dict[str, object]:
         """What a checkpoint keeps of its data, as JSON values."""
 
-    def train_batches(self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of the train split without end, from step `start` on; a batch depends on (seed, step) alone."""
+    def train_batches(
+        self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0, rows: slice | None = None
+    ) -> Iterator[Batch]:
+        """Batches of the train split without end, from step `start` on, of which `rows` are made (None: all); what a
+        batch holds depends on (seed, step) alone."""

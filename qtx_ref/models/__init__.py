@@ -12,7 +12,7 @@ from ..spec import Family, ModelSpec
 from ..tape import V, Var
 from . import bert, opt, vit
 
-__all__ = ["forward", "loss"]
+__all__ = ["asked", "count_targets", "forward", "loss"]
 
 
 def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -> V:
@@ -24,7 +24,18 @@ def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -
     return opt.forward(nx, spec, batch) if spec.family is Family.OPT else vit.forward(nx, spec, batch)
 
 
-def loss(logits: Var, batch: Mapping[str, np.ndarray]) -> Var:
+def loss(logits: Var, batch: Mapping[str, np.ndarray], count: int | None = None) -> Var:
     """Cross entropy in nats of logits (..., V), summed over the batch's targets, or labels, (...) integers, and divided
-    by their number; float64, ()."""
-    return cross_entropy(logits, batch["targets"] if "targets" in batch else batch["labels"])
+    by `count`: their number (None), or that of the batch that this is a part of; float64, (). Raises ValueError where
+    that is 0."""
+    return cross_entropy(logits, asked(batch), count)
+
+
+def count_targets(batch: Mapping[str, np.ndarray]) -> int:
+    """How many targets, or labels, of the batch count."""
+    return int((asked(batch) >= 0).sum())
+
+
+def asked(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The batch's targets (B, T), or labels (B,), integers, negative where nothing is asked."""
+    return batch["targets"] if "targets" in batch else batch["labels"]

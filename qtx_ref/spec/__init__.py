@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .base import Name, Spec, SpecError, from_dict, to_dict
 from .formats import FloatFormat, SharedScale
+from .gradients import Gradients, Operand
 from .inputs import (
     MASKS,
     READ,
@@ -57,7 +58,7 @@ from .quant import (
 )
 from .recipe import InputTransform, Recipe, Rewrite, Rule, Transform, TransformKind
 from .statistics import BINS, DROPPED, MOMENTS, SIGMAS, STATISTICS
-from .step import Sharding, StepSpec
+from .step import PLAIN_STEP, Sharding, StepSpec, check_rows, divide_rows
 
 __all__ = [
     "Activation",
@@ -69,6 +70,7 @@ __all__ = [
     "FloatFormat",
     "FloatQuantSpec",
     "Gate",
+    "Gradients",
     "Granularity",
     "Head",
     "InfinityPolicy",
@@ -82,9 +84,11 @@ __all__ = [
     "Nudging",
     "ObserverKind",
     "ObserverSpec",
+    "Operand",
     "OptimSpec",
     "Output",
     "Overflow",
+    "PLAIN_STEP",
     "Profile",
     "QTX",
     "Quant",
@@ -115,10 +119,12 @@ __all__ = [
     "check_generation",
     "check_integer",
     "check_marks",
+    "check_rows",
     "check_tokens",
     "check_where",
     "check_width",
     "decays",
+    "divide_rows",
     "from_dict",
     "range_axes",
     "refuse_integer",

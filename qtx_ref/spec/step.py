@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Name, Spec, refuse
+from .base import Name, Spec, SpecError, refuse
 
-__all__ = ["Sharding", "StepSpec"]
+__all__ = ["PLAIN_STEP", "Sharding", "StepSpec", "check_rows", "divide_rows"]
 
 
 class Sharding(Name):
@@ -29,3 +29,22 @@ class StepSpec(Spec):
     def check(self) -> None:
         if self.accumulate < 1:
             refuse("step accumulate", self.accumulate, "give a whole number of parts, at least 1")
+
+
+PLAIN_STEP = StepSpec()  # unless said otherwise
+
+
+def divide_rows(rows: int, accumulate: int) -> list[slice]:
+    """The parts of a batch: equal numbers of adjoining rows. Raises SpecError where `accumulate` does not divide it."""
+    if rows % accumulate:
+        refuse("step accumulate", accumulate, f"a batch of {rows} rows has no so many equal parts; give a divisor")
+    size = rows // accumulate
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def check_rows(rows: int, first: int, total: int | None) -> None:
+    """Raises SpecError where rows `first` to `first + rows` are not all of a batch of `total` (None: so many): what one
+    process computes by itself."""
+    if first or (total is not None and total != rows):
+        have = f"rows {first} to {first + rows} of a batch of {rows if total is None else total}"
+        raise SpecError(f"{have}: one process computes the whole batch; start several with torchrun")

@@ -27,6 +27,17 @@ def build(spec: ModelSpec) -> nn.Module:
     return net
 
 
-def loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Cross entropy in nats, summed over the batch's targets (or labels) and divided by their number; float64."""
-    return cross_entropy(logits, batch["targets"] if "targets" in batch else batch["labels"])
+def loss(logits: Tensor, batch: Mapping[str, Tensor], count: int | None = None) -> Tensor:
+    """Cross entropy in nats, summed over the batch's targets (or labels) and divided by `count`: their number (None),
+    or that of the batch that this is a part of; float64. Raises ValueError where that is 0."""
+    return cross_entropy(logits, asked(batch), count)
+
+
+def count_targets(batch: Mapping[str, Tensor]) -> int:
+    """How many targets, or labels, of the batch count."""
+    return int((asked(batch) >= 0).sum())
+
+
+def asked(batch: Mapping[str, Tensor]) -> Tensor:
+    """The batch's targets (B, T), or labels (B,), negative where nothing is asked."""
+    return batch["targets"] if "targets" in batch else batch["labels"]

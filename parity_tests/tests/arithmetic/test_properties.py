@@ -137,6 +137,7 @@ def test_observed_ranges(spec: QuantSpec, seed: int, count: int) -> None:
 def test_random_words_have_addresses(seed: int, high: int, step: int, site: str, count: int, more: int) -> None:
     words = random.bits(seed + high, step, site, count + more)
     np.testing.assert_array_equal(random.bits(seed + high, step, site, count), words[:count])
+    np.testing.assert_array_equal(random.bits(seed + high, step, site, count, more), words[more:])
     assert words.dtype == np.uint64 and (words < 2**32).all()
     np.testing.assert_array_equal(random.keep_mask(seed + high, step, site, (count,), 0.0), np.ones(count, bool))
 
@@ -145,6 +146,8 @@ def test_random_words_have_addresses(seed: int, high: int, step: int, site: str,
 def test_dropout_drops_more_at_a_higher_rate(seed: int, rate: float) -> None:
     kept, fewer = (random.keep_mask(seed, 0, "a", (500,), r) for r in (rate, min(1.0, rate + 0.1)))
     assert (kept | ~fewer).all()
+    part = random.keep_mask(seed, 0, "a", (7, 11), rate, first=37)
+    np.testing.assert_array_equal(part, kept[37 : 37 + 77].reshape(7, 11))
 
 
 @given(st.sampled_from(sorted(PRESETS)), st.one_of(SOFTMAXES, GATED), QUANTS, st.sampled_from(Schedule))

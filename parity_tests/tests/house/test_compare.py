@@ -208,7 +208,7 @@ def pass_everything(sound: Callable) -> Callable:
 
 
 def scaled_loss(sound: Callable) -> Callable:
-    return lambda logits, targets: sound(logits, targets) * (targets >= 0).sum() / targets.numel()
+    return lambda logits, targets, *count: sound(logits, targets, *count) * (targets >= 0).sum() / targets.numel()
 
 
 def wrong_slope(x: object) -> object:
@@ -300,10 +300,15 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     ),
     "a loss over all tokens": ("torch", "models/bert_sink", replaced(qtx_torch.models, "cross_entropy", scaled_loss)),
     "another Philox": ("torch", "random/philox", replaced(qtx_torch.random, "WEYL", lambda w: (w[1], w[0]))),
+    "a part that draws as if it were the first": (
+        "torch",
+        "accumulation/bert_plain_dropout_0.1_gradients",
+        replaced(qtx_torch.random, "keep_mask", lambda keep: lambda *given: keep(*given[:5], 0)),
+    ),
     "another dropout": (
         "torch",
         "models/vit_plain_dropout",
-        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, site, n: b(seed, step + 1, site, n)),
+        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, site, *n: b(seed, step + 1, site, *n)),
     ),
     "a biased deviation": (
         "torch",
