@@ -36,17 +36,18 @@ def name_case(case: Measured) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=name_case)
 def test_first_values_have_the_published_statistics(case):
-    """One seed of ours beside the fixture's five; the two largest tables once (the law has no size in it)."""
+    """One seed of ours beside the fixture's five, of tensors up to 2.5 million values; the command has them all."""
     published = PUBLISHED[name_case(case)]
-    quick = [name for name in published if name != "embed.token.weight" or case.shape == "bert-base"]
-    ours = measure_ours(case.spec, quick, seeds=1)
-    assert compare({name: published[name] for name in quick}, ours) == []
+    assert [*published] == case.names
+    quick = {name: figures for name, figures in published.items() if figures["count"] <= 5 * 2_500_000}
+    assert len(quick) >= len(published) - 7
+    assert compare(quick, measure_ours(case.spec, [*quick], seeds=1)) == []
 
 
 def test_another_start_is_found():
     """Each planted fault is outside the sampling error: the own start, a scaled output, a normal for a uniform."""
     case, gated = CASES[3], CASES[1]
-    names = [name for name in case.names if ".attn." in name or ".ffn.output" in name]
+    names = [name for name in case.names if name.startswith("layer.0.attn.") or ".0.ffn.output" in name]
     published = {name: PUBLISHED[name_case(case)][name] for name in names}
     own = replace(case.spec, start=Start.OWN)
     wrong = compare(published, measure_ours(own, names, seeds=1))
@@ -92,7 +93,7 @@ def test_the_published_shapes_are_not_the_released_ones():
     sizes = {
         name: sum(int(np.prod(s)) for s in shapes(preset(name)).values()) for name in ("opt-350m", "paper-opt-350m")
     }
-    assert sizes == {"opt-350m": 331_196_416, "paper-opt-350m": 343_539_712}
+    assert sizes == {"opt-350m": 331_196_416, "paper-opt-350m": 343_543_808}
     assert (preset("paper-opt-125m").length, preset("paper-opt-1.3b").length) == (512, 1024)
     assert (preset("paper-opt-1.3b").embed_width, preset("opt-1.3b").embed_width) == (768, None)
     assert preset("paper-opt-350m").pre_norm and not preset("opt-350m").pre_norm
