@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data import splits
+from ..data import DataSpec, splits
 from ..engines.machine import Machine
 from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint
@@ -17,12 +17,12 @@ from .identity import MOVE
 from .opening import load_data, open_data
 from .resolving import (
     change_dropout,
+    fill,
     make_data,
     make_machine,
     make_model,
     make_optim,
     make_train,
-    name_source,
     refuse_model,
     resolve,
 )
@@ -99,7 +99,8 @@ def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
     spec = change_dropout(spec, run)
     optim = make_optim(run, spec)
     check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
-    data = open_data(init, spec, meta, name_source(make_data(run)), None)
+    about = fill(DataSpec.of(meta.get("data", {})), run, "data")
+    data = open_data(init, spec, meta, about if run.table("data") else None, None)
     for split in ("evaluation", "calibration"):
         splits.refuse_overlap(meta, data, split)
     whole = make_train(run, spec, optim, origin.sha256)
