@@ -357,7 +357,8 @@ def list_lines(table: str) -> list[str]:
 def test_a_study_varies_any_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("study.toml").write_text(
-        '[model]\npreset = "vit-tiny"\npatch_size = 4\nlayers = 1\nwidth = 16\nheads = 2\nhidden = 24\n[optim]\nsteps = 2\n[data]\nbatch = 4\n[machine]\nbackend = "ref"\n'
+        '[model]\npreset = "vit-tiny"\npatch_size = 4\nlayers = 1\nwidth = 16\nheads = 2\nhidden = 24\n'
+        '[optim]\nsteps = 2\n[data]\nbatch = 4\n[machine]\nbackend = "ref"\n'
         '[study]\n"optim.lr" = [1e-3, 3e-4]\nmodel.attention = ["vanilla", "clipped"]\n'
     )
     command = ["study", "study.toml", "--out", "out"]
