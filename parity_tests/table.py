@@ -22,6 +22,7 @@ MODULES = {
         "mirror.integer",
         "mirror.values",
         "mirror.steps",
+        "mirror.accumulation",
     ),
 }
 DTYPES = {"ref": ("float32",), "torch": ("float32", "bfloat16")}

@@ -54,10 +54,12 @@ from .numerics import (
 from .optim import AdamW
 from .quant import quantizer
 from .sites import attach, slots, swap_hooks, swap_transforms, transform
+from .step import LossScale
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
-DTYPES = ("float32", "float64", "bfloat16")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # matmuls alone are in them
 
 
 class Model:
@@ -66,7 +68,8 @@ class Model:
     def __init__(
         self, spec: ModelSpec, params: Mapping[str, np.ndarray], *, device: str = "cpu", dtype: str = "float32"
     ):
-        """params: every parameter of the model. bfloat16: parameters and quantizers float32, matmuls under autocast.
+        """params: every parameter of the model. bfloat16, float16: parameters and quantizers float32, matmuls under
+        autocast.
 
         Raises:
             SpecError: a device that is not there, or a dtype that is not one of DTYPES.
@@ -179,11 +182,12 @@ class Model:
         accumulate: int = 1,
         first: int = 0,
         count: int | None = None,
+        scale: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`gradients` of what `accept` gave, as tensors; zeros where the loss does not depend on a parameter.
 
         make: the numerics of a part, called with its `first_row`. inputs: rows `first` on of a global batch that has
-        `count` targets; None: all of it.
+        `count` targets; None: all of it. The gradients are of `scale` times the loss.
         """
         leaves = self.leaves()
         for name, value in leaves.items():
@@ -196,7 +200,7 @@ class Model:
             part = {name: None if x is None else x[rows] for name, x in inputs.items()}
             with distributed.hold_back(self.run, last=rows is parts[-1]):
                 loss = self.run(make(first_row=first + rows.start), part, count)
-                loss.backward()  # adds to each `grad`
+                loss.backward(torch.full_like(loss, scale))  # adds to each `grad`
             total += loss.detach()
         wanted = {name: value for name, value in leaves.items() if value.requires_grad}
         grads = {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in wanted.items()}
@@ -329,7 +333,8 @@ class Model:
 
     def compute(self, nx: Float, inputs: Mapping[str, Tensor | None], cache: list | None = None) -> Tensor:
         """A forward pass of what `accept` gave under a numerics; cache as `models.opt` takes it."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        half = HALVES.get(self.dtype)
+        with torch.autocast(self.device.type, half, enabled=half is not None):
             return self.net(nx, inputs) if cache is None else self.net(nx, inputs, cache)
 
     def loss(self, nx: Float, inputs: Mapping[str, Tensor | None], count: int) -> Tensor:
@@ -453,7 +458,8 @@ def check_machine(device: str, dtype: str) -> None:
 
 
 class Trainer:
-    """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
+    """AdamW steps on a model. Dropout of step t is drawn from (seed, t). In float16 the loss is scaled, and a step
+    whose gradients overflow is skipped: its batch, its rate and its draws are used up."""
 
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
         """Raises SpecError where the optimizer's `only` names no parameter."""
@@ -463,6 +469,9 @@ class Trainer:
         chosen = {name: x for name, x in model.leaves().items() if trains(name, optim)}
         if not chosen:
             raise SpecError(f"optimizer only is {optim.only!r}: that begins none of the model's parameters")
+        self.scale = LossScale() if model.dtype == "float16" else None
+        for block in model.net.layer:
+            block.recompute = step.recompute
         if distributed.processes()[1] > 1:
             for name, x in model.leaves().items():
                 x.requires_grad_(name in chosen)
@@ -472,7 +481,8 @@ class Trainer:
         self.adam = AdamW(shares, optim, partial(distributed.sum_squares, like=self.leaves))
 
     def step(self, batch: Batch, *, first: int = 0, total: int | None = None) -> tuple[float, float]:
-        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping.
+        """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping,
+        which of a skipped step is not finite.
 
         batch: rows `first` on of one of `total` rows (None: all of it). Raises SpecError where it is not the whole, or
         has no `accumulate` equal parts.
@@ -482,16 +492,28 @@ class Trainer:
             check_rows(len(models.asked(inputs)), first, total)
         count = int(distributed.add(torch.tensor(models.count_targets(inputs))))
         make = partial(Float, training=True, seed=self.seed, step=self.adam.count)
+        scale = self.scale.value if self.scale else 1.0
         loss, grads = self.model.backward(
-            inputs, make, self.adam.params, accumulate=self.spec.accumulate, first=first, count=count
+            inputs, make, self.adam.params, accumulate=self.spec.accumulate, first=first, count=count, scale=scale
         )
-        return loss.item(), self.adam.step({name: distributed.own(grad) for name, grad in grads.items()})
+        value, norm = loss.item(), self.adam.step({name: distributed.own(x) for name, x in grads.items()}, scale)
+        if self.scale:
+            self.scale.update(norm)
+        return value, norm
 
     def state(self) -> Arrays:
         """All that a resumed run needs beside the parameters: `optim.m.<name>`, `optim.v.<name>`, `optim.step`, and
-        `learned.<site>.scale` and `.zero_point` of learned ranges."""
-        tensors = {name: to_numpy(distributed.gather(value)) for name, value in self.averages().items()}
-        tensors |= {f"learned.{name}": to_numpy(value) for name, value in self.model.learned.items()}
+        `learned.<site>.scale` and `.zero_point` of learned ranges; in float16 `optim.skipped`, `optim.loss_scale` and
+        `optim.good`, the steps since that changed."""
+        return {name: to_numpy(distributed.gather(x)) for name, x in self.averages().items()} | self.rest()
+
+    def rest(self) -> Arrays:
+        """`state` without AdamW's averages."""
+        tensors = {f"learned.{name}": to_numpy(value) for name, value in self.model.learned.items()}
+        if self.scale:
+            counts = {"skipped": self.adam.skipped, "good": self.scale.good}
+            tensors |= {f"optim.{name}": np.array(value, np.int64) for name, value in counts.items()}
+            tensors["optim.loss_scale"] = np.array(self.scale.value)
         return tensors | {"optim.step": np.array(self.adam.count, np.int64)}
 
     def averages(self) -> dict[str, Tensor]:
@@ -514,14 +536,16 @@ class Trainer:
         with torch.no_grad():
             for name, value in self.model.learned.items():
                 value.copy_(torch.tensor(state[f"learned.{name}"]))
+        if self.scale:
+            self.scale = LossScale(float(state["optim.loss_scale"]), int(state["optim.good"]))
+            self.adam.skipped = int(state["optim.skipped"])
         self.adam.count = int(state["optim.step"])
 
     def save_shares(self, folder: str) -> Arrays:
         """Writes the parameters and AdamW's averages into a folder, each process its shares; what else `state` has.
         Raises OSError."""
         distributed.save_shares(folder, self.shares())
-        state = {f"learned.{name}": to_numpy(value) for name, value in self.model.learned.items()}
-        return state | {"optim.step": np.array(self.adam.count, np.int64)}
+        return self.rest()
 
     def load_shares(self, folder: str, rest: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `save_shares` wrote and gave, whatever number of processes that was. Raises OSError."""

@@ -1,6 +1,7 @@
 """AdamW with decoupled decay, clipping by global norm, and learning-rate schedules.
 
 Differs from the reference: total, add_up: each process has squares of its own shares.
+Differs from the reference: scale: losses are scaled in float16, which the reference has not.
 """
 
 from __future__ import annotations
@@ -67,23 +68,36 @@ class AdamW:
         self.inner = torch.optim.AdamW(
             [group for group in groups if group["params"]], betas=(spec.beta1, spec.beta2), eps=spec.eps, fused=True
         )
-        self.count = 0  # t
+        self.skipped = 0  # of the steps
+        self.count = 0
 
     @property
     def count(self) -> int:
-        """Steps taken. Setting it is how a resumed run goes on."""
+        """Steps taken, skipped ones among them; t is how many were not. Setting it, after `skipped`, is how a resumed
+        run goes on."""
         return self._count
 
     @count.setter
     def count(self, value: int) -> None:
         self._count = value
         for name, w in self.params.items():  # torch's own state, over our m and v
-            step = torch.tensor(float(value), device=w.device)
+            step = torch.tensor(float(value - self.skipped), device=w.device)
             self.inner.state[w] = {"step": step, "exp_avg": self.m[name], "exp_avg_sq": self.v[name]}
 
-    def step(self, grads: dict[str, Tensor]) -> float:
-        """One update with gradients by name; returns the gradients' norm before clipping."""
+    def step(self, grads: dict[str, Tensor], scale: float = 1.0) -> float:
+        """One update with gradients by name, of `scale` times the loss; returns the norm before clipping of those of
+        the loss itself.
+
+        Where it is not finite under a scale above 1, the step is skipped: it counts in the schedule, and changes
+        neither parameters nor averages.
+        """
+        if scale != 1:
+            torch._foreach_mul_(list(grads.values()), 1 / scale)
         grads, norm = clip_by_norm(grads, self.spec.clip_norm, self.total)
+        if scale > 1 and not math.isfinite(norm):
+            self._count += 1
+            self.skipped += 1
+            return norm
         for group in self.inner.param_groups:
             group["lr"] = learning_rate(self.spec, self._count)
         for name, w in self.params.items():
