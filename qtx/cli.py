@@ -25,6 +25,7 @@ from .commands.parity import parity_command
 from .commands.ptq import ptq_command
 from .commands.quantize import quantize_command
 from .commands.recipes import recipes_command
+from .commands.runs import runs_command
 from .commands.show import show_command
 from .commands.study import study_command
 from .commands.train import train_command
@@ -72,6 +73,7 @@ for command in (
     train_command,
     evaluate_command,
     generate_command,
+    runs_command,
     recipes_command,
     analyze_command,
     quantize_command,

@@ -24,6 +24,7 @@ from .spec import (
     PLAIN_STEP,
     READ,
     Gate,
+    Gradients,
     InputTransform,
     ModelSpec,
     OptimSpec,
@@ -56,6 +57,7 @@ __all__ = [
     "check_device",
     "check_machine",
     "init_params",
+    "peak_memory",
     "shapes",
     "threads",
     "to_arrays",
@@ -86,6 +88,7 @@ class Model:
         self.learned: Arrays = {}
         self.masked_scores = False
         self.transforms: dict[str, InputTransform] = {}
+        self.gradient_quants: Gradients | None = None
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
@@ -102,9 +105,11 @@ class Model:
         *,
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
-        weights are made for them: float passes (`record`, `statistics`, ...) have them too.
+        weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
+        passes quantize.
 
         Raises SpecError for a static site without a range, and for a scale or zero point that no quantizer has.
         """
@@ -114,7 +119,7 @@ class Model:
             if not spec.dynamic:
                 check_bound(site, ranges[site], spec)
         self.quants, self.fixed, self.masked_scores = dict(quants), dict(ranges), masked_scores
-        self.transforms = dict(transforms or {})
+        self.transforms, self.gradient_quants = dict(transforms or {}), gradients
         self.learned = {}
         for site, spec in quants.items():
             if spec.learned:
@@ -168,7 +173,8 @@ class Model:
         count, total = models.count_targets(inputs), 0.0
         for rows in divide_rows(len(models.asked(inputs)), accumulate):
             part = {name: x[rows] for name, x in inputs.items()}
-            nx = self._numerics(given, training=training, seed=seed, step=step, first_row=rows.start)
+            at = {"seed": seed, "step": step, "first_row": rows.start}
+            nx = self._numerics(given, training=training, gradients=self.gradient_quants, **at)
             nx.load(given)
             loss = models.loss(models.forward(nx, self.spec, part), part, count)
             total += float(loss.value)
@@ -471,3 +477,12 @@ def threads() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return os.cpu_count() or 1
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes that arrays have taken at most on a device with memory of its own: None, for the reference has none.
+
+    Raises SpecError for a device other than cpu.
+    """
+    check_device(device)
+    return None

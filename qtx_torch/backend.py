@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qtx_ref.spec import (
     PLAIN_STEP,
     Gate,
+    Gradients,
     InputTransform,
     ModelSpec,
     OptimSpec,
@@ -88,6 +89,7 @@ class Model:
         self.quants: dict[str, Quant] = {}
         self.fixed: dict[str, Range] = {}
         self.learned: dict[str, nn.Parameter] = {}
+        self.gradient_quants: Gradients | None = None
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
@@ -108,9 +110,11 @@ class Model:
         *,
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
-        weights are made for them: float passes (`record`, `statistics`, ...) have them too.
+        weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
+        passes quantize.
 
         Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a
         site that the model does not have.
@@ -125,7 +129,7 @@ class Model:
             hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores).to(self.device)
         attach(self.net, hooks)
         transform(self.net, self._transforms(transforms))
-        self.quants, self.fixed = dict(quants), dict(ranges)
+        self.quants, self.fixed, self.gradient_quants = dict(quants), dict(ranges), gradients
         self.learned = {
             f"{site}.{name}": value for site, hook in hooks.items() for name, value in hook.named_parameters()
         }
@@ -186,8 +190,8 @@ class Model:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`gradients` of what `accept` gave, as tensors; zeros where the loss does not depend on a parameter.
 
-        make: the numerics of a part, called with its `first_row`. inputs: rows `first` on of a global batch that has
-        `count` targets; None: all of it. The gradients are of `scale` times the loss.
+        make: the numerics of a part, called with its `first_row` and `gradients`. inputs: rows `first` on of a global
+        batch that has `count` targets; None: all of it. The gradients are of `scale` times the loss.
         """
         leaves = self.leaves()
         for name, value in leaves.items():
@@ -198,8 +202,9 @@ class Model:
         parts = divide_rows(len(models.asked(inputs)), accumulate)
         for rows in parts:
             part = {name: None if x is None else x[rows] for name, x in inputs.items()}
+            nx = make(first_row=first + rows.start, gradients=self.gradient_quants)
             with distributed.hold_back(self.run, last=rows is parts[-1]):
-                loss = self.run(make(first_row=first + rows.start), part, count)
+                loss = self.run(nx, part, count)
                 loss.backward(torch.full_like(loss, scale))  # adds to each `grad`
             total += loss.detach()
         wanted = {name: value for name, value in leaves.items() if value.requires_grad}
@@ -567,4 +572,10 @@ def processes() -> tuple[int, int]:
     return distributed.processes()
 
 
-__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "processes", "threads"]
+def peak_memory(device: str) -> int | None:
+    """Bytes that tensors have taken at most on a CUDA device so far; None on a CPU."""
+    place = find_device(device)
+    return torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None
+
+
+__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "peak_memory", "processes", "threads"]

@@ -16,15 +16,15 @@ from qtx_ref.spec import OptimSpec, Schedule, decays
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up from lr / warmup, then the schedule, reaching 0 after the last
-    step."""
+    """The rate of step 0, 1, ...: linear warm-up from lr / warmup or from 0, then the schedule, which reaches 0 after the
+    last step."""
     if step < spec.warmup:
-        return spec.lr * (step + 1) / spec.warmup
-    done = (step - spec.warmup) / max(1, spec.steps - spec.warmup)
+        return spec.lr * ((step if spec.first_rate_zero else step + 1) / spec.warmup)
+    length = max(1, spec.steps - spec.warmup)
     if spec.schedule is Schedule.LINEAR:
-        return spec.lr * max(0.0, 1 - done)
+        return spec.lr * max(0.0, (spec.steps - step) / length)
     if spec.schedule is Schedule.COSINE:
-        return spec.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return spec.lr * (0.5 * (1 + math.cos(math.pi * min(1.0, (step - spec.warmup) / length))))
     return spec.lr
 
 
@@ -41,9 +41,10 @@ def clip_by_norm(grads: dict[str, Tensor], limit: float, total: Total = add_up) 
     float64 sums. `total` adds up what each tensor has of the norm's square."""
     squares = {name: torch.linalg.vector_norm(g, dtype=torch.float64).square() for name, g in grads.items()}
     norm = math.sqrt(float(total(squares)))
-    if limit == 0 or norm <= limit:
+    factor = limit / (norm + 1e-6)
+    if limit == 0 or factor >= 1:
         return grads, norm
-    torch._foreach_mul_(list(grads.values()), limit / (norm + 1e-6))
+    torch._foreach_mul_(list(grads.values()), factor)
     return grads, norm
 
 
@@ -62,7 +63,7 @@ class AdamW:
         self.m = {name: torch.zeros_like(value) for name, value in params.items()}
         self.v = {name: torch.zeros_like(value) for name, value in params.items()}
         groups = [
-            {"params": [w for name, w in params.items() if decays(name, spec) is wanted], "weight_decay": decay}
+            {"params": [w for name, w in params.items() if decays(name, params, spec) is wanted], "weight_decay": decay}
             for wanted, decay in ((True, spec.weight_decay), (False, 0.0))
         ]
         self.inner = torch.optim.AdamW(

@@ -9,6 +9,8 @@ from typing import Any
 from qtx_ref.spec import Name, Spec, from_dict, to_dict
 from qtx_ref.spec.base import refuse
 
+OWN_PLACE = ("sources", "tokenizer", "vocab")  # fields that a checkpoint keeps otherwise
+
 
 class Order(Name):
     """In what order windows come."""
@@ -103,18 +105,23 @@ class DataSpec(Spec):
             refuse("data source", twice[0], "it stands there twice; give it once, with a weight")
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it beside what the data say themselves: settings that are not the defaults, as
-        JSON values, and the sources of a mixture."""
+        """What a checkpoint keeps of it beside what the data say themselves: settings that are not the defaults, and
+        the sources of a mixture, as JSON values. Places (`sources`) stand apart from what decides the batches."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        kept = {name: to_dict(value) for name, value in own.items() if name not in ("sources", "tokenizer", "vocab")}
-        mixed = {"sources": to_dict(self.sources)} if len(self.sources) > 1 else {}
-        return {"settings": kept | mixed} if kept or mixed else {}
+        about: dict[str, Any] = {}
+        if kept := {name: to_dict(value) for name, value in own.items() if name not in OWN_PLACE}:
+            about["settings"] = kept
+        if len(self.sources) > 1:
+            about["sources"] = [source.path for source in self.sources]
+            about["weights"] = [source.weight for source in self.sources]
+        return about
 
     @classmethod
     def of(cls, about: Mapping[str, Any], source: str | None = None) -> DataSpec:
         """The settings of a checkpoint's `meta["data"]`; on another source if one is given. Raises SpecError."""
         spec = from_dict(cls, about.get("settings", {}), "meta.data.settings")
-        name = source if source is not None else about.get("source")
-        if source is None and spec.sources:
-            return spec
+        if source is None and "sources" in about:
+            pairs = zip(about["sources"], about.get("weights", ()), strict=True)
+            return replace(spec, sources=tuple(Source(path, weight) for path, weight in pairs))
+        name = about.get("source") if source is None else source
         return replace(spec, sources=() if name is None else (Source(name),))

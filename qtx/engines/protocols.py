@@ -7,7 +7,18 @@ from typing import Protocol
 
 import numpy as np
 
-from qtx_ref.spec import InputTransform, ModelSpec, OptimSpec, Output, Profile, Quant, QuantSpec, Range, StepSpec
+from qtx_ref.spec import (
+    Gradients,
+    InputTransform,
+    ModelSpec,
+    OptimSpec,
+    Output,
+    Profile,
+    Quant,
+    QuantSpec,
+    Range,
+    StepSpec,
+)
 
 Arrays = dict[str, np.ndarray]
 Batch = Mapping[str, np.ndarray]
@@ -42,8 +53,10 @@ class Model(Runnable, Protocol):
         *,
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
-        """From now on quantize-dequantize the sites of `quants`; none: plain float. Raises SpecError."""
+        """From now on quantize-dequantize the sites of `quants`; none: plain float. `gradients`: what backward passes
+        quantize. Raises SpecError."""
 
     def forward(self, batch: Batch) -> np.ndarray:
         """The output: logits, or hidden states without a head."""
@@ -152,6 +165,9 @@ class Backend(Protocol):
 
     def threads(self) -> int:
         """How many threads its sums are divided among: the last bits depend on it."""
+
+    def peak_memory(self, device: str) -> int | None:
+        """Bytes taken at most on a device that has memory of its own; None where it has not."""
 
 
 class Calibration(Protocol):

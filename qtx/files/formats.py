@@ -15,6 +15,7 @@ STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-
 FORMAT = re.compile(rb'(?s)(?:.{8}\{"__metadata__": ?\{"qtx": ?"\{|\{)\s*\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')
 REPORT, REPORT_MARK = "report", b'<testsuites name="qtx parity"'  # JUnit XML
 PICTURE, PICTURE_MARK = "picture", b"tEXtSoftware\0qtx"  # and a PNG's
+RUN, RUN_MARK = "run", b"# A run of qtx"  # TOML
 EARLIER = {  # and of results from before they had a format
     b'{\n "of": {\n  "spec": {\n   "recipes": [': COMPARISON,
     b'{\n "spec": {\n  "model": "': STUDY,
@@ -39,8 +40,12 @@ def kind_of(head: bytes) -> str:
     """The kind of a file by its first bytes: its format, picture or report; empty for what qtx does not write."""
     if (match := FORMAT.match(head)) is not None:
         return match[1].decode()
-    for kind, first, mark in ((PICTURE, b"\x89PNG", PICTURE_MARK), (REPORT, b"<?xml", REPORT_MARK)):
-        if head.startswith(first) and mark in head:
+    for kind, first, mark in (
+        (PICTURE, b"\x89PNG", PICTURE_MARK),
+        (REPORT, b"<?xml", REPORT_MARK),
+        (RUN, b"", RUN_MARK),
+    ):
+        if head.startswith(first or mark) and mark in head:
             return kind
     return next((kind for mark, kind in EARLIER.items() if head.startswith(mark)), "")
 

@@ -11,6 +11,7 @@ from qtx_ref.integer.model import accumulator_bits
 from qtx_ref.spec import Family, Head, ModelSpec, Recipe, SpecError
 
 from ..data import load, splits
+from ..data.spec import DataSpec
 from ..engines.backend import backend
 from ..engines.machine import Machine
 from ..engines.protocols import Calibration, Data, IntegerModel, Model, Runnable
@@ -21,6 +22,7 @@ from ..measure import scores
 from ..prepare import calibration, prepare
 from ..recipes import named as recipes
 from ..recipes.sites import sites
+from .resolving import name_source
 
 
 def open_data(path: Path, spec: ModelSpec, meta: Mapping[str, Any], name: str | None, tokenizer: Path | None) -> Data:
@@ -35,6 +37,13 @@ def open_data(path: Path, spec: ModelSpec, meta: Mapping[str, Any], name: str | 
     data = load(source, spec, tokenizer=tokenizer or meta.get("tokenizer"), **own)
     check_tokenizer(path, meta, data)
     return data
+
+
+def load_data(about: DataSpec, spec: ModelSpec) -> Data:
+    """The data of a run whose model is not trained yet. Raises SpecError, DataError where they cannot be had or do not
+    fit it."""
+    tokenizer = None if about.tokenizer is None else Path(about.tokenizer)
+    return load(name_source(about), spec, tokenizer=tokenizer, vocab=about.vocab)
 
 
 def need_tokenizer(path: Path, spec: ModelSpec, meta: Mapping[str, Any]) -> None:

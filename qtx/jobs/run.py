@@ -1,4 +1,4 @@
-"""What a run of training is: its specs, where it computes, what it begins with, and how one is told from another."""
+"""What a run of training is: its specs, what it begins with, and the place that it writes to."""
 
 from __future__ import annotations
 
@@ -11,35 +11,49 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.models.initial import shapes
-from qtx_ref.spec import ModelSpec, OptimSpec, StepSpec, to_dict
+from qtx_ref.spec import ModelSpec, OptimSpec, Spec, StepSpec
+from qtx_ref.spec.base import refuse
 from qtx_ref.spec.optim import trains
 
-from ..engines.machine import Machine, identify_machine
-from ..engines.protocols import Data
 from ..files.container import FileError, check_writable
 from ..files.locks import hold
 from ..runs.spec import EvaluationSpec, LogSpec, SavingSpec
 
 STEPS, PER_STEP = 350, 16  # of a run, unless said otherwise: steps, and sequences or images in each
+LOG = "log.jsonl"  # beside a run's checkpoint
 HEADER = 2**20  # bytes of a checkpoint beside its numbers: at most about what a tokenizer and the names take
 
 
 @dataclass(frozen=True)
-class TrainSpec:
-    """One run: equal specs and data give equal runs."""
+class TrainSpec(Spec):
+    """One run: equal specs and data give equal runs. `stop`, `evaluation`, `saving` and `log` do not count:
+    they change no bit."""
 
     model: ModelSpec
     optim: OptimSpec
     batch: int  # sequences or images per step
     seed: int
     train_quant: str | None = None  # recipe of the forward pass while training; w8a8 stands for train-w8a8
-    watch_integer: int | None = None  # every so many steps the model is quantized and run in integers
     init: str | None = None  # sha256 of the checkpoint whose parameters it begins with; None: they are drawn
     step: StepSpec = StepSpec()
     stop: int | None = None  # the last step, where it is not that of the schedule
     evaluation: EvaluationSpec = EvaluationSpec()
     saving: SavingSpec = SavingSpec()
     log: LogSpec = LogSpec()
+
+    def check(self) -> None:
+        if self.stop is not None and not 1 <= self.stop <= self.optim.steps:
+            refuse("stop", self.stop, f"give 1 to {self.optim.steps}, the steps of the schedule")
+
+    @property
+    def last(self) -> int:
+        """The step after which the run is done."""
+        return self.stop or self.optim.steps
+
+
+def watch_integer(every: int | None) -> EvaluationSpec:
+    """What `--watch-integer` asks for: w8a8 in integers beside float, on two batches."""
+    return EvaluationSpec(every, 2, integers=("w8a8",)) if every else EvaluationSpec()
 
 
 @dataclass(frozen=True)
@@ -49,16 +63,6 @@ class Start:
 
     params: dict[str, np.ndarray]
     kept: dict[str, Any] = field(default_factory=dict)  # JSON values that every checkpoint of the run keeps
-
-
-def identify(run: TrainSpec, data: Data, machine: Machine) -> dict[str, Any]:
-    """What must be equal for a resumed run to give the bits of an uninterrupted one, as JSON values."""
-    train = to_dict(run)
-    for options, name, unset in ((train, "watch_integer", None), (train, "init", None), (train["optim"], "only", [])):
-        if options[name] == unset:
-            # as runs before it was an option
-            del options[name]
-    return {"train": train, **identify_machine(machine), "data": data.describe()}
 
 
 def describe_difference(key: str, was: Any, now: Any) -> str:
@@ -79,9 +83,10 @@ def refuse_existing(path: Path, resume: bool) -> None:
 
 @contextmanager
 def claim(path: Path, resume: bool) -> Iterator[None]:
-    """A run's file is this process's to write. Raises FileError where it is there and not to be gone on with,
-    cannot be written, or another process holds its folder."""
+    """A run's folder is this process's to write in. Raises FileError where a run is there and not to be gone on with,
+    it cannot be written, or another process holds it."""
     refuse_existing(path, resume)
+    refuse_existing(path.with_name(LOG), resume)
     with hold(path.parent):
         check_writable(path)
         yield

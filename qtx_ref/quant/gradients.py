@@ -122,9 +122,7 @@ def linear(x: Var, weight: Var, bias: Var | None, how: Backward, where: np.ndarr
     return node(plain.value, *edges)
 
 
-def matmul(
-    a: Var, b: Var, how: Backward, where_a: np.ndarray | None = None, where_b: np.ndarray | None = None
-) -> Var:
+def matmul(a: Var, b: Var, how: Backward, where_a: np.ndarray | None = None, where_b: np.ndarray | None = None) -> Var:
     """`ops.matmul`, a (..., M, I) and b (..., I, N), whose gradient products are quantized as `how` says. where_a and
     where_b, boolean, broadcast: elements that count."""
 

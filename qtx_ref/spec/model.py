@@ -158,6 +158,8 @@ class ModelSpec(Spec):
         for key in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 refuse(f"model {key}", getattr(self, key), "give a probability in [0, 1)")
+        if self.init_output_scaled and self.start is Start.PUBLISHED:
+            refuse("model init_output_scaled", True, "start = published draws no weight scaled: give false")
         if not self.norm_eps > 0:
             refuse("model norm_eps", self.norm_eps, "give a number > 0")
         if self.family is Family.VIT:

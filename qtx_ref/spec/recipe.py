@@ -73,7 +73,7 @@ class Recipe(Spec):
 
     A static range is calibrated on `batches` batches; `quantize_while_calibrating` feeds each observer tensors that
     earlier sites have already quantized, as the published simulator does; `masked_scores` lets the scores of keys that
-    the mask will remove enter the range of `scores` (only the paper's recipes do). `gradients`: while training, what the
+    the mask will remove enter the range of `scores` (only the paper's recipes do). `gradients`: what the
     backward pass of every matmul quantizes.
     """
 

@@ -132,9 +132,7 @@ class Matmul(torch.autograd.Function):
     """`ops.matmul` with the reference's vector-Jacobian products."""
 
     @staticmethod
-    def forward(
-        ctx, a: Tensor, b: Tensor, how: Backward, where_a: Tensor | None, where_b: Tensor | None
-    ) -> Tensor:
+    def forward(ctx, a: Tensor, b: Tensor, how: Backward, where_a: Tensor | None, where_b: Tensor | None) -> Tensor:
         ctx.save_for_backward(a, b, where_a, where_b)
         ctx.how = how
         return ops.matmul(a, b)
@@ -163,9 +161,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, how: Backward, where:
     return Linear.apply(x, weight, bias, how, where)
 
 
-def matmul(
-    a: Tensor, b: Tensor, how: Backward, where_a: Tensor | None = None, where_b: Tensor | None = None
-) -> Tensor:
+def matmul(a: Tensor, b: Tensor, how: Backward, where_a: Tensor | None = None, where_b: Tensor | None = None) -> Tensor:
     """`ops.matmul`, a (..., M, I) and b (..., I, N), whose gradient products are quantized as `how` says. where_a and
     where_b broadcast: elements that count."""
     return Matmul.apply(a, b, how, where_a, where_b)

@@ -255,7 +255,8 @@ def test_masking_rates():
 
 def test_random_words_are_spread_over_the_vocabulary():
     data = made([[1000], [50], [50]])
-    batch = data._cut("train", spec := sized(BERT, data, 102), np.zeros(400, int), np.full(400, 1000))
+    rows = np.zeros(400, int)
+    batch = data._cut("train", spec := sized(BERT, data, 102), rows, rows, np.full(400, 1000))
     draws = np.random.default_rng(0).random((3, 400, 102))
     draws[0], draws[1] = 0.0, 0.85  # choose all, replace all
     tokens = data._mask(batch, draws)["tokens"][:, 1:-1]
