@@ -2,6 +2,8 @@
 
 Differs from the reference: check_device, to_arrays: `arrays` finds the device and takes a batch there.
 Differs from the reference: Model.leaves, Model.backward: the optimizer works on tensors, and the results are arrays.
+Differs from the reference: Model.loss, Model.spread, Trainer.averages, Trainer.rest, Trainer.load_rest,
+Trainer.is_finite, Trainer.save_shares, Trainer.load_shares, Trainer.shares: processes may share them.
 
 Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 """
@@ -9,7 +11,7 @@ Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -481,6 +483,7 @@ class Trainer:
             for name, x in model.leaves().items():
                 x.requires_grad_(name in chosen)
             model.spread(step.sharding)
+        self.shared = model.sharded  # whether each of several processes has a share of the state
         self.leaves = {name: x for name, x in model.leaves().items() if name in chosen}
         shares = {name: distributed.own(x) for name, x in self.leaves.items()}
         self.adam = AdamW(shares, optim, partial(distributed.sum_squares, like=self.leaves))
@@ -557,6 +560,11 @@ class Trainer:
         distributed.load_shares(folder, self.shares())
         self.load_rest(rest)
 
+    def is_finite(self) -> bool:
+        """Whether all numbers are that this process has of parameters and state."""
+        tensors = [distributed.own(value) for value in self.shares().values()]
+        return all(bool(torch.isfinite(x).all()) for x in (*tensors, *self.model.learned.values()))
+
     def shares(self) -> dict[str, Tensor]:
         """Parameters and averages by the names that they are saved under."""
         return {name: value.detach() for name, value in self.model.weights.items()} | self.averages()
@@ -572,10 +580,32 @@ def processes() -> tuple[int, int]:
     return distributed.processes()
 
 
+def join(device: str) -> AbstractContextManager[None]:
+    """Within it the processes that torchrun started know each other. Raises ConnectionError where one is lost."""
+    return distributed.join(find_device(device))
+
+
+def agree(values: Sequence[float]) -> list[float]:
+    """The largest of all processes' values, place by place, in all of them: each has to ask."""
+    return distributed.agree(values)
+
+
 def peak_memory(device: str) -> int | None:
     """Bytes that tensors have taken at most on a CUDA device so far; None on a CPU."""
     place = find_device(device)
     return torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None
 
 
-__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "peak_memory", "processes", "threads"]
+__all__ = [
+    "DTYPES",
+    "Batch",
+    "IntegerModel",
+    "Model",
+    "Trainer",
+    "agree",
+    "check_machine",
+    "join",
+    "peak_memory",
+    "processes",
+    "threads",
+]

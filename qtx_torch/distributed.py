@@ -2,17 +2,17 @@
 
 Not in the reference: it is one process.
 
-Every process does the same steps on rows of its own of each batch, and evaluates the same batches; what decides where it
-goes on is either equal in all of them or agreed upon (`agree`). Sums are sums, not means: a loss is divided by the
-number of targets in the whole batch before its gradient is taken. Objects travel as JSON, numbers as tensors; what
-torch.distributed.checkpoint sends between the processes is its own.
+Every process does the same steps on rows of its own of each batch, and evaluates the same batches; what decides where
+it goes on is either equal in all of them or agreed upon (`agree`). Sums are sums, not means: a loss is divided by the
+number of targets in the whole batch before its gradient is taken. What travels is tensors; what else
+torch.distributed.checkpoint sends from one process to another is its own.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -50,7 +50,8 @@ def join(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     with turn_losses(rank, count):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        with end_at_once():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         pulse = Pulse(rank, count)
         try:
             yield
@@ -63,6 +64,19 @@ def join(device: torch.device) -> Iterator[None]:
                 dist.destroy_process_group()
             else:  # which could wait for the one that is lost
                 end_later()
+
+
+@contextmanager
+def end_at_once() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process: Python's handlers would wait until the others have come."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -112,7 +126,7 @@ class Pulse:
         """Beats and listens until it is stopped."""
         keys = [self.key(other) for other in range(self.count)]
         beats = 0
-        heard: list[bytes] = []
+        heard = [b""] * self.count
         since = [time.monotonic()] * self.count
         while not self.stopped.wait(self.beat):
             beats += 1
@@ -122,7 +136,7 @@ class Pulse:
             except RuntimeError:  # the store has gone, with the process that kept it
                 fresh = heard
             now = time.monotonic()
-            since = [now if new != old else then for new, old, then in zip(fresh, heard or [b""] * self.count, since)]
+            since = [now if new != old else then for new, old, then in zip(fresh, heard, since, strict=True)]
             heard = fresh
             if now - min(since) > self.lost and not self.stopped.is_set():
                 self.end(say_lost(self.rank, self.count))
@@ -138,30 +152,12 @@ class Pulse:
         self.stopped.set()
 
 
-# --- numbers and objects ----------------------------------------------------------------------------------------------
-
-
-def barrier() -> None:
-    """Waits for all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def agree(values: Sequence[float]) -> list[float]:
     """The largest of all processes' values, place by place."""
     return _reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
-
-
-def broadcast(value: Any) -> Any:
-    """Process 0's JSON value, in all of them."""
-    if not dist.is_initialized():
-        return value
-    content = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-    size = torch.tensor([len(content)])
-    dist.broadcast(size, 0)
-    content = content if processes()[0] == 0 else torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(content, 0)
-    return json.loads(bytes(content.tolist()))
 
 
 def add(value: Tensor) -> Tensor:
@@ -322,8 +318,6 @@ def turn_failures() -> Iterator[None]:
 __all__ = [
     "add",
     "agree",
-    "barrier",
-    "broadcast",
     "copy_whole",
     "gather",
     "hold_back",

@@ -60,8 +60,9 @@ def pretrain(request: PretrainRequest) -> Checkpoint:
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
-    make_machine(request.run).check()
-    with claim(request.path, request.resume):
+    machine = make_machine(request.run)
+    machine.check()
+    with machine.join(), claim(request.path, request.resume, machine):
         init = request.run.get("init")
         return begin(request) if init is None else go_on(request, Path(init))
 
@@ -74,7 +75,8 @@ def begin(request: PretrainRequest) -> Checkpoint:
     check_run(request.path, spec, optim, machine, run.get("quant.train"))
     data = load_data(make_data(run), spec)
     whole = make_train(run, fit_vocabulary(spec, data), optim)
-    write_beside(request.out / RUN_FILE, write_run(resolve(run)).encode())
+    if machine.is_first:
+        write_beside(request.out / RUN_FILE, write_run(resolve(run)).encode())
     return train(whole, data, request.path, machine, resume=request.resume, label=request.label)
 
 
@@ -92,6 +94,7 @@ def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
     for split in ("evaluation", "calibration"):
         splits.refuse_overlap(meta, data, split)
     whole = make_train(run, spec, optim, origin.sha256)
-    write_beside(request.out / RUN_FILE, write_run(resolve(run)).encode())
+    if machine.is_first:
+        write_beside(request.out / RUN_FILE, write_run(resolve(run)).encode())
     start = Start(params, origin.describe())
     return train(whole, data, request.path, machine, resume=request.resume, label=request.label, start=start)
