@@ -73,8 +73,9 @@ def pretrain(request: PretrainRequest) -> Checkpoint:
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
-    make_machine(request.run).check()
-    with claim(request.path, request.resume):
+    machine = make_machine(request.run)
+    machine.check()
+    with machine.join(), claim(request.path, request.resume, machine):
         init = request.run.get("init")
         return begin(request) if init is None else go_on(request, Path(init))
 
@@ -114,8 +115,13 @@ def complete(
     """Trains, and leaves the run's file: before the first step, or where a run goes on, once it has."""
     path, content = request.out / RUN_FILE, write_run(resolve(request.run)).encode()
     check_replaceable(path, RUN)
+
+    def leave_file() -> None:
+        if machine.is_first:
+            write_beside(path, content)
+
     if not request.path.exists():
-        write_beside(path, content)
+        leave_file()
     try:
         checkpoint = train(
             whole,
@@ -128,7 +134,7 @@ def complete(
             start=start,
         )
     except Interrupted:
-        write_beside(path, content)
+        leave_file()
         raise
-    write_beside(path, content)
+    leave_file()
     return checkpoint
