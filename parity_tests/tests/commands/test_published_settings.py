@@ -10,7 +10,7 @@ from parity_tests.published_settings import RUNS, write_page
 from qtx.jobs.resolving import make_model
 from qtx.runs.keys import TABLES, count_steps, find_key
 from qtx.runs.reading import RunSpec, make_run, open_run
-from qtx_ref.presets import attention
+from qtx_ref.presets import attention, preset
 
 PAGE = Path(__file__).parents[3] / "docs" / "published-settings.md"
 EVERY = [(name, one) for name, settings in RUNS.items() for one in settings]
@@ -49,6 +49,12 @@ def list_differences(name: str, run: RunSpec) -> dict[str, object]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_comes_with_qtx_has_the_published_values(name):
     assert list_differences(name, open_run(name)) == {}
+
+
+@pytest.mark.parametrize("name", ["paper-opt-125m", "paper-opt-350m", "paper-opt-1.3b"])
+def test_a_run_builds_the_shape_that_is_held_to_transformers(name):
+    """As `test_published_start` does with the preset."""
+    assert make_model(open_run(name)) == preset(name)
 
 
 def test_another_value_is_found():
