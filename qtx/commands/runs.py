@@ -20,9 +20,9 @@ from .run_options import FILE
 @click.option("--keys", is_flag=True, help="Every key that a run may have: what it takes, its default, what it is.")
 @click.option("--set", "said", multiple=True, metavar="KEY=VALUE", help="With --resolved: as qtx train takes it.")
 def runs_command(name: str | None, resolved: bool, keys: bool, said: tuple[str, ...]) -> None:
-    """Print a published run as a file, each line with its source; without a name, which there are.
+    """Print a published run as a file.
 
-    `qtx runs paper-opt-125m > run.toml`, and `qtx train run.toml` trains it.
+    Each line has its source; without a name, which runs there are. `qtx runs paper-opt-125m > run.toml`, and `qtx train run.toml` trains it.
     """
     if keys:
         if name or resolved or said:
