@@ -22,6 +22,7 @@ MODULES = {
         "mirror.integer",
         "mirror.values",
         "mirror.steps",
+        "mirror.accumulation",
         "mirror.gradients",
     ),
 }

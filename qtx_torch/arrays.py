@@ -57,6 +57,6 @@ def find_device(name: str) -> torch.device:
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    """A copy; bfloat16, which NumPy does not have, as float32."""
+    """A copy; bfloat16, which NumPy does not have, and float16 as float32."""
     x = x.detach()
-    return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy().copy()
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).cpu().numpy().copy()

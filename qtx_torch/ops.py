@@ -65,7 +65,7 @@ def scale(x: Tensor, factor: float) -> Tensor:
 
 
 def divide(x: Tensor, divisor: Tensor) -> Tensor:
-    """y = x / d, d of x's last axis, in x's dtype (bfloat16: by the float32 d, then rounded)."""
+    """y = x / d, d of x's last axis, in x's dtype (16 bits: by the float32 d, then rounded)."""
     return (x / divisor).to(x.dtype)
 
 
@@ -76,7 +76,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     log2 n rounds of sums and differences (Fino and Algazi 1976), in one order, then times 1 / sqrt(n): the same bits
     everywhere.
     """
-    y, half = x.float() if x.dtype == torch.bfloat16 else x, 1
+    y, half = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, 1
     while half < block:
         y = y.reshape(-1, 2, half)  # (pairs, 2, half)
         y = torch.stack([y[:, 0] + y[:, 1], y[:, 0] - y[:, 1]], dim=1)

@@ -6,7 +6,9 @@ functions.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qtx_ref.spec import Gate, ModelSpec, Softmax
 
@@ -69,8 +71,15 @@ class Block(nn.Module):
         self.spec = spec
         self.attn = Attention(spec)
         self.ffn = FeedForward(spec)
+        self.recompute = False  # what lies within a block is not kept for the gradient, but computed again
 
     def forward(self, nx: Float, x: Tensor, mask: Mask, past: Cache | None = None) -> tuple[Tensor, Cache]:
+        """x (B, T, D) -> (B, T, D), and the keys and values so far."""
+        if self.recompute and torch.is_grad_enabled():  # no state of a generator is kept: draws have addresses
+            return checkpoint(self.compute, nx, x, mask, past, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(nx, x, mask, past)
+
+    def compute(self, nx: Float, x: Tensor, mask: Mask, past: Cache | None) -> tuple[Tensor, Cache]:
         """Pre-norm: x + f(norm(x)), twice. Post-norm: norm(x + f(x)), twice."""
         spec, attn, ffn = self.spec, self.attn, self.ffn
         h = nx.norm(attn.norm, x, spec.norm_eps) if spec.pre_norm else x

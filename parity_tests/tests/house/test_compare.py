@@ -301,6 +301,11 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     ),
     "a loss over all tokens": ("torch", "models/bert_sink", replaced(qtx_torch.models, "cross_entropy", scaled_loss)),
     "another Philox": ("torch", "random/philox", replaced(qtx_torch.random, "WEYL", lambda w: (w[1], w[0]))),
+    "a part that draws as if it were the first": (
+        "torch",
+        "accumulation/bert_plain_dropout_0.1_gradients",
+        replaced(qtx_torch.random, "keep_mask", lambda keep: lambda *given: keep(*given[:5], 0)),
+    ),
     "another dropout": (
         "torch",
         "models/vit_plain_dropout",

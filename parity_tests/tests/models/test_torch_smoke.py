@@ -330,8 +330,8 @@ def test_refusals_name_the_value() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SpecError, match="'cuda' but torch finds no CUDA device; use --device cpu"):
             backend.Model(spec, params, device="cuda")
-    with pytest.raises(SpecError, match="'float16'"):
-        backend.Model(spec, params, dtype="float16")
+    with pytest.raises(SpecError, match="'int8'"):
+        backend.Model(spec, params, dtype="int8")
     model = backend.Model(spec, params)
     with pytest.raises(SpecError, match="layer.9.attn.query"):
         model.bind({"layer.9.attn.query": QuantSpec(dynamic=True)}, {})

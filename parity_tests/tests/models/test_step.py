@@ -1,0 +1,197 @@
+"""How a step is computed: in parts, in float16, with blocks computed again, compiled, in a fixed order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import qtx_ref.backend
+import qtx_torch.backend
+from parity_tests.subjects import small_models
+from qtx.prepare.calibration import bind
+from qtx.recipes.named import training_recipe
+from qtx_ref.spec import PLAIN_STEP, ObserverKind, ObserverSpec, OptimSpec, QuantSpec, Sharding, SpecError, StepSpec
+from qtx_torch.numerics import Float
+from qtx_torch.step import LossScale
+
+OPTIM = OptimSpec(lr=1e-3, warmup=5, steps=100)
+RUNNING = QuantSpec(observer=ObserverSpec(ObserverKind.RUNNING))  # a batch seen twice moves the mean twice
+BACKENDS = {"ref": qtx_ref.backend, "torch": qtx_torch.backend}
+
+
+Trainer = qtx_torch.backend.Trainer
+
+
+def make_trainer(name: str, step: StepSpec = PLAIN_STEP, rate: float = 0.1, dtype: str = "float32") -> Trainer:
+    small = small_models.build(name)
+    spec = replace(small.spec, dropout=rate, attention_dropout=rate)
+    trainer = Trainer(qtx_torch.backend.Model(spec, small.params, dtype=dtype), OPTIM, seed=1, step=step)
+    if trainer.scale:
+        trainer.scale.value = 2.0**10  # the gradients of these parameters are above 1
+    return trainer
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_a_part_without_targets_has_no_loss(kind):
+    """Two rows of four ask nothing: the loss is that of the other two, and so is each gradient."""
+    small = small_models.build("bert_plain", 4)
+    batch = small.batch | {"targets": np.where(np.arange(4)[:, None] < 2, small.batch["targets"], -1)}
+    model = BACKENDS[kind].Model(small.spec, small.params, dtype="float64")
+    want_loss, want = model.gradients({key: value[:2] for key, value in batch.items()})
+    loss, grads = model.gradients(batch, accumulate=2)
+    assert loss == want_loss
+    for key, value in want.items():
+        np.testing.assert_array_equal(grads[key], value)
+    with pytest.raises(ValueError, match="no target"):
+        model.gradients(batch | {"targets": np.full_like(batch["targets"], -1)}, accumulate=2)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_refused_parts(kind):
+    small = small_models.build("opt_plain", 4)
+    trainer = BACKENDS[kind].Trainer(BACKENDS[kind].Model(small.spec, small.params), OPTIM, step=StepSpec(accumulate=3))
+    with pytest.raises(SpecError, match="step accumulate is 3: a batch of 4 rows"):
+        trainer.step(small.batch)
+    with pytest.raises(SpecError, match="rows 4 to 8 of a batch of 8: one process computes the whole batch"):
+        trainer.step(small.batch, first=4, total=8)
+    with pytest.raises(SpecError, match="step accumulate"):
+        StepSpec(accumulate=0)
+
+
+@pytest.mark.parametrize("field", [{"recompute": True}, {"compiled": True}, {"sharding": Sharding.FULL}], ids=str)
+def test_the_reference_computes_a_step_in_one_way(field):
+    small = small_models.build("opt_plain")
+    model = qtx_ref.backend.Model(small.spec, small.params)
+    (name, value), *_ = field.items()
+    with pytest.raises(SpecError, match=f"step {name} is {value}: .*use --backend torch"):
+        qtx_ref.backend.Trainer(model, OPTIM, step=StepSpec(**field))
+    qtx_ref.backend.Trainer(model, OPTIM, step=StepSpec(accumulate=3, deterministic=True)).step(small.batch)
+
+
+# --- float16 ----------------------------------------------------------------------------------------------------------
+
+
+def test_loss_scale_is_that_of_torch(monkeypatch):
+    """Beside torch's own over 400 steps, of which some overflow; growth after 20 here."""
+    monkeypatch.setattr("qtx_torch.step.PATIENCE", 20)
+    theirs, ours = torch.amp.GradScaler("cpu", growth_interval=20), LossScale()
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        overflow = rng.uniform() < 0.04
+        theirs.scale(torch.zeros(()))  # torch makes its scale where it is first used
+        weight.grad = torch.tensor([1.0, np.inf if overflow else 1.0])
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(np.inf if overflow else 1.0)
+        assert ours.value == theirs.get_scale()
+    assert ours.value != 2.0**16
+
+
+def test_float16_trains_and_its_norm_is_of_the_loss_itself():
+    half, full = make_trainer("bert_plain", dtype="float16"), make_trainer("bert_plain")
+    batch = small_models.build("bert_plain").batch
+    losses = [(half.step(batch), full.step(batch)) for _ in range(8)]
+    for got, want in losses:
+        np.testing.assert_allclose(got, want, rtol=2e-2)  # 11 bits through two layers, with parameters far from quiet
+    assert losses[-1][0][0] < losses[0][0][0]
+    assert all(value.dtype == np.float32 for value in half.model.params().values())
+    assert half.scale == LossScale(2.0**10, good=8)
+
+
+def test_a_step_that_overflows_is_skipped_and_counts():
+    """Nothing but the count and the scale changes; the next step has the rate and the draws of its own number, and the
+    averages' t of the steps that were taken. Resumed from where it stands, it gives the same bits."""
+    batch = small_models.build("opt_plain").batch
+    trainer, straight = make_trainer("opt_plain", dtype="float16"), make_trainer("opt_plain", dtype="float16")
+    trainer.scale.value = 2.0**40
+    before = trainer.model.params() | trainer.state()
+    loss, norm = trainer.step(batch)
+    after = trainer.model.params() | trainer.state()
+    assert loss == straight.step(batch)[0] and not np.isfinite(norm)
+    changed = {key for key, value in after.items() if not np.array_equal(value, before[key])}
+    assert changed == {"optim.step", "optim.skipped", "optim.loss_scale"}
+    assert (trainer.adam.count, trainer.adam.skipped, trainer.scale) == (1, 1, LossScale(2.0**39))
+    trainer.scale.value = 2.0**10
+    trainer.step(batch)
+    resumed = make_trainer("opt_plain", dtype="float16")
+    resumed.model = qtx_torch.backend.Model(trainer.model.spec, trainer.model.params(), dtype="float16")
+    resumed = qtx_torch.backend.Trainer(resumed.model, OPTIM, seed=1)
+    resumed.load_state(trainer.state())
+    assert [resumed.step(batch) for _ in range(3)] == [trainer.step(batch) for _ in range(3)]
+    for key, value in (trainer.model.params() | trainer.state()).items():
+        np.testing.assert_array_equal((resumed.model.params() | resumed.state())[key], value)
+    # AdamW's first update moves each parameter by about the rate, here that of step 1, whatever was skipped before
+    first = make_trainer("opt_plain", dtype="float16")
+    first.adam.skipped, first.adam.count = 1, 1
+    was = first.model.params()
+    first.step(batch)
+    moved = max(np.abs(value - was[key]).max() for key, value in first.model.params().items())
+    assert moved == pytest.approx(2 / 5 * 1e-3, rel=0.1)  # decay moves the largest a little more
+
+
+def test_at_scale_1_a_step_is_taken_as_in_float32():
+    """What overflows still is no matter of scale: the run diverges, and is seen to."""
+    batch = small_models.build("bert_plain").batch
+    trainer = make_trainer("bert_plain", dtype="float16")
+    trainer.scale.value = 1.0
+    with torch.no_grad():
+        trainer.model.weights["layer.0.ffn.output.weight"].fill_(1e30)
+    assert not np.isfinite(trainer.step(batch)[0])
+    assert trainer.scale == LossScale(1.0) and trainer.adam.skipped == 0
+
+
+# --- recomputation ----------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(trainer: Trainer, batch: dict[str, np.ndarray]) -> int:
+    """What autograd keeps between a forward and a backward pass, each storage once, without parameters."""
+    own = {value.untyped_storage().data_ptr() for value in trainer.model.leaves().values()}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        inputs = trainer.model.accept(batch)
+        logits = trainer.model.compute(Float(training=True, seed=1), inputs)
+        total = sum(kept.values())
+    del logits
+    return total
+
+
+@pytest.mark.parametrize("name", ["bert_clipped_alpha", "opt_plain", "vit_gate_mlp"])
+@pytest.mark.parametrize("recipe", ["float", "w8a8"])
+def test_recomputation_changes_no_bit_and_keeps_less(name, recipe):
+    small = small_models.build(name, 8)
+    plain, again = make_trainer(name), make_trainer(name, StepSpec(recompute=True))
+    for trainer in (plain, again):
+        if recipe != "float":
+            bind(trainer.model, training_recipe(recipe, trainer.model.spec), {})
+    for _ in range(3):
+        assert plain.step(small.batch) == again.step(small.batch)
+    for key, value in plain.model.params().items():
+        np.testing.assert_array_equal(again.model.params()[key], value)
+    assert saved_bytes(again, small.batch) < 0.5 * saved_bytes(plain, small.batch)
+
+
+def test_what_looks_at_tensors_sees_each_once():
+    """Statistics and calibration are passes of their own, without gradients, in which nothing is computed again."""
+    plain, again = make_trainer("bert_plain"), make_trainer("bert_plain", StepSpec(recompute=True))
+    batch, quants = small_models.build("bert_plain").batch, {"layer.0.ffn.hidden": RUNNING}
+    calls: list[str] = []
+    again.model._show(batch, ["layer.0.ffn.hidden"], lambda site, x, where: calls.append(site))
+    assert calls == ["layer.0.ffn.hidden"]
+    batches = [small_models.make_batch(plain.model.spec, size) for size in (3, 4, 5)]
+    want, got = (t.model.calibrate(batches, quants) for t in (plain, again))
+    assert got["layer.0.ffn.hidden"] == want["layer.0.ffn.hidden"]
