@@ -49,6 +49,8 @@ def train_command(
     Leaves OUT/model.safetensors, and OUT/run.toml, the whole run. A run that was stopped, with --stop or by a signal,
     goes on with --resume; what then may differ, and what is kept of it, is said in docs/guide.md.
     """
+    if run.grids:
+        say(f"one run, without its grids of {', '.join(run.grids)}: qtx study trains them all", "-")
     request = PretrainRequest(out=out, run=run, resume=resume, change=change, move=move)
     checkpoint = pretrain(request)
     curve = checkpoint.extra["history.loss"]
