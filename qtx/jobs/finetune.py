@@ -76,7 +76,7 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
     if source is None:
         raise SpecError("data.sources is not said: name the labelled data with --data")
     machine.check()
-    with claim(path, request.resume):
+    with claim(path, request.resume, machine):
         origin = open_origin(request.checkpoint)
         rate = run.get("optim.lr", HEAD_LR if request.head_only else FULL_LR)
         optim = OptimSpec(lr=rate, only=("head.",) if request.head_only else run.get("optim.only", ()))
