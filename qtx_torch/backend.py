@@ -53,7 +53,7 @@ from .numerics import (
 from .optim import AdamW
 from .quant import quantizer
 from .sites import attach, slots, swap_hooks, swap_transforms, transform
-from .step import LossScale
+from .step import LossScale, check_deterministic, compile_forward, fixed_order
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
@@ -180,11 +180,12 @@ class Model:
         first: int = 0,
         count: int | None = None,
         scale: float = 1.0,
+        forward: Callable[[Float, Mapping[str, Tensor | None]], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`gradients` of what `accept` gave, as tensors; zeros where the loss does not depend on a parameter.
 
         make: the numerics of a part, called with its `first_row`. inputs: rows `first` on of a global batch that has
-        `count` targets; None: all of it. The gradients are of `scale` times the loss.
+        `count` targets; None: all of it. The gradients are of `scale` times the loss. forward: in place of `compute`.
         """
         leaves = self.leaves()
         for name, value in leaves.items():
@@ -194,7 +195,8 @@ class Model:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for rows in divide_rows(len(models.asked(inputs)), accumulate):
             part = {name: None if x is None else x[rows] for name, x in inputs.items()}
-            loss = models.loss(self.compute(make(first_row=first + rows.start), part), part, count)
+            logits = (forward or self.compute)(make(first_row=first + rows.start), part)
+            loss = models.loss(logits, part, count)
             loss.backward(torch.full_like(loss, scale))  # adds to each `grad`
             total += loss.detach()
         wanted = {name: value for name, value in leaves.items() if value.requires_grad}
@@ -425,6 +427,13 @@ def check_bound(site: str, range: Range, spec: Quant) -> None:
         raise SpecError(f"site {site}: {error}") from None
 
 
+def choose_device(name: str) -> str:
+    """What `auto` stands for: cuda where torch finds a device, else the cpu; any other name as it is."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_machine(device: str, dtype: str) -> None:
     """Raises SpecError for a device that is not there, or a dtype that is not one of DTYPES."""
     find_device(device)
@@ -437,7 +446,10 @@ class Trainer:
     whose gradients overflow is skipped: its batch, its rate and its draws are used up."""
 
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
-        """Raises SpecError where the optimizer's `only` names no parameter."""
+        """Raises SpecError where the optimizer's `only` names no parameter, and where the device gives no deterministic
+        step as things are."""
+        if step.deterministic:
+            check_deterministic(model.device)
         self.model = model
         self.seed = seed
         self.spec = step
@@ -448,6 +460,7 @@ class Trainer:
         self.scale = LossScale() if model.dtype == "float16" else None
         for block in model.net.layer:
             block.recompute = step.recompute
+        self.forward = compile_forward(model.compute) if step.compiled else model.compute
 
     def step(self, batch: Batch, *, first: int = 0, total: int | None = None) -> tuple[float, float]:
         """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping,
@@ -458,15 +471,28 @@ class Trainer:
         """
         inputs = self.model.accept(batch)
         check_rows(len(models.asked(inputs)), first, total)
-        make = partial(Float, training=True, seed=self.seed, step=self.adam.count)
         scale = self.scale.value if self.scale else 1.0
-        loss, grads = self.model.backward(
-            inputs, make, self.adam.params, accumulate=self.spec.accumulate, first=first, scale=scale
-        )
-        value, norm = loss.item(), self.adam.step(grads, scale)
+        with fixed_order(self.spec.deterministic):
+            loss, grads = self.model.backward(
+                inputs,
+                self._numerics,
+                self.adam.params,
+                accumulate=self.spec.accumulate,
+                first=first,
+                scale=scale,
+                forward=self.forward,
+            )
+            value, norm = loss.item(), self.adam.step(grads, scale)
         if self.scale:
             self.scale.update(norm)
         return value, norm
+
+    def _numerics(self, first_row: int) -> Float:
+        """The numerics of a part of this step; numbers that differ by step and part are no constants of a graph."""
+        numbers = {"step": self.adam.count, "first_row": first_row}
+        if self.spec.compiled:
+            numbers = {name: torch.tensor(number, device=self.model.device) for name, number in numbers.items()}
+        return Float(training=True, seed=self.seed, **numbers)
 
     def state(self) -> Arrays:
         """All that a resumed run needs beside the parameters: `optim.m.<name>`, `optim.v.<name>`, `optim.step`, and
@@ -500,4 +526,4 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "threads"]
+__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "choose_device", "threads"]

@@ -45,9 +45,12 @@ ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh
 
 class Float:
     """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element), elements being counted in
-    the whole batch: `first_row` is there the first row of what is computed."""
+    the whole batch: `first_row` is there the first row of what is computed. A compiled pass takes step and first row as
+    tensors, int64 without axes."""
 
-    def __init__(self, *, training: bool = False, seed: int = 0, step: int = 0, first_row: int = 0) -> None:
+    def __init__(
+        self, *, training: bool = False, seed: int = 0, step: int | Tensor = 0, first_row: int | Tensor = 0
+    ) -> None:
         self.training = training
         self.seed = seed
         self.step = step
@@ -133,8 +136,7 @@ class Float:
         if not self.training or rate == 0:
             return x
         first = self.first_row * math.prod(x.shape[1:])
-        with x.device:
-            keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate, first)
+        keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate, first, x.device)
         return ops.mul(x, keep.to(x.dtype).mul_(1 / (1 - rate)))
 
     def softmax(self, module: SiteModule, scores: Tensor, mask: Mask, spec: AttentionSpec) -> Tensor:
