@@ -23,6 +23,7 @@ MODULES = {
         "mirror.values",
         "mirror.steps",
         "mirror.accumulation",
+        "mirror.gradients",
     ),
 }
 DTYPES = {"ref": ("float32",), "torch": ("float32", "bfloat16")}

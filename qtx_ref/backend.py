@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from .spec import (
     PLAIN_STEP,
     READ,
     Gate,
+    Gradients,
     InputTransform,
     ModelSpec,
     OptimSpec,
@@ -41,6 +43,7 @@ from .spec import (
     check_rows,
     check_tokens,
     divide_rows,
+    read_processes,
     trains,
 )
 from .tape import Var, backward, const, leaf
@@ -52,11 +55,15 @@ __all__ = [
     "IntegerModel",
     "Model",
     "Trainer",
+    "agree",
     "check_bound",
     "check_device",
     "check_machine",
     "choose_device",
     "init_params",
+    "join",
+    "peak_memory",
+    "processes",
     "shapes",
     "threads",
     "to_arrays",
@@ -87,6 +94,7 @@ class Model:
         self.learned: Arrays = {}
         self.masked_scores = False
         self.transforms: dict[str, InputTransform] = {}
+        self.gradient_quants: Gradients | None = None
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
@@ -103,9 +111,11 @@ class Model:
         *,
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
-        weights are made for them: float passes (`record`, `statistics`, ...) have them too.
+        weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
+        passes quantize.
 
         Raises SpecError for a static site without a range, and for a scale or zero point that no quantizer has.
         """
@@ -115,7 +125,7 @@ class Model:
             if not spec.dynamic:
                 check_bound(site, ranges[site], spec)
         self.quants, self.fixed, self.masked_scores = dict(quants), dict(ranges), masked_scores
-        self.transforms = dict(transforms or {})
+        self.transforms, self.gradient_quants = dict(transforms or {}), gradients
         self.learned = {}
         for site, spec in quants.items():
             if spec.learned:
@@ -169,7 +179,8 @@ class Model:
         count, total = models.count_targets(inputs), 0.0
         for rows in divide_rows(len(models.asked(inputs)), accumulate):
             part = {name: x[rows] for name, x in inputs.items()}
-            nx = self._numerics(given, training=training, seed=seed, step=step, first_row=rows.start)
+            at = {"seed": seed, "step": step, "first_row": rows.start}
+            nx = self._numerics(given, training=training, gradients=self.gradient_quants, **at)
             nx.load(given)
             loss = models.loss(models.forward(nx, self.spec, part), part, count)
             total += float(loss.value)
@@ -416,14 +427,19 @@ def choose_device(name: str) -> str:
 
 
 def check_machine(device: str, dtype: str) -> None:
-    """Raises SpecError for a device other than cpu, or a dtype that the reference does not compute in."""
+    """Raises SpecError for a device other than cpu, for a dtype that the reference does not compute in, and where it is
+    one of several processes."""
     check_device(device)
+    if (count := read_processes()[1]) > 1:
+        raise SpecError(f"torchrun started {count} processes: the reference trains in one; use --backend torch")
     if dtype not in DTYPES:
         raise SpecError(f"dtype is {dtype!r}: the reference computes in {' or '.join(DTYPES)}")
 
 
 class Trainer:
     """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
+
+    shared = False  # whether each of several processes has a share of the state
 
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
         """Raises SpecError where the optimizer's `only` names no parameter, and for a way to compute a step that the
@@ -477,3 +493,27 @@ def threads() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return os.cpu_count() or 1
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many train one model: (0, 1)."""
+    return 0, 1
+
+
+def join(device: str) -> AbstractContextManager[None]:
+    """Within it processes that train one model know each other: here there is one."""
+    return nullcontext()
+
+
+def agree(values: Sequence[float]) -> list[float]:
+    """The largest of all processes' values, place by place: the one's own."""
+    return list(values)
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes that arrays have taken at most on a device with memory of its own: None, for the reference has none.
+
+    Raises SpecError for a device other than cpu.
+    """
+    check_device(device)
+    return None

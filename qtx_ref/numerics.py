@@ -18,9 +18,9 @@ import numpy as np
 
 from . import ops, random
 from .attention import probabilities
-from .quant import affine, quantizer
+from .quant import affine, gradients, quantizer
 from .quant.observers import Observer
-from .spec import AttentionSpec, InputTransform, Quant, QuantSpec, Range
+from .spec import AttentionSpec, Gradients, InputTransform, Quant, QuantSpec, Range
 from .tape import V, Var, const, node
 
 __all__ = [
@@ -114,8 +114,10 @@ class Float(Numerics[Var]):
         step: int = 0,
         first_row: int = 0,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         self.transforms = transforms or {}
+        self.gradients = gradients
         self.training = training
         self.seed = seed
         self.step = step
@@ -144,6 +146,22 @@ class Float(Numerics[Var]):
     def _named(self, site: str, y: Var) -> Var:
         return self.named(site, y, self._where(y))
 
+    def backward(self, site: str) -> gradients.Backward | None:
+        """How the backward pass of a site's matmul quantizes; None where it does not."""
+        if self.gradients is None:
+            return None
+        return gradients.Backward(self.gradients, site, self.seed, self.step, self.first_row)
+
+    def _linear(self, site: str, x: Var, w: Var, bias: Var | None) -> Var:
+        how = self.backward(site)
+        return ops.linear(x, w, bias) if how is None else gradients.linear(x, w, bias, how, self._where(x))
+
+    def _matmul(
+        self, site: str, a: Var, b: Var, where_a: np.ndarray | None = None, where_b: np.ndarray | None = None
+    ) -> Var:
+        how = self.backward(site)
+        return ops.matmul(a, b) if how is None else gradients.matmul(a, b, how, where_a, where_b)
+
     # ops --------------------------------------------------------------------------------------------------------------
 
     def input(self, site: str, value: np.ndarray) -> Var:
@@ -160,7 +178,7 @@ class Float(Numerics[Var]):
             x = transform_input(x, self.transforms[site])
         x = self.operand(f"{site}.input", x, self._where(x))
         w = self.weight(f"{site}.weight", self.params[weight or f"{site}.weight"])
-        y = ops.linear(x, w, self.params.get(f"{site}.bias"))
+        y = self._linear(site, x, w, self.params.get(f"{site}.bias"))
         return self._named(site, y) if named else y
 
     def embedding(self, site: str, index: np.ndarray) -> Var:
@@ -218,12 +236,15 @@ class Float(Numerics[Var]):
         """
         heads = None if self.rows is None else self.rows[:, None, :, None]
         kt = ops.swap_last(self.operand(f"{site}.scores.rhs", k, heads))
-        scores = ops.scale(ops.matmul(self.operand(f"{site}.scores.lhs", q, heads), kt), q.shape[-1] ** -0.5)
+        q = self.operand(f"{site}.scores.lhs", q, heads)
+        columns = None if heads is None else heads.swapaxes(-1, -2)
+        scores = ops.scale(self._matmul(f"{site}.scores", q, kt, heads, columns), q.shape[-1] ** -0.5)
         scores = self.named(f"{site}.scores", scores, self._pairs(mask))
         probs = self.softmax(f"{site}.probs", scores, mask, spec)
         probs = self.dropout(f"{site}.probs", probs, rate)
         probs = self.operand(f"{site}.context.lhs", probs, self._pairs(mask))
-        context = ops.matmul(probs, self.operand(f"{site}.context.rhs", v, heads))  # (B, H, Tq, K)
+        v = self.operand(f"{site}.context.rhs", v, heads)
+        context = self._matmul(f"{site}.context", probs, v, self._pairs(mask), heads)  # (B, H, Tq, K)
         return self._named(f"{site}.context", ops.merge_heads(context))
 
     def _pairs(self, mask: np.ndarray) -> np.ndarray:

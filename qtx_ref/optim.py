@@ -12,25 +12,26 @@ __all__ = ["AdamW", "clip_by_norm", "learning_rate"]
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up from lr / warmup, then the schedule, which reaches 0 after the
-    last."""
+    """The rate of step 0, 1, ...: linear warm-up from lr / warmup or from 0, then the schedule, which reaches 0 after
+    the last step (the formulas of transformers' schedules, to the bit with `first_rate_zero`)."""
     if step < spec.warmup:
-        return spec.lr * (step + 1) / spec.warmup
-    done = (step - spec.warmup) / max(1, spec.steps - spec.warmup)
+        return spec.lr * ((step if spec.first_rate_zero else step + 1) / spec.warmup)
+    length = max(1, spec.steps - spec.warmup)
     if spec.schedule is Schedule.LINEAR:
-        return spec.lr * max(0.0, 1 - done)
+        return spec.lr * max(0.0, (spec.steps - step) / length)
     if spec.schedule is Schedule.COSINE:
-        return spec.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return spec.lr * (0.5 * (1 + math.cos(math.pi * min(1.0, (step - spec.warmup) / length))))
     return spec.lr
 
 
 def clip_by_norm(grads: dict[str, np.ndarray], limit: float) -> tuple[dict[str, np.ndarray], float]:
     """Gradients by name, of any shape, scaled so that their joint 2-norm is at most `limit` (0: as they are) in their
-    own dtype, and the norm before; sums in float64 (Pascanu et al. 2013, algorithm 1, with 1e-6 beside the norm)."""
+    own dtype, and the norm before; sums in float64 (Pascanu et al. 2013, algorithm 1, with 1e-6 beside the norm as in
+    torch's `clip_grad_norm_`)."""
     norm = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in grads.values()))
-    if limit == 0 or norm <= limit:
-        return grads, norm
     factor = limit / (norm + 1e-6)
+    if limit == 0 or factor >= 1:
+        return grads, norm
     return {name: g * g.dtype.type(factor) for name, g in grads.items()}, norm
 
 
@@ -61,7 +62,7 @@ class AdamW:
             m += (g - m) * kind(1 - s.beta1)
             v *= kind(s.beta2)
             v += g * g * kind(1 - s.beta2)
-            if decays(name, s):
+            if decays(name, self.params, s):
                 w *= kind(1 - lr * s.weight_decay)
             w -= kind(lr / first) * m / (np.sqrt(v) / kind(math.sqrt(second)) + kind(s.eps))
         return norm

@@ -1,7 +1,8 @@
 """Named model shapes and attentions.
 
 Published shapes: BERT-base (Devlin et al. 2019), OPT (Zhang et al. 2022, as released), ViT-S/16 (Dosovitskiy et al.
-2021, Touvron et al. 2021). The `-tiny` ones train on two cores; their data set fixes vocabulary or image size.
+2021, Touvron et al. 2021). `paper-*` are the OPTs that Bondarenko et al. 2023 trained, with their start. The `-tiny`
+ones train on two cores; their data set fixes vocabulary or image size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .spec import (
     ModelSpec,
     Softmax,
     SpecError,
+    Start,
 )
 
 __all__ = ["GATES", "PRESETS", "SOFTMAXES", "attention", "preset", "shrink_text"]
@@ -53,6 +55,9 @@ OPT_125M = ModelSpec(
     length=2048,
     position_offset=2,
 )
+# What the published code of Bondarenko et al. 2023 builds: transformers' default OPT configuration, whose token
+# embedding stays 768 wide, with width, heads, layers, hidden units and positions set afterwards (model_configs/*.yaml).
+PAPER_OPT_125M = replace(OPT_125M, length=512, start=Start.PUBLISHED, init_output_scaled=False)
 VIT_S16 = ModelSpec(
     family=Family.VIT,
     layers=12,
@@ -84,6 +89,13 @@ PRESETS: dict[str, ModelSpec] = {
         OPT_125M, layers=24, width=1024, heads=16, hidden=4096, embed_width=512, pre_norm=False, final_norm=False
     ),
     "opt-1.3b": replace(OPT_125M, layers=24, width=2048, heads=32, hidden=8192),
+    "paper-opt-125m": PAPER_OPT_125M,
+    "paper-opt-350m": replace(
+        PAPER_OPT_125M, layers=24, width=1024, heads=16, hidden=4096, length=1024, embed_width=768
+    ),
+    "paper-opt-1.3b": replace(
+        PAPER_OPT_125M, layers=24, width=2048, heads=32, hidden=8192, length=1024, embed_width=768
+    ),
     "vit-s16": VIT_S16,
     "bert-tiny": replace(shrink_text(BERT_BASE), attention_dropout=0.0),
     "opt-tiny": replace(shrink_text(OPT_125M), init_std=0.02, init_output_scaled=False),

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from qtx_ref.spec import (
     AttentionSpec,
     FloatQuantSpec,
+    Gradients,
     InputTransform,
     Quant,
     QuantSpec,
@@ -36,7 +37,7 @@ from qtx_ref.spec import (
 
 from . import ops, random
 from .attention import Mask, attend_fused, masked_probabilities
-from .quant import affine, quantizer
+from .quant import affine, gradients, quantizer
 from .quant.observers import Observer
 from .sites import SiteModule
 
@@ -49,8 +50,15 @@ class Float:
     tensors, int64 without axes."""
 
     def __init__(
-        self, *, training: bool = False, seed: int = 0, step: int | Tensor = 0, first_row: int | Tensor = 0
+        self,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        step: int | Tensor = 0,
+        first_row: int | Tensor = 0,
+        gradients: Gradients | None = None,
     ) -> None:
+        self.gradients = gradients
         self.training = training
         self.seed = seed
         self.step = step
@@ -79,6 +87,18 @@ class Float:
     def _named(self, module: SiteModule, y: Tensor) -> Tensor:
         return y if module.on_output is None else module.on_output(y, self._where(y))
 
+    def backward(self, module: SiteModule) -> gradients.Backward | None:
+        """How the backward pass of a site's matmul quantizes; None where it does not."""
+        if self.gradients is None:
+            return None
+        return gradients.Backward(self.gradients, module.site, self.seed, self.step, self.first_row)
+
+    def _linear(self, module: SiteModule, x: Tensor, w: Tensor) -> Tensor:
+        how = self.backward(module)
+        if how is None:
+            return ops.linear(x, w, module.bias)
+        return gradients.linear(x, w, module.bias, how, self._where(x))
+
     # ops --------------------------------------------------------------------------------------------------------------
 
     def input(self, module: SiteModule, value: Tensor) -> Tensor:
@@ -95,7 +115,7 @@ class Float:
             x = module.transform(x)
         if module.on_input is not None:
             x = module.on_input(x, self._where(x))
-        y = ops.linear(x, self._weight(module, module.weight if weight is None else weight), module.bias)
+        y = self._linear(module, x, self._weight(module, module.weight if weight is None else weight))
         return self._named(module, y) if named else y
 
     def _weight(self, module: SiteModule, w: Tensor) -> Tensor:
@@ -137,7 +157,7 @@ class Float:
             return x
         first = self.first_row * math.prod(x.shape[1:])
         keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate, first, x.device)
-        return ops.mul(x, keep.to(x.dtype).mul_(1 / (1 - rate)))
+        return ops.scale(ops.mul(x, keep), 1 / (1 - rate))  # of the mask a byte is kept for the gradient, of x nothing
 
     def softmax(self, module: SiteModule, scores: Tensor, mask: Mask, spec: AttentionSpec) -> Tensor:
         """Probabilities of scores whose masked keys are hidden; the site has the sink, if there is one."""
@@ -158,20 +178,29 @@ class Float:
         """
         s, p, c = attn.scores, attn.probs, attn.context
         unseen = all(slot is None for slot in (s.on_lhs, s.on_rhs, s.on_output, p.on_output, c.on_lhs, c.on_rhs))
-        if unseen and spec.softmax is Softmax.PLAIN and not (self.training and rate):
+        if unseen and self.gradients is None and spec.softmax is Softmax.PLAIN and not (self.training and rate):
             context = attend_fused(q, k, v, mask)
         else:
             probs = self._probs(attn, q, k, mask, spec, rate)
             probs = probs if c.on_lhs is None else c.on_lhs(probs, self._pairs(mask))
             v = v if c.on_rhs is None else c.on_rhs(v, self._heads())
-            context = ops.matmul(probs, v)  # (B, H, Tq, K)
+            how = self.backward(c)  # (B, H, Tq, Tk) (B, H, Tk, K) -> (B, H, Tq, K)
+            if how is None:
+                context = ops.matmul(probs, v)
+            else:
+                context = gradients.matmul(probs, v, how, self._pairs(mask), self._heads())
         return self._named(attn.context, ops.merge_heads(context))
 
     def _probs(self, attn: nn.Module, q: Tensor, k: Tensor, mask: Mask, spec: AttentionSpec, rate: float) -> Tensor:
         module = attn.scores
         q = q if module.on_lhs is None else module.on_lhs(q, self._heads())
         k = k if module.on_rhs is None else module.on_rhs(k, self._heads())
-        scores = ops.scores(q, k, q.shape[-1] ** -0.5)
+        factor, how, heads = q.shape[-1] ** -0.5, self.backward(module), self._heads()
+        if how is None:
+            scores = ops.scores(q, k, factor)
+        else:
+            columns = None if heads is None else heads.transpose(-1, -2)
+            scores = ops.scale(gradients.matmul(q, ops.swap_last(k), how, heads, columns), factor)
         if module.on_output is not None:
             scores = module.on_output(scores, self._pairs(mask))
             scores = mask.hide(scores)

@@ -1,11 +1,13 @@
 """AdamW with decoupled decay, clipping by global norm, and learning-rate schedules.
 
+Differs from the reference: total, add_up: each process has squares of its own shares.
 Differs from the reference: scale: losses are scaled in float16, which the reference has not.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,26 +16,35 @@ from qtx_ref.spec import OptimSpec, Schedule, decays
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up from lr / warmup, then the schedule, reaching 0 after the last
-    step."""
+    """The rate of step 0, 1, ...: linear warm-up from lr / warmup or from 0, then the schedule, which reaches 0 after
+    the last step."""
     if step < spec.warmup:
-        return spec.lr * (step + 1) / spec.warmup
-    done = (step - spec.warmup) / max(1, spec.steps - spec.warmup)
+        return spec.lr * ((step if spec.first_rate_zero else step + 1) / spec.warmup)
+    length = max(1, spec.steps - spec.warmup)
     if spec.schedule is Schedule.LINEAR:
-        return spec.lr * max(0.0, 1 - done)
+        return spec.lr * max(0.0, (spec.steps - step) / length)
     if spec.schedule is Schedule.COSINE:
-        return spec.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return spec.lr * (0.5 * (1 + math.cos(math.pi * min(1.0, (step - spec.warmup) / length))))
     return spec.lr
 
 
-def clip_by_norm(grads: dict[str, Tensor], limit: float) -> tuple[dict[str, Tensor], float]:
+Total = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def add_up(squares: Mapping[str, Tensor]) -> Tensor:
+    """The sum of numbers by name."""
+    return torch.stack(list(squares.values())).sum()
+
+
+def clip_by_norm(grads: dict[str, Tensor], limit: float, total: Total = add_up) -> tuple[dict[str, Tensor], float]:
     """Gradients scaled, in place, so that their joint 2-norm is at most `limit` (0: as they are), and the norm before;
-    float64 sums."""
-    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads.values()]
-    norm = math.sqrt(float(torch.stack(squares).sum()))
-    if limit == 0 or norm <= limit:
+    float64 sums. `total` adds up what each tensor has of the norm's square."""
+    squares = {name: torch.linalg.vector_norm(g, dtype=torch.float64).square() for name, g in grads.items()}
+    norm = math.sqrt(float(total(squares)))
+    factor = limit / (norm + 1e-6)
+    if limit == 0 or factor >= 1:
         return grads, norm
-    torch._foreach_mul_(list(grads.values()), limit / (norm + 1e-6))
+    torch._foreach_mul_(list(grads.values()), factor)
     return grads, norm
 
 
@@ -44,13 +55,15 @@ class AdamW:
     by torch's fused kernel. `params` are updated in place; `m` and `v` have their dtype.
     """
 
-    def __init__(self, params: dict[str, Tensor], spec: OptimSpec) -> None:
+    def __init__(self, params: dict[str, Tensor], spec: OptimSpec, total: Total = add_up) -> None:
+        """total: as `clip_by_norm` takes it."""
         self.params = params
+        self.total = total
         self.spec = spec
         self.m = {name: torch.zeros_like(value) for name, value in params.items()}
         self.v = {name: torch.zeros_like(value) for name, value in params.items()}
         groups = [
-            {"params": [w for name, w in params.items() if decays(name, spec) is wanted], "weight_decay": decay}
+            {"params": [w for name, w in params.items() if decays(name, params, spec) is wanted], "weight_decay": decay}
             for wanted, decay in ((True, spec.weight_decay), (False, 0.0))
         ]
         self.inner = torch.optim.AdamW(
@@ -81,7 +94,7 @@ class AdamW:
         """
         if scale != 1:
             torch._foreach_mul_(list(grads.values()), 1 / scale)
-        grads, norm = clip_by_norm(grads, self.spec.clip_norm)
+        grads, norm = clip_by_norm(grads, self.spec.clip_norm, self.total)
         if scale > 1 and not math.isfinite(norm):
             self._count += 1
             self.skipped += 1

@@ -47,7 +47,7 @@ def compile_forward(forward: F) -> F:
 
     A numerics whose step and first row are tensors has the same graph in every step and part.
     """
-    torch.compiler.assume_constant_result(random.hash_site)
+    torch.compiler.assume_constant_result(random.number_site)
     return torch.compile(forward, fullgraph=True)
 
 

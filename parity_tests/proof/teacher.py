@@ -133,14 +133,10 @@ class QuantizerPupil(Pupil):
         self.verdicts.append(exact(f"{key}: gradient passes", array(passes), inside))
 
 
-def force(
-    model: Model,
-    batch: dict[str, np.ndarray],
-    crossings: dict[str, Crossing],
-    hooks: dict[str, nn.Module],
-    context: Context,
-) -> list[Verdict]:
-    """The verdicts of a forward pass of torch in which every slot has its pupil, in forward order."""
+def seat(
+    model: Model, crossings: dict[str, Crossing], hooks: dict[str, nn.Module], context: Context
+) -> dict[str, Pupil]:
+    """A pupil for every slot that was crossed; `hooks` are the quantizers or observers that would sit there."""
     kind = {key: QuantizerPupil if isinstance(hook, numerics.FakeQuant) else Pupil for key, hook in hooks.items()}
     stretch = max(
         abs(model.spec.attention.gamma), model.spec.attention.alpha or 0.0
@@ -149,6 +145,18 @@ def force(
     for key, crossing in crossings.items():
         cancelled = stretch if key.endswith(".probs") else 0.0
         pupils[key] = kind.get(key, Pupil)(key, crossing, hooks.get(key), context, cancelled).to(context.device)
+    return pupils
+
+
+def force(
+    model: Model,
+    batch: dict[str, np.ndarray],
+    crossings: dict[str, Crossing],
+    hooks: dict[str, nn.Module],
+    context: Context,
+) -> list[Verdict]:
+    """The verdicts of a forward pass of torch in which every slot has its pupil, in forward order."""
+    pupils = seat(model, crossings, hooks, context)
     with swap_hooks(model.net, pupils):
         model.forward(batch)
     return [verdict for pupil in pupils.values() for verdict in pupil.verdicts]

@@ -37,6 +37,7 @@ MODELS = {
     "opt": ("OPTModel", OPT_SIZE),
     "opt causal": ("OPTForCausalLM", OPT_SIZE),
     "opt causal gelu": ("OPTForCausalLM", OPT_SIZE | {"activation_function": "gelu", "_remove_final_layer_norm": True}),
+    "opt projected causal": ("OPTForCausalLM", OPT_SIZE | {"word_embed_proj_dim": 10}),  # as paper-opt-1.3b
     "opt-350m": ("OPTModel", OPT_350M),
     "opt-350m causal": ("OPTForCausalLM", OPT_350M),
     "vit": ("ViTModel", VIT_SIZE),

@@ -24,6 +24,7 @@ Decorator = Callable[[Command], Command]
 # in the folders that train, study, export, analyze, ptq and cost write
 WRITTEN = (
     "model.safetensors",
+    "run.toml",
     "study.json",
     "curves.png",
     "config.json",
@@ -94,8 +95,12 @@ def refuse_shared(given: Mapping[str, Any]) -> None:
     if json_path in (None, "-"):
         return
     place = Path(json_path).resolve()
-    for name in PLACES:
-        if given.get(name) is not None and Path(given[name]).resolve() == place:
+    named = [(name, given[name]) for name in PLACES if given.get(name) is not None]
+    if (run := given.get("run")) is not None:
+        named += [("init", run.get("init")), ("tokenizer", run.get("data.tokenizer"))]
+        named += [("data", source.path) for source in run.get("data.sources", ())]
+    for name, path in named:
+        if path is not None and Path(path).resolve() == place:
             raise SpecError(f"--json {json_path} is also the command's {name}: choose another file")
     if out is not None and place.name in WRITTEN and place.is_relative_to(out.resolve()):
         raise SpecError(f"--json {json_path} is a file that the command writes: choose another")
@@ -163,22 +168,14 @@ PLACE = options(
 )
 MACHINE = with_machine
 JSON = with_json
-DATA = options(
-    click.option(
-        "--data",
-        help="books, digits, a text file, a folder of .txt, or a .csv or .jsonl with a column `text`; of a classifier "
-        "a .csv or .jsonl of text and label, or a folder of pictures per class; default: the model's own.",
-    ),
-    click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json for your own text."),
+DATA_HELP = (
+    "books, digits, a text file, a folder of .txt, or a .csv or .jsonl with a column `text`; of a classifier "
+    "a .csv or .jsonl of text and label, or a folder of pictures per class; default: the model's own."
 )
-VOCAB = click.option("--vocab", type=click.IntRange(1), help="Entries of the tokenizer trained on your own text.")
-WATCH = click.option(
-    "--watch-integer",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Before training, every N steps and after the last: quantize the model (w8a8), run it in "
-    "integers and in float on the first 2 evaluation batches; ranges, inf norm and kurtosis are of 2 "
-    "calibration batches.",
+TOKENIZER_HELP = "A tokenizer.json for your own text."
+DATA = options(
+    click.option("--data", help=DATA_HELP),
+    click.option("--tokenizer", type=click.Path(path_type=Path), help=TOKENIZER_HELP),
 )
 CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
 ARTIFACT = click.argument("model", type=click.Path(path_type=Path), metavar=f"MODEL{SUFFIX}")

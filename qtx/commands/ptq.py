@@ -9,18 +9,30 @@ from typing import Any
 import click
 
 from ..data.splits import BATCH
-from ..engines.machine import Machine
 from ..jobs.comparison import Comparison
-from ..jobs.ptq import CALIBRATION, SEQUENCES, PtqRequest, compare_recipes
+from ..jobs.ptq import CALIBRATION, READ, SEQUENCES, PtqRequest, compare_recipes
 from ..measure.paired import CONFIDENCE
 from ..report.tables import DIVERGED, format_number, format_table
-from .options import CHECKPOINT, DATA, JSON, MACHINE, OUT, say, split_list, write_json
+from ..runs.reading import RunSpec
+from . import run_options as given
+from .options import CHECKPOINT, JSON, OUT, say, split_list, write_json
 
 
 @click.command(name="ptq")
 @CHECKPOINT
-@DATA
-@click.option("--recipes", "names", help="Comma list of recipes in place of the standard ones; see qtx recipes.")
+@given.with_run(
+    given.SOURCE,
+    given.TOKENIZER,
+    given.run_option(
+        "--recipes",
+        "quant.recipes",
+        type=given.NAMES,
+        help="Comma list of recipes in place of the standard ones; see qtx recipes.",
+    ),
+    given.PLACE,
+    argument=False,
+    reads=READ,
+)
 @click.option(
     "--skip", default="", help="Comma list of patterns; recipes that match one are left out: '*gptq,*adaround'."
 )
@@ -40,15 +52,12 @@ from .options import CHECKPOINT, DATA, JSON, MACHINE, OUT, say, split_list, writ
 )
 @click.option("--keep", default="", help="Comma list of recipes whose models are left as OUT/RECIPE.safetensors.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
-@MACHINE
 @click.option("--out", type=OUT, default=Path("runs/ptq"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the comparison in --out, if there is one.")
 @JSON
 def ptq_command(
     checkpoint: Path,
-    data: str | None,
-    tokenizer: Path | None,
-    names: str | None,
+    run: RunSpec,
     skip: str,
     also: str,
     sequences: int,
@@ -56,7 +65,6 @@ def ptq_command(
     sensitivity: str | None,
     keep: str,
     seed: int,
-    machine: Machine,
     out: Path,
     resume: bool,
     json_path: str | None,
@@ -69,7 +77,7 @@ def ptq_command(
     request = PtqRequest(
         checkpoint=checkpoint,
         out=out,
-        recipes=split_list(names or ""),
+        run=run,
         skip=split_list(skip),
         also=split_list(also),
         sequences=sequences,
@@ -78,9 +86,6 @@ def ptq_command(
         keep=split_list(keep),
         seed=seed,
         resume=resume,
-        data=data,
-        tokenizer=tokenizer,
-        machine=machine,
     )
     comparison, written = compare_recipes(request)
     say(tabulate_sites(comparison, sensitivity) if sensitivity else tabulate_rows(comparison), json_path)

@@ -9,77 +9,65 @@ import click
 from qtx_ref.presets import PRESETS
 from qtx_ref.spec import SpecError
 
-from ..engines.machine import Machine
-from ..jobs.run import PER_STEP, STEPS
-from ..jobs.study import StudySpec, run_study
-from .options import DATA, JSON, MACHINE, OUT, RATE, VOCAB, WATCH, say, split_list, write_json
+from ..jobs.study import run_study
+from ..runs.reading import RunSpec, make_run
+from . import run_options as given
+from .options import JSON, OUT, say, split_list, write_json
 
 
 @click.command(name="study")
-@click.option("--model", default="opt-tiny", show_default=True, help=f"One of {', '.join(PRESETS)}.")
-@DATA
-@VOCAB
-@click.option("--steps", type=click.IntRange(1), default=STEPS, show_default=True, help="Training steps of each run.")
-@click.option("--batch", type=click.IntRange(1), default=PER_STEP, show_default=True, help="Sequences per step.")
-@click.option("--lr", type=RATE, help="Peak learning rate; default 1e-3 for the tiny models, 1e-4 for larger ones.")
+@given.with_run(
+    given.run_option("--model", "model.preset", help=f"One of {', '.join(PRESETS)}; default opt-tiny."),
+    given.SOURCE,
+    given.TOKENIZER,
+    given.VOCAB,
+    given.STEPS,
+    given.BATCH,
+    given.RATES,
+    given.WATCH,
+    given.PLACE,
+    given.SEED,
+)
 @click.option(
     "--attention",
     "attentions",
-    default="vanilla,clipped,gated",
-    show_default=True,
-    help="Comma list; `clipped:gamma=-0.03`, `mlp`, `clipped+gated:pi=0.25`, ...",
+    help="Comma list; `clipped:gamma=-0.03`, `mlp`, `clipped+gated:pi=0.25`, ...; default vanilla,clipped,gated.",
 )
 @click.option("--recipe", "recipe_name", help="One quantization recipe: the same as --bits with one name.")
 @click.option("--bits", help="Comma list of recipes, a column each: w8a8,w6a6,paper-opt,... (default w8a8)")
 @click.option("--train-quant", help="Train all models again with quantized matmuls, for example w8a8.")
-@WATCH
-@MACHINE
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option(
-    "--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Number of seeds, from --seed on."
-)
+@click.option("--seeds", type=click.IntRange(1, 1000), help="Number of seeds, from --seed on; default 1.")
 @click.option("--out", type=OUT, default=Path("runs/study"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the study in --out, if there is one.")
 @JSON
 def study_command(
-    model: str,
-    data: str | None,
-    tokenizer: Path | None,
-    vocab: int | None,
-    steps: int,
-    batch: int,
-    lr: float | None,
-    attentions: str,
+    run: RunSpec,
+    attentions: str | None,
     recipe_name: str | None,
     bits: str | None,
     train_quant: str | None,
-    watch_integer: int | None,
-    machine: Machine,
-    seed: int,
-    seeds: int,
+    seeds: int | None,
     out: Path,
     resume: bool,
     json_path: str | None,
 ) -> None:
-    """Train, quantize and compare attentions: the paper's table."""
+    """Train, quantize and compare attentions: the paper's table.
+
+    A run's table [study] has the values of each key that varies; options stand over it.
+    """
     if recipe_name and bits:
         raise SpecError(f"--recipe {recipe_name} and --bits {bits}: give one of them")
-    spec = StudySpec(
-        model=model,
-        data=data,
-        tokenizer=None if tokenizer is None else str(tokenizer),
-        vocab=vocab,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        attention=split_list(attentions),
-        recipes=split_list(recipe_name or bits or "w8a8"),
-        train_quant=train_quant,
-        watch_integer=watch_integer,
-        seeds=tuple(range(seed, seed + seeds)),
-        machine=machine,
-    )
-    study = run_study(spec, out, resume=resume)
+    grids: dict[str, object] = {}
+    if attentions is not None:
+        grids["model.attention"] = split_list(attentions)
+    if train_quant is not None:
+        grids["quant.train"] = ("none", train_quant)
+    if seeds is not None:
+        first = run.get("seed", 0)
+        grids["seed"] = range(first, first + seeds)
+    names = recipe_name or bits
+    said = {} if names is None else {"quant.recipes": split_list(names)}
+    study = run_study(run.under(make_run(said, "--bits", grids)), out, resume=resume)
     say(study.tabulate(), json_path)
     say(f"written to {out}: {', '.join(study.written)}", json_path)
     write_json(json_path, study.result())

@@ -6,84 +6,55 @@ from pathlib import Path
 
 import click
 
-from qtx_ref.presets import PRESETS
-
-from ..engines.machine import Machine
 from ..jobs.pretrain import PretrainRequest, pretrain
-from ..jobs.run import PER_STEP, STEPS
 from ..measure.history import History
 from ..report.tables import format_number, format_table
-from .options import DATA, JSON, MACHINE, OUT, RATE, VOCAB, WATCH, say, write_json
+from ..runs.reading import RunSpec
+from . import run_options as given
+from .options import JSON, OUT, say, write_json
 
 
 @click.command(name="train")
-@click.option("--model", help=f"One of {', '.join(PRESETS)}; default opt-tiny, without --init.")
-@click.option(
-    "--init",
-    type=click.Path(path_type=Path),
-    metavar="CHECKPOINT",
-    help="Go on pre-training from its parameters, with its tokenizer.",
+@given.with_run(
+    given.MODEL,
+    given.INIT,
+    given.SOURCE,
+    given.TOKENIZER,
+    given.VOCAB,
+    given.ATTENTION,
+    given.STEPS,
+    given.STOP,
+    given.BATCH,
+    given.RATES,
+    given.TRAIN_QUANT,
+    given.WATCH,
+    given.PLACE,
+    given.SEED,
 )
-@DATA
-@VOCAB
-@click.option(
-    "--attention",
-    "attention_name",
-    help="Default vanilla, or that of --init; to its model a linear gate (gated:pi=0.5) may be added, or its softmax "
-    "changed (clipped).",
-)
-@click.option("--steps", type=click.IntRange(1), default=STEPS, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=PER_STEP, show_default=True)
-@click.option("--lr", type=RATE, help="Peak learning rate; default 1e-3 for the tiny models, 1e-4 for larger ones.")
-@click.option(
-    "--train-quant", help="Quantize while training: w8a8 (matmuls, per token), lsq-w8a8 (learned ranges), ..."
-)
-@WATCH
-@MACHINE
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--out", type=OUT, default=Path("runs/train"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
+@click.option(
+    "--change",
+    multiple=True,
+    metavar="KEY",
+    help="With --resume: a key, or a table, that is not as it was: optim.steps, optim, step, data.batch, ...",
+)
+@click.option("--move", is_flag=True, help="With --resume: to another device, number of threads or of processes.")
 @JSON
 def train_command(
-    model: str | None,
-    init: Path | None,
-    data: str | None,
-    tokenizer: Path | None,
-    vocab: int | None,
-    attention_name: str | None,
-    steps: int,
-    batch: int,
-    lr: float | None,
-    train_quant: str | None,
-    watch_integer: int | None,
-    machine: Machine,
-    seed: int,
-    out: Path,
-    resume: bool,
-    json_path: str | None,
+    run: RunSpec, out: Path, resume: bool, change: tuple[str, ...], move: bool, json_path: str | None
 ) -> None:
-    """Train one model; leaves OUT/model.safetensors."""
-    request = PretrainRequest(
-        out=out,
-        model=model,
-        init=init,
-        data=data,
-        tokenizer=tokenizer,
-        vocab=vocab,
-        attention=attention_name,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        train_quant=train_quant,
-        watch_integer=watch_integer,
-        seed=seed,
-        resume=resume,
-        machine=machine,
-    )
+    """Train one model: a run by its name (qtx runs) or file, and what options say over it.
+
+    Leaves OUT/model.safetensors, and OUT/run.toml, the whole run. A run that was stopped, with --stop or by a signal,
+    goes on with --resume; what then may differ, and what is kept of it, is said in docs/guide.md.
+    """
+    request = PretrainRequest(out=out, run=run, resume=resume, change=change, move=move)
     checkpoint = pretrain(request)
     curve = checkpoint.extra["history.loss"]
     state = " (diverged)" if checkpoint.meta["diverged"] else ""
-    watched = History.of(checkpoint.extra).watched() if watch_integer else {}
+    history = History.of(checkpoint.extra)
+    watched = history.watched() if "w8a8" in run.get("evaluation.integers", ()) else {}
     if watched:
         points = zip(*watched.values(), strict=True)
         rows = [[str(step), *(format_number(value) for value in values)] for step, *values in points]

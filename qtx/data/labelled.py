@@ -115,16 +115,21 @@ class LabelledText(ClassifiedItems):
             raise DataError(f"model length is {spec.length}: BERT needs at least 3, a token between [CLS] and [SEP]")
         return min(self.length, spec.length)
 
-    def train_batches(self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0, rows: slice | None = None
+    ) -> Iterator[Batch]:
         """Batches of the train split, without end, from step `start` on; every text once per pass, newly shuffled,
         texts of like length together.
 
-        Batch `step` depends on (seed, step) alone.
+        Batch `step` depends on (seed, step) alone. rows: those of a batch that are made, as long as the batch's longest
+        text; None: all.
         """
         limit = self.check(spec)
-        rows = self._rows["train"]
-        check_batch(batch_size, len(rows), "train texts")
-        return (self._batch(chosen, limit) for chosen in iterate_passes(rows, batch_size, seed, start, self._sizes))
+        texts = self._rows["train"]
+        check_batch(batch_size, len(texts), "train texts")
+        own = rows or slice(None)
+        batches = iterate_passes(texts, batch_size, seed, start, self._sizes)
+        return (self._batch(chosen, limit, own) for chosen in batches)
 
     def split_batches(
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
@@ -140,11 +145,13 @@ class LabelledText(ClassifiedItems):
         rows = rows if limit is None else rows[: limit * batch_size]
         return (self._batch(rows[low : low + batch_size], longest) for low in range(0, len(rows), batch_size))
 
-    def _batch(self, rows: np.ndarray, limit: int) -> Batch:
-        """[CLS] text [SEP] of each row, cut to `limit` tokens, T the longest rounded up: tokens, mask, types (B, T)."""
-        texts = [self._ids[row][: limit - 2] for row in rows]
-        longest = max(len(text) for text in texts) + 2
+    def _batch(self, rows: np.ndarray, limit: int, own: slice = slice(None)) -> Batch:
+        """[CLS] text [SEP] of the rows in `own`, cut to `limit` tokens, T the longest of all rows rounded up: tokens,
+        mask, types (B, T)."""
+        longest = min(int(self._sizes[rows].max()), limit - 2) + 2
         width = min(-(-longest // MULTIPLE) * MULTIPLE, limit)
+        rows = rows[own]
+        texts = [self._ids[row][: limit - 2] for row in rows]
         tokens = np.full((len(rows), width), self.specials.pad, np.int64)  # (B, T)
         size = np.array([len(text) + 2 for text in texts])
         for line, text in zip(tokens, texts, strict=True):

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
 
-from qtx_ref.spec import InputTransform, ModelSpec, OptimSpec, Output, Profile, Quant, QuantSpec, Range, StepSpec
+from qtx_ref.spec import (
+    Gradients,
+    InputTransform,
+    ModelSpec,
+    OptimSpec,
+    Output,
+    Profile,
+    Quant,
+    QuantSpec,
+    Range,
+    StepSpec,
+)
 
 Arrays = dict[str, np.ndarray]
 Batch = Mapping[str, np.ndarray]
@@ -42,8 +54,10 @@ class Model(Runnable, Protocol):
         *,
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
-        """From now on quantize-dequantize the sites of `quants`; none: plain float. Raises SpecError."""
+        """From now on quantize-dequantize the sites of `quants`; none: plain float. `gradients`: what backward passes
+        quantize. Raises SpecError."""
 
     def forward(self, batch: Batch) -> np.ndarray:
         """The output: logits, or hidden states without a head."""
@@ -109,6 +123,20 @@ class Trainer(Protocol):
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `state` gave."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether each process has a share of the parameters and of the optimizer's averages, and `state` and the
+        model's `params` are gathered."""
+
+    def is_finite(self) -> bool:
+        """Whether all numbers are that this process has of parameters and state."""
+
+    def save_shares(self, folder: str) -> Arrays:
+        """Writes each process's shares into a folder; returns what else `state` has. Raises OSError."""
+
+    def load_shares(self, folder: str, rest: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `save_shares` wrote and gave, whatever number of processes did. Raises OSError."""
+
 
 class MakeModel(Protocol):
     """A backend's `Model`. Raises SpecError for a device or dtype that is not to be had."""
@@ -156,6 +184,18 @@ class Backend(Protocol):
     def threads(self) -> int:
         """How many threads its sums are divided among: the last bits depend on it."""
 
+    def processes(self) -> tuple[int, int]:
+        """This process's number, from 0, and how many train one model."""
+
+    def join(self, device: str) -> AbstractContextManager[None]:
+        """Within it the processes that train one model know each other. Raises ConnectionError where one is lost."""
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """The largest of all processes' values, place by place, in all of them: each has to ask."""
+
+    def peak_memory(self, device: str) -> int | None:
+        """Bytes taken at most on a device that has memory of its own; None where it has not."""
+
 
 class Calibration(Protocol):
     """Data that ranges come from."""
@@ -185,5 +225,8 @@ class Data(Calibration, Protocol):
     def describe(self) -> dict[str, object]:
         """What a checkpoint keeps of its data, as JSON values."""
 
-    def train_batches(self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of the train split without end, from step `start` on; a batch depends on (seed, step) alone."""
+    def train_batches(
+        self, spec: ModelSpec, batch_size: int, seed: int, start: int = 0, rows: slice | None = None
+    ) -> Iterator[Batch]:
+        """Batches of the train split without end, from step `start` on, of which `rows` are made (None: all); what a
+        batch holds depends on (seed, step) alone."""

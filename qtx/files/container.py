@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from qtx_ref.spec.base import is_number
 
 from ..data.reading import read_regular
+from ..disk import open_beside, write_whole
 from .formats import (
     ANALYSIS,
     ARTIFACT,
@@ -42,7 +43,7 @@ from .formats import (
     check_replaceable,
     kind_of,
 )
-from .writing import missing_folders, open_beside, remove_empty, write_whole
+from .writing import missing_folders, remove_empty
 
 __all__ = [  # what other rooms take of this module and of `formats`
     "ANALYSIS",

@@ -9,12 +9,13 @@ from typing import Any
 from ..data.reading import check_regular
 
 VERSION = 1
-CHECKPOINT, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-artifact", "qtx-vectors"
+CHECKPOINT, SHARES, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-shares", "qtx-artifact", "qtx-vectors"
 STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-cost", "qtx-analysis", "qtx-result"
 # in a file's first bytes: of JSON, or of a safetensors file's header
 FORMAT = re.compile(rb'(?s)(?:.{8}\{"__metadata__": ?\{"qtx": ?"\{|\{)\s*\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')
 REPORT, REPORT_MARK = "report", b'<testsuites name="qtx parity"'  # JUnit XML
 PICTURE, PICTURE_MARK = "picture", b"tEXtSoftware\0qtx"  # and a PNG's
+RUN, RUN_MARK = "run", b"# A run of qtx"  # TOML
 EARLIER = {  # and of results from before they had a format
     b'{\n "of": {\n  "spec": {\n   "recipes": [': COMPARISON,
     b'{\n "spec": {\n  "model": "': STUDY,
@@ -23,6 +24,7 @@ MARKED_BYTES = 512
 JsonObject = dict[str, Any]  # whose values are JSON's
 USES = {
     CHECKPOINT: "a checkpoint: make integers of it with qtx quantize CHECKPOINT --out MODEL.qtx",
+    SHARES: "the rest of a state that processes share: name its folder",
     ARTIFACT: "an artifact: qtx evaluate, show, diff, vectors, generate and parity take it, named MODEL.qtx",
     VECTORS: "golden vectors: hold their model to them with qtx vectors MODEL.qtx --check FILE",
 }
@@ -39,8 +41,12 @@ def kind_of(head: bytes) -> str:
     """The kind of a file by its first bytes: its format, picture or report; empty for what qtx does not write."""
     if (match := FORMAT.match(head)) is not None:
         return match[1].decode()
-    for kind, first, mark in ((PICTURE, b"\x89PNG", PICTURE_MARK), (REPORT, b"<?xml", REPORT_MARK)):
-        if head.startswith(first) and mark in head:
+    for kind, first, mark in (
+        (PICTURE, b"\x89PNG", PICTURE_MARK),
+        (REPORT, b"<?xml", REPORT_MARK),
+        (RUN, b"", RUN_MARK),
+    ):
+        if head.startswith(first or mark) and mark in head:
             return kind
     return next((kind for mark, kind in EARLIER.items() if head.startswith(mark)), "")
 

@@ -13,15 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..disk import fcntl, has_name, try_lock
 from .container import FileError
-from .writing import (
-    clear_stale,
-    fcntl,
-    has_name,
-    missing_folders,
-    remove_empty,
-    try_lock,
-)
+from .writing import clear_stale, missing_folders, remove_empty
 
 LOCK = ".qtx-lock"
 SCRATCH = "qtx-scratch-"  # begins the name of a temporary folder

@@ -4,44 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qtx_ref.spec import Family, OptimSpec, SpecError
 
 from ..data import SPLITS, ImageData, LabelledText, TextData, load, splits
-from ..engines.machine import Machine
 from ..engines.protocols import Batch
 from ..files.checkpoint import Checkpoint
 from ..measure import scores
 from ..measure.scores import Score
-from .opening import check_tokenizer, need_tokenizer
+from ..runs.reading import RunSpec
+from .opening import check_tokenizer, make_model, need_tokenizer
+from .resolving import (
+    change_dropout,
+    change_optim,
+    check_lr,
+    make_data,
+    make_machine,
+    make_train,
+    name_source,
+    refuse_model,
+)
 from .resume import check_run
-from .run import Start, TrainSpec, claim
+from .run import Start, claim
 from .starts import Origin, make_classifier, open_origin
 from .training import train
 
 FULL_LR, HEAD_LR = 5e-5, 1e-3
 EPOCHS, PER_STEP = 3.0, 32
+REFUSED = ("init", "model.attention", "data.tokenizer", "data.vocab")  # the checkpoint has its own
 
 
 @dataclass(frozen=True)
 class FinetuneRequest:
-    """The checkpoint to begin with, labelled data, and the run."""
+    """The checkpoint to begin with, and the run: its labelled data are `data.sources`, `data.window` the most tokens of
+    a text (128 unless said)."""
 
     checkpoint: Path
-    data: str
     out: Path  # the folder; the classifier is its model.safetensors
+    run: RunSpec = field(default_factory=RunSpec)
     head_only: bool = False  # the encoder keeps its bytes
-    epochs: float | None = None  # None: EPOCHS
-    steps: int | None = None  # in place of `epochs`
-    batch: int = PER_STEP  # texts or images per step
-    lr: float | None = None  # the peak; None: FULL_LR, or HEAD_LR where the head alone is trained
-    length: int | None = None  # most tokens of a text; None: 128
-    dropout: float | None = None  # of hidden states and attention probabilities; None: the checkpoint's
-    seed: int = 0
+    epochs: float | None = None  # None: EPOCHS, or the run's optim.steps
     resume: bool = False
-    machine: Machine = Machine()
 
     @property
     def path(self) -> Path:
@@ -52,37 +57,45 @@ class FinetuneRequest:
 def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
     """Trains a new head on a checkpoint's encoder, and the encoder too unless `head_only`.
 
-    Returns what is then at `request.path`, and its score on the evaluation split (accuracy in percent).
+    Returns what is then at `request.path`, and its score on the evaluation split (accuracy in percent), as trained.
 
     Raises:
-        SpecError: an OPT, data that do not fit, both `epochs` and `steps`, or training that diverged.
+        SpecError: an OPT, data that are not named or do not fit, both `epochs` and steps, or training that diverged.
         DataError: data that cannot be had, or that trained the checkpoint and would evaluate it.
         FileError: a checkpoint that is quantized or cannot be read, or a `path` that is not to be gone on with.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
-    if request.epochs is not None and request.steps is not None:
-        raise SpecError(f"--epochs {request.epochs:g} and --steps {request.steps}: give one of them")
-    path, machine = request.path, request.machine
+    run, path, steps = request.run, request.path, request.run.get("optim.steps")
+    if request.epochs is not None and steps is not None:
+        raise SpecError(f"--epochs {request.epochs:g} and --steps {steps}: give one of them")
+    if request.head_only and (only := run.get("optim.only")):
+        raise SpecError(f"--head-only and optim.only {', '.join(only)}: give one of them")
+    refuse_model(run, str(request.checkpoint), REFUSED)
+    check_lr(run)
+    source, machine = name_source(make_data(run)), make_machine(run)
+    if source is None:
+        raise SpecError("data.sources is not said: name the labelled data with --data")
     machine.check()
-    with claim(path, request.resume):
+    with claim(path, request.resume, machine):
         origin = open_origin(request.checkpoint)
-        rate = request.lr if request.lr is not None else HEAD_LR if request.head_only else FULL_LR
-        only = ("head.",) if request.head_only else ()
-        check_run(path, origin.checkpoint.spec, OptimSpec(lr=rate, only=only), machine, None)
-        data = load_labelled(origin, request.data, request.length)
-        spec, params = make_classifier(origin.checkpoint, data.classes, request.seed, request.dropout)
-        sizes = (request.epochs or EPOCHS) * len(data.hashes("train")) / request.batch
-        count = request.steps or max(1, math.ceil(sizes))
-        optim = OptimSpec(lr=rate, warmup=count // 10, steps=count, only=only)
-        run = TrainSpec(spec, optim, request.batch, request.seed, init=origin.sha256)
-        trained = train(run, data, path, machine, resume=request.resume, start=Start(params, origin.describe()))
+        rate = run.get("optim.lr", HEAD_LR if request.head_only else FULL_LR)
+        optim = OptimSpec(lr=rate, only=("head.",) if request.head_only else run.get("optim.only", ()))
+        check_run(path, origin.checkpoint.spec, optim, machine, run.get("quant.train"))
+        data = load_labelled(origin, source, run.get("data.window"))
+        spec, params = make_classifier(origin.checkpoint, data.classes, run.get("seed", 0))
+        spec, batch = change_dropout(spec, run), run.get("data.batch", PER_STEP)
+        sizes = (request.epochs or EPOCHS) * len(data.hashes("train")) / batch
+        count = steps or max(1, math.ceil(sizes))
+        optim = change_optim(replace(optim, warmup=count // 10, steps=count), run)
+        whole = replace(make_train(run, spec, optim, origin.sha256), batch=batch)
+        trained = train(whole, data, path, machine, resume=request.resume, start=Start(params, origin.describe()))
         if "diverged_at" in trained.meta:
             raise SpecError(f"{path}: training diverged at step {trained.meta['diverged_at']}: give a lower --lr")
 
         def read() -> Iterable[Batch]:
             return data.split_batches("evaluation", spec, splits.BATCH, 0)
 
-        model = machine.model(spec, trained.params)
+        model = make_model(trained, machine, data, trained.recipe)
         return trained, scores.evaluate(model, read(), "evaluate", sum(1 for _ in read()))
 
 

@@ -2,53 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from qtx_ref.presets import attention, preset
-from qtx_ref.spec import SpecError
-
-from ..data import load, splits
+from ..data import DataSpec, splits
 from ..engines.machine import Machine
+from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint
-from .opening import open_data
+from ..files.container import write_beside
+from ..files.formats import RUN, check_replaceable
+from ..runs.reading import RunSpec, write_run
+from ..signals import Interrupted
+from .identity import MOVE
+from .opening import load_data, open_data
+from .resolving import (
+    change_dropout,
+    fill,
+    make_data,
+    make_machine,
+    make_model,
+    make_optim,
+    make_train,
+    refuse_model,
+    resolve,
+)
 from .resume import check_run
-from .run import PER_STEP, STEPS, Start, TrainSpec, claim
+from .run import Start, TrainSpec, claim
 from .starts import continue_model, open_origin
-from .training import default_optim, fit_vocabulary, train
+from .training import fit_vocabulary, train
+
+RUN_FILE = "run.toml"  # beside the checkpoint: the whole run, for `qtx train OUT/run.toml`
 
 
 @dataclass(frozen=True)
 class PretrainRequest:
-    """One run of training by names and files; `TrainSpec` is the run itself."""
+    """One run of training by names and files, and where it is left; `TrainSpec` is the run itself."""
 
     out: Path  # the folder; the run is its model.safetensors
-    model: str | None = None  # a preset; None: opt-tiny, or the model of `init`
-    init: Path | None = None  # a checkpoint to go on from
-    data: str | None = None  # None: the bundled data, or those of `init`
-    tokenizer: Path | None = None
-    vocab: int | None = None  # of a tokenizer trained here
-    attention: str | None = None  # None: vanilla, or that of `init`
-    steps: int = STEPS
-    batch: int = PER_STEP  # sequences or images per step
-    lr: float | None = None  # None: by the model's width
-    train_quant: str | None = None  # recipe of the forward pass while training
-    watch_integer: int | None = None  # every so many steps the model is quantized and run in integers
-    seed: int = 0
+    run: RunSpec = field(default_factory=RunSpec)
     resume: bool = False
-    machine: Machine = Machine()
+    change: tuple[str, ...] = ()  # keys, or tables of them, that may be others than the run that is gone on with has
+    move: bool = False  # it may go on with another device, number of threads or of processes
+
+    @property
+    def changes(self) -> frozenset[str]:
+        """What may be another, as `training.train` takes it."""
+        own = {"data.batch": "batch"}
+        return frozenset(own.get(name, name) for name in self.change) | (MOVE if self.move else frozenset())
 
     @property
     def path(self) -> Path:
         """The run's checkpoint."""
         return self.out / "model.safetensors"
 
+    @property
+    def label(self) -> str:
+        """What stands beside the bar."""
+        return self.run.get("model.attention") or self.out.name
+
 
 def pretrain(request: PretrainRequest) -> Checkpoint:
     """Trains a model from its first values, or goes on with a checkpoint's, and leaves it at `request.path`.
 
     Returns what is there: the model, in `extra` its curves and the optimizer's state, in `meta` the run and whether it
-    diverged.
+    diverged. Beside it stands `run.toml`, the whole run.
 
     Raises:
         SpecError: a model, attention, recipe or machine that does not exist, or that the checkpoint cannot take.
@@ -56,42 +73,67 @@ def pretrain(request: PretrainRequest) -> Checkpoint:
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
-    request.machine.check()
-    with claim(request.path, request.resume):
-        if request.init is None:
-            return begin(request)
-        return go_on(request, request.init)
+    machine = make_machine(request.run)
+    machine.check()
+    with machine.join(), claim(request.path, request.resume, machine):
+        init = request.run.get("init")
+        return begin(request) if init is None else go_on(request, Path(init))
 
 
 def begin(request: PretrainRequest) -> Checkpoint:
     """A run from first values drawn from the seed."""
-    spec = replace(preset(request.model or "opt-tiny"), attention=attention(request.attention or "vanilla"))
-    optim = default_optim(spec, request.steps, request.lr)
-    check_run(request.path, spec, optim, request.machine, request.train_quant)
-    data = load(request.data, spec, tokenizer=request.tokenizer, vocab=request.vocab)
-    spec = fit_vocabulary(spec, data)
-    run = TrainSpec(spec, optim, request.batch, request.seed, request.train_quant, request.watch_integer)
-    return train(run, data, request.path, request.machine, resume=request.resume, label=name_run(request))
+    run = request.run
+    spec, machine = make_model(run), make_machine(run)
+    optim = make_optim(run, spec)
+    check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
+    data = load_data(make_data(run), spec)
+    return complete(request, make_train(run, fit_vocabulary(spec, data), optim), data, machine)
 
 
 def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
     """A run from the parameters of a checkpoint, on its data unless others are named."""
-    for name in ("model", "tokenizer", "vocab"):
-        if (value := getattr(request, name)) is not None:
-            raise SpecError(f"--init and --{name} {value}: the checkpoint has its own; leave one of them out")
-    origin = open_origin(init)
+    run = request.run
+    refuse_model(run, "--init", ("data.tokenizer", "data.vocab"))
+    machine, origin = make_machine(run), open_origin(init)
     meta = origin.checkpoint.meta
-    spec, params = continue_model(origin.checkpoint, request.attention, request.seed)
-    optim = default_optim(spec, request.steps, request.lr)
-    check_run(request.path, spec, optim, request.machine, request.train_quant)
-    data = open_data(init, spec, meta, request.data, None)
+    spec, params = continue_model(origin.checkpoint, run.get("model.attention"), run.get("seed", 0))
+    spec = change_dropout(spec, run)
+    optim = make_optim(run, spec)
+    check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
+    about = fill(DataSpec.of(meta.get("data", {})), run, "data")
+    data = open_data(init, spec, meta, about if run.table("data") else None, None)
     for split in ("evaluation", "calibration"):
         splits.refuse_overlap(meta, data, split)
-    run = TrainSpec(spec, optim, request.batch, request.seed, request.train_quant, request.watch_integer, origin.sha256)
-    start = Start(params, origin.describe())
-    return train(run, data, request.path, request.machine, resume=request.resume, label=name_run(request), start=start)
+    whole = make_train(run, spec, optim, origin.sha256)
+    return complete(request, whole, data, machine, Start(params, origin.describe()))
 
 
-def name_run(request: PretrainRequest) -> str:
-    """What stands beside the bar."""
-    return request.attention or request.out.name
+def complete(
+    request: PretrainRequest, whole: TrainSpec, data: Data, machine: Machine, start: Start | None = None
+) -> Checkpoint:
+    """Trains, and leaves the run's file: before the first step, or where a run goes on, once it has."""
+    path, content = request.out / RUN_FILE, write_run(resolve(request.run)).encode()
+    check_replaceable(path, RUN)
+
+    def leave_file() -> None:
+        if machine.is_first:
+            write_beside(path, content)
+
+    if not request.path.exists():
+        leave_file()
+    try:
+        checkpoint = train(
+            whole,
+            data,
+            request.path,
+            machine,
+            resume=request.resume,
+            change=request.changes,
+            label=request.label,
+            start=start,
+        )
+    except Interrupted:
+        leave_file()
+        raise
+    leave_file()
+    return checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +13,6 @@ from qtx_ref.spec import Head, ModelSpec, SpecError
 
 from ..data import splits
 from ..engines.backend import MissingExtra
-from ..engines.machine import Machine
 from ..files.checkpoint import file_of
 from ..files.container import CHECKPOINT, COMPARISON, FileError, check_writable, open_sealed, sha_of
 from ..files.locks import hold
@@ -21,11 +20,14 @@ from ..files.results import RecipeRow
 from ..recipes import remedies
 from ..recipes.named import recipe, resolve
 from ..report.ptq import draw_rows
+from ..runs.reading import RunSpec
 from .comparison import RESULTS, Comparison, PtqSpec, kept_name
 from .opening import open_checkpoint, open_data, refuse_transformed
+from .resolving import make_data, make_machine, name_source
 
 PICTURE = "ptq.png"
 SEQUENCES, CALIBRATION = 512, 8
+READ = ("data.sources", "data.tokenizer", "machine", "quant.recipes")  # of a run
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class PtqRequest:
 
     checkpoint: Path
     out: Path  # for ptq.json, ptq.png and the models that are kept
-    recipes: tuple[str, ...] = ()  # none: the standard ones
+    run: RunSpec = field(
+        default_factory=RunSpec
+    )  # its data, its machine, and quant.recipes: the standard ones unless said
     skip: tuple[str, ...] = ()  # patterns of recipes that are left out
     also: tuple[str, ...] = ()  # recipes beside these
     sequences: int = SEQUENCES  # of the evaluation split
@@ -43,9 +47,11 @@ class PtqRequest:
     keep: tuple[str, ...] = ()  # recipes whose models are left in the folder
     seed: int = 0  # of the bootstrap
     resume: bool = False
-    data: str | None = None  # None: the model's own
-    tokenizer: Path | None = None
-    machine: Machine = Machine()
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """The recipes that are named; none: the standard ones."""
+        return self.run.get("quant.recipes", ())
 
 
 def compare_recipes(request: PtqRequest) -> tuple[Comparison, list[str]]:
@@ -62,7 +68,9 @@ def compare_recipes(request: PtqRequest) -> tuple[Comparison, list[str]]:
     """
     out = request.out
     with hold(out):
-        request.machine.check()
+        run, machine = request.run, make_machine(request.run)
+        run.refuse(READ, "qtx ptq takes keys of data, machine and quant alone")
+        machine.check()
         if request.sensitivity:
             refuse_beside(request)
         stored = open_checkpoint(request.checkpoint)
@@ -77,10 +85,12 @@ def compare_recipes(request: PtqRequest) -> tuple[Comparison, list[str]]:
             resolve(recipe(name, stored.spec), stored.spec)
         sha256 = sha_of(file_of(request.checkpoint))
         check_out(out, request.resume, files, sha256)
-        data = open_data(request.checkpoint, stored.spec, stored.meta, request.data, request.tokenizer)
+        about = make_data(run)
+        tokenizer = None if about.tokenizer is None else Path(about.tokenizer)
+        data = open_data(request.checkpoint, stored.spec, stored.meta, name_source(about), tokenizer)
         for split in ("evaluation", "calibration"):
             splits.refuse_overlap(stored.meta, data, split)
-        spec = PtqSpec(chosen, request.sequences, request.calibration, request.seed, request.machine)
+        spec = PtqSpec(chosen, request.sequences, request.calibration, request.seed, machine)
         identity = {"checkpoint": sha256} | {split: data.fingerprint(split) for split in ("calibration", "evaluation")}
         comparison = Comparison(spec, stored, data, out, identity, resume=request.resume)
         if request.sensitivity:

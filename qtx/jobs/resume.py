@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qtx_ref.spec import ModelSpec, OptimSpec
 
@@ -14,11 +13,13 @@ from ..engines.machine import Machine, identify_machine
 from ..engines.protocols import Arrays, Data, Model, Trainer
 from ..files.checkpoint import Checkpoint, load_checkpoint
 from ..files.container import FileError
+from ..files.shares import SUFFIX, find_state, load_shares
 from ..files.writing import check_space
 from ..measure.history import History
 from ..prepare.calibration import bind, calibrate
 from ..recipes.named import training_recipe
-from .run import TrainSpec, checkpoint_bytes, describe_difference
+from .identity import check_changes, find_changes
+from .run import TrainSpec, checkpoint_bytes
 
 
 @dataclass
@@ -30,8 +31,15 @@ class State:
     history: History
 
 
-def check_run(path: Path, spec: ModelSpec, optim: OptimSpec, machine: Machine, train_quant: str | None) -> None:
-    """What can be known of a run before its data are read.
+def check_run(
+    path: Path,
+    spec: ModelSpec,
+    optim: OptimSpec,
+    machine: Machine,
+    train_quant: str | None,
+    change: Collection[str] = (),
+) -> None:
+    """What can be known of a run before its data are read; change: as `training.train` takes it.
 
     Raises:
         SpecError, MissingExtra: no such recipe, machine or backend.
@@ -41,21 +49,27 @@ def check_run(path: Path, spec: ModelSpec, optim: OptimSpec, machine: Machine, t
     if train_quant:
         training_recipe(train_quant, spec)
     machine.check()
-    if path.exists() and read_run(path, train_quant, identify_machine(machine)).meta.get("done"):
-        return
+    check_changes(change)
+    if found := find_state(path):
+        checkpoint = read_run(found, train_quant)
+        find_changes(path, checkpoint.meta, identify_machine(machine), change)
+        if checkpoint.meta.get("done"):
+            return
     check_space(path, checkpoint_bytes(spec, optim, machine.dtype))
 
 
-def read_run(path: Path, train_quant: str | None, identity: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint of a run. Raises FileError where it is of none, or of one with another `identity`."""
-    checkpoint = load_checkpoint(path)
+def read_run(path: Path, train_quant: str | None, shared: tuple[int, int] | None = None) -> Checkpoint:
+    """The checkpoint of a run, a file or a folder of `files.shares`; of that, where this is one of the processes that
+    read their shares of it (`shared`, its number and how many there are), without them. Raises FileError where it is of
+    none."""
+    if path.suffix != SUFFIX:
+        checkpoint = load_checkpoint(path)
+    else:
+        checkpoint = load_shares(path) if shared is None else load_shares(path, False, *shared)
     if (checkpoint.ranges or checkpoint.transforms) and not train_quant:
         raise FileError(f"{path} is a quantized model, not a run of qtx train; choose another --out")
     if "train" not in checkpoint.meta:
         raise FileError(f"{path} was not made by qtx train and cannot be resumed; choose another --out")
-    for key, value in identity.items():
-        if checkpoint.meta.get(key) != value:
-            raise FileError(f"{path} is another run: {describe_difference(key, checkpoint.meta.get(key), value)}")
     return checkpoint
 
 
@@ -72,7 +86,10 @@ def resume_run(path: Path, run: TrainSpec, data: Data, machine: Machine, checkpo
     model, trainer = build(run, data, machine, dict(checkpoint.params), checkpoint)
     try:
         if "diverged_at" not in checkpoint.meta:
-            trainer.load_state(checkpoint.extra)
+            if trainer.shared and path.suffix == SUFFIX:
+                trainer.load_shares(str(path), checkpoint.extra)
+            else:
+                trainer.load_state(checkpoint.extra)
             if int(checkpoint.extra["optim.step"]) != checkpoint.extra["history.loss"].size:
                 raise FileError(f"{path}: its curves and its optimizer are at different steps")
         if not {"done", "diverged"} <= checkpoint.meta.keys():
@@ -92,4 +109,4 @@ def build(
         static = any(rule.quant is not None and not rule.quant.dynamic for rule in chosen.rules)
         ranges = checkpoint.ranges if checkpoint else calibrate(model, data, chosen) if static else {}
         bind(model, chosen, ranges)
-    return model, backend(machine.backend).Trainer(model, run.optim, seed=run.seed)
+    return model, backend(machine.backend).Trainer(model, run.optim, seed=run.seed, step=run.step)

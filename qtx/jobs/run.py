@@ -1,9 +1,9 @@
-"""What a run of training is: its specs, where it computes, what it begins with, and how one is told from another."""
+"""What a run of training is: its specs, what it begins with, and the place that it writes to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,62 +11,46 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.models.initial import shapes
-from qtx_ref.spec import ModelSpec, OptimSpec, Spec, StepSpec, to_dict
+from qtx_ref.spec import ModelSpec, OptimSpec, Spec, StepSpec
+from qtx_ref.spec.base import refuse
 from qtx_ref.spec.optim import trains
 
-from ..engines.machine import Machine, identify_machine
-from ..engines.protocols import Data
+from ..engines.machine import Machine
 from ..files.container import FileError, check_writable
 from ..files.locks import hold
+from ..files.shares import find_folders
+from ..runs.spec import EvaluationSpec, LogSpec, SavingSpec
 
 STEPS, PER_STEP = 350, 16  # of a run, unless said otherwise: steps, and sequences or images in each
+LOG = "log.jsonl"  # beside a run's checkpoint
 HEADER = 2**20  # bytes of a checkpoint beside its numbers: at most about what a tokenizer and the names take
 
 
 @dataclass(frozen=True)
-class EvaluationSpec(Spec):
-    """The held-out loss while a run trains."""
-
-    every: int | None = None  # steps; None: never
-    batches: int = 8  # of the evaluation split, the first ones
-    recipes: tuple[str, ...] = ()  # also under fake quantization by these
-    integers: bool = False  # and in integers, where a recipe has them
-
-
-@dataclass(frozen=True)
-class SavingSpec(Spec):
-    """When a run's state is saved, and how many earlier ones are kept beside the last."""
-
-    every: int | None = None  # steps; None: by time alone
-    seconds: float = 30.0  # a kill loses at most this much
-    keep: int = 0  # of the numbered checkpoints that `every` makes; 0: the last state alone
-
-
-@dataclass(frozen=True)
-class LogSpec(Spec):
-    """What a run writes down of its course."""
-
-    every: int = 1  # steps between lines of log.jsonl
-    tensorboard: bool = False
-    sites: tuple[str, ...] = ()  # tensors whose inf norm and kurtosis stand in each line, of the step's own batch
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """One run: equal specs and data give equal runs."""
+class TrainSpec(Spec):
+    """One run: equal specs and data give equal runs. `stop`, `evaluation`, `saving` and `log` do not count:
+    they change no bit."""
 
     model: ModelSpec
     optim: OptimSpec
     batch: int  # sequences or images per step
     seed: int
     train_quant: str | None = None  # recipe of the forward pass while training; w8a8 stands for train-w8a8
-    watch_integer: int | None = None  # every so many steps the model is quantized and run in integers
     init: str | None = None  # sha256 of the checkpoint whose parameters it begins with; None: they are drawn
     step: StepSpec = StepSpec()
     stop: int | None = None  # the last step, where it is not that of the schedule
     evaluation: EvaluationSpec = EvaluationSpec()
     saving: SavingSpec = SavingSpec()
     log: LogSpec = LogSpec()
+
+    def check(self) -> None:
+        if self.stop is not None and not 1 <= self.stop <= self.optim.steps:
+            refuse("stop", self.stop, f"give 1 to {self.optim.steps}, the steps of the schedule")
+
+    @property
+    def last(self) -> int:
+        """The step after which the run is done."""
+        return self.stop or self.optim.steps
 
 
 @dataclass(frozen=True)
@@ -76,16 +60,6 @@ class Start:
 
     params: dict[str, np.ndarray]
     kept: dict[str, Any] = field(default_factory=dict)  # JSON values that every checkpoint of the run keeps
-
-
-def identify(run: TrainSpec, data: Data, machine: Machine) -> dict[str, Any]:
-    """What must be equal for a resumed run to give the bits of an uninterrupted one, as JSON values."""
-    train = to_dict(run)
-    for options, name, unset in ((train, "watch_integer", None), (train, "init", None), (train["optim"], "only", [])):
-        if options[name] == unset:
-            # as runs before it was an option
-            del options[name]
-    return {"train": train, **identify_machine(machine), "data": data.describe()}
 
 
 def describe_difference(key: str, was: Any, now: Any) -> str:
@@ -100,17 +74,20 @@ def describe_difference(key: str, was: Any, now: Any) -> str:
 
 def refuse_existing(path: Path, resume: bool) -> None:
     """Raises FileError for a file that is there and is not to be gone on with."""
-    if path.exists() and not resume:
+    if (path.exists() or find_folders(path)) and not resume:
         raise FileError(f"{path} exists: go on with --resume, or choose another --out")
 
 
 @contextmanager
-def claim(path: Path, resume: bool) -> Iterator[None]:
-    """A run's file is this process's to write. Raises FileError where it is there and not to be gone on with,
-    cannot be written, or another process holds its folder."""
+def claim(path: Path, resume: bool, machine: Machine) -> Iterator[None]:
+    """A run's folder is this process's to write in, of several the first one's. Raises FileError where a run is there
+    and not to be gone on with, it cannot be written, or another process holds it."""
     refuse_existing(path, resume)
-    with hold(path.parent):
-        check_writable(path)
+    refuse_existing(path.with_name(LOG), resume)
+    with hold(path.parent) if machine.is_first else nullcontext():
+        if machine.is_first:
+            check_writable(path)
+        machine.agree()  # what a kill left is removed, before another process looks
         yield
 
 

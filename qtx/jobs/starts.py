@@ -51,17 +51,12 @@ def open_origin(path: Path) -> Origin:
     return Origin(path, checkpoint, sha_of(file_of(path)))
 
 
-def make_classifier(
-    checkpoint: Checkpoint, classes: int, seed: int, dropout: float | None = None
-) -> tuple[ModelSpec, Params]:
+def make_classifier(checkpoint: Checkpoint, classes: int, seed: int) -> tuple[ModelSpec, Params]:
     """The checkpoint's encoder with a new classifier, drawn from `seed`; BERT keeps its pooler where it has one.
 
-    dropout: of hidden states and of attention probabilities; None: the checkpoint's. Raises SpecError for an OPT, which
-    has no classifier.
+    Raises SpecError for an OPT, which has no classifier.
     """
     spec = replace(checkpoint.spec, head=Head.CLASSIFY, classes=classes)
-    if dropout is not None:
-        spec = replace(spec, dropout=dropout, attention_dropout=dropout)
     encoder = {name: value for name, value in checkpoint.params.items() if not name.startswith("head.")}
     return spec, complete(encoder | find_pooler(checkpoint), spec, seed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,30 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.models.initial import init_params
-from qtx_ref.spec import ModelSpec, OptimSpec, SpecError
+from qtx_ref.optim import learning_rate
+from qtx_ref.spec import ModelSpec, OptimSpec, Sharding, SpecError
 
 from ..data import LabelledText, TextData
 from ..data.splits import BATCH
+from ..engines.backend import backend
 from ..engines.machine import Machine
 from ..engines.protocols import Data
-from ..files.checkpoint import Checkpoint, save_checkpoint
-from ..files.writing import WriteError, check_space
+from ..files.checkpoint import Checkpoint
+from ..files.shares import find_state
+from ..files.writing import check_space
 from ..progress import Progress
 from ..recipes.named import training_recipe
 from ..signals import Interrupted, postpone
+from .identity import check_changes, find_changes, identify
+from .log import Clock, Log, peak_memory
 from .resume import State, begin_run, read_run, resume_run
-from .run import Start, TrainSpec, checkpoint_bytes, claim, identify
-from .watch import measure_inf_norm, watch_integers
+from .run import Start, TrainSpec, checkpoint_bytes, claim
+from .saving import Saving, SharedSaving
+from .watch import HeldOut, find_sites, measure_inf_norm, measure_sites
 
-SAVE_SECONDS = 30  # a kill loses at most this much
-LAST_SECONDS = 60  # for so long the last checkpoint is tried where the disk is full
-RETRY_SECONDS = 2
 Text = TextData | LabelledText  # data that have a tokenizer
 WATCHES = 50  # points of the inf-norm curve
+SKIPS = 50  # in a row: the loss scale has long been at its least
 RATE = float(np.finfo(np.float32).tiny)  # the least learning rate that float32 takes for a number other than 0
 
 
@@ -42,39 +46,55 @@ def train(
     machine: Machine,
     *,
     resume: bool = False,
+    change: Collection[str] = (),
     label: str = "",
     start: Start | None = None,
 ) -> Checkpoint:
-    """Trains a model and leaves it, with optimizer and curves, at `path`; returns what is there.
+    """Trains a model and leaves it, with optimizer and curves, at `path`; returns what is there. Beside it stands
+    `log.jsonl`, and the numbered checkpoints that `run.saving` keeps.
 
-    resume: go on from `path` if it exists. label: of the bar; the folder's name unless given. start: None where the
-    parameters are drawn.
+    resume: go on from `path` if it exists. change: fields that may then be others than in the file, such as
+    `optim.steps`, `optim` for all of it, or those of `identity.MOVE` for another machine; what changed stands in
+    `meta["changes"]`, each with the step. `run.stop` may always be another: a run that stopped goes on to the bits of
+    the one that never did. label: of the bar; the folder's name unless given. start: None where the parameters are
+    drawn.
 
     A run whose loss is not finite (it ends there) or has risen (see `has_risen`) is marked `meta["diverged"]`.
 
     Raises:
+        SpecError: `change` names what no run can change, `run.stop` is passed, or what is to be evaluated or logged
+            cannot be.
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
+        MissingExtra: `run.log.tensorboard` without its package.
         WriteError: the disk has no room for the checkpoint, before the first step or for a minute at the end.
         Interrupted: SIGINT or SIGTERM; `path` is up to date.
     """
-    with claim(path, resume):
+    check_changes(change)
+    with machine.join(), claim(path, resume, machine):
         identity = identify(run, data, machine)
         start = start or Start(init_params(run.model, run.seed))
-        if path.exists():
-            checkpoint = read_run(path, run.train_quant, identity)
-            state = resume_run(path, run, data, machine, checkpoint)
-            if checkpoint.meta["done"]:
+        if found := find_state(path):
+            checkpoint = read_run(found, run.train_quant, machine.processes if shares_state(run, machine) else None)
+            changes = find_changes(path, checkpoint.meta, identity, change)
+            state = resume_run(found, run, data, machine, checkpoint)
+            done = len(state.history.loss)
+            if "diverged_at" in checkpoint.meta or (checkpoint.meta["done"] and done == run.last):
                 return checkpoint
+            if done > run.last:
+                raise SpecError(f"stop is {run.last}: {path} has {done} steps already; give as many, or more")
+            known = checkpoint.meta.get("changes", [])
+            if known or changes:
+                identity["changes"] = [*known, *({"step": done, **one} for one in changes)]
         else:
             state = begin_run(run, data, machine, start.params)
-        check_space(path, checkpoint_bytes(run.model, run.optim, machine.dtype))
+        check_space(path, checkpoint_bytes(run.model, run.optim, machine.dtype) * (1 + run.saving.keep))
         return Loop(run, data, path, machine, identity, start, state).complete(label or path.parent.name)
 
 
 class Loop:
     """One run from where it stands to its last step. Each thing that is done in a step is a method of its own:
-    `advance` trains, `record` measures, `is_due` and `save` are the policy of checkpoints, `snapshot` is what they
-    hold."""
+    `advance` trains, `measure` adds to the curves, `note` writes the line of the log, `save` keeps what `snapshot`
+    says."""
 
     def __init__(
         self,
@@ -89,9 +109,15 @@ class Loop:
         self.run, self.data, self.path, self.machine = run, data, path, machine
         self.identity, self.start, self.state = identity, start, state
         self.every = max(1, run.optim.steps // WATCHES)
+        self.sites = find_sites(run.model, run.log.sites)
+        self.held_out = HeldOut(run, data, machine)
+        trainer = state.trainer
+        self.saving = SharedSaving(path, run.saving, machine, trainer) if trainer.shared else Saving(path, run.saving)
         self.probe = next(iter(data.split_batches("calibration", run.model, BATCH, 0, limit=1)))
-        self.batches = data.train_batches(run.model, run.batch, run.seed, start=self.step)
-        self.saved = time.monotonic()
+        self.rows = own_rows(run.batch, *machine.processes)
+        self.batches = data.train_batches(run.model, run.batch, run.seed, start=self.step, rows=self.rows)
+        self.clock = Clock(self.step, run.last)
+        self.skipped = 0  # steps in a row that overflowed
 
     @property
     def step(self) -> int:
@@ -101,20 +127,23 @@ class Loop:
     def complete(self, label: str) -> Checkpoint:
         """Trains to the last step and returns what is then at `path`. Raises Interrupted and WriteError, see
         `train`."""
-        with postpone() as stop:
-            with Progress(label, self.run.optim.steps, self.step) as bar:
+        last = self.run.last
+        log = Log(self.path.parent, self.run.log, self.step, writes=self.machine.is_first)
+        with postpone() as stop, log as self.log:
+            with Progress(label, last, self.step) as bar:
                 self.begin()
-                while self.step < self.run.optim.steps:
-                    if not self.advance():
+                while self.step < last:
+                    line = self.advance()
+                    if not math.isfinite(self.state.history.loss[-1]):
+                        self.log.add(line)
                         break
-                    self.record()
+                    self.note(line | self.measure())
                     bar.advance(note=f"loss {np.mean(self.state.history.loss[-20:]):.3f}")
-                    number = stop.number
-                    stopping = number is not None
-                    if (stopping or self.is_due()) and self.save(last=stopping).meta["diverged"]:
+                    number, due = map(int, self.machine.agree(stop.number or 0, self.saving.is_due(self.step)))
+                    if (number or due) and self.save(last=number > 0).meta["diverged"]:
                         break
-                    if number is not None:
-                        where = f"at step {self.step} of {self.run.optim.steps}, saved in {self.path}"
+                    if number:
+                        where = f"at step {self.step} of {last}, saved in {self.path}"
                         raise Interrupted(f"stopped {where}", number)
             kept = self.save(last=True, done=True)
         if stop.number is not None:
@@ -122,66 +151,73 @@ class Loop:
         return kept
 
     def begin(self) -> None:
-        """What is done once, before the first step. Raises SpecError where the integers cannot be watched."""
-        if self.run.watch_integer and self.step == 0:
-            try:
-                self.watch()
-            except ValueError as error:  # now, and not where it would first be needed
-                raise SpecError(f"--watch-integer: {error}") from None
+        """What is done once, before the first step. Raises SpecError where the held-out data cannot be evaluated as
+        asked."""
+        if self.run.evaluation.every and self.step == 0:
+            values, faults = self.held_out.measure(self.state.model)
+            if faults:  # now, and not where it would first be needed
+                raise SpecError(f"evaluation of {faults[0]}")
+            self.state.history.add(0, values)
+            self.log.add({"step": 0, "evaluation": values})
 
-    def advance(self) -> bool:
-        """One step on the next batch; whether its loss is finite."""
-        loss, _ = self.state.trainer.step(next(self.batches))
-        self.state.history.loss.append(loss)
-        return math.isfinite(loss)
+    def advance(self) -> dict[str, Any]:
+        """One step on the next batch; the line of the log that it gives."""
+        batch = next(self.batches)
+        line: dict[str, Any] = {"step": self.step + 1}
+        seen = self.sites and self.is_logged(self.step + 1)
+        with self.clock.step(batch):
+            sites = measure_sites(self.state.model, batch, self.sites) if seen else {}
+            loss, norm = self.state.trainer.step(batch, first=self.rows.start, total=self.run.batch)
+        line |= {"loss": loss, "rate": learning_rate(self.run.optim, self.step), "norm": norm}
+        self.state.history.loss.append(self.judge(loss, norm))
+        return line | {"sites": sites} if sites else line
 
-    def record(self) -> None:
-        """The points of the curves that this step has."""
+    def judge(self, loss: float, norm: float) -> float:
+        """The loss as the curve takes it: not finite where the run has diverged.
+
+        In float16 a step may overflow, and is then skipped while the loss scale falls: where its loss is not finite,
+        the curve repeats the one before. It has diverged where that goes on for `SKIPS` steps.
+        """
+        self.skipped = self.skipped + 1 if self.machine.dtype == "float16" and not math.isfinite(norm) else 0
+        if self.skipped == SKIPS:
+            return math.nan
+        known = self.state.history.loss
+        return known[-1] if self.skipped and known and not math.isfinite(loss) else loss
+
+    def measure(self) -> dict[str, Any]:
+        """Adds to the curves the points that this step has; those of held-out data as the line of the log says them."""
         step, history, last = self.step, self.state.history, self.step == self.run.optim.steps
         if step % self.every == 0 or last:
             norm = measure_inf_norm(self.state.model, self.probe)
             if math.isfinite(norm):
                 history.watch_step.append(step)
                 history.inf_norm.append(norm)
-        if self.run.watch_integer and (step % self.run.watch_integer == 0 or last):
-            try:
-                self.watch()
-            except ValueError as error:  # a model near divergence
-                sys.stderr.write(f"\nstep {step} not watched: {error}\n")
+        if not self.held_out.is_due(step):
+            return {}
+        values, faults = self.held_out.measure(self.state.model)
+        for fault in faults:  # a model near divergence
+            sys.stderr.write(f"\nstep {step} not evaluated: {fault}\n")
+        history.add(step, values)
+        return {"evaluation": values}
 
-    def watch(self) -> None:
-        """A point of the integer watch. Raises ValueError where there is none."""
-        watch_integers(self.run, self.state.model, self.data, self.machine, self.state.history, self.step)
+    def is_logged(self, step: int) -> bool:
+        """Whether the step has a line whatever is measured. The last of a `stop` has none of its own: it is a pause."""
+        return step % self.run.log.every == 0 or step == self.run.optim.steps
 
-    def is_due(self) -> bool:
-        """Whether a checkpoint is to be saved although nothing ends."""
-        return time.monotonic() - self.saved > SAVE_SECONDS
+    def note(self, line: dict[str, Any]) -> None:
+        """Adds a line to the log, with what it takes in time and memory."""
+        if self.is_logged(self.step) or "evaluation" in line:
+            held = backend(self.machine.backend).peak_memory(self.machine.device)
+            memory = {"memory": peak_memory(), **({} if held is None else {"device_memory": held})}
+            self.log.add(line | self.clock.read(self.step) | memory)
 
     def save(self, *, last: bool, done: bool = False) -> Checkpoint:
-        """Saves and returns a checkpoint. Where it cannot be written, training goes on without; the `last` one, or that
-        of a run that diverged, is tried for a minute, and then raises WriteError."""
+        """Saves and returns a checkpoint, the log before it; see `Saving.save`. That of a run that diverged is the
+        last."""
         checkpoint = self.snapshot(done)
-        last = last or checkpoint.meta["done"]
-        until = time.monotonic() + LAST_SECONDS
-        warned = False
-        while True:
-            try:
-                save_checkpoint(self.path, checkpoint)
-            except WriteError as error:
-                if last and time.monotonic() >= until:
-                    raise
-                if not warned:
-                    then = (
-                        f"trying for {LAST_SECONDS} s" if last else f"training goes on, step {self.step} is not saved"
-                    )
-                    sys.stderr.write(f"\n{error}; {then}\n")
-                    warned = True
-            else:
-                break
-            if not last:
-                break
-            time.sleep(RETRY_SECONDS)
-        self.saved = time.monotonic()
+        self.log.sync()
+        if self.machine.is_first or self.state.trainer.shared:
+            self.saving.save(checkpoint, self.step, last=last or checkpoint.meta["done"])
         return checkpoint
 
     def snapshot(self, done: bool) -> Checkpoint:
@@ -189,8 +225,11 @@ class Loop:
         they are finite: nothing evaluates it."""
         state, run = self.state, self.run
         loss = state.history.loss
-        params, extra = state.model.params(), state.history.tensors() | state.trainer.state()
-        if not all(np.isfinite(value).all() for value in (params | extra).values()):
+        params, extra = {}, state.history.tensors()
+        finite = not state.trainer.shared or not self.machine.agree(not state.trainer.is_finite())[0]
+        if not state.trainer.shared:
+            params, extra = state.model.params(), extra | state.trainer.state()
+        if not finite or not all(np.isfinite(value).all() for value in (params | extra).values()):
             curves = replace(state.history, loss=[value for value in loss if math.isfinite(value)])
             meta = {**self.identity, "done": True, "diverged": True, "diverged_at": len(loss)}
             return Checkpoint(run.model, self.start.params, curves.tensors(), None, {}, meta)
@@ -199,6 +238,19 @@ class Loop:
             meta["tokenizer"] = self.data.tokenizer_json
         chosen = training_recipe(run.train_quant, run.model) if run.train_quant else None
         return Checkpoint(run.model, params, extra, chosen, state.model.ranges(), meta)
+
+
+def own_rows(batch: int, rank: int, count: int) -> slice:
+    """The rows of a batch that one of `count` processes computes, as many as another or one more. Raises SpecError
+    where there is none for it."""
+    if batch < count:
+        raise SpecError(f"batch is {batch}, and {count} processes compute it: give at least {count}")
+    return slice(batch * rank // count, batch * (rank + 1) // count)
+
+
+def shares_state(run: TrainSpec, machine: Machine) -> bool:
+    """Whether each of several processes has a share of the run's state."""
+    return machine.processes[1] > 1 and run.step.sharding is not Sharding.NONE
 
 
 def has_risen(loss: list[float]) -> bool:

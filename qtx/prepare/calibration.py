@@ -47,7 +47,7 @@ def bind(
 ) -> None:
     """Puts a model under a recipe's fake quantization. Raises SpecError for a static site without a range."""
     quants = resolve(recipe, model.spec)
-    model.bind(quants, ranges, masked_scores=recipe.masked_scores, transforms=transforms)
+    model.bind(quants, ranges, masked_scores=recipe.masked_scores, transforms=transforms, gradients=recipe.gradients)
 
 
 def measure_input_moments(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from qtx_ref.spec import (
     Family,
-    FloatFormat,
     FloatQuantSpec,
     Gate,
     Granularity,
@@ -26,31 +25,21 @@ from qtx_ref.spec import (
 from qtx_ref.spec.limits import refuse_integer
 
 from ..data.reading import read_regular
-from . import remedies
-from .parts import Parts
+from . import remedies, training
+from .parts import FLOATS, MX_BLOCK, MX_TEXT, OPERANDS, TABLES, Parts
 from .remedies import RUNNING
 from .sites import KEYS, extents, sites
 
 SIM = "published simulator (code of arXiv 2306.12929)"
 PADDING = "padded positions enter ranges there (its own data have none), never here"
-TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
 LOOKUPS = ("embed.token", "embed.type", "embed.position")
 LM_HEAD = ("head.decoder", "head.decoder.weight")
-OPERANDS = ("*.input", "*.lhs", "*.rhs")
 BATCHES = 16  # of calibration
-MX_BLOCK = 32
-MX_TEXT = "OCP microscaling formats 1.0: blocks of 32 along the summed axis, a power of two each"
 FP8_TEXT = "arXiv 2209.05433, section 3: one scale per tensor that takes the largest magnitude to the largest value"
-FLOATS = {
-    "fp8-e4m3": FloatFormat.E4M3,
-    "fp8-e5m2": FloatFormat.E5M2,
-    "mxfp8": FloatFormat.E4M3,
-    "mxfp8-e5m2": FloatFormat.E5M2,
-    "mxfp4": FloatFormat.E2M1,
-}
 NAMES = (
     f"wXaY (w8a8, w6a6, w4a8, ...), linear-wXaY, either with remedies (w8a8-p99.9, w8a8-peg4p, ...: {remedies.NAMES}), "
-    f"token-wXaY, lsq-wXaY, train-wXaY, {', '.join(FLOATS)}, paper-bert, paper-opt, paper-vit, "
+    f"token-wXaY, lsq-wXaY, {', '.join(FLOATS)}, paper-bert, paper-opt, paper-vit, {training.NAMES}, "
+    f"with quantized gradients {training.GRADIENT_NAMES} (NAME as above, or float), "
     "or a .json file such as qtx recipes --json writes"
 )
 
@@ -140,19 +129,6 @@ def microscaling(name: str, spec: ModelSpec) -> Recipe:
     )
 
 
-def training(weight_bits: int, activation_bits: int) -> Parts:
-    """Both operands of every matmul, dynamic and symmetric: a scale per token, or per output channel of a weight."""
-    source = "blog 2025: every matmul of the forward pass, per token, absmax / 127"
-    rows = QuantSpec(bits=activation_bits, symmetric=True, granularity=Granularity.TOKEN, dynamic=True)
-    channels = QuantSpec(bits=weight_bits, symmetric=True, granularity=Granularity.CHANNEL, dynamic=True)
-    return Parts(
-        f"train-w{weight_bits}a{activation_bits}",
-        activations=Rule(OPERANDS, rows, source),
-        weights=Rule(("*.weight",), channels, "assumed: one scale per output channel"),
-        floats=(Rule(("*norm.weight", *TABLES), None, "not an operand of a matmul"),),
-    )
-
-
 def paper(family: Family, spec: ModelSpec) -> Recipe:
     """The published simulator site by site (BERT, OPT); for ViT, which has no published code, the paper's text.
 
@@ -232,11 +208,14 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
     """
     if name.endswith(".json"):
         return read_recipe(Path(name))
-    if match := re.fullmatch(r"(|lsq-|train-|token-|linear-)w(\d+)a(\d+)((?:-(?:float\[[^\]]+\]|[a-z0-9.]+))*)", name):
+    base, more_text, gradients = name.partition("+grad")
+    if more_text:
+        return training.add_gradients(Recipe(base, ()) if base == "float" else recipe(base, spec), gradients)
+    if name.startswith("train-"):
+        return training.quantize_matmuls(name.removeprefix("train-"), spec)
+    if match := re.fullmatch(r"(|lsq-|token-|linear-)w(\d+)a(\d+)((?:-(?:float\[[^\]]+\]|[a-z0-9.]+))*)", name):
         kind, bits = match[1], (int(match[2]), int(match[3]))
         more = re.findall(r"-(float\[[^\]]+\]|[a-z0-9.]+)", match[4])
-        if kind == "train-" and not more:
-            return training(*bits).recipe()
         if kind == "lsq-" and not more:
             return post_training(*bits, learned=True).recipe()
         if kind == "token-" and set(more) <= {"r16"}:
@@ -251,13 +230,16 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
 
 
 def training_recipe(name: str, spec: ModelSpec) -> Recipe:
-    """The recipe of `--train-quant`: `w8a8` stands for `train-w8a8`, quantized matmuls with dynamic ranges.
+    """The recipe of `--train-quant`: `w8a8` and `fp8` stand for `train-w8a8` and `train-fp8`, quantized matmuls with
+    dynamic ranges; also with `-tensor` and quantized gradients, as `w8a8+grad8`.
 
-    Raises SpecError as `recipe`, and for one that rewrites weights.
+    Raises SpecError as `recipe`, for one that rewrites weights, and for one that quantizes nothing.
     """
-    chosen = recipe(f"train-{name}" if re.fullmatch(r"w\d+a\d+", name) else name, spec)
+    short = re.fullmatch(r"(w\d+a\d+|fp8)(-tensor)?(\+grad.*)?", name)
+    chosen = recipe(f"train-{name}" if short else name, spec)
     if chosen.transforms or chosen.rewrite:
         raise SpecError(f"recipe {chosen.name} rewrites weights, which training moves: train without it, then quantize")
+    resolve(chosen, spec)
     return chosen
 
 
@@ -280,7 +262,7 @@ def resolve(chosen: Recipe, spec: ModelSpec) -> dict[str, Quant]:
             raise SpecError(
                 f"recipe {chosen.name} has block {quant.block} at {site}, which does not divide its last axis of {last}"
             )
-    if not quants:
+    if not quants and chosen.gradients is None:
         raise SpecError(f"recipe {chosen.name} matches no site of this model: see `qtx recipes` for site names")
     return quants
 

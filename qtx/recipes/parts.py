@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qtx_ref.spec import (
+    FloatFormat,
     Quant,
     QuantSpec,
     Recipe,
@@ -17,6 +18,18 @@ from qtx_ref.spec import (
     SpecError,
     Transform,
 )
+
+TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
+OPERANDS = ("*.input", "*.lhs", "*.rhs")
+MX_BLOCK = 32
+MX_TEXT = "OCP microscaling formats 1.0: blocks of 32 along the summed axis, a power of two each"
+FLOATS = {
+    "fp8-e4m3": FloatFormat.E4M3,
+    "fp8-e5m2": FloatFormat.E5M2,
+    "mxfp8": FloatFormat.E4M3,
+    "mxfp8-e5m2": FloatFormat.E5M2,
+    "mxfp4": FloatFormat.E2M1,
+}
 
 
 @dataclass(frozen=True)

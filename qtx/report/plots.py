@@ -32,18 +32,18 @@ WINDOWS = 50  # the loss is averaged over this part of the longest run
 
 
 class Curves(Protocol):
-    """One run: per step the loss in nats; now and then the largest inf norm; where integers were watched, perplexity in
-    integers and in float, and the published average kurtosis."""
+    """One run: per step the loss in nats; now and then the largest inf norm."""
 
     loss: list[float]
     watch_step: list[int]
     inf_norm: list[float]
-    integer_step: list[int]
-    integer_perplexity: list[float]
-    float_perplexity: list[float]
-    kurtosis: list[float]
+
+    def watched(self) -> Watched:
+        """Where integers were watched: `integer_step`, `integer_perplexity`, `float_perplexity` and the published
+        average `kurtosis`."""
 
 
+Watched = dict[str, list[float]]
 Points = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]  # x and y of a line
 
 
@@ -59,7 +59,7 @@ def make_curve_figure(runs: Mapping[str, Curves], title: str) -> Figure:
     Runs that lie over one another in the loss are told apart by the second panel. Raises MissingExtra without
     matplotlib.
     """
-    watched = {name: run for name, run in runs.items() if run.integer_step}
+    watched = {name: seen for name, run in runs.items() if (seen := run.watched())["integer_step"]}
     several = len(runs) > 1
     window = max([1, *(len(run.loss) // WINDOWS for run in runs.values())])
     seeds = {name: name.rpartition("-seed")[2] if "-seed" in name else "" for name in runs}
@@ -77,10 +77,8 @@ def make_curve_figure(runs: Mapping[str, Curves], title: str) -> Figure:
         parts.append((apart, lambda name, run: subtract_mean(run, window, common[seeds[name]])))
     parts.append(("max inf norm", lambda _, run: (run.watch_step, run.inf_norm)))
     if watched:
-        parts.append(("average kurtosis", lambda _, run: (run.integer_step, run.kurtosis)))
-        parts.append(
-            ("integer perplexity above float, %", lambda _, run: (run.integer_step, compare_perplexities(run)))
-        )
+        parts.append(("average kurtosis", lambda _, run: take_points(run.watched(), "kurtosis")))
+        parts.append(("integer perplexity above float, %", lambda _, run: compare_perplexities(run.watched())))
     count = len(parts) + len(watched)
     figure, panels = new_panels(4.6, 3.3, count, 2 if len(parts) == 2 else 3, WHAT)
     looks = choose_looks(list(runs))
@@ -133,10 +131,15 @@ def subtract_mean(run: Curves, window: int, common: Mapping[int, float]) -> Poin
     return steps, [value - common.get(int(step), np.nan) for step, value in zip(steps, loss, strict=True)]
 
 
-def compare_perplexities(run: Curves) -> np.ndarray:
+def take_points(watched: Watched, name: str) -> Points:
+    """One of the watch's curves."""
+    return watched["integer_step"], watched[name]
+
+
+def compare_perplexities(watched: Watched) -> Points:
     """What integers lose: their perplexity above float's, percent."""
-    integers, floats = mask_infinite(run.integer_perplexity), mask_infinite(run.float_perplexity)
-    return 100 * (integers / floats - 1)
+    integers, floats = mask_infinite(watched["integer_perplexity"]), mask_infinite(watched["float_perplexity"])
+    return watched["integer_step"], 100 * (integers / floats - 1)
 
 
 def draw_lines(panel: Axes, lines: Mapping[str, Points], looks: Mapping[str, Look]) -> None:
@@ -152,18 +155,17 @@ def draw_lines(panel: Axes, lines: Mapping[str, Points], looks: Mapping[str, Loo
         say_empty(panel)
 
 
-def draw_perplexities(panels: Sequence[Axes], runs: Mapping[str, Curves], looks: Mapping[str, Look]) -> None:
+def draw_perplexities(panels: Sequence[Axes], runs: Mapping[str, Watched], looks: Mapping[str, Look]) -> None:
     """A panel for each run, all of one scale: perplexity in float as a wide pale line, in integers as points upon
     it."""
-    every = [value for run in runs.values() for value in (*run.integer_perplexity, *run.float_perplexity)]
+    every = [value for run in runs.values() for value in (*run["integer_perplexity"], *run["float_perplexity"])]
     for panel, (name, run) in zip(panels, runs.items(), strict=True):
         look = looks[name]
+        steps = run["integer_step"]
+        panel.plot(steps, mask_infinite(run["float_perplexity"]), color=GRAY, alpha=0.5, linewidth=4, label="float")
         panel.plot(
-            run.integer_step, mask_infinite(run.float_perplexity), color=GRAY, alpha=0.5, linewidth=4, label="float"
-        )
-        panel.plot(
-            run.integer_step,
-            mask_infinite(run.integer_perplexity),
+            steps,
+            mask_infinite(run["integer_perplexity"]),
             look.marker,
             color=look.color,
             markersize=4,

@@ -4,6 +4,12 @@ BERT and OPT: normal(0, init_std), biases 0, norms 1 and 0 (Devlin et al. 2019, 
 by 1 / sqrt(2 layers)). ViT: the same cut at two deviations, its class token at 1e-6 (Dosovitskiy et al. 2021 as in
 timm). Gates: weights as torch draws a new linear layer, uniform within 1 / sqrt(inputs), as in the code of Bondarenko
 et al.; biases 0, or logit(pi) for the linear form.
+
+`Start.PUBLISHED` is what that code begins with. It has transformers build the model (normal(0, init_std), biases 0, the
+padding token's row 0), then puts attention of its own in place, whose new linear layers nobody draws again: weights
+and biases as torch draws them, uniform within 1 / sqrt(inputs). For BERT these are query, key and value, for OPT output
+too; for either the MLP gate and that on all features, whereas the linear forms' biases are set to logit(pi). A ViT's
+code is not published: there only the gates follow, which is assumed. `parity_tests.published_start` measures it.
 """
 
 from __future__ import annotations
@@ -22,9 +28,14 @@ from ..spec import (
     ModelSpec,
     Softmax,
     SpecError,
+    Start,
 )
 
-__all__ = ["add_gate", "first_value", "gate_shapes", "init_params", "shapes"]
+__all__ = ["add_gate", "find_torch_inputs", "first_value", "gate_shapes", "init_params", "shapes"]
+
+ADDED_GATE_STD = {Family.BERT: 0.01, Family.OPT: 0.001, Family.VIT: 0.01}
+REPLACED = {Family.BERT: ("query", "key", "value"), Family.OPT: ("query", "key", "value", "output"), Family.VIT: ()}
+PADDING = {Family.BERT: 0, Family.OPT: 1}  # the padding token's id in transformers' configurations
 
 
 def gate_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -109,8 +120,9 @@ def init_params(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:
 def add_gate(
     params: dict[str, np.ndarray], spec: ModelSpec, pi: float, seed: int
 ) -> tuple[dict[str, np.ndarray], ModelSpec]:
-    """A trained model, float32, with a linear gate that changes little at first: weights normal(0, 0.01), bias
-    logit(pi), and the gate multiplied by 1 / pi (Bondarenko et al. 2023, appendix B.6). Returns parameters and spec.
+    """A trained model, float32, with a linear gate that changes little at first: weights normal(0, 0.01), OPT's
+    normal(0, 0.001), bias logit(pi), and the gate multiplied by 1 / pi (Bondarenko et al. 2023, appendix B.6; the
+    deviations are their code's, a ViT's is assumed). Returns parameters and spec.
 
     Raises SpecError where the model has a gate already, or pi is not between 0 and 1.
     """
@@ -122,7 +134,8 @@ def add_gate(
         if name in params:
             values[name] = params[name]
         elif name.endswith(".weight"):
-            values[name] = stream(seed, "gate", name).normal(0, 0.01, shape).astype(np.float32)
+            std = ADDED_GATE_STD[spec.family]
+            values[name] = stream(seed, "gate", name).normal(0, std, shape).astype(np.float32)
         else:
             values[name] = first_value(gated, name, shape, seed)
     return values, gated
@@ -134,6 +147,8 @@ def first_value(spec: ModelSpec, name: str, shape: tuple[int, ...], seed: int) -
     site, _, kind = name.rpartition(".")
     if kind == "sink":
         value = np.zeros(shape)
+    elif (inputs := find_torch_inputs(spec, site)) is not None:
+        value = rng.uniform(-1, 1, shape) / math.sqrt(inputs)
     elif kind == "bias":
         pi = spec.attention.pi if site.endswith("gate_logit") else None
         value = np.full(shape, math.log(pi / (1 - pi)) if pi else 0.0)
@@ -148,6 +163,18 @@ def first_value(spec: ModelSpec, name: str, shape: tuple[int, ...], seed: int) -
     else:
         last = spec.init_output_scaled and site.endswith((".attn.output", ".ffn.output"))
         value = rng.normal(0, spec.init_std / (math.sqrt(2 * spec.layers) if last else 1), shape)
-    if spec.family is Family.BERT and name == "embed.token.weight":
-        value[0] = 0  # the padding token
+    if name == "embed.token.weight" and (spec.family is Family.BERT or spec.start is Start.PUBLISHED):
+        value[PADDING[spec.family]] = 0
     return value.astype(np.float32)
+
+
+def find_torch_inputs(spec: ModelSpec, site: str) -> int | None:
+    """The inputs of a linear layer whose weight and bias both are as torch draws them; None for every other site."""
+    if spec.start is Start.OWN or ".attn." not in site:
+        return None
+    gate, part = spec.attention.gate, site.rpartition(".")[2]
+    if part in REPLACED[spec.family] or (part, gate) == ("gate_logit", Gate.ALL_FEATURES):
+        return spec.width
+    if gate is Gate.MLP:
+        return {"gate_hidden": spec.head_width, "gate_logit": spec.gate_hidden}.get(part)
+    return None

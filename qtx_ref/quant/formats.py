@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..spec import FloatFormat, FloatQuantSpec, SharedScale
+from ..spec import FloatFormat, FloatQuantSpec, Rounding, SharedScale
 from .affine import check_order, check_scale
 from .checks import check_range, check_shape
+from .rounding import round_integer
 
 __all__ = [
     "LAYOUTS",
@@ -90,8 +91,9 @@ def power_of_two(exponent: np.ndarray) -> np.ndarray:
     return ((exponent.astype(np.int64) + 1023) << 52).view(np.float64)
 
 
-def encode(x: np.ndarray, kind: FloatFormat, saturate: bool = True) -> np.ndarray:
-    """Codes (uint8) of x (float32), nearest, ties to even.
+def encode(x: np.ndarray, kind: FloatFormat, saturate: bool = True, words: np.ndarray | None = None) -> np.ndarray:
+    """Codes (uint8) of x (float32), nearest, ties to even; with `words`, as in `round_integer`, away from 0 by the
+    remainder's probability.
 
     Beyond the largest value: that value if `saturate`, infinity too; else infinity, or NaN for E4M3. NaN stays NaN.
     E2M1, which has neither, always saturates; there NaN raises ValueError.
@@ -102,7 +104,8 @@ def encode(x: np.ndarray, kind: FloatFormat, saturate: bool = True) -> np.ndarra
         raise ValueError("e2m1 has no NaN; look upstream for the first tensor that holds one")
     f = LAYOUTS[kind]
     e = np.maximum(floor_log2(x), f.emin)
-    n = np.rint(np.abs(np.where(nan, 0, x)).astype(np.float64) / power_of_two(e - f.mantissa))
+    n = np.abs(np.where(nan, 0, x)).astype(np.float64) / power_of_two(e - f.mantissa)
+    n = round_integer(n, Rounding.HALF_EVEN if words is None else Rounding.STOCHASTIC, words)
     code = np.minimum(n, 2.0 ** (f.mantissa + 1)).astype(np.int32) + ((e - f.emin) << f.mantissa)
     code = np.where(code > f.largest, f.largest if saturate else f.overflow, code)
     code = np.where(nan, f.nan, code)
@@ -160,14 +163,18 @@ def fake_quantize(
 
 
 def simulate(
-    x: np.ndarray, kind: FloatFormat, saturate: bool = True, scale: np.ndarray | None = None
+    x: np.ndarray,
+    kind: FloatFormat,
+    saturate: bool = True,
+    scale: np.ndarray | None = None,
+    words: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is
-    that of a block with NaN or infinity, stays NaN."""
+    that of a block with NaN or infinity, stays NaN. `words` as in `encode`."""
     with np.errstate(over="ignore", invalid="ignore"):
         ratio = x.astype(np.float32) if scale is None else x.astype(np.float32) / scale
         nan = np.isnan(ratio)
-        y = look_up(encode(np.where(nan, 0, ratio), kind, saturate), kind)
+        y = look_up(encode(np.where(nan, 0, ratio), kind, saturate, words), kind)
         y = np.where(nan, np.float32(np.nan), y if scale is None else y * scale)
         return y.astype(x.dtype), np.abs(ratio) <= np.float32(LAYOUTS[kind].limit)
 

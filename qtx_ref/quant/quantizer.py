@@ -6,13 +6,16 @@ its range (float32).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from ..spec import FloatQuantSpec, Granularity, Quant, QuantSpec, Range, check_axes, check_where
+from ..spec import QTX, FloatQuantSpec, Granularity, Quant, QuantSpec, Range, Rounding, check_axes, check_where
 from . import affine, formats
 
 __all__ = [
     "SILENT_SCALE",
+    "STOCHASTIC",
     "beside_outliers",
     "check_quantizer",
     "dynamic_scale",
@@ -25,6 +28,7 @@ __all__ = [
 ]
 
 SILENT_SCALE = np.float32(2.0**-8)  # of a tensor that was 0 in all of calibration
+STOCHASTIC = replace(QTX, rounding=Rounding.STOCHASTIC)
 
 
 def scale_zero(low: np.ndarray, high: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
@@ -110,12 +114,14 @@ def fake_quantize(
     return simulate(x, scale, zero_point, spec)
 
 
-def simulate(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
+def simulate(
+    x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: Quant, words: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """`fake_quantize` without looking at scale and zero point: for those made by `dynamic_scale` or `scale_zero`, or
-    checked when a model was bound."""
+    checked when a model was bound. `words`, 32-bit ones in the shape of x: rounded stochastically, by them."""
     if isinstance(spec, FloatQuantSpec):
-        return formats.simulate(x, spec.format, spec.saturate, scale)
+        return formats.simulate(x, spec.format, spec.saturate, scale, words)
     if spec.outliers is not None:
         y, inside = affine.simulate(x, np.where(scale == 0, 1, scale), zero_point, spec)
         return np.where(scale == 0, x, y), inside | (scale == 0)
-    return affine.simulate(x, scale, zero_point, spec)
+    return affine.simulate(x, scale, zero_point, spec, QTX if words is None else STOCHASTIC, words)

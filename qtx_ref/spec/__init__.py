@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .base import Name, Spec, SpecError, from_dict, to_dict
 from .formats import FloatFormat, SharedScale
+from .gradients import Gradients, Operand
 from .inputs import (
     MASKS,
     READ,
@@ -30,6 +31,7 @@ from .model import (
     Start,
 )
 from .optim import OptimSpec, Schedule, decays, trains
+from .processes import read_processes
 from .profile import (
     QTX,
     Dtype,
@@ -69,6 +71,7 @@ __all__ = [
     "FloatFormat",
     "FloatQuantSpec",
     "Gate",
+    "Gradients",
     "Granularity",
     "Head",
     "InfinityPolicy",
@@ -82,6 +85,7 @@ __all__ = [
     "Nudging",
     "ObserverKind",
     "ObserverSpec",
+    "Operand",
     "OptimSpec",
     "Output",
     "Overflow",
@@ -124,6 +128,7 @@ __all__ = [
     "divide_rows",
     "from_dict",
     "range_axes",
+    "read_processes",
     "refuse_integer",
     "to_dict",
     "trains",

@@ -136,7 +136,7 @@ class ModelSpec(Spec):
     dropout: float = 0.0  # probability, after embeddings, attention output and FFN output
     attention_dropout: float = 0.0  # probability, on the attention probabilities
     init_std: float = 0.02
-    start: Start = Start.OWN
+    start: Start = Start.OWN  # how first values are drawn: own, or published
     init_output_scaled: bool = False  # attention and FFN output weights drawn with std / sqrt(2 layers)
     vocab: int = 0  # V; text only
     length: int = 0  # T, the longest text; images: derived
@@ -158,6 +158,8 @@ class ModelSpec(Spec):
         for key in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 refuse(f"model {key}", getattr(self, key), "give a probability in [0, 1)")
+        if self.init_output_scaled and self.start is Start.PUBLISHED:
+            refuse("model init_output_scaled", True, "start = published draws no weight scaled: give false")
         if not self.norm_eps > 0:
             refuse("model norm_eps", self.norm_eps, "give a number > 0")
         if self.family is Family.VIT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .base import Name, Spec, refuse
@@ -19,7 +20,7 @@ class Schedule(Name):
 
 @dataclass(frozen=True)
 class OptimSpec(Spec):
-    """AdamW (Loshchilov and Hutter 2019): decoupled decay, on matrices and tables only."""
+    """AdamW (Loshchilov and Hutter 2019): decoupled decay, on matrices and tables, and what the switches add."""
 
     lr: float = 1e-3
     beta1: float = 0.9
@@ -27,10 +28,11 @@ class OptimSpec(Spec):
     eps: float = 1e-8
     weight_decay: float = 0.01
     decay_norm_gains: bool = False  # the paper's switch: norm gains decay too
+    decay_head_gates: bool = False  # the per-head gate's one parameter decays too: a bare tensor in the published code
     clip_norm: float = 1.0  # global gradient norm; 0 leaves gradients alone
     schedule: Schedule = Schedule.LINEAR
     warmup: int = 0  # steps from 0 to lr
-    first_rate_zero: bool = False  # the rate of step t is that of t - 1, and 0 at first: as published (transformers)
+    first_rate_zero: bool = False  # a warm-up's rates are lr t / warmup from t = 0, as in transformers; else (t + 1)
     steps: int = 1  # steps of the whole schedule
     only: tuple[str, ...] = ()  # beginnings of the names of the parameters that are trained; none: all of them
 
@@ -49,9 +51,16 @@ class OptimSpec(Spec):
             refuse("optimizer only", self.only, "a name's beginning has at least one character")
 
 
-def decays(name: str, spec: OptimSpec) -> bool:
-    """Whether AdamW decays the parameter: weights do, biases and sinks do not, norm gains by the spec's switch."""
+def decays(name: str, names: Collection[str], spec: OptimSpec) -> bool:
+    """Whether AdamW decays the parameter of that name, one of all `names` of the model.
+
+    Weights do, biases and sinks do not; norm gains and the per-head gate's parameter by the spec's switches. That gate
+    is the one whose logit has a bias and no weight (`gate_logit.bias`; the published code calls it `alpha`, and
+    excludes what has `bias` in its name, and `LayerNorm.weight` or, without `--wd_LN_gamma`, `layer_norm.weight`).
+    """
     owner, _, kind = name.rpartition(".")
+    if owner.endswith(".gate_logit") and f"{owner}.weight" not in names:
+        return spec.decay_head_gates
     if kind != "weight":
         return False
     return spec.decay_norm_gains if owner.endswith("norm") else True

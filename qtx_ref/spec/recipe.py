@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from .base import Name, Spec, refuse
+from .gradients import Gradients
 from .quant import Quant
 
 __all__ = ["InputTransform", "Recipe", "Rewrite", "Rule", "Transform", "TransformKind"]
@@ -72,7 +73,8 @@ class Recipe(Spec):
 
     A static range is calibrated on `batches` batches; `quantize_while_calibrating` feeds each observer tensors that
     earlier sites have already quantized, as the published simulator does; `masked_scores` lets the scores of keys that
-    the mask will remove enter the range of `scores` (only the paper's recipes do).
+    the mask will remove enter the range of `scores` (only the paper's recipes do). `gradients`: what the
+    backward pass of every matmul quantizes.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Recipe(Spec):
     masked_scores: bool = False
     transforms: tuple[Transform, ...] = ()
     rewrite: Rewrite | None = None
+    gradients: Gradients | None = None
 
     def check(self) -> None:
         if self.batches < 1:

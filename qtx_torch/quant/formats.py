@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import FloatFormat, FloatQuantSpec, SharedScale
+from qtx_ref.spec import FloatFormat, FloatQuantSpec, Rounding, SharedScale
 
 from .affine import check_order, check_scale
 from .checks import check_range, check_shape
+from .rounding import round_integer
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 
-def encode(x: Tensor, kind: FloatFormat, saturate: bool = True) -> Tensor:
-    """Codes (uint8) of x (float32), nearest, ties to even.
+def encode(x: Tensor, kind: FloatFormat, saturate: bool = True, words: Tensor | None = None) -> Tensor:
+    """Codes (uint8) of x (float32), nearest, ties to even; with `words`, as in `round_integer`, away from 0 by the
+    remainder's probability.
 
     Beyond the largest value: that value if `saturate`, infinity too; else infinity, or NaN for E4M3. NaN stays NaN.
     E2M1, which has neither, always saturates; there NaN raises ValueError.
@@ -79,7 +81,8 @@ def encode(x: Tensor, kind: FloatFormat, saturate: bool = True) -> Tensor:
         raise ValueError("e2m1 has no NaN; look upstream for the first tensor that holds one")
     f = LAYOUTS[kind]
     e = floor_log2(x).clamp(min=f.emin)
-    n = torch.round(x.masked_fill(nan, 0).abs().double() / power_of_two(e - f.mantissa))
+    n = x.masked_fill(nan, 0).abs().double() / power_of_two(e - f.mantissa)
+    n = round_integer(n, Rounding.HALF_EVEN if words is None else Rounding.STOCHASTIC, words)
     code = n.clamp(max=2.0 ** (f.mantissa + 1)).int() + ((e - f.emin) << f.mantissa)
     code = code.masked_fill(code > f.largest, f.largest if saturate else f.overflow)
     code = code.masked_fill(nan, f.nan)
@@ -138,12 +141,14 @@ def fake_quantize(
     return simulate(x, kind, saturate, scale)
 
 
-def simulate(x: Tensor, kind: FloatFormat, saturate: bool = True, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def simulate(
+    x: Tensor, kind: FloatFormat, saturate: bool = True, scale: Tensor | None = None, words: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is
-    that of a block with NaN or infinity, stays NaN."""
+    that of a block with NaN or infinity, stays NaN. `words` as in `encode`."""
     ratio = x.float() if scale is None else x.float() / scale
     nan = torch.isnan(ratio)
-    y = look_up(encode(ratio.masked_fill(nan, 0), kind, saturate), kind)
+    y = look_up(encode(ratio.masked_fill(nan, 0), kind, saturate, words), kind)
     y = (y if scale is None else y * scale).masked_fill(nan, torch.nan)
     return y.to(x.dtype), ratio.abs() <= LAYOUTS[kind].limit
 

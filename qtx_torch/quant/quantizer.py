@@ -6,15 +6,18 @@ Differs from the reference: was_silent: ranges are lowered, and kept by `qtx ptq
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qtx_ref.spec import (
+    QTX,
     FloatQuantSpec,
     Granularity,
     Quant,
     QuantSpec,
+    Rounding,
     check_axes,
     check_where,
 )
@@ -22,6 +25,7 @@ from qtx_ref.spec import (
 from . import affine, formats
 
 SILENT_SCALE = 2.0**-8  # of a tensor that was 0 in all of calibration
+STOCHASTIC = replace(QTX, rounding=Rounding.STOCHASTIC)
 
 
 def scale_zero(low: Tensor, high: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
@@ -99,12 +103,14 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> 
     return simulate(x, scale, zero_point, spec)
 
 
-def simulate(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
+def simulate(
+    x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant, words: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`fake_quantize` without looking at scale and zero point: for those made by `dynamic_scale` or `scale_zero`, or
-    checked when a model was bound."""
+    checked when a model was bound. `words`, 32-bit ones in the shape of x: rounded stochastically, by them."""
     if isinstance(spec, FloatQuantSpec):
-        return formats.simulate(x, spec.format, spec.saturate, scale)
+        return formats.simulate(x, spec.format, spec.saturate, scale, words)
     if spec.outliers is not None:
         y, inside = affine.simulate(x, torch.where(scale == 0, 1, scale), zero_point, spec)
         return torch.where(scale == 0, x, y), inside | (scale == 0)
-    return affine.simulate(x, scale, zero_point, spec)
+    return affine.simulate(x, scale, zero_point, spec, QTX if words is None else STOCHASTIC, words)

@@ -429,7 +429,7 @@ def test_nothing_is_overwritten(trained, tmp_path):
         assert "exists" in result.output
     other = call(*TRAIN[:-1], "9", "--out", trained.parent, "--resume", "--attention", "clipped+gated")
     assert other.exit_code == 1
-    assert "train.optim.warmup" in other.output or "train.optim.steps was 8 and is 9" in other.output
+    assert "optim.steps was 8 and is 9" in other.output and "--change optim.steps" in other.output
     assert trained.read_bytes() == before
 
 

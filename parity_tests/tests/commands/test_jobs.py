@@ -33,9 +33,10 @@ from qtx.jobs.pretrain import PretrainRequest, pretrain
 from qtx.jobs.ptq import PtqRequest, compare_recipes
 from qtx.jobs.quantize import QuantizeRequest, quantize
 from qtx.jobs.run import TrainSpec
-from qtx.jobs.study import StudySpec, run_study
+from qtx.jobs.study import run_study
 from qtx.jobs.training import default_optim, train
 from qtx.jobs.vectors import CheckRequest, VectorsRequest, check_vectors, write_vectors
+from qtx.runs.reading import RunSpec, make_run
 from qtx_ref.presets import PRESETS, preset
 from qtx_ref.spec import SpecError
 
@@ -53,16 +54,22 @@ def small() -> Iterator[None]:
         yield
 
 
+def say(model: str, steps: int, batch: int) -> RunSpec:
+    """A short run of the reference."""
+    said = {"model.preset": model, "optim.steps": steps, "data.batch": batch, "machine.backend": "ref"}
+    return make_run(said)
+
+
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    request = PretrainRequest(tmp_path_factory.mktemp("vit"), model="vit-small", steps=2, batch=4, machine=HERE)
+    request = PretrainRequest(tmp_path_factory.mktemp("vit"), say("vit-small", steps=2, batch=4))
     assert pretrain(request).extra["history.loss"].shape == (2,)
     return request.path
 
 
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    request = PretrainRequest(tmp_path_factory.mktemp("opt"), model="opt-small", steps=1, batch=2, machine=HERE)
+    request = PretrainRequest(tmp_path_factory.mktemp("opt"), say("opt-small", steps=1, batch=2))
     pretrain(request)
     return request.path
 
@@ -113,7 +120,8 @@ def test_generate(opt: Path) -> None:
 
 
 def test_finetune(vit: Path, tmp_path: Path) -> None:
-    request = FinetuneRequest(vit, "digits", tmp_path, steps=1, head_only=True, machine=HERE)
+    run = make_run({"data.sources": "digits", "optim.steps": 1, "machine.backend": "ref"})
+    request = FinetuneRequest(vit, tmp_path, run, head_only=True)
     checkpoint, score = finetune(request)
     assert checkpoint.spec.classes == 10 and score.targets == 180 and request.path.is_file()
     with pytest.raises(CheckpointError, match="go on with --resume"):
@@ -127,17 +135,18 @@ def test_analyze(vit: Path) -> None:
 
 
 def test_compare_recipes(vit: Path, tmp_path: Path) -> None:
+    here, w8a8 = make_run({"machine.backend": "ref"}), make_run({"quant.recipes": ["w8a8"]})
     comparison, written = compare_recipes(
-        PtqRequest(vit, tmp_path, recipes=("w8a8",), sequences=4, calibration=1, keep=("w8a8",), machine=HERE)
+        PtqRequest(vit, tmp_path, here.under(w8a8), sequences=4, calibration=1, keep=("w8a8",))
     )
     assert list(comparison.rows) == ["float", "w8a8"] and written[:2] == ["ptq.json", "w8a8.safetensors"]
     with pytest.raises(SpecError, match="--sensitivity w8a8 and --skip w4a4"):
-        compare_recipes(PtqRequest(vit, tmp_path / "a", skip=("w4a4",), sensitivity="w8a8", machine=HERE))
+        compare_recipes(PtqRequest(vit, tmp_path / "a", here, skip=("w4a4",), sensitivity="w8a8"))
 
 
 def test_study(tmp_path: Path) -> None:
-    spec = StudySpec("vit-small", steps=1, batch=2, attention=("vanilla",), recipes=("w8a8",), machine=HERE)
-    study = run_study(spec, tmp_path)
+    run = say("vit-small", steps=1, batch=2).under(make_run({"model.attention": "vanilla"}))
+    study = run_study(run, tmp_path)
     assert list(study.runs) == ["vanilla-seed0"] and "| vanilla " in study.tabulate()
 
 

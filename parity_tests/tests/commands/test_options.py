@@ -7,7 +7,7 @@ import pytest
 
 from parity_tests.tests.commands.test_cli import TRAIN
 from parity_tests.tests.shell import call, good
-from qtx.jobs import finetune, opening, pretrain, study
+from qtx.jobs import finetune, opening
 from qtx_ref.spec import SpecError
 
 
@@ -25,7 +25,7 @@ def unread(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("data were read")
 
-    for module in (finetune, opening, pretrain, study):
+    for module in (finetune, opening):
         monkeypatch.setattr(module, "load", fail)
 
 

@@ -10,11 +10,12 @@ import torch
 import qtx_ref.backend
 import qtx_torch.backend
 from parity_tests.subjects import small_models
-from qtx.jobs.study import Study, StudySpec
+from qtx.jobs.study import Study
 from qtx.measure.outliers import measure_outliers
 from qtx.measure.published import list_published
 from qtx.recipes.named import recipe
 from qtx.recipes.sites import paper_sites
+from qtx.runs.reading import make_run
 from qtx_ref.presets import attention, preset
 from qtx_ref.quant import observers, quantizer
 from qtx_ref.spec import ObserverKind, ObserverSpec, QuantSpec
@@ -79,7 +80,8 @@ def test_published_figures_stand_beside_ours(tmp_path):
         "recipes": {},
     }
     kinds = ("clipped:alpha=12.8", "vanilla", "gated")
-    study = Study(StudySpec("bert-base", attention=kinds, recipes=("paper-bert",)), tmp_path / "s", resume=False)
+    said = {"model.preset": "bert-base", "quant.recipes": ["paper-bert"]}
+    study = Study(make_run(said, grids={"model.attention": kinds}), tmp_path / "s", resume=False)
     study.runs = {f"{kind}-seed0": made for kind in kinds}
     clipped, vanilla, gated = study.tabulate().splitlines()[2:5]
     assert "FP 4.5438, paper-bert 4.655, inf norm 47, kurtosis 72.19 [1]; FP 4.975 [2]" in clipped  # alpha / T = 0.025

@@ -216,6 +216,15 @@ def test_batch_depends_on_seed_and_step_alone(spec):
         assert np.array_equal(np.concatenate([b[key] for b in small]), np.concatenate([b[key] for b in large]))
 
 
+@pytest.mark.parametrize("spec", [OPT, BERT, VIT], ids=["opt", "bert", "vit"])
+def test_rows_of_a_batch_are_slices_of_it(spec):
+    data = load(None, spec)
+    whole = next(data.train_batches(spec, 6, 3, start=2))
+    for part in (slice(0, 2), slice(2, 6), slice(5, 6)):
+        own = next(data.train_batches(spec, 6, 3, start=2, rows=part))
+        assert same(own, {key: value[part] for key, value in whole.items()})
+
+
 def test_digits_pass_visits_every_image_once():
     data = load(None, VIT)
     labels = [next(data.train_batches(VIT, 479, 0, step))["labels"] for step in range(3)]  # 3 x 479 = 1437
@@ -246,7 +255,8 @@ def test_masking_rates():
 
 def test_random_words_are_spread_over_the_vocabulary():
     data = made([[1000], [50], [50]])
-    batch = data._cut("train", spec := sized(BERT, data, 102), np.zeros(400, int), np.full(400, 1000))
+    rows = np.zeros(400, int)
+    batch = data._cut("train", spec := sized(BERT, data, 102), rows, rows, np.full(400, 1000))
     draws = np.random.default_rng(0).random((3, 400, 102))
     draws[0], draws[1] = 0.0, 0.85  # choose all, replace all
     tokens = data._mask(batch, draws)["tokens"][:, 1:-1]

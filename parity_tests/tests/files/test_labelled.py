@@ -89,6 +89,8 @@ def test_batches_are_the_same_again_and_cover_a_pass(divided):
     first = list(islice(data.train_batches(BERT, 8, seed=3), 12))
     for step, (one, two) in enumerate(zip(first[7:], data.train_batches(BERT, 8, seed=3, start=7), strict=False)):
         assert all(np.array_equal(one[key], two[key]) for key in one), step
+        own = next(data.train_batches(BERT, 8, seed=3, start=7 + step, rows=slice(2, 4)))
+        assert all(np.array_equal(one[key][2:4], own[key]) for key in one), step
     rows = np.arange(100, 140)
     sizes = np.random.default_rng(0).integers(1, 50, 140)
     batches = np.array(list(islice(iterate_passes(rows, 8, 0, 0, sizes), 10)))

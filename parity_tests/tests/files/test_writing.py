@@ -18,7 +18,7 @@ from parity_tests.tests.shell import call, good
 from qtx.files import locks, writing
 from qtx.files.locks import hold, make_scratch
 from qtx.files.writing import UNDER_WAY, WriteError, check_space, write_whole
-from qtx.jobs import resume, training
+from qtx.jobs import resume, saving, training
 from qtx.jobs.run import checkpoint_bytes
 from qtx_ref.presets import preset
 
@@ -170,14 +170,14 @@ def test_two_processes_and_one_folder(tmp_path):
     finally:
         first.kill()
     assert first.returncode == 143 and "Traceback" not in said
-    assert not out.exists() or os.listdir(out) == ["model.safetensors"]  # it may have begun to train
+    assert not out.exists() or {*os.listdir(out)} == {"log.jsonl", "model.safetensors"}  # it may have begun to train
 
 
 def test_what_killed_processes_left_is_removed_at_the_next_start(tmp_path):
     stale(tmp_path / "model.safetensors")
     (tmp_path / locks.LOCK).write_text("4711\n")
     good(*TRAIN[:-1], 1, "--out", tmp_path)
-    assert os.listdir(tmp_path) == ["model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "model.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_what_a_killed_process_of_an_earlier_version_left_is_removed(tmp_path, g
     (tmp_path / f".link.json.{gone}").symlink_to(tmp_path / "model.safetensors")
     with hold(tmp_path):
         pass
-    assert {*os.listdir(tmp_path)} == {"model.safetensors", f".link.json.{gone}", *kept}
+    assert {*os.listdir(tmp_path)} == {"log.jsonl", "model.safetensors", f".link.json.{gone}", *kept}
 
 
 def test_old_temporary_folders_are_removed(tmp_path, monkeypatch):
@@ -223,20 +223,20 @@ def test_old_temporary_folders_are_removed(tmp_path, monkeypatch):
 
 def break_saving(monkeypatch, fails) -> None:
     """The nth save raises WriteError where `fails(n)`."""
-    save, count = training.save_checkpoint, iter(range(1000))
+    save, count = saving.save_checkpoint, iter(range(1000))
 
     def broken(path, checkpoint):
         if fails(next(count)):
             raise WriteError(f"{path} cannot be written (No space left on device): make room")
         save(path, checkpoint)
 
-    monkeypatch.setattr(training, "save_checkpoint", broken)
-    monkeypatch.setattr(training, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(saving, "save_checkpoint", broken)
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.01)
 
 
 def test_a_save_that_fails_on_the_way_warns_and_training_goes_on(tmp_path, monkeypatch):
     good(*TRAIN, "--out", tmp_path / "whole")
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(saving.Saving, "is_due", lambda *_: True)
     break_saving(monkeypatch, lambda n: n < 8)
     said = good(*TRAIN, "--out", tmp_path / "full").stderr
     assert said.count("training goes on") == 8 and "step 3 is not saved" in said
@@ -255,7 +255,7 @@ def test_the_last_save_is_tried_again(tmp_path, monkeypatch):
 
 def test_the_last_save_that_never_works_is_an_error(tmp_path, monkeypatch):
     break_saving(monkeypatch, lambda n: True)
-    monkeypatch.setattr(training, "LAST_SECONDS", 0.1)
+    monkeypatch.setattr(saving, "LAST_SECONDS", 0.1)
     result = call(*TRAIN, "--out", tmp_path)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert result.stderr.splitlines()[-1].startswith(f"Error: {tmp_path}/model.safetensors cannot be written")

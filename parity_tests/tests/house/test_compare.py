@@ -308,7 +308,7 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "another dropout": (
         "torch",
         "models/vit_plain_dropout",
-        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, site, *n: b(seed, step + 1, site, *n)),
+        replaced(qtx_torch.random, "keep_mask", lambda keep: lambda seed, step, *rest: keep(seed, step + 1, *rest)),
     ),
     "a biased deviation": (
         "torch",

@@ -205,11 +205,16 @@ def test_a_deterministic_step_leaves_torch_as_it_was(monkeypatch):
     trainer, plain = make_trainer("bert_plain", StepSpec(deterministic=True)), make_trainer("bert_plain")
     batch = small_models.build("bert_plain").batch
     seen: list[bool] = []
-    compute = trainer.forward
-    trainer.forward = lambda *given: seen.append(torch.are_deterministic_algorithms_enabled()) or compute(*given)
+    compute = trainer.model.forward_pass
+
+    def look(*given: object) -> torch.Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return compute(*given)
+
+    trainer.model.forward_pass = look
     assert trainer.step(batch) == plain.step(batch)
     assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
-    trainer.forward = lambda *given: 1 / 0
+    trainer.model.forward_pass = lambda *given: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.step(batch)
     assert not torch.are_deterministic_algorithms_enabled()

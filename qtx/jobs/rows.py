@@ -1,0 +1,170 @@
+"""The rows of a study: which runs its grids make, what each is called, and what its file keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from qtx_ref.spec import ModelSpec, OptimSpec, SpecError, to_dict
+
+from ..data.spec import DataSpec
+from ..engines.machine import Machine
+from ..recipes.named import training_recipe
+from ..runs.reading import RunSpec, in_table, make_run
+from .resolving import ATTENTION, make_data, make_machine, make_model, make_optim, make_train
+
+ATTENTIONS, RECIPES = ("vanilla", "clipped", "gated"), ("w8a8",)  # unless a run says others
+KIND, QUANT, SEED = "model.attention", "quant.train", "seed"
+BESIDE = ("evaluation", "saving", "log")  # of a run, what changes no number of a study
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a study: what it is called without its seed, what varies beside attention, recipe and seed, and its
+    specs as far as they are known before data are read."""
+
+    line: str
+    run: RunSpec
+    varied: Mapping[str, Any]
+    model: ModelSpec
+    optim: OptimSpec
+    data: DataSpec
+    machine: Machine
+
+    @property
+    def kind(self) -> str:
+        """The name of its attention."""
+        return self.run.get(KIND, ATTENTION)
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.run.get(SEED, 0)
+
+    @property
+    def name(self) -> str:
+        """The name of the run and of its folder."""
+        return f"{self.line}-seed{self.seed}".replace("/", "_")
+
+    @property
+    def quant(self) -> str | None:
+        """What it is trained under, as it was said."""
+        return self.run.get(QUANT)
+
+    @property
+    def recipe(self) -> str | None:
+        """The name of the recipe that this stands for."""
+        return training_recipe(self.quant, self.model).name if self.quant else None
+
+    def identify(self) -> dict[str, Any]:
+        """What must be equal for a study to go on, as JSON values."""
+        train = to_dict(make_train(self.run, self.model, self.optim))
+        kept = {name: value for name, value in train.items() if name not in BESIDE}
+        return {"train": kept, "data": to_dict(self.data), "machine": to_dict(self.machine)}
+
+
+def list_recipes(run: RunSpec) -> tuple[str, ...]:
+    """The recipes by which every trained model is quantized. Raises SpecError for none, or one twice."""
+    names = run.get("quant.recipes", RECIPES)
+    if not names or len(set(names)) < len(names):
+        raise SpecError(f"--bits is {','.join(names)!r}: name at least one, each once")
+    return names
+
+
+def complete_grids(run: RunSpec) -> dict[str, tuple[Any, ...]]:
+    """What varies from the outermost to the innermost: seed, what the run says, attention."""
+    kinds = run.grids.get(KIND) or ((run.get(KIND),) if KIND in run.settings else ATTENTIONS)
+    others = {key: values for key, values in run.grids.items() if key not in (KIND, SEED)}
+    return {SEED: run.grids.get(SEED) or (run.get(SEED, 0),), **others, KIND: kinds}
+
+
+def make_rows(run: RunSpec) -> dict[str, Row]:
+    """Every run of a study by its name. Raises SpecError for what no run can have, or two of one name."""
+    if run.get("init") is not None:
+        raise SpecError(f"init is {run.get('init')!r}: a study's runs begin with parameters of their own; leave it out")
+    grids = complete_grids(run)
+    rows: dict[str, Row] = {}
+    for values in product(*grids.values()):
+        point = dict(zip(grids, values, strict=True))
+        varied = {key: value for key, value in point.items() if key not in (KIND, SEED, QUANT)}
+        one = run.at(point)
+        model = make_model(one)
+        line = name_line(one, varied, grids)
+        row = Row(line, one, varied, model, make_optim(one, model), make_data(one), make_machine(one))
+        if row.name in rows:
+            raise SpecError(f"two runs of the study would be called {row.name}: leave one of them out")
+        make_train(one, model, row.optim)
+        rows[row.name] = row
+    return rows
+
+
+def name_line(run: RunSpec, varied: Mapping[str, Any], grids: Mapping[str, tuple[Any, ...]]) -> str:
+    """What a row is called: its attention, FQ where its training quantizes, and each other key that varies."""
+    name, quant = run.get(KIND, ATTENTION), run.get(QUANT)
+    if quant:
+        several = len({*grids.get(QUANT, ())} - {None}) > 1
+        name += f"-{quant}" if several else "-FQ"
+    lasts = [key.rpartition(".")[2] for key in varied]
+    for key, last in zip(varied, lasts, strict=True):
+        name += f"-{last if lasts.count(last) == 1 else key}={name_value(varied[key])}"
+    return name
+
+
+def name_value(value: Any) -> str:
+    """A value within a name."""
+    if isinstance(value, tuple):
+        return "+".join(str(getattr(one, "path", one)) for one in value) or "none"
+    return (
+        f"{value:g}" if isinstance(value, float) else str(value).lower() if value in (None, True, False) else str(value)
+    )
+
+
+# --- what study.json keeps --------------------------------------------------------------------------------------------
+
+
+def keep_run(run: RunSpec) -> dict[str, Any]:
+    """What is said of a study's runs, as JSON values."""
+    return {
+        "settings": {name: keep_value(one.value) for name, one in run.settings.items()},
+        "grids": {name: [keep_value(one) for one in values] for name, values in run.grids.items()},
+    }
+
+
+def keep_value(value: Any) -> Any:
+    """A value of a key as JSON values."""
+    return [to_dict(one) for one in value] if isinstance(value, tuple) else to_dict(value)
+
+
+def read_kept(kept: Mapping[str, Any], source: str) -> RunSpec:
+    """The run of a study's file, those of 0.2 and before among them. Raises SpecError for one that is none."""
+    if "settings" in kept:
+        return make_run(kept["settings"], source, kept["grids"])
+    names = {
+        "model": "model.preset",
+        "data": "data.sources",
+        "tokenizer": "data.tokenizer",
+        "vocab": "data.vocab",
+        "steps": "optim.steps",
+        "batch": "data.batch",
+        "lr": "optim.lr",
+        "recipes": "quant.recipes",
+    }
+    if odd := kept.keys() - names.keys() - {"attention", "train_quant", "seeds", "machine", "watch_integer"}:
+        raise SpecError(f"unknown key in {source} is {sorted(odd)[0]!r}")
+    said = {key: kept[name] for name, key in names.items() if kept.get(name) is not None}
+    said |= {f"machine.{name}": value for name, value in kept.get("machine", {}).items()}
+    grids = {KIND: kept.get("attention", ATTENTIONS), SEED: kept.get("seeds", (0,))}
+    if kept.get("train_quant"):
+        grids[QUANT] = (None, kept["train_quant"])
+    return make_run(said, source, grids)
+
+
+def describe_shape(rows: Mapping[str, Row]) -> str | None:
+    """The preset whose shape every row has, attention and vocabulary apart; None where none is."""
+    names = {row.run.get("model.preset") for row in rows.values()}
+    changed = {key for row in rows.values() for key in row.run.settings if in_table(key, "model")}
+    own = {"model.preset", KIND, "model.start", "model.dropout", "model.attention_dropout"}
+    (name,) = names if len(names) == 1 else (None,)
+    return name if changed <= own else None

@@ -1,0 +1,170 @@
+"""Matmuls whose backward pass is quantized: each operand of each gradient product anew, as in the reference.
+
+Operands are those that the forward product took in, which autograd keeps anyway; their codes live for the length of one
+product. Products are computed in the dtype of dY.
+
+Differs from the reference: device: where words are drawn; None: torch's default device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qtx_ref.spec import FloatQuantSpec, Gradients, Granularity, Quant
+
+from .. import ops, random
+from . import formats, quantizer
+from .affine import TINY
+
+
+class Backward:
+    """How the backward pass of the matmul behind one site computes its two products."""
+
+    def __init__(
+        self, gradients: Gradients, site: str, seed: int, step: int | Tensor, first_row: int | Tensor = 0
+    ) -> None:
+        """first_row: of the batch at hand in the global batch."""
+        self.gradients = gradients
+        self.site = site
+        self.seed, self.step, self.first_row = seed, step, first_row
+
+    def draw(self, name: str, part: str, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor | None:
+        """The random words of an operand, a field of `Gradients`, in `shape`; None where it is rounded to nearest."""
+        operand = getattr(self.gradients, name)
+        if operand is None or not operand.stochastic:
+            return None
+        first = 0 if part == "weight" else self.first_row * math.prod(shape[1:])
+        words = random.bits(self.seed, self.step, f"{self.site}.{part}", math.prod(shape), first, device)
+        return words.reshape(shape)
+
+    def quantize(
+        self, name: str, x: Tensor, axis: int, words: Tensor | None = None, where: Tensor | None = None
+    ) -> Tensor:
+        """The values of the codes of operand `name`, whose product sums over `axis`; x where it is not quantized.
+        words as `draw` gave them; where broadcasts: elements that count."""
+        operand = getattr(self.gradients, name)
+        return x if operand is None else quantize_operand(x, axis, operand.quant, words, where)[0]
+
+
+def find_scale(x: Tensor, quant: Quant) -> Tensor:
+    """The scales of x (..., N), whose last axis is summed over: max |x| / largest code or value, 1 where all is 0, of
+    MX blocks their power of two. NaN where x is not finite: a gradient that overflows has to come out so."""
+    if quant.granularity is Granularity.BLOCK:
+        rest = -x.shape[-1] % quant.block  # zeros make the last block whole, and no block's maximum larger
+        padded = torch.nn.functional.pad(x, (0, rest))
+        return formats.mx_scale(padded, quant.format, quant.shared, quant.block)[..., : x.shape[-1]]
+    axes = tuple(range(x.ndim)) if quant.granularity is Granularity.TENSOR else (x.ndim - 1,)
+    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)  # no copy of |x|
+    top = torch.maximum(-low, high).float()
+    largest = formats.LAYOUTS[quant.format].maximum if isinstance(quant, FloatQuantSpec) else quant.code_max
+    scale = (top / torch.full_like(top, largest)).clamp(min=TINY).masked_fill(top == 0, 1)
+    return scale.masked_fill(~torch.isfinite(top), math.nan)
+
+
+def quantize_operand(
+    x: Tensor, axis: int, quant: Quant, words: Tensor | None = None, where: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x as the values of its codes, in its dtype, and its scales, with `axis`, the summed one, moved to the end. words,
+    in x's shape: of stochastic rounding. where broadcasts: what counts; the rest is 0."""
+    if where is not None:
+        x = torch.where(where, x, 0)
+    turned = x.transpose(axis, -1)
+    scale = find_scale(turned, quant)
+    turned_words = None if words is None else words.transpose(axis, -1)
+    y, _ = quantizer.simulate(turned, scale, torch.zeros_like(scale, dtype=torch.int32), quant, turned_words)
+    return y.transpose(axis, -1), scale
+
+
+def _draw_gradient(how: Backward, g: Tensor) -> tuple[Tensor | None, ...]:
+    """The words of dY in both products, drawn once; None where it is rounded to nearest."""
+    names = ("dgrad_gradient", "wgrad_gradient")
+    rounded = [name for name in names if (one := getattr(how.gradients, name)) is not None and one.stochastic]
+    words = _draw(how, rounded[0], "grad", g) if rounded else None
+    return tuple(words if name in rounded else None for name in names)
+
+
+def _draw(how: Backward, name: str, part: str, x: Tensor) -> Tensor | None:
+    """The words of an operand in x's shape, on its device."""
+    return how.draw(name, part, tuple(x.shape), x.device)
+
+
+class Linear(torch.autograd.Function):
+    """`ops.linear` with the reference's vector-Jacobian products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, how: Backward, where: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, where)
+        ctx.how, ctx.bias = how, None if bias is None else bias.shape
+        return ops.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight, where = ctx.saved_tensors
+        how, heads = ctx.how, weight.shape[0] if weight.ndim == 3 else 0
+
+        def split(v: Tensor) -> Tensor:  # (..., n) -> (N, n), or (..., H n) -> (H, N, n)
+            v = v.reshape(-1, v.shape[-1])
+            return v.unflatten(-1, (heads, -1)).transpose(0, 1) if heads else v
+
+        def merge(v: Tensor) -> Tensor:
+            return (v.transpose(0, 1).flatten(1) if heads else v).reshape(x.shape)
+
+        first, second = (None if words is None else split(words) for words in _draw_gradient(how, g))
+        dx = dw = db = None
+        dy = split(g)
+        if ctx.needs_input_grad[0]:
+            w = how.quantize("dgrad_weight", weight, -2, _draw(how, "dgrad_weight", "weight", weight))
+            dx = merge(how.quantize("dgrad_gradient", dy, -1, first) @ w.to(g.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            words = _draw(how, "wgrad_input", "input", x)
+            rows = None if where is None else where.expand(*x.shape[:-1], 1).reshape(-1, 1)  # (N, 1)
+            xs = how.quantize("wgrad_input", split(x), -2, None if words is None else split(words), rows)
+            dy = how.quantize("wgrad_gradient", dy, -2, second)
+            dw = (dy.transpose(-1, -2) @ xs.to(g.dtype)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = g.reshape(-1, g.shape[-1]).sum(dim=0).reshape(ctx.bias)
+        return dx, dw, db, None, None
+
+
+class Matmul(torch.autograd.Function):
+    """`ops.matmul` with the reference's vector-Jacobian products."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, how: Backward, where_a: Tensor | None, where_b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(a, b, where_a, where_b)
+        ctx.how = how
+        return ops.matmul(a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        a, b, where_a, where_b = ctx.saved_tensors
+        how = ctx.how
+        first, second = _draw_gradient(how, g)
+        da = db = None
+        if ctx.needs_input_grad[0]:
+            words = _draw(how, "dgrad_weight", "rhs", b)
+            rhs = how.quantize("dgrad_weight", b, -1, words, where_b).transpose(-1, -2)
+            da = (how.quantize("dgrad_gradient", g, -1, first) @ rhs.to(g.dtype)).to(a.dtype)
+        if ctx.needs_input_grad[1]:
+            words = _draw(how, "wgrad_input", "lhs", a)
+            lhs = how.quantize("wgrad_input", a, -2, words, where_a).transpose(-1, -2)
+            db = (lhs.to(g.dtype) @ how.quantize("wgrad_gradient", g, -2, second)).to(b.dtype)
+        return da, db, None, None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, how: Backward, where: Tensor | None = None) -> Tensor:
+    """`ops.linear`, x (..., I) and W (O, I), or per head (H, O, I), whose gradient products are quantized as `how`
+    says. where (..., 1): rows of x that count."""
+    return Linear.apply(x, weight, bias, how, where)
+
+
+def matmul(a: Tensor, b: Tensor, how: Backward, where_a: Tensor | None = None, where_b: Tensor | None = None) -> Tensor:
+    """`ops.matmul`, a (..., M, I) and b (..., I, N), whose gradient products are quantized as `how` says. where_a and
+    where_b broadcast: elements that count."""
+    return Matmul.apply(a, b, how, where_a, where_b)
