@@ -59,6 +59,7 @@ __all__ = [
     "check_bound",
     "check_device",
     "check_machine",
+    "choose_device",
     "init_params",
     "join",
     "peak_memory",
@@ -418,6 +419,11 @@ def check_device(name: str) -> None:
     """Raises SpecError for a device other than cpu."""
     if name != "cpu":
         raise SpecError(f"device is {name!r}: the reference runs on cpu; use --backend torch for others")
+
+
+def choose_device(name: str) -> str:
+    """What `auto` stands for, the cpu; any other name as it is."""
+    return "cpu" if name == "auto" else name
 
 
 def check_machine(device: str, dtype: str) -> None:

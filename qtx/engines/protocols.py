@@ -175,6 +175,9 @@ class Backend(Protocol):
     IntegerModel: MakeIntegerModel
     Trainer: MakeTrainer
 
+    def choose_device(self, name: str) -> str:
+        """The device that `auto` stands for on this machine; any other name as it is."""
+
     def check_machine(self, device: str, dtype: str) -> None:
         """Raises SpecError for a device or dtype that is not to be had."""
 
