@@ -52,7 +52,9 @@ def be_silent() -> Iterator[None]:
 class Commands(click.Group):
     """Turns mendable errors into one line; SIGINT and SIGTERM end every command with 130 and 143."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command that was named. Raises ClickException where several processes have one that they cannot share."""
         name, command, rest = super().resolve_command(ctx, args)
         count = read_processes()[1]

@@ -155,9 +155,8 @@ class Float:
         if not self.training or rate == 0:
             return x
         first = self.first_row * math.prod(x.shape[1:])
-        with x.device:
-            keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate, first)
-        return ops.mul(x, keep.to(x.dtype).mul_(1 / (1 - rate)))
+        keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate, first, x.device)
+        return ops.scale(ops.mul(x, keep), 1 / (1 - rate))  # of the mask a byte is kept for the gradient, of x nothing
 
     def softmax(self, module: SiteModule, scores: Tensor, mask: Mask, spec: AttentionSpec) -> Tensor:
         """Probabilities of scores whose masked keys are hidden; the site has the sink, if there is one."""

@@ -16,8 +16,8 @@ from qtx_ref.spec import OptimSpec, Schedule, decays
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up from lr / warmup or from 0, then the schedule, which reaches 0 after the
-    last step."""
+    """The rate of step 0, 1, ...: linear warm-up from lr / warmup or from 0, then the schedule, which reaches 0 after
+    the last step."""
     if step < spec.warmup:
         return spec.lr * ((step if spec.first_rate_zero else step + 1) / spec.warmup)
     length = max(1, spec.steps - spec.warmup)

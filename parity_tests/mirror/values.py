@@ -54,10 +54,13 @@ def check_dropout(context: Context) -> list[Verdict]:
         with torch.device(context.device):
             words = random.bits(seed, step, site, count, first)
             keep = random.keep_mask(seed, step, site, (count, 3), 0.1, first)
+            places = torch.tensor(step), site, count, torch.tensor(first)
+            held = random.bits(seed, *places)
         name = f"seed {seed}, step {step}, {site} from {first}"
         want = ref_random.keep_mask(seed, step, site, (count, 3), 0.1, first)
         verdicts.append(exact(name, array(words).astype(np.uint64), ref_random.bits(seed, step, site, count, first)))
         verdicts.append(exact(f"{name}: kept", array(keep), want))
+        verdicts.append(exact(f"{name}: step and first as tensors", array(held), array(words)))
     return verdicts
 
 

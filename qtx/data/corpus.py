@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +14,18 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import safe_open
 
+from qtx_ref.spec import ModelSpec
+
+from .documents import NOT_TEXT, Documents, open_documents
 from .rows import TextRow, has_rows, keep_different, read_rows, read_text
+from .shards import SAMPLE, VERSION, Cache, open_part, take_sample
+from .spec import Begin, DataSpec, Source
 from .splits import SPLITS, DataError, digest, name_splits
-from .text import Section, Specials, TextData
+from .text import Section, Specials, TextData, make_part
 from .tokenizing import (
     BUNDLED,
     BUNDLED_VOCAB,
+    Tokenizer,
     open_tokenizer,
     read_bundled_tokenizer,
     read_tokenizer,
@@ -33,16 +41,6 @@ BOOKS = {  # files of bundled/text, in order
 }
 HEADINGS = 10  # fewer heading lines than this, and a file is divided into blocks
 BLOCKS = 50
-NOT_TEXT = {  # endings of files that hold text as something else; any other is taken for text
-    ".json": "give .jsonl, one object with a text on each line",
-    ".ndjson": "name it .jsonl",
-    ".gz": "unpack it first",
-    **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".7z", ".tar"), "unpack it first"),
-    **dict.fromkeys(
-        (".parquet", ".arrow", ".feather", ".tsv", ".xlsx"), "write it as .csv or .jsonl, with a column text"
-    ),
-    **dict.fromkeys((".html", ".htm", ".xml", ".pdf", ".docx", ".ipynb"), "take its plain text"),
-}
 
 HEADING = re.compile(
     r"""(?:\A|(?<=\n\n))[ \t]*  # after an empty line
@@ -164,15 +162,19 @@ def read_books() -> list[Passage]:
 def tokenize(source: str, passages: list[Passage], tokenizer_json: str, dropped: int = 0) -> TextData:
     """The passages as token ids, no special tokens added. `tokenizer_json` is the text of a tokenizer.json."""
     tokenizer, specials, vocab = open_tokenizer(tokenizer_json)
+    return TextData(source, encode_passages(passages, tokenizer), tokenizer_json, vocab, specials, dropped)
+
+
+def encode_passages(passages: Sequence[Passage], tokenizer: Tokenizer) -> list[Section]:
+    """The passages as sections, no special tokens added."""
     encoded = tokenizer.encode_batch([p.text for p in passages], add_special_tokens=False)
-    sections = [
+    return [
         Section(p.title, digest(p.text.encode()), p.split, np.array(e.ids, np.int32))
         for p, e in zip(passages, encoded, strict=True)
     ]
-    return TextData(source, sections, tokenizer_json, vocab, specials, dropped)
 
 
-def load_bundled_books() -> TextData:
+def load_bundled_books(settings: DataSpec, causal: bool) -> TextData:
     """The bundled books from their stored token ids: needs neither the text nor the package tokenizers."""
     with safe_open(BUNDLED / "text.safetensors", "numpy") as file:
         tokens, starts = file.get_tensor("tokens"), file.get_tensor("starts")
@@ -182,21 +184,72 @@ def load_bundled_books() -> TextData:
         for c, (low, high) in zip(about["chapters"], pairwise(starts), strict=True)
     ]
     specials = Specials(**{**about["specials"], "ids": tuple(about["specials"]["ids"])})
-    return TextData("books", sections, read_bundled_tokenizer(), about["vocab"], specials)
+    sections = wrap(sections, specials, settings, causal)
+    return TextData("books", sections, read_bundled_tokenizer(), about["vocab"], specials, settings=settings)
 
 
-def load_text(source: str | None, tokenizer: Path | str | None, vocab: int | None, model_vocab: int) -> TextData:
-    """See `qtx.data.load`, errors included. model_vocab: bounds a tokenizer trained here where `vocab` is not given."""
+def wrap(sections: list[Section], specials: Specials, settings: DataSpec, causal: bool) -> list[Section]:
+    """Sections with what stands before and behind each, where the settings say so."""
+    if settings.begin is not Begin.DOCUMENT:
+        return sections
+    before, behind = ([] if one is None else [one] for one in specials.around(causal))
+    return [replace(s, tokens=np.concatenate([before, s.tokens, behind]).astype(np.int32)) for s in sections]
+
+
+def load_text(settings: DataSpec, model: ModelSpec, tokenizer: Path | str | None) -> TextData:
+    """See `qtx.data.load`, errors included."""
+    vocab = settings.vocab
     if tokenizer is not None and vocab is not None:
         raise DataError(f"vocab {vocab} and a tokenizer exclude each other: give one")
-    if source == "":
-        raise DataError("data is '': give books, a text file or a folder of *.txt")
-    books = source is None or source == "books"
+    sources = settings.sources or (Source("books"),)
+    books = [source.path for source in sources] == ["books"]
     if books and vocab in (None, BUNDLED_VOCAB) and (tokenizer is None or tokenizer == read_bundled_tokenizer()):
-        return load_bundled_books()
-    passages, dropped = (read_books(), 0) if source is None or books else read_source(Path(source))
+        return load_bundled_books(settings, model.causal)
+    opened = [open_source(source.path) for source in sources]
     if tokenizer is not None:
         tokenizer_json = tokenizer if isinstance(tokenizer, str) else read_tokenizer(tokenizer)
     else:
-        tokenizer_json = train_tokenizer([p.text for p in passages if p.split == "train"], vocab or model_vocab)
-    return tokenize("books" if books else str(source), passages, tokenizer_json, dropped)
+        tokenizer_json = train_on(opened, settings.held_out, vocab or model.vocab)
+    library, specials, size = open_tokenizer(tokenizer_json)
+    around = specials.around(model.causal) if settings.begin is Begin.DOCUMENT else None
+    sections, parts = [], []
+    for source, one in zip(sources, opened, strict=True):
+        if isinstance(one, Documents):
+            held_out, weight = settings.held_out, source.weight
+            parts.append(open_part(one, tokenizer_json, library, size, around, held_out, weight))
+        else:
+            passages, dropped = one
+            own = wrap(encode_passages(passages, library), specials, settings, model.causal)
+            parts.append(make_part(own, dropped, source.weight))
+            sections += own
+    name = ", ".join(source.path for source in sources)
+    return TextData(name, sections, tokenizer_json, size, specials, settings=settings, parts=parts)
+
+
+def open_source(name: str) -> Documents | tuple[list[Passage], int]:
+    """A source as documents that are yet to be read, or as passages and how many duplicates were left out."""
+    if name == "books":
+        return read_books(), 0
+    return open_documents(name) or read_source(Path(name))
+
+
+def train_on(opened: Sequence[Documents | tuple[list[Passage], int]], held_out: float, vocab: int) -> str:
+    """A tokenizer trained on the train split, of documents on a sample; that of documents is kept in the cache."""
+    large = [one for one in opened if isinstance(one, Documents)]
+    texts = [p.text for one in opened if not isinstance(one, Documents) for p in one[0] if p.split == "train"]
+    if not large:
+        return train_tokenizer(texts, vocab)
+    cache = Cache()
+    prints = [cache.fingerprint(one) for one in large]
+    rules = [VERSION, prints, [digest(text.encode()) for text in texts], held_out, vocab, SAMPLE]
+    path = cache.folder / "tokenizers" / f"{digest(json.dumps(rules).encode())[:32]}.json"
+    with cache.lock(path.stem):
+        if path.is_file():
+            return read_tokenizer(path)
+        for one in large:
+            texts += take_sample(one, held_out, SAMPLE // len(large))
+        size = sum(map(len, texts)) / 1e6
+        sys.stderr.write(f"the tokenizer is trained on {size:.1f} million characters of the train split\n")
+        tokenizer_json = train_tokenizer(texts, vocab)
+        cache.write(path, tokenizer_json.encode())
+    return tokenizer_json

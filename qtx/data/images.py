@@ -20,6 +20,7 @@ from ..engines.backend import need
 from ..engines.protocols import Batch
 from .reading import open_regular
 from .rows import join_names, shorten
+from .spec import Augmentation, DataSpec
 from .splits import (
     SHORT,
     SPLITS,
@@ -65,10 +66,11 @@ class ImageData(ClassifiedItems):
         largest: int = PIXEL_MAX,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
+        augment: Augmentation = Augmentation(),  # noqa: B008  # frozen
     ) -> None:
         """images (N, S, S) or (N, C, S, S) uint8 from 0 to `largest`, labels (N,) whole numbers; `names` of the
         classes, if any. mean and std, one or C numbers: a pixel x becomes (x / largest - mean) / std."""
-        self.source, self.seed, self.largest = source, seed, largest
+        self.source, self.seed, self.largest, self.augment = source, seed, largest, augment
         hashes = [digest(image.tobytes()) for image in images]
         unique = sorted({value: index for index, value in reversed(list(enumerate(hashes)))}.values())
         self.dropped = len(images) - len(unique)
@@ -98,6 +100,7 @@ class ImageData(ClassifiedItems):
             "seed": self.seed,
             "hashes": {split: self.hashes(split) for split in SPLITS},
             "fingerprints": {split: self.fingerprint(split) for split in SPLITS},
+            **DataSpec(augment=self.augment).describe(),
         }
 
     def check(self, spec: ModelSpec) -> None:
@@ -137,10 +140,10 @@ class ImageData(ClassifiedItems):
         return {"images": (pixels - self._mean) / self._std, "labels": self.labels[rows]}
 
 
-def load_digits(seed: int = 0) -> ImageData:
+def load_digits(seed: int = 0, augment: Augmentation = Augmentation()) -> ImageData:  # noqa: B008  # frozen
     """The 1797 digits of 8x8 pixels that are bundled; `seed` draws the splits."""
     tensors = load_file(Path(__file__).parent / "bundled" / "digits.safetensors")
-    return ImageData("digits", tensors["images"], tensors["labels"], seed)
+    return ImageData("digits", tensors["images"], tensors["labels"], seed, augment=augment)
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,7 @@ def load_folder(
     names: Sequence[str] | None = None,
     scaling: Mapping[str, object] | None = None,
     seed: int = 0,
+    augment: Augmentation = Augmentation(),  # noqa: B008  # frozen
 ) -> ImageData:
     """DIR/<class name>/, with pictures in it or in folders below it, as torchvision's ImageFolder finds them; what is
     hidden is passed over and said on stderr.
@@ -251,7 +255,9 @@ def load_folder(
     classes = kinds if names is None else list(names)
     images = np.stack([read_picture(file, spec, how) for file in files])
     labels = np.array([classes.index(kind) for kind in places])
-    return ImageData(str(path), images, labels, seed, names=classes, largest=255, mean=how.mean, std=how.std)
+    return ImageData(
+        str(path), images, labels, seed, names=classes, largest=255, mean=how.mean, std=how.std, augment=augment
+    )
 
 
 def read_picture(file: Path, spec: ModelSpec, how: Preparation) -> np.ndarray:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +78,7 @@ def read_rows(path: Path, labelled: bool = True) -> list[TextRow]:
     """
     text = read_text(path)
     needed = KEYS[:2] if labelled else KEYS[:1]
-    given = iterate_csv(path, text, needed) if path.suffix.lower() == ".csv" else iterate_json(path, text)
+    given = iterate_csv(path, text, needed) if path.suffix.lower() == ".csv" else iterate_json(path, text.split("\n"))
     rows: list[TextRow] = []
     ignored: set[str] = set()
     for where, values in given:
@@ -114,9 +114,9 @@ def iterate_csv(path: Path, text: str, needed: Sequence[str]) -> Iterator[tuple[
         raise DataError(f"{path} line {reader.line_num} is no CSV ({error}): quote texts that hold commas") from None
 
 
-def iterate_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, object]]]:
+def iterate_json(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, object]]]:
     """(place in words, values by key) of each line that is not blank. DataError names the line that is no object."""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path} line {number}"

@@ -55,9 +55,9 @@ class Augmentation(Spec):
 
     crop: float | None = None  # least share of the area that a random crop keeps, made the model's size; None: no crop
     flip: float = 0.0  # probability that left and right are exchanged
-    brightness: float = 0.0  # each of the three: a factor drawn from 1 - x to 1 + x
-    contrast: float = 0.0
-    saturation: float = 0.0
+    brightness: float = 0.0  # x: all pixels times a factor drawn from 1 - x to 1 + x
+    contrast: float = 0.0  # x: their distance from the image's mean grey times such a factor
+    saturation: float = 0.0  # x: their distance from their own grey times such a factor
     mixup: float = 0.0  # alpha of the Beta(alpha, alpha) that two images are mixed by; 0: none is
     smoothing: float = 0.0  # share of a label's weight that goes to all classes alike
 

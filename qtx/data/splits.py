@@ -12,6 +12,7 @@ from qtx_ref.random import stream
 from qtx_ref.spec import SpecError
 
 from ..engines.protocols import Calibration
+from .cache import read_hashes
 
 SHORT = 16  # hexadecimal digits by which sections, texts and pictures are told apart
 BATCH = 16  # sequences or images of an evaluation or calibration batch
@@ -107,15 +108,27 @@ def iterate_passes(
 
 
 def refuse_overlap(meta: Mapping[str, Any], data: Calibration, split: str) -> None:
-    """Raises SpecError where a section of `split` is among those that the model, or a model that it began with, was
-    trained on, or that it was calibrated on."""
+    """Raises SpecError where a section or document of `split` is among those that the model, or a model that it began
+    with, was trained on, or that it was calibrated on.
+
+    A text in shards is known by one hash for each of its splits; its documents are compared where the cache still has
+    their hashes.
+    """
     hashes = meta.get("data", {}).get("hashes", {})
     known = {"train": hashes.get("train", []), "calibration": meta.get("calibration", hashes.get("calibration", []))}
     known["earlier train"] = meta.get("trained_on", [])
+    theirs = {value[:SHORT] for value in data.hashes(split)}
     for use in known:
         own = {value[:SHORT] for value in known[use]}
-        if use != split and (shared := own & {value[:SHORT] for value in data.hashes(split)}):
+        if use != split and (shared := (own & theirs) or find_shared(own, theirs)):
             raise SpecError(
                 f"{len(shared)} section(s) of the {split} data are this model's {use} data (first hash "
                 f"{sorted(shared)[0][:12]}): give other data"
             )
+
+
+def find_shared(one: set[str], two: set[str]) -> set[str]:
+    """The documents that two sets of texts in shards have in common, as far as the cache has their hashes."""
+    first, second = ([got for value in sorted(some) if (got := read_hashes(value)) is not None] for some in (one, two))
+    shared = [np.intersect1d(a, b) for a in first for b in second]
+    return {f"{int(number):016x}" for numbers in shared for number in numbers}

@@ -17,6 +17,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_VOCAB = 2048
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of a tokenizer trained here
 SAME_AS = {"pad": ("[PAD]", "<pad>"), "cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>")}
+FRONT = ("[BOS]", "<bos>", "<s>", "<|endoftext|>", "</s>")  # begin a text where the template adds nothing
 SPARE = 1024  # ids without a token that any vocabulary may have, beside three for each token
 
 
@@ -113,7 +114,11 @@ def open_tokenizer(
     vocab = max(ids.values()) + 1
     # ids that no token has must never be drawn in place of a word, so they count as special
     unused = set(range(vocab)) - set(ids.values())
-    specials = Specials(**named, ids=tuple(sorted(special | unused | {i for i in named.values() if i is not None})))
+    fixed = special | unused | {i for i in named.values() if i is not None}
+    front = [*encode_prompt(tokenizer, ""), *(ids[token] for token in FRONT if token in ids)]
+    specials = Specials(
+        **named, ids=tuple(sorted(fixed)), front=front[0] if front[:1] != [named["cls"]] and front else None
+    )
     return tokenizer, specials, vocab
 
 

@@ -14,7 +14,7 @@ from ..files.container import FileError
 from .run import TrainSpec, describe_difference
 
 FREE = frozenset({"stop", "evaluation", "saving", "log"})  # of a TrainSpec: may be others when a run goes on
-TOLD = ("stop", "data.source")  # may be others too; that they were is kept
+TOLD = ("stop", "data.source", "data.sources")  # may be others too; that they were is kept
 CHANGEABLE = ("optim", "step", "batch", "machine", "threads", "processes")  # may be others where that is asked for
 MOVE = frozenset({"machine.backend", "machine.device", "threads", "processes"})  # of these what --move asks for
 EARLIER = ("watch_integer",)  # fields that a TrainSpec had

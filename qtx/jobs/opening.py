@@ -10,8 +10,8 @@ from typing import Any, cast
 from qtx_ref.integer.model import accumulator_bits
 from qtx_ref.spec import Family, Head, ModelSpec, Recipe, SpecError
 
-from ..data import load, splits
-from ..data.spec import DataSpec
+from ..data import DataSpec, load, splits
+from ..data.documents import is_there
 from ..engines.backend import backend
 from ..engines.machine import Machine
 from ..engines.protocols import Calibration, Data, IntegerModel, Model, Runnable
@@ -22,19 +22,21 @@ from ..measure import scores
 from ..prepare import calibration, prepare
 from ..recipes import named as recipes
 from ..recipes.sites import sites
-from .resolving import name_source
 
 
-def open_data(path: Path, spec: ModelSpec, meta: Mapping[str, Any], name: str | None, tokenizer: Path | None) -> Data:
-    """The data to evaluate a model on: its own unless said otherwise, with its own tokenizer. Raises SpecError where
-    they are gone, or another tokenizer's."""
+def open_data(
+    path: Path, spec: ModelSpec, meta: Mapping[str, Any], given: DataSpec | str | None, tokenizer: Path | None
+) -> Data:
+    """The data to evaluate or train a model on, with its own tokenizer: its own (None), others cut and ordered as its
+    own (a name), or as said. Raises SpecError where they are gone, or another tokenizer's."""
     need_tokenizer(path, spec, meta)
     about = meta.get("data", {})
-    source = about.get("source") if name is None else name
-    if name is None and source not in (None, "books", "digits") and not Path(source).exists():
-        raise SpecError(f"{path} has its data from {source}, which is not there now: say where with --data")
+    settings = given if isinstance(given, DataSpec) else DataSpec.of(about, given)
+    for source in settings.sources if given is None else ():
+        if not is_there(source.path):
+            raise SpecError(f"{path} has its data from {source.path}, which is not there now: say where with --data")
     own = {"length": about.get("length"), "names": about.get("names"), "scaling": meta.get("images")}
-    data = load(source, spec, tokenizer=tokenizer or meta.get("tokenizer"), **own)
+    data = load(settings, spec, tokenizer=tokenizer or meta.get("tokenizer"), **own)
     check_tokenizer(path, meta, data)
     return data
 
@@ -42,8 +44,7 @@ def open_data(path: Path, spec: ModelSpec, meta: Mapping[str, Any], name: str | 
 def load_data(about: DataSpec, spec: ModelSpec) -> Data:
     """The data of a run whose model is not trained yet. Raises SpecError, DataError where they cannot be had or do not
     fit it."""
-    tokenizer = None if about.tokenizer is None else Path(about.tokenizer)
-    return load(name_source(about), spec, tokenizer=tokenizer, vocab=about.vocab)
+    return load(about, spec)
 
 
 def need_tokenizer(path: Path, spec: ModelSpec, meta: Mapping[str, Any]) -> None:

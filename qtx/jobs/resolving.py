@@ -15,8 +15,8 @@ from ..data.spec import DataSpec
 from ..engines.machine import Machine
 from ..runs.keys import TABLES, count_steps
 from ..runs.reading import RunSpec, Setting
-from ..runs.spec import LogSpec, SavingSpec
-from .run import PER_STEP, STEPS, TrainSpec, watch_integer
+from ..runs.spec import EvaluationSpec, LogSpec, SavingSpec
+from .run import PER_STEP, STEPS, TrainSpec
 from .training import check_rate, default_optim
 
 MODEL, ATTENTION = "opt-tiny", "vanilla"
@@ -96,7 +96,7 @@ def make_train(run: RunSpec, model: ModelSpec, optim: OptimSpec, init: str | Non
         init,
         fill(StepSpec(), run, "step"),
         run.get("stop"),
-        fill(watch_integer(run.get("evaluation.watch_integer")), run, "evaluation"),
+        fill(EvaluationSpec(), run, "evaluation"),
         fill(SavingSpec(), run, "saving"),
         fill(LogSpec(), run, "log"),
     )

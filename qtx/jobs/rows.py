@@ -17,7 +17,7 @@ from .resolving import ATTENTION, make_data, make_machine, make_model, make_opti
 
 ATTENTIONS, RECIPES = ("vanilla", "clipped", "gated"), ("w8a8",)  # unless a run says others
 KIND, QUANT, SEED = "model.attention", "quant.train", "seed"
-BESIDE = ("saving", "log")  # of a run, what changes no number of a study
+BESIDE = ("evaluation", "saving", "log")  # of a run, what changes no number of a study
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,8 @@ def read_kept(kept: Mapping[str, Any], source: str) -> RunSpec:
         "batch": "data.batch",
         "lr": "optim.lr",
         "recipes": "quant.recipes",
-        "watch_integer": "evaluation.watch_integer",
     }
-    if odd := kept.keys() - names.keys() - {"attention", "train_quant", "seeds", "machine"}:
+    if odd := kept.keys() - names.keys() - {"attention", "train_quant", "seeds", "machine", "watch_integer"}:
         raise SpecError(f"unknown key in {source} is {sorted(odd)[0]!r}")
     said = {key: kept[name] for name, key in names.items() if kept.get(name) is not None}
     said |= {f"machine.{name}": value for name, value in kept.get("machine", {}).items()}

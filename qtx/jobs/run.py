@@ -53,11 +53,6 @@ class TrainSpec(Spec):
         return self.stop or self.optim.steps
 
 
-def watch_integer(every: int | None) -> EvaluationSpec:
-    """What `--watch-integer` asks for: w8a8 in integers beside float, on two batches."""
-    return EvaluationSpec(every, 2, integers=("w8a8",)) if every else EvaluationSpec()
-
-
 @dataclass(frozen=True)
 class Start:
     """What a run begins with where its parameters are not drawn; the run's `TrainSpec.init` says which file it is

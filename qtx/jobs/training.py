@@ -35,6 +35,7 @@ from .watch import HeldOut, find_sites, measure_inf_norm, measure_sites
 
 Text = TextData | LabelledText  # data that have a tokenizer
 WATCHES = 50  # points of the inf-norm curve
+SKIPS = 50  # in a row: the loss scale has long been at its least
 RATE = float(np.finfo(np.float32).tiny)  # the least learning rate that float32 takes for a number other than 0
 
 
@@ -116,6 +117,7 @@ class Loop:
         self.rows = own_rows(run.batch, *machine.processes)
         self.batches = data.train_batches(run.model, run.batch, run.seed, start=self.step, rows=self.rows)
         self.clock = Clock(self.step, run.last)
+        self.skipped = 0  # steps in a row that overflowed
 
     @property
     def step(self) -> int:
@@ -126,13 +128,13 @@ class Loop:
         """Trains to the last step and returns what is then at `path`. Raises Interrupted and WriteError, see
         `train`."""
         last = self.run.last
-        with postpone() as stop:
-            self.log = Log(self.path.parent, self.run.log, self.step, writes=self.machine.is_first)
-            with self.log, Progress(label, last, self.step) as bar:
+        log = Log(self.path.parent, self.run.log, self.step, writes=self.machine.is_first)
+        with postpone() as stop, log as self.log:
+            with Progress(label, last, self.step) as bar:
                 self.begin()
                 while self.step < last:
                     line = self.advance()
-                    if line["loss"] is None:
+                    if not math.isfinite(self.state.history.loss[-1]):
                         self.log.add(line)
                         break
                     self.note(line | self.measure())
@@ -159,17 +161,28 @@ class Loop:
             self.log.add({"step": 0, "evaluation": values})
 
     def advance(self) -> dict[str, Any]:
-        """One step on the next batch; the line of the log that it gives, its loss None where that is not finite."""
+        """One step on the next batch; the line of the log that it gives."""
         batch = next(self.batches)
         line: dict[str, Any] = {"step": self.step + 1}
         seen = self.sites and self.is_logged(self.step + 1)
         with self.clock.step(batch):
             sites = measure_sites(self.state.model, batch, self.sites) if seen else {}
             loss, norm = self.state.trainer.step(batch, first=self.rows.start, total=self.run.batch)
-        rate = learning_rate(self.run.optim, self.step)
-        self.state.history.loss.append(loss)
-        line |= {"loss": loss if math.isfinite(loss) else None, "rate": rate, "norm": norm}
+        line |= {"loss": loss, "rate": learning_rate(self.run.optim, self.step), "norm": norm}
+        self.state.history.loss.append(self.judge(loss, norm))
         return line | {"sites": sites} if sites else line
+
+    def judge(self, loss: float, norm: float) -> float:
+        """The loss as the curve takes it: not finite where the run has diverged.
+
+        In float16 a step may overflow, and is then skipped while the loss scale falls: where its loss is not finite,
+        the curve repeats the one before. It has diverged where that goes on for `SKIPS` steps.
+        """
+        self.skipped = self.skipped + 1 if self.machine.dtype == "float16" and not math.isfinite(norm) else 0
+        if self.skipped == SKIPS:
+            return math.nan
+        known = self.state.history.loss
+        return known[-1] if self.skipped and known and not math.isfinite(loss) else loss
 
     def measure(self) -> dict[str, Any]:
         """Adds to the curves the points that this step has; those of held-out data as the line of the log says them."""

@@ -81,7 +81,6 @@ BESIDE = (
     Key("data.batch", int, "16", "sequences or images per step, of all parts and processes together", 1),
     Key("quant.train", str | None, NOTHING, "recipe under which the model is trained: w8a8, lsq-w8a8, ..."),
     Key("quant.recipes", tuple[str, ...], "w8a8", "recipes that a study and ptq compare"),
-    Key("evaluation.watch_integer", int | None, NOTHING, "steps between runs of the model in integers, quantized", 1),
 )
 
 

@@ -133,7 +133,7 @@ def test_labels_that_are_one_number_have_an_order():
     ("name", "content", "message"),
     [
         ("a.json", b'[{"text": "one"}]', "is not plain text by its ending: give .jsonl"),
-        ("a.parquet", b"PAR1 PAR1", "write it as .csv or .jsonl, with a column text"),
+        ("a.parquet", b"PAR1 PAR1", "cannot be read .*: give a whole Parquet file"),
         ("a.txt.gz", b"\x1f\x8b\x08", "unpack it first"),
         ("a.tsv", b"text\tlabel\n", "write it as .csv"),
         ("a.txt", "one\n".encode("utf-16"), "is UTF-16: convert it to UTF-8"),

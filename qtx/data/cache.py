@@ -1,0 +1,29 @@
+"""The folder where tokenized texts are kept, and what is found there by a fingerprint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def cache_folder() -> Path:
+    """`QTX_CACHE`, or qtx in the system's place for what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("QTX_CACHE") or Path(base) / "qtx")
+
+
+def hashes_path(known: str) -> Path:
+    """Where the hashes of the documents of a split are, which has a fingerprint that begins with `known`."""
+    return cache_folder() / "documents" / f"{known}.npy"
+
+
+def read_hashes(known: str) -> np.ndarray | None:
+    """The first 64 bits of the sha256 of each of those documents, sorted, uint64; None where they are not here."""
+    if not known or not set(known) <= set("0123456789abcdef"):
+        return None
+    try:
+        return np.load(hashes_path(known), allow_pickle=False)
+    except (OSError, ValueError):
+        return None
