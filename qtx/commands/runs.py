@@ -22,7 +22,7 @@ from .run_options import FILE
 def runs_command(name: str | None, resolved: bool, keys: bool, said: tuple[str, ...]) -> None:
     """Print a published run as a file.
 
-    Each line has its source; without a name, which runs there are. `qtx runs paper-opt-125m > run.toml`, and `qtx train run.toml` trains it.
+    Each line has its source; without a name, which runs there are. `qtx train` takes the name, and the file.
     """
     if keys:
         if name or resolved or said:

@@ -46,8 +46,8 @@ def train_command(
 ) -> None:
     """Train one model: a run by name or file.
 
-    qtx runs lists the names; options stand over the run, and --set over them. Leaves OUT/model.safetensors, and OUT/run.toml, the whole run. A run that was stopped, with --stop or by a signal,
-    goes on with --resume; what then may differ, and what is kept of it, is said in docs/guide.md.
+    `qtx runs` lists the names; options stand over the run, and --set over them. Leaves OUT/model.safetensors and
+    OUT/run.toml, the whole run. One that was stopped, by --stop or a signal, goes on with --resume.
     """
     if run.grids:
         say(f"one run, without its grids of {', '.join(run.grids)}: qtx study trains them all", "-")

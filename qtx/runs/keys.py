@@ -119,7 +119,7 @@ TOLD = {
     "step.sharding": "what each of several processes holds: the whole model, or its share",
     "log.tensorboard": "also in files for TensorBoard",
     "machine.backend": "torch, or ref (NumPy)",
-    "machine.device": "cpu, or cuda",
+    "machine.device": "cpu, cuda, or auto: cuda where there is one",
     "machine.dtype": "float32, float64; bfloat16, float16 with torch",
 }
 
