@@ -46,15 +46,16 @@ ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh
 
 class Float:
     """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element), elements being counted in
-    the whole batch: `first_row` is there the first row of what is computed."""
+    the whole batch: `first_row` is there the first row of what is computed. A compiled pass takes step and first row as
+    tensors, int64 without axes."""
 
     def __init__(
         self,
         *,
         training: bool = False,
         seed: int = 0,
-        step: int = 0,
-        first_row: int = 0,
+        step: int | Tensor = 0,
+        first_row: int | Tensor = 0,
         gradients: Gradients | None = None,
     ) -> None:
         self.gradients = gradients
