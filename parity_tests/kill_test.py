@@ -6,11 +6,15 @@ leaves that nothing interrupts: the tensors of its checkpoint and of those that 
 log, each step once and in order, and nothing else in its folder, nor where temporary files go. Half of the moments are
 of a run shorter than the interval between its checkpoints (30 s), half of one that saves after each step, keeps two
 checkpoints and evaluates held-out data, also in integers.
+
+With `--processes 2` torchrun starts so many over gloo. SIGKILL then ends all of them, or in every other moment one,
+which the others must not outlive; SIGTERM goes to torchrun, as a cluster sends it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -20,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -42,6 +47,8 @@ LONG = {
 }
 KINDS = {"short": (), "long": tuple(word for key, value in LONG.items() for word in ("--set", f"{key}={value}"))}
 ENDS = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15)}  # -15: before Python itself had begun
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+SURVIVED = 60  # seconds that processes may take to end where one was killed
 Tensors = dict[str, dict[str, np.ndarray]]  # by checkpoint and name
 Lines = list[dict[str, object]]  # of a log, without what depends on time
 
@@ -68,8 +75,8 @@ class Moment:
 class Runs:
     """`qtx train` in folders of its own."""
 
-    def __init__(self, folder: Path, backend: str, steps: int) -> None:
-        self.folder, self.temporary = folder, folder / "tmp"
+    def __init__(self, folder: Path, backend: str, steps: int, processes: int) -> None:
+        self.folder, self.temporary, self.processes = folder, folder / "tmp", processes
         self.temporary.mkdir()
         self.usual: set[str] = set()  # what the run that nothing interrupts leaves there: torch's own cache
         self.command = ("train", *SMALLEST, "--backend", backend, "--steps", str(steps))
@@ -80,10 +87,11 @@ class Runs:
         }
 
     def start(self, kind: str, out: Path, *more: str) -> subprocess.Popen:
-        """The command as a process; what it says goes to `out`.log."""
+        """The command as a process, that of torchrun where several are started; what they say goes to `out`.log."""
+        several = (*TORCHRUN, str(self.processes)) if self.processes > 1 else ()
         with open(f"{out}.log", "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "qtx", *self.command, *KINDS[kind], "--out", str(out), *more],
+                [sys.executable, *several, "-m", "qtx", *self.command, *KINDS[kind], "--out", str(out), *more],
                 env=self.environment,
                 stdout=log,
                 stderr=log,
@@ -99,16 +107,31 @@ class Runs:
         self.usual = {path.name for path in self.temporary.iterdir()}
         return seconds, read_left(out)
 
-    def stop(self, kind: str, number: signal.Signals, seconds: float, whole: Left, name: str) -> Moment:
-        """One run that gets a signal after so many seconds, and is resumed."""
+    def stop(self, kind: str, number: signal.Signals, seconds: float, whole: Left, name: str, one: bool) -> Moment:
+        """One run that gets a signal after so many seconds, and is resumed. one: SIGKILL ends one of several
+        processes."""
+        several = self.processes > 1
         out = self.folder / name
         process = self.start(kind, out)
         time.sleep(seconds)
-        process.send_signal(number)
-        status = process.wait()
+        own = list_children(process.pid)
+        if number == signal.SIGKILL and one and own:
+            send(own[-1], number)
+        else:
+            process.send_signal(number)
+            if number == signal.SIGKILL:
+                for child in own:
+                    send(child, number)
+        try:
+            status = process.wait(SURVIVED if self.processes > 1 else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return Moment(kind, number, seconds, self.locate(out), f"not at an end {SURVIVED} s later")
         place = self.locate(out)
         log = Path(f"{out}.log").read_text()
-        if status not in (0, *ENDS[number]) or "Traceback" in log:
+        # torchrun ends with 1 where a process did not end well, and writes a traceback of its own
+        fine = (0, *ENDS[number]) if self.processes == 1 else (0, 1, *ENDS[number])
+        if status not in fine or (f'File "{ROOT}' if several else "Traceback") in log:
             return Moment(kind, number, seconds, place, f"status {status}: {log}")
         resumed = self.start(kind, out, "--resume").wait()
         return Moment(kind, number, seconds, place, self.find_fault(out, whole, resumed))
@@ -128,8 +151,23 @@ class Runs:
         if fault := compare(read_left(out), whole):
             return fault
         left = {path.name for path in out.iterdir()} - whole.tensors.keys() - {LOG, "run.toml"}
-        left |= {path.name for path in self.temporary.iterdir()} - self.usual
+        made = {path.name for path in self.temporary.iterdir()} - self.usual
+        left |= {name for name in made if self.processes == 1 or not name.startswith("torchelastic")}
         return f"left behind: {sorted(left)}" if left else None
+
+
+def list_children(process: int) -> list[int]:
+    """The processes that a process has started and that have not ended, as Linux lists them."""
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def send(process: int, number: signal.Signals) -> None:
+    """Sends a signal to a process, if it has not ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
 
 
 def read_left(out: Path) -> Left:
@@ -156,17 +194,19 @@ def compare(got: Left, whole: Left) -> str | None:
     return f"lines of the log differ: of step {', '.join(other)}" if other else None
 
 
-def stop_runs(folder: Path, moments: int, *, seed: int = 0, backend: str = "ref", steps: int = 30) -> list[Moment]:
+def stop_runs(
+    folder: Path, moments: int, *, seed: int = 0, backend: str = "ref", steps: int = 30, processes: int = 1
+) -> Iterator[Moment]:
     """`moments` for each of the two signals, in turn of the short run and of the long one."""
-    runs, draw = Runs(folder, backend, steps), random.Random(seed)
+    runs, draw = Runs(folder, backend, steps, processes), random.Random(seed)
     whole = {kind: runs.measure(kind) for kind in KINDS}
-    kinds, stopped = cycle(KINDS), []
+    kinds = cycle(KINDS)
     for number in ENDS:
         for index in range(moments):
             kind = next(kinds)
             seconds, left = whole[kind]
-            stopped.append(runs.stop(kind, number, draw.uniform(0, seconds), left, f"{number.name}-{index}"))
-    return stopped
+            one = processes > 1 and index % 4 > 1
+            yield runs.stop(kind, number, draw.uniform(0, seconds), left, f"{number.name}-{index}", one)
 
 
 def main() -> None:
@@ -175,15 +215,18 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=20, help="of each of the two signals")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="ref")
+    parser.add_argument("--processes", type=int, default=1, help="that torchrun starts, with --backend torch")
     parser.add_argument("--steps", type=int, default=30)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        stopped = stop_runs(Path(name), given.moments, seed=given.seed, backend=given.backend, steps=given.steps)
-    for moment in stopped:
-        print(
-            f"{moment.number.name:8} {moment.kind:6} {moment.seconds:6.2f} s  {moment.place:18} "
-            f"{moment.fault or 'equal'}"
-        )
+        stopped = []
+        for moment in stop_runs(Path(name), **vars(given)):
+            stopped.append(moment)
+            print(
+                f"{moment.number.name:8} {moment.kind:6} {moment.seconds:6.2f} s  {moment.place:18} "
+                f"{moment.fault or 'equal'}",
+                flush=True,
+            )
     for place, count in Counter(moment.place for moment in stopped).items():
         print(f"{place}: {count}")
     faults = sum(moment.fault is not None for moment in stopped)
