@@ -1,14 +1,17 @@
 """Training that is killed: `python -m parity_tests.kill_test --moments 20`.
 
 Real processes of `qtx train` get SIGKILL or SIGTERM at a random moment between their start and the time that the whole
-run takes: while they import, read data, train or save. The same command with `--resume` must then leave the tensors of
-the run that nothing interrupted, bit for bit, and nothing else in its folder, nor where temporary files go. Half of the
-moments are of a run shorter than the interval between its checkpoints (30 s), half of one that saves after each step.
+run takes: while they import, read data, train or save. The same command with `--resume` must then leave what the run
+leaves that nothing interrupts: the tensors of its checkpoint and of those that it keeps, bit for bit, the lines of its
+log, each step once and in order, and nothing else in its folder, nor where temporary files go. Half of the moments are
+of a run shorter than the interval between its checkpoints (30 s), half of one that saves after each step, keeps two
+checkpoints and evaluates held-out data, also in integers.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -24,20 +27,31 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from qtx.jobs.log import UNEQUAL
+from qtx.jobs.run import LOG
+
 ROOT = Path(__file__).parent.parent
 SMALLEST = ("--model", "vit-tiny", "--batch", "8")
-# as qtx does, with a checkpoint after each step
-LONG = """
-from qtx.signals import handle, leave
-with handle(leave):
-    from qtx.jobs import training
-    training.SAVE_SECONDS = 0
-    from qtx.__main__ import main
-    main()
-"""
-KINDS = {"short": ("-m", "qtx"), "long": ("-c", LONG)}
+LONG = {
+    "saving.seconds": 0,
+    "saving.every": 4,
+    "saving.keep": 2,
+    "evaluation.every": 5,
+    "evaluation.batches": 1,
+    "evaluation.integers": "w8a8",
+}
+KINDS = {"short": (), "long": tuple(word for key, value in LONG.items() for word in ("--set", f"{key}={value}"))}
 ENDS = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15)}  # -15: before Python itself had begun
-Tensors = dict[str, np.ndarray]
+Tensors = dict[str, dict[str, np.ndarray]]  # by checkpoint and name
+Lines = list[dict[str, object]]  # of a log, without what depends on time
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run leaves."""
+
+    tensors: Tensors
+    log: Lines
 
 
 @dataclass(frozen=True)
@@ -69,27 +83,23 @@ class Runs:
         """The command as a process; what it says goes to `out`.log."""
         with open(f"{out}.log", "ab") as log:
             return subprocess.Popen(
-                [sys.executable, *KINDS[kind], *self.command, "--out", str(out), *more],
+                [sys.executable, "-m", "qtx", *self.command, *KINDS[kind], "--out", str(out), *more],
                 env=self.environment,
                 stdout=log,
                 stderr=log,
             )
 
-    def read(self, out: Path) -> Tensors:
-        """What the run left."""
-        return load_file(out / "model.safetensors")
-
-    def measure(self) -> tuple[float, Tensors]:
-        """Seconds and tensors of the run that nothing interrupts. Raises RuntimeError where it fails."""
-        out = self.folder / "whole"
+    def measure(self, kind: str) -> tuple[float, Left]:
+        """Seconds and what is left of the run that nothing interrupts. Raises RuntimeError where it fails."""
+        out = self.folder / f"whole-{kind}"
         began = time.monotonic()
-        if status := self.start("short", out).wait():
+        if status := self.start(kind, out).wait():
             raise RuntimeError(f"status {status}: {Path(f'{out}.log').read_text()}")
         seconds = time.monotonic() - began
         self.usual = {path.name for path in self.temporary.iterdir()}
-        return seconds, self.read(out)
+        return seconds, read_left(out)
 
-    def stop(self, kind: str, number: signal.Signals, seconds: float, whole: Tensors, name: str) -> Moment:
+    def stop(self, kind: str, number: signal.Signals, seconds: float, whole: Left, name: str) -> Moment:
         """One run that gets a signal after so many seconds, and is resumed."""
         out = self.folder / name
         process = self.start(kind, out)
@@ -111,29 +121,51 @@ class Runs:
             return "in a save"
         return "after a save" if (out / "model.safetensors").exists() else "before a save"
 
-    def find_fault(self, out: Path, whole: Tensors, status: int) -> str | None:
+    def find_fault(self, out: Path, whole: Left, status: int) -> str | None:
         """What is wrong with a run that was resumed."""
         if status:
             return f"resumed with status {status}: {Path(f'{out}.log').read_text()}"
-        tensors = self.read(out)
-        if tensors.keys() != whole.keys():
-            return f"tensors differ: {sorted(tensors.keys() ^ whole.keys())}"
-        if other := [name for name, value in whole.items() if value.tobytes() != tensors[name].tobytes()]:
-            return f"bits differ: {other[0]} and {len(other) - 1} more"
-        left = {path.name for path in out.iterdir()} - {"model.safetensors"}
+        if fault := compare(read_left(out), whole):
+            return fault
+        left = {path.name for path in out.iterdir()} - whole.tensors.keys() - {LOG, "run.toml"}
         left |= {path.name for path in self.temporary.iterdir()} - self.usual
         return f"left behind: {sorted(left)}" if left else None
+
+
+def read_left(out: Path) -> Left:
+    """What a run left in its folder."""
+    tensors = {path.name: load_file(path) for path in out.glob("*.safetensors")}
+    lines = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    return Left(tensors, [{key: value for key, value in line.items() if key not in UNEQUAL} for line in lines])
+
+
+def compare(got: Left, whole: Left) -> str | None:
+    """The first difference between what two runs left, in words."""
+    if got.tensors.keys() != whole.tensors.keys():
+        return f"checkpoints differ: {sorted(got.tensors.keys() ^ whole.tensors.keys())}"
+    for file, values in whole.tensors.items():
+        tensors = got.tensors[file]
+        if tensors.keys() != values.keys():
+            return f"tensors of {file} differ: {sorted(tensors.keys() ^ values.keys())}"
+        if other := [name for name, value in values.items() if value.tobytes() != tensors[name].tobytes()]:
+            return f"bits of {file} differ: {other[0]} and {len(other) - 1} more"
+    steps, known = ([line["step"] for line in one.log] for one in (got, whole))
+    if steps != known:
+        return f"steps of the log are {steps}"
+    other = [str(line["step"]) for line, right in zip(got.log, whole.log, strict=True) if line != right]
+    return f"lines of the log differ: of step {', '.join(other)}" if other else None
 
 
 def stop_runs(folder: Path, moments: int, *, seed: int = 0, backend: str = "ref", steps: int = 30) -> list[Moment]:
     """`moments` for each of the two signals, in turn of the short run and of the long one."""
     runs, draw = Runs(folder, backend, steps), random.Random(seed)
-    seconds, whole = runs.measure()
+    whole = {kind: runs.measure(kind) for kind in KINDS}
     kinds, stopped = cycle(KINDS), []
     for number in ENDS:
         for index in range(moments):
-            name = f"{number.name}-{index}"
-            stopped.append(runs.stop(next(kinds), number, draw.uniform(0, seconds), whole, name))
+            kind = next(kinds)
+            seconds, left = whole[kind]
+            stopped.append(runs.stop(kind, number, draw.uniform(0, seconds), left, f"{number.name}-{index}"))
     return stopped
 
 

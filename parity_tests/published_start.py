@@ -1,10 +1,10 @@
 """What the published code begins training with, beside ours: `python -m parity_tests.published_start`.
 
-Bondarenko et al. 2023 let transformers build BERT or OPT from a configuration and put attention of their own in place of
-each layer's. Here the same is done with the installed transformers: configurations with the published values, attention
-that holds the layers which theirs makes. Mean, standard deviation and kurtosis of every tensor over five seeds are
-compared with those of `init_params` under `start = "published"`, within their sampling error; exit status 1 where one
-is outside. `--write FILE` keeps the published figures, which is how the fixture of the tests was made.
+Bondarenko et al. 2023 let transformers build BERT or OPT from a configuration and put attention of their own in place
+of each layer's. Here the same is done with the installed transformers: configurations with the published values,
+attention that holds the layers which theirs makes. Mean, standard deviation and kurtosis of every tensor over five
+seeds are compared with those of `init_params` under `start = "published"`, within their sampling error; exit status 1
+where one is outside. `--write FILE` keeps the published figures, which is how the fixture of the tests was made.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def configure(shape: str, layers: int | None = None) -> Any:
     return config
 
 
-def build_published(shape: str, kind: AttentionSpec = AttentionSpec(), layers: int | None = None) -> nn.Module:
+def build_published(shape: str, kind: AttentionSpec, layers: int | None = None) -> nn.Module:
     """The model as the published code has it when the first step begins; torch's seed decides the values."""
     config = configure(shape, layers)
     size = config.hidden_size, config.num_attention_heads, kind
@@ -211,10 +211,10 @@ def measure_published(case: Measured) -> Figures:
     return {name: m.summarize() for name, m in moments.items()}
 
 
-def measure_ours(case: Measured, spec: ModelSpec, seeds: int = SEEDS) -> Figures:
+def measure_ours(spec: ModelSpec, names: list[str], seeds: int = SEEDS) -> Figures:
     """Of what `init_params` gives for a spec, one tensor at a time."""
     figures = {}
-    for name in case.names:
+    for name in names:
         moments = Moments()
         for seed in range(seeds):
             moments.add(first_value(spec, name, shapes(spec)[name], seed))
@@ -255,7 +255,7 @@ def main() -> int:
     print("| shape, attention | tensor | values | published mean | ours | published std | ours |")
     print("|---|---|--:|--:|--:|--:|--:|")
     for case in CASES:
-        published, ours = measure_published(case), measure_ours(case, case.spec)
+        published, ours = measure_published(case), measure_ours(case.spec, case.names)
         kept[f"{case.shape} {case.attention}"] = published
         for name, p in published.items():
             o, where = ours[name], f"{case.shape}, {case.attention}"

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
 import click
 
-from qtx_ref.spec import SpecError
+from qtx_ref.spec import SpecError, read_processes
 
 from . import __version__
 from .commands.analyze import analyze_command
@@ -36,20 +38,40 @@ from .files.container import FileError
 from .signals import Interrupted, exit_status, handle, interrupt
 
 MENDABLE = (SpecError, DataError, FileError, MissingExtra, OSError)
+DISTRIBUTED = ("train",)  # commands that several processes run together
 RESUMED = ("finetune", "ptq", "study", "train")  # commands that have --resume
+
+
+@contextmanager
+def be_silent() -> Iterator[None]:
+    """Nothing is printed: of several processes the first one speaks. An error that comes out of it is."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 class Commands(click.Group):
     """Turns mendable errors into one line; SIGINT and SIGTERM end every command with 130 and 143."""
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that was named. Raises ClickException where several processes have one that they cannot share."""
+        name, command, rest = super().resolve_command(ctx, args)
+        count = read_processes()[1]
+        if count > 1 and name not in DISTRIBUTED:
+            raise click.ClickException(f"torchrun started {count} processes, and only qtx train divides its work")
+        return name, command, rest
+
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command that was named. Raises ClickException for what a user can mend, click's Exit for a
         signal."""
+        rank, _ = read_processes()
         try:
-            with handle(interrupt):
+            with handle(interrupt), be_silent() if rank else nullcontext():
                 return super().invoke(ctx)
         except Interrupted as stop:
-            click.echo(f"\n{stop}; the same command with --resume goes on", err=True)
+            if rank == 0:
+                click.echo(f"\n{stop}; the same command with --resume goes on", err=True)
             ctx.exit(exit_status(stop))
         except KeyboardInterrupt as stop:
             resumes = ctx.invoked_subcommand in RESUMED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from .spec import (
     check_rows,
     check_tokens,
     divide_rows,
+    read_processes,
     trains,
 )
 from .tape import Var, backward, const, leaf
@@ -53,11 +55,15 @@ __all__ = [
     "IntegerModel",
     "Model",
     "Trainer",
+    "agree",
     "check_bound",
     "check_device",
     "check_machine",
+    "choose_device",
     "init_params",
+    "join",
     "peak_memory",
+    "processes",
     "shapes",
     "threads",
     "to_arrays",
@@ -415,15 +421,25 @@ def check_device(name: str) -> None:
         raise SpecError(f"device is {name!r}: the reference runs on cpu; use --backend torch for others")
 
 
+def choose_device(name: str) -> str:
+    """What `auto` stands for, the cpu; any other name as it is."""
+    return "cpu" if name == "auto" else name
+
+
 def check_machine(device: str, dtype: str) -> None:
-    """Raises SpecError for a device other than cpu, or a dtype that the reference does not compute in."""
+    """Raises SpecError for a device other than cpu, for a dtype that the reference does not compute in, and where it is
+    one of several processes."""
     check_device(device)
+    if (count := read_processes()[1]) > 1:
+        raise SpecError(f"torchrun started {count} processes: the reference trains in one; use --backend torch")
     if dtype not in DTYPES:
         raise SpecError(f"dtype is {dtype!r}: the reference computes in {' or '.join(DTYPES)}")
 
 
 class Trainer:
     """AdamW steps on a model. Dropout of step t is drawn from (seed, t)."""
+
+    shared = False  # whether each of several processes has a share of the state
 
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
         """Raises SpecError where the optimizer's `only` names no parameter, and for a way to compute a step that the
@@ -477,6 +493,21 @@ def threads() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return os.cpu_count() or 1
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many train one model: (0, 1)."""
+    return 0, 1
+
+
+def join(device: str) -> AbstractContextManager[None]:
+    """Within it processes that train one model know each other: here there is one."""
+    return nullcontext()
+
+
+def agree(values: Sequence[float]) -> list[float]:
+    """The largest of all processes' values, place by place: the one's own."""
+    return list(values)
 
 
 def peak_memory(device: str) -> int | None:

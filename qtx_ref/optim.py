@@ -12,8 +12,8 @@ __all__ = ["AdamW", "clip_by_norm", "learning_rate"]
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up from lr / warmup or from 0, then the schedule, which reaches 0 after the
-    last step (the formulas of transformers' schedules, to the bit with `first_rate_zero`)."""
+    """The rate of step 0, 1, ...: linear warm-up from lr / warmup or from 0, then the schedule, which reaches 0 after
+    the last step (the formulas of transformers' schedules, to the bit with `first_rate_zero`)."""
     if step < spec.warmup:
         return spec.lr * ((step if spec.first_rate_zero else step + 1) / spec.warmup)
     length = max(1, spec.steps - spec.warmup)

@@ -1,7 +1,8 @@
 """Named model shapes and attentions.
 
 Published shapes: BERT-base (Devlin et al. 2019), OPT (Zhang et al. 2022, as released), ViT-S/16 (Dosovitskiy et al.
-2021, Touvron et al. 2021). `paper-*` are those that Bondarenko et al. 2023 trained, with their start. The `-tiny` ones train on two cores; their data set fixes vocabulary or image size.
+2021, Touvron et al. 2021). `paper-*` are the OPTs that Bondarenko et al. 2023 trained, with their start. The `-tiny`
+ones train on two cores; their data set fixes vocabulary or image size.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ OPT_125M = ModelSpec(
     length=2048,
     position_offset=2,
 )
-# What the published code of Bondarenko et al. 2023 builds: transformers' default OPT configuration, whose token embedding
-# stays 768 wide, with width, heads, layers, hidden units and positions set afterwards (model_configs/*.yaml).
+# What the published code of Bondarenko et al. 2023 builds: transformers' default OPT configuration, whose token
+# embedding stays 768 wide, with width, heads, layers, hidden units and positions set afterwards (model_configs/*.yaml).
 PAPER_OPT_125M = replace(OPT_125M, length=512, start=Start.PUBLISHED, init_output_scaled=False)
 VIT_S16 = ModelSpec(
     family=Family.VIT,

@@ -2,6 +2,8 @@
 
 Differs from the reference: check_device, to_arrays: `arrays` finds the device and takes a batch there.
 Differs from the reference: Model.leaves, Model.backward: the optimizer works on tensors, and the results are arrays.
+Differs from the reference: Model.loss, Model.spread, Trainer.averages, Trainer.rest, Trainer.load_rest,
+Trainer.is_finite, Trainer.save_shares, Trainer.load_shares, Trainer.shares: processes may share them.
 
 Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 """
@@ -9,8 +11,9 @@ Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from qtx_ref.spec import (
     Quant,
     QuantSpec,
     Range,
+    Sharding,
     SpecError,
     StepSpec,
     check_batch,
@@ -40,7 +44,7 @@ from qtx_ref.spec import (
     trains,
 )
 
-from . import models, stats
+from . import distributed, models, stats
 from .arrays import find_device, to_numpy, to_tensors
 from .integer.model import Code, Integer, Whole
 from .numerics import (
@@ -54,7 +58,7 @@ from .numerics import (
 from .optim import AdamW
 from .quant import quantizer
 from .sites import attach, slots, swap_hooks, swap_transforms, transform
-from .step import LossScale
+from .step import LossScale, check_deterministic, compile_forward, fixed_order
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
@@ -80,6 +84,9 @@ class Model:
         self.dtype = dtype
         self.net = models.build(spec).to(self.device, torch.float64 if dtype == "float64" else torch.float32)
         self.weights = dict(self.net.named_parameters())
+        self.forward_pass: Callable[..., Tensor] = self.compute  # of what is differentiated
+        self.run: Callable[..., Tensor] = self.loss  # what is differentiated
+        self.sharded = False  # whether each process has its share of `weights`
         with torch.no_grad():
             for name, value in self.weights.items():
                 value.copy_(torch.tensor(params[name]))
@@ -90,11 +97,11 @@ class Model:
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
-        return {name: to_numpy(value) for name, value in self.weights.items()}
+        return {name: to_numpy(distributed.gather(value)) for name, value in self.weights.items()}
 
     def trainable(self) -> Arrays:
         """What an optimizer updates: parameters, and scale and zero point of learned ranges; copied."""
-        return {name: to_numpy(value) for name, value in self.leaves().items()}
+        return {name: to_numpy(distributed.gather(value)) for name, value in self.leaves().items()}
 
     def leaves(self) -> dict[str, nn.Parameter]:
         """`trainable` as the tensors themselves."""
@@ -172,7 +179,7 @@ class Model:
         """
         make = partial(Float, training=training, seed=seed, step=step)
         loss, grads = self.backward(self.accept(batch), make, only, accumulate=accumulate)
-        return loss.item(), {name: to_numpy(grad) for name, grad in grads.items()}
+        return loss.item(), {name: to_numpy(distributed.gather(grad)) for name, grad in grads.items()}
 
     def backward(
         self,
@@ -196,14 +203,20 @@ class Model:
             value.requires_grad_(only is None or name in only)
         count = models.count_targets(inputs) if count is None else count
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for rows in divide_rows(len(models.asked(inputs)), accumulate):
+        parts = divide_rows(len(models.asked(inputs)), accumulate)
+        for rows in parts:
             part = {name: None if x is None else x[rows] for name, x in inputs.items()}
             nx = make(first_row=first + rows.start, gradients=self.gradient_quants)
-            loss = models.loss(self.compute(nx, part), part, count)
-            loss.backward(torch.full_like(loss, scale))  # adds to each `grad`
+            with distributed.hold_back(self.run, last=rows is parts[-1]):
+                loss = self.run(nx, part, count)
+                loss.backward(torch.full_like(loss, scale))  # adds to each `grad`
             total += loss.detach()
         wanted = {name: value for name, value in leaves.items() if value.requires_grad}
-        return total, {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in wanted.items()}
+        grads = {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in wanted.items()}
+        for name in self.learned if self.sharded else ():  # DDP has summed all of them
+            if name in grads:
+                distributed.add(grads[name])
+        return distributed.add(total), grads
 
     def record(
         self, batch: Batch, sites: Iterable[str] | None = None
@@ -333,6 +346,22 @@ class Model:
         with torch.autocast(self.device.type, half, enabled=half is not None):
             return self.net(nx, inputs) if cache is None else self.net(nx, inputs, cache)
 
+    def loss(self, nx: Float, inputs: Mapping[str, Tensor | None], count: int) -> Tensor:
+        """The share in the loss that this part of a batch has which has `count` targets."""
+        return models.loss(self.forward_pass(nx, inputs), inputs, count)
+
+    def spread(self, sharding: Sharding) -> None:
+        """From now on one model with those of the other processes: `backward` gives the sums of all gradients, and what
+        `sharding` shares out, `weights` among it, each process has its share of."""
+        if sharding is Sharding.NONE:
+            self.run = distributed.copy_whole(self.net, self.loss)
+            return
+        lower = self.dtype == "bfloat16" and not self.quants  # quantizers see float32
+        distributed.shard(self.net, self.device, set(self.learned.values()), bfloat16=lower)
+        self.sharded = True
+        fresh = dict(self.net.named_parameters())
+        self.weights = {name: fresh[name] for name in self.weights}
+
     def _transforms(self, transforms: Mapping[str, InputTransform] | None) -> dict[str, nn.Module]:
         return {site: Transformed(how).to(self.device) for site, how in (transforms or {}).items()}
 
@@ -430,6 +459,13 @@ def check_bound(site: str, range: Range, spec: Quant) -> None:
         raise SpecError(f"site {site}: {error}") from None
 
 
+def choose_device(name: str) -> str:
+    """What `auto` stands for: cuda where torch finds a device, else the cpu; any other name as it is."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_machine(device: str, dtype: str) -> None:
     """Raises SpecError for a device that is not there, or a dtype that is not one of DTYPES."""
     find_device(device)
@@ -442,17 +478,29 @@ class Trainer:
     whose gradients overflow is skipped: its batch, its rate and its draws are used up."""
 
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
-        """Raises SpecError where the optimizer's `only` names no parameter."""
+        """Raises SpecError where the optimizer's `only` names no parameter, and where the device gives no deterministic
+        step as things are."""
+        if step.deterministic:
+            check_deterministic(model.device)
         self.model = model
         self.seed = seed
         self.spec = step
         chosen = {name: x for name, x in model.leaves().items() if trains(name, optim)}
         if not chosen:
             raise SpecError(f"optimizer only is {optim.only!r}: that begins none of the model's parameters")
-        self.adam = AdamW(chosen, optim)
         self.scale = LossScale() if model.dtype == "float16" else None
         for block in model.net.layer:
             block.recompute = step.recompute
+        if step.compiled:
+            model.forward_pass = compile_forward(model.compute)
+        if distributed.processes()[1] > 1:
+            for name, x in model.leaves().items():
+                x.requires_grad_(name in chosen)
+            model.spread(step.sharding)
+        self.shared = model.sharded  # whether each of several processes has a share of the state
+        self.leaves = {name: x for name, x in model.leaves().items() if name in chosen}
+        shares = {name: distributed.own(x) for name, x in self.leaves.items()}
+        self.adam = AdamW(shares, optim, partial(distributed.sum_squares, like=self.leaves))
 
     def step(self, batch: Batch, *, first: int = 0, total: int | None = None) -> tuple[float, float]:
         """One update of what the optimizer's `only` names; the loss before it and the gradient norm before clipping,
@@ -462,35 +510,64 @@ class Trainer:
         has no `accumulate` equal parts.
         """
         inputs = self.model.accept(batch)
-        check_rows(len(models.asked(inputs)), first, total)
-        make = partial(Float, training=True, seed=self.seed, step=self.adam.count)
+        if distributed.processes()[1] == 1:
+            check_rows(len(models.asked(inputs)), first, total)
+        count = int(distributed.add(torch.tensor(models.count_targets(inputs))))
         scale = self.scale.value if self.scale else 1.0
-        loss, grads = self.model.backward(
-            inputs, make, self.adam.params, accumulate=self.spec.accumulate, first=first, scale=scale
-        )
-        value, norm = loss.item(), self.adam.step(grads, scale)
+        with fixed_order(self.spec.deterministic):
+            loss, grads = self.model.backward(
+                inputs,
+                self._numerics,
+                self.adam.params,
+                accumulate=self.spec.accumulate,
+                first=first,
+                count=count,
+                scale=scale,
+            )
+            value, norm = loss.item(), self.adam.step({name: distributed.own(x) for name, x in grads.items()}, scale)
         if self.scale:
             self.scale.update(norm)
         return value, norm
+
+    def _numerics(self, first_row: int, **given: Any) -> Float:
+        """The numerics of a part of this step; numbers that differ by step and part are no constants of a graph."""
+        numbers = {"step": self.adam.count, "first_row": first_row}
+        if self.spec.compiled:
+            numbers = {name: torch.tensor(number, device=self.model.device) for name, number in numbers.items()}
+        return Float(training=True, seed=self.seed, **numbers, **given)
 
     def state(self) -> Arrays:
         """All that a resumed run needs beside the parameters: `optim.m.<name>`, `optim.v.<name>`, `optim.step`, and
         `learned.<site>.scale` and `.zero_point` of learned ranges; in float16 `optim.skipped`, `optim.loss_scale` and
         `optim.good`, the steps since that changed."""
-        tensors = {f"optim.m.{name}": to_numpy(value) for name, value in self.adam.m.items()}
-        tensors |= {f"optim.v.{name}": to_numpy(value) for name, value in self.adam.v.items()}
-        tensors |= {f"learned.{name}": to_numpy(value) for name, value in self.model.learned.items()}
+        return {name: to_numpy(distributed.gather(x)) for name, x in self.averages().items()} | self.rest()
+
+    def rest(self) -> Arrays:
+        """`state` without AdamW's averages."""
+        tensors = {f"learned.{name}": to_numpy(value) for name, value in self.model.learned.items()}
         if self.scale:
             counts = {"skipped": self.adam.skipped, "good": self.scale.good}
             tensors |= {f"optim.{name}": np.array(value, np.int64) for name, value in counts.items()}
             tensors["optim.loss_scale"] = np.array(self.scale.value)
         return tensors | {"optim.step": np.array(self.adam.count, np.int64)}
 
+    def averages(self) -> dict[str, Tensor]:
+        """AdamW's two averages by the names that they are saved under, shares where processes share."""
+        kept = (("optim.m", self.adam.m), ("optim.v", self.adam.v))
+        return {
+            f"{key}.{name}": distributed.place(values[name], like)
+            for key, values in kept
+            for name, like in self.leaves.items()
+        }
+
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `state` gave."""
-        for name in self.adam.params:
-            self.adam.m[name].copy_(torch.tensor(state[f"optim.m.{name}"]))
-            self.adam.v[name].copy_(torch.tensor(state[f"optim.v.{name}"]))
+        for name, value in self.averages().items():
+            distributed.own(value).copy_(distributed.take(torch.tensor(state[name]), value))
+        self.load_rest(state)
+
+    def load_rest(self, state: Mapping[str, np.ndarray]) -> None:
+        """`load_state` without AdamW's averages."""
         with torch.no_grad():
             for name, value in self.model.learned.items():
                 value.copy_(torch.tensor(state[f"learned.{name}"]))
@@ -499,10 +576,45 @@ class Trainer:
             self.adam.skipped = int(state["optim.skipped"])
         self.adam.count = int(state["optim.step"])
 
+    def save_shares(self, folder: str) -> Arrays:
+        """Writes the parameters and AdamW's averages into a folder, each process its shares; what else `state` has.
+        Raises OSError."""
+        distributed.save_shares(folder, self.shares())
+        return self.rest()
+
+    def load_shares(self, folder: str, rest: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `save_shares` wrote and gave, whatever number of processes that was. Raises OSError."""
+        distributed.load_shares(folder, self.shares())
+        self.load_rest(rest)
+
+    def is_finite(self) -> bool:
+        """Whether all numbers are that this process has of parameters and state."""
+        tensors = [distributed.own(value) for value in self.shares().values()]
+        return all(bool(torch.isfinite(x).all()) for x in (*tensors, *self.model.learned.values()))
+
+    def shares(self) -> dict[str, Tensor]:
+        """Parameters and averages by the names that they are saved under."""
+        return {name: value.detach() for name, value in self.model.weights.items()} | self.averages()
+
 
 def threads() -> int:
     """How many threads an op may use: its sums, and so the last bits, depend on it."""
     return torch.get_num_threads()
+
+
+def processes() -> tuple[int, int]:
+    """This process's number, from 0, and how many train one model."""
+    return distributed.processes()
+
+
+def join(device: str) -> AbstractContextManager[None]:
+    """Within it the processes that torchrun started know each other. Raises ConnectionError where one is lost."""
+    return distributed.join(find_device(device))
+
+
+def agree(values: Sequence[float]) -> list[float]:
+    """The largest of all processes' values, place by place, in all of them: each has to ask."""
+    return distributed.agree(values)
 
 
 def peak_memory(device: str) -> int | None:
@@ -511,4 +623,17 @@ def peak_memory(device: str) -> int | None:
     return torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None
 
 
-__all__ = ["DTYPES", "Batch", "IntegerModel", "Model", "Trainer", "check_machine", "peak_memory", "threads"]
+__all__ = [
+    "DTYPES",
+    "Batch",
+    "IntegerModel",
+    "Model",
+    "Trainer",
+    "agree",
+    "check_machine",
+    "choose_device",
+    "join",
+    "peak_memory",
+    "processes",
+    "threads",
+]

@@ -2,7 +2,7 @@
 
 Differs from the reference: site, module, attn, Float.load: a site's module knows its site and holds its parameters.
 Differs from the reference: Numerics, Float.begin: torch's integers have no numerics of floats above them.
-Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Quantizers, Calibrate,
+Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Calibrate,
 FakeQuant, is_weight: hooks are modules in a site's slots, not methods of the numerics.
 Differs from the reference: transforms, transform_input, Transformed: so are the transforms of inputs.
 
@@ -46,15 +46,16 @@ ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh
 
 class Float:
     """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element), elements being counted in
-    the whole batch: `first_row` is there the first row of what is computed."""
+    the whole batch: `first_row` is there the first row of what is computed. A compiled pass takes step and first row as
+    tensors, int64 without axes."""
 
     def __init__(
         self,
         *,
         training: bool = False,
         seed: int = 0,
-        step: int = 0,
-        first_row: int = 0,
+        step: int | Tensor = 0,
+        first_row: int | Tensor = 0,
         gradients: Gradients | None = None,
     ) -> None:
         self.gradients = gradients
@@ -155,9 +156,8 @@ class Float:
         if not self.training or rate == 0:
             return x
         first = self.first_row * math.prod(x.shape[1:])
-        with x.device:
-            keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate, first)
-        return ops.mul(x, keep.to(x.dtype).mul_(1 / (1 - rate)))
+        keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate, first, x.device)
+        return ops.scale(ops.mul(x, keep), 1 / (1 - rate))  # of the mask a byte is kept for the gradient, of x nothing
 
     def softmax(self, module: SiteModule, scores: Tensor, mask: Mask, spec: AttentionSpec) -> Tensor:
         """Probabilities of scores whose masked keys are hidden; the site has the sink, if there is one."""

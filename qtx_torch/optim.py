@@ -1,11 +1,13 @@
 """AdamW with decoupled decay, clipping by global norm, and learning-rate schedules.
 
+Differs from the reference: total, add_up: each process has squares of its own shares.
 Differs from the reference: scale: losses are scaled in float16, which the reference has not.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,8 +16,8 @@ from qtx_ref.spec import OptimSpec, Schedule, decays
 
 
 def learning_rate(spec: OptimSpec, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up from lr / warmup or from 0, then the schedule, which reaches 0 after the
-    last step."""
+    """The rate of step 0, 1, ...: linear warm-up from lr / warmup or from 0, then the schedule, which reaches 0 after
+    the last step."""
     if step < spec.warmup:
         return spec.lr * ((step if spec.first_rate_zero else step + 1) / spec.warmup)
     length = max(1, spec.steps - spec.warmup)
@@ -26,11 +28,25 @@ def learning_rate(spec: OptimSpec, step: int) -> float:
     return spec.lr
 
 
-def clip_by_norm(grads: dict[str, Tensor], limit: float) -> tuple[dict[str, Tensor], float]:
+Total = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def add_up(squares: Mapping[str, Tensor]) -> Tensor:
+    """The sum of numbers by name."""
+    return torch.stack(list(squares.values())).sum()
+
+
+def _square(g: Tensor) -> Tensor:
+    """||g||^2 in float64. On a CPU piece by piece: of the whole, torch would first make a float64 copy, and of a step
+    that took a twentieth."""
+    pieces = g.flatten().split(2**16) if g.device.type == "cpu" else [g]
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
+
+
+def clip_by_norm(grads: dict[str, Tensor], limit: float, total: Total = add_up) -> tuple[dict[str, Tensor], float]:
     """Gradients scaled, in place, so that their joint 2-norm is at most `limit` (0: as they are), and the norm before;
-    float64 sums."""
-    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads.values()]
-    norm = math.sqrt(float(torch.stack(squares).sum()))
+    float64 sums. `total` adds up what each tensor has of the norm's square."""
+    norm = math.sqrt(float(total({name: _square(g) for name, g in grads.items()})))
     factor = limit / (norm + 1e-6)
     if limit == 0 or factor >= 1:
         return grads, norm
@@ -45,8 +61,10 @@ class AdamW:
     by torch's fused kernel. `params` are updated in place; `m` and `v` have their dtype.
     """
 
-    def __init__(self, params: dict[str, Tensor], spec: OptimSpec) -> None:
+    def __init__(self, params: dict[str, Tensor], spec: OptimSpec, total: Total = add_up) -> None:
+        """total: as `clip_by_norm` takes it."""
         self.params = params
+        self.total = total
         self.spec = spec
         self.m = {name: torch.zeros_like(value) for name, value in params.items()}
         self.v = {name: torch.zeros_like(value) for name, value in params.items()}
@@ -82,7 +100,7 @@ class AdamW:
         """
         if scale != 1:
             torch._foreach_mul_(list(grads.values()), 1 / scale)
-        grads, norm = clip_by_norm(grads, self.spec.clip_norm)
+        grads, norm = clip_by_norm(grads, self.spec.clip_norm, self.total)
         if scale > 1 and not math.isfinite(norm):
             self._count += 1
             self.skipped += 1

@@ -107,7 +107,8 @@ TRAIN_QUANT = run_option(
 )
 WATCH = run_option(
     "--watch-integer",
-    "evaluation.watch_integer",
+    "evaluation.every",
+    beside={"evaluation.batches": 2, "evaluation.integers": ["w8a8"]},
     type=click.IntRange(1),
     metavar="N",
     help="Before training, every N steps and after the last: quantize the model (w8a8), run it in "

@@ -33,17 +33,30 @@ from .options import JSON, OUT, say, write_json
 )
 @click.option("--out", type=OUT, default=Path("runs/train"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
+@click.option(
+    "--change",
+    multiple=True,
+    metavar="KEY",
+    help="With --resume: a key, or a table, that is not as it was: optim.steps, optim, step, data.batch, ...",
+)
+@click.option("--move", is_flag=True, help="With --resume: to another device, number of threads or of processes.")
 @JSON
-def train_command(run: RunSpec, out: Path, resume: bool, json_path: str | None) -> None:
-    """Train one model: a run by its name (qtx runs) or file, and what options say over it.
+def train_command(
+    run: RunSpec, out: Path, resume: bool, change: tuple[str, ...], move: bool, json_path: str | None
+) -> None:
+    """Train one model: a run by name or file.
 
-    Leaves OUT/model.safetensors, and OUT/run.toml, the whole run.
+    qtx runs lists the names; options stand over the run, and --set over them. Leaves OUT/model.safetensors, and OUT/run.toml, the whole run. A run that was stopped, with --stop or by a signal,
+    goes on with --resume; what then may differ, and what is kept of it, is said in docs/guide.md.
     """
-    request = PretrainRequest(out=out, run=run, resume=resume)
+    if run.grids:
+        say(f"one run, without its grids of {', '.join(run.grids)}: qtx study trains them all", "-")
+    request = PretrainRequest(out=out, run=run, resume=resume, change=change, move=move)
     checkpoint = pretrain(request)
     curve = checkpoint.extra["history.loss"]
     state = " (diverged)" if checkpoint.meta["diverged"] else ""
-    watched = History.of(checkpoint.extra).watched() if run.get("evaluation.watch_integer") else {}
+    history = History.of(checkpoint.extra)
+    watched = history.watched() if "w8a8" in run.get("evaluation.integers", ()) else {}
     if watched:
         points = zip(*watched.values(), strict=True)
         rows = [[str(step), *(format_number(value) for value in values)] for step, *values in points]

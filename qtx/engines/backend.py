@@ -1,7 +1,7 @@
 """The backends by name, and the errors of qtx that a user can mend.
 
-A backend is a module with `Model`, `IntegerModel`, `Trainer`, `check_machine` and `threads`; the two have the same
-signatures, which a test compares. Everything in `qtx` works through it and holds NumPy arrays only.
+A backend is a module with `Model`, `IntegerModel`, `Trainer`, `choose_device`, `check_machine` and `threads`; the two
+have the same signatures, which a test compares. Everything in `qtx` works through it and holds NumPy arrays only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from types import ModuleType
 from typing import cast
 
-from qtx_ref.spec import SpecError
+from qtx_ref.spec import SpecError, read_processes
 
 from .protocols import Backend
 
@@ -47,5 +47,8 @@ def backend(name: str) -> Backend:
     if name == "torch":
         # Threads that spin while they wait are a tenth faster on an idle machine and many times slower on a busy one.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if read_processes()[1] > 1:
+            # DDP warns, in each process, that it looks for unused parameters, which it is asked to.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         need("torch", "torch", "--backend torch", "--backend ref runs without it")
     return cast(Backend, importlib.import_module(BACKENDS[name]))

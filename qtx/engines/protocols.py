@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -122,6 +123,20 @@ class Trainer(Protocol):
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `state` gave."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether each process has a share of the parameters and of the optimizer's averages, and `state` and the
+        model's `params` are gathered."""
+
+    def is_finite(self) -> bool:
+        """Whether all numbers are that this process has of parameters and state."""
+
+    def save_shares(self, folder: str) -> Arrays:
+        """Writes each process's shares into a folder; returns what else `state` has. Raises OSError."""
+
+    def load_shares(self, folder: str, rest: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `save_shares` wrote and gave, whatever number of processes did. Raises OSError."""
+
 
 class MakeModel(Protocol):
     """A backend's `Model`. Raises SpecError for a device or dtype that is not to be had."""
@@ -160,11 +175,23 @@ class Backend(Protocol):
     IntegerModel: MakeIntegerModel
     Trainer: MakeTrainer
 
+    def choose_device(self, name: str) -> str:
+        """The device that `auto` stands for on this machine; any other name as it is."""
+
     def check_machine(self, device: str, dtype: str) -> None:
         """Raises SpecError for a device or dtype that is not to be had."""
 
     def threads(self) -> int:
         """How many threads its sums are divided among: the last bits depend on it."""
+
+    def processes(self) -> tuple[int, int]:
+        """This process's number, from 0, and how many train one model."""
+
+    def join(self, device: str) -> AbstractContextManager[None]:
+        """Within it the processes that train one model know each other. Raises ConnectionError where one is lost."""
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """The largest of all processes' values, place by place, in all of them: each has to ask."""
 
     def peak_memory(self, device: str) -> int | None:
         """Bytes taken at most on a device that has memory of its own; None where it has not."""

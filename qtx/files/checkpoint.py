@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,11 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes the file. Raises FileError where a parameter is not finite, naming it; an old file stays."""
+    write_sealed(path, *take_apart(path, checkpoint))
+
+
+def take_apart(path: Path, checkpoint: Checkpoint) -> tuple[JsonObject, dict[str, np.ndarray]]:
+    """Header and tensors of a checkpoint that is to be written at `path`. Raises FileError where one is not finite."""
     tensors = {**checkpoint.params, **checkpoint.extra}
     for name, value in tensors.items():
         if not np.isfinite(value).all():
@@ -78,7 +84,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "recipe": to_dict(checkpoint.recipe),
         "meta": checkpoint.meta,
     }
-    write_sealed(path, header, tensors)
+    return header, tensors
 
 
 def file_of(path: Path) -> Path:
@@ -101,6 +107,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tensors = {name: file.get_tensor(name) for name in sorted(names)}
         if sealed := "sha256" in header:
             check_seal(path, header, file.metadata()["qtx"], tensors)
+    checkpoint = put_together(path, spec, header, tensors)
+    if not sealed:
+        tell_unsealed(path)
+    return checkpoint
+
+
+def put_together(
+    path: Path, spec: ModelSpec, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> Checkpoint:
+    """The checkpoint of a header and of tensors of the right shapes. Raises FileError for numbers that are not finite,
+    and parts that do not fit each other."""
     params = {name: tensors[name] for name in shapes(spec)}
     for name, value in tensors.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
@@ -115,8 +132,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     ranges = read_ranges(path, recipe, tensors)
     transforms = read_transforms(path, spec, params, recipe, tensors)
     extra = {name: value for name, value in tensors.items() if name.startswith(APART) and not name.startswith(STATE)}
-    if not sealed:
-        tell_unsealed(path)
     return Checkpoint(spec, params, extra, recipe, ranges, header["meta"], transforms)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..data.reading import check_regular
 
 VERSION = 1
-CHECKPOINT, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-artifact", "qtx-vectors"
+CHECKPOINT, SHARES, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-shares", "qtx-artifact", "qtx-vectors"
 STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-cost", "qtx-analysis", "qtx-result"
 # in a file's first bytes: of JSON, or of a safetensors file's header
 FORMAT = re.compile(rb'(?s)(?:.{8}\{"__metadata__": ?\{"qtx": ?"\{|\{)\s*\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')
@@ -24,6 +24,7 @@ MARKED_BYTES = 512
 JsonObject = dict[str, Any]  # whose values are JSON's
 USES = {
     CHECKPOINT: "a checkpoint: make integers of it with qtx quantize CHECKPOINT --out MODEL.qtx",
+    SHARES: "the rest of a state that processes share: name its folder",
     ARTIFACT: "an artifact: qtx evaluate, show, diff, vectors, generate and parity take it, named MODEL.qtx",
     VECTORS: "golden vectors: hold their model to them with qtx vectors MODEL.qtx --check FILE",
 }

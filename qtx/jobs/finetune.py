@@ -23,7 +23,6 @@ from .resolving import (
     make_data,
     make_machine,
     make_train,
-    name_source,
     refuse_model,
 )
 from .resume import check_run
@@ -73,16 +72,15 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
     refuse_model(run, str(request.checkpoint), REFUSED)
     check_lr(run)
     about, machine = make_data(run), make_machine(run)
-    source = name_source(about)
-    if source is None:
+    if not about.sources:
         raise SpecError("data.sources is not said: name the labelled data with --data")
     machine.check()
-    with claim(path, request.resume):
+    with claim(path, request.resume, machine):
         origin = open_origin(request.checkpoint)
         rate = run.get("optim.lr", HEAD_LR if request.head_only else FULL_LR)
         optim = OptimSpec(lr=rate, only=("head.",) if request.head_only else run.get("optim.only", ()))
         check_run(path, origin.checkpoint.spec, optim, machine, run.get("quant.train"))
-        data = load_labelled(origin, source, about)
+        data = load_labelled(origin, about)
         spec, params = make_classifier(origin.checkpoint, data.classes, run.get("seed", 0))
         spec, batch = change_dropout(spec, run), run.get("data.batch", PER_STEP)
         sizes = (request.epochs or EPOCHS) * len(data.hashes("train")) / batch
@@ -100,7 +98,7 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         return trained, scores.evaluate(model, read(), "evaluate", sum(1 for _ in read()))
 
 
-def load_labelled(origin: Origin, data: str, about: DataSpec) -> LabelledText | ImageData:
+def load_labelled(origin: Origin, about: DataSpec) -> LabelledText | ImageData:
     """Labelled data for the checkpoint's family and tokenizer, all three splits filled; `window` is the most tokens of
     a text.
 
@@ -108,6 +106,7 @@ def load_labelled(origin: Origin, data: str, about: DataSpec) -> LabelledText | 
     the checkpoint or one that it began with.
     """
     spec, meta = origin.checkpoint.spec, origin.checkpoint.meta
+    data = ", ".join(source.path for source in about.sources)
     if spec.family is Family.OPT:
         raise SpecError(f"{origin.path} is an opt, which has no classifier: fine-tune a bert or vit checkpoint")
     if spec.family is Family.VIT and about.window is not None:

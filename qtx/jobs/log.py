@@ -34,12 +34,15 @@ class Log:
     """`with Log(...) as log: log.add({"step": 1, "loss": 4.3})`. After a kill, and going on with `step` steps done, the
     file has each step once, in order."""
 
-    def __init__(self, folder: Path, spec: LogSpec, step: int) -> None:
-        """Raises FileError for a log that is another's, MissingExtra without the package of `spec.tensorboard`."""
-        self.board = Board(folder / BOARD, step) if spec.tensorboard else None
-        cut_lines(folder / LOG, step or -1)  # before the first step nothing stands there yet
-        self.lines = Lines(folder / LOG)
+    def __init__(self, folder: Path, spec: LogSpec, step: int, *, writes: bool = True) -> None:
+        """writes: not where another process does. Raises FileError for a log that is another's, MissingExtra without
+        the package of `spec.tensorboard`."""
+        self.board = Board(folder / BOARD, step) if spec.tensorboard and writes else None
+        self.lines = None
         self.told = False
+        if writes:
+            cut_lines(folder / LOG, step or -1)  # before the first step nothing stands there yet
+            self.lines = Lines(folder / LOG)
 
     def __enter__(self) -> Log:
         return self
@@ -50,6 +53,8 @@ class Log:
 
     def add(self, record: Record) -> None:
         """A line, whose numbers that are not finite become null. Where it cannot be written, that is said once."""
+        if self.lines is None:
+            return
         record = null_strange(record)
         try:
             self.lines.add(record)
@@ -63,7 +68,8 @@ class Log:
 
     def sync(self) -> None:
         """Puts on the disk all that was added."""
-        self.lines.sync()
+        if self.lines:
+            self.lines.sync()
         if self.board:
             self.board.writer.flush()
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data import DataSpec, splits
+from ..data import splits
+from ..engines.machine import Machine
+from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint
 from ..files.container import write_beside
+from ..files.formats import RUN, check_replaceable
 from ..runs.reading import RunSpec, write_run
+from ..signals import Interrupted
+from .identity import MOVE
 from .opening import load_data, open_data
 from .resolving import (
+    change_data,
     change_dropout,
-    fill,
     make_data,
     make_machine,
     make_model,
@@ -22,7 +27,7 @@ from .resolving import (
     resolve,
 )
 from .resume import check_run
-from .run import Start, claim
+from .run import Start, TrainSpec, claim
 from .starts import continue_model, open_origin
 from .training import fit_vocabulary, train
 
@@ -36,6 +41,14 @@ class PretrainRequest:
     out: Path  # the folder; the run is its model.safetensors
     run: RunSpec = field(default_factory=RunSpec)
     resume: bool = False
+    change: tuple[str, ...] = ()  # keys, or tables of them, that may be others than the run that is gone on with has
+    move: bool = False  # it may go on with another device, number of threads or of processes
+
+    @property
+    def changes(self) -> frozenset[str]:
+        """What may be another, as `training.train` takes it."""
+        own = {"data.batch": "batch"}
+        return frozenset(own.get(name, name) for name in self.change) | (MOVE if self.move else frozenset())
 
     @property
     def path(self) -> Path:
@@ -60,8 +73,9 @@ def pretrain(request: PretrainRequest) -> Checkpoint:
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
-    make_machine(request.run).check()
-    with claim(request.path, request.resume):
+    machine = make_machine(request.run)
+    machine.check()
+    with machine.join(), claim(request.path, request.resume, machine):
         init = request.run.get("init")
         return begin(request) if init is None else go_on(request, Path(init))
 
@@ -71,11 +85,9 @@ def begin(request: PretrainRequest) -> Checkpoint:
     run = request.run
     spec, machine = make_model(run), make_machine(run)
     optim = make_optim(run, spec)
-    check_run(request.path, spec, optim, machine, run.get("quant.train"))
+    check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
     data = load_data(make_data(run), spec)
-    whole = make_train(run, fit_vocabulary(spec, data), optim)
-    write_beside(request.out / RUN_FILE, write_run(resolve(run)).encode())
-    return train(whole, data, request.path, machine, resume=request.resume, label=request.label)
+    return complete(request, make_train(run, fit_vocabulary(spec, data), optim), data, machine)
 
 
 def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
@@ -84,15 +96,45 @@ def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
     refuse_model(run, "--init", ("data.tokenizer", "data.vocab"))
     machine, origin = make_machine(run), open_origin(init)
     meta = origin.checkpoint.meta
-    spec, params = continue_model(origin.checkpoint, run.get("model.attention"), run.get("seed", 0))
+    about = change_data(meta, run)
+    window = None if about is None else about.window
+    spec, params = continue_model(origin.checkpoint, run.get("model.attention"), run.get("seed", 0), window)
     spec = change_dropout(spec, run)
     optim = make_optim(run, spec)
-    check_run(request.path, spec, optim, machine, run.get("quant.train"))
-    about = fill(DataSpec.of(meta.get("data", {})), run, "data")
-    data = open_data(init, spec, meta, about if run.table("data") else None, None)
+    check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
+    data = open_data(init, spec, meta, about, None)
     for split in ("evaluation", "calibration"):
         splits.refuse_overlap(meta, data, split)
     whole = make_train(run, spec, optim, origin.sha256)
-    write_beside(request.out / RUN_FILE, write_run(resolve(run)).encode())
-    start = Start(params, origin.describe())
-    return train(whole, data, request.path, machine, resume=request.resume, label=request.label, start=start)
+    return complete(request, whole, data, machine, Start(params, origin.describe()))
+
+
+def complete(
+    request: PretrainRequest, whole: TrainSpec, data: Data, machine: Machine, start: Start | None = None
+) -> Checkpoint:
+    """Trains, and leaves the run's file: before the first step, or where a run goes on, once it has."""
+    path, content = request.out / RUN_FILE, write_run(resolve(request.run)).encode()
+    check_replaceable(path, RUN)
+
+    def leave_file() -> None:
+        if machine.is_first:
+            write_beside(path, content)
+
+    if not request.path.exists():
+        leave_file()
+    try:
+        checkpoint = train(
+            whole,
+            data,
+            request.path,
+            machine,
+            resume=request.resume,
+            change=request.changes,
+            label=request.label,
+            start=start,
+        )
+    except Interrupted:
+        leave_file()
+        raise
+    leave_file()
+    return checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,8 +15,8 @@ from ..data.spec import DataSpec
 from ..engines.machine import Machine
 from ..runs.keys import TABLES, count_steps
 from ..runs.reading import RunSpec, Setting
-from ..runs.spec import LogSpec, SavingSpec
-from .run import PER_STEP, STEPS, TrainSpec, watch_integer
+from ..runs.spec import EvaluationSpec, LogSpec, SavingSpec
+from .run import PER_STEP, STEPS, TrainSpec
 from .training import check_rate, default_optim
 
 MODEL, ATTENTION = "opt-tiny", "vanilla"
@@ -34,11 +34,11 @@ def make_data(run: RunSpec) -> DataSpec:
     return fill(DataSpec(), run, "data")
 
 
-def name_source(data: DataSpec) -> str | None:
-    """The one source of the data; None for the model's own. Raises SpecError for several."""
-    if len(data.sources) > 1:
-        raise SpecError(f"data.sources are {', '.join(source.path for source in data.sources)}: give one")
-    return data.sources[0].path if data.sources else None
+def change_data(meta: Mapping[str, Any], run: RunSpec) -> DataSpec | None:
+    """The data of a checkpoint's `meta` with what a run says of them; None where it says nothing. Raises SpecError for
+    settings that do not go together."""
+    said = run.table("data").keys() - {"batch"}
+    return fill(DataSpec.of(meta.get("data", {})), run, "data") if said else None
 
 
 def make_model(run: RunSpec) -> ModelSpec:
@@ -96,7 +96,7 @@ def make_train(run: RunSpec, model: ModelSpec, optim: OptimSpec, init: str | Non
         init,
         fill(StepSpec(), run, "step"),
         run.get("stop"),
-        fill(watch_integer(run.get("evaluation.watch_integer")), run, "evaluation"),
+        fill(EvaluationSpec(), run, "evaluation"),
         fill(SavingSpec(), run, "saving"),
         fill(LogSpec(), run, "log"),
     )

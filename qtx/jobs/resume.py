@@ -13,6 +13,7 @@ from ..engines.machine import Machine, identify_machine
 from ..engines.protocols import Arrays, Data, Model, Trainer
 from ..files.checkpoint import Checkpoint, load_checkpoint
 from ..files.container import FileError
+from ..files.shares import SUFFIX, find_state, load_shares
 from ..files.writing import check_space
 from ..measure.history import History
 from ..prepare.calibration import bind, calibrate
@@ -49,17 +50,22 @@ def check_run(
         training_recipe(train_quant, spec)
     machine.check()
     check_changes(change)
-    if path.exists():
-        checkpoint = read_run(path, train_quant)
+    if found := find_state(path):
+        checkpoint = read_run(found, train_quant)
         find_changes(path, checkpoint.meta, identify_machine(machine), change)
         if checkpoint.meta.get("done"):
             return
     check_space(path, checkpoint_bytes(spec, optim, machine.dtype))
 
 
-def read_run(path: Path, train_quant: str | None) -> Checkpoint:
-    """The checkpoint of a run. Raises FileError where it is of none."""
-    checkpoint = load_checkpoint(path)
+def read_run(path: Path, train_quant: str | None, shared: tuple[int, int] | None = None) -> Checkpoint:
+    """The checkpoint of a run, a file or a folder of `files.shares`; of that, where this is one of the processes that
+    read their shares of it (`shared`, its number and how many there are), without them. Raises FileError where it is of
+    none."""
+    if path.suffix != SUFFIX:
+        checkpoint = load_checkpoint(path)
+    else:
+        checkpoint = load_shares(path) if shared is None else load_shares(path, False, *shared)
     if (checkpoint.ranges or checkpoint.transforms) and not train_quant:
         raise FileError(f"{path} is a quantized model, not a run of qtx train; choose another --out")
     if "train" not in checkpoint.meta:
@@ -80,7 +86,10 @@ def resume_run(path: Path, run: TrainSpec, data: Data, machine: Machine, checkpo
     model, trainer = build(run, data, machine, dict(checkpoint.params), checkpoint)
     try:
         if "diverged_at" not in checkpoint.meta:
-            trainer.load_state(checkpoint.extra)
+            if trainer.shared and path.suffix == SUFFIX:
+                trainer.load_shares(str(path), checkpoint.extra)
+            else:
+                trainer.load_state(checkpoint.extra)
             if int(checkpoint.extra["optim.step"]) != checkpoint.extra["history.loss"].size:
                 raise FileError(f"{path}: its curves and its optimizer are at different steps")
         if not {"done", "diverged"} <= checkpoint.meta.keys():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from qtx_ref.spec import ModelSpec, OptimSpec, Spec, StepSpec
 from qtx_ref.spec.base import refuse
 from qtx_ref.spec.optim import trains
 
+from ..engines.machine import Machine
 from ..files.container import FileError, check_writable
 from ..files.locks import hold
+from ..files.shares import find_folders
 from ..runs.spec import EvaluationSpec, LogSpec, SavingSpec
 
 STEPS, PER_STEP = 350, 16  # of a run, unless said otherwise: steps, and sequences or images in each
@@ -51,11 +53,6 @@ class TrainSpec(Spec):
         return self.stop or self.optim.steps
 
 
-def watch_integer(every: int | None) -> EvaluationSpec:
-    """What `--watch-integer` asks for: w8a8 in integers beside float, on two batches."""
-    return EvaluationSpec(every, 2, integers=("w8a8",)) if every else EvaluationSpec()
-
-
 @dataclass(frozen=True)
 class Start:
     """What a run begins with where its parameters are not drawn; the run's `TrainSpec.init` says which file it is
@@ -77,18 +74,20 @@ def describe_difference(key: str, was: Any, now: Any) -> str:
 
 def refuse_existing(path: Path, resume: bool) -> None:
     """Raises FileError for a file that is there and is not to be gone on with."""
-    if path.exists() and not resume:
+    if (path.exists() or find_folders(path)) and not resume:
         raise FileError(f"{path} exists: go on with --resume, or choose another --out")
 
 
 @contextmanager
-def claim(path: Path, resume: bool) -> Iterator[None]:
-    """A run's folder is this process's to write in. Raises FileError where a run is there and not to be gone on with,
-    it cannot be written, or another process holds it."""
+def claim(path: Path, resume: bool, machine: Machine) -> Iterator[None]:
+    """A run's folder is this process's to write in, of several the first one's. Raises FileError where a run is there
+    and not to be gone on with, it cannot be written, or another process holds it."""
     refuse_existing(path, resume)
     refuse_existing(path.with_name(LOG), resume)
-    with hold(path.parent):
-        check_writable(path)
+    with hold(path.parent) if machine.is_first else nullcontext():
+        if machine.is_first:
+            check_writable(path)
+        machine.agree()  # what a kill left is removed, before another process looks
         yield
 
 

@@ -6,10 +6,24 @@ import contextlib
 import re
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..disk import WriteError, link_whole
+from ..engines.machine import Machine
+from ..engines.protocols import Trainer
 from ..files.checkpoint import Checkpoint, save_checkpoint
+from ..files.shares import (
+    begin_folder,
+    find_folders,
+    finish_folder,
+    load_shares,
+    name_folder,
+    name_unfinished,
+    remove_folders,
+    seal_shard,
+)
 from ..runs.spec import SavingSpec
 
 LAST_SECONDS = 60  # for so long the last checkpoint is tried where the disk is full
@@ -40,7 +54,7 @@ class Saving:
             try:
                 self.write(checkpoint, step)
             except WriteError as error:
-                if last and time.monotonic() >= until:
+                if last and self.is_over(until):
                     raise
                 if not warned:
                     then = f"trying for {LAST_SECONDS} s" if last else f"training goes on, step {step} is not saved"
@@ -53,6 +67,10 @@ class Saving:
             time.sleep(RETRY_SECONDS)
         self.saved = time.monotonic()
 
+    def is_over(self, until: float) -> bool:
+        """Whether it is that late."""
+        return time.monotonic() >= until
+
     def write(self, checkpoint: Checkpoint, step: int) -> None:
         """Writes the state, and a numbered checkpoint where one is due, which is the same file by two names.
 
@@ -61,6 +79,7 @@ class Saving:
         """
         if not self.spec.keep or not self.is_numbered(step) or checkpoint.meta["done"]:
             save_checkpoint(self.path, checkpoint)
+            remove_folders(self.path)  # of a run whose processes shared its state
             return
         numbered = self.name(step)
         save_checkpoint(numbered, checkpoint)
@@ -80,3 +99,61 @@ class Saving:
         for number in steps[: -self.spec.keep]:
             with contextlib.suppress(OSError):
                 self.name(number).unlink()
+
+
+class SharedSaving(Saving):
+    """The same for a run whose processes share its state: each writes its part of a folder, the first one the rest, and
+    at the end of the run the one file that everything opens. All of them call this."""
+
+    def __init__(self, path: Path, spec: SavingSpec, machine: Machine, trainer: Trainer) -> None:
+        super().__init__(path, spec)
+        self.machine, self.trainer = machine, trainer
+
+    def is_over(self, until: float) -> bool:
+        return bool(self.machine.agree(super().is_over(until))[0])
+
+    def write(self, checkpoint: Checkpoint, step: int) -> None:
+        """Writes the state; checkpoint: without parameters. Raises WriteError, in all processes where one cannot."""
+        if "diverged_at" in checkpoint.meta:
+            self.do(lambda: self.finish(checkpoint), first=True)
+            return
+        folder = name_folder(self.path, step)
+        if step not in find_folders(self.path):
+            unfinished = name_unfinished(folder)
+            self.do(lambda: begin_folder(folder), first=True)
+            rest: dict = {}
+            self.do(lambda: rest.update(self.trainer.save_shares(str(unfinished))))
+            self.do(lambda: seal_shard(folder, self.machine.processes[0]))
+            whole = replace(checkpoint, extra=checkpoint.extra | rest)
+            self.do(lambda: finish_folder(folder, whole), first=True)
+        if checkpoint.meta["done"]:
+            self.do(lambda: self.finish(replace(load_shares(folder), meta=checkpoint.meta)), first=True)
+        else:
+            self.do(lambda: self.clear(step), first=True)
+
+    def do(self, act: Callable[[], None], *, first: bool = False) -> None:
+        """Does something in all processes, or in the first one, which the others wait for."""
+        fault: OSError | None = None
+        try:
+            if self.machine.is_first or not first:
+                act()
+        except OSError as error:
+            fault = error
+        if self.machine.agree(fault is not None)[0]:
+            why = "another process could not" if fault is None else fault.strerror or fault
+            raise WriteError(f"{self.path} cannot be written ({why}): make room, or choose another place") from None
+
+    def finish(self, checkpoint: Checkpoint) -> None:
+        """Writes the one file in place of all folders but those that are kept."""
+        save_checkpoint(self.path, checkpoint)
+        remove_folders(self.path, keep=self.list_kept())
+
+    def clear(self, step: int) -> None:
+        """Removes what the state of a step takes the place of."""
+        remove_folders(self.path, keep={step, *self.list_kept()})
+        self.path.unlink(missing_ok=True)
+
+    def list_kept(self) -> list[int]:
+        """The steps whose states are kept beside the last one."""
+        numbered = [step for step in find_folders(self.path) if self.is_numbered(step)]
+        return numbered[-self.spec.keep :] if self.spec.keep else []

@@ -13,7 +13,7 @@ import numpy as np
 
 from qtx_ref.models.initial import init_params
 from qtx_ref.optim import learning_rate
-from qtx_ref.spec import ModelSpec, OptimSpec, SpecError
+from qtx_ref.spec import ModelSpec, OptimSpec, Sharding, SpecError
 
 from ..data import LabelledText, TextData
 from ..data.splits import BATCH
@@ -21,6 +21,7 @@ from ..engines.backend import backend
 from ..engines.machine import Machine
 from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint
+from ..files.shares import find_state
 from ..files.writing import check_space
 from ..progress import Progress
 from ..recipes.named import training_recipe
@@ -29,11 +30,12 @@ from .identity import check_changes, find_changes, identify
 from .log import Clock, Log, peak_memory
 from .resume import State, begin_run, read_run, resume_run
 from .run import Start, TrainSpec, checkpoint_bytes, claim
-from .saving import Saving
+from .saving import Saving, SharedSaving
 from .watch import HeldOut, find_sites, measure_inf_norm, measure_sites
 
 Text = TextData | LabelledText  # data that have a tokenizer
 WATCHES = 50  # points of the inf-norm curve
+SKIPS = 50  # in a row: the loss scale has long been at its least
 RATE = float(np.finfo(np.float32).tiny)  # the least learning rate that float32 takes for a number other than 0
 
 
@@ -68,13 +70,13 @@ def train(
         Interrupted: SIGINT or SIGTERM; `path` is up to date.
     """
     check_changes(change)
-    with claim(path, resume):
+    with machine.join(), claim(path, resume, machine):
         identity = identify(run, data, machine)
         start = start or Start(init_params(run.model, run.seed))
-        if path.exists():
-            checkpoint = read_run(path, run.train_quant)
+        if found := find_state(path):
+            checkpoint = read_run(found, run.train_quant, machine.processes if shares_state(run, machine) else None)
             changes = find_changes(path, checkpoint.meta, identity, change)
-            state = resume_run(path, run, data, machine, checkpoint)
+            state = resume_run(found, run, data, machine, checkpoint)
             done = len(state.history.loss)
             if "diverged_at" in checkpoint.meta or (checkpoint.meta["done"] and done == run.last):
                 return checkpoint
@@ -109,10 +111,13 @@ class Loop:
         self.every = max(1, run.optim.steps // WATCHES)
         self.sites = find_sites(run.model, run.log.sites)
         self.held_out = HeldOut(run, data, machine)
-        self.saving = Saving(path, run.saving)
+        trainer = state.trainer
+        self.saving = SharedSaving(path, run.saving, machine, trainer) if trainer.shared else Saving(path, run.saving)
         self.probe = next(iter(data.split_batches("calibration", run.model, BATCH, 0, limit=1)))
-        self.batches = data.train_batches(run.model, run.batch, run.seed, start=self.step)
+        self.rows = own_rows(run.batch, *machine.processes)
+        self.batches = data.train_batches(run.model, run.batch, run.seed, start=self.step, rows=self.rows)
         self.clock = Clock(self.step, run.last)
+        self.skipped = 0  # steps in a row that overflowed
 
     @property
     def step(self) -> int:
@@ -123,21 +128,21 @@ class Loop:
         """Trains to the last step and returns what is then at `path`. Raises Interrupted and WriteError, see
         `train`."""
         last = self.run.last
-        with postpone() as stop:
-            with Log(self.path.parent, self.run.log, self.step) as self.log, Progress(label, last, self.step) as bar:
+        log = Log(self.path.parent, self.run.log, self.step, writes=self.machine.is_first)
+        with postpone() as stop, log as self.log:
+            with Progress(label, last, self.step) as bar:
                 self.begin()
                 while self.step < last:
                     line = self.advance()
-                    if line["loss"] is None:
+                    if not math.isfinite(self.state.history.loss[-1]):
                         self.log.add(line)
                         break
                     self.note(line | self.measure())
                     bar.advance(note=f"loss {np.mean(self.state.history.loss[-20:]):.3f}")
-                    number = stop.number
-                    stopping = number is not None
-                    if (stopping or self.saving.is_due(self.step)) and self.save(last=stopping).meta["diverged"]:
+                    number, due = map(int, self.machine.agree(stop.number or 0, self.saving.is_due(self.step)))
+                    if (number or due) and self.save(last=number > 0).meta["diverged"]:
                         break
-                    if number is not None:
+                    if number:
                         where = f"at step {self.step} of {last}, saved in {self.path}"
                         raise Interrupted(f"stopped {where}", number)
             kept = self.save(last=True, done=True)
@@ -156,17 +161,28 @@ class Loop:
             self.log.add({"step": 0, "evaluation": values})
 
     def advance(self) -> dict[str, Any]:
-        """One step on the next batch; the line of the log that it gives, its loss None where that is not finite."""
+        """One step on the next batch; the line of the log that it gives."""
         batch = next(self.batches)
         line: dict[str, Any] = {"step": self.step + 1}
         seen = self.sites and self.is_logged(self.step + 1)
         with self.clock.step(batch):
             sites = measure_sites(self.state.model, batch, self.sites) if seen else {}
-            loss, norm = self.state.trainer.step(batch)
-        rate = learning_rate(self.run.optim, self.step)
-        self.state.history.loss.append(loss)
-        line |= {"loss": loss if math.isfinite(loss) else None, "rate": rate, "norm": norm}
+            loss, norm = self.state.trainer.step(batch, first=self.rows.start, total=self.run.batch)
+        line |= {"loss": loss, "rate": learning_rate(self.run.optim, self.step), "norm": norm}
+        self.state.history.loss.append(self.judge(loss, norm))
         return line | {"sites": sites} if sites else line
+
+    def judge(self, loss: float, norm: float) -> float:
+        """The loss as the curve takes it: not finite where the run has diverged.
+
+        In float16 a step may overflow, and is then skipped while the loss scale falls: where its loss is not finite,
+        the curve repeats the one before. It has diverged where that goes on for `SKIPS` steps.
+        """
+        self.skipped = self.skipped + 1 if self.machine.dtype == "float16" and not math.isfinite(norm) else 0
+        if self.skipped == SKIPS:
+            return math.nan
+        known = self.state.history.loss
+        return known[-1] if self.skipped and known and not math.isfinite(loss) else loss
 
     def measure(self) -> dict[str, Any]:
         """Adds to the curves the points that this step has; those of held-out data as the line of the log says them."""
@@ -200,7 +216,8 @@ class Loop:
         last."""
         checkpoint = self.snapshot(done)
         self.log.sync()
-        self.saving.save(checkpoint, self.step, last=last or checkpoint.meta["done"])
+        if self.machine.is_first or self.state.trainer.shared:
+            self.saving.save(checkpoint, self.step, last=last or checkpoint.meta["done"])
         return checkpoint
 
     def snapshot(self, done: bool) -> Checkpoint:
@@ -208,8 +225,11 @@ class Loop:
         they are finite: nothing evaluates it."""
         state, run = self.state, self.run
         loss = state.history.loss
-        params, extra = state.model.params(), state.history.tensors() | state.trainer.state()
-        if not all(np.isfinite(value).all() for value in (params | extra).values()):
+        params, extra = {}, state.history.tensors()
+        finite = not state.trainer.shared or not self.machine.agree(not state.trainer.is_finite())[0]
+        if not state.trainer.shared:
+            params, extra = state.model.params(), extra | state.trainer.state()
+        if not finite or not all(np.isfinite(value).all() for value in (params | extra).values()):
             curves = replace(state.history, loss=[value for value in loss if math.isfinite(value)])
             meta = {**self.identity, "done": True, "diverged": True, "diverged_at": len(loss)}
             return Checkpoint(run.model, self.start.params, curves.tensors(), None, {}, meta)
@@ -218,6 +238,19 @@ class Loop:
             meta["tokenizer"] = self.data.tokenizer_json
         chosen = training_recipe(run.train_quant, run.model) if run.train_quant else None
         return Checkpoint(run.model, params, extra, chosen, state.model.ranges(), meta)
+
+
+def own_rows(batch: int, rank: int, count: int) -> slice:
+    """The rows of a batch that one of `count` processes computes, as many as another or one more. Raises SpecError
+    where there is none for it."""
+    if batch < count:
+        raise SpecError(f"batch is {batch}, and {count} processes compute it: give at least {count}")
+    return slice(batch * rank // count, batch * (rank + 1) // count)
+
+
+def shares_state(run: TrainSpec, machine: Machine) -> bool:
+    """Whether each of several processes has a share of the run's state."""
+    return machine.processes[1] > 1 and run.step.sharding is not Sharding.NONE
 
 
 def has_risen(loss: list[float]) -> bool:

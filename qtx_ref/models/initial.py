@@ -6,10 +6,10 @@ timm). Gates: weights as torch draws a new linear layer, uniform within 1 / sqrt
 et al.; biases 0, or logit(pi) for the linear form.
 
 `Start.PUBLISHED` is what that code begins with. It has transformers build the model (normal(0, init_std), biases 0, the
-padding token's row 0), then puts attention of its own in place, whose new linear layers nobody draws again: weights and
-biases as torch draws them, uniform within 1 / sqrt(inputs). For BERT these are query, key and value, for OPT output too;
-for either the MLP gate and that on all features, whereas the linear forms' biases are set to logit(pi).
-A ViT's code is not published: there only the gates follow, which is assumed. `parity_tests.published_start` measures it.
+padding token's row 0), then puts attention of its own in place, whose new linear layers nobody draws again: weights
+and biases as torch draws them, uniform within 1 / sqrt(inputs). For BERT these are query, key and value, for OPT output
+too; for either the MLP gate and that on all features, whereas the linear forms' biases are set to logit(pi). A ViT's
+code is not published: there only the gates follow, which is assumed. `parity_tests.published_start` measures it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..spec import (
     Start,
 )
 
-__all__ = ["add_gate", "first_value", "gate_shapes", "init_params", "shapes"]
+__all__ = ["add_gate", "find_torch_inputs", "first_value", "gate_shapes", "init_params", "shapes"]
 
 ADDED_GATE_STD = {Family.BERT: 0.01, Family.OPT: 0.001, Family.VIT: 0.01}
 REPLACED = {Family.BERT: ("query", "key", "value"), Family.OPT: ("query", "key", "value", "output"), Family.VIT: ()}
@@ -147,7 +147,7 @@ def first_value(spec: ModelSpec, name: str, shape: tuple[int, ...], seed: int) -
     site, _, kind = name.rpartition(".")
     if kind == "sink":
         value = np.zeros(shape)
-    elif (inputs := torch_inputs(spec, site)) is not None:
+    elif (inputs := find_torch_inputs(spec, site)) is not None:
         value = rng.uniform(-1, 1, shape) / math.sqrt(inputs)
     elif kind == "bias":
         pi = spec.attention.pi if site.endswith("gate_logit") else None
@@ -168,7 +168,7 @@ def first_value(spec: ModelSpec, name: str, shape: tuple[int, ...], seed: int) -
     return value.astype(np.float32)
 
 
-def torch_inputs(spec: ModelSpec, site: str) -> int | None:
+def find_torch_inputs(spec: ModelSpec, site: str) -> int | None:
     """The inputs of a linear layer whose weight and bias both are as torch draws them; None for every other site."""
     if spec.start is Start.OWN or ".attn." not in site:
         return None

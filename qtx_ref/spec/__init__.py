@@ -31,6 +31,7 @@ from .model import (
     Start,
 )
 from .optim import OptimSpec, Schedule, decays, trains
+from .processes import read_processes
 from .profile import (
     QTX,
     Dtype,
@@ -127,6 +128,7 @@ __all__ = [
     "divide_rows",
     "from_dict",
     "range_axes",
+    "read_processes",
     "refuse_integer",
     "to_dict",
     "trains",

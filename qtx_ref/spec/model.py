@@ -136,7 +136,7 @@ class ModelSpec(Spec):
     dropout: float = 0.0  # probability, after embeddings, attention output and FFN output
     attention_dropout: float = 0.0  # probability, on the attention probabilities
     init_std: float = 0.02
-    start: Start = Start.OWN
+    start: Start = Start.OWN  # how first values are drawn: own, or published
     init_output_scaled: bool = False  # attention and FFN output weights drawn with std / sqrt(2 layers)
     vocab: int = 0  # V; text only
     length: int = 0  # T, the longest text; images: derived

@@ -55,8 +55,8 @@ def decays(name: str, names: Collection[str], spec: OptimSpec) -> bool:
     """Whether AdamW decays the parameter of that name, one of all `names` of the model.
 
     Weights do, biases and sinks do not; norm gains and the per-head gate's parameter by the spec's switches. That gate
-    is the one whose logit has a bias and no weight (`gate_logit.bias`; the published code calls it `alpha`, and excludes
-    from decay what has `bias` in its name, and `LayerNorm.weight` or `layer_norm.weight` without `--wd_LN_gamma`).
+    is the one whose logit has a bias and no weight (`gate_logit.bias`; the published code calls it `alpha`, and
+    excludes what has `bias` in its name, and `LayerNorm.weight` or, without `--wd_LN_gamma`, `layer_norm.weight`).
     """
     owner, _, kind = name.rpartition(".")
     if owner.endswith(".gate_logit") and f"{owner}.weight" not in names:

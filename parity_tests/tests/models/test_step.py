@@ -11,11 +11,12 @@ import torch
 import qtx_ref.backend
 import qtx_torch.backend
 from parity_tests.subjects import small_models
+from qtx.engines.machine import Machine
 from qtx.prepare.calibration import bind
 from qtx.recipes.named import training_recipe
 from qtx_ref.spec import PLAIN_STEP, ObserverKind, ObserverSpec, OptimSpec, QuantSpec, Sharding, SpecError, StepSpec
 from qtx_torch.numerics import Float
-from qtx_torch.step import LossScale
+from qtx_torch.step import LossScale, check_deterministic
 
 OPTIM = OptimSpec(lr=1e-3, warmup=5, steps=100)
 RUNNING = QuantSpec(observer=ObserverSpec(ObserverKind.RUNNING))  # a batch seen twice moves the mean twice
@@ -195,3 +196,42 @@ def test_what_looks_at_tensors_sees_each_once():
     batches = [small_models.make_batch(plain.model.spec, size) for size in (3, 4, 5)]
     want, got = (t.model.calibrate(batches, quants) for t in (plain, again))
     assert got["layer.0.ffn.hidden"] == want["layer.0.ffn.hidden"]
+
+
+# --- where and in which order -----------------------------------------------------------------------------------------
+
+
+def test_a_deterministic_step_leaves_torch_as_it_was(monkeypatch):
+    trainer, plain = make_trainer("bert_plain", StepSpec(deterministic=True)), make_trainer("bert_plain")
+    batch = small_models.build("bert_plain").batch
+    seen: list[bool] = []
+    compute = trainer.model.forward_pass
+
+    def look(*given: object) -> torch.Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return compute(*given)
+
+    trainer.model.forward_pass = look
+    assert trainer.step(batch) == plain.step(batch)
+    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+    trainer.model.forward_pass = lambda *given: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.step(batch)
+    assert not torch.are_deterministic_algorithms_enabled()
+    for value in (None, ":0:0"):
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        if value:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value)
+        with pytest.raises(SpecError, match="step deterministic is True on cuda: set CUBLAS_WORKSPACE_CONFIG=:4096:8"):
+            check_deterministic(torch.device("cuda"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    check_deterministic(torch.device("cuda"))
+
+
+def test_the_device_auto_is_kept_by_the_name_of_the_one_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Machine("torch", "auto") == Machine("torch", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Machine("torch", "auto") == Machine("torch", "cuda")
+    assert Machine("ref", "auto") == Machine("ref", "cpu")
+    assert Machine("torch", "cuda:1").device == "cuda:1"
