@@ -142,18 +142,19 @@ def read_running(path: Path) -> Iterator[Document]:
 
 def decode(path: Path, raw: Iterable[bytes]) -> Iterator[str]:
     """The text of an open file, in pieces of `READ` characters. Raises DataError where it is none."""
-    text = io.TextIOWrapper(raw, encoding="utf-8-sig")  # type: ignore[type-var]
-    while True:
-        before = raw.tell()  # type: ignore[attr-defined]
-        try:
-            piece = text.read(READ)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 (near byte {before + error.start}): convert it to UTF-8") from None
-        if "\0" in piece:
-            raise DataError(f"{path} holds NUL bytes, so it is not text: give plain UTF-8 text")
-        if not piece:
-            return
-        yield piece
+    with io.TextIOWrapper(raw, encoding="utf-8-sig") as text:  # type: ignore[type-var]
+        while True:
+            before = raw.tell()  # type: ignore[attr-defined]
+            try:
+                piece = text.read(READ)
+            except UnicodeDecodeError as error:
+                where = before + error.start
+                raise DataError(f"{path} is not UTF-8 (near byte {where}): convert it to UTF-8") from None
+            if "\0" in piece:
+                raise DataError(f"{path} holds NUL bytes, so it is not text: give plain UTF-8 text")
+            if not piece:
+                return
+            yield piece
 
 
 def cut(where: str, pieces: Iterable[str]) -> Iterator[Document]:
