@@ -18,7 +18,7 @@ from qtx.hub.names import lengthen_name, list_shapes, name_parameters
 from qtx.recipes.named import resolve, training_recipe
 from qtx_ref.presets import preset
 from qtx_ref.random import stream
-from qtx_ref.spec import ModelSpec, OptimSpec
+from qtx_ref.spec import ModelSpec, OptimSpec, StepSpec
 
 Step = Callable[[], None]
 Arrays = dict[str, np.ndarray]
@@ -40,13 +40,19 @@ def random_batch(spec: ModelSpec, size: int, length: int) -> Arrays:
 
 
 def make_trainer(
-    spec: ModelSpec, params: Arrays, *, device: str = "cpu", dtype: str = "float32", quant: str = ""
+    spec: ModelSpec,
+    params: Arrays,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    quant: str = "",
+    compiled: bool = False,
 ) -> qtx_torch.backend.Trainer:
     """Our trainer as `qtx train` makes it; `quant` as `--train-quant`."""
     model = qtx_torch.backend.Model(spec, params, device=device, dtype=dtype)
     if quant:
         model.bind(resolve(training_recipe(quant, spec), spec), {})
-    return qtx_torch.backend.Trainer(model, OPTIM)
+    return qtx_torch.backend.Trainer(model, OPTIM, step=StepSpec(compiled=compiled))
 
 
 def make_theirs(spec: ModelSpec, params: Arrays, device: str = "cpu") -> nn.Module:
