@@ -26,9 +26,10 @@ Arrays = dict[str, np.ndarray]
 OPTIM = OptimSpec(lr=1e-4, steps=1_000_000, warmup=10_000)
 
 
-def shape(name: str, dropout: float) -> ModelSpec:
-    """A preset with one rate of dropout everywhere."""
-    return replace(preset(name), dropout=dropout, attention_dropout=dropout)
+def shape(name: str, dropout: float, layers: int = 0) -> ModelSpec:
+    """A preset with one rate of dropout everywhere; `layers`: not as many as it has."""
+    spec = preset(name)
+    return replace(spec, dropout=dropout, attention_dropout=dropout, layers=layers or spec.layers)
 
 
 def random_batch(spec: ModelSpec, size: int, length: int) -> Arrays:
