@@ -403,7 +403,7 @@ def to_arrays(batch: Batch, dtype: np.dtype) -> Arrays:
         if name == "mask":
             arrays[name] = boolean_mask(value)
         else:
-            arrays[name] = value.astype(dtype if name == "images" else np.int64)
+            arrays[name] = value.astype(dtype if name in ("images", "soft_labels") else np.int64)
     return arrays
 
 

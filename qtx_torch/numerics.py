@@ -2,7 +2,7 @@
 
 Differs from the reference: site, module, attn, Float.load: a site's module knows its site and holds its parameters.
 Differs from the reference: Numerics, Float.begin: torch's integers have no numerics of floats above them.
-Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Quantizers, Calibrate,
+Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Calibrate,
 FakeQuant, is_weight: hooks are modules in a site's slots, not methods of the numerics.
 Differs from the reference: transforms, transform_input, Transformed: so are the transforms of inputs.
 

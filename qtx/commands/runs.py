@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
 from qtx_ref.spec import SpecError
 
 from ..jobs.resolving import resolve
-from ..report.tables import format_table
 from ..runs.keys import FORMS, Key, list_keys, write_kind
 from ..runs.reading import RunSpec, list_bundled, open_run, parse_setting, read_bundled, write_run
 from .run_options import FILE
@@ -19,9 +20,9 @@ from .run_options import FILE
 @click.option("--keys", is_flag=True, help="Every key that a run may have: what it takes, its default, what it is.")
 @click.option("--set", "said", multiple=True, metavar="KEY=VALUE", help="With --resolved: as qtx train takes it.")
 def runs_command(name: str | None, resolved: bool, keys: bool, said: tuple[str, ...]) -> None:
-    """Print a published run as a file, each line with its source; without a name, which there are.
+    """Print a published run as a file.
 
-    `qtx runs paper-opt-125m > run.toml`, and `qtx train run.toml` trains it.
+    Each line has its source; without a name, which runs there are. `qtx runs paper-opt-125m > run.toml`, and `qtx train run.toml` trains it.
     """
     if keys:
         if name or resolved or said:
@@ -36,7 +37,7 @@ def runs_command(name: str | None, resolved: bool, keys: bool, said: tuple[str, 
     elif name:
         click.echo(read_bundled(name), nl=False)
     else:
-        click.echo(format_table(["run", "what it is"], [[one, describe(one)] for one in list_bundled()]))
+        click.echo("\n".join(f"{one:16} {describe(one)}" for one in list_bundled()))
 
 
 def describe(name: str) -> str:
@@ -46,15 +47,18 @@ def describe(name: str) -> str:
 
 def tabulate_keys() -> str:
     """Every key that a run may have, a line each."""
-    rows = [[f"`{key.name}`", write_taken(key), key.default, escape(key.what)] for key in list_keys().values()]
-    return format_table(["key", "takes", "default", "what it is"], rows)
+    rows = [[f"`{key.name}`", write_taken(key), key.default, key.what] for key in list_keys().values()]
+    return write_table(["key", "takes", "default", "what it is"], rows)
+
+
+def write_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of words as Markdown, all to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def write_taken(key: Key) -> str:
     """What a key takes, its units with it."""
     return FORMS.get(key.name, write_kind(key.kind))
-
-
-def escape(text: str) -> str:
-    """A comment of a field for those who write files."""
-    return text.replace("None: ", "none: ").replace("|", "\\|")

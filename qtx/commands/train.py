@@ -44,11 +44,13 @@ from .options import JSON, OUT, say, write_json
 def train_command(
     run: RunSpec, out: Path, resume: bool, change: tuple[str, ...], move: bool, json_path: str | None
 ) -> None:
-    """Train one model: a run by its name (qtx runs) or file, and what options say over it.
+    """Train one model: a run by name or file.
 
-    Leaves OUT/model.safetensors, and OUT/run.toml, the whole run. A run that was stopped, with --stop or by a signal,
+    qtx runs lists the names; options stand over the run, and --set over them. Leaves OUT/model.safetensors, and OUT/run.toml, the whole run. A run that was stopped, with --stop or by a signal,
     goes on with --resume; what then may differ, and what is kept of it, is said in docs/guide.md.
     """
+    if run.grids:
+        say(f"one run, without its grids of {', '.join(run.grids)}: qtx study trains them all", "-")
     request = PretrainRequest(out=out, run=run, resume=resume, change=change, move=move)
     checkpoint = pretrain(request)
     curve = checkpoint.extra["history.loss"]

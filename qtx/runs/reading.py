@@ -56,12 +56,13 @@ class RunSpec:
         return {key.removeprefix(f"{name}."): one.value for key, one in self.settings.items() if in_table(key, name)}
 
     def under(self, other: RunSpec) -> RunSpec:
-        """This run, and over it what another says. Another preset is another model: of this one's the attention stays,
-        and no other key of its shape."""
+        """This run, and over it what another says, a value over a grid too. Another preset is another model: of this
+        one's the attention stays, and no other key of its shape."""
         own, name = self.settings, other.get("model.preset")
         if name not in (None, self.get("model.preset", name)):
             own = {key: one for key, one in own.items() if not in_table(key, "model") or key == "model.attention"}
-        return RunSpec({**own, **other.settings}, {**self.grids, **other.grids})
+        grids = {key: values for key, values in self.grids.items() if key not in other.settings}
+        return RunSpec({**own, **other.settings}, {**grids, **other.grids})
 
     def at(self, point: Mapping[str, Any]) -> RunSpec:
         """The run at one point of its grids."""
@@ -167,6 +168,9 @@ def flatten(content: Mapping[str, Any], table: str, source: str) -> dict[str, An
             values |= flatten(value, whole, source)
         elif is_table and whole not in list_keys():
             raise SpecError(f"{source}: {whole} is {write_value(value)}: expected a table, [{whole}]")
+        elif isinstance(value, dict) and whole not in list_keys():
+            tables = dict.fromkeys(key.table for key in list_keys().values() if key.table)
+            raise SpecError(f"{source}: unknown table [{whole}]: did you mean [{nearest(whole, tables)}]?")
         else:
             values[find_key(whole, source).name] = value
     return values
