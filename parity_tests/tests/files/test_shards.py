@@ -192,7 +192,9 @@ def test_files_may_say_the_split_themselves(tmp_path):
     own = sum(len(library.encode(t, add_special_tokens=False).ids) for t in texts_of(10, 200))
     assert data.token_count("evaluation") == own
     write_lines(tmp_path / "set" / "more.jsonl", texts_of(1, 3), split="evaluation")
-    with pytest.raises(DataError, match="train.jsonl line 4 of the train split has a text that stands in another one too"):
+    with pytest.raises(
+        DataError, match="train.jsonl line 4 of the train split has a text that stands in another one too"
+    ):
         opened(str(tmp_path / "set"))
     write_lines(tmp_path / "set" / "more.jsonl", texts_of(1, 300))
     with pytest.raises(DataError, match="some documents have a split and others none"):
