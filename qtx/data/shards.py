@@ -1,7 +1,7 @@
 """Shards: the ids of documents, tokenized once by all cores, in files of a cache folder that are mapped, not read.
 
 The folder of a text is named after its content, its tokenizer and all else that decides the ids. It holds
-`index.json` and a safetensors file for every 64 MB of text or so, each with its three splits: `train.tokens` and
+`index.json` and a safetensors file for every 32 MB of text or so, each with its three splits: `train.tokens` and
 `train.ends`, the places in them where documents end. A split of a document follows from its hash, so that it stays
 where it is when others are added. What was done when a process is killed is not done again; a shard that is not what
 the index says is made again.
@@ -36,7 +36,7 @@ from .tokenizing import Tokenizer
 from .windows import Tokens
 
 VERSION = 1  # of the rules by which documents become shards: with another, a text is tokenized anew
-SHARD = 2**26  # characters of text in a shard, about
+SHARD = 2**25  # characters of text in a shard, about
 BATCH = 2**19  # characters of text that are tokenized at once, about, for each core
 WORKERS = 2  # batches at once: one is tokenized by all cores while another's ids are taken
 SAMPLE = 2**24  # characters of train text, at most, that a tokenizer is trained on
