@@ -297,10 +297,11 @@ def read_saved(path: Path) -> Iterator[Document]:
 
 
 def read_hub(name: str) -> Iterator[Document]:
-    """The train rows of a data set of the hub, streamed. Raises DataError where it cannot be had."""
+    """The train rows of a data set of the hub, OWNER/NAME or OWNER/NAME:CONFIGURATION, streamed. Raises DataError where
+    it cannot be had."""
     lib = need("datasets", "data", f"the data set {name} of the hub")
     try:
-        rows = lib.load_dataset(name, split="train", streaming=True)
+        rows = lib.load_dataset(*name.split(":", 1), split="train", streaming=True)
         for number, values in enumerate(rows, 1):
             yield from cut_long([take_text(f"{HUB}{name} row {number}", values)])
     except (DataError, GeneratorExit):
@@ -315,7 +316,7 @@ def hub_version(name: str) -> str:
     """Which commit a data set of the hub is at. Raises DataError where the hub does not say."""
     hub = need("huggingface_hub", "data", f"the data set {name} of the hub")
     try:
-        return str(hub.HfApi().dataset_info(name).sha)
+        return str(hub.HfApi().dataset_info(name.partition(":")[0]).sha)
     except Exception as error:
         raise DataError(
             f"{HUB}{name} cannot be found ({shorten_error(error)}): check its name and the network"

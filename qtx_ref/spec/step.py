@@ -20,7 +20,9 @@ class Sharding(Name):
 class StepSpec(Spec):
     """The parts of a step, and what is traded for memory or time."""
 
-    accumulate: int = 1  # parts of a batch, one after another; gradients are summed (in another order)
+    # parts of a batch, one after another; gradients are summed in another order, and a dynamic range of more than a token
+    # is of its part
+    accumulate: int = 1
     recompute: bool = False  # a block's activations are not kept, but computed again for the gradient
     compiled: bool = False  # torch.compile; sums in another order
     deterministic: bool = False  # refuse kernels whose sums have no fixed order

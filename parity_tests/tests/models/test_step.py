@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import qtx_ref.backend
 import qtx_torch.backend
+from parity_tests import compiled
 from parity_tests.subjects import small_models
 from qtx.engines.machine import Machine
 from qtx.prepare.calibration import bind
@@ -235,3 +238,30 @@ def test_the_device_auto_is_kept_by_the_name_of_the_one_chosen(monkeypatch):
     assert Machine("torch", "auto") == Machine("torch", "cuda")
     assert Machine("ref", "auto") == Machine("ref", "cpu")
     assert Machine("torch", "cuda:1").device == "cuda:1"
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's tracer says them of torch
+@pytest.mark.parametrize("name", ["bert_clipped_alpha", "opt_plain"])
+def test_a_compiled_step_is_one_graph_with_the_same_draws(name, monkeypatch):
+    """Traced and differentiated as for the compiler, and run op by op: what code is generated for it,
+    `python -m parity_tests.compiled` compares."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    traced, eager = make_trainer(name, StepSpec(accumulate=2, compiled=True)), make_trainer(name)
+    for seed in range(3):
+        batch = small_models.make_batch(traced.model.spec, 4 + 2 * seed)
+        batch = {key: value[:4] for key, value in batch.items()}
+        # the same ops; sums over two parts are in another order
+        np.testing.assert_allclose(traced.step(batch), eager.step(batch), rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler says them of torch
+def test_compiled_draws_and_codes_have_every_bit():
+    torch._dynamo.reset()
+    wrong = [verdict for verdict in compiled.check_operations(names=("per token",)) if not verdict.ok]
+    assert not wrong
