@@ -47,15 +47,16 @@ ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh
 
 class Float:
     """Plain arithmetic. `training` turns dropout on, drawn from (seed, step, site, element), elements being counted in
-    the whole batch: `first_row` is there the first row of what is computed."""
+    the whole batch: `first_row` is there the first row of what is computed. A compiled pass takes step and first row as
+    tensors, int64 without axes."""
 
     def __init__(
         self,
         *,
         training: bool = False,
         seed: int = 0,
-        step: int = 0,
-        first_row: int = 0,
+        step: int | Tensor = 0,
+        first_row: int | Tensor = 0,
         gradients: Gradients | None = None,
     ) -> None:
         self.gradients = gradients
@@ -254,12 +255,14 @@ class Quantizer(nn.Module):
         """By the tensor's own range. One that is not finite becomes NaN throughout: a run that diverges shows it in its
         loss."""
         try:
-            scale = quantizer.dynamic_scale(x.detach(), self.spec, where, self.is_weight)
+            scale, zero_point = quantizer.dynamic_scale(x.detach(), self.spec, where, self.is_weight)
         except ValueError:
             if x.detach().abs().max() < BEYOND:  # something else is wrong
                 raise
             return x * math.nan
-        return fake_quantize(x, *scale, self.spec)
+        if quantizer.holds_all(self.spec, where):
+            return Unclamped.apply(x, scale, zero_point)
+        return fake_quantize(x, scale, zero_point, self.spec)
 
 
 class Calibrate(Quantizer):
@@ -334,6 +337,19 @@ class StraightThrough(torch.autograd.Function):
         wide = torch.promote_types(g.dtype, level.dtype)  # bfloat16 cannot tell 32767 from 32768
         dx = torch.ops.aten.hardtanh_backward(g.to(wide), level.to(wide), *ctx.ends)
         return dx.to(g.dtype), None, None, None
+
+
+class Unclamped(torch.autograd.Function):
+    """The same where no code is clamped (`quantizer.holds_all`): nothing is kept, and all of the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return affine.round_level(x, scale, zero_point).sub_(zero_point).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
+        return g, None, None
 
 
 class Selected(torch.autograd.Function):

@@ -99,21 +99,21 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
 
 
 def load_labelled(origin: Origin, about: DataSpec) -> LabelledText | ImageData:
-    """Labelled data for the checkpoint's family and tokenizer, all three splits filled.
+    """Labelled data for the checkpoint's family and tokenizer, all three splits filled; `window` is the most tokens of
+    a text.
 
     Raises SpecError, DataError: they do not fit, a class has no train rows, or evaluation or calibration data trained
     the checkpoint or one that it began with.
     """
     spec, meta = origin.checkpoint.spec, origin.checkpoint.meta
-    data, length = ", ".join(source.path for source in about.sources), about.window
+    data = ", ".join(source.path for source in about.sources)
     if spec.family is Family.OPT:
         raise SpecError(f"{origin.path} is an opt, which has no classifier: fine-tune a bert or vit checkpoint")
-    if spec.family is Family.VIT and length is not None:
-        raise SpecError(f"--length {length}: images have none; leave it out")
+    if spec.family is Family.VIT and about.window is not None:
+        raise SpecError(f"--length {about.window}: images have none; leave it out")
     need_tokenizer(origin.path, spec, meta)
     tokenizer, scaling = meta.get("tokenizer"), meta.get("images")
-    plain = replace(about, window=None)
-    source = load(plain, spec, length=length, labelled=True, tokenizer=tokenizer, scaling=scaling)
+    source = load(about, spec, labelled=True, tokenizer=tokenizer, scaling=scaling)
     if isinstance(source, TextData):
         raise SpecError(f"{data} has no labels: a fine-tuning needs them")
     check_tokenizer(origin.path, meta, source)

@@ -306,7 +306,7 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "a mask that sees one token ahead": (
         "torch",
         "attention/softmax1_causal",
-        replaced(qtx_torch.attention, "attention_mask", lambda m: lambda r, q, k, c: m(r, q, k, False)),
+        replaced(qtx_torch.attention, "attention_mask", lambda m: lambda r, q, k, c, *on: m(r, q, k, False, *on)),
     ),
     "a loss over all tokens": ("torch", "models/bert_sink", replaced(qtx_torch.models, "cross_entropy", scaled_loss)),
     "another Philox": ("torch", "random/philox", replaced(qtx_torch.random, "WEYL", lambda w: (w[1], w[0]))),
@@ -318,7 +318,7 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "another dropout": (
         "torch",
         "models/vit_plain_dropout",
-        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, site, *n: b(seed, step + 1, site, *n)),
+        replaced(qtx_torch.random, "keep_mask", lambda keep: lambda seed, step, *rest: keep(seed, step + 1, *rest)),
     ),
     "a gradient's range from one element": (
         "torch",
