@@ -10,20 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-SMALL = [
-    "--device",
-    "cpu",
-    "--model",
-    "bert-tiny",
-    "--batch",
-    "2",
-    "--length",
-    "16",
-    "--rounds",
-    "1",
-    "--only",
-    "random",
-]
+SMALL = {"device": "cpu", "model": "bert-tiny", "batch": 2, "length": 16, "rounds": 1, "only": "random"}
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
@@ -35,7 +22,8 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "found.json"
     pairs = ("no dropout", "dropout 0.1", "w8a8")
-    done = run(*SMALL, "--out", out, *(word for pair in pairs for word in ("--pair", pair)))
+    options = [*SMALL.items(), ("out", out), *(("pair", pair) for pair in pairs)]
+    done = run(*(word for name, value in options for word in (f"--{name}", value)))
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert tuple(found["steps"]) == pairs
