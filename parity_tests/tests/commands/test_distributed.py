@@ -64,9 +64,9 @@ def test_where_one_is_killed_the_other_says_so_and_ends_and_the_run_goes_on(tmp_
     first, second = (start(rank, port, *command) for rank in range(2))
     log = out / "log.jsonl"
     try:
-        until = time.monotonic() + 120
-        while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < until:
-            assert first.poll() is None and second.poll() is None, second.communicate(timeout=60)
+        until = time.monotonic() + 400
+        while not (log.exists() and log.read_text().count("\n") > 3):
+            assert first.poll() is None and second.poll() is None and time.monotonic() < until
             time.sleep(0.1)
         second.send_signal(signal.SIGKILL)
         _, said = first.communicate(timeout=SECONDS)
