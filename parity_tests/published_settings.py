@@ -21,7 +21,7 @@ key needs none, and the last column says why.
 """
 
 
-SIXTEEN = "evaluation batches have 16 texts: a mean over targets has no batch in it"
+SIXTEEN = "evaluation batches have 16 texts, and the loss is the mean over targets, not of batches' means"
 NO_HISTOGRAMS = "no histograms while training; `qtx analyze` draws them"
 
 
@@ -85,6 +85,7 @@ RUN_BY_CODE = (  # the same in every script
     code("validation", "after each epoch", "evaluation.every", None, "in steps"),
     code("batches of a validation", "all (BERT), at most 1,025 (OPT)", "evaluation.batches"),
     config("mixed_precision", "fp16", "machine.dtype", "float16"),
+    code("a step that overflows", "skipped; the schedule waits", note="skipped; the schedule goes on"),
     config("use_cpu", "false", "machine.device", "cuda"),
     config("num_processes", "1", note="`torchrun` starts several; they share the batch"),
 )
@@ -214,24 +215,28 @@ VIT = (
     assumed("weight decay", "0.03", "optim.weight_decay", 0.03),
     assumed("norm gains", "not decayed", "optim.decay_norm_gains", False),
     assumed("clipping", "none", "optim.clip_norm", 0.0),
-    assumed("random crop, share of the area", "0.08 to 1", "data.augment.crop", 0.08),
-    assumed("flip", "0.5", "data.augment.flip", 0.5),
-    assumed("colour", "0.4", "data.augment.brightness", 0.4, "contrast and saturation alike"),
-    assumed("mixup", "0.8", "data.augment.mixup", 0.8),
-    assumed("label smoothing", "0.1", "data.augment.smoothing", 0.1),
-    assumed("RandAugment, CutMix, random interpolation", "on", note="not here: of the recipe the four above"),
+    Setting("random crop", "yes", "text", "data.augment.crop", 0.08, "the least share of the area is assumed"),
+    Setting("horizontal flip", "yes", "text", "data.augment.flip", 0.5, "the probability is assumed"),
+    Setting("colour", "yes", "text", "data.augment.brightness", 0.4, "the size is assumed"),
+    Setting("colour", "yes", "text", "data.augment.contrast", 0.4, "the size is assumed"),
+    Setting("colour", "yes", "text", "data.augment.saturation", 0.4, "the size is assumed"),
+    Setting("mixup", "yes", "text", "data.augment.mixup", 0.8, "its alpha is assumed"),
+    Setting("label smoothing", "yes", "text", "data.augment.smoothing", 0.1, "the size is assumed"),
+    assumed("RandAugment, CutMix, stochastic depth", "on", note="not here"),
     assumed("order", "every image once per epoch, shuffled", "data.order", "permutation"),
     assumed("precision", "float32", "machine.dtype", "float32"),
 )
 
 # what the post says, over what its code took from the published one
 POST = (
+    "--dataset_setup",
     "--learning_rate",
     "--lr_scheduler_type",
     "--max_grad_norm",
     "--max_seq_length",
     "--max_train_steps",
     "--mlm_probability",
+    "--model_type, --config_name",
     "--num_warmup_steps",
     "--per_device_train_batch_size",
     "--weight_decay",
@@ -246,7 +251,7 @@ def blog() -> tuple[Setting, ...]:
         if "(" in one.name or one.key in ("log.every", "log.sites") or one.key is None:
             continue  # the attentions stand below; the rest has no meaning here
         source = "post" if one.name in POST else "assumed"
-        rows.append(Setting(one.name, one.published, source, one.key, one.value, one.note))
+        rows.append(Setting(one.name.replace("--", ""), one.published, source, one.key, one.value, one.note))
     return (
         *rows,
         Setting("softmax", "vanilla, clipped", "post", "model.attention", None, "`vanilla`, `clipped:gamma=-0.025`"),

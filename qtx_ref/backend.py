@@ -59,6 +59,7 @@ __all__ = [
     "check_bound",
     "check_device",
     "check_machine",
+    "choose_device",
     "init_params",
     "join",
     "peak_memory",
@@ -402,7 +403,7 @@ def to_arrays(batch: Batch, dtype: np.dtype) -> Arrays:
         if name == "mask":
             arrays[name] = boolean_mask(value)
         else:
-            arrays[name] = value.astype(dtype if name == "images" else np.int64)
+            arrays[name] = value.astype(dtype if name in ("images", "soft_labels") else np.int64)
     return arrays
 
 
@@ -418,6 +419,11 @@ def check_device(name: str) -> None:
     """Raises SpecError for a device other than cpu."""
     if name != "cpu":
         raise SpecError(f"device is {name!r}: the reference runs on cpu; use --backend torch for others")
+
+
+def choose_device(name: str) -> str:
+    """What `auto` stands for, the cpu; any other name as it is."""
+    return "cpu" if name == "auto" else name
 
 
 def check_machine(device: str, dtype: str) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "reshape",
     "scale",
     "sigmoid",
+    "soft_cross_entropy",
     "softmax",
     "split_heads",
     "spread_heads",
@@ -258,6 +259,21 @@ def cross_entropy(logits: Var, targets: np.ndarray, count: int | None = None) ->
         return out.reshape(logits.shape)
 
     return node(np.asarray(loss), (logits, dlogits))
+
+
+def soft_cross_entropy(logits: Var, weights: np.ndarray, count: int | None = None) -> Var:
+    """sum over rows of -sum_v weights[v] log softmax(logits)[v], divided by `count`, the rows unless given; float64.
+
+    logits (B, V), weights (B, V) floats: labels that were smoothed (Szegedy et al. 2016, section 7) or mixed (Zhang et
+    al. 2018). dlogits = g (softmax sum(weights) - weights) / count. Raises ValueError where the count is 0.
+    """
+    x, w = logits.value.astype(np.float64), weights.astype(np.float64)
+    count = len(x) if count is None else count
+    if count == 0:
+        raise ValueError("cross entropy has no target: the batch is empty")
+    log_p = x - special.logsumexp(x, axis=-1, keepdims=True)
+    loss = -(w * log_p).sum() / count
+    return node(np.asarray(loss), (logits, lambda g: (np.exp(log_p) * w.sum(-1, keepdims=True) - w) * (g / count)))
 
 
 # --- wiring: moves values, changes none -------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
             tensors[name] = None if rows.all() else rows
         elif name in batch:
             value = make_native(np.asarray(batch[name]))
-            tensors[name] = torch.tensor(value if name == "images" else value.astype(np.int64))
+            tensors[name] = torch.tensor(value if name in ("images", "soft_labels") else value.astype(np.int64))
     return {name: None if value is None else value.to(device) for name, value in tensors.items()}
 
 

@@ -1,6 +1,7 @@
 """Attention variants: masks, and how probabilities are made from scores.
 
 Differs from the reference: Mask, make_mask, masked_probabilities, attend_fused: kernels want a mask in several forms.
+Differs from the reference: device: where a mask is made.
 
 Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4). The gates of eq. 5 are in `models.gate`.
 """
@@ -8,7 +9,7 @@ Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4). Th
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,14 @@ from qtx_ref.spec import MASKS, AttentionSpec, Softmax
 from . import ops
 
 
-def attention_mask(rows: Tensor | None, queries: int, keys: int, causal: bool) -> Tensor:
+def attention_mask(
+    rows: Tensor | None, queries: int, keys: int, causal: bool, device: torch.device | None = None
+) -> Tensor:
     """Which key each query may attend to, boolean, broadcasting to (B, H, queries, keys).
 
     rows (B, keys) is true at real tokens, None where all are. The queries are the last of the keys' positions.
     """
-    mask = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=None if rows is None else rows.device)
+    mask = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=device if rows is None else rows.device)
     if causal:
         mask = mask.tril(keys - queries)
     return mask if rows is None else mask & rows[:, None, None, :]
@@ -57,34 +60,46 @@ class Mask:
         self.dtype = dtype
         self.full = full
         self.triangle = triangle
+        self.made: dict[str, Tensor | None] = {}
 
-    @cached_property
+    @property
     def empty(self) -> Tensor | None:
-        """True at queries without keys, (B, 1, Tq, 1); None where there are none."""
-        if self.full or self.triangle:
-            return None
-        empty = ~self.allowed.any(dim=-1, keepdim=True)
-        return empty if empty.any() else None
+        """True at queries without keys, (B, 1, Tq, 1); None where there are none (compiled: can be none)."""
 
-    @cached_property
+        def find() -> Tensor | None:
+            empty = ~self.allowed.any(dim=-1, keepdim=True)
+            return empty if torch.compiler.is_compiling() or empty.any() else None
+
+        return None if self.full or self.triangle else self._once("empty", find)
+
+    @property
+    def hidden(self) -> Tensor:
+        """True at keys to be hidden: all that are masked, but none from a query without keys."""
+        return self._once("hidden", lambda: ~(self.allowed if self.empty is None else self.allowed | self.empty))
+
+    @property
     def bias(self) -> Tensor | None:
         """0 where allowed and -inf where not, to be added to scores; None where there is nothing to add.
 
         Queries without keys have 0 throughout, as a row of -inf would become NaN: `close` puts zeros in their results.
         """
-        if self.full:
-            return None
-        zeros = torch.zeros(self.hidden.shape, dtype=self.dtype, device=self.hidden.device)
-        return zeros.masked_fill_(self.hidden, -math.inf)
+
+        def make() -> Tensor:
+            zeros = torch.zeros(self.hidden.shape, dtype=self.dtype, device=self.hidden.device)
+            return zeros.masked_fill_(self.hidden, -math.inf)
+
+        return None if self.full else self._once("bias", make)
+
+    def _once(self, name: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """What `make` gives, at the first call. Not `functools.cached_property`, whose lock (before Python 3.12)
+        `torch.compile` does not trace."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     def hide(self, scores: Tensor) -> Tensor:
         """scores (B, H, Tq, Tk) with -inf at masked keys, whatever was there; as they are at queries without keys."""
         return scores if self.full else scores.masked_fill(self.hidden, -math.inf)
-
-    @cached_property
-    def hidden(self) -> Tensor:
-        """True at keys to be hidden: all that are masked, but none from a query without keys."""
-        return ~(self.allowed if self.empty is None else self.allowed | self.empty)
 
     def close(self, x: Tensor) -> Tensor:
         """x (B, H, Tq, n) with zeros at queries without keys."""
@@ -93,8 +108,7 @@ class Mask:
 
 def make_mask(rows: Tensor | None, queries: int, keys: int, causal: bool, like: Tensor) -> Mask:
     """The mask of a forward pass, in the dtype and on the device of `like`."""
-    with like.device:
-        allowed = attention_mask(rows, queries, keys, causal)
+    allowed = attention_mask(rows, queries, keys, causal, like.device)
     triangle = causal and queries == keys and rows is None
     return Mask(allowed, like.dtype, full=rows is None and (not causal or queries == 1), triangle=triangle)
 

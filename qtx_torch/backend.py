@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ from .numerics import (
 from .optim import AdamW
 from .quant import quantizer
 from .sites import attach, slots, swap_hooks, swap_transforms, transform
-from .step import LossScale
+from .step import LossScale, check_deterministic, compile_forward, fixed_order
 
 Batch = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
@@ -83,6 +84,7 @@ class Model:
         self.dtype = dtype
         self.net = models.build(spec).to(self.device, torch.float64 if dtype == "float64" else torch.float32)
         self.weights = dict(self.net.named_parameters())
+        self.forward_pass: Callable[..., Tensor] = self.compute  # of what is differentiated
         self.run: Callable[..., Tensor] = self.loss  # what is differentiated
         self.sharded = False  # whether each process has its share of `weights`
         with torch.no_grad():
@@ -346,7 +348,7 @@ class Model:
 
     def loss(self, nx: Float, inputs: Mapping[str, Tensor | None], count: int) -> Tensor:
         """The share in the loss that this part of a batch has which has `count` targets."""
-        return models.loss(self.compute(nx, inputs), inputs, count)
+        return models.loss(self.forward_pass(nx, inputs), inputs, count)
 
     def spread(self, sharding: Sharding) -> None:
         """From now on one model with those of the other processes: `backward` gives the sums of all gradients, and what
@@ -457,6 +459,13 @@ def check_bound(site: str, range: Range, spec: Quant) -> None:
         raise SpecError(f"site {site}: {error}") from None
 
 
+def choose_device(name: str) -> str:
+    """What `auto` stands for: cuda where torch finds a device, else the cpu; any other name as it is."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_machine(device: str, dtype: str) -> None:
     """Raises SpecError for a device that is not there, or a dtype that is not one of DTYPES."""
     find_device(device)
@@ -469,7 +478,10 @@ class Trainer:
     whose gradients overflow is skipped: its batch, its rate and its draws are used up."""
 
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
-        """Raises SpecError where the optimizer's `only` names no parameter."""
+        """Raises SpecError where the optimizer's `only` names no parameter, and where the device gives no deterministic
+        step as things are."""
+        if step.deterministic:
+            check_deterministic(model.device)
         self.model = model
         self.seed = seed
         self.spec = step
@@ -479,6 +491,8 @@ class Trainer:
         self.scale = LossScale() if model.dtype == "float16" else None
         for block in model.net.layer:
             block.recompute = step.recompute
+        if step.compiled:
+            model.forward_pass = compile_forward(model.compute)
         if distributed.processes()[1] > 1:
             for name, x in model.leaves().items():
                 x.requires_grad_(name in chosen)
@@ -499,15 +513,28 @@ class Trainer:
         if distributed.processes()[1] == 1:
             check_rows(len(models.asked(inputs)), first, total)
         count = int(distributed.add(torch.tensor(models.count_targets(inputs))))
-        make = partial(Float, training=True, seed=self.seed, step=self.adam.count)
         scale = self.scale.value if self.scale else 1.0
-        loss, grads = self.model.backward(
-            inputs, make, self.adam.params, accumulate=self.spec.accumulate, first=first, count=count, scale=scale
-        )
-        value, norm = loss.item(), self.adam.step({name: distributed.own(x) for name, x in grads.items()}, scale)
+        with fixed_order(self.spec.deterministic):
+            loss, grads = self.model.backward(
+                inputs,
+                self._numerics,
+                self.adam.params,
+                accumulate=self.spec.accumulate,
+                first=first,
+                count=count,
+                scale=scale,
+            )
+            value, norm = loss.item(), self.adam.step({name: distributed.own(x) for name, x in grads.items()}, scale)
         if self.scale:
             self.scale.update(norm)
         return value, norm
+
+    def _numerics(self, first_row: int, **given: Any) -> Float:
+        """The numerics of a part of this step; numbers that differ by step and part are no constants of a graph."""
+        numbers = {"step": self.adam.count, "first_row": first_row}
+        if self.spec.compiled:
+            numbers = {name: torch.tensor(number, device=self.model.device) for name, number in numbers.items()}
+        return Float(training=True, seed=self.seed, **numbers, **given)
 
     def state(self) -> Arrays:
         """All that a resumed run needs beside the parameters: `optim.m.<name>`, `optim.v.<name>`, `optim.step`, and
@@ -604,6 +631,7 @@ __all__ = [
     "Trainer",
     "agree",
     "check_machine",
+    "choose_device",
     "join",
     "peak_memory",
     "processes",

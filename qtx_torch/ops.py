@@ -202,6 +202,19 @@ def cross_entropy(logits: Tensor, targets: Tensor, count: int | None = None) -> 
     return F.cross_entropy(flat, labels, reduction="none").sum(dtype=torch.float64) / count
 
 
+def soft_cross_entropy(logits: Tensor, weights: Tensor, count: int | None = None) -> Tensor:
+    """sum over rows of -sum_v weights[v] log softmax(logits)[v], divided by `count`, the rows unless given.
+
+    logits (B, V), weights (B, V) floats. Each row's term is float32 (float64 for float64 logits), their sum float64.
+    Raises ValueError where the count is 0.
+    """
+    count = len(logits) if count is None else count
+    if count == 0:
+        raise ValueError("cross entropy has no target: the batch is empty")
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(x, weights.to(x.dtype), reduction="none").sum(dtype=torch.float64) / count
+
+
 # --- wiring: moves values, changes none -------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Random bits that do not depend on who draws them, or when: counter-based Philox 4x32-10 (Salmon et al. 2011).
 
 Differs from the reference: stream: weights, masking and batch order are drawn in NumPy whichever the backend.
+Differs from the reference: number_site: so that the compiler can be told of it.
 Differs from the reference: device: where words are drawn; None: torch's default device.
 
 Words are addressed by (seed, step, site, element), the same as in the reference. A step or a first word that is a
@@ -44,9 +45,8 @@ def _mix(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1.bitwise_and_(LOW), c2, c3.bitwise_and_(LOW)]
 
 
-@torch.compiler.assume_constant_result
-def _number_site(site: str) -> int:
-    """The counter's word for a site."""
+def number_site(site: str) -> int:
+    """The counter's word for a site; `step.compile_forward` tells the compiler that it is a constant."""
     return zlib.crc32(site.encode())
 
 
@@ -61,7 +61,7 @@ def _draw(
     read: Callable[..., Tensor],
 ) -> Tensor:
     """`read(word)` of words `first` to `first + count`, (count,)."""
-    key, place = (seed & LOW, (seed >> 32) & LOW), _number_site(site)
+    key, place = (seed & LOW, (seed >> 32) & LOW), number_site(site)
     known = not isinstance(first, Tensor)
     begin, shift = first >> 2, first & 3  # its counter, and its place among the four words there
     counters = -(-(count + (shift if known else 3)) // 4)

@@ -1,6 +1,5 @@
 """Where a pass spends its time: each integer matmul and each fake quantizer, timed as it runs.
 
-Differs from the reference: TimedFakeQuant: quantizers are modules, which torch itself can hook.
 Differs from the reference: now: a device is waited for before its time is taken.
 
 The timers cost a little themselves, so that the shares count and not the seconds: latency is measured without them.

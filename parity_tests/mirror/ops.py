@@ -76,6 +76,7 @@ PLAIN: dict[str, Callable[[Tensors, Tensors], Tensor]] = {
     "tanh": lambda x, c: F.tanh(x["x"]),
     "cross_entropy": lambda x, c: mean_nll(x["logits"], c["targets"]),
     "cross_entropy_of_some": lambda x, c: mean_nll(x["logits"], c["targets"]),
+    "soft_cross_entropy": lambda x, c: (c["weights"] * -F.log_softmax(x["logits"], -1)).sum(-1).mean(),
     "embedding": lambda x, c: F.embedding(c["index"], x["table"]),
     "split_heads": lambda x, c: torch.stack(x["x"].chunk(2, -1), 1),
     "merge_heads": lambda x, c: torch.cat(x["x"].unbind(1), -1),

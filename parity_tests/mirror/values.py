@@ -79,10 +79,10 @@ def check_dropped_model(name: str, context: Context) -> list[Verdict]:
 
 def check_schedule(context: Context) -> list[Verdict]:
     verdicts = []
-    for schedule in Schedule:
-        spec = OptimSpec(lr=3e-4, warmup=7, steps=23, schedule=schedule)
+    for schedule, zero in product(Schedule, (False, True)):
+        spec = OptimSpec(lr=3e-4, warmup=7, steps=23, schedule=schedule, first_rate_zero=zero)
         rates = [[m.learning_rate(spec, step) for step in range(25)] for m in (optim, ref_optim)]
-        verdicts.append(exact(str(schedule), *rates))
+        verdicts.append(exact(f"{schedule}, first rate zero {zero}", *rates))
     return verdicts
 
 
@@ -102,12 +102,19 @@ def check_clipping(context: Context) -> list[Verdict]:
 
 
 def check_adamw(context: Context) -> list[Verdict]:
-    """30 steps from the same gradients, with and without clipping and decay of norm gains; biases and sinks never
-    decay."""
-    names = {"ffn.output.weight": (20, 30), "ffn.output.bias": (20,), "ffn.norm.weight": (30,), "attn.probs.sink": (4,)}
+    """30 steps from the same gradients, with and without clipping and decay of norm gains and of the per-head gate;
+    biases and sinks never decay."""
+    names = {
+        "ffn.output.weight": (20, 30),
+        "ffn.output.bias": (20,),
+        "ffn.norm.weight": (30,),
+        "attn.probs.sink": (4,),
+        "attn.gate_logit.bias": (4,),
+    }
     verdicts = []
     for gains, clip in ((False, 0.0), (True, 0.5)):
-        spec = OptimSpec(lr=0.01, weight_decay=0.3, decay_norm_gains=gains, clip_norm=clip, warmup=3, steps=40)
+        own = {"decay_norm_gains": gains, "decay_head_gates": gains, "clip_norm": clip}
+        spec = OptimSpec(lr=0.01, weight_decay=0.3, warmup=3, steps=40, **own)
         rng = ref_random.stream(0, "adamw", gains)
         first = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
         params = {name: tensor(value, context).requires_grad_() for name, value in first.items()}

@@ -25,7 +25,7 @@ from qtx_torch.quant import gradients
 from qtx_torch.sites import swap_hooks
 
 Batch = dict[str, np.ndarray]
-CHAIN = 1e-4, "float32 ops between two forced quantizers; a softmax's differences cancel four digits"
+CHAIN = 1e-5, "float32 ops between two forced quantizers, of which differences cancel a digit or two"
 
 
 @dataclass(frozen=True)

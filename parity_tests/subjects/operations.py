@@ -121,6 +121,12 @@ def operations(n: int) -> dict[str, Operation]:
             EXPONENTIAL,
             {"targets": some},
         ),
+        "soft_cross_entropy": Operation(
+            lambda o, x, c: o.soft_cross_entropy(x["logits"], c["weights"]),
+            {"logits": 3 * np.random.default_rng(5).standard_normal((b, v))},
+            EXPONENTIAL,
+            {"weights": np.random.default_rng(6).dirichlet(np.full(v, 0.5), b)},
+        ),
         "embedding": Operation(
             lambda o, x, c: o.embedding(x["table"], c["index"]),
             {"table": normal(v, d)},

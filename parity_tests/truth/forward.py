@@ -73,6 +73,7 @@ FORMULAS = {
     "tanh": lambda x, c: 1 - 2 / (np.exp(2 * x["x"]) + 1),
     "cross_entropy": lambda x, c: np.asarray(mean_nll(x["logits"], c["targets"])),
     "cross_entropy_of_some": lambda x, c: np.asarray(mean_nll(x["logits"], c["targets"])),
+    "soft_cross_entropy": lambda x, c: (c["weights"] * -np.log(special.softmax(x["logits"], axis=-1))).sum(-1).mean(),
     "embedding": lambda x, c: np.eye(len(x["table"]))[c["index"]] @ x["table"],
     "split_heads": lambda x, c: np.stack(np.split(x["x"], 2, axis=-1), axis=1),
     "merge_heads": lambda x, c: np.concatenate(list(x["x"].swapaxes(0, 1)), axis=-1),

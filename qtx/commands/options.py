@@ -161,7 +161,7 @@ def with_machine(command: Command) -> Command:
 
 PLACE = options(
     click.option("--backend", "backend_name", default="torch", show_default=True, help="torch, or ref (NumPy)."),
-    click.option("--device", default="cpu", show_default=True, help="cpu, or cuda with --backend torch."),
+    click.option("--device", default="cpu", show_default=True, help="cpu; with torch cuda, or auto."),
     click.option(
         "--dtype", default="float32", show_default=True, help="float32, float64; with torch bfloat16 or float16."
     ),

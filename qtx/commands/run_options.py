@@ -119,6 +119,6 @@ SEED = run_option("--seed", "seed", type=click.IntRange(0), help="Default 0.")
 STOP = run_option("--stop", "stop", type=click.IntRange(1), help="The last step, where it is not the schedule's.")
 PLACE = options(
     run_option("--backend", "machine.backend", help="torch, or ref (NumPy); default torch."),
-    run_option("--device", "machine.device", help="cpu, or cuda with --backend torch; default cpu."),
+    run_option("--device", "machine.device", help="cpu; cuda, or auto, with --backend torch; default cpu."),
     run_option("--dtype", "machine.dtype", help="float32, float64; bfloat16 with torch; default float32."),
 )

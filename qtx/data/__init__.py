@@ -52,8 +52,9 @@ def load(
     A classifier of text takes a .csv or .jsonl of text and label, or the books' paragraphs; a headless BERT either
     kind. An image model takes a folder of pictures per class too (extra `images`).
     seed: draws the division of digits, pictures and undivided rows, nothing else; a model must be evaluated under the
-    one it was trained under. length: most tokens of a labelled text. names: the classes of a trained model. scaling:
-    its images' mean and std. labelled: for a classifier still to be made of the model, whatever its head and classes.
+    one it was trained under. length: most tokens of a labelled text, as `window`. names: the classes of a trained
+    model. scaling: its images' mean and std. labelled: for a classifier still to be made of the model, whatever its
+    head and classes.
     """
     if labelled:
         spec = replace(spec, head=Head.NONE, classes=0)
@@ -75,7 +76,8 @@ def load(
     if labelled or spec.head is Head.CLASSIFY or (rows and spec.family is Family.BERT and spec.head is Head.NONE):
         if settings.vocab is not None:
             raise DataError(f"vocab {settings.vocab}: labelled text takes the model's own tokenizer; leave it out")
-        refuse_settings(settings, "labelled text")
+        refuse_settings(replace(settings, window=None), "labelled text")
+        length = settings.window if length is None else length
         texts = load_labelled(only, tokenizer, length=length, names=names, seed=seed)
         texts.check(spec)
         return texts

@@ -18,6 +18,7 @@ from qtx_ref.spec.base import is_number
 
 from ..engines.backend import need
 from ..engines.protocols import Batch
+from .augmenting import Draws, change_image, soften
 from .reading import open_regular
 from .rows import join_names, shorten
 from .spec import Augmentation, DataSpec
@@ -116,13 +117,19 @@ class ImageData(ClassifiedItems):
     ) -> Iterator[Batch]:
         """Batches of the train split, without end, from step `start` on; every image once per pass, newly shuffled.
 
-        Batch `step` depends on (seed, step) alone. rows: those of a batch that are made; None: all.
+        Batch `step` depends on (seed, step) alone, and so does what the images are augmented by. rows: those of a batch
+        that are made; None: all.
         """
         self.check(spec)
         images = self._rows["train"]
         check_batch(batch_size, len(images), "train images")
         own = rows or slice(None)
-        return (self._batch(chosen[own]) for chosen in iterate_passes(images, batch_size, seed, start))
+        passes = enumerate(iterate_passes(images, batch_size, seed, start), start)
+        if self.augment == Augmentation():
+            return (self._batch(chosen[own]) for _, chosen in passes)
+        return (
+            self._change(chosen, own, spec.classes, Draws(self.augment, batch_size, seed, s)) for s, chosen in passes
+        )
 
     def split_batches(
         self, split: str, spec: ModelSpec, batch_size: int, seed: int, limit: int | None = None
@@ -134,6 +141,26 @@ class ImageData(ClassifiedItems):
         check_batch(batch_size, max(len(rows), batch_size), f"{split} images")
         rows = rows if limit is None else rows[: limit * batch_size]
         return (self._batch(rows[low : low + batch_size]) for low in range(0, len(rows), batch_size))
+
+    def _change(self, rows: np.ndarray, own: slice, classes: int, draws: Draws) -> Batch:
+        """The rows `own` of a batch, augmented; `soft_labels` (B, classes) where labels are mixed or smoothed."""
+        how = self.augment
+
+        def make(places: np.ndarray) -> np.ndarray:
+            pixels = self.pixels[rows[places]].astype(np.float32) / np.float32(self.largest)
+            changed = [change_image(x, how, u) for x, u in zip(pixels, draws.uniform[places], strict=True)]
+            return (np.stack(changed) - self._mean) / self._std
+
+        places = np.arange(len(rows))[own]
+        images, labels = make(places), self.labels[rows[places]]
+        if not how.soft:
+            return {"images": images, "labels": labels}
+        partner, share = draws.partner[own], draws.share[own].astype(np.float32)
+        if how.mixup:
+            part = share[:, None, None, None]
+            images = part * images + (1 - part) * make(partner)
+        soft = soften(labels, self.labels[rows[partner]], share, how.smoothing, classes)
+        return {"images": images, "labels": labels, "soft_labels": soft}
 
     def _batch(self, rows: np.ndarray) -> Batch:
         pixels = self.pixels[rows].astype(np.float32) / np.float32(self.largest)

@@ -197,6 +197,11 @@ def plan(kept: Iterator[Kept], done: set[int], most: int) -> Iterator[tuple[int,
         yield number, [] if number in done else batch, True
 
 
+def count_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_encoder(tokenizer: Tokenizer, around: tuple[int, int | None] | None, vocab: int) -> Encode:
     """What makes ids of texts, in as few bytes as they take, with what stands before and behind each."""
     kind = np.uint16 if vocab <= 2**16 else np.uint32
@@ -281,7 +286,6 @@ def build(
     done = find_whole(cache, folder, index)
     records: list[dict[str, Any]] = index.get("shards", [])
     reader = Reader(documents, held_out)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     kind = encode(["a"])[0].dtype.type
     parts: list[tuple[int, np.ndarray]] = []
     pending: deque[tuple[int, list[int], bool, Future[list[np.ndarray]] | None]] = deque()
@@ -309,7 +313,7 @@ def build(
     total = -(-documents.count_bytes() // 2**20)
     with Progress("tokenize, MB", total) as bar, ThreadPoolExecutor(WORKERS) as pool:
         try:
-            for number, batch, last in plan(reader.read(), done, BATCH * max(2, cores)):
+            for number, batch, last in plan(reader.read(), done, BATCH * max(2, count_cores())):
                 texts = [document.text for document in batch]
                 future = pool.submit(encode, texts) if texts else None
                 pending.append((number, [document.split for document in batch], last, future))

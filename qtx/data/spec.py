@@ -121,7 +121,9 @@ class DataSpec(Spec):
         """The settings of a checkpoint's `meta["data"]`; on another source if one is given. Raises SpecError."""
         spec = from_dict(cls, about.get("settings", {}), "meta.data.settings")
         if source is None and "sources" in about:
-            pairs = zip(about["sources"], about.get("weights", ()), strict=True)
+            if len(about["sources"]) != len(about.get("weights", ())):
+                refuse("meta.data.sources", about["sources"], "sources and weights must be of one number")
+            pairs = zip(about["sources"], about["weights"], strict=True)
             return replace(spec, sources=tuple(Source(path, weight) for path, weight in pairs))
         name = about.get("source") if source is None else source
         return replace(spec, sources=() if name is None else (Source(name),))

@@ -1,7 +1,7 @@
 """The backends by name, and the errors of qtx that a user can mend.
 
-A backend is a module with `Model`, `IntegerModel`, `Trainer`, `check_machine` and `threads`; the two have the same
-signatures, which a test compares. Everything in `qtx` works through it and holds NumPy arrays only.
+A backend is a module with `Model`, `IntegerModel`, `Trainer`, `choose_device`, `check_machine` and `threads`; the two
+have the same signatures, which a test compares. Everything in `qtx` works through it and holds NumPy arrays only.
 """
 
 from __future__ import annotations

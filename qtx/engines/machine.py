@@ -17,11 +17,16 @@ from .protocols import Model
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a model runs."""
+    """Where a model runs. The device `auto` is replaced by the one that it stands for here, which is what a checkpoint
+    keeps."""
 
     backend: str = "torch"
     device: str = "cpu"
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.device == "auto":
+            object.__setattr__(self, "device", backend(self.backend).choose_device(self.device))
 
     def check(self) -> None:
         """Raises SpecError or MissingExtra where it is not to be had: a backend, a device, a dtype of it."""

@@ -175,6 +175,9 @@ class Backend(Protocol):
     IntegerModel: MakeIntegerModel
     Trainer: MakeTrainer
 
+    def choose_device(self, name: str) -> str:
+        """The device that `auto` stands for on this machine; any other name as it is."""
+
     def check_machine(self, device: str, dtype: str) -> None:
         """Raises SpecError for a device or dtype that is not to be had."""
 
@@ -210,7 +213,8 @@ class Data(Calibration, Protocol):
     """Text or images in the splits train, calibration and evaluation, none in two.
 
     A batch is NumPy arrays by name: tokens (B, T) int64, mask (B, T) bool, types and targets of text; images (B, C, S,
-    S) float32; labels (B,) int64 of a classifier's. What takes a model's spec raises DataError where the model does not
+    S) float32; labels (B,) int64 of a classifier's, and soft_labels (B, classes) where a training batch weighs several
+    classes. What takes a model's spec raises DataError where the model does not
     fit.
     """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qtx_ref.spec import Family, OptimSpec, SpecError
 
-from ..data import SPLITS, ImageData, LabelledText, TextData, load, splits
+from ..data import SPLITS, DataSpec, ImageData, LabelledText, TextData, load, splits
 from ..engines.protocols import Batch
 from ..files.checkpoint import Checkpoint
 from ..measure import scores
@@ -23,7 +23,6 @@ from .resolving import (
     make_data,
     make_machine,
     make_train,
-    name_source,
     refuse_model,
 )
 from .resume import check_run
@@ -72,8 +71,8 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         raise SpecError(f"--head-only and optim.only {', '.join(only)}: give one of them")
     refuse_model(run, str(request.checkpoint), REFUSED)
     check_lr(run)
-    source, machine = name_source(make_data(run)), make_machine(run)
-    if source is None:
+    about, machine = make_data(run), make_machine(run)
+    if not about.sources:
         raise SpecError("data.sources is not said: name the labelled data with --data")
     machine.check()
     with claim(path, request.resume, machine):
@@ -81,7 +80,7 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         rate = run.get("optim.lr", HEAD_LR if request.head_only else FULL_LR)
         optim = OptimSpec(lr=rate, only=("head.",) if request.head_only else run.get("optim.only", ()))
         check_run(path, origin.checkpoint.spec, optim, machine, run.get("quant.train"))
-        data = load_labelled(origin, source, run.get("data.window"))
+        data = load_labelled(origin, about)
         spec, params = make_classifier(origin.checkpoint, data.classes, run.get("seed", 0))
         spec, batch = change_dropout(spec, run), run.get("data.batch", PER_STEP)
         sizes = (request.epochs or EPOCHS) * len(data.hashes("train")) / batch
@@ -99,20 +98,22 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         return trained, scores.evaluate(model, read(), "evaluate", sum(1 for _ in read()))
 
 
-def load_labelled(origin: Origin, data: str, length: int | None) -> LabelledText | ImageData:
-    """Labelled data for the checkpoint's family and tokenizer, all three splits filled.
+def load_labelled(origin: Origin, about: DataSpec) -> LabelledText | ImageData:
+    """Labelled data for the checkpoint's family and tokenizer, all three splits filled; `window` is the most tokens of
+    a text.
 
     Raises SpecError, DataError: they do not fit, a class has no train rows, or evaluation or calibration data trained
     the checkpoint or one that it began with.
     """
     spec, meta = origin.checkpoint.spec, origin.checkpoint.meta
+    data = ", ".join(source.path for source in about.sources)
     if spec.family is Family.OPT:
         raise SpecError(f"{origin.path} is an opt, which has no classifier: fine-tune a bert or vit checkpoint")
-    if spec.family is Family.VIT and length is not None:
-        raise SpecError(f"--length {length}: images have none; leave it out")
+    if spec.family is Family.VIT and about.window is not None:
+        raise SpecError(f"--length {about.window}: images have none; leave it out")
     need_tokenizer(origin.path, spec, meta)
     tokenizer, scaling = meta.get("tokenizer"), meta.get("images")
-    source = load(data, spec, length=length, labelled=True, tokenizer=tokenizer, scaling=scaling)
+    source = load(about, spec, labelled=True, tokenizer=tokenizer, scaling=scaling)
     if isinstance(source, TextData):
         raise SpecError(f"{data} has no labels: a fine-tuning needs them")
     check_tokenizer(origin.path, meta, source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data import DataSpec, splits
+from ..data import splits
 from ..engines.machine import Machine
 from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint
@@ -16,8 +16,8 @@ from ..signals import Interrupted
 from .identity import MOVE
 from .opening import load_data, open_data
 from .resolving import (
+    change_data,
     change_dropout,
-    fill,
     make_data,
     make_machine,
     make_model,
@@ -96,12 +96,13 @@ def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
     refuse_model(run, "--init", ("data.tokenizer", "data.vocab"))
     machine, origin = make_machine(run), open_origin(init)
     meta = origin.checkpoint.meta
-    spec, params = continue_model(origin.checkpoint, run.get("model.attention"), run.get("seed", 0))
+    about = change_data(meta, run)
+    window = None if about is None else about.window
+    spec, params = continue_model(origin.checkpoint, run.get("model.attention"), run.get("seed", 0), window)
     spec = change_dropout(spec, run)
     optim = make_optim(run, spec)
     check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
-    about = fill(DataSpec.of(meta.get("data", {})), run, "data")
-    data = open_data(init, spec, meta, about if run.table("data") else None, None)
+    data = open_data(init, spec, meta, about, None)
     for split in ("evaluation", "calibration"):
         splits.refuse_overlap(meta, data, split)
     whole = make_train(run, spec, optim, origin.sha256)

@@ -23,11 +23,11 @@ from ..report.ptq import draw_rows
 from ..runs.reading import RunSpec
 from .comparison import RESULTS, Comparison, PtqSpec, kept_name
 from .opening import open_checkpoint, open_data, refuse_transformed
-from .resolving import make_data, make_machine, name_source
+from .resolving import change_data, make_machine
 
 PICTURE = "ptq.png"
 SEQUENCES, CALIBRATION = 512, 8
-READ = ("data.sources", "data.tokenizer", "machine", "quant.recipes")  # of a run
+READ = ("data", "machine", "quant.recipes")  # of a run
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def compare_recipes(request: PtqRequest) -> tuple[Comparison, list[str]]:
             resolve(recipe(name, stored.spec), stored.spec)
         sha256 = sha_of(file_of(request.checkpoint))
         check_out(out, request.resume, files, sha256)
-        about = make_data(run)
-        tokenizer = None if about.tokenizer is None else Path(about.tokenizer)
-        data = open_data(request.checkpoint, stored.spec, stored.meta, name_source(about), tokenizer)
+        about, name = change_data(stored.meta, run), run.get("data.tokenizer")
+        tokenizer = None if name is None else Path(name)
+        data = open_data(request.checkpoint, stored.spec, stored.meta, about, tokenizer)
         for split in ("evaluation", "calibration"):
             splits.refuse_overlap(stored.meta, data, split)
         spec = PtqSpec(chosen, request.sequences, request.calibration, request.seed, machine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -34,11 +34,11 @@ def make_data(run: RunSpec) -> DataSpec:
     return fill(DataSpec(), run, "data")
 
 
-def name_source(data: DataSpec) -> str | None:
-    """The one source of the data; None for the model's own. Raises SpecError for several."""
-    if len(data.sources) > 1:
-        raise SpecError(f"data.sources are {', '.join(source.path for source in data.sources)}: give one")
-    return data.sources[0].path if data.sources else None
+def change_data(meta: Mapping[str, Any], run: RunSpec) -> DataSpec | None:
+    """The data of a checkpoint's `meta` with what a run says of them; None where it says nothing. Raises SpecError for
+    settings that do not go together."""
+    said = run.table("data").keys() - {"batch"}
+    return fill(DataSpec.of(meta.get("data", {})), run, "data") if said else None
 
 
 def make_model(run: RunSpec) -> ModelSpec:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from qtx_ref.presets import preset
 from qtx_ref.spec import ModelSpec, OptimSpec, SpecError, to_dict
 
 from ..data.spec import DataSpec
 from ..engines.machine import Machine
 from ..recipes.named import training_recipe
-from ..runs.reading import RunSpec, in_table, make_run
-from .resolving import ATTENTION, make_data, make_machine, make_model, make_optim, make_train
+from ..runs.reading import RunSpec, make_run
+from .resolving import ATTENTION, MODEL, make_data, make_machine, make_model, make_optim, make_train
 
 ATTENTIONS, RECIPES = ("vanilla", "clipped", "gated"), ("w8a8",)  # unless a run says others
 KIND, QUANT, SEED = "model.attention", "quant.train", "seed"
@@ -163,8 +164,11 @@ def read_kept(kept: Mapping[str, Any], source: str) -> RunSpec:
 
 def describe_shape(rows: Mapping[str, Row]) -> str | None:
     """The preset whose shape every row has, attention and vocabulary apart; None where none is."""
-    names = {row.run.get("model.preset") for row in rows.values()}
-    changed = {key for row in rows.values() for key in row.run.settings if in_table(key, "model")}
-    own = {"model.preset", KIND, "model.start", "model.dropout", "model.attention_dropout"}
-    (name,) = names if len(names) == 1 else (None,)
-    return name if changed <= own else None
+    names = {row.run.get("model.preset", MODEL) for row in rows.values()}
+    if len(names) > 1:
+        return None
+    (name,) = names
+    same = ("attention", "vocab", "start", "dropout", "attention_dropout")  # may be others
+    shape = preset(name)
+    kept = (replace(row.model, **{one: getattr(shape, one) for one in same}) for row in rows.values())
+    return name if all(one == shape for one in kept) else None

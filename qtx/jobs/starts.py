@@ -70,8 +70,11 @@ def find_pooler(checkpoint: Checkpoint) -> Params:
     return {"head.pool.weight": weight.astype(np.float32), "head.pool.bias": bias.astype(np.float32)}
 
 
-def continue_model(checkpoint: Checkpoint, attention_name: str | None, seed: int) -> tuple[ModelSpec, Params]:
-    """The checkpoint's model to go on pre-training, with the attention of that name or its own.
+def continue_model(
+    checkpoint: Checkpoint, attention_name: str | None, seed: int, window: int | None = None
+) -> tuple[ModelSpec, Params]:
+    """The checkpoint's model to go on pre-training, with the attention of that name or its own; `alpha` of another
+    divides by the window of the data, its length unless said.
 
     A linear gate that it does not have is added as the paper's appendix B.6 does; its softmax may change. A BERT or OPT
     without head gets one for its pre-training.
@@ -84,13 +87,13 @@ def continue_model(checkpoint: Checkpoint, attention_name: str | None, seed: int
     head = {Family.BERT: Head.MLM, Family.OPT: Head.CAUSAL, Family.VIT: Head.CLASSIFY}[spec.family]
     spec, params = replace(spec, head=head), dict(checkpoint.params)
     if attention_name is not None:
-        spec, params = change_attention(spec, params, attention_name, seed)
+        spec, params = change_attention(spec, params, attention_name, seed, window or spec.length)
     return spec, complete(params, spec, seed)
 
 
-def change_attention(spec: ModelSpec, params: Params, name: str, seed: int) -> tuple[ModelSpec, Params]:
-    """The model with the whole attention that `name` says, where its parameters can be kept."""
-    wanted, now = attention(name), spec.attention
+def change_attention(spec: ModelSpec, params: Params, name: str, seed: int, length: int) -> tuple[ModelSpec, Params]:
+    """The model with the whole attention that `name` says, where its parameters can be kept; `alpha` is of `length`."""
+    wanted, now = attention(name).with_length(length), spec.attention
     if wanted.gate is now.gate:
         if wanted.pi not in (None, now.pi) or wanted.gate_hidden not in (None, now.gate_hidden):
             raise SpecError(f"attention {name!r} sets up a gate that the model has already: leave its settings out")

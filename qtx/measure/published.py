@@ -74,11 +74,11 @@ def list_published(model: str, kind: AttentionSpec, train_quant: str | None = No
 
     Attentions are equal where they compute the same: alpha by the gamma it sets, the MLP gate by its hidden units.
     """
-    spec = preset(model)
+    spec, released = preset(model), model.removeprefix("paper-")
     return [
         figure
         for figure in FIGURES
-        if (figure.model, figure.train_quant) == (model, train_quant)
+        if (figure.model, figure.train_quant) == (released, train_quant)
         and fit_attention(spec, attention(figure.attention)) == fit_attention(spec, kind)
     ]
 

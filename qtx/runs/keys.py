@@ -23,13 +23,14 @@ from qtx_ref.presets import attention, preset
 from qtx_ref.spec import AttentionSpec, ModelSpec, OptimSpec, Spec, SpecError, StepSpec
 from qtx_ref.spec.base import field_types, refuse, settle
 
-from ..data.spec import DataSpec
+from ..data.spec import Begin, DataSpec
 from ..engines.machine import Machine
 from .spec import EvaluationSpec, LogSpec, SavingSpec
 
 NOTHING = "none"  # how a file says that an optional key has no value: TOML has no word for it
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 LARGEST = 2**63 - 1  # of whole numbers
+LONGEST = 80  # characters of a wrong name that count
 TABLES: dict[str, type] = {
     "model": ModelSpec,
     "optim": OptimSpec,
@@ -65,7 +66,8 @@ class Key:
     @property
     def what(self) -> str:
         """Its meaning, in a line."""
-        return self.told or read_comments(self.spec).get(self.name.rpartition(".")[2], "") if self.spec else self.told
+        beside = read_comments(self.spec).get(self.name.rpartition(".")[2], "") if self.spec else ""
+        return self.told or TOLD.get(self.name) or beside.replace("None: ", f"{NOTHING}: ")
 
 
 # what a run has beside the fields of its specs, or where a default is more than the field's own
@@ -79,9 +81,48 @@ BESIDE = (
     Key("optim.warmup", int, "a tenth of optim.steps, at most 10,000", "steps from 0 to lr"),
     Key("optim.steps", int, "350", "steps of the whole schedule"),
     Key("data.batch", int, "16", "sequences or images per step, of all parts and processes together", 1),
+    Key("data.window", int | None, "the model's length", "tokens of a training text, by which alpha divides"),
+    Key("data.begin", Begin | None, "the family's", "what a beginning token stands in front of: of a BERT each window"),
     Key("quant.train", str | None, NOTHING, "recipe under which the model is trained: w8a8, lsq-w8a8, ..."),
-    Key("quant.recipes", tuple[str, ...], "w8a8", "recipes that a study and ptq compare"),
+    Key("quant.recipes", tuple[str, ...], "w8a8; of ptq its own list", "recipes that a study and ptq compare"),
 )
+
+# of fields that have no comment, or one for readers of the code
+TOLD = {
+    "model.family": "whose wiring it is",
+    "model.layers": "number of blocks",
+    "model.width": "of the hidden states",
+    "model.heads": "of each attention; a divisor of the width",
+    "model.hidden": "width within the FFN",
+    "model.head": "what is made of the last hidden states",
+    "model.activation": "within the FFN",
+    "model.pre_norm": "norms before attention and FFN, not after",
+    "model.final_norm": "a norm after the last block",
+    "model.norm_eps": "of every LayerNorm",
+    "model.init_std": "of normal first values",
+    "model.start": "how first values are drawn: as the model's own paper says, or as the published code leaves them",
+    "model.vocab": "entries of the token embedding, at least; of text",
+    "model.length": "positions, the longest text; of images it follows",
+    "model.embed_width": "of the token embedding, where it is projected in and out",
+    "model.classes": "of a classifier",
+    "model.channels": "of an image",
+    "optim.beta1": "of AdamW",
+    "optim.beta2": "of AdamW",
+    "optim.eps": "of AdamW",
+    "optim.weight_decay": "decoupled, of weights and tables",
+    "optim.schedule": "what the rate does after the warm-up",
+    "data.sources": "books, digits, a file, a folder, hub:NAME; none: the model's own; several: a mixture by weight",
+    "data.order": "each step draws windows anew; or every window once per epoch, in an order of its own per epoch",
+    "data.packing": "a window ends with its section or document; or documents are joined",
+    "data.augment.brightness": "a factor drawn from 1 - x to 1 + x",
+    "data.augment.contrast": "the same",
+    "data.augment.saturation": "the same",
+    "step.sharding": "what each of several processes holds: the whole model, or its share",
+    "log.tensorboard": "also in files for TensorBoard",
+    "machine.backend": "torch, or ref (NumPy)",
+    "machine.device": "cpu, cuda, or auto: cuda where there is one",
+    "machine.dtype": "float32, float64; bfloat16, float16 with torch",
+}
 
 
 @functools.cache
@@ -124,12 +165,12 @@ def find_key(name: str, source: str) -> Key:
     """The key of that name. Raises SpecError naming the nearest one that there is."""
     if name in list_keys():
         return list_keys()[name]
-    raise SpecError(f"{source}: unknown key {name!r}: did you mean {nearest(name)}?")
+    raise SpecError(f"{source}: unknown key {name[:LONGEST]!r}: did you mean {nearest(name)}?")
 
 
 def nearest(name: str, known: Iterable[str] = ()) -> str:
     """The known name that is most like another: in the whole, or behind the dot, where the table was wrong."""
-    names = [*known] or [*list_keys()]
+    names, name = [*known] or [*list_keys()], name[:LONGEST]
     by_last: dict[str, list[str]] = {}
     for one in names:
         by_last.setdefault(one.rpartition(".")[2], []).append(one)
@@ -172,9 +213,9 @@ def fit(kind: Any, value: Any, what: str) -> Any:
     a spec, a text for a spec's first field."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is None or value == NOTHING:
-            return None
         kinds = [one for one in arguments if one is not types.NoneType]
+        if value is None or (value == NOTHING and not has_nothing(kinds[0])):
+            return None
         return fit(kinds[0], value, what) if len(kinds) == 1 else settle(kind, value, what)
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -186,6 +227,11 @@ def fit(kind: Any, value: Any, what: str) -> Any:
     return settle(kind, value, what)
 
 
+def has_nothing(kind: Any) -> bool:
+    """Whether "none" is a value of its own."""
+    return isinstance(kind, type) and issubclass(kind, Enum) and NOTHING in [str(member) for member in kind]
+
+
 def fit_spec(kind: type, value: Any, what: str) -> Any:
     """A table as a spec; a text is its first field."""
     hints = field_types(kind)
@@ -194,7 +240,7 @@ def fit_spec(kind: type, value: Any, what: str) -> Any:
         refuse(what, value, f"expected a text, or a table of {', '.join(hints)}")
     for name in given:
         if name not in hints:
-            raise SpecError(f"{what}: unknown key {name!r}: did you mean {nearest(name, hints)}?")
+            raise SpecError(f"{what}: unknown key {name[:LONGEST]!r}: did you mean {nearest(name, hints)}?")
     for field in dataclasses.fields(kind):
         if field.default is dataclasses.MISSING and field.name not in given:
             raise SpecError(f"{what}: key {field.name!r} is missing: add it")
@@ -227,7 +273,8 @@ def write_kind(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         kinds = [write_kind(one) for one in arguments if one is not types.NoneType]
-        return " or ".join(kinds + [f'"{NOTHING}"'] * (types.NoneType in arguments))
+        optional = types.NoneType in arguments and not any(map(has_nothing, arguments))
+        return " or ".join(kinds + [f'"{NOTHING}"'] * optional)
     if origin is tuple:
         return f"list of {write_kind(arguments[0])}"
     if issubclass(kind, Enum):

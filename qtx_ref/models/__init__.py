@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..numerics import Numerics
-from ..ops import cross_entropy
+from ..ops import cross_entropy, soft_cross_entropy
 from ..spec import Family, ModelSpec
 from ..tape import V, Var
 from . import bert, opt, vit
@@ -26,8 +26,10 @@ def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -
 
 def loss(logits: Var, batch: Mapping[str, np.ndarray], count: int | None = None) -> Var:
     """Cross entropy in nats of logits (..., V), summed over the batch's targets, or labels, (...) integers, and divided
-    by `count`: their number (None), or that of the batch that this is a part of; float64, (). Raises ValueError where
-    that is 0."""
+    by `count`: their number (None), or that of the batch that this is a part of; float64, (). Of a batch with
+    `soft_labels` (B, V) each label is those weights of all classes. Raises ValueError where the count is 0."""
+    if "soft_labels" in batch:
+        return soft_cross_entropy(logits, batch["soft_labels"], count)
     return cross_entropy(logits, asked(batch), count)
 
 

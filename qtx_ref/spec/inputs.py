@@ -32,7 +32,7 @@ KEYS = {
 }
 MASKS = "give booleans, or an additive mask of 0 (attend) and -10000 or below"
 # the keys of a batch that anything reads; others are left alone
-READ = ("tokens", "types", "mask", "images", "targets", "labels")
+READ = ("tokens", "types", "mask", "images", "targets", "labels", "soft_labels")
 
 
 def check_batch(spec: ModelSpec, batch: Mapping[str, Any]) -> None:
@@ -42,6 +42,7 @@ def check_batch(spec: ModelSpec, batch: Mapping[str, Any]) -> None:
     of BERT: to below `types`. `mask` (B, T): its values are read by `attention.boolean_mask`. `images`
     (B, channels, S, S): numbers, NaN and infinities among them. `targets` (B, T) of a language model, to below
     `vocab`, and `labels` (B,) of a classifier, to below `classes`: whole numbers, negative where nothing is asked.
+    `soft_labels` (B, classes), beside `labels`: the weights that a loss gives the classes, numbers.
     """
     for key in KEYS[spec.family]:
         if key not in batch:
@@ -67,6 +68,10 @@ def check_batch(spec: ModelSpec, batch: Mapping[str, Any]) -> None:
         check_whole("targets", batch["targets"], rows, None, spec.vocab)
     if "labels" in batch and spec.head is Head.CLASSIFY:
         check_whole("labels", batch["labels"], rows[:1], None, spec.classes)
+        if "soft_labels" in batch:
+            soft, shape = batch["soft_labels"], (*rows[:1], spec.classes)
+            if soft.shape != shape or soft.dtype.kind != "f":
+                raise SpecError(f"soft_labels are {soft.dtype} of shape {soft.shape}: give floats of shape {shape}")
 
 
 def check_tokens(spec: ModelSpec, tokens: Any) -> None:

@@ -20,7 +20,9 @@ class Sharding(Name):
 class StepSpec(Spec):
     """The parts of a step, and what is traded for memory or time."""
 
-    accumulate: int = 1  # parts of a batch, one after another; gradients are summed (in another order)
+    # parts of a batch, one after another; gradients are summed in another order, and a dynamic range of more than a token
+    # is of its part
+    accumulate: int = 1
     recompute: bool = False  # a block's activations are not kept, but computed again for the gradient
     compiled: bool = False  # torch.compile; sums in another order
     deterministic: bool = False  # refuse kernels whose sums have no fixed order
@@ -29,6 +31,8 @@ class StepSpec(Spec):
     def check(self) -> None:
         if self.accumulate < 1:
             refuse("step accumulate", self.accumulate, "give a whole number of parts, at least 1")
+        if self.compiled and self.sharding is not Sharding.NONE:
+            refuse("step sharding", self.sharding, "a compiled step has the whole model in one graph; leave one out")
 
 
 PLAIN_STEP = StepSpec()  # unless said otherwise

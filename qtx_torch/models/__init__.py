@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qtx_ref.spec import Family, ModelSpec
 
-from ..ops import cross_entropy
+from ..ops import cross_entropy, soft_cross_entropy
 from ..sites import name_sites
 from .bert import Bert
 from .opt import Opt
@@ -29,7 +29,10 @@ def build(spec: ModelSpec) -> nn.Module:
 
 def loss(logits: Tensor, batch: Mapping[str, Tensor], count: int | None = None) -> Tensor:
     """Cross entropy in nats, summed over the batch's targets (or labels) and divided by `count`: their number (None),
-    or that of the batch that this is a part of; float64. Raises ValueError where that is 0."""
+    or that of the batch that this is a part of; float64. Of a batch with `soft_labels` (B, V) each label is those
+    weights of all classes. Raises ValueError where the count is 0."""
+    if "soft_labels" in batch:
+        return soft_cross_entropy(logits, batch["soft_labels"], count)
     return cross_entropy(logits, asked(batch), count)
 
 

@@ -161,8 +161,8 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
         return number(torch.full_like(low, value))
 
     span = torch.maximum(-low, high) if spec.symmetric or spec.mirrored else number(high - low)
-    # both at once: asking waits for the device
-    if not (torch.isfinite(span) & ~reversed_ends).all():
+    # both at once: asking waits for the device; a compiled graph asks nothing, and NaN comes out as NaN
+    if not torch.compiler.is_compiling() and not (torch.isfinite(span) & ~reversed_ends).all():
         check_order(*ends)
         raise ValueError(
             f"range {low.min().item()} to {high.max().item()} is not finite; look for NaN or infinity upstream"
@@ -181,7 +181,7 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
     step = step.clamp(min=max(SMALLEST[profile.arithmetic], SMALLEST[profile.scale_dtype])).masked_fill(span == 0, 1)
     scale = round_dtype(step, profile.scale_dtype)
     divisor = number(scale)
-    if not torch.isfinite(divisor).all():
+    if not torch.compiler.is_compiling() and not torch.isfinite(divisor).all():
         raise ValueError(f"scale {step.max().item()} does not fit {profile.scale_dtype}; choose a wider dtype")
     if spec.symmetric:
         return scale, torch.zeros_like(scale, dtype=torch.int32)

@@ -2,6 +2,8 @@
 
 Operands are those that the forward product took in, which autograd keeps anyway; their codes live for the length of one
 product. Products are computed in the dtype of dY.
+
+Differs from the reference: device: where words are drawn; None: torch's default device.
 """
 
 from __future__ import annotations
@@ -22,20 +24,22 @@ from .affine import TINY
 class Backward:
     """How the backward pass of the matmul behind one site computes its two products."""
 
-    def __init__(self, gradients: Gradients, site: str, seed: int, step: int, first_row: int = 0) -> None:
+    def __init__(
+        self, gradients: Gradients, site: str, seed: int, step: int | Tensor, first_row: int | Tensor = 0
+    ) -> None:
         """first_row: of the batch at hand in the global batch."""
         self.gradients = gradients
         self.site = site
         self.seed, self.step, self.first_row = seed, step, first_row
 
-    def draw(self, name: str, part: str, shape: tuple[int, ...]) -> Tensor | None:
-        """The random words of an operand, a field of `Gradients`, in `shape`, on torch's default device; None where it
-        is rounded to nearest."""
+    def draw(self, name: str, part: str, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor | None:
+        """The random words of an operand, a field of `Gradients`, in `shape`; None where it is rounded to nearest."""
         operand = getattr(self.gradients, name)
         if operand is None or not operand.stochastic:
             return None
         first = 0 if part == "weight" else self.first_row * math.prod(shape[1:])
-        return random.bits(self.seed, self.step, f"{self.site}.{part}", math.prod(shape), first).reshape(shape)
+        words = random.bits(self.seed, self.step, f"{self.site}.{part}", math.prod(shape), first, device)
+        return words.reshape(shape)
 
     def quantize(
         self, name: str, x: Tensor, axis: int, words: Tensor | None = None, where: Tensor | None = None
@@ -87,8 +91,7 @@ def _draw_gradient(how: Backward, g: Tensor) -> tuple[Tensor | None, ...]:
 
 def _draw(how: Backward, name: str, part: str, x: Tensor) -> Tensor | None:
     """The words of an operand in x's shape, on its device."""
-    with x.device:
-        return how.draw(name, part, tuple(x.shape))
+    return how.draw(name, part, tuple(x.shape), x.device)
 
 
 class Linear(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 Differs from the reference: crosses_rows: processes may share a batch.
 Differs from the reference: was_silent: ranges are lowered, and kept by `qtx ptq`, in NumPy.
+Differs from the reference: holds_all: what can be saved where no code is clamped.
 """
 
 from __future__ import annotations
@@ -65,6 +66,15 @@ def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) ->
 def crosses_rows(spec: Quant) -> bool:
     """Whether sequences of a batch share a range."""
     return spec.granularity not in (Granularity.TOKEN, Granularity.BLOCK)
+
+
+def holds_all(spec: Quant, where: Tensor | None) -> bool:
+    """Whether every element's code under `dynamic_scale` is one of the codes without being clamped. So it is where all
+    elements are in the range and the scale is its largest magnitude / code_max: no quotient rounds to more. An
+    asymmetric range's ends and zero point are rounded apart from each other, and may lie one code too far."""
+    if isinstance(spec, FloatQuantSpec) or spec.outliers is not None or not spec.symmetric:
+        return False
+    return where is None or spec.granularity in (Granularity.TOKEN, Granularity.BLOCK)
 
 
 def beside_outliers(x: Tensor, spec: QuantSpec, where: Tensor | None) -> tuple[Tensor, Tensor]:

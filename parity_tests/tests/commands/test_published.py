@@ -92,6 +92,7 @@ def test_published_figures_stand_beside_ours(tmp_path):
     (trained,) = list_published("bert-base", attention("mlp:gate_hidden=16"), "train-w8a8")
     assert trained.text(()) == "as trained 5.301"
     assert list_published("bert-base", attention("mlp")) == list_published("bert-base", attention("mlp:gate_hidden=16"))
+    assert list_published("paper-opt-125m", attention("gated:pi=0.25")) == [figure]
     assert not list_published("bert-tiny", attention("vanilla")) and not list_published("opt-125m", attention("gated"))
 
 

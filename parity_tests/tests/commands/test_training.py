@@ -303,8 +303,8 @@ def test_overflow_in_float16_is_no_divergence_unless_it_lasts(tmp_path, monkeypa
     trainer = backend("ref").Trainer
     whole = trainer.step
 
-    def overflow(self, batch):
-        loss, norm = whole(self, batch)
+    def overflow(self, batch, **part):
+        loss, norm = whole(self, batch, **part)
         return (math.inf, math.nan) if self.adam.count in strange else (loss, norm)
 
     monkeypatch.setattr(trainer, "step", overflow)

@@ -170,14 +170,14 @@ def test_two_processes_and_one_folder(tmp_path):
     finally:
         first.kill()
     assert first.returncode == 143 and "Traceback" not in said
-    assert not out.exists() or {*os.listdir(out)} == {"log.jsonl", "model.safetensors"}  # it may have begun to train
+    assert not out.exists() or {*os.listdir(out)} <= {"log.jsonl", "model.safetensors", "run.toml"}  # it may have begun
 
 
 def test_what_killed_processes_left_is_removed_at_the_next_start(tmp_path):
     stale(tmp_path / "model.safetensors")
     (tmp_path / locks.LOCK).write_text("4711\n")
     good(*TRAIN[:-1], 1, "--out", tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "model.safetensors", "run.toml"]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_what_a_killed_process_of_an_earlier_version_left_is_removed(tmp_path, g
     (tmp_path / f".link.json.{gone}").symlink_to(tmp_path / "model.safetensors")
     with hold(tmp_path):
         pass
-    assert {*os.listdir(tmp_path)} == {"log.jsonl", "model.safetensors", f".link.json.{gone}", *kept}
+    assert {*os.listdir(tmp_path)} == {"log.jsonl", "model.safetensors", "run.toml", f".link.json.{gone}", *kept}
 
 
 def test_old_temporary_folders_are_removed(tmp_path, monkeypatch):

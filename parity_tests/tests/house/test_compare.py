@@ -21,6 +21,7 @@ import qtx_torch.numerics
 import qtx_torch.ops
 import qtx_torch.optim
 import qtx_torch.quant.affine
+import qtx_torch.quant.gradients
 import qtx_torch.random
 import qtx_torch.stats
 from parity_tests.proof import verdict
@@ -296,7 +297,7 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "a mask that sees one token ahead": (
         "torch",
         "attention/softmax1_causal",
-        replaced(qtx_torch.attention, "attention_mask", lambda m: lambda r, q, k, c: m(r, q, k, False)),
+        replaced(qtx_torch.attention, "attention_mask", lambda m: lambda r, q, k, c, *on: m(r, q, k, False, *on)),
     ),
     "a loss over all tokens": ("torch", "models/bert_sink", replaced(qtx_torch.models, "cross_entropy", scaled_loss)),
     "another Philox": ("torch", "random/philox", replaced(qtx_torch.random, "WEYL", lambda w: (w[1], w[0]))),
@@ -308,7 +309,52 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
     "another dropout": (
         "torch",
         "models/vit_plain_dropout",
-        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, site, *n: b(seed, step + 1, site, *n)),
+        replaced(qtx_torch.random, "keep_mask", lambda keep: lambda seed, step, *rest: keep(seed, step + 1, *rest)),
+    ),
+    "gradients scaled along the wrong axis": (
+        "torch",
+        "gradients/8_codes",
+        replaced(
+            qtx_torch.quant.gradients, "quantize_operand", lambda q: lambda x, axis, *more: q(x, -3 - axis, *more)
+        ),
+    ),
+    "a gradient's scale from its neighbours": (
+        "torch",
+        "gradients/mxfp8_codes",
+        replaced(qtx_torch.quant.gradients, "find_scale", lambda f: lambda x, quant: f(x.roll(1, 0), quant)),
+    ),
+    "gradients rounded to nearest": (
+        "torch",
+        "gradients/fp8_codes",
+        replaced(
+            qtx_torch.quant.gradients,
+            "quantize_operand",
+            lambda q: lambda x, axis, quant, words=None, where=None: q(x, axis, quant, None, where),
+        ),
+    ),
+    "padding in a gradient product": (
+        "torch",
+        "gradients/8_codes",
+        replaced(
+            qtx_torch.quant.gradients,
+            "quantize_operand",
+            lambda q: lambda x, axis, quant, words=None, where=None: q(x, axis, quant, words),
+        ),
+    ),
+    "a gradient with the words of another step": (
+        "torch",
+        "gradients/bert_gate_mlp_w8a8+grad8_forced",
+        replaced(qtx_torch.random, "bits", lambda b: lambda seed, step, *n: b(seed, step + 1, *n)),
+    ),
+    "a gradient product whose factor is lost": (
+        "torch",
+        "gradients/vit_clipped_row_w8a8+gradmxfp4_forced",
+        replaced(qtx_torch.ops, "scale", lambda s: lambda x, factor: s(x, factor) + x - x.detach()),
+    ),
+    "gradients left in float, running freely": (
+        "torch",
+        "gradients/vit-tiny_w8a8+grad8_free",
+        replaced(qtx_torch.quant.gradients.Backward, "quantize", lambda q: lambda self, name, x, *more: x),
     ),
     "a biased deviation": (
         "torch",

@@ -132,7 +132,7 @@ def test_decay_groups_are_the_published_ones(shape, gains, kind):
 def test_an_added_gate_is_as_narrow_as_published(name, std):
     """--fine_tuning: normal(0, 0.001) in their OPT attention, normal(0, 0.01) in their BERT's, bias logit(pi)."""
     small: ModelSpec = replace(preset(name), **SMALL | {"width": 256, "heads": 4})
-    spec, params = change_attention(small, init_params(small, 0), "gated:pi=0.25", seed=0)
+    spec, params = change_attention(small, init_params(small, 0), "gated:pi=0.25", seed=0, length=small.length)
     weights = np.concatenate([params[f"layer.{i}.attn.gate_logit.weight"].ravel() for i in range(2)])
     assert weights.std() == pytest.approx(std, rel=5 / np.sqrt(2 * weights.size))  # 5 standard errors
     assert spec.attention.gate is Gate.LINEAR and spec.attention.rescaled

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import qtx_ref.backend
 import qtx_torch.backend
+from parity_tests import compiled
 from parity_tests.subjects import small_models
+from qtx.engines.machine import Machine
 from qtx.prepare.calibration import bind
 from qtx.recipes.named import training_recipe
 from qtx_ref.spec import PLAIN_STEP, ObserverKind, ObserverSpec, OptimSpec, QuantSpec, Sharding, SpecError, StepSpec
 from qtx_torch.numerics import Float
-from qtx_torch.step import LossScale
+from qtx_torch.step import LossScale, check_deterministic
 
 OPTIM = OptimSpec(lr=1e-3, warmup=5, steps=100)
 RUNNING = QuantSpec(observer=ObserverSpec(ObserverKind.RUNNING))  # a batch seen twice moves the mean twice
@@ -195,3 +199,69 @@ def test_what_looks_at_tensors_sees_each_once():
     batches = [small_models.make_batch(plain.model.spec, size) for size in (3, 4, 5)]
     want, got = (t.model.calibrate(batches, quants) for t in (plain, again))
     assert got["layer.0.ffn.hidden"] == want["layer.0.ffn.hidden"]
+
+
+# --- where and in which order -----------------------------------------------------------------------------------------
+
+
+def test_a_deterministic_step_leaves_torch_as_it_was(monkeypatch):
+    trainer, plain = make_trainer("bert_plain", StepSpec(deterministic=True)), make_trainer("bert_plain")
+    batch = small_models.build("bert_plain").batch
+    seen: list[bool] = []
+    compute = trainer.model.forward_pass
+
+    def look(*given: object) -> torch.Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return compute(*given)
+
+    trainer.model.forward_pass = look
+    assert trainer.step(batch) == plain.step(batch)
+    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+    trainer.model.forward_pass = lambda *given: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.step(batch)
+    assert not torch.are_deterministic_algorithms_enabled()
+    for value in (None, ":0:0"):
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        if value:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value)
+        with pytest.raises(SpecError, match="step deterministic is True on cuda: set CUBLAS_WORKSPACE_CONFIG=:4096:8"):
+            check_deterministic(torch.device("cuda"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    check_deterministic(torch.device("cuda"))
+
+
+def test_the_device_auto_is_kept_by_the_name_of_the_one_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Machine("torch", "auto") == Machine("torch", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Machine("torch", "auto") == Machine("torch", "cuda")
+    assert Machine("ref", "auto") == Machine("ref", "cpu")
+    assert Machine("torch", "cuda:1").device == "cuda:1"
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's tracer says them of torch
+@pytest.mark.parametrize("name", ["bert_clipped_alpha", "opt_plain"])
+def test_a_compiled_step_is_one_graph_with_the_same_draws(name, monkeypatch):
+    """Traced and differentiated as for the compiler, and run op by op: what code is generated for it,
+    `python -m parity_tests.compiled` compares."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    traced, eager = make_trainer(name, StepSpec(accumulate=2, compiled=True)), make_trainer(name)
+    for seed in range(3):
+        batch = small_models.make_batch(traced.model.spec, 4 + 2 * seed)
+        batch = {key: value[:4] for key, value in batch.items()}
+        # the same ops; sums over two parts are in another order
+        np.testing.assert_allclose(traced.step(batch), eager.step(batch), rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler says them of torch
+def test_compiled_draws_and_codes_have_every_bit():
+    torch._dynamo.reset()
+    wrong = [verdict for verdict in compiled.check_operations(names=("per token",)) if not verdict.ok]
+    assert not wrong
