@@ -5,11 +5,13 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import qtx_ref
 from parity_tests.tests.shell import call, good
+from qtx.data import documents
 from qtx.data.spec import DataSpec, Packing, Source
 from qtx.engines.machine import Machine
 from qtx.jobs import opening, pretrain
@@ -339,6 +341,20 @@ def test_every_bundled_run_is_known_here():
         read_bundled("paper-opt")
     assert "unknown run 'nowhere'" in call("train", "nowhere").output
     assert "cannot be read (No such file or directory)" in call("train", "nowhere.toml").output
+
+
+def test_a_set_of_the_hub_may_be_named_with_its_configuration(monkeypatch):
+    """As the published runs name Wiki-40B."""
+    asked = []
+
+    def load_dataset(*names, split, streaming):
+        asked.append((names, split, streaming))
+        return [{"text": "a"}]
+
+    monkeypatch.setattr(documents, "need", lambda *_: SimpleNamespace(load_dataset=load_dataset))
+    for name in ("google/wiki40b:en", "bookcorpus/bookcorpus"):
+        assert [one.text for one in documents.read_hub(name)] == ["a"]
+    assert asked == [(("google/wiki40b", "en"), "train", True), (("bookcorpus/bookcorpus",), "train", True)]
 
 
 def test_the_six_configurations_of_the_post():
