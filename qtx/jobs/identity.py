@@ -80,7 +80,8 @@ def name_remedy(field: str) -> str:
     """How a field may be another when a run goes on, in words."""
     if may_change(field, MOVE):
         return ", or go on with --move of qtx train"
-    return f", or go on with --change {field} of qtx train" if may_change(field, CHANGEABLE) else ""
+    name = "data.batch" if field == "batch" else field  # as a run's file has it
+    return f", or go on with --change {name} of qtx train" if may_change(field, CHANGEABLE) else ""
 
 
 def check_changes(allowed: Collection[str]) -> None:

@@ -143,7 +143,7 @@ class Loop:
                     if (number or due) and self.save(last=number > 0).meta["diverged"]:
                         break
                     if number:
-                        where = f"at step {self.step} of {last}, saved in {self.path}"
+                        where = f"at step {self.step} of {last}, saved in {find_state(self.path)}"
                         raise Interrupted(f"stopped {where}", number)
             kept = self.save(last=True, done=True)
         if stop.number is not None:

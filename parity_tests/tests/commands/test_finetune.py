@@ -266,7 +266,7 @@ def test_interrupt_and_resume_give_the_same_bits(place, tmp_path, monkeypatch, w
         assert one.keys() == two.keys()
         assert all(one[name].tobytes() == two[name].tobytes() for name in one)
     other = refused(*command[:-1], 2e-3, "--out", tmp_path / "broken", "--resume")
-    assert "optim.lr was 0.001" in other
+    assert "optim.lr was 0.001" in other and "--change optim.lr" in other
 
 
 def test_another_init_is_another_run(place, tmp_path):
