@@ -25,6 +25,7 @@ Decorator = Callable[[Command], Command]
 WRITTEN = (
     "model.safetensors",
     "run.toml",
+    "log.jsonl",
     "study.json",
     "curves.png",
     "config.json",
