@@ -419,7 +419,8 @@ def test_two_rows_of_one_name_are_refused():
 def test_the_guide_has_every_key():
     """docs/guide.md has the table that `qtx runs --keys` prints."""
     printed = good("runs", "--keys").stdout
-    assert printed in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert printed in page, "put what qtx runs --keys prints in place of the table of keys"
 
 
 @pytest.mark.parametrize(
