@@ -18,7 +18,7 @@ from qtx.hub.names import lengthen_name, list_shapes, name_parameters
 from qtx.recipes.named import resolve, training_recipe
 from qtx_ref.presets import preset
 from qtx_ref.random import stream
-from qtx_ref.spec import ModelSpec, OptimSpec
+from qtx_ref.spec import ModelSpec, OptimSpec, StepSpec
 
 Step = Callable[[], None]
 Arrays = dict[str, np.ndarray]
@@ -26,9 +26,10 @@ Arrays = dict[str, np.ndarray]
 OPTIM = OptimSpec(lr=1e-4, steps=1_000_000, warmup=10_000)
 
 
-def shape(name: str, dropout: float) -> ModelSpec:
-    """A preset with one rate of dropout everywhere."""
-    return replace(preset(name), dropout=dropout, attention_dropout=dropout)
+def shape(name: str, dropout: float, layers: int = 0) -> ModelSpec:
+    """A preset with one rate of dropout everywhere; `layers`: not as many as it has."""
+    spec = preset(name)
+    return replace(spec, dropout=dropout, attention_dropout=dropout, layers=layers or spec.layers)
 
 
 def random_batch(spec: ModelSpec, size: int, length: int) -> Arrays:
@@ -40,13 +41,19 @@ def random_batch(spec: ModelSpec, size: int, length: int) -> Arrays:
 
 
 def make_trainer(
-    spec: ModelSpec, params: Arrays, *, device: str = "cpu", dtype: str = "float32", quant: str = ""
+    spec: ModelSpec,
+    params: Arrays,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    quant: str = "",
+    compiled: bool = False,
 ) -> qtx_torch.backend.Trainer:
     """Our trainer as `qtx train` makes it; `quant` as `--train-quant`."""
     model = qtx_torch.backend.Model(spec, params, device=device, dtype=dtype)
     if quant:
         model.bind(resolve(training_recipe(quant, spec), spec), {})
-    return qtx_torch.backend.Trainer(model, OPTIM)
+    return qtx_torch.backend.Trainer(model, OPTIM, step=StepSpec(compiled=compiled))
 
 
 def make_theirs(spec: ModelSpec, params: Arrays, device: str = "cpu") -> nn.Module:

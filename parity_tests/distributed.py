@@ -53,9 +53,10 @@ class Subject:
     model: str
     recipe: str | None = None
     recompute: bool = False
+    parts: int = 2  # of the rows of each process
     rate: float = 0.1
 
-    def build(self, accumulate: int, sharding: Sharding = Sharding.NONE) -> backend.Trainer:
+    def build(self, accumulate: int = 1, sharding: Sharding = Sharding.NONE) -> backend.Trainer:
         """A trainer at its first step."""
         small = small_models.build(self.model)
         spec = replace(small.spec, dropout=self.rate, attention_dropout=self.rate)
@@ -87,6 +88,10 @@ SUBJECTS = (
     Subject("vit_plain"),
     Subject("bert_plain", "w8a8"),
     Subject("bert_plain", "lsq-w8a8"),
+    Subject("bert_plain", "w8a8+grad8"),
+    Subject(
+        "bert_plain", "w8a8-tensor", parts=1
+    ),  # a range per tensor is that of all processes' rows, not of all parts
 )
 
 
@@ -125,7 +130,7 @@ def work(folder: Path, steps: int, subjects: Iterable[int]) -> None:
 
 def train(subject: Subject, sharding: Sharding, rank: int, count: int, steps: int) -> Arrays:
     """Loss and gradients of the first step, the losses of `steps`, the parameters after them; bytes of one step."""
-    trainer = subject.build(2, sharding)
+    trainer = subject.build(subject.parts, sharding)
     batches = subject.batches(trainer.model, steps)
     rows = slice(ROWS * rank // count, ROWS * (rank + 1) // count)
     results: Arrays = {}
@@ -153,7 +158,7 @@ def take_gradients(trainer: backend.Trainer, part: Batch, first: int) -> tuple[f
     targets = backend.models.count_targets(inputs)
     make = partial(Float, training=True, seed=3, step=0)
     total = int(distributed.add(torch.tensor(targets)))
-    loss, grads = model.backward(inputs, make, None, accumulate=2, first=first, count=total)
+    loss, grads = model.backward(inputs, make, None, accumulate=trainer.spec.accumulate, first=first, count=total)
     return loss.item(), {name: distributed.gather(value).numpy().copy() for name, value in grads.items()}
 
 
@@ -173,7 +178,7 @@ def launch(folder: Path, count: int, steps: int, subjects: Iterable[int]) -> Non
 
 def compare(subject: Subject, steps: int, runs: Mapping[str, Mapping[str, np.ndarray]]) -> list[Verdict]:
     """Several processes, by name, beside one."""
-    whole, parts = subject.build(1), subject.build(4)
+    whole, parts = subject.build(), subject.build(4)
     spec = whole.model.spec
     batch = next(subject.batches(whole.model))
     draws = {"training": True, "seed": 3, "step": 0}

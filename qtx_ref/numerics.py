@@ -31,6 +31,7 @@ __all__ = [
     "Numerics",
     "Quantizers",
     "Record",
+    "dynamic_quantize",
     "fake_quantize",
     "is_weight",
     "learned_quantize",
@@ -38,6 +39,7 @@ __all__ = [
     "transform_input",
 ]
 
+BEYOND = 1e38  # of a range whose ends lie as far apart float32 has no length
 ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh": ops.tanh}
 
 
@@ -314,11 +316,7 @@ class Calibrate(Quantizers):
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
         spec = self.specs[site]
         if spec.dynamic:
-            return (
-                fake_quantize(x, *quantizer.dynamic_scale(x.value, spec, where, is_weight(site)), spec)
-                if self.quantize
-                else x
-            )
+            return dynamic_quantize(x, spec, where, is_weight(site)) if self.quantize else x
         observer = self.observers.setdefault(site, Observer(spec, is_weight(site)))
         if site not in self.weights:
             try:
@@ -367,7 +365,7 @@ class FakeQuant(Quantizers):
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
         spec = self.specs[site]
         if spec.dynamic:
-            return fake_quantize(x, *quantizer.dynamic_scale(x.value, spec, where, is_weight(site)), spec)
+            return dynamic_quantize(x, spec, where, is_weight(site))
         if isinstance(spec, QuantSpec) and spec.learned and f"{site}.scale" in self.learned:
             return learned_quantize(x, self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec)
         return fake_quantize(x, self.ranges[site].scale, self.ranges[site].zero_point, spec)
@@ -393,6 +391,20 @@ def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: Quant
     """
     y, inside = quantizer.simulate(x.value, scale, zero_point, spec)
     return node(y, (x, lambda g: g * inside))
+
+
+def dynamic_quantize(x: Var, spec: Quant, where: np.ndarray | None, weight: bool) -> Var:
+    """`fake_quantize` of x, of any shape, by its own range, that of the elements where `where`, boolean, is true (None:
+    all). One that is not finite becomes NaN throughout: a run that diverges shows it in its loss. Raises ValueError as
+    `quantizer.dynamic_scale` for all else."""
+    try:
+        scale = quantizer.dynamic_scale(x.value, spec, where, weight)
+    except ValueError:
+        if np.abs(x.value).max() < BEYOND:  # something else is wrong
+            raise
+        nan = x.value.dtype.type(np.nan)
+        return node(x.value * nan, (x, lambda g: g * nan))
+    return fake_quantize(x, *scale, spec)
 
 
 def learned_scale_zero(scale: np.ndarray, zero_point: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:

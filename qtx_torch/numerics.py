@@ -3,7 +3,7 @@
 Differs from the reference: site, module, attn, Float.load: a site's module knows its site and holds its parameters.
 Differs from the reference: Numerics, Float.begin: torch's integers have no numerics of floats above them.
 Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Calibrate,
-FakeQuant, is_weight: hooks are modules in a site's slots, not methods of the numerics.
+FakeQuant, dynamic_quantize, is_weight: hooks are modules in a site's slots, not methods of the numerics.
 Differs from the reference: transforms, transform_input, Transformed: so are the transforms of inputs.
 
 A model is wiring. It hands every computation to one of these objects together with the site that comes out. `Float`
@@ -41,6 +41,7 @@ from .quant import affine, gradients, quantizer
 from .quant.observers import Observer
 from .sites import SiteModule
 
+BEYOND = 1e38  # of a range whose ends lie as far apart float32 has no length
 ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh": ops.tanh}
 
 
@@ -251,7 +252,17 @@ class Quantizer(nn.Module):
         return self.apply_to(x, None if self.everywhere else where)
 
     def dynamic(self, x: Tensor, where: Tensor | None) -> Tensor:
-        return fake_quantize(x, *quantizer.dynamic_scale(x.detach(), self.spec, where, self.is_weight), self.spec)
+        """By the tensor's own range. One that is not finite becomes NaN throughout: a run that diverges shows it in its
+        loss."""
+        try:
+            scale, zero_point = quantizer.dynamic_scale(x.detach(), self.spec, where, self.is_weight)
+        except ValueError:
+            if x.detach().abs().max() < BEYOND:  # something else is wrong
+                raise
+            return x * math.nan
+        if quantizer.holds_all(self.spec, where):
+            return Unclamped.apply(x, scale, zero_point)
+        return fake_quantize(x, scale, zero_point, self.spec)
 
 
 class Calibrate(Quantizer):
@@ -326,6 +337,19 @@ class StraightThrough(torch.autograd.Function):
         wide = torch.promote_types(g.dtype, level.dtype)  # bfloat16 cannot tell 32767 from 32768
         dx = torch.ops.aten.hardtanh_backward(g.to(wide), level.to(wide), *ctx.ends)
         return dx.to(g.dtype), None, None, None
+
+
+class Unclamped(torch.autograd.Function):
+    """The same where no code is clamped (`quantizer.holds_all`): nothing is kept, and all of the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return affine.round_level(x, scale, zero_point).sub_(zero_point).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
+        return g, None, None
 
 
 class Selected(torch.autograd.Function):

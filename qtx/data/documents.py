@@ -142,18 +142,19 @@ def read_running(path: Path) -> Iterator[Document]:
 
 def decode(path: Path, raw: Iterable[bytes]) -> Iterator[str]:
     """The text of an open file, in pieces of `READ` characters. Raises DataError where it is none."""
-    text = io.TextIOWrapper(raw, encoding="utf-8-sig")  # type: ignore[type-var]
-    while True:
-        before = raw.tell()  # type: ignore[attr-defined]
-        try:
-            piece = text.read(READ)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 (near byte {before + error.start}): convert it to UTF-8") from None
-        if "\0" in piece:
-            raise DataError(f"{path} holds NUL bytes, so it is not text: give plain UTF-8 text")
-        if not piece:
-            return
-        yield piece
+    with io.TextIOWrapper(raw, encoding="utf-8-sig") as text:  # type: ignore[type-var]
+        while True:
+            before = raw.tell()  # type: ignore[attr-defined]
+            try:
+                piece = text.read(READ)
+            except UnicodeDecodeError as error:
+                where = before + error.start
+                raise DataError(f"{path} is not UTF-8 (near byte {where}): convert it to UTF-8") from None
+            if "\0" in piece:
+                raise DataError(f"{path} holds NUL bytes, so it is not text: give plain UTF-8 text")
+            if not piece:
+                return
+            yield piece
 
 
 def cut(where: str, pieces: Iterable[str]) -> Iterator[Document]:
@@ -296,10 +297,11 @@ def read_saved(path: Path) -> Iterator[Document]:
 
 
 def read_hub(name: str) -> Iterator[Document]:
-    """The train rows of a data set of the hub, streamed. Raises DataError where it cannot be had."""
+    """The train rows of a data set of the hub, OWNER/NAME or OWNER/NAME:CONFIGURATION, streamed. Raises DataError where
+    it cannot be had."""
     lib = need("datasets", "data", f"the data set {name} of the hub")
     try:
-        rows = lib.load_dataset(name, split="train", streaming=True)
+        rows = lib.load_dataset(*name.split(":", 1), split="train", streaming=True)
         for number, values in enumerate(rows, 1):
             yield from cut_long([take_text(f"{HUB}{name} row {number}", values)])
     except (DataError, GeneratorExit):
@@ -314,7 +316,7 @@ def hub_version(name: str) -> str:
     """Which commit a data set of the hub is at. Raises DataError where the hub does not say."""
     hub = need("huggingface_hub", "data", f"the data set {name} of the hub")
     try:
-        return str(hub.HfApi().dataset_info(name).sha)
+        return str(hub.HfApi().dataset_info(name.partition(":")[0]).sha)
     except Exception as error:
         raise DataError(
             f"{HUB}{name} cannot be found ({shorten_error(error)}): check its name and the network"

@@ -15,6 +15,7 @@ import numpy as np
 from qtx_ref.random import stream
 
 from .spec import Packing
+from .splits import DataError
 
 ROUNDS = 8  # of the Feistel network
 MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -158,6 +159,9 @@ class Mixture:
         even = np.searchsorted(self._bounds[:-1], (np.arange(BLOCK) + 0.5) / BLOCK, side="right")
         self._even = even  # (BLOCK,) the source of each of a block's places before they are drawn
         self._share = np.bincount(even, minlength=len(weights))
+        for weight, share in zip(weights, self._share, strict=True):
+            if not share:
+                raise DataError(f"a source has the weight {weight:g} of {sum(weights):g}: give at least 1 in {BLOCK}")
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def draw(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

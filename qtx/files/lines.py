@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..disk import WriteError
 from .container import FileError
@@ -43,6 +44,18 @@ def read_step(line: bytes) -> int | None:
         return None
     step = record.get("step") if isinstance(record, dict) else None
     return step if type(step) is int else None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines that are whole, as JSON objects; none where there is no file. Raises FileError for one that cannot be
+    read."""
+    try:
+        with open(path, "rb") as file:
+            yield from (json.loads(line) for line in file if read_step(line) is not None)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 class Lines:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qtx_ref.spec import SpecError
 
 from ..data import TextData, unigram_perplexity
@@ -22,6 +24,7 @@ from ..engines.machine import identify_machine
 from ..engines.protocols import Batch, Data
 from ..files.checkpoint import Checkpoint, load_checkpoint
 from ..files.container import STUDY, FileError, check_writable, write_sealed_json
+from ..files.lines import read_lines
 from ..files.locks import LOCK, hold
 from ..files.results import read_study
 from ..files.writing import check_space
@@ -33,15 +36,16 @@ from ..measure.sizes import count_stored_bytes, ranges_json
 from ..prepare.calibration import CALIBRATION_SEED, bind, calibration_batches
 from ..prepare.prepare import prepare
 from ..recipes.named import recipe, resolve, training_recipe
-from ..report.plots import draw_curves
+from ..report.plots import Points, draw_curves, draw_norms
 from ..report.tables import DIVERGED, format_number, format_spread, format_table
 from ..runs.reading import RunSpec
 from .opening import load_data
 from .resolving import MODEL, make_train
 from .rows import Row, describe_shape, keep_run, keep_value, list_recipes, make_rows, read_kept
-from .run import PER_STEP, checkpoint_bytes, describe_difference
+from .run import LOG, PER_STEP, checkpoint_bytes, describe_difference
 from .training import fit_vocabulary, train
 
+NORMS = "inf_norm.png"  # of the sites that runs log
 OUTLIER_BATCHES = 16  # evaluation batches behind inf norm and kurtosis
 
 
@@ -125,14 +129,32 @@ class Study:
         lost = {name: " (diverged)" if run["diverged"] else "" for name, run in self.runs.items()}
         histories = {name + lost[name]: self._history(name) for name in self.runs}
         row = self.rows[self.first]
+        norms = self._read_norms(lost)
         try:
             source = "+".join(source.path for source in row.data.sources) or "bundled data"
             batch, model = row.run.get("data.batch", PER_STEP), row.run.get("model.preset", MODEL)
             about = f"{source}, {row.optim.steps} steps of batch {batch}"
             draw_curves(self.out / "curves.png", histories, f"qtx study: {model} on {about}")
             self.written.append("curves.png")
+            if norms:
+                draw_norms(self.out / NORMS, norms, f"qtx study: {model} on {about}, float passes of each step's batch")
+                self.written.append(NORMS)
         except (MissingExtra, FileError) as error:
             print(f"no picture: {error}", file=sys.stderr)
+
+    def _read_norms(self, lost: Mapping[str, str]) -> dict[str, dict[str, Points]]:
+        """By site and run the steps whose inf norm its log has, and the norms; see `LogSpec.sites`."""
+        norms: dict[str, dict[str, Points]] = {}
+        for name, run in self.runs.items():
+            points: dict[str, list[tuple[int, float]]] = {}
+            for line in read_lines((self.out / run["checkpoint"]).parent / LOG):
+                for site, values in line.get("sites", {}).items():
+                    norm = values["inf_norm"]
+                    points.setdefault(site, []).append((line["step"], math.inf if norm is None else norm))
+            for site, known in points.items():
+                steps, values = zip(*known, strict=True)
+                norms.setdefault(site, {})[name + lost[name]] = (steps, values)
+        return norms
 
     def result(self) -> dict[str, Any]:
         """What `study.json` holds."""
@@ -150,7 +172,7 @@ class Study:
         header = ["attention", f"FP {unit}", "max inf norm", "avg kurtosis"]
         trained = any(row.quant for row in self.rows.values())
         if trained:
-            header.append(f"as trained {unit}")
+            header += [f"as trained {unit}", "mean loss"]
         for name in self.recipes:
             header += [f"{name.upper() if name.startswith('w') else name} {unit}", "degradation"]
         lines = {row.line: row for row in self.rows.values()}
@@ -190,7 +212,7 @@ class Study:
         cells = [format_spread(float_scores), format_spread(values("outliers", "max_inf_norm"), 2)]
         cells.append(format_spread(values("outliers", "average_kurtosis"), 2))
         if trained:
-            cells.append(format_spread(values("trained", kind)))
+            cells += [format_spread(values("trained", kind)), format_spread(values("mean_loss"))]
         for name in self.recipes:
             scores = values("recipes", name, kind)
             cells.append(format_spread(scores))
@@ -203,6 +225,7 @@ class Study:
         path = self.out / name / "model.safetensors"
         run = make_train(row.run, self.models[name], row.optim)
         checkpoint = train(run, self.data[row.data], path, row.machine, resume=self.resume or path.exists(), label=name)
+        history = History.of(checkpoint.extra)
         result: dict[str, Any] = {
             "attention": row.kind,
             "train_quant": row.quant,
@@ -215,7 +238,8 @@ class Study:
             "float_bytes": None,
             "trained": None,
             "recipes": {},
-            "watch": History.of(checkpoint.extra).watched(),
+            "watch": history.watched(),
+            "mean_loss": float(np.mean(history.loss)) if history.loss else None,  # in training, over all steps
         }
         if "diverged_at" not in checkpoint.meta:
             self._measure(result, checkpoint, row, f"{name} evaluate")

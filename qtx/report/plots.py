@@ -94,6 +94,25 @@ def make_curve_figure(runs: Mapping[str, Curves], title: str) -> Figure:
     return figure
 
 
+def draw_norms(path: Path, sites: Mapping[str, Mapping[str, Points]], title: str) -> None:
+    """Writes `make_norm_figure` as a PNG. Raises MissingExtra without matplotlib."""
+    save_figure(make_norm_figure(sites, title), path)
+
+
+def make_norm_figure(sites: Mapping[str, Mapping[str, Points]], title: str) -> Figure:
+    """A panel for each site, in it a line for each run: the inf norm by step. Raises MissingExtra without
+    matplotlib."""
+    figure, panels = new_panels(6.4, 3.6, len(sites), 2, WHAT)
+    names = list(dict.fromkeys(name for runs in sites.values() for name in runs))
+    looks = choose_looks(names)
+    for panel, (site, runs) in zip(panels, sites.items(), strict=True):
+        draw_lines(panel, runs, looks)
+        panel.set(xlabel="step", ylabel=f"inf norm of {plain(site)}")
+    add_legend(figure, [make_legend_line(looks[name]) for name in names], names)
+    set_title(figure, title)
+    return figure
+
+
 def make_legend_line(look: Look) -> Line2D:
     """What stands for a run in the legend."""
     from matplotlib.lines import Line2D

@@ -30,6 +30,7 @@ from .spec import EvaluationSpec, LogSpec, SavingSpec
 NOTHING = "none"  # how a file says that an optional key has no value: TOML has no word for it
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 LARGEST = 2**63 - 1  # of whole numbers
+LONGEST = 80  # characters of a wrong name that count
 TABLES: dict[str, type] = {
     "model": ModelSpec,
     "optim": OptimSpec,
@@ -116,10 +117,11 @@ TOLD = {
     "data.augment.brightness": "a factor drawn from 1 - x to 1 + x",
     "data.augment.contrast": "the same",
     "data.augment.saturation": "the same",
+    "step.accumulate": "parts of a batch, one after another, whose gradients are summed",
     "step.sharding": "what each of several processes holds: the whole model, or its share",
     "log.tensorboard": "also in files for TensorBoard",
     "machine.backend": "torch, or ref (NumPy)",
-    "machine.device": "cpu, or cuda",
+    "machine.device": "cpu, cuda, or auto: cuda where there is one",
     "machine.dtype": "float32, float64; bfloat16, float16 with torch",
 }
 
@@ -164,12 +166,12 @@ def find_key(name: str, source: str) -> Key:
     """The key of that name. Raises SpecError naming the nearest one that there is."""
     if name in list_keys():
         return list_keys()[name]
-    raise SpecError(f"{source}: unknown key {name!r}: did you mean {nearest(name)}?")
+    raise SpecError(f"{source}: unknown key {name[:LONGEST]!r}: did you mean {nearest(name)}?")
 
 
 def nearest(name: str, known: Iterable[str] = ()) -> str:
     """The known name that is most like another: in the whole, or behind the dot, where the table was wrong."""
-    names = [*known] or [*list_keys()]
+    names, name = [*known] or [*list_keys()], name[:LONGEST]
     by_last: dict[str, list[str]] = {}
     for one in names:
         by_last.setdefault(one.rpartition(".")[2], []).append(one)
@@ -239,7 +241,7 @@ def fit_spec(kind: type, value: Any, what: str) -> Any:
         refuse(what, value, f"expected a text, or a table of {', '.join(hints)}")
     for name in given:
         if name not in hints:
-            raise SpecError(f"{what}: unknown key {name!r}: did you mean {nearest(name, hints)}?")
+            raise SpecError(f"{what}: unknown key {name[:LONGEST]!r}: did you mean {nearest(name, hints)}?")
     for field in dataclasses.fields(kind):
         if field.default is dataclasses.MISSING and field.name not in given:
             raise SpecError(f"{what}: key {field.name!r} is missing: add it")

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from qtx_ref.spec import SpecError
+from qtx_ref.spec.base import refuse
 
 from .. import __version__
 from ..data.reading import read_regular
 from ..files.formats import RUN_MARK
-from .keys import NOTHING, Key, find_key, list_keys, nearest, read_value
+from .keys import LONGEST, NOTHING, Key, find_key, list_keys, nearest, read_value
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -105,7 +106,7 @@ def read_grid(name: str, given: Any, origin: str) -> tuple[Any, ...]:
         read_value(key, one, origin) for one in (given if isinstance(given, (list, tuple, range)) else [given])
     )
     if not values or any(one in values[:i] for i, one in enumerate(values)):
-        raise SpecError(f"{origin}: {STUDY}.{name} is {write_value(given)}: name at least one, each once")
+        refuse(f"{origin}: {STUDY}.{name}", given, "name at least one, each once")
     return values
 
 
@@ -146,14 +147,14 @@ def parse_run(text: str, source: str) -> RunSpec:
     """The run that a text in TOML says; `source` names it in errors and beside its values."""
     try:
         content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"run {source} is no TOML: {error}") from None
     base = content.pop(BASE, None)
     if base is not None and base not in list_bundled():
-        raise SpecError(f"{source}: {BASE} is {base!r}: name one of {', '.join(list_bundled())}")
+        refuse(f"{source}: {BASE}", base, f"name one of {', '.join(list_bundled())}")
     grids = content.pop(STUDY, {})
     if not isinstance(grids, dict):
-        raise SpecError(f"{source}: {STUDY} is {grids!r}: expected a table of lists, a key each")
+        refuse(f"{source}: {STUDY}", grids, "expected a table of lists, a key each")
     run = make_run(flatten(content, "", source), source, flatten(grids, "", source))
     return run if base is None else open_run(base).under(run)
 
@@ -167,10 +168,10 @@ def flatten(content: Mapping[str, Any], table: str, source: str) -> dict[str, An
         if is_table and isinstance(value, dict):
             values |= flatten(value, whole, source)
         elif is_table and whole not in list_keys():
-            raise SpecError(f"{source}: {whole} is {write_value(value)}: expected a table, [{whole}]")
+            refuse(f"{source}: {whole}", value, f"expected a table, [{whole}]")
         elif isinstance(value, dict) and whole not in list_keys():
             tables = dict.fromkeys(key.table for key in list_keys().values() if key.table)
-            raise SpecError(f"{source}: unknown table [{whole}]: did you mean [{nearest(whole, tables)}]?")
+            raise SpecError(f"{source}: unknown table [{whole[:LONGEST]}]: did you mean [{nearest(whole, tables)}]?")
         else:
             values[find_key(whole, source).name] = value
     return values
@@ -194,7 +195,7 @@ def parse_value(key: Key, text: str) -> Any:
         return text == "True"
     try:
         content = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text
     plain = key.kind is str and not isinstance(content["value"], str)
     return text if plain or set(content) != {"value"} else content["value"]

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from qtx_ref.spec import FloatQuantSpec, Gradients, Granularity, Quant
 
-from .. import ops, random
+from .. import distributed, ops, random
 from . import formats, quantizer
 from .affine import TINY
 
@@ -59,6 +59,8 @@ def find_scale(x: Tensor, quant: Quant) -> Tensor:
         return formats.mx_scale(padded, quant.format, quant.shared, quant.block)[..., : x.shape[-1]]
     axes = tuple(range(x.ndim)) if quant.granularity is Granularity.TENSOR else (x.ndim - 1,)
     low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)  # no copy of |x|
+    if quant.granularity is Granularity.TENSOR:
+        low, high = distributed.share_range(low, high)
     top = torch.maximum(-low, high).float()
     largest = formats.LAYOUTS[quant.format].maximum if isinstance(quant, FloatQuantSpec) else quant.code_max
     scale = (top / torch.full_like(top, largest)).clamp(min=TINY).masked_fill(top == 0, 1)

@@ -1,6 +1,8 @@
 """A quantizer by its spec: uniform codes (`affine`) or a small float (`formats`).
 
+Differs from the reference: crosses_rows: processes may share a batch.
 Differs from the reference: was_silent: ranges are lowered, and kept by `qtx ptq`, in NumPy.
+Differs from the reference: holds_all: what can be saved where no code is clamped.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from qtx_ref.spec import (
     check_where,
 )
 
+from .. import distributed
 from . import affine, formats
 
 SILENT_SCALE = 2.0**-8  # of a tensor that was 0 in all of calibration
@@ -54,7 +57,24 @@ def dynamic_scale(x: Tensor, spec: Quant, where: Tensor | None, weight: bool) ->
     if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
         scale = formats.mx_scale(x, spec.format, spec.shared, spec.block)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
-    return scale_zero(*affine.ranges(x, spec, weight, where), spec)
+    ends = affine.ranges(x, spec, weight, where)
+    if torch.is_grad_enabled() and not weight and crosses_rows(spec):
+        ends = distributed.share_range(*ends)  # of the whole batch, of which each process trains on some rows
+    return scale_zero(*ends, spec)
+
+
+def crosses_rows(spec: Quant) -> bool:
+    """Whether sequences of a batch share a range."""
+    return spec.granularity not in (Granularity.TOKEN, Granularity.BLOCK)
+
+
+def holds_all(spec: Quant, where: Tensor | None) -> bool:
+    """Whether every element's code under `dynamic_scale` is one of the codes without being clamped. So it is where all
+    elements are in the range and the scale is its largest magnitude / code_max: no quotient rounds to more. An
+    asymmetric range's ends and zero point are rounded apart from each other, and may lie one code too far."""
+    if isinstance(spec, FloatQuantSpec) or spec.outliers is not None or not spec.symmetric:
+        return False
+    return where is None or spec.granularity in (Granularity.TOKEN, Granularity.BLOCK)
 
 
 def beside_outliers(x: Tensor, spec: QuantSpec, where: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from qtx.recipes import named as recipes
 from qtx_ref import numerics, ops
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
-from qtx_ref.quant import formats
+from qtx_ref.quant import affine, formats, quantizer
 from qtx_ref.quant.observers import Observer
 from qtx_ref.random import stream
 from qtx_ref.spec import (
@@ -33,6 +33,7 @@ from qtx_ref.spec import (
 )
 from qtx_ref.tape import backward, leaf
 from qtx_torch import numerics as torch_numerics
+from qtx_torch.quant import quantizer as torch_quantizer
 
 F32 = np.float32
 E4M3, E5M2, E2M1 = FloatFormat
@@ -242,3 +243,36 @@ def test_a_study_has_a_column_for_each_format(tmp_path):
     names = ("fp8-e4m3", "mxfp4")
     printed = good("study", *TINY, "--attention", "vanilla", "--bits", ",".join(names), "--out", tmp_path).stdout
     assert all(f"| {name} acc %" in printed for name in names)
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+@pytest.mark.parametrize("kind", [Granularity.TENSOR, Granularity.TOKEN, Granularity.CHANNEL, Granularity.GROUP])
+def test_what_needs_no_clamping_has_the_references_codes(bits, kind):
+    """Symmetric ranges of the tensor itself, at magnitudes down to float32's smallest: the reference clamps, and finds
+    every code inside."""
+    spec = QuantSpec(bits, True, kind, dynamic=True, groups=2 if kind is Granularity.GROUP else None)
+    hook = torch_numerics.FakeQuant("here", spec, None)
+    for seed, size in enumerate((1e-45, 3e-39, 2.0**-126, 1e-6, 1.0, 7e4, 3e38)):
+        x = (stream(seed, "unclamped", bits).uniform(-1, 1, (3, 5, 8)) * size).astype(F32)
+        held = torch.tensor(x, requires_grad=True)
+        scale, zero = quantizer.dynamic_scale(x, spec, None, False)
+        y, inside = quantizer.fake_quantize(x, scale, zero, spec)
+        z = hook(held, None)
+        z.backward(torch.tensor(x))
+        assert torch_quantizer.holds_all(spec, None) and inside.all()
+        np.testing.assert_array_equal(z.detach().numpy(), y)
+        np.testing.assert_array_equal(held.grad.numpy(), x)
+
+
+def test_what_may_need_clamping_is_clamped():
+    """An asymmetric range whose rounded ends are 256 steps apart; a range of fewer elements than are quantized."""
+    x, where = torch.tensor([[-1.5, 253.5]]), torch.tensor([[True, False]])
+    spec = QuantSpec(8, False, Granularity.TOKEN, dynamic=True)
+    assert not torch_quantizer.holds_all(spec, None)
+    level = affine.round_level(x.numpy(), *quantizer.dynamic_scale(x.numpy(), spec, None, False))
+    assert level.min() == spec.code_min and level.max() == spec.code_max + 1
+    tensor = QuantSpec(8, True, Granularity.TENSOR, dynamic=True)
+    assert not torch_quantizer.holds_all(tensor, where)
+    held = x.clone().requires_grad_()
+    torch_numerics.FakeQuant("here", tensor, None)(held, where).sum().backward()
+    assert held.grad.tolist() == [[1, 0]]

@@ -191,6 +191,9 @@ def test_the_nearest_key(name, near):
         ("study = 3", "x.toml: study is 3: expected a table of lists"),
         ("seed 3", "run x.toml is no TOML: "),
         ("a = " + "[" * 5000, "run x.toml is no TOML: "),
+        ("a = " + "9" * 5000, "run x.toml is no TOML: "),
+        ("a" * 10_000 + " = 1", f"unknown key '{'a' * 80}'"),
+        ('"" = 1', "x.toml: unknown key ''"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(text, message):
@@ -416,7 +419,8 @@ def test_two_rows_of_one_name_are_refused():
 def test_the_guide_has_every_key():
     """docs/guide.md has the table that `qtx runs --keys` prints."""
     printed = good("runs", "--keys").stdout
-    assert printed in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert printed in page, "put what qtx runs --keys prints in place of the table of keys"
 
 
 @pytest.mark.parametrize(
@@ -430,7 +434,7 @@ def test_the_guide_has_every_key():
         (["finetune", "x", "--out", "o"], "name the labelled data with --data"),
         (["finetune", "x", "--out", "o", "--data", "books", "--set", "model.layers=3"], "the checkpoint has its own"),
         (["finetune", "x", "--out", "o", "--data", "books", "--head-only", "--set", "optim.only=head."], "one of them"),
-        (["train", "--resume", "--change", "seed"], "change is 'seed': a run can change"),
+        (["train", "--backend", "ref", "--resume", "--change", "seed"], "change is 'seed': a run can change"),
     ],
 )
 def test_commands_refuse(tmp_path, monkeypatch, arguments, message):

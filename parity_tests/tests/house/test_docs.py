@@ -58,7 +58,7 @@ COMMAND = re.compile(r"^(?:\$ |- run: | +- run: )?(?:qtx|python -m qtx|python cl
 def list_commands(page: str) -> list[str]:
     """Each command line of qtx in the page's code blocks, without comment."""
     lines = [line for kind, block in FENCED.findall(page) if kind in SHELL for line in COMMAND.findall(block)]
-    return [re.split(r"\s+#|\s+\|\|", line)[0].strip() for line in lines]
+    return [re.split(r"\s+#|\s+\|\||\s+>\s", line)[0].strip() for line in lines]
 
 
 COMMANDS = [(page, line) for page in PAGES for line in list_commands(page.read_text(encoding="utf-8"))]

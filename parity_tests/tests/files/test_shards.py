@@ -1,0 +1,510 @@
+"""Documents in shards: what is read, tokenized once, kept through kills and damage, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qtx.data import SPLITS, DataError, DataSpec, Source, load
+from qtx.data import documents as reading
+from qtx.data import shards as writing
+from qtx.data.documents import choose_split, cut, open_documents, read_file
+from qtx.data.shards import Cache, Seen, make_encoder, map_shard
+from qtx.data.spec import Begin, Packing
+from qtx.data.splits import digest, refuse_overlap
+from qtx.data.tokenizing import BUNDLED
+from qtx.engines.backend import MissingExtra
+from qtx_ref.spec import Family, Head, ModelSpec, SpecError
+
+tokenizers = pytest.importorskip("tokenizers", reason="tokenizing needs the extra qtx[text]")
+TOKENIZER = BUNDLED / "tokenizer.json"
+OPT = ModelSpec(Family.OPT, 1, 8, 1, 8, Head.CAUSAL, vocab=2048, length=16)
+BERT = ModelSpec(Family.BERT, 1, 8, 1, 8, Head.MLM, vocab=2048, length=16, types=2)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("QTX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def texts_of(count: int, first: int = 0) -> list[str]:
+    return [f"document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(12)) for i in range(first, first + count)]
+
+
+def write_lines(path: Path, texts: list[str], **more) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text, **more}) + "\n" for text in texts))
+    return path
+
+
+def folder_of(path: Path, texts: list[str]) -> str:
+    """A folder with one file of JSONL, which is read as documents whatever its size."""
+    write_lines(path / "a.jsonl", texts)
+    return str(path)
+
+
+def opened(source: str, spec: ModelSpec = OPT, **settings):
+    return load(DataSpec(sources=(Source(source),), **settings), spec, tokenizer=TOKENIZER)
+
+
+def refuse_tokenizing(monkeypatch) -> None:
+    def refuse(*_):
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(writing, "build", refuse)
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_lines_become_documents_in_splits_by_their_hash(tmp_path):
+    texts = texts_of(120)
+    data = opened(folder_of(tmp_path / "one", [*texts, texts[3], "", texts[3]]))
+    library = tokenizers.Tokenizer.from_file(str(TOKENIZER))
+    for split in SPLITS:
+        own = [t for t in texts if choose_split(int(digest(t.encode())[:16], 16), 0.1) == split]
+        ids = [i for t in own for i in library.encode(t, add_special_tokens=False).ids]
+        assert data._parts[0].tokens[split].take(np.arange(data.token_count(split))).tolist() == ids
+        assert len(own) >= 4
+    assert data.dropped == 2
+    sizes = {split: len(json.dumps(data.describe())) for split in SPLITS}
+    assert max(sizes.values()) < 1000  # no hash of a document
+
+
+def test_a_document_stays_in_its_split_when_others_come(tmp_path):
+    texts = texts_of(100)
+
+    def places(source: str) -> dict[str, str]:
+        reader = writing.Reader(open_documents(source), 0.1)
+        return {kept.text: SPLITS[kept.split] for kept in reader.read()}
+
+    one = places(folder_of(tmp_path / "one", texts))
+    two = places(folder_of(tmp_path / "two", texts_of(50, 1000) + texts[::-1]))
+    assert all(two[text] == split for text, split in one.items())
+    shares = np.bincount([SPLITS.index(choose_split(int(digest(str(i).encode())[:16], 16), 0.02)) for i in range(5000)])
+    assert abs(shares[2] - 100) < 50 and abs(shares[1] - 100) < 50  # 5 standard deviations
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the extra qtx[data]")
+    table = pytest.importorskip("pyarrow").table
+    texts = texts_of(60)
+    expected = opened(folder_of(tmp_path / "lines", texts))
+    parquet.write_table(table({"text": texts, "other": list(range(60))}), tmp_path / "a.parquet", row_group_size=7)
+    (tmp_path / "mixed").mkdir()
+    parquet.write_table(table({"text": texts[:20]}), tmp_path / "mixed" / "1.parquet")
+    (tmp_path / "mixed" / "2.txt").write_text(texts[20] + "  \r\n")
+    write_lines(tmp_path / "mixed" / "3.jsonl", texts[21:])
+    for name in ("a.parquet", "mixed"):
+        got = opened(str(tmp_path / name))
+        assert [got.fingerprint(s) for s in SPLITS] == [expected.fingerprint(s) for s in SPLITS], name
+        batches = [next(d.train_batches(OPT, 4, 0))["tokens"] for d in (got, expected)]
+        assert np.array_equal(*batches)
+
+
+def test_a_saved_data_set_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the extra qtx[data]")
+    texts = texts_of(60)
+    rows = datasets.Dataset.from_dict({"text": texts, "label": [0] * 60})
+    rows.save_to_disk(str(tmp_path / "set"))
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "sets"))
+    expected = opened(folder_of(tmp_path / "lines", texts))
+    assert opened(str(tmp_path / "set")).fingerprint("train") == expected.fingerprint("train")
+    assert opened(str(tmp_path / "sets" / "train")).fingerprint("train") == expected.fingerprint("train")
+    with pytest.raises(DataError, match=r"holds the data sets test, train: give one of them, such as .*sets/test"):
+        opened(str(tmp_path / "sets"))
+    rows.select(range(50)).save_to_disk(str(tmp_path / "set"))
+    (tmp_path / "set" / "state.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be opened as a data set"):
+        opened(str(tmp_path / "set"))
+
+
+def test_a_data_set_of_the_hub_is_streamed(tmp_path, monkeypatch):
+    """The library reads a folder of JSONL under any name that it is asked for; only the version is the hub's."""
+    datasets = pytest.importorskip("datasets", reason="needs the extra qtx[data]")
+    folder = folder_of(tmp_path / "lines", texts_of(60))
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **more: real("json", data_dir=folder, **more))
+    monkeypatch.setattr(reading, "hub_version", lambda name: "abc")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    got = opened("hub:someone/something")
+    assert got.fingerprint("train") == opened(folder).fingerprint("train")
+    assert got.describe()["source"] == "hub:someone/something"
+
+
+def test_a_hub_that_is_not_there_is_one_line(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra qtx[data]")
+
+    class Away:
+        def dataset_info(self, name):
+            raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(hub, "HfApi", Away)
+    with pytest.raises(DataError, match="hub:a/b cannot be found .no network.: check its name and the network"):
+        opened("hub:a/b")
+    with pytest.raises(DataError, match="names no data set"):
+        opened("hub:")
+
+
+def test_a_large_text_is_cut_into_blocks_that_are_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "LONGEST", 4000)
+    monkeypatch.setattr(reading, "BLOCK", 500)
+    monkeypatch.setattr(reading, "READ", 700)
+    paragraphs = [f"Paragraph {i} caf\u00e9. " + "x y z. " * (i % 40) for i in range(200)]
+    text = "\n\n".join(p.strip() for p in paragraphs)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    blocks = [d.text for d in read_file(tmp_path / "a.txt")]
+    assert "\n\n".join(blocks) == text and len(blocks) > 30
+    assert all(len(block) >= 500 - 2 for block in blocks[:-1]) and max(map(len, blocks)) <= 2000
+    longer = [d.text for d in cut("", [text + "\n\nAnd more."])]
+    assert longer[: len(blocks) - 1] == blocks[:-1]  # adding text leaves the earlier blocks
+    assert [d.text for d in cut("", ["x" * 9000])] == ["x" * 2000] * 4 + ["x" * 1000]  # nothing to cut at
+    assert [d.text for d in cut("", ["short"])] == ["short"]
+
+
+def test_a_text_file_is_read_as_documents_beyond_a_size(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_text("\n\n".join(texts_of(300)))
+    assert open_documents(str(file)) is None and len(load(str(file), OPT, tokenizer=TOKENIZER).sections) > 40
+    monkeypatch.setattr(reading, "LARGE", 1000)
+    monkeypatch.setattr(reading, "LONGEST", 2000)
+    monkeypatch.setattr(reading, "BLOCK", 200)
+    data = opened(str(file))
+    assert data.sections == [] and data.token_count("evaluation") > 100
+
+
+def test_files_may_say_the_split_themselves(tmp_path):
+    for split, first in (("train", 0), ("calibration", 100), ("evaluation", 200)):
+        write_lines(tmp_path / "set" / f"{split}.jsonl", texts_of(10, first), split=split)
+    data = opened(str(tmp_path / "set"))
+    library = tokenizers.Tokenizer.from_file(str(TOKENIZER))
+    own = sum(len(library.encode(t, add_special_tokens=False).ids) for t in texts_of(10, 200))
+    assert data.token_count("evaluation") == own
+    write_lines(tmp_path / "set" / "more.jsonl", texts_of(1, 3), split="evaluation")
+    with pytest.raises(
+        DataError, match="train.jsonl line 4 of the train split has a text that stands in another one too"
+    ):
+        opened(str(tmp_path / "set"))
+    write_lines(tmp_path / "set" / "more.jsonl", texts_of(1, 300))
+    with pytest.raises(DataError, match="some documents have a split and others none"):
+        opened(str(tmp_path / "set"))
+
+
+def test_documents_carry_their_tokens_and_mix_with_sections(tmp_path):
+    source = folder_of(tmp_path / "lines", texts_of(60))
+    plain, data = opened(source, BERT), opened(source, BERT, begin=Begin.DOCUMENT, packing=Packing.STREAM)
+    count = sum(len(part) for part in plain._parts[0].tokens["train"]._local)
+    assert data.token_count("train") == plain.token_count("train") + 2 * count
+    mixed = DataSpec(sources=(Source("books"), Source(source, 3.0)))
+    both = load(mixed, BERT, tokenizer=TOKENIZER)
+    assert both.token_count("train") == load("books", BERT).token_count("train") + plain.token_count("train")
+    assert DataSpec.of(both.describe()) == replace(mixed, tokenizer=None)
+
+
+def test_a_tokenizer_is_trained_once_on_a_bounded_sample(tmp_path, monkeypatch, capsys):
+    source = folder_of(tmp_path / "lines", texts_of(300))
+    monkeypatch.setattr("qtx.data.corpus.SAMPLE", 3000)
+    data = load(DataSpec(sources=(Source(source),), vocab=200), OPT)
+    assert "trained on 0.0 million characters of the train split" in capsys.readouterr().err
+    monkeypatch.setattr("qtx.data.corpus.train_tokenizer", lambda *_: pytest.fail("trained again"))
+    assert load(DataSpec(sources=(Source(source),), vocab=200), OPT).tokenizer_json == data.tokenizer_json
+    sample = writing.take_sample(open_documents(source), 0.1, 3000)
+    assert 2000 < sum(map(len, sample)) < 3200 and len({text.split(":")[0] for text in sample}) == len(sample)
+    assert int(sample[-1].split(":")[0].split()[1]) > 100  # spread over the whole, not its beginning
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_the_second_start_tokenizes_and_hashes_nothing(tmp_path, monkeypatch):
+    source = folder_of(tmp_path / "lines", texts_of(60))
+    first = opened(source)
+    refuse_tokenizing(monkeypatch)
+    for module in (reading, writing):
+        monkeypatch.setattr(module, "hash_file", lambda path: pytest.fail("hashed again"))
+    assert opened(source).describe() == first.describe()
+
+
+def test_the_same_text_elsewhere_is_not_tokenized_again_and_another_is(tmp_path, monkeypatch):
+    opened(folder_of(tmp_path / "one", texts_of(60)))
+    other = folder_of(tmp_path / "two", texts_of(61))
+    same = folder_of(tmp_path / "three", texts_of(60))
+    refuse_tokenizing(monkeypatch)
+    opened(same)
+    for more in ({"begin": Begin.DOCUMENT}, {"held_out": 0.2}):
+        with pytest.raises(AssertionError, match="tokenized again"):
+            opened(same, **more)
+    with pytest.raises(AssertionError, match="tokenized again"):
+        opened(other)
+    write_lines(Path(same) / "a.jsonl", texts_of(62))  # a file that was changed
+    with pytest.raises(AssertionError, match="tokenized again"):
+        opened(same)
+
+
+@pytest.fixture
+def small_shards(monkeypatch) -> None:
+    monkeypatch.setattr(writing, "SHARD", 1000)
+    monkeypatch.setattr(writing, "BATCH", 100)
+
+
+def count_encoded(monkeypatch) -> list[int]:
+    """A list that grows by the number of texts in each batch that is tokenized."""
+    counts: list[int] = []
+
+    def make(*given):
+        encode = make_encoder(*given)
+
+        def run(texts):
+            counts.append(len(texts) if texts != ["a"] else 0)
+            return encode(texts)
+
+        return run
+
+    monkeypatch.setattr(writing, "make_encoder", make)
+    return counts
+
+
+@pytest.mark.parametrize("harm", ["a byte", "cut off", "gone", "no index", "index"])
+def test_a_damaged_shard_is_made_again(tmp_path, monkeypatch, cache, small_shards, harm, capsys):
+    source = folder_of(tmp_path / "lines", texts_of(60))
+    before = opened(source)
+    (folder,) = (cache / "shards").iterdir()
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 4
+    content = files[2].read_bytes()
+    if harm == "a byte":
+        files[2].write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    elif harm == "cut off":
+        files[2].write_bytes(content[:-5])
+    elif harm == "gone":
+        files[2].unlink()
+    elif harm == "no index":
+        (folder / "index.json").unlink()
+    else:
+        (folder / "index.json").write_text('{"whole": true, "shards": [1')
+    counts = count_encoded(monkeypatch)
+    after = opened(source)
+    assert after.describe() == before.describe() and files[2].read_bytes() == content
+    assert 0 < sum(counts) <= (60 if "index" in harm else 60 // 4)  # of one shard alone
+    assert ("damaged" in capsys.readouterr().err) == (harm in ("a byte", "cut off"))
+    refuse_tokenizing(monkeypatch)
+    opened(source)
+
+
+def test_what_was_done_when_tokenizing_ended_early_is_kept(tmp_path, monkeypatch, cache, small_shards):
+    source = folder_of(tmp_path / "lines", texts_of(60))
+    real, calls = Cache.write, []
+
+    def stop(self, path, content):
+        calls.append(path.name)
+        if path.name == "shard-00003.safetensors":
+            raise KeyboardInterrupt
+        real(self, path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            opened(source)
+    counts = count_encoded(monkeypatch)
+    data = opened(source)
+    assert 20 < sum(counts) < 50
+    other = opened(folder_of(tmp_path / "again", texts_of(60)), held_out=0.1)
+    assert data.fingerprint("train") == other.fingerprint("train")
+
+
+RUN = """
+import sys
+from qtx.data import DataSpec, Source, load
+from qtx.data import shards
+from qtx.data.tokenizing import BUNDLED
+from qtx_ref.spec import Family, Head, ModelSpec
+shards.SHARD, shards.BATCH = 20000, 1000
+spec = ModelSpec(Family.OPT, 1, 8, 1, 8, Head.CAUSAL, vocab=2048, length=16)
+data = load(DataSpec(sources=(Source(sys.argv[1]),)), spec, tokenizer=BUNDLED / "tokenizer.json")
+print(data.fingerprint("train"), data.token_count("train"))
+"""
+
+
+def start(source: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(Path(reading.__file__).parents[2])}
+    command = [sys.executable, "-c", RUN, source]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_kill_leaves_nothing_that_is_taken_for_whole_and_two_processes_share_the_work(tmp_path, cache):
+    pytest.importorskip("fcntl", reason="Windows has no flock")
+    source = folder_of(tmp_path / "lines", texts_of(6000))
+    killed = start(source)
+    until = time.monotonic() + 60
+    while not list(cache.glob("shards/*/shard-00001.safetensors")):
+        assert time.monotonic() < until and killed.poll() is None
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    (index,) = cache.glob("shards/*/index.json")
+    assert json.loads(index.read_text())["whole"] is False
+    both = [start(source), start(source)]
+    results = [one.communicate(timeout=120) for one in both]
+    assert [one.returncode for one in both] == [0, 0] and results[0][0] == results[1][0]
+    assert json.loads(index.read_text())["whole"] is True
+    assert not list(cache.glob("shards/*/.*qtx-part"))
+
+
+def test_a_full_disk_is_one_line_and_what_was_done_stays(tmp_path, monkeypatch, cache, small_shards):
+    source = folder_of(tmp_path / "lines", texts_of(60))
+    real = os.fsync
+
+    def full(file):
+        if list(cache.glob("shards/*/shard-00002.safetensors")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qtx.disk.os.fsync", full)
+        with pytest.raises(DataError, match="No space left on device.*QTX_CACHE says where") as caught:
+            opened(source)
+    assert "\n" not in str(caught.value)
+    counts = count_encoded(monkeypatch)
+    opened(source)
+    assert 0 < sum(counts) < 50
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, cache):
+    source = folder_of(tmp_path / "lines", texts_of(60))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QTX_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(DataError, match=r"file/below cannot be written .*: set QTX_CACHE to a folder that can"):
+        opened(source)
+    monkeypatch.setenv("QTX_CACHE", str(cache))
+    first = opened(source)
+
+    def refuse(self, path, content):
+        raise DataError("read only")
+
+    monkeypatch.setattr(Cache, "write", refuse)  # one that can only be read is enough
+    os.utime(next(cache.glob("shards/*/*.safetensors")))
+    assert opened(source).describe() == first.describe()
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.delenv("QTX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Cache().folder == tmp_path / "qtx"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Cache().folder == tmp_path / ".cache" / "qtx"
+
+
+def test_duplicates_are_known_however_many_came_before():
+    seen, numbers = Seen(), np.random.default_rng(0).integers(2**64, size=150_000, dtype=np.uint64).tolist()
+    for number in numbers:
+        seen.add(number)
+    assert all(number in seen for number in numbers[::97])
+    assert not any(number + 1 in seen for number in numbers[::97])
+
+
+def test_ids_take_as_few_bytes_as_they_need(tmp_path, cache):
+    opened(folder_of(tmp_path / "lines", texts_of(60)))
+    (file,) = cache.glob("shards/*/*.safetensors")
+    assert map_shard(file)["train.tokens"].dtype == np.uint16
+    library = tokenizers.Tokenizer.from_file(str(TOKENIZER))
+    assert make_encoder(library, None, 70_000)(["a"])[0].dtype == np.uint32
+
+
+# --- overlap ---------------------------------------------------------------------------------------------------------
+
+
+def test_overlap_is_found_by_document_where_the_cache_is_and_by_split_where_it_is_not(tmp_path, cache, monkeypatch):
+    texts = texts_of(200)
+    trained = opened(folder_of(tmp_path / "one", texts))
+    meta = {"data": json.loads(json.dumps(trained.describe()))}
+    refuse_overlap(meta, trained, "evaluation")
+    refuse_overlap(meta, opened(folder_of(tmp_path / "two", texts_of(100, 500))), "evaluation")
+    write_lines(tmp_path / "three" / "a.jsonl", [texts[0], *texts_of(30, 900)], split="evaluation")
+    write_lines(tmp_path / "three" / "b.jsonl", texts_of(30, 1000), split="train")
+    write_lines(tmp_path / "three" / "c.jsonl", texts_of(30, 1100), split="calibration")
+    assert choose_split(int(digest(texts[0].encode())[:16], 16), 0.1) == "train"
+    mixed = opened(str(tmp_path / "three"))
+    with pytest.raises(SpecError, match=rf"1 section.s. of the evaluation .* {digest(texts[0].encode())[:12]}"):
+        refuse_overlap(meta, mixed, "evaluation")
+    with pytest.raises(SpecError, match="are this model's earlier train data"):
+        refuse_overlap({"trained_on": meta["data"]["hashes"]["train"]}, mixed, "evaluation")
+    monkeypatch.setenv("QTX_CACHE", str(tmp_path / "elsewhere"))
+    refuse_overlap(meta, mixed, "evaluation")  # the documents are not known here
+    swapped = {"data": {"hashes": {"train": meta["data"]["hashes"]["evaluation"]}}}
+    with pytest.raises(SpecError, match="are this model's train data"):
+        refuse_overlap(swapped, trained, "evaluation")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n[1]\n', r"a.jsonl line 2 is no object"),
+        ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', r"a.jsonl line 2 has no text"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": 3}\n', r"a.jsonl line 2 has no text"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "two"\n', r"a.jsonl line 2 is no JSON"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "\xff"}\n', r"a.jsonl line 2 is not UTF-8"),
+        ("a.jsonl", b'{"text": "one", "question": "two"}\n', r"line 1 has a question: pairs of texts"),
+        ("a.jsonl", b'{"text": "one", "split": "test"}\n', r"line 1 has the split 'test'"),
+        ("a.jsonl", b"", r"is too short: its train split has 0 tokens"),
+        ("a.jsonl", b'{"text": ""}\n{"text": null}\n', r"is too short: its train split has 0 tokens"),
+        ("a.parquet", b"PAR1", r"a.parquet cannot be read .*give a whole Parquet file"),
+    ],
+)
+def test_bad_documents_are_named(tmp_path, name, content, message, capsys):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        opened(str(tmp_path / "set"))
+    assert "\n" not in str(caught.value)
+    if b"null" in content:
+        assert "left out are 2 documents without text" in capsys.readouterr().err
+
+
+def test_bad_columns_and_texts_are_named(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the extra qtx[data]")
+    table = pytest.importorskip("pyarrow").table
+    parquet.write_table(table({"content": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet has no column text, and has content, id: rename one"):
+        opened(str(tmp_path / "a.parquet"))
+    parquet.write_table(table({"text": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="the column text holds int64: give strings"):
+        opened(str(tmp_path / "a.parquet"))
+    monkeypatch.setattr(reading, "LARGE", 10)
+    monkeypatch.setattr(reading, "LINE", 100)
+    bad = {"a.txt": b"caf\xe9 " * 10, "b.txt": "one two three".encode("utf-16"), "c.txt": b"a\0b" * 10}
+    for name, words in zip(bad, ("not UTF-8", "is UTF-16", "holds NUL bytes"), strict=True):
+        (tmp_path / name).write_bytes(bad[name])
+        with pytest.raises(DataError, match=words):
+            opened(str(tmp_path / name))
+    write_lines(tmp_path / "d.jsonl", ["x" * 200])
+    with pytest.raises(DataError, match="d.jsonl line 1 has more than 100 bytes"):
+        opened(str(tmp_path / "d.jsonl"))
+    with pytest.raises(DataError, match="cannot be read"):
+        opened(str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(DataError, match="cannot be read"):
+        opened(str(tmp_path / "nothing.parquet"))
+
+
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtra, match=r"a Parquet file needs pyarrow.*qtx\[data\]"):
+        opened(str(tmp_path / "a.parquet"))

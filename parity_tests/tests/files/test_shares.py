@@ -1,0 +1,84 @@
+"""Folders of a state that processes share: any number of them wrote it, one reads it; damage is refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from parity_tests.subjects import small_models
+from qtx.files.checkpoint import Checkpoint, save_checkpoint
+from qtx.files.container import FileError
+from qtx.files.shares import (
+    PLACES,
+    begin_folder,
+    find_folders,
+    find_state,
+    finish_folder,
+    load_shares,
+    name_folder,
+    name_unfinished,
+    remove_folders,
+    seal_shard,
+)
+
+
+def write(path, step, count=3):
+    """What `count` processes leave; each has rows of every parameter, as torch writes them, the last ones fewer."""
+    small = small_models.build("bert_plain")
+    folder = name_folder(path, step)
+    begin_folder(folder)
+    for rank in range(count):
+        parts, places = {}, {}
+        for name, value in small.params.items():
+            size = -(-len(value) // count)
+            parts[name] = value[rank * size : (rank + 1) * size]
+            places[name] = {"saved_offsets": [min(rank * size, len(value)), *[0] * (value.ndim - 1)]}
+        name = f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
+        save_file(parts, name_unfinished(folder) / name, {PLACES: json.dumps(places)})
+        seal_shard(folder, rank)
+    history = {"history.loss": np.arange(float(step))}
+    rest = Checkpoint(small.spec, {}, history, meta={"done": False})
+    finish_folder(folder, rest)
+    return small, folder, rest
+
+
+def test_a_folder_is_the_checkpoint(tmp_path):
+    small, folder, rest = write(tmp_path / "model.safetensors", 4)
+    checkpoint = load_shares(folder)
+    assert checkpoint.spec == small.spec and checkpoint.meta == rest.meta
+    assert checkpoint.params.keys() == small.params.keys()
+    assert all(np.array_equal(value, small.params[name]) for name, value in checkpoint.params.items())
+    light = load_shares(folder, False, 1, 2)
+    assert light.extra.keys() == {"history.loss"} and all(value.strides[0] == 0 for value in light.params.values())
+
+
+def test_the_last_whole_state_is_found(tmp_path):
+    path = tmp_path / "model.safetensors"
+    assert find_state(path) is None
+    small, folder, rest = write(path, 4)
+    begin_folder(name_folder(path, 9))  # and killed
+    assert find_state(path) == folder
+    save_checkpoint(path, replace(rest, params=small.params))
+    assert find_state(path) == path  # it is as far
+    _, later, _ = write(path, 5)
+    assert find_state(path) == later and [*find_folders(path)] == [4, 5]
+    remove_folders(path, keep={4})
+    assert {one.name for one in tmp_path.iterdir()} == {path.name, folder.name}
+
+
+@pytest.mark.parametrize(
+    ("plant", "fault"),
+    [
+        (lambda shard: shard.unlink(), "is missing"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-1] + b"x"), "sha256 differs"),
+        (lambda shard: (shard.parent / "rest.safetensors").unlink(), "no such file"),
+        (lambda shard: save_file(load_file(shard), shard), "sha256 differs"),
+    ],
+)
+def test_damage_is_refused(tmp_path, plant, fault):
+    _, folder, _ = write(tmp_path / "model.safetensors", 4)
+    plant(sorted(folder.glob("shard-*.safetensors"))[1])
+    with pytest.raises(FileError, match=fault):
+        load_shares(folder)
