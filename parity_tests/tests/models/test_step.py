@@ -264,7 +264,7 @@ def test_a_compiled_step_is_one_graph_with_the_same_draws(name, monkeypatch):
 def test_what_is_not_compiled():
     model = make_trainer("bert_plain").model
     bind(model, training_recipe("w8a8+grad8", model.spec), {})
-    with pytest.raises(SpecError, match="step compiled is True under quantized gradients"):
+    with pytest.raises(SpecError, match="step compiled is True: quantized gradients"):
         Trainer(model, OPTIM, step=StepSpec(compiled=True))
     with pytest.raises(SpecError, match="step sharding"):
         StepSpec(compiled=True, sharding=Sharding.FULL)
