@@ -38,6 +38,7 @@ from qtx_ref.spec import (
     SharedScale,
     Softmax,
     SpecError,
+    StepSpec,
     Transform,
     TransformKind,
     from_dict,
@@ -60,6 +61,7 @@ SPECS = [
     OPERAND,
     Gradients(dgrad_gradient=OPERAND),
     OptimSpec(only=("head",)),
+    StepSpec(),
     QTX,
 ]
 FIELDS = [(spec, field.name) for spec in SPECS for field in dataclasses.fields(spec)]
