@@ -29,10 +29,10 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 def test_training_saves_and_ends(tmp_path, monkeypatch, command, number):
     step = Trainer.step
 
-    def stopped(self, batch):
+    def stopped(self, batch, **rows):
         if self.adam.count == 2:
             os.kill(os.getpid(), number)
-        return step(self, batch)
+        return step(self, batch, **rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", stopped)
