@@ -98,10 +98,10 @@ def test_interrupt_and_resume_give_the_same_bits(tmp_path, monkeypatch, extra):
     good(*TRAIN, *extra, "--out", whole)
     step = Trainer.step
 
-    def interrupted(self, batch):
+    def interrupted(self, batch, **rows):
         if self.adam.count == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, batch)
+        return step(self, batch, **rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted)
@@ -210,8 +210,8 @@ def test_a_study_of_any_seed_calibrates_as_every_command_and_keeps_what_it_found
 def test_a_diverged_run_is_marked_and_does_not_stop_the_others(tmp_path, monkeypatch):
     step = Trainer.step
 
-    def broken(self, batch):
-        loss, norm = step(self, batch)
+    def broken(self, batch, **rows):
+        loss, norm = step(self, batch, **rows)
         gated = "layer.0.attn.gate_logit.weight" in self.model.weights
         return (float("nan") if gated and self.adam.count == 3 else loss), norm
 

@@ -239,10 +239,10 @@ def test_the_pooler_that_came_along_is_used(place, tmp_path):
 def interrupt(monkeypatch, at: int) -> None:
     step = qtx_ref.backend.Trainer.step
 
-    def interrupted(self, batch):
+    def interrupted(self, batch, **rows):
         if self.adam.count == at:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, batch)
+        return step(self, batch, **rows)
 
     monkeypatch.setattr(qtx_ref.backend.Trainer, "step", interrupted)
 
