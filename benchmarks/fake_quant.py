@@ -40,10 +40,8 @@ def main(
         middle, low, high = ratios(times, quant, "")
         ms = [f"{1000 * statistics.median(seconds):.0f}" for seconds in times.values()]
         rows.append([f"dropout {rate}", *ms, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{BOUND}"])
-    how = "compiled" if compiled else "eager"
-    title = (
-        f"{model}{f' of {layers} layers' * bool(layers)}, {batch} x {length}, {torch.get_num_threads()} threads, {how}"
-    )
+    name = f"{model} of {layers} layers" if layers else model
+    title = f"{name}, {batch} x {length}, {torch.get_num_threads()} threads, {'compiled' if compiled else 'eager'}"
     print(format_table([title, f"{quant} ms", "float ms", "ratio", "of rounds", "bound"], rows))
 
 

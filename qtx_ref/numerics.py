@@ -394,8 +394,8 @@ def fake_quantize(x: Var, scale: np.ndarray, zero_point: np.ndarray, spec: Quant
 
 
 def dynamic_quantize(x: Var, spec: Quant, where: np.ndarray | None, weight: bool) -> Var:
-    """`fake_quantize` of x by its own range, of the elements where `where`, boolean, is true (None: all). One that is
-    not finite becomes NaN throughout: a run that diverges shows it in its loss. Raises ValueError as
+    """`fake_quantize` of x, of any shape, by its own range, that of the elements where `where`, boolean, is true (None:
+    all). One that is not finite becomes NaN throughout: a run that diverges shows it in its loss. Raises ValueError as
     `quantizer.dynamic_scale` for all else."""
     try:
         scale = quantizer.dynamic_scale(x.value, spec, where, weight)

@@ -110,7 +110,10 @@ def make_mask(rows: Tensor | None, queries: int, keys: int, causal: bool, like: 
     """The mask of a forward pass, in the dtype and on the device of `like`."""
     allowed = attention_mask(rows, queries, keys, causal, like.device)
     triangle = causal and queries == keys and rows is None
-    return Mask(allowed, like.dtype, full=rows is None and (not causal or queries == 1), triangle=triangle)
+    mask = Mask(allowed, like.dtype, full=rows is None and (not causal or queries == 1), triangle=triangle)
+    if torch.compiler.is_compiling():  # now: a block that is computed again may not add to what lies outside it
+        _ = mask.empty, mask.hidden, mask.bias
+    return mask
 
 
 def probabilities(scores: Tensor, mask: Tensor, spec: AttentionSpec, sink: Tensor | None = None) -> Tensor:

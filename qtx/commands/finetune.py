@@ -77,6 +77,7 @@ class Share(click.FloatRange):
     help=f"Passes over the train split; default {EPOCHS:g}.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
+@given.CHANGES
 @JSON
 def finetune_command(
     checkpoint: Path,
@@ -85,6 +86,8 @@ def finetune_command(
     head_only: bool,
     epochs: float | None,
     resume: bool,
+    change: tuple[str, ...],
+    move: bool,
     json_path: str | None,
 ) -> None:
     """Make a classifier of a BERT or ViT.
@@ -92,7 +95,14 @@ def finetune_command(
     A new head on the checkpoint's encoder, trained on labelled data; then its accuracy on the evaluation split.
     """
     request = FinetuneRequest(
-        checkpoint=checkpoint, out=out, run=run, head_only=head_only, epochs=epochs, resume=resume
+        checkpoint=checkpoint,
+        out=out,
+        run=run,
+        head_only=head_only,
+        epochs=epochs,
+        resume=resume,
+        change=change,
+        move=move,
     )
     trained, score = finetune(request)
     loss = trained.extra["history.loss"].tolist()

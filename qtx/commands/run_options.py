@@ -117,6 +117,15 @@ WATCH = run_option(
 )
 SEED = run_option("--seed", "seed", type=click.IntRange(0), help="Default 0.")
 STOP = run_option("--stop", "stop", type=click.IntRange(1), help="The last step, where it is not the schedule's.")
+CHANGES = options(
+    click.option(
+        "--change",
+        multiple=True,
+        metavar="KEY",
+        help="With --resume: a key, or a table, that is not as it was: optim.steps, optim, step, data.batch, ...",
+    ),
+    click.option("--move", is_flag=True, help="With --resume: to another device, number of threads or of processes."),
+)
 PLACE = options(
     run_option("--backend", "machine.backend", help="torch, or ref (NumPy); default torch."),
     run_option("--device", "machine.device", help="cpu; cuda, or auto, with --backend torch; default cpu."),

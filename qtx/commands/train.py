@@ -35,13 +35,7 @@ from .options import JSON, OUT, say, write_json
 )
 @click.option("--out", type=OUT, default=Path("runs/train"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
-@click.option(
-    "--change",
-    multiple=True,
-    metavar="KEY",
-    help="With --resume: a key, or a table, that is not as it was: optim.steps, optim, step, data.batch, ...",
-)
-@click.option("--move", is_flag=True, help="With --resume: to another device, number of threads or of processes.")
+@given.CHANGES
 @JSON
 def train_command(
     run: RunSpec, out: Path, resume: bool, change: tuple[str, ...], move: bool, json_path: str | None

@@ -100,11 +100,12 @@ def name_source(source: str | None) -> tuple[Source, ...]:
 
 
 def refuse_settings(settings: DataSpec, what: str) -> None:
-    """Raises DataError for settings of running text, and for several sources, where the data are something else."""
+    """Raises DataError for settings of running text, and for several sources, where the data are something else; their
+    order is a permutation whatever is said."""
     if len(settings.sources) > 1:
         raise DataError(f"data are {len(settings.sources)} sources, and {what} has one: give one")
     plain = DataSpec()
-    for name in ("window", "order", "packing", "begin", "mask_rate", "held_out"):
+    for name in ("window", "packing", "begin", "mask_rate", "held_out"):
         if (value := getattr(settings, name)) != getattr(plain, name):
             raise DataError(f"data {name} is {value}: it belongs to running text, and this is {what}; leave it out")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,11 @@ def hashes_path(known: str) -> Path:
     return cache_folder() / "documents" / f"{known}.npy"
 
 
-def read_hashes(known: str) -> np.ndarray | None:
-    """The first 64 bits of the sha256 of each of those documents, sorted, uint64; None where they are not here."""
-    if not known or not set(known) <= set("0123456789abcdef"):
-        return None
+def read_hashes(known: Collection[str]) -> list[np.ndarray]:
+    """The first 64 bits of the sha256 of each of those documents, sorted, uint64: of every one of these splits that is
+    here."""
     try:
-        return np.load(hashes_path(known), allow_pickle=False)
+        here = {name.removesuffix(".npy") for name in os.listdir(hashes_path("").parent)}
+        return [np.load(hashes_path(value), allow_pickle=False) for value in sorted(here.intersection(known))]
     except (OSError, ValueError):
-        return None
+        return []

@@ -88,7 +88,7 @@ def open_documents(source: str) -> Documents | None:
     """
     if source.startswith(HUB):
         if not source.removeprefix(HUB):
-            raise DataError(f"data {source!r} names no data set: give hub:OWNER/NAME")
+            raise DataError(f"data {source!r} names no data set: give hub:OWNER/NAME or hub:OWNER/NAME:CONFIG")
         return Documents(source, ())
     path = Path(source)
     if (path / MANY).is_file():

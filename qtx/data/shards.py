@@ -1,7 +1,7 @@
 """Shards: the ids of documents, tokenized once by all cores, in files of a cache folder that are mapped, not read.
 
 The folder of a text is named after its content, its tokenizer and all else that decides the ids. It holds
-`index.json` and a safetensors file for every 64 MB of text or so, each with its three splits: `train.tokens` and
+`index.json` and a safetensors file for every 32 MB of text or so, each with its three splits: `train.tokens` and
 `train.ends`, the places in them where documents end. A split of a document follows from its hash, so that it stays
 where it is when others are added. What was done when a process is killed is not done again; a shard that is not what
 the index says is made again.
@@ -36,7 +36,7 @@ from .tokenizing import Tokenizer
 from .windows import Tokens
 
 VERSION = 1  # of the rules by which documents become shards: with another, a text is tokenized anew
-SHARD = 2**26  # characters of text in a shard, about
+SHARD = 2**25  # characters of text in a shard, about
 BATCH = 2**19  # characters of text that are tokenized at once, about, for each core
 WORKERS = 2  # batches at once: one is tokenized by all cores while another's ids are taken
 SAMPLE = 2**24  # characters of train text, at most, that a tokenizer is trained on
@@ -96,9 +96,9 @@ class Cache:
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """One process at a time. Another waits, and says so. Raises DataError where the folder cannot be written."""
-        path = self.folder / f"{name}.lock"
+        path = self.folder / "locks" / f"{name}.lock"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise DataError(
@@ -198,8 +198,13 @@ def plan(kept: Iterator[Kept], done: set[int], most: int) -> Iterator[tuple[int,
 
 
 def count_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores tokenize: those that this process may use, or as many as the library is told to take; 16 at most,
+    beyond which batches would only take more memory."""
+    if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("off", "false", "f", "no", "n", "0"):
+        return 1
+    told = os.environ.get("RAYON_NUM_THREADS", "")
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(int(told) if told.isdecimal() and int(told) else own, 16)
 
 
 def make_encoder(tokenizer: Tokenizer, around: tuple[int, int | None] | None, vocab: int) -> Encode:
@@ -311,13 +316,14 @@ def build(
             parts.clear()
 
     total = -(-documents.count_bytes() // 2**20)
-    with Progress("tokenize, MB", total) as bar, ThreadPoolExecutor(WORKERS) as pool:
+    workers = min(WORKERS, count_cores())
+    with Progress("tokenize, MB", total) as bar, ThreadPoolExecutor(workers) as pool:
         try:
             for number, batch, last in plan(reader.read(), done, BATCH * max(2, count_cores())):
                 texts = [document.text for document in batch]
                 future = pool.submit(encode, texts) if texts else None
                 pending.append((number, [document.split for document in batch], last, future))
-                while len(pending) > WORKERS:
+                while len(pending) > workers:
                     finish()
                 bar.advance(min(total, reader.bytes // 2**20) - bar.done)
             while pending:

@@ -121,9 +121,9 @@ class DataSpec(Spec):
         """The settings of a checkpoint's `meta["data"]`; on another source if one is given. Raises SpecError."""
         spec = from_dict(cls, about.get("settings", {}), "meta.data.settings")
         if source is None and "sources" in about:
-            if len(about["sources"]) != len(about.get("weights", ())):
-                refuse("meta.data.sources", about["sources"], "sources and weights must be of one number")
-            pairs = zip(about["sources"], about["weights"], strict=True)
-            return replace(spec, sources=tuple(Source(path, weight) for path, weight in pairs))
+            paths, weights = about["sources"], about.get("weights")
+            if not isinstance(paths, list) or not isinstance(weights, list) or len(paths) != len(weights):
+                refuse("meta.data.sources", paths, "sources and weights must be lists of one length")
+            return replace(spec, sources=tuple(map(Source, paths, weights)))
         name = about.get("source") if source is None else source
         return replace(spec, sources=() if name is None else (Source(name),))

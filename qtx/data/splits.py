@@ -129,6 +129,5 @@ def refuse_overlap(meta: Mapping[str, Any], data: Calibration, split: str) -> No
 
 def find_shared(one: set[str], two: set[str]) -> set[str]:
     """The documents that two sets of texts in shards have in common, as far as the cache has their hashes."""
-    first, second = ([got for value in sorted(some) if (got := read_hashes(value)) is not None] for some in (one, two))
-    shared = [np.intersect1d(a, b) for a in first for b in second]
+    shared = [np.intersect1d(a, b) for a in read_hashes(one) for b in read_hashes(two)]
     return {f"{int(number):016x}" for numbers in shared for number in numbers}

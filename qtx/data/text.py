@@ -195,6 +195,8 @@ class TextData:
         """
         length, windows = self.length(spec), self._cut_windows("train", spec)
         check_batch(batch_size, sum(w.count for w in windows), f"train windows of {length} tokens")
+        if not all(w.count for w in windows):
+            raise DataError(f"a source of {self.source} has no train text: give it some, or leave it out")
         mixture = Mixture([part.weight for part in self._parts], seed) if len(windows) > 1 else None
         permuted = self.settings.order is Order.PERMUTATION
         choices = np.array([w.choices for w in windows]) if not permuted else np.empty(0, np.int64)

@@ -283,7 +283,13 @@ def check_meta(path: Path, given: object) -> None:
             expect(f"meta.data.{name}", data[name], kind)
 
 
-DATA_KINDS = {"source": "a text", "tokenizer_sha256": "a text", "length": "a whole number", "names": "a list of texts"}
+DATA_KINDS = {
+    "source": "a text",
+    "settings": "an object",
+    "tokenizer_sha256": "a text",
+    "length": "a whole number",
+    "names": "a list of texts",
+}
 PREPARED = ("resize", "resample", "crop")  # of `meta.images`, checked when pictures are read
 KINDS: dict[str, Callable[[object], bool]] = {
     "an object": lambda value: isinstance(value, dict),

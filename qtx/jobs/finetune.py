@@ -20,6 +20,7 @@ from .resolving import (
     change_dropout,
     change_optim,
     check_lr,
+    list_changes,
     make_data,
     make_machine,
     make_train,
@@ -46,6 +47,13 @@ class FinetuneRequest:
     head_only: bool = False  # the encoder keeps its bytes
     epochs: float | None = None  # None: EPOCHS, or the run's optim.steps
     resume: bool = False
+    change: tuple[str, ...] = ()  # keys, or tables of them, that may be others than the run that is gone on with has
+    move: bool = False  # it may go on with another device or number of threads
+
+    @property
+    def changes(self) -> frozenset[str]:
+        """What may be another, as `training.train` takes it."""
+        return list_changes(self.change, self.move)
 
     @property
     def path(self) -> Path:
@@ -79,7 +87,7 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         origin = open_origin(request.checkpoint)
         rate = run.get("optim.lr", HEAD_LR if request.head_only else FULL_LR)
         optim = OptimSpec(lr=rate, only=("head.",) if request.head_only else run.get("optim.only", ()))
-        check_run(path, origin.checkpoint.spec, optim, machine, run.get("quant.train"))
+        check_run(path, origin.checkpoint.spec, optim, machine, run.get("quant.train"), request.changes)
         data = load_labelled(origin, about)
         spec, params = make_classifier(origin.checkpoint, data.classes, run.get("seed", 0))
         spec, batch = change_dropout(spec, run), run.get("data.batch", PER_STEP)
@@ -87,7 +95,8 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         count = steps or max(1, math.ceil(sizes))
         optim = change_optim(replace(optim, warmup=count // 10, steps=count), run)
         whole = replace(make_train(run, spec, optim, origin.sha256), batch=batch)
-        trained = train(whole, data, path, machine, resume=request.resume, start=Start(params, origin.describe()))
+        start, change = Start(params, origin.describe()), request.changes
+        trained = train(whole, data, path, machine, resume=request.resume, change=change, start=start)
         if "diverged_at" in trained.meta:
             raise SpecError(f"{path}: training diverged at step {trained.meta['diverged_at']}: give a lower --lr")
 

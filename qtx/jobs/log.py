@@ -100,8 +100,9 @@ class Board:
 class Clock:
     """How fast a run is, and when it will end."""
 
-    def __init__(self, done: int, last: int) -> None:
-        self.began, self.first, self.last = time.monotonic(), done, last
+    def __init__(self, done: int, last: int, processes: int = 1) -> None:
+        """done: steps, of `last`. processes: each has about as many of a batch's rows as another."""
+        self.began, self.first, self.last, self.processes = time.monotonic(), done, last, processes
         self.spent = 0.0  # seconds of the steps since it was last read
         self.items: Counter[str] = Counter()  # of their batches
 
@@ -119,7 +120,7 @@ class Clock:
     def read(self, step: int) -> dict[str, float]:
         """Tokens (padding not counted) or images a second of the steps since this was last asked, evaluations and saves
         apart; and the seconds that the rest of the run takes, all told."""
-        speed = {name: round(count / max(self.spent, 1e-9), 1) for name, count in self.items.items()}
+        speed = {name: round(count * self.processes / max(self.spent, 1e-9), 1) for name, count in self.items.items()}
         self.spent, self.items = 0.0, Counter()
         left = (time.monotonic() - self.began) / (step - self.first) * (self.last - step)
         return {**speed, "seconds_left": round(left, 1)}

@@ -13,11 +13,11 @@ from ..files.container import write_beside
 from ..files.formats import RUN, check_replaceable
 from ..runs.reading import RunSpec, write_run
 from ..signals import Interrupted
-from .identity import MOVE
 from .opening import load_data, open_data
 from .resolving import (
     change_data,
     change_dropout,
+    list_changes,
     make_data,
     make_machine,
     make_model,
@@ -47,8 +47,7 @@ class PretrainRequest:
     @property
     def changes(self) -> frozenset[str]:
         """What may be another, as `training.train` takes it."""
-        own = {"data.batch": "batch"}
-        return frozenset(own.get(name, name) for name in self.change) | (MOVE if self.move else frozenset())
+        return list_changes(self.change, self.move)
 
     @property
     def path(self) -> Path:

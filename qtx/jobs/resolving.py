@@ -16,6 +16,7 @@ from ..engines.machine import Machine
 from ..runs.keys import TABLES, count_steps
 from ..runs.reading import RunSpec, Setting
 from ..runs.spec import EvaluationSpec, LogSpec, SavingSpec
+from .identity import MOVE
 from .run import PER_STEP, STEPS, TrainSpec
 from .training import check_rate, default_optim
 
@@ -100,6 +101,11 @@ def make_train(run: RunSpec, model: ModelSpec, optim: OptimSpec, init: str | Non
         fill(SavingSpec(), run, "saving"),
         fill(LogSpec(), run, "log"),
     )
+
+
+def list_changes(keys: Iterable[str], move: bool) -> frozenset[str]:
+    """What a run that goes on may have otherwise, as `training.train` takes it: keys or tables, and what a move is."""
+    return frozenset("batch" if name == "data.batch" else name for name in keys) | (MOVE if move else frozenset())
 
 
 def fill(spec: T, run: RunSpec, table: str) -> T:

@@ -116,7 +116,7 @@ class Loop:
         self.probe = next(iter(data.split_batches("calibration", run.model, BATCH, 0, limit=1)))
         self.rows = own_rows(run.batch, *machine.processes)
         self.batches = data.train_batches(run.model, run.batch, run.seed, start=self.step, rows=self.rows)
-        self.clock = Clock(self.step, run.last)
+        self.clock = Clock(self.step, run.last, machine.processes[1])
         self.skipped = 0  # steps in a row that overflowed
 
     @property
@@ -195,7 +195,7 @@ class Loop:
         if not self.held_out.is_due(step):
             return {}
         values, faults = self.held_out.measure(self.state.model)
-        for fault in faults:  # a model near divergence
+        for fault in faults if self.machine.is_first else ():  # a model near divergence
             sys.stderr.write(f"\nstep {step} not evaluated: {fault}\n")
         history.add(step, values)
         return {"evaluation": values}

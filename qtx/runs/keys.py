@@ -117,6 +117,7 @@ TOLD = {
     "data.augment.brightness": "a factor drawn from 1 - x to 1 + x",
     "data.augment.contrast": "the same",
     "data.augment.saturation": "the same",
+    "step.accumulate": "parts of a batch, one after another, whose gradients are summed",
     "step.sharding": "what each of several processes holds: the whole model, or its share",
     "log.tensorboard": "also in files for TensorBoard",
     "machine.backend": "torch, or ref (NumPy)",

@@ -47,7 +47,9 @@ class LogSpec(Spec):
 
     every: int = 1  # steps between lines of log.jsonl
     tensorboard: bool = False
-    sites: tuple[str, ...] = ()  # tensors whose inf norm and kurtosis stand in each line, of the step's own batch
+    sites: tuple[
+        str, ...
+    ] = ()  # tensors whose inf norm and kurtosis stand in each line, of the step's first 16 sequences
 
     def check(self) -> None:
         check_count("log every", self.every)

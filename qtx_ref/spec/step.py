@@ -20,8 +20,8 @@ class Sharding(Name):
 class StepSpec(Spec):
     """The parts of a step, and what is traded for memory or time."""
 
-    # parts of a batch, one after another; gradients are summed in another order, and a dynamic range of more than a token
-    # is of its part
+    # parts of a batch, one after another; gradients are summed in another order, and a dynamic range of more than a
+    # token is of its part
     accumulate: int = 1
     recompute: bool = False  # a block's activations are not kept, but computed again for the gradient
     compiled: bool = False  # torch.compile; sums in another order

@@ -20,11 +20,13 @@ from qtx_ref.spec import (
     FloatFormat,
     FloatQuantSpec,
     Gate,
+    Gradients,
     Granularity,
     Head,
     ModelSpec,
     ObserverKind,
     ObserverSpec,
+    Operand,
     OptimSpec,
     Profile,
     QuantSpec,
@@ -45,6 +47,7 @@ from qtx_ref.spec.base import Spec
 
 MODEL = ModelSpec(Family.BERT, 1, 8, 2, 16, Head.MLM, vocab=10, length=4)
 RULE = Rule(("*.weight",), QuantSpec(), "a test")
+OPERAND = Operand(QuantSpec(symmetric=True, granularity=Granularity.TOKEN, dynamic=True), stochastic=True)
 SPECS = [
     AttentionSpec(Softmax.CLIPPED_ROW, alpha=2.0),
     MODEL,
@@ -54,6 +57,8 @@ SPECS = [
     RULE,
     Transform(("*",), TransformKind.SMOOTH, "a test", strength=0.5),
     Recipe("a test", (RULE,)),
+    OPERAND,
+    Gradients(dgrad_gradient=OPERAND),
     OptimSpec(only=("head",)),
     QTX,
 ]

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="pictures need the extra report")
 
 from qtx.measure.analysis import Analysis, SiteSums, bin_edges
+from qtx.measure.history import WATCH, History
 from qtx.report.costs import make_cost_figure
 from qtx.report.figures import choose_looks, plain, spans_decades
 from qtx.report.outliers import make_channel_figure, make_depth_figure, make_histogram_figure, space_apart
@@ -23,10 +24,12 @@ def texts(legend):
 
 
 def record(loss, watched=False):
-    steps = [0, 10] if watched else []
-    values = {"integer_perplexity": [2000.0, 150.0], "float_perplexity": [1990.0, 149.0], "kurtosis": [3.0, 3.5]}
-    values = values if watched else dict.fromkeys(values, [])
-    return SimpleNamespace(loss=loss, watch_step=[1, 2], inf_norm=[4.0, 4.6], integer_step=steps, **values)
+    history = History(loss, [1, 2], [4.0, 4.6])
+    for step, (integer, real, kurtosis) in ((0, (2000.0, 1990.0, 3.0)), (10, (150.0, 149.0, 3.5))):
+        if watched:
+            values = (math.log(integer), math.log(real), kurtosis, 5.0)
+            history.add(step, dict(zip(WATCH, values, strict=True)))
+    return history
 
 
 def test_a_logarithmic_axis_needs_a_decade_and_a_half():

@@ -5,11 +5,13 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import qtx_ref
 from parity_tests.tests.shell import call, good
+from qtx.data import documents
 from qtx.data.spec import DataSpec, Packing, Source
 from qtx.engines.machine import Machine
 from qtx.jobs import opening, pretrain
@@ -341,6 +343,20 @@ def test_every_bundled_run_is_known_here():
     assert "cannot be read (No such file or directory)" in call("train", "nowhere.toml").output
 
 
+def test_a_set_of_the_hub_may_be_named_with_its_configuration(monkeypatch):
+    """As the published runs name Wiki-40B."""
+    asked = []
+
+    def load_dataset(*names, split, streaming):
+        asked.append((names, split, streaming))
+        return [{"text": "a"}]
+
+    monkeypatch.setattr(documents, "need", lambda *_: SimpleNamespace(load_dataset=load_dataset))
+    for name in ("google/wiki40b:en", "bookcorpus/bookcorpus"):
+        assert [one.text for one in documents.read_hub(name)] == ["a"]
+    assert asked == [(("google/wiki40b", "en"), "train", True), (("bookcorpus/bookcorpus",), "train", True)]
+
+
 def test_the_six_configurations_of_the_post():
     rows = make_rows(open_run("blog-bert-base"))
     names = ("vanilla", "clipped:gamma=-0.025", "mlp:gate_hidden=16")
@@ -419,7 +435,8 @@ def test_two_rows_of_one_name_are_refused():
 def test_the_guide_has_every_key():
     """docs/guide.md has the table that `qtx runs --keys` prints."""
     printed = good("runs", "--keys").stdout
-    assert printed in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert printed in page, "put what qtx runs --keys prints in place of the table of keys"
 
 
 @pytest.mark.parametrize(

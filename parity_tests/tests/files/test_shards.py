@@ -135,12 +135,19 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="needs the extra qtx[data]")
     folder = folder_of(tmp_path / "lines", texts_of(60))
     real = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **more: real("json", data_dir=folder, **more))
+    asked = set()
+
+    def load_dataset(*names, **more):
+        asked.add(names)
+        return real("json", data_dir=folder, **more)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(reading, "hub_version", lambda name: "abc")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    got = opened("hub:someone/something")
+    got = opened("hub:someone/something:en")
+    assert asked == {("someone/something", "en")}
     assert got.fingerprint("train") == opened(folder).fingerprint("train")
-    assert got.describe()["source"] == "hub:someone/something"
+    assert got.describe()["source"] == "hub:someone/something:en"
 
 
 def test_a_hub_that_is_not_there_is_one_line(monkeypatch):

@@ -245,5 +245,5 @@ def test_settings_come_back_from_a_checkpoint():
     assert DataSpec.of(about) == spec
     assert DataSpec.of(about, "c") == replace(spec, sources=(Source("c"),))
     assert DataSpec.of({"source": "books"}) == DataSpec((Source("books"),)) and DataSpec().describe() == {}
-    with pytest.raises(SpecError, match="sources and weights"):
+    with pytest.raises(SpecError, match="sources and weights must be lists of one length"):
         DataSpec.of({**about, "weights": [1.0]})

@@ -178,6 +178,15 @@ def decay_biases_in_a_few_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(qtx_torch.optim, "decays", lambda *given: True)
 
 
+def turn_gradients_after_a_few_steps(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trained, "SHARED", 15)
+    patch.setattr(trained, "STEPS", 2)
+    owner = qtx_torch.quant.gradients.Backward
+    sound = owner.quantize
+    turn = {"wgrad_gradient": -1}
+    patch.setattr(owner, "quantize", lambda self, name, *given: turn.get(name, 1) * sound(self, name, *given))
+
+
 def unclamped_zero_point(sound: Callable) -> Callable:
     def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: object) -> torch.Tensor:
         wide = replace(spec, bits=16)  # its clamp lets more zero points through
@@ -311,12 +320,10 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         "models/vit_plain_dropout",
         replaced(qtx_torch.random, "keep_mask", lambda keep: lambda seed, step, *rest: keep(seed, step + 1, *rest)),
     ),
-    "gradients scaled along the wrong axis": (
+    "a gradient's range from one element": (
         "torch",
-        "gradients/8_codes",
-        replaced(
-            qtx_torch.quant.gradients, "quantize_operand", lambda q: lambda x, axis, *more: q(x, -3 - axis, *more)
-        ),
+        "gradients/8-tensor_codes",
+        replaced(qtx_torch.quant.gradients, "find_scale", lambda f: lambda x, quant: f(x[..., :1], quant)),
     ),
     "a gradient's scale from its neighbours": (
         "torch",
@@ -351,10 +358,10 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         "gradients/vit_clipped_row_w8a8+gradmxfp4_forced",
         replaced(qtx_torch.ops, "scale", lambda s: lambda x, factor: s(x, factor) + x - x.detach()),
     ),
-    "gradients left in float, running freely": (
+    "gradients of weights turned round, running freely": (
         "torch",
         "gradients/vit-tiny_w8a8+grad8_free",
-        replaced(qtx_torch.quant.gradients.Backward, "quantize", lambda q: lambda self, name, x, *more: x),
+        turn_gradients_after_a_few_steps,
     ),
     "a biased deviation": (
         "torch",

@@ -251,13 +251,23 @@ def test_a_compiled_step_is_one_graph_with_the_same_draws(name, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
-    traced, eager = make_trainer(name, StepSpec(accumulate=2, compiled=True)), make_trainer(name)
+    again = name == "opt_plain"
+    traced, eager = make_trainer(name, StepSpec(accumulate=2, compiled=True, recompute=again)), make_trainer(name)
     for seed in range(3):
         batch = small_models.make_batch(traced.model.spec, 4 + 2 * seed)
         batch = {key: value[:4] for key, value in batch.items()}
         # the same ops; sums over two parts are in another order
         np.testing.assert_allclose(traced.step(batch), eager.step(batch), rtol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_is_not_compiled():
+    model = make_trainer("bert_plain").model
+    bind(model, training_recipe("w8a8+grad8", model.spec), {})
+    with pytest.raises(SpecError, match="step compiled is True: quantized gradients"):
+        Trainer(model, OPTIM, step=StepSpec(compiled=True))
+    with pytest.raises(SpecError, match="step sharding"):
+        StepSpec(compiled=True, sharding=Sharding.FULL)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler says them of torch
