@@ -101,6 +101,8 @@ def total(x: Tensor) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """y = (x - mean) / sqrt(var + eps) * w + b over the last axis, var biased (Ba et al. 2016)."""
+    if weight.dtype == torch.bfloat16 and x.dtype == torch.float32:  # as FSDP2 gathers it
+        weight, bias = weight.float(), bias.float()
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
