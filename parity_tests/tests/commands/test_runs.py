@@ -208,6 +208,7 @@ def test_the_nearest_key(name, near):
         ('[model]\npreset = "vit-tiny"\nembed_width = 4', "embed_width is 4: opt takes 1 or more, another family none"),
         ('[model]\npreset = "bert-tiny"\nfinal_norm = true', "model final_norm is True: bert has no norm after"),
         ('[model]\nhead = "none"', "model.head is none: a model is trained by what its head says"),
+        ('[step]\ncompiled = true\nsharding = "full"', "step sharding is 'full': a compiled step"),
         ("[step]\naccumulate = 3", "step accumulate is 3: a batch of 16 rows has no so many equal parts"),
         ('[evaluation]\nintegers = ["w8a8"]', "evaluation integers is ('w8a8',): give evaluation every too"),
         ('[evaluation]\nrecipes = ["w8a8"]', "evaluation recipes is ('w8a8',): give evaluation every too"),
@@ -470,6 +471,7 @@ def test_the_guide_has_every_key():
         (["finetune", "x", "--out", "o"], "name the labelled data with --data"),
         (["finetune", "x", "--out", "o", "--data", "books", "--set", "model.layers=3"], "the checkpoint has its own"),
         (["finetune", "x", "--out", "o", "--data", "books", "--head-only", "--set", "optim.only=head."], "one of them"),
+        (["train", "--backend", "ref", "--set", "step.accumulate=3"], "step accumulate is 3: a batch of 16 rows"),
         (["train", "--backend", "ref", "--resume", "--change", "seed"], "change is 'seed': a run can change"),
     ],
 )
@@ -478,6 +480,14 @@ def test_commands_refuse(tmp_path, monkeypatch, arguments, message):
     result = call(*arguments)
     assert result.exit_code == 1 and message in result.output and result.output.count("\n") == 1, result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_evaluated_is_one_line(tmp_path):
+    """Before there is a bar, which would be a line of its own."""
+    said = ["--model", "vit-tiny", "--backend", "ref", "--batch", 2, "--steps", 1, "--set", "evaluation.every=1"]
+    result = call("train", *said, "--set", "evaluation.integers=nosuch", "--out", tmp_path)
+    assert result.exit_code == 1 and "nosuch" in result.output and result.output.count("\n") == 1, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
 
 
 def test_a_run_leaves_its_file_and_goes_on_from_it(tmp_path):
