@@ -490,6 +490,24 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
 
 
+@pytest.mark.parametrize("name", ["model-000050.safetensors", "model-000050.shares", "inf_norm.png", "tensorboard"])
+def test_json_is_no_file_of_a_run(tmp_path, name):
+    result = call("train", "--model", "vit-tiny", "--steps", 1, "--out", tmp_path, "--json", tmp_path / name)
+    assert result.exit_code == 1 and "is a file that the command writes" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path):
+    said = ["train", "--model", "vit-tiny", "--backend", "ref", "--batch", 2, "--steps", 1]
+    long = call(*said, "--out", tmp_path / ("a" * 300))
+    assert long.exit_code == 1 and "cannot be written (File name too long): choose another" in long.output
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("mine")
+    board = call(*said, "--set", "log.tensorboard=true", "--out", tmp_path)
+    assert board.exit_code == 1 and "tensorboard cannot be written (File exists): choose another" in board.output
+    assert (tmp_path / "tensorboard").read_text() == "mine"
+
+
 def test_a_run_leaves_its_file_and_goes_on_from_it(tmp_path):
     """Stopped, lengthened and moved from OUT/run.toml alone; a refused change leaves it as it was."""
     out = tmp_path / "out"
