@@ -445,6 +445,18 @@ def test_what_a_study_of_before_said_is_the_same_study():
     assert {name: row.identify() for name, row in old.items()} == {name: row.identify() for name, row in new.items()}
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("init", ["a", "b"], "init is 'a': a study's runs begin"),
+        ("quant.recipes", [["w8a8"], ["w4a8"]], "name them there"),
+    ],
+)
+def test_what_no_row_can_have_of_its_own_is_no_grid(key, values, message):
+    with pytest.raises(SpecError, match=message):
+        make_rows(make_run({"model.attention": "vanilla"}, grids={key: values}))
+
+
 def test_two_rows_of_one_name_are_refused():
     with pytest.raises(SpecError, match="two runs of the study would be called"):
         make_rows(make_run({}, grids={"data.sources": ["a/b.txt", "a_b.txt"]}))
@@ -467,7 +479,7 @@ def test_the_guide_has_every_key():
         (["runs", "--set", "seed=1"], "--set belongs to --resolved"),
         (["runs", "--resolved", "--set", "optim.warm_up=1"], "--set optim.warm_up=1: unknown key 'optim.warm_up'"),
         (["train", "--set", "seed"], "--set seed: expected KEY=VALUE"),
-        (["ptq", "x", "--set", "optim.lr=1"], "qtx ptq takes keys of data, machine and quant alone"),
+        (["ptq", "x", "--set", "optim.lr=1"], "qtx ptq takes keys of data and machine, and quant.recipes, alone"),
         (["finetune", "x", "--out", "o"], "name the labelled data with --data"),
         (["finetune", "x", "--out", "o", "--data", "books", "--set", "model.layers=3"], "the checkpoint has its own"),
         (["finetune", "x", "--out", "o", "--data", "books", "--head-only", "--set", "optim.only=head."], "one of them"),
