@@ -66,7 +66,7 @@ class OutPath(click.Path):
             raise SpecError("--out is '': name a place to write")
         place = super().convert(value, param, ctx)
         try:
-            place.exists()
+            Path(str(place)).exists()
         except OSError as error:
             raise SpecError(f"--out {str(place)[:200]} cannot be written ({error.strerror}): choose another") from None
         return place

@@ -21,6 +21,7 @@ from ..engines.backend import backend
 from ..engines.machine import Machine
 from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint
+from ..files.container import FileError
 from ..files.shares import find_state
 from ..files.writing import check_space
 from ..progress import Progress
@@ -76,6 +77,9 @@ def train(
         if found := find_state(path):
             checkpoint = read_run(found, run.train_quant, machine.processes if shares_state(run, machine) else None)
             changes = find_changes(path, checkpoint.meta, identity, change)
+            if run.train_quant and checkpoint.recipe not in (None, training_recipe(run.train_quant, run.model)):
+                said = f"what {run.train_quant} says is no more what it said"  # a file that was edited
+                raise FileError(f"{path} is another run: {said}; choose another --out or the same recipe")
             state = resume_run(found, run, data, machine, checkpoint)
             done = len(state.history.loss)
             if "diverged_at" in checkpoint.meta or (checkpoint.meta["done"] and done == run.last):

@@ -579,6 +579,21 @@ def test_a_study_printed_keeps_its_grids(tmp_path):
     assert open_run(str(own)).grids == open_run("blog-bert-base").grids
 
 
+def test_a_recipe_file_that_was_edited_is_another_run(tmp_path):
+    """Its name is all that the run says; what it said stands in the checkpoint."""
+    recipe, out = tmp_path / "w8.json", tmp_path / "out"
+    good("recipes", "w8a8", "--json", recipe)
+    said = ["train", "--model", "vit-tiny", "--backend", "ref", "--batch", 2, "--steps", 3, "--train-quant", recipe]
+    good(*said, "--stop", 1, "--out", out)
+    first, kept = recipe.read_text(), (out / "model.safetensors").read_bytes()
+    recipe.write_text(first.replace('"bits": 8', '"bits": 6'))
+    refused = call(*said, "--out", out, "--resume")
+    assert refused.exit_code == 1 and "is another run: what" in refused.output and refused.output.count("\n") == 1
+    assert (out / "model.safetensors").read_bytes() == kept
+    recipe.write_text(first)
+    good(*said, "--out", out, "--resume")
+
+
 def test_a_foreign_run_file_is_not_replaced(tmp_path):
     (tmp_path / "run.toml").write_text("mine")
     result = call("train", "--model", "vit-tiny", "--backend", "ref", "--steps", 1, "--out", tmp_path)
