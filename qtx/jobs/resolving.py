@@ -54,6 +54,8 @@ def make_model(run: RunSpec) -> ModelSpec:
     plain = fill(shape, run, "model")
     if plain.head is Head.NONE:
         raise SpecError("model.head is none: a model is trained by what its head says; leave it out")
+    if plain.family is Family.BERT and not plain.types:
+        raise SpecError("model.types is 0: every token of a bert has a type; give at least 1")
     return with_attention(plain, run.get("model.attention", ATTENTION), run)
 
 

@@ -167,9 +167,8 @@ class ModelSpec(Spec):
             refuse("model final_norm", True, "bert has no norm after its last block: leave it out")
         if math.copysign(1, self.init_std) < 0:
             refuse("model init_std", self.init_std, "give a number >= 0")
-        least = 1 if self.family is Family.BERT else 0
-        if self.types < least:
-            refuse("model types", self.types, f"{self.family} takes {least} or more")
+        if self.types < 0:
+            refuse("model types", self.types, "give a whole number, 0 or more")
         if self.position_offset < 0 or (self.position_offset and self.family is not Family.OPT):
             refuse("model position_offset", self.position_offset, "opt takes 0 or more, another family 0")
         if self.embed_width is not None and (self.embed_width < 1 or self.family is not Family.OPT):
