@@ -81,7 +81,7 @@ def test_other_commands_take_an_imported_model(tmp_path):
     ]:
         got = run(*command)
         assert got.exit_code == 0, got.output
-    batch = next(words.split_batches("evaluation", load_checkpoint(ours).spec, 16, 0))
+    batch = next(iter(words.split_batches("evaluation", load_checkpoint(ours).spec, 16, 0)))
     given = {
         "input_ids": batch["tokens"],
         "attention_mask": batch["mask"],
