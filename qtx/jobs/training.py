@@ -130,8 +130,8 @@ class Loop:
         last = self.run.last
         log = Log(self.path.parent, self.run.log, self.step, writes=self.machine.is_first)
         with postpone() as stop, log as self.log:
+            self.begin()
             with Progress(label, last, self.step) as bar:
-                self.begin()
                 while self.step < last:
                     line = self.advance()
                     if not math.isfinite(self.state.history.loss[-1]):
