@@ -244,12 +244,12 @@ def train_on(opened: Sequence[Documents | tuple[list[Passage], int]], held_out: 
     rules = [VERSION, prints, [digest(text.encode()) for text in texts], held_out, vocab, SAMPLE]
     path = cache.folder / "tokenizers" / f"{digest(json.dumps(rules).encode())[:32]}.json"
     with cache.lock(path.stem):
-        if path.is_file():
-            return read_tokenizer(path)
+        if known := cache.read_json(path):
+            return known["tokenizer"]
         for one in large:
             texts += take_sample(one, held_out, SAMPLE // len(large))
         size = sum(map(len, texts)) / 1e6
         sys.stderr.write(f"the tokenizer is trained on {size:.1f} million characters of the train split\n")
         tokenizer_json = train_tokenizer(texts, vocab)
-        cache.write(path, tokenizer_json.encode())
+        cache.write_json(path, {"tokenizer": tokenizer_json})
     return tokenizer_json

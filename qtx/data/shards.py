@@ -65,13 +65,19 @@ class Cache:
         except WriteError as error:
             raise DataError(f"{error}: QTX_CACHE says where tokenized texts are kept") from None
 
+    def write_json(self, path: Path, content: dict[str, Any]) -> None:
+        """Writes an object and, as its `check`, its sha256. Raises DataError as `write`."""
+        check = digest(json.dumps(content).encode())
+        self.write(path, json.dumps({**content, "check": check}).encode())
+
     def read_json(self, path: Path) -> dict[str, Any]:
-        """An object that was written here; {} where there is none that can be read."""
+        """An object that was written here; {} where there is none, or it is not as it was written."""
         try:
             content = json.loads(read_regular(path))
-        except (OSError, ValueError, RecursionError):
+            check = content.pop("check")
+        except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
             return {}
-        return content if isinstance(content, dict) else {}
+        return content if check == digest(json.dumps(content).encode()) else {}
 
     def fingerprint(self, documents: Documents) -> str:
         """The sha256 of a source's content: as it was found last time, where no file has another size, time or place
@@ -82,7 +88,7 @@ class Cache:
         try:
             before = stamp(documents.files)
             known = self.read_json(path)
-            if known.get("stamp") == before and isinstance(known.get("sha256"), str):
+            if known.get("stamp") == before:
                 return known["sha256"]
             got = documents.fingerprint()
             still = stamp(documents.files) == before
@@ -90,7 +96,7 @@ class Cache:
             raise DataError(f"{error.filename} cannot be read ({error.strerror}): give files that can be") from None
         if still:
             with suppress(DataError):  # a cache that can only be read
-                self.write(path, json.dumps({"stamp": before, "sha256": got}).encode())
+                self.write_json(path, {"stamp": before, "sha256": got})
         return got
 
     @contextmanager
@@ -262,7 +268,7 @@ def find_whole(cache: Cache, folder: Path, index: dict[str, Any]) -> set[int]:
         whole.add(number)
     if fresh:
         with suppress(DataError):  # a cache that can only be read
-            cache.write(folder / INDEX, json.dumps(index).encode())
+            cache.write_json(folder / INDEX, index)
     return whole
 
 
@@ -271,16 +277,12 @@ def name_shard(number: int) -> str:
     return f"shard-{number:05}.safetensors"
 
 
-def read_index(cache: Cache, folder: Path) -> dict[str, Any]:
-    """The index of a folder of shards; {} where there is none."""
-    index = cache.read_json(folder / INDEX)
-    shards = index.get("shards")
-    return index if isinstance(shards, list) and all(isinstance(record, dict) for record in shards) else {}
-
-
 def is_complete(index: dict[str, Any], whole: set[int]) -> bool:
-    """Whether all shards are there, and what is said at the end."""
-    return bool(index.get("whole")) and len(whole) == len(index["shards"])
+    """Whether all shards are there, what is said at the end, and the hashes of the documents."""
+    if not index.get("whole") or len(whole) < len(index["shards"]):
+        return False
+    kept = zip(index["fingerprints"].values(), index["hash_bytes"], strict=True)
+    return all((look(hashes_path(value[:SHORT])) or [None])[0] == size for value, size in kept)
 
 
 def build(
@@ -312,7 +314,7 @@ def build(
                 "documents": counts,
             }
             records[number : number + 1] = [record]
-            cache.write(folder / INDEX, json.dumps({"whole": False, "shards": records}).encode())
+            cache.write_json(folder / INDEX, {"whole": False, "shards": records})
             parts.clear()
 
     total = -(-documents.count_bytes() // 2**20)
@@ -338,13 +340,15 @@ def seal(cache: Cache, folder: Path, reader: Reader, records: list[dict[str, Any
     """Writes the hashes of the documents, and the index of all shards."""
     counts = [len(hashes) for hashes in reader.hashes]
     prints = {split: reader.fingerprint(place) for place, split in enumerate(SPLITS)}
+    sizes = []
     for place, split in enumerate(SPLITS):
         raw = io.BytesIO()
         np.save(raw, np.sort(np.frombuffer(reader.hashes[place], np.uint64)))
         cache.write(hashes_path(prints[split][:SHORT]), raw.getvalue())
+        sizes.append(len(raw.getvalue()))
     about = {"fingerprints": prints, "documents": counts, "dropped": reader.dropped, "empty": reader.empty}
-    index = {"whole": True, **about, "shards": records}
-    cache.write(folder / INDEX, json.dumps(index).encode())
+    index = {"whole": True, **about, "hash_bytes": sizes, "shards": records}
+    cache.write_json(folder / INDEX, index)
     return index
 
 
@@ -374,10 +378,10 @@ def open_part(
     rules = [VERSION, cache.fingerprint(documents), digest(tokenizer_json.encode()), around, held_out, SHARD]
     key = digest(json.dumps(rules).encode())[:32]
     folder = cache.folder / "shards" / key
-    index = read_index(cache, folder)
+    index = cache.read_json(folder / INDEX)
     if not is_complete(index, find_whole(cache, folder, index)):
         with cache.lock(key):
-            index = read_index(cache, folder)  # another process may have made it meanwhile
+            index = cache.read_json(folder / INDEX)  # another process may have made it meanwhile
             if not is_complete(index, find_whole(cache, folder, index)):
                 index = build(cache, folder, documents, held_out, make_encoder(tokenizer, around, vocab), index)
     if index["empty"]:

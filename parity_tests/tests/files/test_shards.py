@@ -282,7 +282,16 @@ def count_encoded(monkeypatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("harm", ["a byte", "cut off", "gone", "no index", "index"])
+HARMED_INDEX = {
+    "index cut off": lambda text: text[:-20],
+    "index of nothing": lambda text: '{"whole": true, "shards": []}',
+    "index without counts": lambda text: text.replace('"documents"', '"other"'),
+    "index of one shard less": lambda text: text[: text.rindex(", {")] + "]}",
+    "index of another number": lambda text: text.replace('"dropped": 0', '"dropped": 1'),
+}
+
+
+@pytest.mark.parametrize("harm", ["a byte", "cut off", "gone", "no index", *HARMED_INDEX])
 def test_a_damaged_shard_is_made_again(tmp_path, monkeypatch, cache, small_shards, harm, capsys):
     source = folder_of(tmp_path / "lines", texts_of(60))
     before = opened(source)
@@ -299,7 +308,10 @@ def test_a_damaged_shard_is_made_again(tmp_path, monkeypatch, cache, small_shard
     elif harm == "no index":
         (folder / "index.json").unlink()
     else:
-        (folder / "index.json").write_text('{"whole": true, "shards": [1')
+        index = folder / "index.json"
+        harmed = HARMED_INDEX[harm](index.read_text())
+        assert harmed != index.read_text()
+        index.write_text(harmed)
     counts = count_encoded(monkeypatch)
     after = opened(source)
     assert after.describe() == before.describe() and files[2].read_bytes() == content
@@ -307,6 +319,30 @@ def test_a_damaged_shard_is_made_again(tmp_path, monkeypatch, cache, small_shard
     assert ("damaged" in capsys.readouterr().err) == (harm in ("a byte", "cut off"))
     refuse_tokenizing(monkeypatch)
     opened(source)
+
+
+def test_hashes_of_documents_that_are_lost_are_found_again_and_nothing_is_tokenized(tmp_path, monkeypatch, cache):
+    source = folder_of(tmp_path / "lines", texts_of(60))
+    opened(source)
+    files = sorted((cache / "documents").iterdir())
+    before = [file.read_bytes() for file in files]
+    files[0].write_bytes(before[0][:-8])
+    files[1].write_bytes(b"")
+    files[2].unlink()
+    counts = count_encoded(monkeypatch)
+    opened(source)
+    assert [file.read_bytes() for file in files] == before and sum(counts) == 0
+
+
+def test_a_damaged_tokenizer_is_trained_again(tmp_path, cache):
+    settings = DataSpec(sources=(Source(folder_of(tmp_path / "lines", texts_of(60))),), vocab=200)
+    before = load(settings, OPT).tokenizer_json
+    (file,) = (cache / "tokenizers").iterdir()
+    whole = file.read_bytes()
+    for harmed in (b"", whole[:-50], whole.replace(b"document", b"documemt")):
+        assert harmed != whole
+        file.write_bytes(harmed)
+        assert load(settings, OPT).tokenizer_json == before and file.read_bytes() == whole
 
 
 def test_what_was_done_when_tokenizing_ended_early_is_kept(tmp_path, monkeypatch, cache, small_shards):
@@ -447,6 +483,9 @@ def test_overlap_is_found_by_document_where_the_cache_is_and_by_split_where_it_i
         refuse_overlap(meta, mixed, "evaluation")
     with pytest.raises(SpecError, match="are this model's earlier train data"):
         refuse_overlap({"trained_on": meta["data"]["hashes"]["train"]}, mixed, "evaluation")
+    (cache / "documents" / f"{trained.hashes('calibration')[0]}.npy").write_bytes(b"")  # damaged, and another split's
+    with pytest.raises(SpecError, match="are this model's train data"):
+        refuse_overlap(meta, mixed, "evaluation")
     monkeypatch.setenv("QTX_CACHE", str(tmp_path / "elsewhere"))
     refuse_overlap(meta, mixed, "evaluation")  # the documents are not known here
     swapped = {"data": {"hashes": {"train": meta["data"]["hashes"]["evaluation"]}}}
