@@ -282,7 +282,7 @@ def is_complete(index: dict[str, Any], whole: set[int]) -> bool:
     if not index.get("whole") or len(whole) < len(index["shards"]):
         return False
     kept = zip(index["fingerprints"].values(), index["hash_bytes"], strict=True)
-    return all((look(hashes_path(value[:SHORT])) or [None])[0] == size for value, size in kept)
+    return all((now := look(hashes_path(value[:SHORT]))) and now[0] == size for value, size in kept)
 
 
 def build(

@@ -124,8 +124,18 @@ def test_a_saved_data_set_is_read(tmp_path):
     assert opened(str(tmp_path / "sets" / "train")).fingerprint("train") == expected.fingerprint("train")
     with pytest.raises(DataError, match=r"holds the data sets test, train: give one of them, such as .*sets/test"):
         opened(str(tmp_path / "sets"))
+    rows.save_to_disk(str(tmp_path / "turned"), num_shards=2)
+    straight = opened(str(tmp_path / "turned"))
+    assert straight.fingerprint("train") == expected.fingerprint("train")
+    state = json.loads((tmp_path / "turned" / "state.json").read_text())
+    state["_data_files"].reverse()
+    (tmp_path / "turned" / "state.json").write_text(json.dumps(state))  # the same files, and other rows first
+    assert opened(str(tmp_path / "turned")).fingerprint("train") != expected.fingerprint("train")
+    (tmp_path / "set" / "state.json").write_text("{")  # though the cache knows the text
+    with pytest.raises(DataError, match="cannot be opened as a data set"):
+        opened(str(tmp_path / "set"))
     rows.select(range(50)).save_to_disk(str(tmp_path / "set"))
-    (tmp_path / "set" / "state.json").write_text("{")
+    next((tmp_path / "set").glob("*.arrow")).write_bytes(b"")
     with pytest.raises(DataError, match="cannot be opened as a data set"):
         opened(str(tmp_path / "set"))
 
@@ -217,6 +227,48 @@ def test_documents_carry_their_tokens_and_mix_with_sections(tmp_path):
     both = load(mixed, BERT, tokenizer=TOKENIZER)
     assert both.token_count("train") == load("books", BERT).token_count("train") + plain.token_count("train")
     assert DataSpec.of(both.describe()) == replace(mixed, tokenizer=None)
+
+
+def test_a_text_in_two_splits_of_a_mixture_is_refused(tmp_path):
+    texts = texts_of(80)
+    of_split = {choose_split(int(digest(text.encode())[:16], 16), 0.1): text for text in texts}
+    one = folder_of(tmp_path / "one", texts)
+    for first, split in zip((200, 300, 400), SPLITS, strict=True):
+        own = [of_split[split], *texts_of(9, first)]  # in the same split of both: no harm
+        write_lines(tmp_path / "two" / f"{split}.jsonl", own, split=split)
+    held = next(t for t in texts if choose_split(int(digest(t.encode())[:16], 16), 0.1) == "evaluation")
+    assert held != of_split["evaluation"]
+    load(DataSpec(sources=(Source(one), Source(str(tmp_path / "two")))), OPT, tokenizer=TOKENIZER)
+    write_lines(tmp_path / "two" / "more.jsonl", [held], split="train")
+    mixed = DataSpec(sources=(Source(one), Source(str(tmp_path / "two"))))
+    with pytest.raises(
+        DataError, match=rf"two \(train\) are also in .*one \(evaluation\).*{digest(held.encode())[:16]}"
+    ):
+        load(mixed, OPT, tokenizer=TOKENIZER)
+    for name in ("a", "b", "c", "d"):  # sections: the last file evaluates
+        for source in ("three", "four"):
+            (tmp_path / source).mkdir(exist_ok=True)
+            (tmp_path / source / f"{name}.txt").write_text(f"{name} of {source} " * 20)
+    (tmp_path / "four" / "a.txt").write_text("d of three " * 20)
+    with pytest.raises(DataError, match=r"1 text\(s\) of .*four \(train\) are also in .*three \(evaluation\)"):
+        sources = (Source(str(tmp_path / "three")), Source(str(tmp_path / "four")))
+        load(DataSpec(sources=sources), OPT, tokenizer=TOKENIZER)
+
+
+def test_files_that_are_not_read_are_said_once(tmp_path, capsys):
+    for name, ending in (("lines", "jsonl"), ("texts", "txt")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(40):
+            content = json.dumps({"text": texts_of(1, i)[0]}) if ending == "jsonl" else texts_of(1, i)[0]
+            (folder / f"{i}.{ending}").write_text(content)
+        (folder / "rows.csv").write_text("text\nwords\n")
+        (folder / ".hidden").write_text("words")
+        capsys.readouterr()
+        opened(str(folder))
+        said = capsys.readouterr().err
+        assert said.count("1 file(s) that are no .txt, .jsonl, .parquet, rows.csv first") == 1
+        assert said.count("what is hidden, .hidden") == 1
 
 
 def test_a_tokenizer_is_trained_once_on_a_bounded_sample(tmp_path, monkeypatch, capsys):
@@ -531,6 +583,12 @@ def test_bad_columns_and_texts_are_named(tmp_path, monkeypatch):
         opened(str(tmp_path / "a.parquet"))
     parquet.write_table(table({"text": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="the column text holds int64: give strings"):
+        opened(str(tmp_path / "a.parquet"))
+    arrow = pytest.importorskip("pyarrow")
+    ends = arrow.py_buffer(np.array([0, 2, 4], np.int32).tobytes())
+    latin = arrow.Array.from_buffers(arrow.string(), 2, [None, ends, arrow.py_buffer(b"ok\xff\xfe")])
+    parquet.write_table(table({"text": latin}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet holds a text after row 0 that is not UTF-8"):
         opened(str(tmp_path / "a.parquet"))
     monkeypatch.setattr(reading, "LARGE", 10)
     monkeypatch.setattr(reading, "LINE", 100)
