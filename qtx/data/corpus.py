@@ -264,8 +264,10 @@ def train_on(opened: Sequence[Documents | tuple[list[Passage], int]], held_out: 
     prints = [cache.fingerprint(one) for one in large]
     rules = [VERSION, prints, [digest(text.encode()) for text in texts], held_out, vocab, SAMPLE]
     path = cache.folder / "tokenizers" / f"{digest(json.dumps(rules).encode())[:32]}.json"
+    if known := cache.read_json(path):  # a cache may be whole and only to be read
+        return known["tokenizer"]
     with cache.lock(path.stem):
-        if known := cache.read_json(path):
+        if known := cache.read_json(path):  # another process may have made it meanwhile
             return known["tokenizer"]
         for one in large:
             texts += take_sample(one, held_out, SAMPLE // len(large))

@@ -482,14 +482,16 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, cache):
     with pytest.raises(DataError, match=r"file/below cannot be written .*: set QTX_CACHE to a folder that can"):
         opened(source)
     monkeypatch.setenv("QTX_CACHE", str(cache))
-    first = opened(source)
+    own = DataSpec(sources=(Source(source),), vocab=200)
+    first, trained = opened(source), load(own, OPT)
 
-    def refuse(self, path, content):
+    def refuse(self, *given):
         raise DataError("read only")
 
-    monkeypatch.setattr(Cache, "write", refuse)  # one that can only be read is enough
+    for name in ("write", "lock"):  # one that can only be read is enough
+        monkeypatch.setattr(Cache, name, refuse)
     os.utime(next(cache.glob("shards/*/*.safetensors")))
-    assert opened(source).describe() == first.describe()
+    assert opened(source).describe() == first.describe() and load(own, OPT).describe() == trained.describe()
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
