@@ -27,6 +27,7 @@ from .tokenizing import (
     BUNDLED,
     BUNDLED_VOCAB,
     Tokenizer,
+    encode_texts,
     open_tokenizer,
     read_bundled_tokenizer,
     read_tokenizer,
@@ -168,7 +169,7 @@ def tokenize(source: str, passages: list[Passage], tokenizer_json: str, dropped:
 
 def encode_passages(passages: Sequence[Passage], tokenizer: Tokenizer) -> list[Section]:
     """The passages as sections, no special tokens added."""
-    encoded = tokenizer.encode_batch([p.text for p in passages], add_special_tokens=False)
+    encoded = encode_texts(tokenizer, [p.text for p in passages])
     return [
         Section(p.title, digest(p.text.encode()), p.split, np.array(e.ids, np.int32))
         for p, e in zip(passages, encoded, strict=True)

@@ -32,7 +32,7 @@ from .documents import Documents, choose_split, hash_file, stamp
 from .reading import read_regular
 from .splits import SHORT, SPLITS, DataError, digest
 from .text import Part
-from .tokenizing import Tokenizer
+from .tokenizing import Tokenizer, encode_texts
 from .windows import Tokens
 
 VERSION = 1  # of the rules by which documents become shards: with another, a text is tokenized anew
@@ -216,12 +216,11 @@ def count_cores() -> int:
 def make_encoder(tokenizer: Tokenizer, around: tuple[int, int | None] | None, vocab: int) -> Encode:
     """What makes ids of texts, in as few bytes as they take, with what stands before and behind each."""
     kind = np.uint16 if vocab <= 2**16 else np.uint32
-    encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)  # the same ids, no places in the text
     before, behind = around or (None, None)
 
     def run(texts: list[str]) -> list[np.ndarray]:
         made = []
-        for encoding in encode(texts, add_special_tokens=False):
+        for encoding in encode_texts(tokenizer, texts):
             ids = encoding.ids
             if around:
                 ids = [before, *ids, *([] if behind is None else [behind])]
@@ -293,7 +292,7 @@ def build(
     done = find_whole(cache, folder, index)
     records: list[dict[str, Any]] = index.get("shards", [])
     reader = Reader(documents, held_out)
-    kind = encode(["a"])[0].dtype.type
+    kind = encode([""])[0].dtype.type
     parts: list[tuple[int, np.ndarray]] = []
     pending: deque[tuple[int, list[int], bool, Future[list[np.ndarray]] | None]] = deque()
 

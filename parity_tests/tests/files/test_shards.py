@@ -325,7 +325,7 @@ def count_encoded(monkeypatch) -> list[int]:
         encode = make_encoder(*given)
 
         def run(texts):
-            counts.append(len(texts) if texts != ["a"] else 0)
+            counts.append(len(texts) if texts != [""] else 0)
             return encode(texts)
 
         return run
@@ -606,6 +606,21 @@ def test_bad_columns_and_texts_are_named(tmp_path, monkeypatch):
         opened(str(tmp_path / "nothing.jsonl"))
     with pytest.raises(DataError, match="cannot be read"):
         opened(str(tmp_path / "nothing.parquet"))
+
+
+def test_a_tokenizer_that_does_not_know_a_word_is_one_line(tmp_path):
+    lib = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word1": 0, "word2": 1}))
+    lib.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    lib.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "known").mkdir()
+    rows = [json.dumps({"text": " ".join(f"word{1 + (i >> j) % 2}" for j in range(9))}) for i in range(200)]
+    (tmp_path / "known" / "a.jsonl").write_text("\n".join(rows))
+    load(DataSpec(sources=(Source(str(tmp_path / "known")),)), OPT, tokenizer=tmp_path / "tokenizer.json")
+    (tmp_path / "b.txt").write_text("\n".join(texts_of(90)))
+    for source in (folder_of(tmp_path / "lines", texts_of(60)), str(tmp_path / "b.txt")):
+        with pytest.raises(DataError, match=r"does not take the text \(.*UNK.*\): give one with a token") as caught:
+            load(DataSpec(sources=(Source(source),)), OPT, tokenizer=tmp_path / "tokenizer.json")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
