@@ -216,16 +216,11 @@ def count_cores() -> int:
 def make_encoder(tokenizer: Tokenizer, around: tuple[int, int | None] | None, vocab: int) -> Encode:
     """What makes ids of texts, in as few bytes as they take, with what stands before and behind each."""
     kind = np.uint16 if vocab <= 2**16 else np.uint32
-    before, behind = around or (None, None)
+    before, behind = ([] if one is None else [one] for one in around or (None, None))
 
     def run(texts: list[str]) -> list[np.ndarray]:
-        made = []
-        for encoding in encode_texts(tokenizer, texts):
-            ids = encoding.ids
-            if around:
-                ids = [before, *ids, *([] if behind is None else [behind])]
-            made.append(np.array(ids, kind))
-        return made
+        every = (encoding.ids for encoding in encode_texts(tokenizer, texts))
+        return [np.array([*before, *ids, *behind] if around else ids, kind) for ids in every]
 
     return run
 
