@@ -16,7 +16,10 @@ from parity_tests import distributed as proof
 from parity_tests.kill_test import LOST, SECONDS, find_port
 from qtx.cli import main
 from qtx.engines.machine import Machine
-from qtx_ref.spec import SpecError, read_processes
+from qtx.jobs.run import TrainSpec
+from qtx.jobs.training import train
+from qtx_ref import presets
+from qtx_ref.spec import OptimSpec, SpecError, StepSpec, read_processes
 from qtx_torch import distributed
 
 ROOT = Path(__file__).parents[3]
@@ -106,6 +109,17 @@ def test_no_such_process(monkeypatch, rank, count):
     monkeypatch.setenv("WORLD_SIZE", count)
     with pytest.raises(SpecError, match=f"RANK of WORLD_SIZE is '{rank} of {count}'"):
         read_processes()
+
+
+def test_parts_are_refused_before_a_step_and_by_all_processes(tmp_path, monkeypatch):
+    """7 rows in 2 processes are 3 and 4: the one with 3 says what the other one does, and nothing is left behind."""
+    monkeypatch.setattr(Machine, "join", lambda self: pytest.fail("the processes have met"))
+    run = TrainSpec(presets.preset("vit-tiny"), OptimSpec(), 7, 0, step=StepSpec(accumulate=3))
+    for rank in range(2):
+        monkeypatch.setattr(Machine, "processes", (rank, 2))
+        with pytest.raises(SpecError, match="step accumulate is 3: a batch of 4 rows"):
+            train(run, None, tmp_path / "run" / "model.safetensors", Machine())
+    assert not [*tmp_path.iterdir()]
 
 
 def test_one_process_of_several_computes_nothing_that_is_not_shared(monkeypatch):
