@@ -125,7 +125,24 @@ def test_parts_are_refused_before_a_step_and_by_all_processes(tmp_path, monkeypa
 def test_one_process_of_several_computes_nothing_that_is_not_shared(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("qtx.cli.give_way", lambda seconds: None)
     with pytest.raises(SpecError, match="torchrun started 2 processes: the reference trains in one"):
         Machine("ref").check()
     done = CliRunner().invoke(main, ["study"])
     assert done.exit_code == 1 and "torchrun started 2 processes, and only qtx train divides its work" in done.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("wrong", [("--stepz", "3"), ("--steps", "0")], ids=" ".join)
+def test_an_error_that_all_have_is_said_once(monkeypatch, wrong):
+    """A process gives way to the first one, and goes without a word where that one, which says it, has ended."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    waited = []
+    monkeypatch.setattr("qtx.cli.give_way", waited.append)
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        done = CliRunner().invoke(main, ["train", *wrong])
+        assert done.exit_code in (1, 2) and "Error: " in done.output and len(waited) == rank
+    code = "import os; os.fork() or (__import__('time').sleep(0.3), os.kill(os.getppid(), 15), os._exit(0)); from qtx.signals import give_way; give_way(30)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 143 and done.stderr == b""
