@@ -82,14 +82,15 @@ def measure_peak(device: str, *given: Any) -> tuple[Step, int | None]:
 
 
 def free() -> None:
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
 def time_pair(name: str, size: tuple[str, int, int], rounds: int, device: str, dtype: str) -> dict[str, Any]:
     """Times, their ratio and both memories of a pair."""
-    torch._dynamo.reset()  # it compiles the same code only so many times
+    if "compiled" in name:
+        torch._dynamo.reset()  # it compiles the same code only so many times
     rate, ours, against, bound = PAIRS[name]
     spec = shape(size[0], rate)
     params, batch = init_params(spec, 0), random_batch(spec, *size[1:])

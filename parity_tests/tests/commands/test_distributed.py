@@ -143,6 +143,7 @@ def test_an_error_that_all_have_is_said_once(monkeypatch, wrong):
         monkeypatch.setenv("RANK", str(rank))
         done = CliRunner().invoke(main, ["train", *wrong])
         assert done.exit_code in (1, 2) and "Error: " in done.output and len(waited) == rank
-    code = "import os; os.fork() or (__import__('time').sleep(0.3), os.kill(os.getppid(), 15), os._exit(0)); from qtx.signals import give_way; give_way(30)"
+    code = "import os, threading; from qtx.signals import give_way; pid = os.getpid();"
+    code += "threading.Timer(0.2, os.kill, (pid, 15)).start(); give_way(30)"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode == 143 and done.stderr == b""
