@@ -45,10 +45,10 @@ def load(
     """The data that a model of `spec` trains on; `DataError` where they cannot be had or do not fit it.
 
     source: what a run's file says of its data, or one source alone: "books" (the default of text models), "digits" (of
-    image models), or a path: a text file, .jsonl, .csv or .parquet, a folder of these, or hub:NAME. Its text trains a
-    tokenizer of at most `vocab` entries (the model's own number if None) on its train split, or takes `tokenizer`, a
-    tokenizer.json or the text of one; both need the extra `text`, and what is not text or JSONL the extra `data`
-    (`MissingExtra`).
+    image models), or a path: a text file, .jsonl, .csv or .parquet, a folder of these but .csv, or hub:NAME. Its text
+    trains a tokenizer of at most `vocab` entries (the model's own number if None) on its train split, or takes
+    `tokenizer`, a tokenizer.json or the text of one; both need the extra `text`, and what is not text or JSONL the
+    extra `data` (`MissingExtra`).
     A classifier of text takes a .csv or .jsonl of text and label, or the books' paragraphs; a headless BERT either
     kind. An image model takes a folder of pictures per class too (extra `images`).
     seed: draws the division of digits, pictures and undivided rows, nothing else; a model must be evaluated under the

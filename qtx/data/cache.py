@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,12 @@ def hashes_path(known: str) -> Path:
 def read_hashes(known: Collection[str]) -> list[np.ndarray]:
     """The first 64 bits of the sha256 of each of those documents, sorted, uint64: of every one of these splits that is
     here."""
+    found: list[np.ndarray] = []
     try:
         here = {name.removesuffix(".npy") for name in os.listdir(hashes_path("").parent)}
-        return [np.load(hashes_path(value), allow_pickle=False) for value in sorted(here.intersection(known))]
-    except (OSError, ValueError):
-        return []
+    except OSError:
+        return found
+    for value in sorted(here.intersection(known)):
+        with suppress(OSError, ValueError, EOFError):  # damaged: the others still count
+            found.append(np.load(hashes_path(value), allow_pickle=False))
+    return found

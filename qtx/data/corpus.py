@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,16 +16,18 @@ from safetensors import safe_open
 
 from qtx_ref.spec import ModelSpec
 
+from .cache import read_hashes
 from .documents import NOT_TEXT, Documents, open_documents
 from .rows import TextRow, has_rows, keep_different, read_rows, read_text
 from .shards import SAMPLE, VERSION, Cache, open_part, take_sample
 from .spec import Begin, DataSpec, Source
-from .splits import SPLITS, DataError, digest, name_splits
-from .text import Section, Specials, TextData, make_part
+from .splits import SHORT, SPLITS, DataError, digest, name_splits
+from .text import Part, Section, Specials, TextData, make_part
 from .tokenizing import (
     BUNDLED,
     BUNDLED_VOCAB,
     Tokenizer,
+    encode_texts,
     open_tokenizer,
     read_bundled_tokenizer,
     read_tokenizer,
@@ -113,7 +115,7 @@ def read_source(path: Path) -> tuple[list[Passage], int]:
     Raises DataError for what cannot be read, holds no text, or is too short to divide.
     """
     if path.is_dir():
-        files = list_files(path, (".txt",))
+        files = list_files(path, (".txt",), say=False)  # `open_documents` has looked there
         if not files:
             raise DataError(f"{path} holds no *.txt file: give a folder that does, or a text file")
     elif has_rows(path):
@@ -167,7 +169,7 @@ def tokenize(source: str, passages: list[Passage], tokenizer_json: str, dropped:
 
 def encode_passages(passages: Sequence[Passage], tokenizer: Tokenizer) -> list[Section]:
     """The passages as sections, no special tokens added."""
-    encoded = tokenizer.encode_batch([p.text for p in passages], add_special_tokens=False)
+    encoded = encode_texts(tokenizer, [p.text for p in passages])
     return [
         Section(p.title, digest(p.text.encode()), p.split, np.array(e.ids, np.int32))
         for p, e in zip(passages, encoded, strict=True)
@@ -222,8 +224,28 @@ def load_text(settings: DataSpec, model: ModelSpec, tokenizer: Path | str | None
             own = wrap(encode_passages(passages, library), specials, settings, model.causal)
             parts.append(make_part(own, dropped, source.weight))
             sections += own
+    refuse_leaks([source.path for source in sources], parts)
     name = ", ".join(source.path for source in sources)
     return TextData(name, sections, tokenizer_json, size, specials, settings=settings, parts=parts)
+
+
+def refuse_leaks(names: Sequence[str], parts: Sequence[Part]) -> None:
+    """Raises DataError where a text stands in two sources of a mixture, and in another split of each."""
+    if len(parts) < 2:
+        return
+    known = [{split: number_hashes(part.hashes[split]) for split in SPLITS} for part in parts]
+    for one, two in permutations(range(len(parts)), 2):
+        for a, b in combinations(SPLITS, 2):
+            if len(shared := np.intersect1d(known[one][a], known[two][b])):
+                raise DataError(
+                    f"{len(shared)} text(s) of {names[one]} ({a}) are also in {names[two]} ({b}) (first "
+                    f"hash {int(shared[0]):016x}): remove one copy"
+                )
+
+
+def number_hashes(hashes: Sequence[str]) -> np.ndarray:
+    """The first 64 bits of the hash of each section, or of each document of a text in shards, uint64."""
+    return np.concatenate([np.array([int(value[:SHORT], 16) for value in hashes], np.uint64), *read_hashes(hashes)])
 
 
 def open_source(name: str) -> Documents | tuple[list[Passage], int]:
@@ -243,13 +265,15 @@ def train_on(opened: Sequence[Documents | tuple[list[Passage], int]], held_out: 
     prints = [cache.fingerprint(one) for one in large]
     rules = [VERSION, prints, [digest(text.encode()) for text in texts], held_out, vocab, SAMPLE]
     path = cache.folder / "tokenizers" / f"{digest(json.dumps(rules).encode())[:32]}.json"
+    if known := cache.read_json(path):  # a cache may be whole and only to be read
+        return known["tokenizer"]
     with cache.lock(path.stem):
-        if path.is_file():
-            return read_tokenizer(path)
+        if known := cache.read_json(path):  # another process may have made it meanwhile
+            return known["tokenizer"]
         for one in large:
             texts += take_sample(one, held_out, SAMPLE // len(large))
         size = sum(map(len, texts)) / 1e6
         sys.stderr.write(f"the tokenizer is trained on {size:.1f} million characters of the train split\n")
         tokenizer_json = train_tokenizer(texts, vocab)
-        cache.write(path, tokenizer_json.encode())
+        cache.write_json(path, {"tokenizer": tokenizer_json})
     return tokenizer_json

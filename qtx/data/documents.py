@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ..engines.backend import need
-from .reading import open_regular
+from .reading import open_regular, read_regular
 from .rows import has_rows, iterate_json, make_row
 from .splits import SPLITS, DataError
 from .walking import list_files
@@ -95,8 +97,15 @@ def open_documents(source: str) -> Documents | None:
         names = sorted(item.name for item in path.iterdir() if is_saved(item))
         raise DataError(f"{path} holds the data sets {', '.join(names)}: give one of them, such as {path / names[0]}")
     if is_saved(path):
-        return Documents(source, tuple(list_files(path, (".arrow",))))
-    files = list_files(path, SUFFIXES) if path.is_dir() else [path]
+        return Documents(source, list_saved(path))
+    files = [path]
+    if path.is_dir():
+        files = list_files(path, SUFFIXES)
+        if files and (others := list_files(path, (".csv", *NOT_TEXT), say=False)):
+            sys.stderr.write(
+                f"{path}: not read: {len(others)} file(s) that are no {', '.join(SUFFIXES)}, "
+                f"{others[0].relative_to(path)} first\n"
+            )
     try:
         size = sum(file.stat().st_size for file in files)
     except OSError:
@@ -118,6 +127,14 @@ def is_there(source: str) -> bool:
 def is_saved(path: Path) -> bool:
     """Whether a folder is what `datasets.Dataset.save_to_disk` makes."""
     return all((path / name).is_file() for name in SAVED)
+
+
+def list_saved(path: Path) -> tuple[Path, ...]:
+    """The files of a data set that was saved, in the order in which it has their rows. Raises DataError."""
+    try:
+        return tuple(path / one["filename"] for one in json.loads(read_regular(path / SAVED[1]))["_data_files"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        raise DataError(f"{path} cannot be opened as a data set ({SAVED[1]} is damaged): save it again") from None
 
 
 def read_file(path: Path) -> Iterator[Document]:
@@ -244,11 +261,11 @@ def read_parquet(path: Path) -> Iterator[Document]:
     parquet = need("pyarrow.parquet", "data", "a Parquet file")
     lib = need("pyarrow", "data", "a Parquet file")
     try:
+        number = 0
         with open_regular(path) as raw:
             file = parquet.ParquetFile(raw)
             check_columns(str(path), file.schema_arrow)
             columns = [name for name in ("text", "split") if name in file.schema_arrow.names]
-            number = 0
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for values in batch.to_pylist():
                     number += 1
@@ -258,6 +275,8 @@ def read_parquet(path: Path) -> Iterator[Document]:
         raise DataError(f"{path} cannot be read ({reason}): give a whole Parquet file") from None
     except lib.ArrowException as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}): give a whole Parquet file") from None
+    except UnicodeDecodeError:  # the format says UTF-8, and nothing checked it when the file was written
+        raise DataError(f"{path} holds a text after row {number} that is not UTF-8: convert it to UTF-8") from None
 
 
 def count_parquet(path: Path) -> int:
@@ -289,11 +308,12 @@ def read_saved(path: Path) -> Iterator[Document]:
         rows = lib.load_from_disk(str(path))
         check_columns(str(path), rows.features.arrow_schema)
         rows = rows.select_columns([name for name in ("text", "split") if name in rows.column_names])
-    except DataError:
+        for number, values in enumerate(rows, 1):
+            yield from cut_long([take_text(f"{path} row {number}", values)])
+    except (DataError, GeneratorExit):
         raise
     except Exception as error:  # whatever a damaged folder leads to
         raise DataError(f"{path} cannot be opened as a data set ({shorten_error(error)}): save it again") from None
-    return cut_long(take_text(f"{path} row {number}", values) for number, values in enumerate(rows, 1))
 
 
 def read_hub(name: str) -> Iterator[Document]:

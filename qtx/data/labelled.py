@@ -36,7 +36,7 @@ from .splits import (
     fingerprint,
     iterate_passes,
 )
-from .tokenizing import open_tokenizer, read_bundled_tokenizer, read_tokenizer
+from .tokenizing import encode_texts, open_tokenizer, read_bundled_tokenizer, read_tokenizer
 
 LENGTH = 128  # tokens of a text with [CLS] and [SEP], unless said otherwise
 MULTIPLE = 8  # a batch is as long as its longest text, rounded up to this
@@ -71,7 +71,7 @@ class LabelledText(ClassifiedItems):
         self.classes = len(self.names)
         place = {name: index for index, name in enumerate(self.names)}
         tokenizer, self.specials, self.vocab = open_tokenizer(tokenizer_json)
-        encoded = tokenizer.encode_batch([row.text for row in rows], add_special_tokens=False)
+        encoded = encode_texts(tokenizer, [row.text for row in rows])
         self._ids = [np.array(words.ids[: length - 2], np.int64) for words in encoded]
         self._sizes = np.array([len(ids) for ids in self._ids])
         self.labels = np.array([place[row.label] for row in rows], np.int64)

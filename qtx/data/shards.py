@@ -32,7 +32,7 @@ from .documents import Documents, choose_split, hash_file, stamp
 from .reading import read_regular
 from .splits import SHORT, SPLITS, DataError, digest
 from .text import Part
-from .tokenizing import Tokenizer
+from .tokenizing import Tokenizer, encode_texts
 from .windows import Tokens
 
 VERSION = 1  # of the rules by which documents become shards: with another, a text is tokenized anew
@@ -65,13 +65,19 @@ class Cache:
         except WriteError as error:
             raise DataError(f"{error}: QTX_CACHE says where tokenized texts are kept") from None
 
+    def write_json(self, path: Path, content: dict[str, Any]) -> None:
+        """Writes an object and, as its `check`, its sha256. Raises DataError as `write`."""
+        check = digest(json.dumps(content).encode())
+        self.write(path, json.dumps({**content, "check": check}).encode())
+
     def read_json(self, path: Path) -> dict[str, Any]:
-        """An object that was written here; {} where there is none that can be read."""
+        """An object that was written here; {} where there is none, or it is not as it was written."""
         try:
             content = json.loads(read_regular(path))
-        except (OSError, ValueError, RecursionError):
+            check = content.pop("check")
+        except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
             return {}
-        return content if isinstance(content, dict) else {}
+        return content if check == digest(json.dumps(content).encode()) else {}
 
     def fingerprint(self, documents: Documents) -> str:
         """The sha256 of a source's content: as it was found last time, where no file has another size, time or place
@@ -82,7 +88,7 @@ class Cache:
         try:
             before = stamp(documents.files)
             known = self.read_json(path)
-            if known.get("stamp") == before and isinstance(known.get("sha256"), str):
+            if known.get("stamp") == before:
                 return known["sha256"]
             got = documents.fingerprint()
             still = stamp(documents.files) == before
@@ -90,7 +96,7 @@ class Cache:
             raise DataError(f"{error.filename} cannot be read ({error.strerror}): give files that can be") from None
         if still:
             with suppress(DataError):  # a cache that can only be read
-                self.write(path, json.dumps({"stamp": before, "sha256": got}).encode())
+                self.write_json(path, {"stamp": before, "sha256": got})
         return got
 
     @contextmanager
@@ -210,17 +216,11 @@ def count_cores() -> int:
 def make_encoder(tokenizer: Tokenizer, around: tuple[int, int | None] | None, vocab: int) -> Encode:
     """What makes ids of texts, in as few bytes as they take, with what stands before and behind each."""
     kind = np.uint16 if vocab <= 2**16 else np.uint32
-    encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)  # the same ids, no places in the text
-    before, behind = around or (None, None)
+    before, behind = ([] if one is None else [one] for one in around or (None, None))
 
     def run(texts: list[str]) -> list[np.ndarray]:
-        made = []
-        for encoding in encode(texts, add_special_tokens=False):
-            ids = encoding.ids
-            if around:
-                ids = [before, *ids, *([] if behind is None else [behind])]
-            made.append(np.array(ids, kind))
-        return made
+        every = (encoding.ids for encoding in encode_texts(tokenizer, texts))
+        return [np.array([*before, *ids, *behind] if around else ids, kind) for ids in every]
 
     return run
 
@@ -262,7 +262,7 @@ def find_whole(cache: Cache, folder: Path, index: dict[str, Any]) -> set[int]:
         whole.add(number)
     if fresh:
         with suppress(DataError):  # a cache that can only be read
-            cache.write(folder / INDEX, json.dumps(index).encode())
+            cache.write_json(folder / INDEX, index)
     return whole
 
 
@@ -271,16 +271,12 @@ def name_shard(number: int) -> str:
     return f"shard-{number:05}.safetensors"
 
 
-def read_index(cache: Cache, folder: Path) -> dict[str, Any]:
-    """The index of a folder of shards; {} where there is none."""
-    index = cache.read_json(folder / INDEX)
-    shards = index.get("shards")
-    return index if isinstance(shards, list) and all(isinstance(record, dict) for record in shards) else {}
-
-
 def is_complete(index: dict[str, Any], whole: set[int]) -> bool:
-    """Whether all shards are there, and what is said at the end."""
-    return bool(index.get("whole")) and len(whole) == len(index["shards"])
+    """Whether all shards are there, what is said at the end, and the hashes of the documents."""
+    if not index.get("whole") or len(whole) < len(index["shards"]):
+        return False
+    kept = zip(index["fingerprints"].values(), index["hash_bytes"], strict=True)
+    return all((now := look(hashes_path(value[:SHORT]))) and now[0] == size for value, size in kept)
 
 
 def build(
@@ -291,7 +287,7 @@ def build(
     done = find_whole(cache, folder, index)
     records: list[dict[str, Any]] = index.get("shards", [])
     reader = Reader(documents, held_out)
-    kind = encode(["a"])[0].dtype.type
+    kind = encode([""])[0].dtype.type
     parts: list[tuple[int, np.ndarray]] = []
     pending: deque[tuple[int, list[int], bool, Future[list[np.ndarray]] | None]] = deque()
 
@@ -312,7 +308,7 @@ def build(
                 "documents": counts,
             }
             records[number : number + 1] = [record]
-            cache.write(folder / INDEX, json.dumps({"whole": False, "shards": records}).encode())
+            cache.write_json(folder / INDEX, {"whole": False, "shards": records})
             parts.clear()
 
     total = -(-documents.count_bytes() // 2**20)
@@ -338,13 +334,15 @@ def seal(cache: Cache, folder: Path, reader: Reader, records: list[dict[str, Any
     """Writes the hashes of the documents, and the index of all shards."""
     counts = [len(hashes) for hashes in reader.hashes]
     prints = {split: reader.fingerprint(place) for place, split in enumerate(SPLITS)}
+    sizes = []
     for place, split in enumerate(SPLITS):
         raw = io.BytesIO()
         np.save(raw, np.sort(np.frombuffer(reader.hashes[place], np.uint64)))
         cache.write(hashes_path(prints[split][:SHORT]), raw.getvalue())
+        sizes.append(len(raw.getvalue()))
     about = {"fingerprints": prints, "documents": counts, "dropped": reader.dropped, "empty": reader.empty}
-    index = {"whole": True, **about, "shards": records}
-    cache.write(folder / INDEX, json.dumps(index).encode())
+    index = {"whole": True, **about, "hash_bytes": sizes, "shards": records}
+    cache.write_json(folder / INDEX, index)
     return index
 
 
@@ -374,10 +372,10 @@ def open_part(
     rules = [VERSION, cache.fingerprint(documents), digest(tokenizer_json.encode()), around, held_out, SHARD]
     key = digest(json.dumps(rules).encode())[:32]
     folder = cache.folder / "shards" / key
-    index = read_index(cache, folder)
+    index = cache.read_json(folder / INDEX)
     if not is_complete(index, find_whole(cache, folder, index)):
         with cache.lock(key):
-            index = read_index(cache, folder)  # another process may have made it meanwhile
+            index = cache.read_json(folder / INDEX)  # another process may have made it meanwhile
             if not is_complete(index, find_whole(cache, folder, index)):
                 index = build(cache, folder, documents, held_out, make_encoder(tokenizer, around, vocab), index)
     if index["empty"]:

@@ -154,10 +154,29 @@ def check_ids(ids: Mapping[str, int]) -> None:
         )
 
 
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    """Texts as they are, without what the template adds. Raises DataError where the tokenizer has no token for what it
+    does not know."""
+    try:
+        # the same ids, no places in the text
+        return getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises a bare Exception
+        raise refuse_text(error) from None
+
+
+def refuse_text(error: Exception) -> DataError:
+    """What is said where a tokenizer makes no ids of a text."""
+    said = " ".join(str(error).split())
+    return DataError(f"the tokenizer does not take the text ({said}): give one with a token for what it does not know")
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Ids of a text that a model goes on from: with what the tokenizer puts before a text (OPT's </s>), as transformers
-    does, and without what it puts behind one."""
-    encoded = tokenizer.encode(prompt)
+    does, and without what it puts behind one. Raises DataError as `encode_texts`."""
+    try:
+        encoded = tokenizer.encode(prompt)
+    except Exception as error:  # the library raises a bare Exception
+        raise refuse_text(error) from None
     size = len(encoded.ids)
     while size and encoded.special_tokens_mask[size - 1]:
         size -= 1

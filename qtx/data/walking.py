@@ -10,18 +10,19 @@ from pathlib import Path
 from .splits import DataError
 
 
-def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+def list_files(folder: Path, suffixes: Collection[str], say: bool = True) -> list[Path]:
     """Every file below `folder` with one of the endings (lower case, any case of theirs), sorted by path.
 
     Links to folders are followed, but never back to one that holds them. What is hidden, as notebooks hide copies in
-    .ipynb_checkpoints, is passed over, and said on stderr. Raises DataError for a folder that cannot be read.
+    .ipynb_checkpoints, is passed over and, unless it was said before, said on stderr. Raises DataError for a folder
+    that cannot be read.
     """
     hidden: list[Path] = []
     try:
         files = walk(folder, hidden, ())
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}): give a folder that can be read") from None
-    if hidden:
+    if hidden and say:
         count = f"{len(hidden)} hidden files or folders" if len(hidden) > 1 else "what is hidden"
         sys.stderr.write(
             f"{folder}: not read: {count}, {hidden[0].relative_to(folder)}{' first' * (len(hidden) > 1)}\n"

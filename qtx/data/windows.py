@@ -154,7 +154,8 @@ class Mixture:
     """Which source each window of a run is of: drawn, and yet each source has its share of every block of windows."""
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
-        self._bounds = np.cumsum(weights) / sum(weights)
+        shares = np.ldexp(weights, -np.frexp(max(weights))[1])  # the same ratios, of a finite sum
+        self._bounds = np.cumsum(shares) / sum(shares)
         self._seed = seed
         even = np.searchsorted(self._bounds[:-1], (np.arange(BLOCK) + 0.5) / BLOCK, side="right")
         self._even = even  # (BLOCK,) the source of each of a block's places before they are drawn

@@ -83,7 +83,7 @@ def quantize_operand(
     turned = x.swapaxes(axis, -1)
     scale = find_scale(turned, quant)
     turned_words = None if words is None else words.swapaxes(axis, -1)
-    with np.errstate(invalid="ignore"):  # NaN scales
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN scales; the largest float may come out infinite
         y, _ = quantizer.simulate(turned, scale, np.zeros(scale.shape, np.int32), quant, turned_words)
     return y.swapaxes(axis, -1), scale
 

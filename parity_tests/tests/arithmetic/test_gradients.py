@@ -144,14 +144,14 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "size"), [*((form, 1e-3) for form in FORMS), ("8", 1e-40), ("4", 1e-37), ("8", 5e37)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_stochastic_rounding_is_unbiased(backend: str, form: str) -> None:
+def test_stochastic_rounding_is_unbiased(backend: str, form: str, size: float) -> None:
     """The exact expectation over all 2^32 words: the least word that rounds down is found by bisection, and the value
     is the upper one with probability word / 2^32. Within 2^-22 of |x| plus a step: x / scale and scale times
     code are rounded to float32, and so is what is left of a small negative number."""
-    x = stream(0, "unbiased").normal(size=(4, 600)).astype(np.float32) * np.float32(1e-3)
-    x[0, :2] = 0, 1e-9
+    x = stream(0, "unbiased").normal(size=(4, 600)).astype(np.float32) * np.float32(size)
+    x[0, :2] = 0, size * 1e-6
 
     def rounded(words: np.ndarray) -> np.ndarray:
         if backend == "ref":
@@ -172,6 +172,34 @@ def test_stochastic_rounding_is_unbiased(backend: str, form: str) -> None:
     assert (np.abs(expected - x) <= bound).all()
     nearest = ref_gradients.quantize_operand(x, -1, FORMS[form])[0]
     assert (np.abs(nearest - x) > bound).mean() > 0.9  # planted: the nearest is biased
+
+
+EDGES = {
+    "largest": np.full((2, 32), np.finfo(np.float32).max),
+    "smallest": np.full((2, 32), np.float32(2.0**-149)),
+    "zero row": np.eye(3, 32, dtype=np.float32) * [[1], [0], [2]],
+    "ties": np.arange(-32, 32).reshape(2, 32) + 0.5,
+    "NaN": np.where(np.eye(3, 32, dtype=bool), np.nan, 1.5),
+    "infinity": np.where(np.eye(3, 32, dtype=bool), -np.inf, 1.5),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_are_the_same_to_the_bit(edge: str, turned: bool) -> None:
+    x = EDGES[edge].astype(np.float32)
+    words = bits(0, 0, "edge", x.size).reshape(x.shape)
+    x, words = (np.ascontiguousarray(v.T).T if turned else v for v in (x, words))  # not contiguous
+    ours = torch.from_numpy(x), torch.from_numpy(words.astype(np.int64))
+    for name, quant in FORMS.items():
+        for axis in (-1, -2):
+            for drawn in (False, True):
+                want = ref_gradients.quantize_operand(x, axis, quant, words if drawn else None)
+                got = gradients.quantize_operand(ours[0], axis, quant, ours[1] if drawn else None)
+                for a, b in zip(want, got, strict=True):
+                    np.testing.assert_array_equal(b.numpy(), a, err_msg=f"{name} {axis} {drawn}", strict=True)
+    finite = ref_gradients.quantize_operand(x, -1, FORMS["8"])[0]
+    assert np.isnan(finite).any(axis=1).all() == (edge in ("NaN", "infinity"))
 
 
 def test_spec_refuses() -> None:

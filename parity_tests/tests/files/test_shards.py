@@ -124,8 +124,18 @@ def test_a_saved_data_set_is_read(tmp_path):
     assert opened(str(tmp_path / "sets" / "train")).fingerprint("train") == expected.fingerprint("train")
     with pytest.raises(DataError, match=r"holds the data sets test, train: give one of them, such as .*sets/test"):
         opened(str(tmp_path / "sets"))
+    rows.save_to_disk(str(tmp_path / "turned"), num_shards=2)
+    straight = opened(str(tmp_path / "turned"))
+    assert straight.fingerprint("train") == expected.fingerprint("train")
+    state = json.loads((tmp_path / "turned" / "state.json").read_text())
+    state["_data_files"].reverse()
+    (tmp_path / "turned" / "state.json").write_text(json.dumps(state))  # the same files, and other rows first
+    assert opened(str(tmp_path / "turned")).fingerprint("train") != expected.fingerprint("train")
+    (tmp_path / "set" / "state.json").write_text("{")  # though the cache knows the text
+    with pytest.raises(DataError, match="cannot be opened as a data set"):
+        opened(str(tmp_path / "set"))
     rows.select(range(50)).save_to_disk(str(tmp_path / "set"))
-    (tmp_path / "set" / "state.json").write_text("{")
+    next((tmp_path / "set").glob("*.arrow")).write_bytes(b"")
     with pytest.raises(DataError, match="cannot be opened as a data set"):
         opened(str(tmp_path / "set"))
 
@@ -219,6 +229,48 @@ def test_documents_carry_their_tokens_and_mix_with_sections(tmp_path):
     assert DataSpec.of(both.describe()) == replace(mixed, tokenizer=None)
 
 
+def test_a_text_in_two_splits_of_a_mixture_is_refused(tmp_path):
+    texts = texts_of(80)
+    of_split = {choose_split(int(digest(text.encode())[:16], 16), 0.1): text for text in texts}
+    one = folder_of(tmp_path / "one", texts)
+    for first, split in zip((200, 300, 400), SPLITS, strict=True):
+        own = [of_split[split], *texts_of(9, first)]  # in the same split of both: no harm
+        write_lines(tmp_path / "two" / f"{split}.jsonl", own, split=split)
+    held = next(t for t in texts if choose_split(int(digest(t.encode())[:16], 16), 0.1) == "evaluation")
+    assert held != of_split["evaluation"]
+    load(DataSpec(sources=(Source(one), Source(str(tmp_path / "two")))), OPT, tokenizer=TOKENIZER)
+    write_lines(tmp_path / "two" / "more.jsonl", [held], split="train")
+    mixed = DataSpec(sources=(Source(one), Source(str(tmp_path / "two"))))
+    with pytest.raises(
+        DataError, match=rf"two \(train\) are also in .*one \(evaluation\).*{digest(held.encode())[:16]}"
+    ):
+        load(mixed, OPT, tokenizer=TOKENIZER)
+    for name in ("a", "b", "c", "d"):  # sections: the last file evaluates
+        for source in ("three", "four"):
+            (tmp_path / source).mkdir(exist_ok=True)
+            (tmp_path / source / f"{name}.txt").write_text(f"{name} of {source} " * 20)
+    (tmp_path / "four" / "a.txt").write_text("d of three " * 20)
+    with pytest.raises(DataError, match=r"1 text\(s\) of .*four \(train\) are also in .*three \(evaluation\)"):
+        sources = (Source(str(tmp_path / "three")), Source(str(tmp_path / "four")))
+        load(DataSpec(sources=sources), OPT, tokenizer=TOKENIZER)
+
+
+def test_files_that_are_not_read_are_said_once(tmp_path, capsys):
+    for name, ending in (("lines", "jsonl"), ("texts", "txt")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(40):
+            content = json.dumps({"text": texts_of(1, i)[0]}) if ending == "jsonl" else texts_of(1, i)[0]
+            (folder / f"{i}.{ending}").write_text(content)
+        (folder / "rows.csv").write_text("text\nwords\n")
+        (folder / ".hidden").write_text("words")
+        capsys.readouterr()
+        opened(str(folder))
+        said = capsys.readouterr().err
+        assert said.count("1 file(s) that are no .txt, .jsonl, .parquet, rows.csv first") == 1
+        assert said.count("what is hidden, .hidden") == 1
+
+
 def test_a_tokenizer_is_trained_once_on_a_bounded_sample(tmp_path, monkeypatch, capsys):
     source = folder_of(tmp_path / "lines", texts_of(300))
     monkeypatch.setattr("qtx.data.corpus.SAMPLE", 3000)
@@ -273,7 +325,7 @@ def count_encoded(monkeypatch) -> list[int]:
         encode = make_encoder(*given)
 
         def run(texts):
-            counts.append(len(texts) if texts != ["a"] else 0)
+            counts.append(len(texts) if texts != [""] else 0)
             return encode(texts)
 
         return run
@@ -282,7 +334,16 @@ def count_encoded(monkeypatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("harm", ["a byte", "cut off", "gone", "no index", "index"])
+HARMED_INDEX = {
+    "index cut off": lambda text: text[:-20],
+    "index of nothing": lambda text: '{"whole": true, "shards": []}',
+    "index without counts": lambda text: text.replace('"documents"', '"other"'),
+    "index of one shard less": lambda text: text[: text.rindex(", {")] + "]}",
+    "index of another number": lambda text: text.replace('"dropped": 0', '"dropped": 1'),
+}
+
+
+@pytest.mark.parametrize("harm", ["a byte", "cut off", "gone", "no index", *HARMED_INDEX])
 def test_a_damaged_shard_is_made_again(tmp_path, monkeypatch, cache, small_shards, harm, capsys):
     source = folder_of(tmp_path / "lines", texts_of(60))
     before = opened(source)
@@ -299,7 +360,10 @@ def test_a_damaged_shard_is_made_again(tmp_path, monkeypatch, cache, small_shard
     elif harm == "no index":
         (folder / "index.json").unlink()
     else:
-        (folder / "index.json").write_text('{"whole": true, "shards": [1')
+        index = folder / "index.json"
+        harmed = HARMED_INDEX[harm](index.read_text())
+        assert harmed != index.read_text()
+        index.write_text(harmed)
     counts = count_encoded(monkeypatch)
     after = opened(source)
     assert after.describe() == before.describe() and files[2].read_bytes() == content
@@ -307,6 +371,30 @@ def test_a_damaged_shard_is_made_again(tmp_path, monkeypatch, cache, small_shard
     assert ("damaged" in capsys.readouterr().err) == (harm in ("a byte", "cut off"))
     refuse_tokenizing(monkeypatch)
     opened(source)
+
+
+def test_hashes_of_documents_that_are_lost_are_found_again_and_nothing_is_tokenized(tmp_path, monkeypatch, cache):
+    source = folder_of(tmp_path / "lines", texts_of(60))
+    opened(source)
+    files = sorted((cache / "documents").iterdir())
+    before = [file.read_bytes() for file in files]
+    files[0].write_bytes(before[0][:-8])
+    files[1].write_bytes(b"")
+    files[2].unlink()
+    counts = count_encoded(monkeypatch)
+    opened(source)
+    assert [file.read_bytes() for file in files] == before and sum(counts) == 0
+
+
+def test_a_damaged_tokenizer_is_trained_again(tmp_path, cache):
+    settings = DataSpec(sources=(Source(folder_of(tmp_path / "lines", texts_of(60))),), vocab=200)
+    before = load(settings, OPT).tokenizer_json
+    (file,) = (cache / "tokenizers").iterdir()
+    whole = file.read_bytes()
+    for harmed in (b"", whole[:-50], whole.replace(b"document", b"documemt")):
+        assert harmed != whole
+        file.write_bytes(harmed)
+        assert load(settings, OPT).tokenizer_json == before and file.read_bytes() == whole
 
 
 def test_what_was_done_when_tokenizing_ended_early_is_kept(tmp_path, monkeypatch, cache, small_shards):
@@ -394,14 +482,16 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, cache):
     with pytest.raises(DataError, match=r"file/below cannot be written .*: set QTX_CACHE to a folder that can"):
         opened(source)
     monkeypatch.setenv("QTX_CACHE", str(cache))
-    first = opened(source)
+    own = DataSpec(sources=(Source(source),), vocab=200)
+    first, trained = opened(source), load(own, OPT)
 
-    def refuse(self, path, content):
+    def refuse(self, *given):
         raise DataError("read only")
 
-    monkeypatch.setattr(Cache, "write", refuse)  # one that can only be read is enough
+    for name in ("write", "lock"):  # one that can only be read is enough
+        monkeypatch.setattr(Cache, name, refuse)
     os.utime(next(cache.glob("shards/*/*.safetensors")))
-    assert opened(source).describe() == first.describe()
+    assert opened(source).describe() == first.describe() and load(own, OPT).describe() == trained.describe()
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -447,6 +537,9 @@ def test_overlap_is_found_by_document_where_the_cache_is_and_by_split_where_it_i
         refuse_overlap(meta, mixed, "evaluation")
     with pytest.raises(SpecError, match="are this model's earlier train data"):
         refuse_overlap({"trained_on": meta["data"]["hashes"]["train"]}, mixed, "evaluation")
+    (cache / "documents" / f"{trained.hashes('calibration')[0]}.npy").write_bytes(b"")  # damaged, and another split's
+    with pytest.raises(SpecError, match="are this model's train data"):
+        refuse_overlap(meta, mixed, "evaluation")
     monkeypatch.setenv("QTX_CACHE", str(tmp_path / "elsewhere"))
     refuse_overlap(meta, mixed, "evaluation")  # the documents are not known here
     swapped = {"data": {"hashes": {"train": meta["data"]["hashes"]["evaluation"]}}}
@@ -493,6 +586,12 @@ def test_bad_columns_and_texts_are_named(tmp_path, monkeypatch):
     parquet.write_table(table({"text": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="the column text holds int64: give strings"):
         opened(str(tmp_path / "a.parquet"))
+    arrow = pytest.importorskip("pyarrow")
+    ends = arrow.py_buffer(np.array([0, 2, 4], np.int32).tobytes())
+    latin = arrow.Array.from_buffers(arrow.string(), 2, [None, ends, arrow.py_buffer(b"ok\xff\xfe")])
+    parquet.write_table(table({"text": latin}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet holds a text after row 0 that is not UTF-8"):
+        opened(str(tmp_path / "a.parquet"))
     monkeypatch.setattr(reading, "LARGE", 10)
     monkeypatch.setattr(reading, "LINE", 100)
     bad = {"a.txt": b"caf\xe9 " * 10, "b.txt": "one two three".encode("utf-16"), "c.txt": b"a\0b" * 10}
@@ -507,6 +606,21 @@ def test_bad_columns_and_texts_are_named(tmp_path, monkeypatch):
         opened(str(tmp_path / "nothing.jsonl"))
     with pytest.raises(DataError, match="cannot be read"):
         opened(str(tmp_path / "nothing.parquet"))
+
+
+def test_a_tokenizer_that_does_not_know_a_word_is_one_line(tmp_path):
+    lib = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word1": 0, "word2": 1}))
+    lib.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    lib.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "known").mkdir()
+    rows = [json.dumps({"text": " ".join(f"word{1 + (i >> j) % 2}" for j in range(9))}) for i in range(200)]
+    (tmp_path / "known" / "a.jsonl").write_text("\n".join(rows))
+    load(DataSpec(sources=(Source(str(tmp_path / "known")),)), OPT, tokenizer=tmp_path / "tokenizer.json")
+    (tmp_path / "b.txt").write_text("\n".join(texts_of(90)))
+    for source in (folder_of(tmp_path / "lines", texts_of(60)), str(tmp_path / "b.txt")):
+        with pytest.raises(DataError, match=r"does not take the text \(.*UNK.*\): give one with a token") as caught:
+            load(DataSpec(sources=(Source(source),)), OPT, tokenizer=tmp_path / "tokenizer.json")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):

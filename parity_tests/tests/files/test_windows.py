@@ -226,6 +226,12 @@ def test_a_mixture_of_texts():
     assert sum(held[:15]) == 5  # evenly among the first ones too
 
 
+def test_weights_count_by_their_ratio():
+    expected = Mixture([1.0, 3.0], 0).draw(np.arange(500))[0]
+    for weights in ([5e-324, 15e-324], [5e307, 1.5e308], [0.25, 0.75]):
+        assert np.array_equal(Mixture(weights, 0).draw(np.arange(500))[0], expected)
+
+
 def test_mixtures_that_cannot_be_are_refused():
     with pytest.raises(SpecError, match="stands there twice"):
         DataSpec(sources=(Source("a"), Source("a")))
