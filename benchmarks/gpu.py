@@ -1,19 +1,25 @@
-"""All that a GPU is asked to show, in 10 minutes: steps against `transformers`, memory, quantization, parity.
+"""All that a GPU is asked to show, in 10 minutes: parity, steps against `transformers`, memory, quantization.
 
     python benchmarks/gpu.py --out gpu.json
     python benchmarks/gpu.py --device cpu --model bert-tiny --batch 2 --length 16 --only random --out cpu.json
 
 Steps are taken in turns under autocast to bfloat16 (`--dtype`), those of transformers with its fused attention; peak
-memory is that of two steps of one model alone on the device. The JSON is written after every part, so that what was
-done stays where time runs out. Exit status 1: a parity case failed.
+memory is what two steps of a model add to what was there before it. The JSON is written after every part, and as
+parity goes; a part that fails is noted in it, and the next one begins. At the end of `--minutes` what is under way is
+cut off, whatever it waits for, and what is missing is said. Exit status 1: something failed or is missing.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
+import os
 import statistics
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +55,7 @@ PAIRS = {
 }
 
 
-def build(name: str, spec: ModelSpec, params: Arrays, batch: Arrays, device: str, dtype: str) -> Step:
+def build(name: str, spec: ModelSpec, params: Arrays, batch: Arrays, dtype: str, device: str) -> Step:
     """The step of that name; logits of transformers' are compared with ours first."""
     if name != "transformers":
         words = name.split()
@@ -61,32 +67,38 @@ def build(name: str, spec: ModelSpec, params: Arrays, batch: Arrays, device: str
     return their_step(theirs, batch, dtype)
 
 
-def measure_peak(*given: Any) -> int | None:
-    """Bytes at most in two steps of one model, alone; None on a CPU."""
+def measure_peak(device: str, *given: Any) -> tuple[Step, int | None]:
+    """A step, and how many bytes it and two of it take at most, beside what was there; None on a CPU."""
     free()
-    step = build(*given)
-    if torch.cuda.is_available():
-        free()
-        torch.cuda.reset_peak_memory_stats()
+    cuda = device != "cpu"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    step = build(*given, device)
+    free()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
     step()
     step()
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return step, torch.cuda.max_memory_allocated(device) - before if cuda else None
 
 
 def free() -> None:
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
 def time_pair(name: str, size: tuple[str, int, int], rounds: int, device: str, dtype: str) -> dict[str, Any]:
     """Times, their ratio and both memories of a pair."""
+    if "compiled" in name:
+        torch._dynamo.reset()  # it compiles the same code only so many times
     rate, ours, against, bound = PAIRS[name]
     spec = shape(size[0], rate)
     params, batch = init_params(spec, 0), random_batch(spec, *size[1:])
-    peaks = [measure_peak(step, spec, params, batch, device, dtype) for step in (ours, against)]
-    free()
-    times = time_steps({step: build(step, spec, params, batch, device, dtype) for step in (ours, against)}, rounds)
+    steps, peaks = {}, []
+    for step in (ours, against):
+        steps[step], peak = measure_peak(device, step, spec, params, batch, dtype)
+        peaks.append(peak)
+    times = time_steps(steps, rounds)
     middle, low, high = ratios(times, ours, against)
     ms = [1000 * statistics.median(times[step]) for step in (ours, against)]
     found = {"step": ours, "against": against, "ms": ms, "ratio": middle, "lowest": low, "highest": high}
@@ -100,6 +112,68 @@ def format_pair(name: str, pair: dict[str, Any]) -> list[str]:
     return [name, pair["step"], pair["against"], *times, f"{pair['ratio']:.3f}", spread, f"{pair['bound']}", *memory]
 
 
+def describe(device: str) -> dict[str, Any]:
+    """What the figures depend on: versions, and the device."""
+    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if device != "cpu" else None}
+    for package in ("transformers", "triton"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return runner.describe_machine("torch", device) | versions
+
+
+class Parts:
+    """Parts that are done one after another in a given time, and the file that has what came of them."""
+
+    def __init__(self, out: Path, found: dict[str, Any], seconds: float) -> None:
+        self.out, self.found, self.end = out, found, time.monotonic() + seconds
+        self.missing: list[str] = []
+        self.failed: list[str] = []
+        self.longest = 0.0
+        self.lock = threading.Lock()
+
+    def write(self) -> None:
+        """The file as of now, at no moment half of it."""
+        with self.lock:
+            part = self.out.with_name(f".{self.out.name}.part")
+            part.write_text(json.dumps(self.found | {"missing": self.missing, "failed": self.failed}, indent=2) + "\n")
+            part.replace(self.out)
+
+    def take(self, parts: dict[str, Callable[[], bool]]) -> None:
+        """Does the parts. One that returns False or raises has failed; one that would take, as long as the longest
+        before, more than what is left is not begun."""
+        self.missing = list(parts)
+        self.write()
+        timer = threading.Timer(self.end - time.monotonic(), self.cut)
+        timer.daemon = True
+        timer.start()
+        for name, do in parts.items():
+            begin = time.monotonic()
+            if begin + self.longest > self.end:
+                print(f"{name}: not begun, {self.end - begin:.0f} s are left", flush=True)
+                continue
+            try:
+                if not do():
+                    self.failed.append(name)
+            except (Exception, SystemExit) as error:  # whatever it is, the other parts are wanted
+                self.failed.append(name)
+                self.found.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"
+                print(f"{name}: failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}", flush=True)
+            self.missing.remove(name)
+            self.longest = max(self.longest, time.monotonic() - begin)
+            self.write()
+        timer.cancel()
+
+    def cut(self) -> None:
+        """The time is over."""
+        try:
+            self.write()
+            print(f"time is over: without {', '.join(self.missing)}", flush=True)
+        finally:
+            os._exit(1)
+
+
 @click.command(help=__doc__)
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--model", default="bert-base", show_default=True)
@@ -109,6 +183,7 @@ def format_pair(name: str, pair: dict[str, Any]) -> list[str]:
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--pair", "pairs", multiple=True, type=click.Choice(list(PAIRS)), default=list(PAIRS))
 @click.option("--only", help="Only these parity cases, as `qtx parity --only`.")
+@click.option("--minutes", default=10.0, show_default=True, help="For all of it.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON.")
 def main(
     device: str,
@@ -119,33 +194,47 @@ def main(
     dtype: str,
     pairs: tuple[str, ...],
     only: str | None,
+    minutes: float,
     out: Path,
 ) -> None:
     try:
         runner.check_place("torch", device)
     except MissingDevice as error:
         raise SystemExit(str(error)) from None
-    what = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    found: dict[str, Any] = {"device": what, "torch": torch.__version__, "model": model, "dtype": dtype}
+    machine = describe(device)
+    what = machine["gpu"] or "cpu"
+    found: dict[str, Any] = {"device": what, "machine": machine, "model": model, "dtype": dtype}
     found |= {"batch": batch, "length": length, "steps": {}}
+    parts = Parts(out, found, 60 * minutes)
     title = f"{model}, {batch} x {length}, {dtype}, {what}"
     header = [title, "step", "against", "ms", "ms", "ratio", "of rounds", "bound", "MiB", "MiB"]
+    print(
+        f"torch {machine['torch']}, CUDA {machine['cuda']}, transformers {machine['transformers']}, {what}", flush=True
+    )
 
-    def take_times(names: list[str]) -> None:
-        for name in names:
-            found["steps"][name] = time_pair(name, (model, batch, length), rounds, device, dtype)
-            out.write_text(json.dumps(found, indent=2) + "\n")
-        if names:
-            print(format_table(header, [format_pair(name, found["steps"][name]) for name in names]), flush=True)
+    def show_case(done: int, count: int, row: runner.Row) -> None:
+        found["parity"] = {"done": done, "of": count, "last": row.name}
+        if not row.ok:
+            print(f"parity, {row.group}/{row.name} failed: {row.failure or row.worst}", flush=True)
+        if not row.ok or done % 20 == 0:
+            parts.write()
 
-    take_times([name for name in pairs if "compiled" not in name])
-    report = runner.run("torch", device, "float32", only)
-    found["parity"] = report.as_json()
-    out.write_text(json.dumps(found, indent=2) + "\n")
-    failed = [f"{row.group}/{row.name}" for row in report.rows if not row.ok]
-    print(f"parity on {device}: {len(report.rows)} cases, {len(failed)} failed {' '.join(failed)}", flush=True)
-    take_times([name for name in pairs if "compiled" in name])  # last: compiling takes a minute or more
-    sys.exit(0 if report.ok else 1)
+    def check_parity() -> bool:
+        report = runner.run("torch", device, "float32", only, show_case)
+        found["parity"] = report.as_json()
+        wrong = sum(not row.ok for row in report.rows)
+        print(f"parity on {device}: {len(report.rows)} cases, {wrong} failed, {report.seconds:.0f} s", flush=True)
+        return report.ok
+
+    def compare_steps(name: str) -> bool:
+        found["steps"][name] = time_pair(name, (model, batch, length), rounds, device, dtype)
+        print(format_table(header, [format_pair(name, found["steps"][name])]), flush=True)
+        return True
+
+    # compiling, which may take minutes, comes last
+    ordered = sorted(pairs, key=lambda name: "compiled" in name)
+    parts.take({"parity": check_parity} | {name: lambda name=name: compare_steps(name) for name in ordered})
+    sys.exit(1 if parts.failed or parts.missing else 0)
 
 
 if __name__ == "__main__":

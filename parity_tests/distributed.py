@@ -35,7 +35,7 @@ from qtx.recipes.named import resolve, training_recipe
 from qtx_ref import backend as ref_backend
 from qtx_ref.models.initial import shapes
 from qtx_ref.spec import OptimSpec, Recipe, Sharding, StepSpec
-from qtx_torch import backend, distributed
+from qtx_torch import backend, distributed, models
 from qtx_torch.numerics import Float
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +155,7 @@ def take_gradients(trainer: backend.Trainer, part: Batch, first: int) -> tuple[f
     """Loss and gradients of the whole batch, as `Trainer.step` has them."""
     model = trainer.model
     inputs = model.accept(part)
-    targets = backend.models.count_targets(inputs)
+    targets = models.count_targets(inputs)
     make = partial(Float, training=True, seed=3, step=0)
     total = int(distributed.add(torch.tensor(targets)))
     loss, grads = model.backward(inputs, make, None, accumulate=trainer.spec.accumulate, first=first, count=total)

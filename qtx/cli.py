@@ -35,10 +35,11 @@ from .commands.vectors import vectors_command
 from .data import DataError
 from .engines.backend import MissingExtra
 from .files.container import FileError
-from .signals import Interrupted, exit_status, handle, interrupt
+from .signals import Interrupted, exit_status, give_way, handle, interrupt
 
 MENDABLE = (SpecError, DataError, FileError, MissingExtra, OSError)
 DISTRIBUTED = ("train",)  # commands that several processes run together
+GIVE_WAY_SECONDS = 5.0  # to the first of several processes, which mostly has the same error to say
 RESUMED = ("finetune", "ptq", "study", "train")  # commands that have --resume
 
 
@@ -80,7 +81,11 @@ class Commands(click.Group):
         except BrokenPipeError:  # whoever read the output has enough
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # nothing is left to flush at exit
             ctx.exit(1)
-        except MENDABLE as error:
+        except (*MENDABLE, click.ClickException) as error:
+            if rank and not isinstance(error, ConnectionError):
+                give_way(GIVE_WAY_SECONDS)
+            if isinstance(error, click.ClickException):
+                raise
             raise click.ClickException(" ".join(str(error).split())) from None
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,13 @@ def handle(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old or signal.SIG_DFL)
+
+
+def give_way(seconds: float) -> None:
+    """Waits so long for a signal that ends the process without a word: where one of several processes fails, torchrun
+    sends SIGTERM to the others."""
+    with handle(lambda number, frame: os._exit(128 + number)):
+        time.sleep(seconds)
 
 
 @contextmanager

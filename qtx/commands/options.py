@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from functools import wraps
@@ -28,6 +29,8 @@ WRITTEN = (
     "log.jsonl",
     "study.json",
     "curves.png",
+    "inf_norm.png",
+    "tensorboard",
     "config.json",
     "tokenizer.json",
     "preprocessor_config.json",
@@ -48,6 +51,7 @@ WRITTEN = (
     "attention.png",
     "patches.png",
 )
+NUMBERED = re.compile(r"model-[0-9]{6,}\.(safetensors|shares)")  # states of a run that are kept, see files.shares
 PLACES = ("checkpoint", "model", "init", "first", "second", "out", "check", "data", "tokenizer", "recipe_name")
 
 
@@ -60,7 +64,12 @@ class OutPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value).strip():
             raise SpecError("--out is '': name a place to write")
-        return super().convert(value, param, ctx)
+        place = super().convert(value, param, ctx)
+        try:
+            place.exists()
+        except OSError as error:
+            raise SpecError(f"--out {str(place)[:200]} cannot be written ({error.strerror}): choose another") from None
+        return place
 
 
 class Rate(click.ParamType):
@@ -103,7 +112,8 @@ def refuse_shared(given: Mapping[str, Any]) -> None:
     for name, path in named:
         if path is not None and Path(path).resolve() == place:
             raise SpecError(f"--json {json_path} is also the command's {name}: choose another file")
-    if out is not None and place.name in WRITTEN and place.is_relative_to(out.resolve()):
+    written = place.name in WRITTEN or NUMBERED.fullmatch(place.name)
+    if out is not None and written and place.is_relative_to(out.resolve()):
         raise SpecError(f"--json {json_path} is a file that the command writes: choose another")
 
 

@@ -50,8 +50,9 @@ def print_run(name: str | None, resolved: bool, said: Sequence[str]) -> tuple[st
     run = run.under(options)
     settings = resolve(run) if resolved else run.settings
     values = {key: {"value": keep_value(one.value), "origin": one.origin} for key, one in settings.items()}
-    text = write_run(settings) if resolved or name not in list_bundled() else read_bundled(name)
-    return text.rstrip("\n"), {"settings": values}
+    grids = {key: [keep_value(one) for one in varied] for key, varied in run.grids.items()}
+    text = write_run(settings, run.grids) if resolved or name not in list_bundled() else read_bundled(name)
+    return text.rstrip("\n"), {"settings": values, "grids": grids}
 
 
 def list_all_keys() -> tuple[str, dict[str, Any]]:

@@ -94,8 +94,10 @@ class DataSpec(Spec):
     augment: Augmentation = Augmentation()
 
     def check(self) -> None:
-        if self.window is not None and self.window < 1:
-            refuse("data window", self.window, "give at least 1")
+        for name in ("window", "vocab"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                refuse(f"data {name}", value, "give at least 1")
         if not 0 < self.mask_rate <= 1:
             refuse("data mask_rate", self.mask_rate, "give a share above 0, at most 1")
         if not 0 < self.held_out < 0.5:

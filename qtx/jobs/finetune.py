@@ -94,7 +94,7 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         sizes = (request.epochs or EPOCHS) * len(data.hashes("train")) / batch
         count = steps or max(1, math.ceil(sizes))
         optim = change_optim(replace(optim, warmup=count // 10, steps=count), run)
-        whole = replace(make_train(run, spec, optim, origin.sha256), batch=batch)
+        whole = make_train(run, spec, optim, origin.sha256, batch)
         start, change = Start(params, origin.describe()), request.changes
         trained = train(whole, data, path, machine, resume=request.resume, change=change, start=start)
         if "diverged_at" in trained.meta:

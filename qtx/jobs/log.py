@@ -15,6 +15,7 @@ from typing import Any
 from ..disk import WriteError
 from ..engines.backend import need
 from ..engines.protocols import Batch
+from ..files.container import FileError
 from ..files.lines import Lines, cut_lines
 from ..runs.spec import LogSpec
 from .run import LOG
@@ -82,7 +83,10 @@ class Board:
         need("tensorboard", "tensorboard", "log.tensorboard", "leave it out: log.jsonl has the same numbers")
         self.event = import_module("tensorboard.compat.proto.event_pb2")
         self.summary = import_module("tensorboard.compat.proto.summary_pb2").Summary
-        self.writer = import_module("tensorboard.summary.writer.event_file_writer").EventFileWriter(str(folder))
+        try:
+            self.writer = import_module("tensorboard.summary.writer.event_file_writer").EventFileWriter(str(folder))
+        except OSError as error:
+            raise FileError(f"{folder} cannot be written ({error.strerror or error}): choose another --out") from None
         start = self.event.SessionLog(status=self.event.SessionLog.START)
         self.writer.add_event(self.event.Event(wall_time=time.time(), step=step and step + 1, session_log=start))
 

@@ -69,7 +69,7 @@ def compare_recipes(request: PtqRequest) -> tuple[Comparison, list[str]]:
     out = request.out
     with hold(out):
         run, machine = request.run, make_machine(request.run)
-        run.refuse(READ, "qtx ptq takes keys of data, machine and quant alone")
+        run.refuse(READ, "qtx ptq takes keys of data and machine, and quant.recipes, alone")
         machine.check()
         if request.sensitivity:
             refuse_beside(request)

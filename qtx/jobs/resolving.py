@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from qtx_ref.presets import attention, preset
-from qtx_ref.spec import Family, ModelSpec, OptimSpec, SpecError, StepSpec
+from qtx_ref.spec import Family, Head, ModelSpec, OptimSpec, SpecError, StepSpec
 from qtx_ref.spec.base import field_types
 
 from ..data.spec import DataSpec
@@ -52,6 +52,8 @@ def make_model(run: RunSpec) -> ModelSpec:
     if shape.family is Family.VIT and "model.length" in run.settings:
         raise SpecError(f"model.length is {run.get('model.length')}: a vit's follows from its image and patch size")
     plain = fill(shape, run, "model")
+    if plain.head is Head.NONE:
+        raise SpecError("model.head is none: a model is trained by what its head says; leave it out")
     return with_attention(plain, run.get("model.attention", ATTENTION), run)
 
 
@@ -86,12 +88,15 @@ def check_lr(run: RunSpec) -> None:
             raise SpecError(f"{said.origin}: optim.lr: {error}") from None
 
 
-def make_train(run: RunSpec, model: ModelSpec, optim: OptimSpec, init: str | None = None) -> TrainSpec:
-    """The whole run, of a model and an optimizer that are made. init: sha256 of the checkpoint it begins with."""
+def make_train(
+    run: RunSpec, model: ModelSpec, optim: OptimSpec, init: str | None = None, batch: int = PER_STEP
+) -> TrainSpec:
+    """The whole run, of a model and an optimizer that are made. init: sha256 of the checkpoint it begins with. batch:
+    its size unless said."""
     return TrainSpec(
         model,
         optim,
-        run.get("data.batch", PER_STEP),
+        run.get("data.batch", batch),
         run.get("seed", 0),
         run.get("quant.train"),
         init,
@@ -157,8 +162,9 @@ def resolve(run: RunSpec) -> dict[str, Setting]:
 
 
 def is_of_checkpoint(key: str, run: RunSpec) -> bool:
-    """Whether a key is the checkpoint's own where a run begins with one."""
-    return key.startswith(("model.", "optim.lr", "optim.warmup")) and key not in run.settings
+    """Whether a key is the checkpoint's own where a run begins with one, its data too unless others are named."""
+    own = key.startswith(("model.", "optim.lr", "optim.warmup", "data.")) and key != "data.batch"
+    return own and key not in run.settings
 
 
 def list_values(spec: Any, table: str, origin: str) -> dict[str, Setting]:

@@ -83,14 +83,16 @@ def complete_grids(run: RunSpec) -> dict[str, tuple[Any, ...]]:
 
 def make_rows(run: RunSpec) -> dict[str, Row]:
     """Every run of a study by its name. Raises SpecError for what no run can have, or two of one name."""
-    if run.get("init") is not None:
-        raise SpecError(f"init is {run.get('init')!r}: a study's runs begin with parameters of their own; leave it out")
     grids = complete_grids(run)
+    if "quant.recipes" in grids:
+        raise SpecError("study.quant.recipes: every run is compared under all of quant.recipes; name them there")
     rows: dict[str, Row] = {}
     for values in product(*grids.values()):
         point = dict(zip(grids, values, strict=True))
         varied = {key: value for key, value in point.items() if key not in (KIND, SEED, QUANT)}
         one = run.at(point)
+        if (init := one.get("init")) is not None:
+            raise SpecError(f"init is {init!r}: a study's runs begin with parameters of their own; leave it out")
         model = make_model(one)
         line = name_line(one, varied, grids)
         row = Row(line, one, varied, model, make_optim(one, model), make_data(one), make_machine(one))

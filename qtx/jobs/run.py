@@ -14,6 +14,7 @@ from qtx_ref.models.initial import shapes
 from qtx_ref.spec import ModelSpec, OptimSpec, Spec, StepSpec
 from qtx_ref.spec.base import refuse
 from qtx_ref.spec.optim import trains
+from qtx_ref.spec.step import divide_rows
 
 from ..engines.machine import Machine
 from ..files.container import FileError, check_writable
@@ -46,6 +47,7 @@ class TrainSpec(Spec):
     def check(self) -> None:
         if self.stop is not None and not 1 <= self.stop <= self.optim.steps:
             refuse("stop", self.stop, f"give 1 to {self.optim.steps}, the steps of the schedule")
+        divide_rows(self.batch, self.step.accumulate)
 
     @property
     def last(self) -> int:
@@ -68,8 +70,9 @@ def describe_difference(key: str, was: Any, now: Any) -> str:
         for name in dict.fromkeys([*now, *was]):
             if was.get(name) != now.get(name):
                 return describe_difference(f"{key}.{name}", was.get(name), now.get(name))
+    was, now = (text if len(text) <= 200 else f"{text[:200]}..." for text in (repr(was), repr(now)))
     remedy = " (set OMP_NUM_THREADS)" if key == "threads" else ""
-    return f"{key} was {was!r} and is {now!r}{remedy}; choose another --out or the same settings"
+    return f"{key} was {was} and is {now}{remedy}; choose another --out or the same settings"
 
 
 def refuse_existing(path: Path, resume: bool) -> None:

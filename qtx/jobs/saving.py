@@ -79,7 +79,7 @@ class Saving:
         """
         if not self.spec.keep or not self.is_numbered(step) or checkpoint.meta["done"]:
             save_checkpoint(self.path, checkpoint)
-            remove_folders(self.path)  # of a run whose processes shared its state
+            remove_folders(self.path, keep=self.list_kept(step))  # of a run whose processes shared its state
             return
         numbered = self.name(step)
         save_checkpoint(numbered, checkpoint)
@@ -91,14 +91,25 @@ class Saving:
         """The numbered checkpoint of a step."""
         return self.path.with_name(f"{self.path.stem}-{step:06}{self.path.suffix}")
 
-    def remove_oldest(self, step: int) -> None:
-        """Removes the numbered checkpoints up to this step but the last ones, as many as are kept."""
+    def list_numbered(self) -> dict[int, Path]:
+        """The numbered checkpoints that are there, by step."""
         pattern = re.compile(rf"{re.escape(self.path.stem)}-([0-9]{{6,}}){re.escape(self.path.suffix)}")
-        found = {path: match for path in self.path.parent.iterdir() if (match := pattern.fullmatch(path.name))}
-        steps = sorted(number for match in found.values() if (number := int(match[1])) <= step)
-        for number in steps[: -self.spec.keep]:
-            with contextlib.suppress(OSError):
-                self.name(number).unlink()
+        return {int(match[1]): path for path in self.path.parent.iterdir() if (match := pattern.fullmatch(path.name))}
+
+    def list_kept(self, step: int) -> list[int]:
+        """The last steps up to this one, as many as are kept, whose state is there, as a file or as shares."""
+        shares = filter(self.is_numbered, find_folders(self.path))
+        known = sorted(number for number in {*self.list_numbered(), *shares} if number <= step)
+        return known[-self.spec.keep :] if self.spec.keep else []
+
+    def remove_oldest(self, step: int) -> None:
+        """Removes the numbered checkpoints up to this step but those that are kept."""
+        kept = self.list_kept(step)
+        for number, path in self.list_numbered().items():
+            if number <= step and number not in kept:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        remove_folders(self.path, keep=kept)  # of a run whose processes shared its state
 
 
 class SharedSaving(Saving):
@@ -115,7 +126,7 @@ class SharedSaving(Saving):
     def write(self, checkpoint: Checkpoint, step: int) -> None:
         """Writes the state; checkpoint: without parameters. Raises WriteError, in all processes where one cannot."""
         if "diverged_at" in checkpoint.meta:
-            self.do(lambda: self.finish(checkpoint), first=True)
+            self.do(lambda: self.finish(checkpoint, step), first=True)
             return
         folder = name_folder(self.path, step)
         if step not in find_folders(self.path):
@@ -127,7 +138,7 @@ class SharedSaving(Saving):
             whole = replace(checkpoint, extra=checkpoint.extra | rest)
             self.do(lambda: finish_folder(folder, whole), first=True)
         if checkpoint.meta["done"]:
-            self.do(lambda: self.finish(replace(load_shares(folder), meta=checkpoint.meta)), first=True)
+            self.do(lambda: self.finish(replace(load_shares(folder), meta=checkpoint.meta), step), first=True)
         else:
             self.do(lambda: self.clear(step), first=True)
 
@@ -143,17 +154,12 @@ class SharedSaving(Saving):
             why = "another process could not" if fault is None else fault.strerror or fault
             raise WriteError(f"{self.path} cannot be written ({why}): make room, or choose another place") from None
 
-    def finish(self, checkpoint: Checkpoint) -> None:
+    def finish(self, checkpoint: Checkpoint, step: int) -> None:
         """Writes the one file in place of all folders but those that are kept."""
         save_checkpoint(self.path, checkpoint)
-        remove_folders(self.path, keep=self.list_kept())
+        remove_folders(self.path, keep=self.list_kept(step))
 
     def clear(self, step: int) -> None:
         """Removes what the state of a step takes the place of."""
-        remove_folders(self.path, keep={step, *self.list_kept()})
+        remove_folders(self.path, keep={step, *self.list_kept(step)})
         self.path.unlink(missing_ok=True)
-
-    def list_kept(self) -> list[int]:
-        """The steps whose states are kept beside the last one."""
-        numbered = [step for step in find_folders(self.path) if self.is_numbered(step)]
-        return numbered[-self.spec.keep :] if self.spec.keep else []

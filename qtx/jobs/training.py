@@ -13,7 +13,7 @@ import numpy as np
 
 from qtx_ref.models.initial import init_params
 from qtx_ref.optim import learning_rate
-from qtx_ref.spec import ModelSpec, OptimSpec, Sharding, SpecError
+from qtx_ref.spec import ModelSpec, OptimSpec, Sharding, SpecError, divide_rows
 
 from ..data import LabelledText, TextData
 from ..data.splits import BATCH
@@ -63,13 +63,14 @@ def train(
 
     Raises:
         SpecError: `change` names what no run can change, `run.stop` is passed, or what is to be evaluated or logged
-            cannot be.
+            cannot be; the batch is not divisible by processes and parts.
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra: `run.log.tensorboard` without its package.
         WriteError: the disk has no room for the checkpoint, before the first step or for a minute at the end.
         Interrupted: SIGINT or SIGTERM; `path` is up to date.
     """
     check_changes(change)
+    check_parts(run, machine.processes[1])
     with machine.join(), claim(path, resume, machine):
         identity = identify(run, data, machine)
         start = start or Start(init_params(run.model, run.seed))
@@ -130,8 +131,8 @@ class Loop:
         last = self.run.last
         log = Log(self.path.parent, self.run.log, self.step, writes=self.machine.is_first)
         with postpone() as stop, log as self.log:
+            self.begin()
             with Progress(label, last, self.step) as bar:
-                self.begin()
                 while self.step < last:
                     line = self.advance()
                     if not math.isfinite(self.state.history.loss[-1]):
@@ -246,6 +247,13 @@ def own_rows(batch: int, rank: int, count: int) -> slice:
     if batch < count:
         raise SpecError(f"batch is {batch}, and {count} processes compute it: give at least {count}")
     return slice(batch * rank // count, batch * (rank + 1) // count)
+
+
+def check_parts(run: TrainSpec, count: int) -> None:
+    """Raises SpecError, the same in all of `count` processes, where the rows of one have no so many equal parts."""
+    for rank in range(count):
+        rows = own_rows(run.batch, rank, count)
+        divide_rows(rows.stop - rows.start, run.step.accumulate)
 
 
 def shares_state(run: TrainSpec, machine: Machine) -> bool:

@@ -225,7 +225,15 @@ def fit(kind: Any, value: Any, what: str) -> Any:
         )
     if isinstance(kind, type) and issubclass(kind, Spec):
         return value if isinstance(value, kind) else fit_spec(kind, value, what)
-    return settle(kind, value, what)
+    settled = settle(kind, value, what)
+    if kind is str and not is_text(settled):
+        refuse(what, settled, "expected a text, not empty, of letters that UTF-8 has, and without NUL")
+    return settled
+
+
+def is_text(value: str) -> bool:
+    """Whether a file in TOML holds it, and it may name something."""
+    return value != "" and not any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def has_nothing(kind: Any) -> bool:

@@ -135,7 +135,7 @@ def open_run(name: str) -> RunSpec:
     if name in list_bundled() or not (name.endswith(SUFFIX) or Path(name).exists()):
         return parse_run(read_bundled(name), name)
     try:
-        text = read_regular(Path(name), LARGEST).decode()
+        text = read_regular(Path(name), LARGEST).decode("utf-8-sig")  # editors of Windows put a mark in front
     except OSError as error:
         raise SpecError(f"run {name} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -220,11 +220,11 @@ def write_value(value: Any) -> str:
     if is_dataclass(value):
         inner = ", ".join(f"{one.name} = {write_value(getattr(value, one.name))}" for one in fields(value))
         return f"{{ {inner} }}"
-    return json.dumps(str(value), ensure_ascii=False)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def write_run(settings: Mapping[str, Setting]) -> str:
-    """A run as a file: every value with who said it beside it."""
+def write_run(settings: Mapping[str, Setting], grids: Mapping[str, tuple[Any, ...]] | None = None) -> str:
+    """A run as a file: every value with who said it beside it; and a study's values of what varies."""
     lines, table = [f"{RUN_MARK.decode()} {__version__}: each value with who said it"], ""
     for name in list_keys():
         if name not in settings:
@@ -232,5 +232,10 @@ def write_run(settings: Mapping[str, Setting]) -> str:
         place, _, last = name.rpartition(".")
         if place != table:
             lines, table = [*lines, "", f"[{place}]"], place
-        lines.append(f"{last} = {write_value(settings[name].value)}  # {settings[name].origin}")
+        origin = settings[name].origin  # a file's name may hold what no comment may
+        lines.append(
+            f"{last} = {write_value(settings[name].value)}  # {origin if origin.isprintable() else ascii(origin)}"
+        )
+    if grids:
+        lines += ["", f"[{STUDY}]", *(f"{name} = {write_value(values)}" for name, values in grids.items())]
     return "\n".join(lines) + "\n"

@@ -21,6 +21,9 @@ class EvaluationSpec(Spec):
     def check(self) -> None:
         check_count("evaluation every", self.every)
         check_count("evaluation batches", self.batches)
+        for key in ("recipes", "integers"):
+            if getattr(self, key) and self.every is None:
+                refuse(f"evaluation {key}", getattr(self, key), "give evaluation every too: then they are measured")
 
 
 @dataclass(frozen=True)

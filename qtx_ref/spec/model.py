@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from .base import Name, Spec, refuse
@@ -162,6 +163,17 @@ class ModelSpec(Spec):
             refuse("model init_output_scaled", True, "start = published draws no weight scaled: give false")
         if not self.norm_eps > 0:
             refuse("model norm_eps", self.norm_eps, "give a number > 0")
+        if self.final_norm and self.family is Family.BERT:
+            refuse("model final_norm", True, "bert has no norm after its last block: leave it out")
+        if math.copysign(1, self.init_std) < 0:
+            refuse("model init_std", self.init_std, "give a number >= 0")
+        least = 1 if self.family is Family.BERT else 0
+        if self.types < least:
+            refuse("model types", self.types, f"{self.family} takes {least} or more")
+        if self.position_offset < 0 or (self.position_offset and self.family is not Family.OPT):
+            refuse("model position_offset", self.position_offset, "opt takes 0 or more, another family 0")
+        if self.embed_width is not None and (self.embed_width < 1 or self.family is not Family.OPT):
+            refuse("model embed_width", self.embed_width, "opt takes 1 or more, another family none")
         if self.family is Family.VIT:
             for key in ("image_size", "patch_size", "channels"):
                 if getattr(self, key) < 1:

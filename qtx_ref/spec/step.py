@@ -32,7 +32,9 @@ class StepSpec(Spec):
         if self.accumulate < 1:
             refuse("step accumulate", self.accumulate, "give a whole number of parts, at least 1")
         if self.compiled and self.sharding is not Sharding.NONE:
-            refuse("step sharding", self.sharding, "a compiled step has the whole model in one graph; leave one out")
+            refuse(
+                "step sharding", str(self.sharding), "a compiled step has the whole model in one graph; leave one out"
+            )
 
 
 PLAIN_STEP = StepSpec()  # unless said otherwise

@@ -16,7 +16,10 @@ from parity_tests import distributed as proof
 from parity_tests.kill_test import LOST, SECONDS, find_port
 from qtx.cli import main
 from qtx.engines.machine import Machine
-from qtx_ref.spec import SpecError, read_processes
+from qtx.jobs.run import TrainSpec
+from qtx.jobs.training import train
+from qtx_ref import presets
+from qtx_ref.spec import OptimSpec, SpecError, StepSpec, read_processes
 from qtx_torch import distributed
 
 ROOT = Path(__file__).parents[3]
@@ -108,10 +111,39 @@ def test_no_such_process(monkeypatch, rank, count):
         read_processes()
 
 
+def test_parts_are_refused_before_a_step_and_by_all_processes(tmp_path, monkeypatch):
+    """7 rows in 2 processes are 3 and 4: the one with 3 says what the other one does, and nothing is left behind."""
+    monkeypatch.setattr(Machine, "join", lambda self: pytest.fail("the processes have met"))
+    run = TrainSpec(presets.preset("vit-tiny"), OptimSpec(), 7, 0, step=StepSpec(accumulate=3))
+    for rank in range(2):
+        monkeypatch.setattr(Machine, "processes", (rank, 2))
+        with pytest.raises(SpecError, match="step accumulate is 3: a batch of 4 rows"):
+            train(run, None, tmp_path / "run" / "model.safetensors", Machine())
+    assert not [*tmp_path.iterdir()]
+
+
 def test_one_process_of_several_computes_nothing_that_is_not_shared(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("qtx.cli.give_way", lambda seconds: None)
     with pytest.raises(SpecError, match="torchrun started 2 processes: the reference trains in one"):
         Machine("ref").check()
     done = CliRunner().invoke(main, ["study"])
     assert done.exit_code == 1 and "torchrun started 2 processes, and only qtx train divides its work" in done.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("wrong", [("--stepz", "3"), ("--steps", "0")], ids=" ".join)
+def test_an_error_that_all_have_is_said_once(monkeypatch, wrong):
+    """A process gives way to the first one, and goes without a word where that one, which says it, has ended."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    waited = []
+    monkeypatch.setattr("qtx.cli.give_way", waited.append)
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        done = CliRunner().invoke(main, ["train", *wrong])
+        assert done.exit_code in (1, 2) and "Error: " in done.output and len(waited) == rank
+    code = "import os, threading; from qtx.signals import give_way; pid = os.getpid();"
+    code += "threading.Timer(0.2, os.kill, (pid, 15)).start(); give_way(30)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 143 and done.stderr == b""

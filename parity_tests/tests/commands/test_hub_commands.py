@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from parity_tests.tests.hub_models import BERT_SIZE, make, transformers
 from qtx.cli import main
+from qtx.data import DataSpec
 from qtx.data.corpus import load_bundled_books
 from qtx.files.checkpoint import load_checkpoint, save_checkpoint
 from qtx.hub import import_model
@@ -66,7 +67,7 @@ def test_other_commands_say_what_an_imported_model_lacks(tmp_path):
 
 
 def test_other_commands_take_an_imported_model(tmp_path):
-    words = load_bundled_books()
+    words = load_bundled_books(DataSpec(), False)
     config = BERT_SIZE | {"vocab_size": words.vocab, "max_position_embeddings": 32, "intermediate_size": 32}
     model = transformers.BertForMaskedLM(transformers.BertConfig(**config)).eval()
     model.save_pretrained(tmp_path / "theirs")
@@ -81,7 +82,7 @@ def test_other_commands_take_an_imported_model(tmp_path):
     ]:
         got = run(*command)
         assert got.exit_code == 0, got.output
-    batch = next(words.split_batches("evaluation", load_checkpoint(ours).spec, 16, 0))
+    batch = next(iter(words.split_batches("evaluation", load_checkpoint(ours).spec, 16, 0)))
     given = {
         "input_ids": batch["tokens"],
         "attention_mask": batch["mask"],

@@ -61,7 +61,7 @@ def list_leaves(table: str, spec: type) -> list[str]:
 LEAVES = [leaf for table, spec in TABLES.items() for leaf in list_leaves(table, spec)]
 OTHERS = {  # a value that no preset or default has, where one made from the default would be none
     "model.family": "vit",
-    "model.head": "none",
+    "model.head": "classify",
     "model.attention": "clipped:gamma=-0.5",
     "model.heads": 2,
     "model.width": 64,
@@ -108,9 +108,11 @@ def dig(spec: object, key: str) -> object:
 @pytest.mark.parametrize("key", LEAVES)
 def test_every_field_of_every_spec_is_set_by_its_key(key):
     """What `--set` says is what the specs then hold, and nothing else changes it."""
-    base = make_run({"model.preset": "vit-tiny" if "augment" in key or key == "model.channels" else "opt-tiny"})
-    family = {"model.family": {"model.image_size": 8, "model.patch_size": 2, "model.channels": 1, "model.head": "none"}}
-    base = base.under(make_run({"saving.every": 4} | family.get(key, {})))
+    presets = {"model.channels": "vit-tiny", "model.family": "bert-tiny", "model.head": "bert-tiny"}
+    base = make_run({"model.preset": "vit-tiny" if "augment" in key else presets.get(key, "opt-tiny")})
+    image = {"model.image_size": 8, "model.patch_size": 2, "model.channels": 1, "model.head": "classify"}
+    beside = {"model.family": image | {"model.classes": 2}, "model.head": {"model.classes": 2}}
+    base = base.under(make_run({"saving.every": 4, "evaluation.every": 4} | beside.get(key, {})))
     before = dict(zip(("model", "data", "machine"), (whole(base)[0].model, *whole(base)[1:]), strict=True))
     specs = before | {name: getattr(whole(base)[0], name) for name in TABLES if name not in before}
     other = find_other(key, dig(specs[key.partition(".")[0]], key))
@@ -191,6 +193,25 @@ def test_the_nearest_key(name, near):
         ("[study]\n'optim.lr' = [1.0, 1]", "each once"),
         ("[study]\nlr = [1.0]", "x.toml: unknown key 'lr': did you mean optim.lr?"),
         ("study = 3", "x.toml: study is 3: expected a table of lists"),
+        ('init = ""', "x.toml: init is '': expected a text, not empty"),
+        ('[quant]\ntrain = ""', "x.toml: quant.train is '': expected a text, not empty"),
+        ('[data]\ntokenizer = "a\\u0000b"', "data.tokenizer is 'a\\x00b': expected a text"),
+        ('[data]\nsources = "a\\u0000b"', "data.sources.path is 'a\\x00b': expected a text"),
+        ("[data]\nvocab = 0", "data vocab is 0: give at least 1"),
+        ("[model]\ninit_std = -1", "model init_std is -1.0: give a number >= 0"),
+        ("[model]\ninit_std = -0.0", "model init_std is -0.0: give a number >= 0"),
+        ("[model]\ntypes = -1", "model types is -1: opt takes 0 or more"),
+        ('[model]\npreset = "bert-tiny"\ntypes = 0', "model types is 0: bert takes 1 or more"),
+        ("[model]\nposition_offset = -1", "model position_offset is -1: opt takes 0 or more, another family 0"),
+        ('[model]\npreset = "bert-tiny"\nposition_offset = 2', "position_offset is 2: opt takes 0 or more, another"),
+        ("[model]\nembed_width = 0", "model embed_width is 0: opt takes 1 or more, another family none"),
+        ('[model]\npreset = "vit-tiny"\nembed_width = 4', "embed_width is 4: opt takes 1 or more, another family none"),
+        ('[model]\npreset = "bert-tiny"\nfinal_norm = true', "model final_norm is True: bert has no norm after"),
+        ('[model]\nhead = "none"', "model.head is none: a model is trained by what its head says"),
+        ('[step]\ncompiled = true\nsharding = "full"', "step sharding is 'full': a compiled step"),
+        ("[step]\naccumulate = 3", "step accumulate is 3: a batch of 16 rows has no so many equal parts"),
+        ('[evaluation]\nintegers = ["w8a8"]', "evaluation integers is ('w8a8',): give evaluation every too"),
+        ('[evaluation]\nrecipes = ["w8a8"]', "evaluation recipes is ('w8a8',): give evaluation every too"),
         ("seed 3", "run x.toml is no TOML: "),
         ("a = " + "[" * 5000, "run x.toml is no TOML: "),
         ("a = " + "9" * 5000, "run x.toml is no TOML: "),
@@ -424,6 +445,18 @@ def test_what_a_study_of_before_said_is_the_same_study():
     assert {name: row.identify() for name, row in old.items()} == {name: row.identify() for name, row in new.items()}
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("init", ["a", "b"], "init is 'a': a study's runs begin"),
+        ("quant.recipes", [["w8a8"], ["w4a8"]], "name them there"),
+    ],
+)
+def test_what_no_row_can_have_of_its_own_is_no_grid(key, values, message):
+    with pytest.raises(SpecError, match=message):
+        make_rows(make_run({"model.attention": "vanilla"}, grids={key: values}))
+
+
 def test_two_rows_of_one_name_are_refused():
     with pytest.raises(SpecError, match="two runs of the study would be called"):
         make_rows(make_run({}, grids={"data.sources": ["a/b.txt", "a_b.txt"]}))
@@ -446,10 +479,11 @@ def test_the_guide_has_every_key():
         (["runs", "--set", "seed=1"], "--set belongs to --resolved"),
         (["runs", "--resolved", "--set", "optim.warm_up=1"], "--set optim.warm_up=1: unknown key 'optim.warm_up'"),
         (["train", "--set", "seed"], "--set seed: expected KEY=VALUE"),
-        (["ptq", "x", "--set", "optim.lr=1"], "qtx ptq takes keys of data, machine and quant alone"),
+        (["ptq", "x", "--set", "optim.lr=1"], "qtx ptq takes keys of data and machine, and quant.recipes, alone"),
         (["finetune", "x", "--out", "o"], "name the labelled data with --data"),
         (["finetune", "x", "--out", "o", "--data", "books", "--set", "model.layers=3"], "the checkpoint has its own"),
         (["finetune", "x", "--out", "o", "--data", "books", "--head-only", "--set", "optim.only=head."], "one of them"),
+        (["train", "--backend", "ref", "--set", "step.accumulate=3"], "step accumulate is 3: a batch of 16 rows"),
         (["train", "--backend", "ref", "--resume", "--change", "seed"], "change is 'seed': a run can change"),
     ],
 )
@@ -458,6 +492,32 @@ def test_commands_refuse(tmp_path, monkeypatch, arguments, message):
     result = call(*arguments)
     assert result.exit_code == 1 and message in result.output and result.output.count("\n") == 1, result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_evaluated_is_one_line(tmp_path):
+    """Before there is a bar, which would be a line of its own."""
+    said = ["--model", "vit-tiny", "--backend", "ref", "--batch", 2, "--steps", 1, "--set", "evaluation.every=1"]
+    result = call("train", *said, "--set", "evaluation.integers=nosuch", "--out", tmp_path)
+    assert result.exit_code == 1 and "nosuch" in result.output and result.output.count("\n") == 1, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize("name", ["model-000050.safetensors", "model-000050.shares", "inf_norm.png", "tensorboard"])
+def test_json_is_no_file_of_a_run(tmp_path, name):
+    result = call("train", "--model", "vit-tiny", "--steps", 1, "--out", tmp_path, "--json", tmp_path / name)
+    assert result.exit_code == 1 and "is a file that the command writes" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path):
+    said = ["train", "--model", "vit-tiny", "--backend", "ref", "--batch", 2, "--steps", 1]
+    long = call(*said, "--out", tmp_path / ("a" * 300))
+    assert long.exit_code == 1 and "cannot be written (File name too long): choose another" in long.output
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("mine")
+    board = call(*said, "--set", "log.tensorboard=true", "--out", tmp_path)
+    assert board.exit_code == 1 and "tensorboard cannot be written (File exists): choose another" in board.output
+    assert (tmp_path / "tensorboard").read_text() == "mine"
 
 
 def test_a_run_leaves_its_file_and_goes_on_from_it(tmp_path):
@@ -480,6 +540,43 @@ def test_a_run_leaves_its_file_and_goes_on_from_it(tmp_path):
     assert len(curves[0]) == 6 and curves[0] == curves[1]
     good("train", file, "--steps", 8, "--change", "optim.steps", "--out", out, "--resume")
     assert "steps = 8  # --steps" in file.read_text()
+
+
+def test_the_file_of_a_run_from_a_checkpoint_trains_its_bits_again(tmp_path):
+    """The checkpoint's own data, with their augmentation, unless others are named: the file must not name any."""
+    tiny = ["--backend", "ref", "--batch", 4, "--steps", 2]
+    augment = ["--set", "data.augment.flip=0.5", "--set", "data.augment.smoothing=0.3"]
+    good("train", "--model", "vit-tiny", *tiny, *augment, "--out", tmp_path / "first")
+    good("train", "--init", tmp_path / "first", *tiny, "--out", tmp_path / "next")
+    good("train", tmp_path / "next" / "run.toml", "--out", tmp_path / "again")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("next", "again")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("name", ["new\nline.toml", "bell\x07.toml", "\udcff.toml", "snow \u2603.toml"])
+def test_a_run_file_of_any_name_is_named_in_what_the_run_leaves(name):
+    run = parse_run('seed = 3\n[data]\nsources = "a\\u007fb"', name)
+    text = write_run(run.settings)
+    assert text.count("\n") == len(text.splitlines()) and text.encode()
+    assert parse_run(text, "again").settings.keys() == run.settings.keys()
+    assert parse_run(text, "again").get("data.sources") == (Source("a\x7fb"),)
+
+
+def test_a_run_file_may_begin_with_a_mark_of_its_bytes(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfseed = 7\r\n")
+    assert open_run(str(tmp_path / "run.toml")).get("seed") == 7
+
+
+def test_a_study_printed_keeps_its_grids(tmp_path):
+    """What `qtx runs --resolved` prints, `qtx study` takes for the same rows."""
+    file = tmp_path / "study.toml"
+    file.write_text(good("runs", "blog-bert-base", "--resolved").stdout)
+    assert list(make_rows(open_run(str(file)))) == list(make_rows(open_run("blog-bert-base")))
+    said = json.loads(good("runs", file, "--json", "-").stdout)
+    assert said["grids"]["quant.train"] == [None, "w8a8"]
+    own = tmp_path / "own.toml"
+    own.write_text(good("runs", file).stdout)
+    assert open_run(str(own)).grids == open_run("blog-bert-base").grids
 
 
 def test_a_foreign_run_file_is_not_replaced(tmp_path):

@@ -22,6 +22,8 @@ from qtx.files.shares import (
     remove_folders,
     seal_shard,
 )
+from qtx.jobs.saving import Saving
+from qtx.runs.spec import SavingSpec
 
 
 def write(path, step, count=3):
@@ -66,6 +68,22 @@ def test_the_last_whole_state_is_found(tmp_path):
     assert find_state(path) == later and [*find_folders(path)] == [4, 5]
     remove_folders(path, keep={4})
     assert {one.name for one in tmp_path.iterdir()} == {path.name, folder.name}
+
+
+def test_one_process_keeps_what_several_left(tmp_path):
+    """Numbered states count alike, as folders and as files, whoever goes on."""
+    path = tmp_path / "model.safetensors"
+    for step in (2, 4, 5):
+        small, _, rest = write(path, step)
+    saving = Saving(path, SavingSpec(every=2, keep=2))
+    for step, left in {
+        5: {"4.shares", "2.shares"},
+        6: {"4.shares", "6.safetensors"},
+        7: {"4.shares", "6.safetensors"},
+    }.items():
+        saving.write(replace(rest, params=small.params), step)
+        names = {one.name for one in tmp_path.iterdir()} - {path.name}
+        assert names == {f"model-00000{name}" for name in left}
 
 
 @pytest.mark.parametrize(
