@@ -213,7 +213,9 @@ def recipe(name: str, spec: ModelSpec) -> Recipe:
         return training.add_gradients(Recipe(base, ()) if base == "float" else recipe(base, spec), gradients)
     if name.startswith("train-"):
         return training.quantize_matmuls(name.removeprefix("train-"), spec)
-    if match := re.fullmatch(r"(|lsq-|token-|linear-)w(\d+)a(\d+)((?:-(?:float\[[^\]]+\]|[a-z0-9.]+))*)", name):
+    if match := re.fullmatch(
+        r"(|lsq-|token-|linear-)w([0-9]{1,4})a([0-9]{1,4})((?:-(?:float\[[^\]]+\]|[a-z0-9.]+))*)", name
+    ):
         kind, bits = match[1], (int(match[2]), int(match[3]))
         more = re.findall(r"-(float\[[^\]]+\]|[a-z0-9.]+)", match[4])
         if kind == "lsq-" and not more:
@@ -235,7 +237,7 @@ def training_recipe(name: str, spec: ModelSpec) -> Recipe:
 
     Raises SpecError as `recipe`, for one that rewrites weights, and for one that quantizes nothing.
     """
-    short = re.fullmatch(r"(w\d+a\d+|fp8)(-tensor)?(\+grad.*)?", name)
+    short = re.fullmatch(r"(w[0-9]+a[0-9]+|fp8)(-tensor)?(\+grad.*)?", name)
     chosen = recipe(f"train-{name}" if short else name, spec)
     if chosen.transforms or chosen.rewrite:
         raise SpecError(f"recipe {chosen.name} rewrites weights, which training moves: train without it, then quantize")

@@ -50,7 +50,9 @@ GRADIENT_NAMES = (
     f"NAME+gradX, X the bits (2 to 16) or {', '.join(GRADIENT_FORMS)}; then -tensor, -nearest or -stochastic; then "
     f":OPERAND,... of {', '.join(OPERAND_NAMES)}"
 )
-PART = re.compile(rf"(\d+|{'|'.join(sorted(GRADIENT_FORMS, key=len, reverse=True))})((?:-[a-z]+)*)(?::([a-z.,]*))?")
+PART = re.compile(
+    rf"([0-9]{{1,4}}|{'|'.join(sorted(GRADIENT_FORMS, key=len, reverse=True))})((?:-[a-z]+)*)(?::([a-z.,]*))?"
+)
 
 
 def quantize_matmuls(form: str, spec: ModelSpec) -> Recipe:
@@ -66,7 +68,7 @@ def quantize_matmuls(form: str, spec: ModelSpec) -> Recipe:
     second: Quant
     special: tuple[Rule, ...] = ()
     source, weights_source = (ONE, ONE) if tensor else (SOURCE, CHANNELS)
-    if match := re.fullmatch(r"w(\d+)a(\d+)", base):
+    if match := re.fullmatch(r"w([0-9]{1,4})a([0-9]{1,4})", base):
         first = QuantSpec(bits=int(match[2]), symmetric=True, granularity=rows, dynamic=True)
         second = QuantSpec(bits=int(match[1]), symmetric=True, granularity=channels, dynamic=True)
     elif base in FP8 or (base in MX and not tensor):

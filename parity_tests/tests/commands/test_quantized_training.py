@@ -80,6 +80,10 @@ def test_gradients_by_name() -> None:
         ("w8a8+grad8:", "'+grad8:'"),
         ("w8a8+grad8-nearest-stochastic", "'+grad8-nearest-stochastic'"),
         ("w8a8+grad1", "bits is 1"),
+        ("w8a8+grad\u0668", "'+grad\u0668'"),  # an Arabic eight
+        ("w\u0668a8", "'w\u0668a8'"),
+        (f"w8a{'9' * 5000}", "is not known"),  # beyond the digits that Python reads
+        (f"w8a8+grad{'9' * 5000}", "are not known"),
         ("w8a8+gradmxfp8-tensor", "leave -tensor out"),
         ("train-w8", "train-mxfp4"),
         ("float", "'float'"),
