@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from parity_tests.subjects import small_models
-from qtx.files.checkpoint import Checkpoint, save_checkpoint
+from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import FileError
 from qtx.files.shares import (
     PLACES,
@@ -68,6 +68,13 @@ def test_the_last_whole_state_is_found(tmp_path):
     assert find_state(path) == later and [*find_folders(path)] == [4, 5]
     remove_folders(path, keep={4})
     assert {one.name for one in tmp_path.iterdir()} == {path.name, folder.name}
+
+
+def test_who_opens_the_model_is_told_to_finish_the_run(tmp_path):
+    _, folder, _ = write(tmp_path / "model.safetensors", 4)
+    for given in (folder, tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(FileError, match="share its state: the last step makes it; go on with --resume"):
+            load_checkpoint(given)
 
 
 def test_one_process_keeps_what_several_left(tmp_path):
