@@ -105,5 +105,6 @@ def test_one_process_keeps_what_several_left(tmp_path):
 def test_damage_is_refused(tmp_path, plant, fault):
     _, folder, _ = write(tmp_path / "model.safetensors", 4)
     plant(sorted(folder.glob("shard-*.safetensors"))[1])
+    assert find_state(tmp_path / "model.safetensors") == folder  # and the run does not begin anew
     with pytest.raises(FileError, match=fault):
         load_shares(folder)
