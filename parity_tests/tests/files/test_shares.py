@@ -1,13 +1,17 @@
 """Folders of a state that processes share: any number of them wrote it, one reads it; damage is refused."""
 
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from parity_tests.subjects import small_models
+from qtx.disk import WriteError
+from qtx.engines.machine import Machine
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import FileError
 from qtx.files.shares import (
@@ -22,7 +26,7 @@ from qtx.files.shares import (
     remove_folders,
     seal_shard,
 )
-from qtx.jobs.saving import Saving
+from qtx.jobs.saving import Saving, SharedSaving
 from qtx.runs.spec import SavingSpec
 
 
@@ -91,6 +95,20 @@ def test_one_process_keeps_what_several_left(tmp_path):
         saving.write(replace(rest, params=small.params), step)
         names = {one.name for one in tmp_path.iterdir()} - {path.name}
         assert names == {f"model-00000{name}" for name in left}
+
+
+def test_what_could_not_be_written_leaves_its_room(tmp_path):
+    """A shard that the disk has no room for: the part that was written would take the room of the next state."""
+
+    class Trainer:
+        def save_shares(self, folder):
+            (Path(folder) / "shard-00001.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    saving = SharedSaving(tmp_path / "model.safetensors", SavingSpec(), Machine(), Trainer())
+    with pytest.raises(WriteError, match="No space left"):
+        saving.write(Checkpoint(small_models.build("bert_plain").spec, {}, meta={"done": False}), 4)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
