@@ -99,7 +99,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         FileError: missing, empty, truncated, of another format, wrong or missing tensors, NaN, anything changed since.
     """
     path = file_of(path)
-    check_file(path, "no such checkpoint; give a .safetensors file that qtx wrote, or its folder")
+    check_file(path, say_missing(path))
     with open_sealed(path, CHECKPOINT) as (header, file):
         spec = read_spec(path, header)
         names = set(file.keys())
@@ -111,6 +111,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not sealed:
         tell_unsealed(path)
     return checkpoint
+
+
+def say_missing(path: Path) -> str:
+    """What to do where there is no such checkpoint."""
+    if path.parent.suffix == ".shares" or any(path.parent.glob(f"{path.stem}-*.shares")):
+        return "not written yet, the run's processes share its state: the last step makes it; go on with --resume"
+    return "no such checkpoint; give a .safetensors file that qtx wrote, or its folder"
 
 
 def put_together(

@@ -42,10 +42,10 @@ def name_unfinished(folder: Path) -> Path:
 
 
 def find_folders(path: Path) -> dict[int, Path]:
-    """The whole states of a run at `path`, by step, the first one first."""
+    """The states of a run at `path`, by step, the first one first. All were whole when they got their name."""
     found = {}
     for folder in path.parent.glob(f"{path.stem}-*.shares"):
-        if (match := NAME.fullmatch(folder.name)) and match[1] == path.stem and (folder / REST).is_file():
+        if (match := NAME.fullmatch(folder.name)) and match[1] == path.stem and folder.is_dir():
             found[int(match[2])] = folder
     return dict(sorted(found.items()))
 

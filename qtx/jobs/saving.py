@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -130,17 +131,26 @@ class SharedSaving(Saving):
             return
         folder = name_folder(self.path, step)
         if step not in find_folders(self.path):
-            unfinished = name_unfinished(folder)
-            self.do(lambda: begin_folder(folder), first=True)
-            rest: dict = {}
-            self.do(lambda: rest.update(self.trainer.save_shares(str(unfinished))))
-            self.do(lambda: seal_shard(folder, self.machine.processes[0]))
-            whole = replace(checkpoint, extra=checkpoint.extra | rest)
-            self.do(lambda: finish_folder(folder, whole), first=True)
+            try:
+                self.write_folder(folder, checkpoint)
+            except WriteError:
+                if self.machine.is_first:  # nobody writes into it any more, and the next one needs the room
+                    shutil.rmtree(name_unfinished(folder), ignore_errors=True)
+                raise
         if checkpoint.meta["done"]:
             self.do(lambda: self.finish(replace(load_shares(folder), meta=checkpoint.meta), step), first=True)
         else:
             self.do(lambda: self.clear(step), first=True)
+
+    def write_folder(self, folder: Path, checkpoint: Checkpoint) -> None:
+        """Each process writes its part, and the first one the rest."""
+        unfinished = name_unfinished(folder)
+        self.do(lambda: begin_folder(folder), first=True)
+        rest: dict = {}
+        self.do(lambda: rest.update(self.trainer.save_shares(str(unfinished))))
+        self.do(lambda: seal_shard(folder, self.machine.processes[0]))
+        whole = replace(checkpoint, extra=checkpoint.extra | rest)
+        self.do(lambda: finish_folder(folder, whole), first=True)
 
     def do(self, act: Callable[[], None], *, first: bool = False) -> None:
         """Does something in all processes, or in the first one, which the others wait for."""

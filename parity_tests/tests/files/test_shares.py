@@ -1,14 +1,18 @@
 """Folders of a state that processes share: any number of them wrote it, one reads it; damage is refused."""
 
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from parity_tests.subjects import small_models
-from qtx.files.checkpoint import Checkpoint, save_checkpoint
+from qtx.disk import WriteError
+from qtx.engines.machine import Machine
+from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import FileError
 from qtx.files.shares import (
     PLACES,
@@ -22,7 +26,7 @@ from qtx.files.shares import (
     remove_folders,
     seal_shard,
 )
-from qtx.jobs.saving import Saving
+from qtx.jobs.saving import Saving, SharedSaving
 from qtx.runs.spec import SavingSpec
 
 
@@ -70,6 +74,13 @@ def test_the_last_whole_state_is_found(tmp_path):
     assert {one.name for one in tmp_path.iterdir()} == {path.name, folder.name}
 
 
+def test_who_opens_the_model_is_told_to_finish_the_run(tmp_path):
+    _, folder, _ = write(tmp_path / "model.safetensors", 4)
+    for given in (folder, tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(FileError, match="share its state: the last step makes it; go on with --resume"):
+            load_checkpoint(given)
+
+
 def test_one_process_keeps_what_several_left(tmp_path):
     """Numbered states count alike, as folders and as files, whoever goes on."""
     path = tmp_path / "model.safetensors"
@@ -86,6 +97,20 @@ def test_one_process_keeps_what_several_left(tmp_path):
         assert names == {f"model-00000{name}" for name in left}
 
 
+def test_what_could_not_be_written_leaves_its_room(tmp_path):
+    """A shard that the disk has no room for: the part that was written would take the room of the next state."""
+
+    class Trainer:
+        def save_shares(self, folder):
+            (Path(folder) / "shard-00001.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    saving = SharedSaving(tmp_path / "model.safetensors", SavingSpec(), Machine(), Trainer())
+    with pytest.raises(WriteError, match="No space left"):
+        saving.write(Checkpoint(small_models.build("bert_plain").spec, {}, meta={"done": False}), 4)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("plant", "fault"),
     [
@@ -98,5 +123,6 @@ def test_one_process_keeps_what_several_left(tmp_path):
 def test_damage_is_refused(tmp_path, plant, fault):
     _, folder, _ = write(tmp_path / "model.safetensors", 4)
     plant(sorted(folder.glob("shard-*.safetensors"))[1])
+    assert find_state(tmp_path / "model.safetensors") == folder  # and the run does not begin anew
     with pytest.raises(FileError, match=fault):
         load_shares(folder)

@@ -29,9 +29,11 @@ BACKENDS = {"ref": qtx_ref.backend, "torch": qtx_torch.backend}
 Trainer = qtx_torch.backend.Trainer
 
 
-def make_trainer(name: str, step: StepSpec = PLAIN_STEP, rate: float = 0.1, dtype: str = "float32") -> Trainer:
+def make_trainer(
+    name: str, step: StepSpec = PLAIN_STEP, rate: float = 0.1, dtype: str = "float32", layers: int = 2
+) -> Trainer:
     small = small_models.build(name)
-    spec = replace(small.spec, dropout=rate, attention_dropout=rate)
+    spec = replace(small.spec, dropout=rate, attention_dropout=rate, layers=layers)
     trainer = Trainer(qtx_torch.backend.Model(spec, small.params, dtype=dtype), OPTIM, seed=1, step=step)
     if trainer.scale:
         trainer.scale.value = 2.0**10  # the gradients of these parameters are above 1
@@ -252,7 +254,8 @@ def test_a_compiled_step_is_one_graph_with_the_same_draws(name, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     again = name == "opt_plain"
-    traced, eager = make_trainer(name, StepSpec(accumulate=2, compiled=True, recompute=again)), make_trainer(name)
+    step = StepSpec(accumulate=2, compiled=True, recompute=again)
+    traced, eager = make_trainer(name, step, layers=1), make_trainer(name, layers=1)
     for seed in range(3):
         batch = small_models.make_batch(traced.model.spec, 4 + 2 * seed)
         batch = {key: value[:4] for key, value in batch.items()}
