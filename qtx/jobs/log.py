@@ -16,7 +16,7 @@ from ..disk import WriteError
 from ..engines.backend import need
 from ..engines.protocols import Batch
 from ..files.container import FileError
-from ..files.lines import Lines, cut_lines
+from ..files.lines import Lines, cut_lines, read_lines
 from ..runs.spec import LogSpec
 from .run import LOG
 
@@ -42,6 +42,7 @@ class Log:
         self.lines = None
         self.told = False
         if writes:
+            check_log(folder / LOG)
             cut_lines(folder / LOG, step or -1)  # before the first step nothing stands there yet
             self.lines = Lines(folder / LOG)
 
@@ -73,6 +74,13 @@ class Log:
             self.lines.sync()
         if self.board:
             self.board.writer.flush()
+
+
+def check_log(path: Path) -> None:
+    """Raises FileError for a file of lines with steps whose first is none that a run writes: going on would cut it."""
+    first = next(read_lines(path), None)
+    if first is not None and not first.keys() & {"loss", "evaluation"}:
+        raise FileError(f"{path} is no log that qtx wrote: move it away, or choose another --out")
 
 
 class Board:

@@ -233,8 +233,12 @@ def test_a_field_that_a_file_does_not_know_has_its_default(tmp_path):
 def test_a_log_of_another_is_refused(tmp_path):
     mine = tmp_path / "log.jsonl"
     mine.write_text("my own words\n")
-    with pytest.raises(FileError, match=r"log\.jsonl is no log that qtx wrote"):
-        go(PLAIN, tmp_path)
+    for text in ("my own words\n", '{"step": 3, "mine": 1}\n'):
+        mine.write_text(text)
+        with pytest.raises(FileError, match=r"log\.jsonl is no log that qtx wrote"):
+            go(PLAIN, tmp_path)
+        assert mine.read_text() == text
+    mine.write_text("my own words\n")
     with pytest.raises(FileError, match=r"log\.jsonl exists: go on with --resume"):
         train(PLAIN, DATA, tmp_path / "model.safetensors", REF)
     assert mine.read_text() == "my own words\n" and os.listdir(tmp_path) == ["log.jsonl"]

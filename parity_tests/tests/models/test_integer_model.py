@@ -20,7 +20,7 @@ from qtx_ref.profiles import NAMES, profile
 from qtx_ref.quant import affine
 from qtx_ref.random import stream
 from qtx_ref.spec import Gate, QuantSpec, Requantization, SpecError
-from qtx_torch import backend as torch_backend
+from qtx_torch import model as torch_model
 from qtx_torch.backend import IntegerModel
 from qtx_torch.integer import fixed_point as torch_fixed_point
 from qtx_torch.integer import ops as torch_ops
@@ -212,7 +212,7 @@ def test_strict_refuses_what_needs_a_float(monkeypatch: pytest.MonkeyPatch) -> N
             low.model(kind, strict=True)
         with pytest.raises(SpecError, match="embed.norm cannot run in integers: its scale is taken from the data"):
             rows.model(kind, strict=True)
-    monkeypatch.setattr(torch_backend, "find_device", lambda name: torch.device(name))
+    monkeypatch.setattr(torch_model, "find_device", lambda name: torch.device(name))
     with pytest.raises(SpecError, match="strict runs on cpu"):
         integer_models.small("bert_plain").model(IntegerModel, device="cuda", strict=True)
 
