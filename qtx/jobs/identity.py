@@ -79,9 +79,9 @@ def may_change(field: str, allowed: Collection[str]) -> bool:
 def name_remedy(field: str) -> str:
     """How a field may be another when a run goes on, in words."""
     if may_change(field, MOVE):
-        return ", or go on with --move of qtx train"
+        return ", or go on with --move of qtx train or finetune"
     name = "data.batch" if field == "batch" else field  # as a run's file has it
-    return f", or go on with --change {name} of qtx train" if may_change(field, CHANGEABLE) else ""
+    return f", or go on with --change {name} of qtx train or finetune" if may_change(field, CHANGEABLE) else ""
 
 
 def check_changes(allowed: Collection[str]) -> None:
