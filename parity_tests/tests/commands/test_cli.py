@@ -389,7 +389,7 @@ def test_every_kind_of_recipe_comes_back_as_it_was_printed(model, tmp_path):
         (["study", "--attention", ""], "name at least one"),
         (["study", "--attention", "vanilla,vanilla"], "each once"),
         (["train", "--attention", "clipped:gamma=-0.1:gamma=-0.2"], "gives a setting twice"),
-        (["train", "--data", ""], "data source is ''"),
+        (["train", "--data", ""], "data.sources.path is ''"),
         (["evaluate", "nowhere"], "nowhere: no such checkpoint"),
         (["recipes", "w3"], "recipe 'w3' is not known"),
     ],

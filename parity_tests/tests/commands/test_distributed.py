@@ -112,9 +112,9 @@ def test_no_such_process(monkeypatch, rank, count):
 
 
 def test_parts_are_refused_before_a_step_and_by_all_processes(tmp_path, monkeypatch):
-    """7 rows in 2 processes are 3 and 4: the one with 3 says what the other one does, and nothing is left behind."""
+    """9 rows in 2 processes are 4 and 5: both say the same of 4, and nothing is left behind."""
     monkeypatch.setattr(Machine, "join", lambda self: pytest.fail("the processes have met"))
-    run = TrainSpec(presets.preset("vit-tiny"), OptimSpec(), 7, 0, step=StepSpec(accumulate=3))
+    run = TrainSpec(presets.preset("vit-tiny"), OptimSpec(), 9, 0, step=StepSpec(accumulate=3))
     for rank in range(2):
         monkeypatch.setattr(Machine, "processes", (rank, 2))
         with pytest.raises(SpecError, match="step accumulate is 3: a batch of 4 rows"):
