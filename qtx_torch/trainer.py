@@ -52,8 +52,6 @@ class Trainer:
         for block in model.net.layer:
             block.recompute = step.recompute
         if step.compiled:
-            if model.gradient_quants is not None:
-                raise SpecError("step compiled is True: quantized gradients are not compiled; leave one out")
             model.forward_pass = compile_forward(model.compute)
         if distributed.processes()[1] > 1:
             for name, x in model.leaves().items():
