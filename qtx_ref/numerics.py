@@ -11,6 +11,7 @@ weight and each named result, and what they return is what the model goes on wit
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -286,9 +287,9 @@ class Quantizers(Float):
         self.specs = specs
         self.masked_scores = masked_scores
 
+    @abstractmethod
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
         """What the site's quantizer makes of x, of whose elements those count where `where` is true (None: all)."""
-        raise NotImplementedError
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
         return self.apply(site, x, where) if site in self.specs else x
