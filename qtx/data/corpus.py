@@ -19,9 +19,10 @@ from qtx_ref.spec import ModelSpec
 from .cache import read_hashes
 from .documents import NOT_TEXT, Documents, open_documents
 from .rows import TextRow, has_rows, keep_different, read_rows, read_text
-from .shards import SAMPLE, VERSION, Cache, open_part, take_sample
+from .shards import SAMPLE, VERSION, open_part, take_sample
 from .spec import Begin, DataSpec, Source
 from .splits import SHORT, SPLITS, DataError, digest, name_splits
+from .store import Cache
 from .text import Part, Section, Specials, TextData, make_part
 from .tokenizing import (
     BUNDLED,

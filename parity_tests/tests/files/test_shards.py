@@ -19,9 +19,10 @@ from qtx.data import SPLITS, DataError, DataSpec, Source, load
 from qtx.data import documents as reading
 from qtx.data import shards as writing
 from qtx.data.documents import choose_split, cut, open_documents, read_file
-from qtx.data.shards import Cache, Seen, make_encoder, map_shard
+from qtx.data.shards import Seen, make_encoder, map_shard
 from qtx.data.spec import Begin, Packing
 from qtx.data.splits import digest, refuse_overlap
+from qtx.data.store import Cache
 from qtx.data.tokenizing import BUNDLED
 from qtx.engines.backend import MissingExtra
 from qtx_ref.spec import Family, Head, ModelSpec, SpecError
