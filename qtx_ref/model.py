@@ -16,8 +16,9 @@ from .integer.lifting import real
 from .integer.model import Code, Integer
 from .models import opt
 from .models.initial import shapes
-from .numerics import Calibrate, FakeQuant, Float, Record, learned_scale_zero
+from .numerics import Calibrate, FakeQuant, Float, Record
 from .quant import quantizer
+from .quant.straight_through import learned_scale_zero
 from .spec import (
     READ,
     Gate,

@@ -46,9 +46,9 @@ from .numerics import (
     Float,
     Record,
     Transformed,
-    learned_scale_zero,
 )
 from .quant import quantizer
+from .quant.straight_through import learned_scale_zero
 from .sites import attach, slots, swap_hooks, swap_transforms, transform
 
 Batch = Mapping[str, np.ndarray]

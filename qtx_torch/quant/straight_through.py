@@ -1,0 +1,116 @@
+"""Quantizers with gradients: forward the values of the codes, backward the straight-through estimator (Bengio et al.
+2013), and a gradient for scales and zero points that are learned.
+
+Differs from the reference: dynamic_quantize: quantizers are modules, in `numerics`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qtx_ref.spec import FloatQuantSpec, Quant, QuantSpec
+
+from . import affine, quantizer
+
+
+class StraightThrough(torch.autograd.Function):
+    """One node where `x + (q - x).detach()` takes many; keeps the levels before the clamp. Scale and zero point are not
+    looked at, which would wait for the device: `scale_zero` made them, or `bind` has checked them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+        level = affine.round_level(x, scale, zero_point)
+        ctx.save_for_backward(level)
+        ctx.ends = (spec.code_min - 0.5, spec.code_max + 0.5)  # the kernel below excludes its limits; levels are whole
+        code = level.clamp(spec.code_min, spec.code_max)  # a float: NaN stays NaN
+        return code.sub_(zero_point).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
+        (level,) = ctx.saved_tensors
+        wide = torch.promote_types(g.dtype, level.dtype)  # bfloat16 cannot tell 32767 from 32768
+        dx = torch.ops.aten.hardtanh_backward(g.to(wide), level.to(wide), *ctx.ends)
+        return dx.to(g.dtype), None, None, None
+
+
+class Unclamped(torch.autograd.Function):
+    """The same where no code is clamped (`quantizer.holds_all`): nothing is kept, and all of the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return affine.round_level(x, scale, zero_point).sub_(zero_point).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
+        return g, None, None
+
+
+class Selected(torch.autograd.Function):
+    """The same for a small float, and beside outliers: keeps where the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
+        y, inside = quantizer.simulate(x, scale, zero_point, spec)
+        ctx.save_for_backward(inside)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return g * inside, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
+    """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
+    if isinstance(spec, FloatQuantSpec) or spec.outliers is not None:
+        return Selected.apply(x, scale, zero_point, spec)
+    return StraightThrough.apply(x, scale, zero_point, spec)
+
+
+def learned_scale_zero(scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The scale and zero point that learned ones, float32, stand for: |scale|, no smaller than the smallest normal
+    float32, and the nearest code, int32."""
+    return scale.abs().clamp(min=affine.TINY), zero_point.round().clamp(spec.code_min, spec.code_max).int()
+
+
+class LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+        s, z = learned_scale_zero(scale, zero_point, spec)
+        y, inside = affine.simulate(x, s, z, spec)
+        ctx.save_for_backward(x, scale, s, z, inside)
+        ctx.spec = spec
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, scale, s, z, inside = ctx.saved_tensors
+        spec = ctx.spec
+        level = affine.round_level(x, s, z)
+        slope = torch.where(inside, level - z - x / s, level.clamp(spec.code_min, spec.code_max) - z)
+        axes = [i for i in range(x.ndim) if scale.shape[i] == 1]
+        factor = 1 / math.sqrt(x.numel() / scale.numel() * spec.code_max)
+
+        def gather(terms: Tensor) -> Tensor:
+            return (terms.sum(dim=axes, keepdim=True, dtype=torch.float64) * factor).float()
+
+        ds = torch.where(scale < 0, -1, 1) * gather(g * slope)
+        dz = None if spec.symmetric else gather(torch.where(inside, 0, -g * s))
+        return g * inside, ds, dz, None
+
+
+def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Learned step size (Esser et al. 2020, eq. 3 and 5) with a learned zero point (Bhalgat et al. 2020).
+
+    With v = x / s and z the rounded zero point: dx = g inside; ds = g (round(v) - v) inside and g (limit - z) outside;
+    dz = -g s outside and 0 inside. ds and dz are multiplied by 1 / sqrt(elements per range * code_max).
+    """
+    return LearnedStep.apply(x, scale, zero_point, spec)
