@@ -17,6 +17,7 @@ from .opening import load_data, open_data
 from .resolving import (
     change_data,
     change_dropout,
+    check_evaluation,
     list_changes,
     make_data,
     make_machine,
@@ -72,6 +73,7 @@ def pretrain(request: PretrainRequest) -> Checkpoint:
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
+    check_evaluation(request.run)
     machine = make_machine(request.run)
     machine.check()
     with machine.join(), claim(request.path, request.resume, machine):

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import numpy as np
 
-from qtx_ref.spec import Family, ModelSpec
+from qtx_ref.spec import ModelSpec
 from qtx_ref.stats import BINS, DROPPED, SIGMAS, kurtosis, top_share
 
-from ..data.labelled import LabelledText
-from ..data.text import TextData
 from ..engines.protocols import Batch, Data, Model
 from ..progress import Progress
 from ..recipes.sites import layer_inputs, residual_stream, sites
 from .heads import RULE, HeadStatistics, HeadSums
-from .marks import Kinds, find_background
+from .marks import Kinds, find_marks, read_kinds
 
 PERCENTILES = (99.0, 99.9, 99.99)
 PERCENTILE_BOUND = 1 / 128  # relative: half a bin, whose width is 1/64 of its lower edge
@@ -217,23 +215,13 @@ class Carriers:
     """Which tokens the outliers of the residual stream fall on, over batches."""
 
     def __init__(self, spec: ModelSpec, data: Data) -> None:
-        self.kinds: Kinds | None = None
-        if spec.family is not Family.VIT:
-            words = cast(TextData | LabelledText, data)
-            self.kinds = Kinds(words.specials, words.tokenizer_json, causal=spec.causal)
+        self.kinds = read_kinds(spec, data)
         self.stream = residual_stream(spec)
         self.by_kind = np.zeros((2, 0 if self.kinds is None else len(self.kinds.names)), np.int64)  # tokens, outliers
         self.by_id = np.zeros((2, spec.vocab), np.int64)
         self.places = {} if self.kinds else {site: np.zeros(spec.length, np.int64) for site in self.stream}
         self.image = np.zeros(1)  # the sum of all, (C, S, S) from the first batch on
         self.images = 0
-
-    def marks(self, spec: ModelSpec, batch: Batch) -> dict[str, np.ndarray]:
-        """The keys to look at in attention, (B, T) each."""
-        if self.kinds is None:
-            plain = find_background(batch["images"], spec.patch_size)
-            return {"CLS": np.arange(spec.length)[None] == np.zeros((len(plain), 1)), "background": plain}
-        return self.kinds.marks(batch)
 
     def add(self, batch: Batch, statistics: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Takes one batch, and its statistics by site."""
@@ -308,7 +296,7 @@ def analyze(model: Model, data: Data, batches: Iterable[Batch], total: int) -> A
             for site, part in statistics.items():
                 sums[site].add(part)
             carriers.add(batch, statistics)
-            heads.add(model.attention(batch, carriers.marks(spec, batch), layer_inputs(spec)))
+            heads.add(model.attention(batch, find_marks(spec, carriers.kinds, batch), layer_inputs(spec)))
             bar.advance()
     stream = {site: sums[site] for site in residual_stream(spec)}
     return Analysis(

@@ -6,11 +6,16 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 
-from ..data.text import Specials
+from qtx_ref.spec import Family, ModelSpec
+
+from ..data.labelled import LabelledText
+from ..data.text import Specials, TextData
 from ..data.tokenizing import read_vocabulary
+from ..engines.protocols import Batch, Data
 
 PLAIN = 0.25  # a background patch: its pixels deviate less than this share of the whole image's deviation
 
@@ -93,3 +98,20 @@ def find_background(images: np.ndarray, size: int) -> np.ndarray:
     patches = images.reshape(b, c, n, size, n, size).transpose(0, 2, 4, 1, 3, 5).reshape(b, n * n, -1)
     spread = images.reshape(b, -1).astype(np.float64).std(axis=1)[:, None]
     return np.concatenate([np.zeros((b, 1), bool), patches.astype(np.float64).std(axis=2) < PLAIN * spread], axis=1)
+
+
+def read_kinds(spec: ModelSpec, data: Data) -> Kinds | None:
+    """The kinds of tokens of a model's data; None where they are images."""
+    if spec.family is Family.VIT:
+        return None
+    words = cast(TextData | LabelledText, data)
+    return Kinds(words.specials, words.tokenizer_json, causal=spec.causal)
+
+
+def find_marks(spec: ModelSpec, kinds: Kinds | None, batch: Batch) -> dict[str, np.ndarray]:
+    """The keys that an idle head may look at, by name, (B, T) each: of text those of `Kinds.marks`, of images CLS and
+    background patches."""
+    if kinds is not None:
+        return kinds.marks(batch)
+    background = find_background(batch["images"], spec.patch_size)
+    return {"CLS": np.arange(spec.length)[None] == np.zeros((len(background), 1)), "background": background}
