@@ -37,7 +37,7 @@ def add_up(squares: Mapping[str, Tensor]) -> Tensor:
 
 
 def _square(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """||g||^2 by name in float64. On a GPU of all at once: one by one, starting the kernels took longer than they do."""
+    """||g||^2 by name in float64. On a GPU of all at once: one by one, starting kernels took longest."""
     if all(g.device.type != "cpu" for g in grads.values()):
         norms = torch._foreach_norm(list(grads.values()), 2, torch.float64)
         return dict(zip(grads, torch.stack(norms).square().unbind(), strict=True))
