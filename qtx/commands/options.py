@@ -27,6 +27,7 @@ WRITTEN = (
     "model.safetensors",
     "run.toml",
     "log.jsonl",
+    "output.txt",
     "study.json",
     "curves.png",
     "inf_norm.png",
