@@ -70,6 +70,37 @@ def check_sixteen_bits(context: Context) -> list[Verdict]:
     return verdicts
 
 
+def check_spared(context: Context) -> list[Verdict]:
+    """With all tokens spared the weights alone are quantized, with none nothing changes; what spared tokens hold enters
+    no range, static or of the tensor, and they pass every quantizer as they are."""
+    verdicts = []
+    for name in SPARING:
+        small = small_models.build(name)
+        model = Model(small.spec, small.params)
+        every, none = np.ones(small.batch["tokens"].shape, bool), np.zeros(small.batch["tokens"].shape, bool)
+        first = np.arange(small.spec.length) == np.zeros((len(every), 1))
+        quants = quantize_every_site(model, small.batch, 4)
+        del quants["embed.position"]  # BERT's has no axis of sequences
+        ranges = model.calibrate([small.batch], quants)
+        model.bind(quants, ranges)
+        plain = model.forward(small.batch)
+        verdicts.append(exact(f"{name}: none", model.forward({**small.batch, "spared": none}), plain))
+        whole = model.forward({**small.batch, "spared": every})
+        model.bind({site: quant for site, quant in quants.items() if site.endswith(".weight")}, ranges)
+        verdicts.append(exact(f"{name}: all", whole, model.forward(small.batch)))
+        large = RecordPairs(quants, model.calibrate([{**small.batch, "spared": first}], quants))
+        large.load(model.weights)
+        models.forward(large, small.spec, {**small.batch, "spared": first})
+        for site, (x, _) in large.pairs.items():
+            if x.shape[:2] == first.shape:
+                kept = x[small.batch["mask"] & ~first]
+                held = [kept.min(initial=0), kept.max(initial=0)]
+                got = model.calibrate([{**small.batch, "spared": first}], {site: quants[site]})[site]
+                reason = "one float32 element of the same float pass"
+                verdicts.append(equal(f"{name}: {site}", [float(got.low.min()), float(got.high.max())], held))
+    return verdicts
+
+
 def list_cases() -> list[Case]:
-    runs = check_nearest, check_sixteen_bits
+    runs = check_nearest, check_sixteen_bits, check_spared
     return [Case("fakequant", run.__name__.removeprefix("check_"), "ref", run) for run in runs]
