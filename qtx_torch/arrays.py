@@ -20,7 +20,8 @@ Batch = Mapping[str, np.ndarray]
 
 def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
     """What a model reads of a batch, on the device: whole numbers int64; a boolean mask, or None without padding, which
-    spares the kernels a mask, and None where no token is spared. Raises ValueError for a mask that is neither boolean nor additive."""
+    spares the kernels a mask; spared tokens, or None where there are none. Raises ValueError for a mask that is neither
+    boolean nor additive."""
     tensors: dict[str, Tensor | None] = {}
     for name in READ:
         if name == "mask" and name in batch:

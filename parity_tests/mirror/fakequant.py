@@ -178,9 +178,7 @@ class RecordOutput(nn.Module):
         super().__init__()
         self.quantizer = quantizer
 
-    def forward(
-        self, x: torch.Tensor, where: torch.Tensor | None, spared: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, where: torch.Tensor | None, spared: torch.Tensor | None = None) -> torch.Tensor:
         self.value = self.quantizer(x, where, spared)
         return self.value
 

@@ -7,6 +7,7 @@ import numpy as np
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.verdict import Verdict, equal, exact, holds, relative
 from parity_tests.subjects import small_models
+from qtx.recipes.named import LOOKUPS
 from qtx_ref import models
 from qtx_ref.backend import Model
 from qtx_ref.numerics import FakeQuant
@@ -14,6 +15,7 @@ from qtx_ref.spec import QuantSpec
 from qtx_ref.tape import Var
 
 MODELS = ("bert_gate_mlp", "opt_post_norm_projected", "vit_clipped")
+SPARING = ("bert_gate_mlp", "opt_plain")
 
 
 class RecordPairs(FakeQuant):
@@ -23,6 +25,16 @@ class RecordPairs(FakeQuant):
         y = super().apply(site, x, where)
         self.pairs = {**getattr(self, "pairs", {}), site: (x.value, y.value)}
         return y
+
+
+class RecordBeside(FakeQuant):
+    """Keeps each activation that enters a hook, and what the model goes on with."""
+
+    def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
+        after = super().named(site, y, where)
+        if y.ndim > 2:
+            self.pairs = {**getattr(self, "pairs", {}), site: (y.value, after.value)}
+        return after
 
 
 def quantize_every_site(model: Model, batch: dict[str, np.ndarray], bits: int) -> dict[str, QuantSpec]:
@@ -71,33 +83,36 @@ def check_sixteen_bits(context: Context) -> list[Verdict]:
 
 
 def check_spared(context: Context) -> list[Verdict]:
-    """With all tokens spared the weights alone are quantized, with none nothing changes; what spared tokens hold enters
-    no range, static or of the tensor, and they pass every quantizer as they are."""
+    """With no token spared nothing changes; with all of them the weights alone are quantized; with the first its rows
+    pass every quantizer as they are, and its elements enter no range."""
     verdicts = []
     for name in SPARING:
         small = small_models.build(name)
         model = Model(small.spec, small.params)
-        every, none = np.ones(small.batch["tokens"].shape, bool), np.zeros(small.batch["tokens"].shape, bool)
-        first = np.arange(small.spec.length) == np.zeros((len(every), 1))
+        shape = small.batch["tokens"].shape
+        first = np.arange(shape[1]) == np.zeros((shape[0], 1))
         quants = quantize_every_site(model, small.batch, 4)
-        del quants["embed.position"]  # BERT's has no axis of sequences
+        quants = {site: quant for site, quant in quants.items() if site not in LOOKUPS}  # rows of quantized tables
         ranges = model.calibrate([small.batch], quants)
         model.bind(quants, ranges)
         plain = model.forward(small.batch)
-        verdicts.append(exact(f"{name}: none", model.forward({**small.batch, "spared": none}), plain))
-        whole = model.forward({**small.batch, "spared": every})
+        verdicts.append(exact(f"{name}: none", model.forward({**small.batch, "spared": np.zeros(shape, bool)}), plain))
+        whole = model.forward({**small.batch, "spared": np.ones(shape, bool)})
         model.bind({site: quant for site, quant in quants.items() if site.endswith(".weight")}, ranges)
         verdicts.append(exact(f"{name}: all", whole, model.forward(small.batch)))
-        large = RecordPairs(quants, model.calibrate([{**small.batch, "spared": first}], quants))
-        large.load(model.weights)
-        models.forward(large, small.spec, {**small.batch, "spared": first})
-        for site, (x, _) in large.pairs.items():
-            if x.shape[:2] == first.shape:
+        without = model.calibrate([{**small.batch, "spared": first}], quants)
+        for site, (x, _) in model.record(small.batch).items():
+            if site in quants and x.shape[:2] == shape:
                 kept = x[small.batch["mask"] & ~first]
-                held = [kept.min(initial=0), kept.max(initial=0)]
-                got = model.calibrate([{**small.batch, "spared": first}], {site: quants[site]})[site]
-                reason = "one float32 element of the same float pass"
-                verdicts.append(equal(f"{name}: {site}", [float(got.low.min()), float(got.high.max())], held))
+                ends = np.array([kept.min(), kept.max()])
+                verdicts.append(exact(f"{name}: range of {site}", np.ravel(without[site][:2]), ends))
+        nx = RecordBeside(quants, without)
+        nx.load(model.weights)
+        models.forward(nx, small.spec, {**small.batch, "spared": first})
+        for site, (x, y) in nx.pairs.items():
+            moved = (x != y).any(axis=(1, 3) if x.ndim == 4 else 2)  # (B, T), by query where there are heads
+            verdicts.append(equal(f"{name}: {site} moves, first token", bool(moved[:, 0].any()), False))
+            verdicts.append(equal(f"{name}: {site} moves, others", bool(moved[:, 1:].any()), site in quants))
     return verdicts
 
 
