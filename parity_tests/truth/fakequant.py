@@ -8,6 +8,7 @@ from parity_tests.proof.case import Case, Context
 from parity_tests.proof.verdict import Verdict, equal, exact, holds, relative
 from parity_tests.subjects import small_models
 from qtx.recipes.named import LOOKUPS
+from qtx.recipes.sites import sites
 from qtx_ref import models
 from qtx_ref.backend import Model
 from qtx_ref.numerics import FakeQuant
@@ -28,12 +29,17 @@ class RecordPairs(FakeQuant):
 
 
 class RecordBeside(FakeQuant):
-    """Keeps each activation that enters a hook, and what the model goes on with."""
+    """Keeps each activation that enters a hook, and what the model goes on with, where one of its axes is of tokens."""
+
+    def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
+        return self.keep(site, x, super().operand(site, x, where))
 
     def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
-        after = super().named(site, y, where)
-        if y.ndim > 2:
-            self.pairs = {**getattr(self, "pairs", {}), site: (y.value, after.value)}
+        return self.keep(site, y, super().named(site, y, where))
+
+    def keep(self, site: str, before: Var, after: Var) -> Var:
+        if before.ndim > 2:
+            self.pairs = {**getattr(self, "pairs", {}), site: (before.value, after.value)}
         return after
 
 
@@ -93,6 +99,7 @@ def check_spared(context: Context) -> list[Verdict]:
         first = np.arange(shape[1]) == np.zeros((shape[0], 1))
         quants = quantize_every_site(model, small.batch, 4)
         quants = {site: quant for site, quant in quants.items() if site not in LOOKUPS}  # rows of quantized tables
+        quants |= {site: QuantSpec(4) for site in sites(small.spec).all if site.endswith((".lhs", ".rhs"))}
         ranges = model.calibrate([small.batch], quants)
         model.bind(quants, ranges)
         plain = model.forward(small.batch)
