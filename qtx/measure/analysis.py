@@ -11,6 +11,7 @@ import numpy as np
 from qtx_ref.spec import Family, ModelSpec
 from qtx_ref.stats import BINS, DROPPED, SIGMAS, kurtosis, top_share
 
+from ..data.chains import ChainData
 from ..data.labelled import LabelledText
 from ..data.text import TextData
 from ..engines.protocols import Batch, Data, Model
@@ -219,7 +220,7 @@ class Carriers:
     def __init__(self, spec: ModelSpec, data: Data) -> None:
         self.kinds: Kinds | None = None
         if spec.family is not Family.VIT:
-            words = cast(TextData | LabelledText, data)
+            words = cast(TextData | ChainData | LabelledText, data)
             self.kinds = Kinds(words.specials, words.tokenizer_json, causal=spec.causal)
         self.stream = residual_stream(spec)
         self.by_kind = np.zeros((2, 0 if self.kinds is None else len(self.kinds.names)), np.int64)  # tokens, outliers
