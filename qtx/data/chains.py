@@ -1,13 +1,12 @@
-"""Endless text from a Markov chain, after a [BOS] in front of every sequence: heads have nothing to do but one thing, or
-nothing at all.
+"""Endless text from a Markov chain, with a [BOS] in front of every sequence.
 
-backcopy: the Bigram-Backcopy task of Guo et al. 2024 (arXiv 2410.13835, section 2). A token follows from the one before
-it as bytes of the bundled books follow one another, but for the most frequent ones, the triggers: behind a trigger comes
-the token that stood before it. A head is of use on triggers alone, and idle on every other token.
+backcopy: the Bigram-Backcopy task of Guo et al. 2024 (arXiv 2410.13835). A token follows from the one before it as the
+bytes of the bundled books follow one another, but for the three most frequent ones, the triggers: behind a trigger
+comes the token that stood before it. A head is of use on triggers alone, and idle on every other token.
 unigram: independent draws by how frequent the bytes are, where no head is ever of use.
 
-The published task has the characters of another text, and three triggers too. Here the first token is never a trigger,
-so that [BOS] is never copied and no two triggers adjoin.
+The published task has another text's characters. Here the first token is never a trigger, so that [BOS] is never copied
+and no two triggers adjoin.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -212,7 +212,7 @@ class ChainData:
         return {"tokens": ids[:, :-1], "mask": np.ones(uniform.shape, bool), "targets": ids[:, 1:]}
 
 
-def open_chain(settings: DataSpec, model: ModelSpec, tokenizer: str | None) -> ChainData:
+def open_chain(settings: DataSpec, model: ModelSpec, tokenizer: Path | str | None) -> ChainData:
     """The chain that the settings name, for a model that predicts the next token. tokenizer: the one that a checkpoint
     keeps, if any. Raises DataError for settings of other data."""
     source, *others = (one.path for one in settings.sources)
@@ -220,7 +220,9 @@ def open_chain(settings: DataSpec, model: ModelSpec, tokenizer: str | None) -> C
     if others:
         raise DataError(f"data {name!r} cannot be mixed with others: give it alone")
     if not model.causal:
-        raise DataError(f"data {name!r} is to be gone on with from token to token: use an opt model, not {model.family}")
+        raise DataError(
+            f"data {name!r} is to be gone on with from token to token: use an opt model, not {model.family}"
+        )
     if tokenizer is not None and tokenizer != make_tokenizer():
         raise DataError(f"data {name!r} has a tokenizer of its own: leave out the tokenizer")
     if settings.begin not in (None, Begin.WINDOW):

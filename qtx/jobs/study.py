@@ -190,7 +190,9 @@ class Study:
             texts.append(f"unigram model on the same targets: perplexity {format_number(self.unigram)}")
         (data, *others), model = self.data.values(), self.models[self.first]
         if isinstance(data, ChainData) and not others:
-            texts.append(f"the best that any model can reach: perplexity {format_number(math.exp(data.entropy(model)))}")
+            texts.append(
+                f"the best that any model can reach: perplexity {format_number(math.exp(data.entropy(model)))}"
+            )
         return "\n".join(texts)
 
     def _find_published(self, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
