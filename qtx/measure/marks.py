@@ -14,18 +14,10 @@ from qtx_ref.spec import Family, ModelSpec
 
 from ..data.labelled import LabelledText
 from ..data.text import Specials, TextData
-from ..data.tokenizing import read_vocabulary
+from ..data.tokenizing import map_bytes, read_vocabulary
 from ..engines.protocols import Data
 
 PLAIN = 0.25  # a background patch: its pixels deviate less than this share of the whole image's deviation
-
-
-def map_bytes() -> dict[str, int]:
-    """The bytes behind the characters of a byte-level vocabulary (GPT-2): printable ones are themselves, the others are
-    counted from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def read_word(word: str, byte_level: bool) -> str:
