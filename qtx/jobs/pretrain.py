@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data import splits
+from ..data import DataSpec, splits
 from ..engines.machine import Machine
 from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint
@@ -96,7 +96,7 @@ def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
     machine, origin = make_machine(run), open_origin(init)
     meta = origin.checkpoint.meta
     about = change_data(meta, run)
-    window = None if about is None else about.window
+    window = (about or DataSpec.of(meta.get("data", {}))).window  # of its own data where the run names none
     spec, params = continue_model(origin.checkpoint, run.get("model.attention"), run.get("seed", 0), window)
     spec = change_dropout(spec, run)
     optim = make_optim(run, spec)
