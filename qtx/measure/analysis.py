@@ -11,12 +11,6 @@ import numpy as np
 from qtx_ref.spec import ModelSpec
 from qtx_ref.stats import BINS, DROPPED, SIGMAS, kurtosis, top_share
 
-<<<<<<< HEAD
-=======
-from ..data.chains import ChainData
-from ..data.labelled import LabelledText
-from ..data.text import TextData
->>>>>>> p13-backcopy
 from ..engines.protocols import Batch, Data, Model
 from ..progress import Progress
 from ..recipes.sites import layer_inputs, residual_stream, sites
@@ -221,14 +215,7 @@ class Carriers:
     """Which tokens the outliers of the residual stream fall on, over batches."""
 
     def __init__(self, spec: ModelSpec, data: Data) -> None:
-<<<<<<< HEAD
         self.kinds = make_kinds(spec, data)
-=======
-        self.kinds: Kinds | None = None
-        if spec.family is not Family.VIT:
-            words = cast(TextData | ChainData | LabelledText, data)
-            self.kinds = Kinds(words.specials, words.tokenizer_json, causal=spec.causal)
->>>>>>> p13-backcopy
         self.stream = residual_stream(spec)
         self.by_kind = np.zeros((2, 0 if self.kinds is None else len(self.kinds.names)), np.int64)  # tokens, outliers
         self.by_id = np.zeros((2, spec.vocab), np.int64)

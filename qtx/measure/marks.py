@@ -12,6 +12,7 @@ import numpy as np
 
 from qtx_ref.spec import Family, ModelSpec
 
+from ..data.chains import ChainData
 from ..data.labelled import LabelledText
 from ..data.text import Specials, TextData
 from ..data.tokenizing import map_bytes, read_vocabulary
@@ -87,7 +88,7 @@ def make_kinds(spec: ModelSpec, data: Data) -> Kinds | None:
     """The kinds of tokens of a model's data; None of images."""
     if spec.family is Family.VIT:
         return None
-    words = cast(TextData | LabelledText, data)
+    words = cast(TextData | ChainData | LabelledText, data)
     return Kinds(words.specials, words.tokenizer_json, causal=spec.causal)
 
 
