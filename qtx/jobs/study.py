@@ -6,6 +6,7 @@ perplexity, and the degradation.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,9 @@ import numpy as np
 
 from qtx_ref.spec import SpecError
 
-from ..data import TextData, unigram_perplexity
+from ..data import ChainData, TextData, unigram_perplexity
 from ..data.spec import DataSpec
 from ..data.splits import BATCH
-from ..engines.machine import identify_machine
 from ..engines.protocols import Data
 from ..files.container import STUDY, FileError, check_writable, write_sealed_json
 from ..files.locks import LOCK, hold
@@ -35,50 +35,51 @@ from ..report.tables import format_number
 from ..runs.reading import RunSpec
 from .drawing import draw_study
 from .measuring import Finished
-from .opening import load_data
-from .resolving import make_train
 from .rows import Row, describe_shape, keep_run, keep_value, list_integers, list_recipes, make_rows, read_kept
 from .run import checkpoint_bytes, describe_difference
+from .side_by_side import run_side_by_side, share_threads
 from .training import fit_vocabulary, train
 
 
 class Study:
     """A study in a folder: `study.json`, one checkpoint per run in `<run>-seed<N>/`, pictures."""
 
-    def __init__(self, run: RunSpec, out: Path, *, resume: bool) -> None:
+    def __init__(self, run: RunSpec, out: Path, *, resume: bool, jobs: int = 1, only: str | None = None) -> None:
         """Checks everything before any training.
+
+        jobs: rows that are trained at once, each in a process of its own where they are several. only: this row alone,
+        in such a process: its study's file is another's.
 
         Raises:
             SpecError, DataError: a name or number that does not exist.
             FileError: `out` holds a study, and `resume` is not set or it is another one.
         """
-        self.spec, self.out, self.resume = run, out, resume
+        self.spec, self.out, self.resume, self.jobs = run, out, resume, jobs
         self.recipes, self.rows = list_recipes(run), make_rows(run)
+        if only is not None:
+            self.rows = {only: self.rows[only]}
         for row in self.rows.values():
             for name in (*self.recipes, *row.integers):
                 recipe(name, row.model)
             if row.quant:
                 training_recipe(row.quant, row.model)
         self.path = out / "study.json"
-        known = None
-        if self.path.exists():
-            known = self._read()
-        elif out.is_dir() and any(item.name != LOCK for item in out.iterdir()) and not resume:
-            raise FileError(f"{out} is not empty: go on with --resume, or choose another --out")
+        known = self._find_known() if only is None else None
         check_writable(self.path)
         for machine in {row.machine for row in self.rows.values()}:
             machine.check()
         self._check_space({} if known is None else known["runs"])
         self.data = self._load()
-        self.models = {name: fit_vocabulary(row.model, self.data[row.data]) for name, row in self.rows.items()}
-        self.first = next(iter(self.rows))
-        described = [data.describe() for data in self.data.values()]
-        self.conditions = {
-            "data": described[0] if len(described) == 1 else described,
-            "threads": identify_machine(self.rows[self.first].machine)["threads"],
+        self.models = {
+            name: row.model if row.origin else fit_vocabulary(row.model, self.data[name])
+            for name, row in self.rows.items()
         }
-        self.unigram = self._measure_unigram()
+        self.first = next(iter(self.rows))
         self.runs: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}
+        if only is None:
+            self.conditions = self._describe_conditions()
+            self.unigram = self._measure_unigram()
         if known is not None:
             for key, value in self.conditions.items():
                 if known.get(key) != value:
@@ -86,17 +87,34 @@ class Study:
                     raise FileError(f"{self.path} is another study: {words}")
             self.runs = known["runs"]
 
-    def _load(self) -> dict[DataSpec, Data]:
-        """The data of every run, each set once."""
-        data: dict[DataSpec, Data] = {}
-        for row in self.rows.values():
-            if row.data not in data:
-                data[row.data] = load_data(row.data, row.model)
+    def _describe_conditions(self) -> dict[str, Any]:
+        """What must be equal for a study to go on beside what its rows say, as JSON values."""
+        described = [data.describe() for data in self._list_data()]
+        conditions: dict[str, Any] = {
+            "data": described[0] if len(described) == 1 else described,
+            "threads": share_threads(self.rows[self.first].machine, self.jobs),
+        }
+        begun = {str(row.origin.path): row.origin.sha256 for row in self.rows.values() if row.origin}
+        return conditions | ({"init": begun} if begun else {})
+
+    def _load(self) -> dict[str, Data]:
+        """The data of every run by its name, equal ones loaded once."""
+        loaded: dict[tuple[DataSpec, str | None], Data] = {}
+        data: dict[str, Data] = {}
+        for name, row in self.rows.items():
+            key = row.data, None if row.origin is None else row.origin.sha256
+            if key not in loaded:
+                loaded[key] = row.load()
+            data[name] = loaded[key]
         return data
+
+    def _list_data(self) -> list[Data]:
+        """The data of the runs, each once."""
+        return list({id(data): data for data in self.data.values()}.values())
 
     def _measure_unigram(self) -> float | None:
         """What a unigram model makes of the targets, where all runs have the same."""
-        (data, *others), model = self.data.values(), self.models[self.first]
+        (data, *others), model = self._list_data(), self.models[self.first]
         limit, *other = {row.limit for row in self.rows.values()}
         if others or other or not isinstance(data, TextData):
             return None
@@ -113,13 +131,23 @@ class Study:
         Raises FileError where another process holds the folder, and what `train` raises.
         """
         with hold(self.out):
-            for name, row in self.rows.items():
-                if name not in self.runs:
-                    self.runs[name] = self._one(name, row)
-                    self.save()
+            left = [name for name in self.rows if name not in self.runs]
+            if self.jobs == 1:
+                for name in left:
+                    self.keep(name, self.complete(name))
+            elif left:
+                task = {"spec": keep_run(self.spec), "out": str(self.out), "resume": self.resume}
+                tasks = {name: {**task, "row": name} for name in left}
+                self.failed = run_side_by_side(tasks, self.jobs, self.conditions["threads"], self.out, self.keep)
             self.save()
             drawn = draw_study(self.out, self.rows, self.runs, self._list_sinks())
             self.written = ["study.json", "a checkpoint per run", *drawn]
+
+    def keep(self, name: str, result: dict[str, Any]) -> None:
+        """Adds a run's result, in the order of the rows, and writes `study.json`. Raises WriteError where it cannot."""
+        known = {**self.runs, name: result}
+        self.runs = {one: known[one] for one in self.rows if one in known}
+        self.save()
 
     def result(self) -> dict[str, Any]:
         """What `study.json` holds."""
@@ -136,6 +164,10 @@ class Study:
         beside, notes = self._find_published(list(lines.values()))
         if self.unigram is not None:
             notes = [*notes, f"unigram model on the same targets: perplexity {format_number(self.unigram)}"]
+        (data, *others), model = self._list_data(), self.models[self.first]
+        if isinstance(data, ChainData) and not others:
+            best = format_number(math.exp(data.entropy(model)))
+            notes = [*notes, f"the best that any model can reach: perplexity {best}"]
         layout = Layout(
             metric(self.models[self.first]),
             self.recipes,
@@ -145,7 +177,9 @@ class Study:
             published=beside,
             notes=notes,
         )
-        grouped = {line: [self.runs[name] for name, row in self.rows.items() if row.line == line] for line in lines}
+        grouped: dict[str, list[dict[str, Any]]] = {line: [] for line in lines}
+        for name, run in self.runs.items():
+            grouped[self.rows[name].line].append(run)
         return tabulate_study(grouped, layout)
 
     def _list_sinks(self) -> list[str]:
@@ -163,10 +197,18 @@ class Study:
         cells, sources = make_column(shape, [(row.model.attention, row.recipe) for row in rows], self.recipes)
         return cells if sources else [], sources
 
-    def _one(self, name: str, row: Row) -> dict[str, Any]:
-        path = self.out / name / "model.safetensors"
-        run = make_train(row.run, self.models[name], row.optim)
-        checkpoint = train(run, self.data[row.data], path, row.machine, resume=self.resume or path.exists(), label=name)
+    def complete(self, name: str) -> dict[str, Any]:
+        """Trains and evaluates a row, from where it stands; its result as JSON values. Raises what `train` raises."""
+        row, path = self.rows[name], self.out / name / "model.safetensors"
+        checkpoint = train(
+            row.make_train(self.models[name]),
+            self.data[name],
+            path,
+            row.machine,
+            resume=self.resume or path.exists(),
+            label=name,
+            start=row.begin(),
+        )
         history = History.of(checkpoint.extra)
         result: dict[str, Any] = {
             "attention": row.kind,
@@ -186,9 +228,17 @@ class Study:
             "mean_loss": float(np.mean(history.loss)) if history.loss else None,  # in training, over all steps
         }
         if "diverged_at" not in checkpoint.meta:
-            finished = Finished(checkpoint, self.data[row.data], row.machine, row.limit, f"{name} evaluate")
+            finished = Finished(checkpoint, self.data[name], row.machine, row.limit, f"{name} evaluate")
             result |= finished.measure(self.recipes, row.integers, trained=row.quant is not None)
         return result
+
+    def _find_known(self) -> dict[str, Any] | None:
+        """The study in the folder; None where there is none. Raises FileError where something else is in the folder."""
+        if self.path.exists():
+            return self._read()
+        if self.out.is_dir() and any(item.name != LOCK for item in self.out.iterdir()) and not self.resume:
+            raise FileError(f"{self.out} is not empty: go on with --resume, or choose another --out")
+        return None
 
     def _read(self) -> dict[str, Any]:
         """The study in the folder. Raises FileError where it is not to be gone on with, or another one."""
@@ -209,11 +259,12 @@ class Study:
         return known
 
 
-def run_study(run: RunSpec, out: Path, *, resume: bool = False) -> Study:
+def run_study(run: RunSpec, out: Path, *, resume: bool = False, jobs: int = 1) -> Study:
     """Trains and evaluates every run that a run's grids make, and leaves the study in the folder `out`; returns it,
     `tabulate` and `result` say what came out.
 
-    resume: go on with the study that is there, if there is one.
+    resume: go on with the study that is there, if there is one. jobs: rows that are trained at once, each in a process
+    of its own where they are several; one that fails is then in the study's `failed`, and ends no other.
 
     Raises:
         SpecError, DataError: a name or number that does not exist, or data that do not fit.
@@ -221,6 +272,6 @@ def run_study(run: RunSpec, out: Path, *, resume: bool = False) -> Study:
         MissingExtra, WriteError, Interrupted: see `train`.
     """
     with hold(out):
-        study = Study(run, out, resume=resume)
+        study = Study(run, out, resume=resume, jobs=jobs)
         study.run()
         return study

@@ -15,7 +15,7 @@ from ..engines.protocols import Batch, Data, Model
 from ..progress import Progress
 from ..recipes.sites import layer_inputs, residual_stream, sites
 from .heads import RULE, HeadStatistics, HeadSums
-from .marks import Kinds, find_marks, read_kinds
+from .marks import Kinds, find_marks, make_kinds
 
 PERCENTILES = (99.0, 99.9, 99.99)
 PERCENTILE_BOUND = 1 / 128  # relative: half a bin, whose width is 1/64 of its lower edge
@@ -215,7 +215,7 @@ class Carriers:
     """Which tokens the outliers of the residual stream fall on, over batches."""
 
     def __init__(self, spec: ModelSpec, data: Data) -> None:
-        self.kinds = read_kinds(spec, data)
+        self.kinds = make_kinds(spec, data)
         self.stream = residual_stream(spec)
         self.by_kind = np.zeros((2, 0 if self.kinds is None else len(self.kinds.names)), np.int64)  # tokens, outliers
         self.by_id = np.zeros((2, spec.vocab), np.int64)

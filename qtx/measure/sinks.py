@@ -18,7 +18,7 @@ from qtx_ref.stats import top_share
 from ..engines.protocols import Batch, Data, Model
 from ..recipes.sites import layer_inputs, residual_stream
 from .heads import HeadStatistics, HeadSums
-from .marks import find_marks, read_kinds
+from .marks import find_marks, make_kinds
 
 # the marks of `find_marks`, by what a sink is called: the token that begins, delimiters, an image's plain patches
 SINKS = {
@@ -77,7 +77,7 @@ def measure_sinks(model: Model, data: Data, batches: Iterable[Batch]) -> Sinks:
 
     Raises ValueError where a number is not finite.
     """
-    spec, kinds = model.spec, read_kinds(model.spec, data)
+    spec, kinds = model.spec, make_kinds(model.spec, data)
     sums, stream = HeadSums(spec), dict.fromkeys(residual_stream(spec), "sequence")
     energy: dict[str, np.ndarray] = {}  # by site (D,)
     found: set[str] = set()

@@ -106,7 +106,7 @@ def find_largest_mass(run: Result, sink: str) -> float | None:
 def count_idle(runs: Sequence[Result]) -> str:
     """How many heads add nothing, the fewest and the most over the runs, of how many."""
     known = [run["sinks"] for run in runs if run.get("sinks")]
-    if len(known) < len(runs):
+    if len(known) < len(runs) or not known:
         return "-"
     return f"{format_range([sinks['idle'] for sinks in known], 0)} of {known[0]['heads']}"
 
