@@ -49,7 +49,13 @@ class Finished:
         result: dict[str, Any] = {"float": to_json_values(evaluate(model, self.read(), self.label, self.total))}
         result["float_bytes"] = count_stored_bytes(self.params, {}, {})
         result["outliers"] = to_json_values(measure_outliers(model, self.read(OUTLIER_BATCHES)))
-        result["sinks"] = measure_sinks(model, self.data, self.read(OUTLIER_BATCHES)).to_json_values()
+        try:
+            result["sinks"] = measure_sinks(model, self.data, self.read(OUTLIER_BATCHES)).to_json_values()
+        except (FileError, DataError):
+            raise
+        except ValueError as error:  # a model near divergence
+            result["sinks"] = None
+            print(f"{self.label}: {error}", file=sys.stderr)
         if trained and self.checkpoint.recipe is not None:
             bind(model, self.checkpoint.recipe, self.checkpoint.ranges)
             result["trained"] = to_json_values(evaluate(model, self.read(), f"{self.label} as trained", self.total))

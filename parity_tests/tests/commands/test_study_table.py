@@ -178,9 +178,10 @@ def test_a_model_that_cannot_be_calibrated_stops_no_other(tmp_path, monkeypatch)
         raise ValueError("site a has no\nfinite value")
 
     monkeypatch.setattr(measuring, "prepare", refuse)
+    monkeypatch.setattr(measuring, "measure_sinks", refuse)
     said = call("study", *TINY, *SMALL, *LIMIT, "--set", "evaluation.integers=w8a8", "--out", tmp_path / "s")
     assert said.exit_code == 0 and "vanilla-seed0 evaluate w8a8: site a has no finite value" in said.output
-    assert read_cells(said.stdout)[0]["W8A8 integers ppl"] == "-"
+    assert (cells := read_cells(said.stdout)[0])["W8A8 integers ppl"] == "-" == cells["sink"] == cells["idle heads"]
 
 
 @pytest.mark.parametrize("command", ["train", "finetune"])
