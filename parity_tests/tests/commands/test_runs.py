@@ -210,7 +210,7 @@ def test_the_nearest_key(name, near):
         ('[model]\nhead = "none"', "model.head is none: a model is trained by what its head says"),
         ('[step]\ncompiled = true\nsharding = "full"', "step sharding is 'full': a compiled step"),
         ("[step]\naccumulate = 3", "step accumulate is 3: a batch of 16 rows has no so many equal parts"),
-        ('[evaluation]\nintegers = ["w8a8"]', "evaluation integers is ('w8a8',): give evaluation every too"),
+        ("[evaluation]\nlimit = 0", "evaluation limit is 0: give a whole number, at least 1"),
         ('[evaluation]\nrecipes = ["w8a8"]', "evaluation recipes is ('w8a8',): give evaluation every too"),
         ("seed 3", "run x.toml is no TOML: "),
         ("a = " + "[" * 5000, "run x.toml is no TOML: "),
