@@ -23,7 +23,7 @@ from .starts import Origin, continue_run, load_continued, open_origin
 
 ATTENTIONS, RECIPES = ("vanilla", "clipped", "gated"), ("w8a8",)  # unless a run says others
 KIND, QUANT, SEED = "model.attention", "quant.train", "seed"
-BESIDE = ("evaluation", "saving", "log")  # of a run, what changes no number of a study
+BESIDE = ("evaluation", "saving", "log", "stop")  # of a run, what may be another when its study goes on
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Row:
         return make_train(self.run, model, self.optim, None if self.origin is None else self.origin.sha256)
 
     def identify(self) -> dict[str, Any]:
-        """What must be equal for a study to go on, as JSON values."""
+        """What must be equal for a study to go on, as JSON values. To another `stop` a run goes on, and is evaluated
+        anew."""
         train = to_dict(self.make_train(self.model))
         kept = {name: value for name, value in train.items() if name not in BESIDE}
         return {"train": kept, "data": to_dict(self.data), "machine": to_dict(self.machine)}
