@@ -359,7 +359,7 @@ class IntegerModel:
     def accept(self, batch: Batch) -> Batch:
         """The batch as `compute` takes it: whole numbers int64, the mask boolean, images float32. Raises as
         `Model`'s."""
-        check_batch(self.spec, batch)
+        check_batch(self.spec, batch, integer=True)
         return to_arrays(batch, np.dtype(np.float32))
 
     def make_numerics(self, record: Callable[[str, np.ndarray], None] | None = None) -> Integer:
@@ -380,13 +380,13 @@ class IntegerModel:
 
 
 def to_arrays(batch: Batch, dtype: np.dtype) -> Arrays:
-    """What a model reads of a batch, in the shapes of `spec.check_batch`: whole numbers int64, the mask boolean, images
+    """What a model reads of a batch, in the shapes of `spec.check_batch`: whole numbers int64, masks boolean, images
     in `dtype`. Raises ValueError for a mask that is neither boolean nor additive."""
     arrays = {name: np.asarray(batch[name]) for name in READ if name in batch}
     for name, value in arrays.items():
         if name == "mask":
             arrays[name] = boolean_mask(value)
-        else:
+        elif name != "spared":
             arrays[name] = value.astype(dtype if name in ("images", "soft_labels") else np.int64)
     return arrays
 

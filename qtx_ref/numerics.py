@@ -34,6 +34,7 @@ __all__ = [
     "Quantizers",
     "Record",
     "is_weight",
+    "leave_out",
     "transform_input",
 ]
 
@@ -44,10 +45,12 @@ class Numerics(Protocol[V]):
     """What a model asks for, of values V: variables of the tape, or integer codes."""
 
     rows: np.ndarray | None = None
+    spared: np.ndarray | None = None
 
-    def begin(self, rows: np.ndarray | None) -> None:
-        """Starts a forward pass. rows (B, T), boolean, is true at real tokens, None where all are."""
-        self.rows = rows
+    def begin(self, rows: np.ndarray | None, spared: np.ndarray | None = None) -> None:
+        """Starts a forward pass. rows (B, T), boolean, is true at real tokens, None where all are; spared (B, T) at
+        those whose activations stay in float and enter no range, None where none do."""
+        self.rows, self.spared = rows, spared
 
     def input(self, site: str, value: np.ndarray) -> V:
         """The model's input (B, N, C), which is itself a tensor of the model."""
@@ -98,6 +101,17 @@ class Numerics(Protocol[V]):
         if self.rows is None or y.ndim != 3 or y.shape[:2] != self.rows.shape:
             return None
         return self.rows[:, :, None]
+
+    def _spared(self, y: V) -> np.ndarray | None:
+        """The rows of spared tokens, as a mask for (B, T, ...) tensors and, of heads, (B, H, T, ...); scores and
+        probabilities are their queries'. None where a tensor has no such rows."""
+        if self.spared is None:
+            return None
+        if y.ndim == 3 and y.shape[:2] == self.spared.shape:
+            return self.spared[:, :, None]
+        if y.ndim == 4 and (y.shape[0], y.shape[2]) == self.spared.shape:
+            return self.spared[:, None, :, None]
+        return None
 
 
 class Float(Numerics[Var]):
@@ -252,7 +266,8 @@ class Float(Numerics[Var]):
 
 
 class Record(Float):
-    """Shows each named tensor and operand among `sites` (None: each named tensor) to `callback(site, value, where)`."""
+    """Shows each named tensor and operand among `sites` (None: each named tensor) to `callback(site, value, where)`; of
+    a spared token no element counts."""
 
     def __init__(
         self,
@@ -266,17 +281,18 @@ class Record(Float):
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
         if self.sites is not None and site in self.sites:
-            self.callback(site, x.value, where)
+            self.callback(site, x.value, leave_out(where, self._spared(x)))
         return x
 
     def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
         if self.sites is None or site in self.sites:
-            self.callback(site, y.value, where)
+            self.callback(site, y.value, leave_out(where, self._spared(y)))
         return y
 
 
 class Quantizers(Float):
-    """The three hooks as one: `apply(site, x, where)` for every site that has a quantizer."""
+    """The three hooks as one: `apply(site, x, where)` for every site that has a quantizer, which neither sees nor
+    changes the rows of spared tokens."""
 
     def __init__(self, specs: Mapping[str, Quant], *, masked_scores: bool = False, **context: Any) -> None:
         super().__init__(**context)
@@ -288,7 +304,7 @@ class Quantizers(Float):
         """What the site's quantizer makes of x, of whose elements those count where `where` is true (None: all)."""
 
     def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
-        return self.apply(site, x, where) if site in self.specs else x
+        return self._apply_beside(site, x, where) if site in self.specs else x
 
     def weight(self, site: str, w: Var) -> Var:
         return self.apply(site, w, None) if site in self.specs else w
@@ -296,7 +312,13 @@ class Quantizers(Float):
     def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
         if site not in self.specs:
             return y
-        return self.apply(site, y, None if self.masked_scores and site.endswith(".scores") else where)
+        return self._apply_beside(site, y, None if self.masked_scores and site.endswith(".scores") else where)
+
+    def _apply_beside(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        """`apply` to the rows of all tokens but the spared ones."""
+        spared = self._spared(x)
+        y = self.apply(site, x, leave_out(where, spared))
+        return y if spared is None else ops.select(spared, x, y)
 
 
 class Calibrate(Quantizers):
@@ -374,6 +396,14 @@ def transform_input(x: Var, how: InputTransform) -> Var:
     if how.divisor is not None:
         x = ops.divide(x, how.divisor)
     return ops.hadamard(x, how.block) if how.block else x
+
+
+def leave_out(where: np.ndarray | None, spared: np.ndarray | None) -> np.ndarray | None:
+    """The elements that count, boolean (None: all), without those of `spared`, boolean (None: none), in the shape of
+    both broadcast."""
+    if spared is None:
+        return where
+    return ~spared if where is None else where & ~spared
 
 
 def is_weight(site: str) -> bool:

@@ -32,6 +32,7 @@ __all__ = [
     "relu",
     "reshape",
     "scale",
+    "select",
     "sigmoid",
     "soft_cross_entropy",
     "softmax",
@@ -101,6 +102,14 @@ def scale(x: Var, factor: float) -> Var:
     """y = factor x, the factor rounded to x's dtype first. dx = factor g."""
     f = x.value.dtype.type(factor)
     return node(x.value * f, (x, lambda g: g * f))
+
+
+def select(where: np.ndarray, a: Var, b: Var) -> Var:
+    """y = a where `where` (boolean, broadcast) is true, else b; a and b of one shape. da = g there, db = g
+    elsewhere."""
+    return node(
+        np.where(where, a.value, b.value), (a, lambda g: np.where(where, g, 0)), (b, lambda g: np.where(where, 0, g))
+    )
 
 
 def divide(x: Var, divisor: np.ndarray) -> Var:

@@ -20,12 +20,16 @@ Batch = Mapping[str, np.ndarray]
 
 def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
     """What a model reads of a batch, on the device: whole numbers int64; a boolean mask, or None without padding, which
-    spares the kernels a mask. Raises ValueError for a mask that is neither boolean nor additive."""
+    spares the kernels a mask; spared tokens, or None where there are none. Raises ValueError for a mask that is neither
+    boolean nor additive."""
     tensors: dict[str, Tensor | None] = {}
     for name in READ:
         if name == "mask" and name in batch:
             rows = boolean_mask(torch.tensor(make_native(np.asarray(batch[name]))))
             tensors[name] = None if rows.all() else rows
+        elif name == "spared" and name in batch:
+            spared = torch.tensor(make_native(np.asarray(batch[name])))
+            tensors[name] = spared if spared.any() else None
         elif name in batch:
             value = make_native(np.asarray(batch[name]))
             tensors[name] = torch.tensor(value if name in ("images", "soft_labels") else value.astype(np.int64))

@@ -420,7 +420,7 @@ class IntegerModel:
 
     def accept(self, batch: Batch) -> dict[str, Tensor | None]:
         """The batch as `compute` takes it, as `Model`'s, and raises as that does."""
-        check_batch(self.spec, batch)
+        check_batch(self.spec, batch, integer=True)
         return to_tensors(batch, self.device)
 
     def make_numerics(self, record: Callable[[str, np.ndarray], None] | None = None) -> Integer:

@@ -63,16 +63,29 @@ class Float:
         self.step = step
         self.first_row = first_row
         self.rows: Tensor | None = None
+        self.spared: Tensor | None = None
 
-    def begin(self, rows: Tensor | None) -> None:
-        """Starts a forward pass. rows (B, T) is true at real tokens, None where all are."""
-        self.rows = rows
+    def begin(self, rows: Tensor | None, spared: Tensor | None = None) -> None:
+        """Starts a forward pass. rows (B, T) is true at real tokens, None where all are; spared (B, T) at those whose
+        activations stay in float and enter no range, None where none do."""
+        self.rows, self.spared = rows, spared
 
     def _where(self, y: Tensor) -> Tensor | None:
         """The rows that are real, as a mask for (B, T, ...) tensors."""
         if self.rows is None or y.ndim != 3 or y.shape[:2] != self.rows.shape:
             return None
         return self.rows[:, :, None]
+
+    def _spared(self, y: Tensor) -> Tensor | None:
+        """The rows of spared tokens, as a mask for (B, T, ...) tensors and, of heads, (B, H, T, ...); scores and
+        probabilities are their queries'. None where a tensor has no such rows."""
+        if self.spared is None:
+            return None
+        if y.ndim == 3 and y.shape[:2] == self.spared.shape:
+            return self.spared[:, :, None]
+        if y.ndim == 4 and (y.shape[0], y.shape[2]) == self.spared.shape:
+            return self.spared[:, None, :, None]
+        return None
 
     def _pairs(self, mask: Mask) -> Tensor:
         """The (query, key) pairs that count: allowed by the mask, from a real query."""
@@ -84,7 +97,11 @@ class Float:
         return None if self.rows is None else self.rows[:, None, :, None]
 
     def _named(self, module: SiteModule, y: Tensor) -> Tensor:
-        return y if module.on_output is None else module.on_output(y, self._where(y))
+        return self._hand(module.on_output, y, self._where(y))
+
+    def _hand(self, hook: nn.Module | None, x: Tensor, where: Tensor | None) -> Tensor:
+        """What a slot makes of a tensor; itself where the slot is empty."""
+        return x if hook is None else hook(x, where, self._spared(x))
 
     def backward(self, module: SiteModule) -> gradients.Backward | None:
         """How the backward pass of a site's matmul quantizes; None where it does not."""
@@ -112,8 +129,7 @@ class Float:
         """x W^T + b with the site's weight (or the tied parameter `weight`) and its bias, if there is one."""
         if module.transform is not None:
             x = module.transform(x)
-        if module.on_input is not None:
-            x = module.on_input(x, self._where(x))
+        x = self._hand(module.on_input, x, self._where(x))
         y = self._linear(module, x, self._weight(module, module.weight if weight is None else weight))
         return self._named(module, y) if named else y
 
@@ -161,7 +177,7 @@ class Float:
     def softmax(self, module: SiteModule, scores: Tensor, mask: Mask, spec: AttentionSpec) -> Tensor:
         """Probabilities of scores whose masked keys are hidden; the site has the sink, if there is one."""
         probs = masked_probabilities(scores, mask, spec, getattr(module, "sink", None))
-        return probs if module.on_output is None else module.on_output(probs, self._pairs(mask))
+        return self._hand(module.on_output, probs, self._pairs(mask))
 
     def attention(
         self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Mask, spec: AttentionSpec, rate: float
@@ -181,8 +197,8 @@ class Float:
             context = attend_fused(q, k, v, mask)
         else:
             probs = self._probs(attn, q, k, mask, spec, rate)
-            probs = probs if c.on_lhs is None else c.on_lhs(probs, self._pairs(mask))
-            v = v if c.on_rhs is None else c.on_rhs(v, self._heads())
+            probs = self._hand(c.on_lhs, probs, self._pairs(mask))
+            v = self._hand(c.on_rhs, v, self._heads())
             how = self.backward(c)  # (B, H, Tq, Tk) (B, H, Tk, K) -> (B, H, Tq, K)
             if how is None:
                 context = ops.matmul(probs, v)
@@ -192,8 +208,8 @@ class Float:
 
     def _probs(self, attn: nn.Module, q: Tensor, k: Tensor, mask: Mask, spec: AttentionSpec, rate: float) -> Tensor:
         module = attn.scores
-        q = q if module.on_lhs is None else module.on_lhs(q, self._heads())
-        k = k if module.on_rhs is None else module.on_rhs(k, self._heads())
+        q = self._hand(module.on_lhs, q, self._heads())
+        k = self._hand(module.on_rhs, k, self._heads())
         factor, how, heads = q.shape[-1] ** -0.5, self.backward(module), self._heads()
         if how is None:
             scores = ops.scores(q, k, factor)
@@ -201,7 +217,7 @@ class Float:
             columns = None if heads is None else heads.transpose(-1, -2)
             scores = ops.scale(gradients.matmul(q, ops.swap_last(k), how, heads, columns), factor)
         if module.on_output is not None:
-            scores = module.on_output(scores, self._pairs(mask))
+            scores = self._hand(module.on_output, scores, self._pairs(mask))
             scores = mask.hide(scores)
         elif not mask.full:
             scores = scores.masked_fill_(mask.hidden, -math.inf)  # nobody else holds them
@@ -209,16 +225,23 @@ class Float:
 
 
 class Record(nn.Module):
-    """Shows a site's result to `callback(site, value, where)`."""
+    """Shows a site's result to `callback(site, value, where)`; of a spared token no element counts."""
 
     def __init__(self, site: str, callback: Callable[[str, Tensor, Tensor | None], None]) -> None:
         super().__init__()
         self.site = site
         self.callback = callback
 
-    def forward(self, x: Tensor, where: Tensor | None) -> Tensor:
-        self.callback(self.site, x, where)
+    def forward(self, x: Tensor, where: Tensor | None, spared: Tensor | None = None) -> Tensor:
+        self.callback(self.site, x, leave_out(where, spared))
         return x
+
+
+def leave_out(where: Tensor | None, spared: Tensor | None) -> Tensor | None:
+    """The elements that count (None: all) without those of `spared` (None: none)."""
+    if spared is None:
+        return where
+    return ~spared if where is None else where & ~spared
 
 
 class Transformed(nn.Module):
@@ -237,7 +260,7 @@ class Transformed(nn.Module):
 
 class Quantizer(nn.Module):
     """What `Calibrate` and `FakeQuant` share: a slot's key, `site`, and its spec. Their `apply_to` is what happens
-    there."""
+    there, but to the rows of spared tokens."""
 
     def __init__(self, site: str, spec: Quant, *, masked_scores: bool = False) -> None:
         super().__init__()
@@ -246,8 +269,9 @@ class Quantizer(nn.Module):
         self.is_weight = site.endswith(".weight")
         self.everywhere = masked_scores and site.endswith(".scores")
 
-    def forward(self, x: Tensor, where: Tensor | None) -> Tensor:
-        return self.apply_to(x, None if self.everywhere else where)
+    def forward(self, x: Tensor, where: Tensor | None, spared: Tensor | None = None) -> Tensor:
+        y = self.apply_to(x, leave_out(None if self.everywhere else where, spared))
+        return y if spared is None else ops.select(spared, x, y)
 
     def dynamic(self, x: Tensor, where: Tensor | None) -> Tensor:
         """By the tensor's own range. One that is not finite becomes NaN throughout: a run that diverges shows it in its

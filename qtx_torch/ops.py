@@ -64,6 +64,11 @@ def scale(x: Tensor, factor: float) -> Tensor:
     return x * factor
 
 
+def select(where: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y = a where `where` (boolean, broadcast) is true, else b; a and b of one shape."""
+    return torch.where(where, a, b)
+
+
 def divide(x: Tensor, divisor: Tensor) -> Tensor:
     """y = x / d, d of x's last axis, in x's dtype (16 bits: by the float32 d, then rounded)."""
     return (x / divisor).to(x.dtype)

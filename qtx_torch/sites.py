@@ -3,9 +3,10 @@
 Not in the reference: there a site is a string, and parameters are a dict.
 
 A site holds its parameters and one slot for every tensor that may be seen or replaced there: its result, each operand
-of a product, its weight. A slot is None or a module called with (tensor, mask of elements that count or None), whose
-result the model goes on with. `attach` fills slots by key: `layer.0.attn.query` is the site's result,
-`layer.0.attn.query.input` and `.weight`, `layer.0.attn.scores.lhs` and `.rhs` what goes into it.
+of a product, its weight. A slot is None or a module called with (tensor, mask of elements that count or None) and, but
+for weights, the mask of spared elements or None; the model goes on with its result. `attach` fills slots by key:
+`layer.0.attn.query` is the site's result, `layer.0.attn.query.input` and `.weight`, `layer.0.attn.scores.lhs` and
+`.rhs` what goes into it.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ from qtx_torch.sites import swap_hooks
 SMALL = ("bert_gate_mlp", "opt_plain", "opt_gate_linear", "opt_post_norm_projected", "vit_clipped_row", "bert_classify")
 BLOCKS = tuple(f"blocks-{form}" for form in FloatFormat)  # as MX, in models too narrow for blocks of 32
 TRANSFORMS = ("smooth", "hadamard")
+SPARED = ("w8a8", "w8a8-token", "train-w8a8-tensor", "lsq-w4a6", "paper", "outliers")
 RECIPES = (
     *("w8a8", "w4a8", "train-w8a8", "lsq-w4a6", "paper", "fp8-e4m3", "fp8-e5m2"),
     *("groups", "blocks", *BLOCKS, "outliers", *TRANSFORMS),
@@ -114,9 +115,14 @@ def quantize_operands(name: str) -> Recipe:
     return Recipe(name, rules, batches=2, transforms=made[name])
 
 
-def check_forced(name: str, kind: str, recipe_name: str, context: Context) -> list[Verdict]:
-    """Calibration on two batches, then a forward pass of a third, each op and quantizer fed the reference's tensors."""
+def check_forced(
+    name: str, kind: str, recipe_name: str, context: Context, *, spare: tuple[int, ...] = ()
+) -> list[Verdict]:
+    """Calibration on two batches, then a forward pass of a third, each op and quantizer fed the reference's tensors.
+    spare: places of tokens that stay in float."""
     spec, params, batches = build_subject(name, kind, context)
+    if spare:
+        batches = [spare_places(batch, spec, spare) for batch in batches]
     recipe, quants = resolve_recipe(recipe_name, spec)
     params, transforms = transform(Machine("ref"), spec, params, lambda n: batches[:n], recipe)
     ref, model = RefModel(spec, params), Model(spec, params, device=context.device)
@@ -127,6 +133,13 @@ def check_forced(name: str, kind: str, recipe_name: str, context: Context) -> li
     crossings = teacher.record(teacher.FakeQuant(quants, ranges, **held), ref, batches[2])
     model.bind(quants, ranges, **held)
     return verdicts + teacher.force(model, batches[2], crossings, find_quantizers(model), context)
+
+
+def spare_places(batch: Batch, spec: ModelSpec, places: tuple[int, ...]) -> Batch:
+    """The batch with the tokens of these places spared, in all sequences but the last."""
+    spared = np.zeros((len(next(iter(batch.values()))), spec.length), bool)
+    spared[:-1, places] = True
+    return {**batch, "spared": spared}
 
 
 def calibrate_both(
@@ -165,8 +178,8 @@ class RecordOutput(nn.Module):
         super().__init__()
         self.quantizer = quantizer
 
-    def forward(self, x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
-        self.value = self.quantizer(x, where)
+    def forward(self, x: torch.Tensor, where: torch.Tensor | None, spared: torch.Tensor | None = None) -> torch.Tensor:
+        self.value = self.quantizer(x, where, spared)
         return self.value
 
 
@@ -254,6 +267,7 @@ def list_cases() -> list[Case]:
 
     return [
         *rows("forced", check_forced, SMALL, ("",), RECIPES),
+        *rows("spared", partial(check_forced, spare=(0, 3)), SMALL, ("",), SPARED),
         *rows("forced", check_forced, PRESETS, tuple(ATTENTIONS), ("w8a8", "paper")),
         *rows("forced", check_forced, PRESETS, ("gated",), ("fp8-e4m3", "mxfp8", "mxfp4")),
         *rows("free", check_free, PRESETS, tuple(ATTENTIONS), ("w8a8", "paper")),

@@ -90,33 +90,35 @@ class Pupil(nn.Module):
         self.scale = float(np.abs(crossing.before).max(initial=0.0)) + cancelled
         self.verdicts: list[Verdict] = []
 
-    def forward(self, x: Tensor, where: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, where: Tensor | None, spared: Tensor | None = None) -> Tensor:
         before, after = self.crossing.before, self.crossing.after
         self.verdicts.append(against_truth(self.key, array(x), before, EPS["float32"], *OP, scale=self.scale))
         counted = np.broadcast_to(True if self.crossing.where is None else self.crossing.where, before.shape)
         seen = np.broadcast_to(True if where is None else array(where), before.shape)
         self.verdicts.append(exact(f"{self.key}: elements that count", seen, counted))
         if self.quantizer is not None:
-            self.quantize(where)
+            self.quantize(where, spared)
         return tensor(after, self.context)
 
-    def quantize(self, where: Tensor | None) -> None:
+    def quantize(self, where: Tensor | None, spared: Tensor | None) -> None:
         """The value that the quantizer passes on, to the bit."""
-        y = self.quantizer(tensor(self.crossing.before, self.context), where)
+        y = self.quantizer(tensor(self.crossing.before, self.context), where, spared)
         self.verdicts.append(exact(f"{self.key}: passed on", array(y), self.crossing.after))
 
 
 class QuantizerPupil(Pupil):
     """Of a `FakeQuant`: also its range, codes and gradient mask."""
 
-    def quantize(self, where: Tensor | None) -> None:
-        super().quantize(where)
+    def quantize(self, where: Tensor | None, spared: Tensor | None) -> None:
+        super().quantize(where, spared)
         key, hook, x = self.key, self.quantizer, self.crossing.before
         spec, given = hook.spec, tensor(x, self.context).requires_grad_()
         if spec.dynamic:
-            kept = None if hook.everywhere else self.crossing.where
+            apart = None if spared is None else array(spared)
+            kept = ref_numerics.leave_out(None if hook.everywhere else self.crossing.where, apart)
             scale, zero = ref_quantizer.dynamic_scale(x, spec, kept, hook.is_weight)
-            got = quantizer.dynamic_scale(given.detach(), spec, None if hook.everywhere else where, hook.is_weight)
+            counted = numerics.leave_out(None if hook.everywhere else where, spared)
+            got = quantizer.dynamic_scale(given.detach(), spec, counted, hook.is_weight)
             self.verdicts += [
                 exact(f"{key}: scale", array(got[0]), scale),
                 exact(f"{key}: zero point", array(got[1]), zero),
@@ -128,8 +130,8 @@ class QuantizerPupil(Pupil):
         codes = quantizer.quantize(given.detach(), *moved, spec)
         self.verdicts.append(exact(f"{key}: codes", array(codes), ref_quantizer.quantize(x, scale, zero, spec)))
         with torch.enable_grad():
-            passes = torch.autograd.grad(hook(given, where).sum(), given)[0] != 0
-        inside = ref_quantizer.fake_quantize(x, scale, zero, spec)[1]
+            passes = torch.autograd.grad(hook(given, where, spared).sum(), given)[0] != 0
+        inside = ref_quantizer.fake_quantize(x, scale, zero, spec)[1] | (False if spared is None else array(spared))
         self.verdicts.append(exact(f"{key}: gradient passes", array(passes), inside))
 
 

@@ -7,6 +7,8 @@ import numpy as np
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.verdict import Verdict, equal, exact, holds, relative
 from parity_tests.subjects import small_models
+from qtx.recipes.named import LOOKUPS
+from qtx.recipes.sites import sites
 from qtx_ref import models
 from qtx_ref.backend import Model
 from qtx_ref.numerics import FakeQuant
@@ -14,6 +16,7 @@ from qtx_ref.spec import QuantSpec
 from qtx_ref.tape import Var
 
 MODELS = ("bert_gate_mlp", "opt_post_norm_projected", "vit_clipped")
+SPARING = ("bert_gate_mlp", "opt_plain")
 
 
 class RecordPairs(FakeQuant):
@@ -23,6 +26,21 @@ class RecordPairs(FakeQuant):
         y = super().apply(site, x, where)
         self.pairs = {**getattr(self, "pairs", {}), site: (x.value, y.value)}
         return y
+
+
+class RecordBeside(FakeQuant):
+    """Keeps each activation that enters a hook, and what the model goes on with, where one of its axes is of tokens."""
+
+    def operand(self, site: str, x: Var, where: np.ndarray | None = None) -> Var:
+        return self.keep(site, x, super().operand(site, x, where))
+
+    def named(self, site: str, y: Var, where: np.ndarray | None = None) -> Var:
+        return self.keep(site, y, super().named(site, y, where))
+
+    def keep(self, site: str, before: Var, after: Var) -> Var:
+        if before.ndim > 2:
+            self.pairs = {**getattr(self, "pairs", {}), site: (before.value, after.value)}
+        return after
 
 
 def quantize_every_site(model: Model, batch: dict[str, np.ndarray], bits: int) -> dict[str, QuantSpec]:
@@ -70,6 +88,41 @@ def check_sixteen_bits(context: Context) -> list[Verdict]:
     return verdicts
 
 
+def check_spared(context: Context) -> list[Verdict]:
+    """With no token spared nothing changes; with all of them the weights alone are quantized; with the first its rows
+    pass every quantizer as they are, and its elements enter no range."""
+    verdicts = []
+    for name in SPARING:
+        small = small_models.build(name)
+        model = Model(small.spec, small.params)
+        shape = small.batch["tokens"].shape
+        first = np.arange(shape[1]) == np.zeros((shape[0], 1))
+        quants = quantize_every_site(model, small.batch, 4)
+        quants = {site: quant for site, quant in quants.items() if site not in LOOKUPS}  # rows of quantized tables
+        quants |= {site: QuantSpec(3) for site in sites(small.spec).operands}  # of what has 4 bits already
+        ranges = model.calibrate([small.batch], quants)
+        model.bind(quants, ranges)
+        plain = model.forward(small.batch)
+        verdicts.append(exact(f"{name}: none", model.forward({**small.batch, "spared": np.zeros(shape, bool)}), plain))
+        whole = model.forward({**small.batch, "spared": np.ones(shape, bool)})
+        model.bind({site: quant for site, quant in quants.items() if site.endswith(".weight")}, ranges)
+        verdicts.append(exact(f"{name}: all", whole, model.forward(small.batch)))
+        without = model.calibrate([{**small.batch, "spared": first}], quants)
+        for site, (x, _) in model.record(small.batch).items():
+            if site in quants and x.shape[:2] == shape:
+                kept = x[small.batch["mask"] & ~first]
+                ends = np.array([kept.min(), kept.max()])
+                verdicts.append(exact(f"{name}: range of {site}", np.ravel(without[site][:2]), ends))
+        nx = RecordBeside(quants, without)
+        nx.load(model.weights)
+        models.forward(nx, small.spec, {**small.batch, "spared": first})
+        for site, (x, y) in nx.pairs.items():
+            moved = (x != y).any(axis=(1, 3) if x.ndim == 4 else 2)  # (B, T), by query where there are heads
+            verdicts.append(equal(f"{name}: {site} moves, first token", bool(moved[:, 0].any()), False))
+            verdicts.append(equal(f"{name}: {site} moves, others", bool(moved[:, 1:].any()), site in quants))
+    return verdicts
+
+
 def list_cases() -> list[Case]:
-    runs = check_nearest, check_sixteen_bits
+    runs = check_nearest, check_sixteen_bits, check_spared
     return [Case("fakequant", run.__name__.removeprefix("check_"), "ref", run) for run in runs]

@@ -11,6 +11,7 @@ import click
 from ..data.splits import BATCH
 from ..jobs.comparison import Comparison
 from ..jobs.ptq import CALIBRATION, READ, SEQUENCES, PtqRequest, compare_recipes
+from ..measure.damage import DESTROYED, SPARED
 from ..measure.paired import CONFIDENCE
 from ..report.tables import DIVERGED, format_number, format_table
 from ..runs.reading import RunSpec
@@ -50,6 +51,12 @@ from .options import CHECKPOINT, JSON, OUT, say, split_list, write_json
 @click.option(
     "--sensitivity", metavar="RECIPE", help="Quantize one site of RECIPE at a time and rank the sites, instead."
 )
+@click.option(
+    "--spare",
+    default="",
+    help=f"Comma list of kinds of tokens ({', '.join(SPARED)}) whose part of the damage is measured: each recipe once "
+    "more with their activations in float and out of calibration.",
+)
 @click.option("--keep", default="", help="Comma list of recipes whose models are left as OUT/RECIPE.safetensors.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
 @click.option("--out", type=OUT, default=Path("runs/ptq"), show_default=True)
@@ -63,6 +70,7 @@ def ptq_command(
     sequences: int,
     calibration: int,
     sensitivity: str | None,
+    spare: str,
     keep: str,
     seed: int,
     out: Path,
@@ -84,11 +92,14 @@ def ptq_command(
         calibration=calibration,
         sensitivity=sensitivity,
         keep=split_list(keep),
+        spare=split_list(spare),
         seed=seed,
         resume=resume,
     )
     comparison, written = compare_recipes(request)
     say(tabulate_sites(comparison, sensitivity) if sensitivity else tabulate_rows(comparison), json_path)
+    if spare:
+        say(tabulate_damage(comparison), json_path)
     say(f"written to {out}: {', '.join(written)}", json_path)
     write_json(json_path, {"rows": comparison.rows, "sensitivity": comparison.sites})
 
@@ -146,6 +157,31 @@ def write_cells(row: Mapping[str, Any]) -> list[str]:
         size,
         row["runs_as"],
     ]
+
+
+def tabulate_damage(job: Comparison) -> str:
+    """What each row's quantization adds to the loss, and the part of it that belongs to the spared tokens."""
+    names, interval = ", ".join(job.spec.spare), f"{CONFIDENCE} % interval"
+    header = ["recipe", "damage, nats", interval, f"of it {names}'s, nats", interval, "loss, spared"]
+    rows = []
+    for name, row in job.rows.items():
+        if "damage" in row:
+            whole, part = (write_difference(row["damage"][key]) for key in ("whole", "part"))
+            loss = row["spared"]["loss"]
+            rows.append([name, *whole, *part, DIVERGED if loss is None else format_number(loss, 4)])
+    note = (
+        f"damage: the loss under fake quantization less that in float. Of it belongs to {names} what is gained where "
+        "the activations of those tokens stay in float and out of calibration, weights being quantized all the same; "
+        f"destroyed: perplexity above {DESTROYED:g} times float's, where no part is given."
+    )
+    return f"{format_table(header, rows)}\n{note}"
+
+
+def write_difference(difference: Mapping[str, float] | None) -> tuple[str, str]:
+    """A difference of losses and its interval as cells."""
+    if difference is None:
+        return "destroyed", "-"
+    return f"{difference['nats']:+.4f}", f"{difference['low']:+.4f} to {difference['high']:+.4f}"
 
 
 def tabulate_sites(job: Comparison, name: str) -> str:

@@ -39,6 +39,22 @@ class Measurement(TypedDict):
     ms: float | None  # of a sequence
 
 
+class Difference(TypedDict):
+    """Of two losses, nats, with the ends of its interval."""
+
+    nats: float
+    low: float
+    high: float
+
+
+class Damage(TypedDict):
+    """What quantization adds to the loss, and the part of it that belongs to spared tokens; None where there is none to
+    give."""
+
+    whole: Difference | None
+    part: Difference | None
+
+
 class RecipeRow(Measurement, total=False):
     """A recipe's row of ptq.json: `runs_as`, `bytes` and `worst` always."""
 
@@ -47,6 +63,8 @@ class RecipeRow(Measurement, total=False):
     worst: list[tuple[str, float]]  # sites and their errors
     simulated: Measurement  # where the row's own is of integers
     prepare_seconds: float
+    spared: Measurement  # simulated, with the activations of some tokens in float
+    damage: Damage  # of the simulation
     why: str  # it was not measured in integers
 
 
@@ -92,8 +110,11 @@ def read_comparison(path: Path, metric: str, recipes: Collection[str]) -> Compar
 def check_row(path: Path, where: str, value: object) -> None:
     """Raises FileError where a recipe's row is not what `qtx ptq` makes."""
     row = expect_all(path, where, value, ROW)
-    if "simulated" in row:
-        expect_all(path, f"{where}.simulated", row["simulated"], MEASURED)
+    for key in ("simulated", "spared"):
+        if key in row:
+            expect_all(path, f"{where}.{key}", row[key], MEASURED)
+    if "damage" in row:
+        expect_all(path, f"{where}.damage", row["damage"], dict.fromkeys(("whole", "part"), "a difference or null"))
     if "why" in row or row["runs_as"] == "failed":
         expect(path, f"{where}.why", row.get("why"), "a text")
 
@@ -145,6 +166,13 @@ def is_score(value: object) -> bool:
     )
 
 
+def is_difference(value: object) -> bool:
+    """Whether a JSON value is null, or a difference of losses with its interval."""
+    return value is None or (
+        isinstance(value, dict) and all(is_finite(value.get(key)) for key in ("nats", "low", "high"))
+    )
+
+
 def is_error(value: object) -> bool:
     """Whether a JSON value is a pair of a site and its error."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and is_finite(value[1])
@@ -159,6 +187,7 @@ KINDS: dict[str, Callable[[object], bool]] = {
     "a number or null": lambda value: value is None or is_finite(value),
     "a whole number or null": lambda value: value is None or is_whole(value),
     "scores or null": is_score,
+    "a difference or null": is_difference,
     "a list of sites and numbers": lambda value: isinstance(value, list) and all(map(is_error, value)),
     WAYS["runs_as"]: lambda value: value in RUNS_AS,
 }

@@ -10,10 +10,12 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from qtx_ref.integer.lowering import make_constants
 from qtx_ref.spec import QTX, ModelSpec, Nonlinear, QuantSpec, Recipe, SpecError, check_integer, to_dict
@@ -28,6 +30,8 @@ from ..files.checkpoint import Checkpoint, save_checkpoint
 from ..files.container import COMPARISON, FileError, check_writable, sha_of, write_sealed_json
 from ..files.locks import hold
 from ..files.results import read_comparison
+from ..measure.damage import compare_damage, find_spared, measure_spared
+from ..measure.marks import make_kinds
 from ..measure.paired import Measured, compare, measure
 from ..measure.scores import answer_batch, metric
 from ..measure.site_errors import measure_site_errors
@@ -52,6 +56,7 @@ class PtqSpec:
     calibration: int  # batches of BATCH
     seed: int  # of the bootstrap
     machine: Machine = Machine()
+    spare: tuple[str, ...] = ()  # kinds of tokens whose part of the damage is measured
 
 
 def make_integers(spec: ModelSpec, prepared: Prepared, chosen: Recipe, machine: Machine) -> tuple[IntegerModel, int]:
@@ -83,9 +88,11 @@ class Comparison:
         self.recipes = {name: replace(recipe(name, self.model_spec), batches=spec.calibration) for name in spec.recipes}
         self.quants = {name: resolve(chosen, self.model_spec) for name, chosen in self.recipes.items()}
         files = {name: sha_of(Path(name)) for name in spec.recipes if name.endswith(".json")}
-        self.identity = {"spec": json.loads(json.dumps(to_dict(spec))), **identity} | (
-            {"files": files} if files else {}
-        )
+        about = json.loads(json.dumps(to_dict(spec)))
+        if not spec.spare:  # comparisons from before there was the field go on
+            del about["spare"]
+        self.identity = {"spec": about, **identity} | ({"files": files} if files else {})
+        self.kinds = make_kinds(self.model_spec, data) if spec.spare else None
         self.path = out / RESULTS
         self.rows: dict[str, dict[str, Any]] = {}
         self.sites: dict[str, list[dict[str, Any]]] = {}
@@ -119,6 +126,10 @@ class Comparison:
     def calibration(self, count: int) -> Iterable[Batch]:
         """The first `count` batches to calibrate on, the same ones at every call."""
         return self.data.split_batches("calibration", self.model_spec, BATCH, CALIBRATION_SEED, limit=count)
+
+    def find_spared(self, batch: Batch) -> np.ndarray:
+        """The tokens whose part of the damage is measured, (B, T)."""
+        return find_spared(self.model_spec, batch, self.spec.spare, self.kinds)
 
     def start(self) -> None:
         """The float model, its answers, and a few of its tensors."""
@@ -184,12 +195,23 @@ class Comparison:
         size = sum(value.nbytes for value in prepared.params.values())
         simulation = self.describe(simulated)
         row = {"simulated": simulation, "worst": worst, "prepare_seconds": seconds}
+        if self.spec.spare:
+            row |= self.measure_damage(chosen, simulated)
         try:
             integers, size = make_integers(self.model_spec, prepared, chosen, self.spec.machine)
             return row | {"runs_as": "integers", "bytes": size, **self.describe(measure(integers, self.evaluation()))}
         except ValueError as error:
             reason = " ".join(str(error).split())
             return row | {"runs_as": "simulation", "why": reason, "bytes": size, **simulation}
+
+    def measure_damage(self, chosen: Recipe, simulated: Measured) -> dict[str, Any]:
+        """The row's pass with tokens spared, and how much of its damage belongs to them, as JSON values."""
+        machine, evaluation = self.spec.machine, self.evaluation
+        spared = measure_spared(
+            machine, self.model_spec, self.params, chosen, self.calibration, evaluation, self.find_spared
+        )
+        damage = compare_damage(self.plain, simulated, spared, self.spec.seed)
+        return {"spared": self.describe(spared), "damage": asdict(damage)}
 
     def describe(self, measured: Measured) -> dict[str, Any]:
         """A pass as JSON values; what is not finite becomes null."""

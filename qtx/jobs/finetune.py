@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qtx_ref.spec import Family, OptimSpec, SpecError
 
-from ..data import SPLITS, DataSpec, ImageData, LabelledText, TextData, load, splits
+from ..data import SPLITS, ChainData, DataSpec, ImageData, LabelledText, TextData, load, splits
 from ..engines.protocols import Batch
 from ..files.checkpoint import Checkpoint
 from ..measure import scores
@@ -123,7 +123,7 @@ def load_labelled(origin: Origin, about: DataSpec) -> LabelledText | ImageData:
     need_tokenizer(origin.path, spec, meta)
     tokenizer, scaling = meta.get("tokenizer"), meta.get("images")
     source = load(about, spec, labelled=True, tokenizer=tokenizer, scaling=scaling)
-    if isinstance(source, TextData):
+    if isinstance(source, TextData | ChainData):
         raise SpecError(f"{data} has no labels: a fine-tuning needs them")
     check_tokenizer(origin.path, meta, source)
     for split in SPLITS:

@@ -17,6 +17,7 @@ from ..files.checkpoint import file_of
 from ..files.container import CHECKPOINT, COMPARISON, FileError, check_writable, open_sealed, sha_of
 from ..files.locks import hold
 from ..files.results import RecipeRow
+from ..measure.damage import check_spared
 from ..recipes import remedies
 from ..recipes.named import recipe, resolve
 from ..report.ptq import draw_rows
@@ -45,6 +46,7 @@ class PtqRequest:
     calibration: int = CALIBRATION  # batches of the calibration split
     sensitivity: str | None = None  # a recipe of which one site is quantized at a time, instead
     keep: tuple[str, ...] = ()  # recipes whose models are left in the folder
+    spare: tuple[str, ...] = ()  # kinds of tokens whose part of the damage is measured: `damage.SPARED`
     seed: int = 0  # of the bootstrap
     resume: bool = False
 
@@ -79,6 +81,7 @@ def compare_recipes(request: PtqRequest) -> tuple[Comparison, list[str]]:
                 f"{request.checkpoint} has no head, so no task to compare on: give it one with qtx finetune"
             )
         refuse_transformed(stored, str(request.checkpoint))
+        check_spared(stored.spec, request.spare)
         chosen = choose_recipes(request, stored.spec)
         files = name_files(request.keep)
         for name in chosen:
@@ -90,7 +93,7 @@ def compare_recipes(request: PtqRequest) -> tuple[Comparison, list[str]]:
         data = open_data(request.checkpoint, stored.spec, stored.meta, about, tokenizer)
         for split in ("evaluation", "calibration"):
             splits.refuse_overlap(stored.meta, data, split)
-        spec = PtqSpec(chosen, request.sequences, request.calibration, request.seed, machine)
+        spec = PtqSpec(chosen, request.sequences, request.calibration, request.seed, machine, request.spare)
         identity = {"checkpoint": sha256} | {split: data.fingerprint(split) for split in ("calibration", "evaluation")}
         comparison = Comparison(spec, stored, data, out, identity, resume=request.resume)
         if request.sensitivity:
@@ -103,7 +106,7 @@ def compare_recipes(request: PtqRequest) -> tuple[Comparison, list[str]]:
 
 def refuse_beside(request: PtqRequest) -> None:
     """Raises SpecError where a sensitivity is asked for and recipes are named too."""
-    for option in ("recipes", "skip", "also", "keep"):
+    for option in ("recipes", "skip", "also", "keep", "spare"):
         if value := getattr(request, option):
             raise SpecError(f"--sensitivity {request.sensitivity} and --{option} {','.join(value)}: give one of them")
 

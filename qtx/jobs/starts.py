@@ -104,10 +104,9 @@ def continue_run(origin: Origin, run: RunSpec) -> tuple[ModelSpec, Params, DataS
     """
     refuse_model(run, "--init", ("data.tokenizer", "data.vocab"))
     meta = origin.checkpoint.meta
-    said = change_data(meta, run)
-    window = None if said is None else said.window
-    spec, params = continue_model(origin.checkpoint, run.get("model.attention"), run.get("seed", 0), window)
-    return change_dropout(spec, run), params, said or DataSpec.of(meta.get("data", {}))
+    about = change_data(meta, run) or DataSpec.of(meta.get("data", {}))
+    spec, params = continue_model(origin.checkpoint, run.get("model.attention"), run.get("seed", 0), about.window)
+    return change_dropout(spec, run), params, about
 
 
 def load_continued(origin: Origin, spec: ModelSpec, about: DataSpec) -> Data:

@@ -16,7 +16,7 @@ import numpy as np
 
 from qtx_ref.spec import SpecError
 
-from ..data import TextData, unigram_perplexity
+from ..data import ChainData, TextData, unigram_perplexity
 from ..data.spec import DataSpec
 from ..data.splits import BATCH
 from ..engines.backend import MissingExtra
@@ -216,6 +216,11 @@ class Study:
         texts = [format_table(header, rows), *sources]
         if self.unigram is not None:
             texts.append(f"unigram model on the same targets: perplexity {format_number(self.unigram)}")
+        (data, *others), model = self.data.values(), self.models[self.first]
+        if isinstance(data, ChainData) and not others:
+            texts.append(
+                f"the best that any model can reach: perplexity {format_number(math.exp(data.entropy(model)))}"
+            )
         return "\n".join(texts)
 
     def _find_published(self, rows: Sequence[Row]) -> tuple[list[str], list[str]]:

@@ -15,7 +15,7 @@ from qtx_ref.models.initial import init_params
 from qtx_ref.optim import learning_rate
 from qtx_ref.spec import ModelSpec, OptimSpec, Sharding, SpecError, divide_rows
 
-from ..data import LabelledText, TextData
+from ..data import ChainData, LabelledText, TextData
 from ..data.splits import BATCH
 from ..engines.backend import backend
 from ..engines.machine import Machine
@@ -34,7 +34,7 @@ from .run import Start, TrainSpec, checkpoint_bytes, claim
 from .saving import Saving, SharedSaving
 from .watch import HeldOut, find_sites, measure_inf_norm, measure_sites
 
-Text = TextData | LabelledText  # data that have a tokenizer
+Text = TextData | ChainData | LabelledText  # data that have a tokenizer
 WATCHES = 50  # points of the inf-norm curve
 SKIPS = 50  # in a row: the loss scale has long been at its least
 RATE = float(np.finfo(np.float32).tiny)  # the least learning rate that float32 takes for a number other than 0

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import numpy as np
 
-from qtx_ref.spec import Family, ModelSpec
+from qtx_ref.spec import ModelSpec
 from qtx_ref.stats import BINS, DROPPED, SIGMAS, kurtosis, top_share
 
-from ..data.labelled import LabelledText
-from ..data.text import TextData
 from ..engines.protocols import Batch, Data, Model
 from ..progress import Progress
 from ..recipes.sites import layer_inputs, residual_stream, sites
 from .heads import RULE, HeadStatistics, HeadSums
-from .marks import Kinds, find_background
+from .marks import Kinds, find_background, make_kinds
 
 PERCENTILES = (99.0, 99.9, 99.99)
 PERCENTILE_BOUND = 1 / 128  # relative: half a bin, whose width is 1/64 of its lower edge
@@ -217,10 +215,7 @@ class Carriers:
     """Which tokens the outliers of the residual stream fall on, over batches."""
 
     def __init__(self, spec: ModelSpec, data: Data) -> None:
-        self.kinds: Kinds | None = None
-        if spec.family is not Family.VIT:
-            words = cast(TextData | LabelledText, data)
-            self.kinds = Kinds(words.specials, words.tokenizer_json, causal=spec.causal)
+        self.kinds = make_kinds(spec, data)
         self.stream = residual_stream(spec)
         self.by_kind = np.zeros((2, 0 if self.kinds is None else len(self.kinds.names)), np.int64)  # tokens, outliers
         self.by_id = np.zeros((2, spec.vocab), np.int64)

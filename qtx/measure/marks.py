@@ -6,21 +6,19 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 
-from ..data.text import Specials
-from ..data.tokenizing import read_vocabulary
+from qtx_ref.spec import Family, ModelSpec
+
+from ..data.chains import ChainData
+from ..data.labelled import LabelledText
+from ..data.text import Specials, TextData
+from ..data.tokenizing import map_bytes, read_vocabulary
+from ..engines.protocols import Data
 
 PLAIN = 0.25  # a background patch: its pixels deviate less than this share of the whole image's deviation
-
-
-def map_bytes() -> dict[str, int]:
-    """The bytes behind the characters of a byte-level vocabulary (GPT-2): printable ones are themselves, the others are
-    counted from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def read_word(word: str, byte_level: bool) -> str:
@@ -84,6 +82,14 @@ class Kinds:
         """A token's string for people."""
         word = self.words.get(int(token), f"id {token}")
         return read_word(word, True) or "space" if self.byte_level and token not in self.specials.ids else word
+
+
+def make_kinds(spec: ModelSpec, data: Data) -> Kinds | None:
+    """The kinds of tokens of a model's data; None of images."""
+    if spec.family is Family.VIT:
+        return None
+    words = cast(TextData | ChainData | LabelledText, data)
+    return Kinds(words.specials, words.tokenizer_json, causal=spec.causal)
 
 
 def find_background(images: np.ndarray, size: int) -> np.ndarray:

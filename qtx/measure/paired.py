@@ -27,12 +27,14 @@ class Measured:
     seconds: float
 
     def values(self, kind: str, times: np.ndarray | None = None) -> np.ndarray:
-        """Accuracy in percent, or perplexity, (R,): of resamples where `times` (R, N) says how often each drew a
-        sequence, else of all sequences once, R = 1."""
+        """Accuracy in percent, perplexity, or loss in nats, (R,): of resamples where `times` (R, N) says how often each
+        drew a sequence, else of all sequences once, R = 1."""
         each = np.ones((1, len(self.answers.count))) if times is None else times
         loss, count, right = (each @ part for part in self.answers)
         with np.errstate(over="ignore"):
-            return 100 * right / count if kind == "accuracy" else np.exp(loss / count)
+            if kind == "accuracy":
+                return 100 * right / count
+            return np.exp(loss / count) if kind == "perplexity" else loss / count
 
     @property
     def loss(self) -> float:
@@ -52,14 +54,14 @@ def measure(model: Model | IntegerModel, batches: Iterable[Batch]) -> Measured:
 
 
 def compare(kind: str, quantized: Measured, plain: Measured, seed: int) -> tuple[float, tuple[float, float]]:
-    """Difference to float, points of accuracy or percent of perplexity, and its interval by a paired bootstrap over
-    sequences (Efron and Tibshirani 1993, chapter 13)."""
+    """Difference to float, points of accuracy, percent of perplexity or nats of loss, and its interval by a paired
+    bootstrap over sequences (Efron and Tibshirani 1993, chapter 13)."""
     count = len(plain.answers.count)
     times = stream(seed, "bootstrap").multinomial(count, np.full(count, 1 / count), size=RESAMPLES)  # (R, N)
 
     def differ(times: np.ndarray | None) -> np.ndarray:
         after, before = quantized.values(kind, times), plain.values(kind, times)
-        return after - before if kind == "accuracy" else 100 * (after / before - 1)
+        return 100 * (after / before - 1) if kind == "perplexity" else after - before
 
     tail = (100 - CONFIDENCE) / 2
     with np.errstate(invalid="ignore"):  # of a row that diverged

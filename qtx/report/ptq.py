@@ -60,7 +60,8 @@ def make_row_figure(kind: str, rows: Mapping[str, RecipeRow], title: str) -> Fig
     ends = [end for row in rows.values() for end in finite([row["low"], row["high"], row["difference"]])]
     limit = near_limit(rows)
     enlarged = bool(ends) and max(map(abs, ends)) > ENLARGED * limit
-    widths = [4.0, *([4.0] if enlarged else []), 1.3, 1.3]
+    damaged = any("damage" in row for row in rows.values())
+    widths = [4.0, *([4.0] if enlarged else []), *([2.6] if damaged else []), 1.3, 1.3]
     longest = max([0, *(len(plain(name)) for name in rows)])
     figure = new_figure(sum(widths) + 0.085 * longest + 0.4, 2.0 + ROW * max(len(rows), 3), "the picture of the rows")
     panels = list(
@@ -80,6 +81,8 @@ def make_row_figure(kind: str, rows: Mapping[str, RecipeRow], title: str) -> Fig
         panels[0].set_xscale("symlog", linthresh=LINEAR)
         panels[0].set_xlim(2 * min(0.0, *ends) - LINEAR / 4, 2 * max(0.0, *ends) + LINEAR / 4)
         panels[0].set_xlabel(f"{unit} (logarithmic beyond {LINEAR:g})")
+    if damaged:
+        draw_damage(panels[-3], rows)
     draw_dots(panels[-2], [row["ms"] for row in rows.values()], rows, "latency, ms\nof a sequence")
     draw_dots(
         panels[-1], [None if row["bytes"] is None else row["bytes"] / MIB for row in rows.values()], rows, "size, MiB"
@@ -127,6 +130,22 @@ def draw_arrows(panel: Axes, rows: Mapping[str, RecipeRow]) -> None:
         if row["difference"] is not None and not low < row["difference"] < high:
             x, marker = (low + inset, "<") if row["difference"] <= low else (high - inset, ">")
             panel.plot(x, place, marker, color=KINDS[row["runs_as"]][0], markersize=6)
+
+
+def draw_damage(panel: Axes, rows: Mapping[str, RecipeRow]) -> None:
+    """What each row's quantization adds to the loss and, below it, the part that belongs to the spared tokens."""
+    for place, row in enumerate(rows.values()):
+        if "damage" not in row:
+            continue
+        whole, part = row["damage"]["whole"], row["damage"]["part"]
+        if whole is None or part is None:
+            panel.text(0, place, " destroyed", fontsize=8, va="center", color=GRAY)
+            continue
+        for difference, color, shift in ((whole, KINDS["simulation"][0], -0.15), (part, COLORS[2], 0.15)):
+            panel.plot([difference["low"], difference["high"]], [place + shift] * 2, color=color, linewidth=1.8)
+            panel.plot(difference["nats"], place + shift, "s", color=color, markersize=4)
+    panel.axvline(0, color="black", linewidth=0.8, zorder=1)
+    panel.set_xlabel("simulated damage, nats;\nbelow: the spared tokens' part")
 
 
 def draw_dots(panel: Axes, values: Sequence[float | None], rows: Mapping[str, RecipeRow], label: str) -> None:

@@ -23,7 +23,7 @@ def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -
     """
     tokens, rows = batch["tokens"], batch["mask"]
     length = tokens.shape[1]
-    nx.begin(rows)
+    nx.begin(rows, batch.get("spared"))
     x = nx.embedding("embed.token", tokens)  # (B, T) -> (B, T, D)
     x = nx.add("embed.pair", x, nx.embedding("embed.type", batch["types"]))
     x = nx.add("embed.sum", x, nx.embedding("embed.position", np.arange(length)))

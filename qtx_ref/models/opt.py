@@ -31,7 +31,7 @@ def forward(
     tokens = batch["tokens"]
     count, past = tokens.shape[1], cache[0][0].shape[2] if cache else 0
     rows = batch["mask"] if cache is None else None
-    nx.begin(rows)
+    nx.begin(rows, batch.get("spared"))
     if rows is None:
         positions = np.broadcast_to(np.arange(past, past + count), tokens.shape)
     else:

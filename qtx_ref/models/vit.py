@@ -21,7 +21,7 @@ __all__ = ["forward"]
 
 def forward(nx: Numerics[V], spec: ModelSpec, batch: Mapping[str, np.ndarray]) -> V:
     """images (B, C, S, S), in the parameters' dtype -> hidden states (B, T, D) or class logits (B, classes)."""
-    nx.begin(None)
+    nx.begin(None, batch.get("spared"))
     x = nx.input("embed.image", ops.patches(batch["images"], spec.patch_size))  # (B, C, S, S) -> (B, N, C P P)
     x = nx.linear("embed.patch", x)  # (B, N, C P P) -> (B, N, D)
     if spec.patch_norm:

@@ -32,17 +32,20 @@ KEYS = {
 }
 MASKS = "give booleans, or an additive mask of 0 (attend) and -10000 or below"
 # the keys of a batch that anything reads; others are left alone
-READ = ("tokens", "types", "mask", "images", "targets", "labels", "soft_labels")
+READ = ("tokens", "types", "mask", "images", "spared", "targets", "labels", "soft_labels")
 
 
-def check_batch(spec: ModelSpec, batch: Mapping[str, Any]) -> None:
-    """Raises SpecError where arrays are not a batch of this model, naming the first that is not.
+def check_batch(spec: ModelSpec, batch: Mapping[str, Any], *, integer: bool = False) -> None:
+    """Raises SpecError where arrays are not a batch of this model, naming the first that is not. integer: of a model in
+    integers, which spares no token.
 
     `tokens` (B, T): whole numbers from 0 to below `vocab`; B >= 1 and T from 1 to the model's length. `types` (B, T),
     of BERT: to below `types`. `mask` (B, T): its values are read by `attention.boolean_mask`. `images`
     (B, channels, S, S): numbers, NaN and infinities among them. `targets` (B, T) of a language model, to below
     `vocab`, and `labels` (B,) of a classifier, to below `classes`: whole numbers, negative where nothing is asked.
-    `soft_labels` (B, classes), beside `labels`: the weights that a loss gives the classes, numbers.
+    `soft_labels` (B, classes), beside `labels`: the weights that a loss gives the classes, numbers. `spared` (B, T):
+    booleans, true at tokens whose activations quantizers leave in float and ranges do not see; of a ViT's places the
+    first is the class token, and patches count from where it stands before them.
     """
     for key in KEYS[spec.family]:
         if key not in batch:
@@ -64,6 +67,10 @@ def check_batch(spec: ModelSpec, batch: Mapping[str, Any]) -> None:
             raise SpecError(f"mask has shape {batch['mask'].shape} beside tokens {rows}: give one value per token")
         if spec.family is Family.BERT:
             check_whole("types", batch["types"], rows, 0, spec.types)
+    if "spared" in batch:
+        if integer:
+            raise SpecError("batch has spared tokens, which stay in float: a model in integers has none; leave it out")
+        check_marks(spec, batch, {"spared": batch["spared"]})
     if "targets" in batch and spec.head in (Head.MLM, Head.CAUSAL):
         check_whole("targets", batch["targets"], rows, None, spec.vocab)
     if "labels" in batch and spec.head is Head.CLASSIFY:

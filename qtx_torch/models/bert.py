@@ -56,7 +56,7 @@ class Bert(nn.Module):
         """
         embed, spec, tokens, rows = self.embed, self.spec, batch["tokens"], batch["mask"]
         length = tokens.shape[1]
-        nx.begin(rows)
+        nx.begin(rows, batch.get("spared"))
         x = nx.embedding(embed.token, tokens)  # (B, T) -> (B, T, D)
         x = nx.add(embed.pair, x, nx.embedding(embed.type, batch["types"]))
         x = nx.add(embed.sum, x, nx.embedding(embed.position, torch.arange(length, device=tokens.device)))

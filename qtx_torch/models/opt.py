@@ -51,7 +51,7 @@ class Opt(nn.Module):
         embed, spec, tokens = self.embed, self.spec, batch["tokens"]
         count, past = tokens.shape[1], cache[0][0].shape[2] if cache else 0
         rows = batch["mask"] if cache is None else None
-        nx.begin(rows)
+        nx.begin(rows, batch.get("spared"))
         if rows is None:
             positions = torch.arange(past, past + count, device=tokens.device).expand(tokens.shape)
         else:

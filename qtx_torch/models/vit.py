@@ -44,7 +44,7 @@ class Vit(nn.Module):
     def forward(self, nx: Float, batch: Mapping[str, Tensor]) -> Tensor:
         """images (B, C, S, S) -> hidden states (B, T, D) or class logits (B, classes)."""
         embed, spec = self.embed, self.spec
-        nx.begin(None)
+        nx.begin(None, batch.get("spared"))
         images = batch["images"].to(embed.patch.weight.dtype)
         x = nx.input(embed.image, ops.patches(images, spec.patch_size))  # (B, C, S, S) -> (B, N, C P P)
         x = nx.linear(embed.patch, x)  # (B, N, C P P) -> (B, N, D)
