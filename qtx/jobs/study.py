@@ -256,15 +256,17 @@ class Study:
         if (was, recipes) != (now, self.recipes):
             words = describe_difference("study", {**was, "recipes": recipes}, {**now, "recipes": self.recipes})
             raise FileError(f"{self.path} is another study: {words}")
-        return known
+        ended = {name for name, row in rows.items() if row.run.get("stop") == self.rows[name].run.get("stop")}
+        return known | {"runs": {name: result for name, result in known["runs"].items() if name in ended}}
 
 
 def run_study(run: RunSpec, out: Path, *, resume: bool = False, jobs: int = 1) -> Study:
     """Trains and evaluates every run that a run's grids make, and leaves the study in the folder `out`; returns it,
     `tabulate` and `result` say what came out.
 
-    resume: go on with the study that is there, if there is one. jobs: rows that are trained at once, each in a process
-    of its own where they are several; one that fails is then in the study's `failed`, and ends no other.
+    resume: go on with the study that is there, if there is one; to another `stop` than it had, all its runs go on.
+    jobs: rows that are trained at once, each in a process of its own where they are several; one that fails is then in
+    the study's `failed`, and ends no other.
 
     Raises:
         SpecError, DataError: a name or number that does not exist, or data that do not fit.
