@@ -124,6 +124,12 @@ class Study:
         (data, *others), model = self._list_data(), self.models[self.first]
         return unigram_perplexity(data, model, 0, BATCH) if isinstance(data, TextData) and not others else None
 
+    def _name_best(self) -> list[str]:
+        """The perplexity that no model can better, in words, where it is known and the same of all runs."""
+        (data, *others), models = self._list_data(), self.models.values()
+        least = {data.entropy(model) for model in models} if isinstance(data, ChainData) and not others else set()
+        return [f"no model can better: perplexity {format_number(math.exp(nats))}" for nats in least if len(least) == 1]
+
     def _check_space(self, done: Mapping[str, Any]) -> None:
         """Raises WriteError where the disk has no room for the checkpoints of the runs that are not done."""
         left = [row for name, row in self.rows.items() if name not in done]
@@ -216,11 +222,7 @@ class Study:
         texts = [format_table(header, rows), *sources]
         if self.unigram is not None:
             texts.append(f"unigram model on the same targets: perplexity {format_number(self.unigram)}")
-        (data, *others), model = self.data.values(), self.models[self.first]
-        if isinstance(data, ChainData) and not others:
-            texts.append(
-                f"the best that any model can reach: perplexity {format_number(math.exp(data.entropy(model)))}"
-            )
+        texts += self._name_best()
         return "\n".join(texts)
 
     def _find_published(self, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
