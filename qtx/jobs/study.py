@@ -120,6 +120,12 @@ class Study:
             return None
         return unigram_perplexity(data, model, 0, BATCH, limit)
 
+    def _name_best(self) -> list[str]:
+        """The perplexity that no model can better, in words, where it is known and the same of all runs."""
+        (data, *others), models = self._list_data(), self.models.values()
+        least = {data.entropy(model) for model in models} if isinstance(data, ChainData) and not others else set()
+        return [f"no model can better: perplexity {format_number(math.exp(nats))}" for nats in least if len(least) == 1]
+
     def _check_space(self, done: Mapping[str, Any]) -> None:
         """Raises WriteError where the disk has no room for the checkpoints of the runs that are not done."""
         left = [row for name, row in self.rows.items() if name not in done]
@@ -163,6 +169,7 @@ class Study:
         lines = {row.line: row for row in self.rows.values()}
         beside, notes = self._find_published(list(lines.values()))
         if self.unigram is not None:
+<<<<<<< HEAD
             notes = [*notes, f"unigram model on the same targets: perplexity {format_number(self.unigram)}"]
         (data, *others), model = self._list_data(), self.models[self.first]
         if isinstance(data, ChainData) and not others:
@@ -188,6 +195,11 @@ class Study:
         known = {sink for run in self.runs.values() for sink in (run.get("sinks") or {}).get("mass", ())}
         causal = all(row.model.causal for row in self.rows.values())
         return [name for name in SINKS if name == "first" or (name in known and not causal)]
+=======
+            texts.append(f"unigram model on the same targets: perplexity {format_number(self.unigram)}")
+        texts += self._name_best()
+        return "\n".join(texts)
+>>>>>>> p13-backcopy
 
     def _find_published(self, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         """What is published of each row, where all have the shape of one preset."""
