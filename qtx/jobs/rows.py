@@ -24,7 +24,8 @@ from .starts import Origin, continue_run, load_continued, open_origin
 ATTENTIONS, RECIPES = ("vanilla", "clipped", "gated"), ("w8a8",)  # unless a run says others
 KIND, QUANT, SEED = "model.attention", "quant.train", "seed"
 INTEGERS, LIMIT = "evaluation.integers", "evaluation.limit"
-BESIDE = ("evaluation", "saving", "log")  # of a run, what changes no number of a study, but for LIMIT
+# of a run, what may be another when its study goes on; but for LIMIT
+BESIDE = ("evaluation", "saving", "log", "stop")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Row:
         return make_train(self.run, model, self.optim, None if self.origin is None else self.origin.sha256)
 
     def identify(self) -> dict[str, Any]:
-        """What must be equal for a study to go on, as JSON values."""
+        """What must be equal for a study to go on, as JSON values. To another `stop` a run goes on, and is evaluated
+        anew."""
         train = to_dict(self.make_train(self.model))
         kept = {name: value for name, value in train.items() if name not in BESIDE}
         limit = {} if self.limit is None else {"limit": self.limit}

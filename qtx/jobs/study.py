@@ -120,6 +120,12 @@ class Study:
             return None
         return unigram_perplexity(data, model, 0, BATCH, limit)
 
+    def _name_best(self) -> list[str]:
+        """The perplexity that no model can better, in words, where it is known and the same of all runs."""
+        (data, *others), models = self._list_data(), self.models.values()
+        least = {data.entropy(model) for model in models} if isinstance(data, ChainData) and not others else set()
+        return [f"no model can better: perplexity {format_number(math.exp(nats))}" for nats in least if len(least) == 1]
+
     def _check_space(self, done: Mapping[str, Any]) -> None:
         """Raises WriteError where the disk has no room for the checkpoints of the runs that are not done."""
         left = [row for name, row in self.rows.items() if name not in done]
@@ -164,10 +170,7 @@ class Study:
         beside, notes = self._find_published(list(lines.values()))
         if self.unigram is not None:
             notes = [*notes, f"unigram model on the same targets: perplexity {format_number(self.unigram)}"]
-        (data, *others), model = self._list_data(), self.models[self.first]
-        if isinstance(data, ChainData) and not others:
-            best = format_number(math.exp(data.entropy(model)))
-            notes = [*notes, f"the best that any model can reach: perplexity {best}"]
+        notes = [*notes, *self._name_best()]
         layout = Layout(
             metric(self.models[self.first]),
             self.recipes,
@@ -256,15 +259,17 @@ class Study:
         if (was, recipes) != (now, self.recipes):
             words = describe_difference("study", {**was, "recipes": recipes}, {**now, "recipes": self.recipes})
             raise FileError(f"{self.path} is another study: {words}")
-        return known
+        ended = {name for name, row in rows.items() if row.run.get("stop") == self.rows[name].run.get("stop")}
+        return known | {"runs": {name: result for name, result in known["runs"].items() if name in ended}}
 
 
 def run_study(run: RunSpec, out: Path, *, resume: bool = False, jobs: int = 1) -> Study:
     """Trains and evaluates every run that a run's grids make, and leaves the study in the folder `out`; returns it,
     `tabulate` and `result` say what came out.
 
-    resume: go on with the study that is there, if there is one. jobs: rows that are trained at once, each in a process
-    of its own where they are several; one that fails is then in the study's `failed`, and ends no other.
+    resume: go on with the study that is there, if there is one; to another `stop` than it had, all its runs go on.
+    jobs: rows that are trained at once, each in a process of its own where they are several; one that fails is then in
+    the study's `failed`, and ends no other.
 
     Raises:
         SpecError, DataError: a name or number that does not exist, or data that do not fit.

@@ -416,6 +416,20 @@ def test_a_study_varies_any_key(tmp_path, monkeypatch):
     assert "x: no such checkpoint" in call(*command, "--set", "init=x").output
 
 
+def test_a_study_goes_on_to_a_later_stop(tmp_path):
+    """As if it had never stopped, and its runs are evaluated anew."""
+    common = ["study", "--model", "vit-tiny", "--backend", "ref", "--attention", "vanilla,clipped", "--batch", 4,
+              "--set", "model.layers=1", "--set", "model.width=16", "--set", "model.heads=2", "--set", "model.hidden=8",
+              "--steps", 5]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    good(*common, "--out", one, "--set", "stop=2")
+    table = good(*common, "--out", one, "--set", "stop=4", "--resume").stdout
+    assert table == good(*common, "--out", two, "--set", "stop=4").stdout.replace(str(two), str(one))
+    assert json.loads((one / "study.json").read_text())["runs"] == json.loads((two / "study.json").read_text())["runs"]
+    assert "stop is 3" in call(*common, "--out", one, "--set", "stop=3", "--resume").output
+    assert good(*common, "--out", one, "--set", "stop=4", "--resume").stdout == table
+
+
 def test_what_a_study_of_before_said_is_the_same_study():
     kept = {
         "model": "bert-tiny",
