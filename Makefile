@@ -8,6 +8,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: .venv/all
 	$(BIN)/qtx study --out runs/demo --resume
+	@echo "no outliers yet, in minutes; the effect, in hours: docs/studies/effect/README.md, and there"
+	@echo "qtx study docs/studies/effect/sinks.toml --out runs/effect/sinks --resume --jobs 2"
 
 # one process a core, each with one thread
 test: .venv/dev

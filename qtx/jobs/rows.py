@@ -210,10 +210,9 @@ def read_kept(kept: Mapping[str, Any], source: str) -> RunSpec:
 
 
 def describe_shape(rows: Mapping[str, Row]) -> str | None:
-    """The preset whose shape every row has, attention and vocabulary apart; None where none is, or a row begins with a
-    checkpoint."""
+    """The preset whose shape every row has, attention and vocabulary apart; None where none is."""
     names = {row.run.get("model.preset", MODEL) for row in rows.values()}
-    if len(names) > 1 or any(row.origin for row in rows.values()):
+    if len(names) > 1:
         return None
     (name,) = names
     same = ("attention", "vocab", "start", "dropout", "attention_dropout")  # may be others

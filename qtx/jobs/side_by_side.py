@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -57,17 +58,16 @@ class RowProcess:
             )
             begun = errors.tell()
         given = cast(IO[str], process.stdin)  # a pipe, as asked for; it stays open: its end would be the row's
-        try:
+        with suppress(BrokenPipeError):  # it has ended; what became of it, `finish` says
             given.write(json.dumps(task) + "\n")
             given.flush()
-        except BrokenPipeError:  # it ended before it had read its task
-            pass
         return cls(process, answer, output, begun)
 
     def finish(self) -> Result | str:
         """The row's result, or how its process ended without one; when that has ended."""
         code = self.process.wait()
-        cast(IO[str], self.process.stdin).close()
+        with suppress(BrokenPipeError):  # it ended before it had read its task
+            cast(IO[str], self.process.stdin).close()
         with self.answer as answer:
             answer.seek(0)
             lines = answer.read().splitlines()

@@ -193,11 +193,12 @@ class Study:
         return [name for name in SINKS if name == "first" or (name in known and not causal)]
 
     def _find_published(self, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-        """What is published of each row, where all have the shape of one preset."""
-        shape = describe_shape(self.rows)
-        if shape is None:
+        """What is published of each row, or of its attention in another shape of its family; nothing of models that
+        begin with a checkpoint."""
+        if any(row.origin for row in rows):
             return [], []
-        cells, sources = make_column(shape, [(row.model.attention, row.recipe) for row in rows], self.recipes)
+        models = [(row.model, row.recipe) for row in rows]
+        cells, sources = make_column(describe_shape(self.rows), models, self.recipes)
         return cells if sources else [], sources
 
     def complete(self, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from qtx_ref.spec import AttentionSpec, ModelSpec
 
 README = "expected output in the README of the code of arXiv 2306.12929"
 QUOTED = "arXiv 2402.12102, quoting arXiv 2306.12929"
+HE = "arXiv 2405.19279, int8 weights and activations"
 BLOG = "blog 2025, masked LM on Wiki-40b and BookCorpus, 128 tokens"
 
 
@@ -60,6 +61,7 @@ FIGURES = (
         average_kurtosis=18.26,
     ),
     Published("opt-125m", "vanilla", QUOTED, recipe="paper-opt", quantized=21.18, average_kurtosis=1778.0),
+    Published("opt-125m", "vanilla", HE, perplexity=16.00, recipe="w8a8", quantized=63.4),
     Published("bert-base", "vanilla", BLOG, perplexity=5.055),
     Published("bert-base", "vanilla", BLOG, train_quant="train-w8a8", perplexity=542.705),
     Published("bert-base", "clipped:gamma=-0.025", BLOG, perplexity=4.975),
@@ -83,17 +85,30 @@ def list_published(model: str, kind: AttentionSpec, train_quant: str | None = No
     ]
 
 
+def list_related(spec: ModelSpec, train_quant: str | None = None) -> list[Published]:
+    """The figures of every published shape of a model's family with its attention, trained so; see
+    `list_published`."""
+    shapes = dict.fromkeys(figure.model for figure in FIGURES if preset(figure.model).family is spec.family)
+    return [figure for name in shapes for figure in list_published(name, spec.attention, train_quant)]
+
+
 def make_column(
-    model: str, rows: Sequence[tuple[AttentionSpec, str | None]], recipes: Sequence[str]
+    model: str | None, rows: Sequence[tuple[ModelSpec, str | None]], recipes: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """The cells of a table's column, one for each (attention, recipe of its training), and the sources that they
-    number; no source where nothing is published of any row."""
-    published = [list_published(model, kind, train_quant) for kind, train_quant in rows]
-    sources = list(dict.fromkeys(figure.source for figures in published for figure in figures))
-    cells = [
-        "; ".join(f"{figure.text(recipes)} [{1 + sources.index(figure.source)}]" for figure in figures) or "-"
-        for figures in published
+    """The cells of a table's column, one for each (model, recipe of its training), and the sources that they number;
+    no source where nothing is published of any row. `model`: the preset whose shape all rows have; where they have
+    none's, figures of their family stand there with the model that they are of."""
+    published = [
+        list_related(spec, train_quant) if model is None else list_published(model, spec.attention, train_quant)
+        for spec, train_quant in rows
     ]
+    sources = list(dict.fromkeys(figure.source for figures in published for figure in figures))
+
+    def describe(figure: Published) -> str:
+        whose = f"{figure.model}: " if model is None else ""
+        return f"{whose}{figure.text(recipes)} [{1 + sources.index(figure.source)}]"
+
+    cells = ["; ".join(map(describe, figures)) or "-" for figures in published]
     return cells, [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
 
 

@@ -2,6 +2,7 @@
 figures."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import qtx_torch.backend
 from parity_tests.subjects import small_models
 from qtx.jobs.study import Study
 from qtx.measure.outliers import measure_outliers
-from qtx.measure.published import list_published
+from qtx.measure.published import list_published, make_column
 from qtx.recipes.named import recipe
 from qtx.recipes.sites import paper_sites
 from qtx.runs.reading import make_run
@@ -94,6 +95,18 @@ def test_published_figures_stand_beside_ours(tmp_path):
     assert list_published("bert-base", attention("mlp")) == list_published("bert-base", attention("mlp:gate_hidden=16"))
     assert list_published("paper-opt-125m", attention("gated:pi=0.25")) == [figure]
     assert not list_published("bert-tiny", attention("vanilla")) and not list_published("opt-125m", attention("gated"))
+
+
+def test_another_shape_of_the_family_has_its_figures_with_a_name():
+    """PUBLISHED.md's, by hand; of a model of vit nothing is published."""
+    small = replace(preset("opt-tiny"), layers=1)
+    models = [(replace(small, attention=attention(name)), None) for name in ("vanilla", "gated:pi=0.25", "softmax1")]
+    cells, sources = make_column(None, models, ("w8a8",))
+    assert cells[0] == "opt-125m: kurtosis 1778 [1]; opt-125m: FP 16, w8a8 63.4 [2]" and cells[2] == "-"
+    assert cells[1] == "opt-125m: FP 15.5449, inf norm 122.4, kurtosis 18.26 [3]" and len(sources) == 3
+    trained = (replace(preset("bert-tiny"), attention=attention("clipped:gamma=-0.025")), "train-w8a8")
+    assert make_column(None, [trained], ())[0] == ["bert-base: as trained 4.994 [1]"]
+    assert make_column(None, [(preset("vit-tiny"), None)], ()) == (["-"], [])
 
 
 SIMULATED = {  # the published `SymmetricUniformQuantizer`, by hand: 8 bits, signed where a value is negative
