@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from qtx_ref.spec import SpecError, read_processes
+from qtx_ref.spec import read_processes
 
 from . import __version__
 from .commands.analyze import analyze_command
@@ -32,12 +32,9 @@ from .commands.show import show_command
 from .commands.study import study_command
 from .commands.train import train_command
 from .commands.vectors import vectors_command
-from .data import DataError
-from .engines.backend import MissingExtra
-from .files.container import FileError
+from .jobs.run import MENDABLE
 from .signals import Interrupted, exit_status, give_way, handle, interrupt
 
-MENDABLE = (SpecError, DataError, FileError, MissingExtra, OSError)
 DISTRIBUTED = ("train",)  # commands that several processes run together
 GIVE_WAY_SECONDS = 5.0  # to the first of several processes, which mostly has the same error to say
 RESUMED = ("finetune", "ptq", "study", "train")  # commands that have --resume

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -83,6 +84,22 @@ def _draw(
     return results.flatten()[torch.arange(count, device=device) + shift]
 
 
+def _find_kernel(step: int | Tensor, first: int | Tensor, device: torch.device | None) -> Callable[..., Tensor] | None:
+    """What writes a site's words in one pass: on a GPU, where Triton is installed. A compiled graph fuses its own."""
+    tensors = isinstance(step, Tensor) or isinstance(first, Tensor)
+    if tensors or torch.compiler.is_compiling() or (device or torch.get_default_device()).type != "cuda":
+        return None
+    return _load_kernel()
+
+
+@cache
+def _load_kernel() -> Callable[..., Tensor] | None:
+    try:
+        return import_module("qtx_torch.kernels.philox").write_words
+    except ModuleNotFoundError:  # torch for Windows comes without Triton
+        return None
+
+
 def bits(
     seed: int,
     step: int | Tensor,
@@ -96,6 +113,8 @@ def bits(
     Word e is word e % 4 of Philox with key (seed low, seed high) and counter (e // 4 low, e // 4 high, step,
     crc32(site)). So part of a tensor has the words that it has in the whole.
     """
+    if write := _find_kernel(step, first, device):
+        return write(seed, step, number_site(site), count, first, device, None)
     return _draw(seed, step, site, count, first, device, torch.int64, partial(torch.bitwise_or, other=0))
 
 
@@ -110,5 +129,8 @@ def keep_mask(
 ) -> Tensor:
     """Dropout's boolean mask: an element is dropped where its word is below rate * 2^32, rounded. The tensor's first
     element has word `first`: of rows r, r + 1, ... of a batch, r * prod(shape[1:])."""
-    keep = partial(torch.ge, other=round(rate * 2**32))
+    least = round(rate * 2**32)
+    if write := _find_kernel(step, first, device):
+        return write(seed, step, number_site(site), math.prod(shape), first, device, least).reshape(shape)
+    keep = partial(torch.ge, other=least)
     return _draw(seed, step, site, math.prod(shape), first, device, torch.bool, keep).reshape(shape)

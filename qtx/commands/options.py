@@ -27,6 +27,7 @@ WRITTEN = (
     "model.safetensors",
     "run.toml",
     "log.jsonl",
+    "output.txt",
     "study.json",
     "curves.png",
     "inf_norm.png",
@@ -180,9 +181,9 @@ PLACE = options(
 MACHINE = with_machine
 JSON = with_json
 DATA_HELP = (
-    "books, digits, a text file, a .csv, .jsonl or .parquet with a column `text`, a folder of .txt, .jsonl or "
-    ".parquet, or hub:NAME; of a classifier a .csv or .jsonl of text and label, or a folder of pictures per class; "
-    "default: the model's own."
+    "books, digits, backcopy, unigram, a text file, a .csv, .jsonl or .parquet with a column `text`, a folder of .txt, "
+    ".jsonl or .parquet, or hub:NAME; of a classifier a .csv or .jsonl of text and label, or a folder of pictures per "
+    "class; default: the model's own."
 )
 TOKENIZER_HELP = "A tokenizer.json for your own text."
 DATA = options(

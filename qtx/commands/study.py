@@ -18,6 +18,7 @@ from .options import JSON, OUT, say, split_list, write_json
 @click.command(name="study")
 @given.with_run(
     given.run_option("--model", "model.preset", help=f"One of {', '.join(PRESETS)}; default opt-tiny."),
+    given.INIT,
     given.SOURCE,
     given.TOKENIZER,
     given.VOCAB,
@@ -39,6 +40,13 @@ from .options import JSON, OUT, say, split_list, write_json
 @click.option("--seeds", type=click.IntRange(1, 1000), help="Number of seeds, from --seed on; default 1.")
 @click.option("--out", type=OUT, default=Path("runs/study"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the study in --out, if there is one.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Train so many runs at once, each in a process of its own with its part of the threads.",
+)
 @JSON
 def study_command(
     run: RunSpec,
@@ -49,6 +57,7 @@ def study_command(
     seeds: int | None,
     out: Path,
     resume: bool,
+    jobs: int,
     json_path: str | None,
 ) -> None:
     """Train, quantize and compare attentions: the paper's table.
@@ -67,7 +76,10 @@ def study_command(
         grids["seed"] = range(first, first + seeds)
     names = recipe_name or bits
     said = {} if names is None else {"quant.recipes": split_list(names)}
-    study = run_study(run.under(make_run(said, "--bits", grids)), out, resume=resume)
+    study = run_study(run.under(make_run(said, "--bits", grids)), out, resume=resume, jobs=jobs)
     say(study.tabulate(), json_path)
     say(f"written to {out}: {', '.join(study.written)}", json_path)
     write_json(json_path, study.result())
+    if study.failed:
+        each = [f"{name} {how}" for name, how in study.failed.items()]
+        raise click.ClickException("\n".join([f"{len(each)} of {len(study.rows)} runs failed", *each]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qtx_ref.spec import Family, Head, ModelSpec
 
+from .chains import CHAINS, ChainData, open_chain
 from .corpus import load_text
 from .images import ImageData, load_digits, load_folder
 from .labelled import LabelledText, load_labelled
@@ -18,6 +19,7 @@ from .text import Section, TextData, unigram_perplexity
 
 __all__ = [
     "SPLITS",
+    "ChainData",
     "DataError",
     "DataSpec",
     "ImageData",
@@ -41,11 +43,12 @@ def load(
     names: Sequence[str] | None = None,
     scaling: Mapping[str, object] | None = None,
     labelled: bool = False,
-) -> TextData | ImageData | LabelledText:
+) -> TextData | ChainData | ImageData | LabelledText:
     """The data that a model of `spec` trains on; `DataError` where they cannot be had or do not fit it.
 
     source: what a run's file says of its data, or one source alone: "books" (the default of text models), "digits" (of
-    image models), or a path: a text file, .jsonl, .csv or .parquet, a folder of these but .csv, or hub:NAME. Its text
+    image models), "backcopy" or "unigram" (drawn, of an OPT), or a path: a text file, .jsonl, .csv or .parquet, a
+    folder of these but .csv, or hub:NAME. Its text
     trains a tokenizer of at most `vocab` entries (the model's own number if None) on its train split, or takes
     `tokenizer`, a tokenizer.json or the text of one; both need the extra `text`, and what is not text or JSONL the
     extra `data` (`MissingExtra`).
@@ -72,6 +75,8 @@ def load(
         raise DataError(f"data augment belongs to images and the model is {spec.family}: leave it out")
     if "digits" in paths:
         raise DataError(f"data 'digits' is images and the model is {spec.family}: use 'books', a path, or a vit model")
+    if not set(CHAINS).isdisjoint(paths):
+        return open_chain(settings, spec, tokenizer)
     rows = only is not None and has_rows(only)
     if labelled or spec.head is Head.CLASSIFY or (rows and spec.family is Family.BERT and spec.head is Head.NONE):
         if settings.vocab is not None:

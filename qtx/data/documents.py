@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..engines.backend import need
+from .chains import CHAINS
 from .reading import open_regular, read_regular
 from .rows import has_rows, iterate_json, make_row
 from .splits import SPLITS, DataError
 from .walking import list_files
 
-BUNDLED_NAMES = ("books", "digits")
+BUNDLED_NAMES = ("books", "digits", *CHAINS)
 HUB = "hub:"  # begins the name of a data set of the Hugging Face hub
 LARGE = 2**24  # bytes of text files beyond which they are read as documents, and not whole
 LONGEST = 2**20  # characters of a document

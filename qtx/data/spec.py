@@ -39,12 +39,12 @@ class Begin(Name):
 class Source(Spec):
     """One source of a mixture."""
 
-    path: str  # books, digits, a file, a folder, or hub:NAME of the library datasets
+    path: str  # books, digits, backcopy, unigram, a file, a folder, or hub:NAME of the library datasets
     weight: float = 1.0  # its share of the windows, beside the others'
 
     def check(self) -> None:
         if not self.path:
-            refuse("data source", self.path, "give books, digits, a file, a folder or hub:NAME")
+            refuse("data source", self.path, "give books, digits, backcopy, unigram, a file, a folder or hub:NAME")
         if not self.weight > 0:
             refuse(f"weight of {self.path}", self.weight, "give a number above 0")
 

@@ -159,10 +159,7 @@ class TextData:
 
     def length(self, spec: ModelSpec) -> int:
         """Tokens of a window with what stands around it, T. Raises DataError where the model takes no so long one."""
-        window = self.settings.window
-        if window is not None and window > spec.length:
-            raise DataError(f"data window is {window} tokens and the model's length {spec.length}: give at most that")
-        return spec.length if window is None else window
+        return window_length(self.settings, spec)
 
     def check(self, spec: ModelSpec) -> Reach:
         """How far a window reaches; `DataError` if the model cannot take this text."""
@@ -324,6 +321,14 @@ class TextData:
         other = self._ordinary[(word * len(self._ordinary)).astype(np.int64)]
         changed = np.where(fate < HIDDEN, hidden, np.where(fate < HIDDEN + REPLACED, other, tokens))
         return {**batch, "tokens": np.where(chosen, changed, tokens), "targets": np.where(chosen, tokens, -1)}
+
+
+def window_length(settings: DataSpec, spec: ModelSpec) -> int:
+    """Tokens of a window. Raises DataError where the model has no so many positions."""
+    window = settings.window
+    if window is not None and window > spec.length:
+        raise DataError(f"data window is {window} tokens and the model's length {spec.length}: give at most that")
+    return spec.length if window is None else window
 
 
 def spread(counts: Sequence[int], first: int) -> tuple[np.ndarray, np.ndarray]:

@@ -142,6 +142,14 @@ def read_vocabulary(tokenizer_json: str) -> dict[int, str]:
     return words
 
 
+def map_bytes() -> dict[str, int]:
+    """The bytes behind the characters of a byte-level vocabulary (GPT-2): printable ones are themselves, the others are
+    counted from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
 def check_ids(ids: Mapping[str, int]) -> None:
     """Raises DataError for a vocabulary that is empty, or whose largest id is no vocabulary's of so many tokens: tables
     by id would take the machine's memory."""

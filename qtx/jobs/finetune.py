@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qtx_ref.spec import Family, OptimSpec, SpecError
 
-from ..data import SPLITS, DataSpec, ImageData, LabelledText, TextData, load, splits
+from ..data import SPLITS, ChainData, DataSpec, ImageData, LabelledText, TextData, load, splits
 from ..engines.protocols import Batch
 from ..files.checkpoint import Checkpoint
 from ..measure import scores
@@ -19,6 +19,7 @@ from .opening import check_tokenizer, make_model, need_tokenizer
 from .resolving import (
     change_dropout,
     change_optim,
+    check_evaluation,
     check_lr,
     list_changes,
     make_data,
@@ -79,6 +80,7 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         raise SpecError(f"--head-only and optim.only {', '.join(only)}: give one of them")
     refuse_model(run, str(request.checkpoint), REFUSED)
     check_lr(run)
+    check_evaluation(run)
     about, machine = make_data(run), make_machine(run)
     if not about.sources:
         raise SpecError("data.sources is not said: name the labelled data with --data")
@@ -123,7 +125,7 @@ def load_labelled(origin: Origin, about: DataSpec) -> LabelledText | ImageData:
     need_tokenizer(origin.path, spec, meta)
     tokenizer, scaling = meta.get("tokenizer"), meta.get("images")
     source = load(about, spec, labelled=True, tokenizer=tokenizer, scaling=scaling)
-    if isinstance(source, TextData):
+    if isinstance(source, TextData | ChainData):
         raise SpecError(f"{data} has no labels: a fine-tuning needs them")
     check_tokenizer(origin.path, meta, source)
     for split in SPLITS:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data import splits
 from ..engines.machine import Machine
 from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint
@@ -13,22 +12,20 @@ from ..files.container import write_beside
 from ..files.formats import RUN, check_replaceable
 from ..runs.reading import RunSpec, write_run
 from ..signals import Interrupted
-from .opening import load_data, open_data
+from .opening import load_data
 from .resolving import (
-    change_data,
-    change_dropout,
+    check_evaluation,
     list_changes,
     make_data,
     make_machine,
     make_model,
     make_optim,
     make_train,
-    refuse_model,
     resolve,
 )
 from .resume import check_run
 from .run import Start, TrainSpec, claim
-from .starts import continue_model, open_origin
+from .starts import continue_run, load_continued, open_origin
 from .training import fit_vocabulary, train
 
 RUN_FILE = "run.toml"  # beside the checkpoint: the whole run, for `qtx train OUT/run.toml`
@@ -72,6 +69,7 @@ def pretrain(request: PretrainRequest) -> Checkpoint:
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
+    check_evaluation(request.run)
     machine = make_machine(request.run)
     machine.check()
     with machine.join(), claim(request.path, request.resume, machine):
@@ -91,19 +89,11 @@ def begin(request: PretrainRequest) -> Checkpoint:
 
 def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
     """A run from the parameters of a checkpoint, on its data unless others are named."""
-    run = request.run
-    refuse_model(run, "--init", ("data.tokenizer", "data.vocab"))
-    machine, origin = make_machine(run), open_origin(init)
-    meta = origin.checkpoint.meta
-    about = change_data(meta, run)
-    window = None if about is None else about.window
-    spec, params = continue_model(origin.checkpoint, run.get("model.attention"), run.get("seed", 0), window)
-    spec = change_dropout(spec, run)
+    run, machine, origin = request.run, make_machine(request.run), open_origin(init)
+    spec, params, about = continue_run(origin, run)
     optim = make_optim(run, spec)
     check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
-    data = open_data(init, spec, meta, about, None)
-    for split in ("evaluation", "calibration"):
-        splits.refuse_overlap(meta, data, split)
+    data = load_continued(origin, spec, about)
     whole = make_train(run, spec, optim, origin.sha256)
     return complete(request, whole, data, machine, Start(params, origin.describe()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from qtx_ref.presets import preset
@@ -12,13 +13,19 @@ from qtx_ref.spec import ModelSpec, OptimSpec, SpecError, to_dict
 
 from ..data.spec import DataSpec
 from ..engines.machine import Machine
+from ..engines.protocols import Data
 from ..recipes.named import training_recipe
 from ..runs.reading import RunSpec, make_run
+from .opening import load_data
 from .resolving import ATTENTION, MODEL, make_data, make_machine, make_model, make_optim, make_train
+from .run import Start, TrainSpec
+from .starts import Origin, continue_run, load_continued, open_origin
 
 ATTENTIONS, RECIPES = ("vanilla", "clipped", "gated"), ("w8a8",)  # unless a run says others
 KIND, QUANT, SEED = "model.attention", "quant.train", "seed"
-BESIDE = ("evaluation", "saving", "log")  # of a run, what changes no number of a study
+INTEGERS, LIMIT = "evaluation.integers", "evaluation.limit"
+# of a run, what may be another when its study goes on; but for LIMIT
+BESIDE = ("evaluation", "saving", "log", "stop")
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Row:
     optim: OptimSpec
     data: DataSpec
     machine: Machine
+    origin: Origin | None = None  # the checkpoint that it begins with
 
     @property
     def kind(self) -> str:
@@ -59,11 +67,39 @@ class Row:
         """The name of the recipe that this stands for."""
         return training_recipe(self.quant, self.model).name if self.quant else None
 
+    @property
+    def integers(self) -> tuple[str, ...]:
+        """The recipes by which it is run in integers, too, once it is trained."""
+        return self.run.get(INTEGERS, ())
+
+    @property
+    def limit(self) -> int | None:
+        """The evaluation batches that it is then scored on; None: the whole split."""
+        return self.run.get(LIMIT)
+
+    def load(self) -> Data:
+        """Its data. Raises SpecError, DataError where they cannot be had or do not fit."""
+        if self.origin is None:
+            return load_data(self.data, self.model)
+        return load_continued(self.origin, self.model, self.data)
+
+    def begin(self) -> Start | None:
+        """What it begins with; None where its parameters are drawn."""
+        if self.origin is None:
+            return None
+        return Start(continue_run(self.origin, self.run)[1], self.origin.describe())
+
+    def make_train(self, model: ModelSpec) -> TrainSpec:
+        """The whole run, of the model with the vocabulary of its data."""
+        return make_train(self.run, model, self.optim, None if self.origin is None else self.origin.sha256)
+
     def identify(self) -> dict[str, Any]:
-        """What must be equal for a study to go on, as JSON values."""
-        train = to_dict(make_train(self.run, self.model, self.optim))
+        """What must be equal for a study to go on, as JSON values. To another `stop` a run goes on, and is evaluated
+        anew."""
+        train = to_dict(self.make_train(self.model))
         kept = {name: value for name, value in train.items() if name not in BESIDE}
-        return {"train": kept, "data": to_dict(self.data), "machine": to_dict(self.machine)}
+        limit = {} if self.limit is None else {"limit": self.limit}
+        return {"train": kept, "data": to_dict(self.data), "machine": to_dict(self.machine), **limit}
 
 
 def list_recipes(run: RunSpec) -> tuple[str, ...]:
@@ -74,6 +110,11 @@ def list_recipes(run: RunSpec) -> tuple[str, ...]:
     return names
 
 
+def list_integers(rows: Mapping[str, Row]) -> tuple[str, ...]:
+    """The recipes by which some row is run in integers."""
+    return tuple(dict.fromkeys(name for row in rows.values() for name in row.integers))
+
+
 def complete_grids(run: RunSpec) -> dict[str, tuple[Any, ...]]:
     """What varies from the outermost to the innermost: seed, what the run says, attention."""
     kinds = run.grids.get(KIND) or ((run.get(KIND),) if KIND in run.settings else ATTENTIONS)
@@ -82,23 +123,27 @@ def complete_grids(run: RunSpec) -> dict[str, tuple[Any, ...]]:
 
 
 def make_rows(run: RunSpec) -> dict[str, Row]:
-    """Every run of a study by its name. Raises SpecError for what no run can have, or two of one name."""
+    """Every run of a study by its name. Raises SpecError for what no run can have, or two of one name,
+    FileError for a checkpoint that no run can begin with."""
     grids = complete_grids(run)
     if "quant.recipes" in grids:
         raise SpecError("study.quant.recipes: every run is compared under all of quant.recipes; name them there")
     rows: dict[str, Row] = {}
+    origins: dict[str, Origin] = {}
     for values in product(*grids.values()):
         point = dict(zip(grids, values, strict=True))
         varied = {key: value for key, value in point.items() if key not in (KIND, SEED, QUANT)}
-        one = run.at(point)
-        if (init := one.get("init")) is not None:
-            raise SpecError(f"init is {init!r}: a study's runs begin with parameters of their own; leave it out")
-        model = make_model(one)
+        one, origin = run.at(point), None
+        if (init := one.get("init")) is None:
+            model, data = make_model(one), make_data(one)
+        else:
+            origin = origins[init] = origins.get(init) or open_origin(Path(init))
+            model, _, data = continue_run(origin, one)
         line = name_line(one, varied, grids)
-        row = Row(line, one, varied, model, make_optim(one, model), make_data(one), make_machine(one))
+        row = Row(line, one, varied, model, make_optim(one, model), data, make_machine(one), origin)
         if row.name in rows:
             raise SpecError(f"two runs of the study would be called {row.name}: leave one of them out")
-        make_train(one, model, row.optim)
+        row.make_train(model)
         rows[row.name] = row
     return rows
 
@@ -165,9 +210,10 @@ def read_kept(kept: Mapping[str, Any], source: str) -> RunSpec:
 
 
 def describe_shape(rows: Mapping[str, Row]) -> str | None:
-    """The preset whose shape every row has, attention and vocabulary apart; None where none is."""
+    """The preset whose shape every row has, attention and vocabulary apart; None where none is, or a row begins with a
+    checkpoint."""
     names = {row.run.get("model.preset", MODEL) for row in rows.values()}
-    if len(names) > 1:
+    if len(names) > 1 or any(row.origin for row in rows.values()):
         return None
     (name,) = names
     same = ("attention", "vocab", "start", "dropout", "attention_dropout")  # may be others

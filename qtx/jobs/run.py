@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.models.initial import shapes
-from qtx_ref.spec import ModelSpec, OptimSpec, Spec, StepSpec
+from qtx_ref.spec import ModelSpec, OptimSpec, Spec, SpecError, StepSpec
 from qtx_ref.spec.base import refuse
 from qtx_ref.spec.optim import trains
 from qtx_ref.spec.step import divide_rows
 
+from ..data import DataError
+from ..engines.backend import MissingExtra
 from ..engines.machine import Machine
 from ..files.container import FileError, check_writable
 from ..files.locks import hold
@@ -24,6 +26,7 @@ from ..runs.spec import EvaluationSpec, LogSpec, SavingSpec
 
 STEPS, PER_STEP = 350, 16  # of a run, unless said otherwise: steps, and sequences or images in each
 LOG = "log.jsonl"  # beside a run's checkpoint
+MENDABLE = (SpecError, DataError, FileError, MissingExtra, OSError)  # what a user can mend: a line tells what
 HEADER = 2**20  # bytes of a checkpoint beside its numbers: at most about what a tokenizer and the names take
 
 

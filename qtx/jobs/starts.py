@@ -14,9 +14,14 @@ from qtx_ref.presets import attention
 from qtx_ref.spec import Family, Gate, Head, ModelSpec, SpecError
 
 from .. import hub
-from ..data.splits import SHORT
+from ..data import DataSpec
+from ..data.splits import SHORT, refuse_overlap
+from ..engines.protocols import Data
 from ..files.checkpoint import Checkpoint, file_of, load_checkpoint
 from ..files.container import FileError, sha_of
+from ..runs.reading import RunSpec
+from .opening import open_data
+from .resolving import change_data, change_dropout, refuse_model
 
 PI = 0.5  # opening probability of a gate that is added
 Params = dict[str, np.ndarray]
@@ -89,6 +94,30 @@ def continue_model(
     if attention_name is not None:
         spec, params = change_attention(spec, params, attention_name, seed, window or spec.length)
     return spec, complete(params, spec, seed)
+
+
+def continue_run(origin: Origin, run: RunSpec) -> tuple[ModelSpec, Params, DataSpec]:
+    """The model of a run that goes on pre-training from a checkpoint, its first parameters, and its data: the
+    checkpoint's with what the run says of them.
+
+    Raises SpecError for what the checkpoint has already, and as `continue_model`.
+    """
+    refuse_model(run, "--init", ("data.tokenizer", "data.vocab"))
+    meta = origin.checkpoint.meta
+    about = change_data(meta, run) or DataSpec.of(meta.get("data", {}))
+    spec, params = continue_model(origin.checkpoint, run.get("model.attention"), run.get("seed", 0), about.window)
+    return change_dropout(spec, run), params, about
+
+
+def load_continued(origin: Origin, spec: ModelSpec, about: DataSpec) -> Data:
+    """The data of `continue_run`. Raises SpecError where they are gone or of another tokenizer, DataError where they
+    would evaluate or calibrate on what the checkpoint was trained on."""
+    meta = origin.checkpoint.meta
+    own = about == DataSpec.of(meta.get("data", {}))
+    data = open_data(origin.path, spec, meta, None if own else about, None)
+    for split in ("evaluation", "calibration"):
+        refuse_overlap(meta, data, split)
+    return data
 
 
 def change_attention(spec: ModelSpec, params: Params, name: str, seed: int, length: int) -> tuple[ModelSpec, Params]:

@@ -15,7 +15,7 @@ from qtx_ref.models.initial import init_params
 from qtx_ref.optim import learning_rate
 from qtx_ref.spec import ModelSpec, OptimSpec, Sharding, SpecError, divide_rows
 
-from ..data import LabelledText, TextData
+from ..data import ChainData, LabelledText, TextData
 from ..data.splits import BATCH
 from ..engines.backend import backend
 from ..engines.machine import Machine
@@ -34,7 +34,7 @@ from .run import Start, TrainSpec, checkpoint_bytes, claim
 from .saving import Saving, SharedSaving
 from .watch import HeldOut, find_sites, measure_inf_norm, measure_sites
 
-Text = TextData | LabelledText  # data that have a tokenizer
+Text = TextData | ChainData | LabelledText  # data that have a tokenizer
 WATCHES = 50  # points of the inf-norm curve
 SKIPS = 50  # in a row: the loss scale has long been at its least
 RATE = float(np.finfo(np.float32).tiny)  # the least learning rate that float32 takes for a number other than 0
@@ -159,11 +159,11 @@ class Loop:
         """What is done once, before the first step. Raises SpecError where the held-out data cannot be evaluated as
         asked."""
         if self.run.evaluation.every and self.step == 0:
-            values, faults = self.held_out.measure(self.state.model)
-            if faults:  # now, and not where it would first be needed
-                raise SpecError(f"evaluation of {faults[0]}")
-            self.state.history.add(0, values)
-            self.log.add({"step": 0, "evaluation": values})
+            point = self.held_out.measure(self.state.model)
+            if point.faults:  # now, and not where it would first be needed
+                raise SpecError(f"evaluation of {point.faults[0]}")
+            self.state.history.add(0, point.values)
+            self.log.add({"step": 0, **point.to_json_values()})
 
     def advance(self) -> dict[str, Any]:
         """One step on the next batch; the line of the log that it gives."""
@@ -199,11 +199,11 @@ class Loop:
                 history.inf_norm.append(norm)
         if not self.held_out.is_due(step):
             return {}
-        values, faults = self.held_out.measure(self.state.model)
-        for fault in faults if self.machine.is_first else ():  # a model near divergence
+        point = self.held_out.measure(self.state.model)
+        for fault in point.faults if self.machine.is_first else ():  # a model near divergence
             sys.stderr.write(f"\nstep {step} not evaluated: {fault}\n")
-        history.add(step, values)
-        return {"evaluation": values}
+        history.add(step, point.values)
+        return point.to_json_values()
 
     def is_logged(self, step: int) -> bool:
         """Whether the step has a line whatever is measured. The last of a `stop` has none of its own: it is a pause."""

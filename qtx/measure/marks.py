@@ -12,20 +12,13 @@ import numpy as np
 
 from qtx_ref.spec import Family, ModelSpec
 
+from ..data.chains import ChainData
 from ..data.labelled import LabelledText
 from ..data.text import Specials, TextData
-from ..data.tokenizing import read_vocabulary
-from ..engines.protocols import Data
+from ..data.tokenizing import map_bytes, read_vocabulary
+from ..engines.protocols import Batch, Data
 
 PLAIN = 0.25  # a background patch: its pixels deviate less than this share of the whole image's deviation
-
-
-def map_bytes() -> dict[str, int]:
-    """The bytes behind the characters of a byte-level vocabulary (GPT-2): printable ones are themselves, the others are
-    counted from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def read_word(word: str, byte_level: bool) -> str:
@@ -95,7 +88,7 @@ def make_kinds(spec: ModelSpec, data: Data) -> Kinds | None:
     """The kinds of tokens of a model's data; None of images."""
     if spec.family is Family.VIT:
         return None
-    words = cast(TextData | LabelledText, data)
+    words = cast(TextData | ChainData | LabelledText, data)
     return Kinds(words.specials, words.tokenizer_json, causal=spec.causal)
 
 
@@ -106,3 +99,12 @@ def find_background(images: np.ndarray, size: int) -> np.ndarray:
     patches = images.reshape(b, c, n, size, n, size).transpose(0, 2, 4, 1, 3, 5).reshape(b, n * n, -1)
     spread = images.reshape(b, -1).astype(np.float64).std(axis=1)[:, None]
     return np.concatenate([np.zeros((b, 1), bool), patches.astype(np.float64).std(axis=2) < PLAIN * spread], axis=1)
+
+
+def find_marks(spec: ModelSpec, kinds: Kinds | None, batch: Batch) -> dict[str, np.ndarray]:
+    """The keys that an idle head may look at, by name, (B, T) each: of text those of `Kinds.marks`, of images CLS and
+    background patches."""
+    if kinds is not None:
+        return kinds.marks(batch)
+    background = find_background(batch["images"], spec.patch_size)
+    return {"CLS": np.arange(spec.length)[None] == np.zeros((len(background), 1)), "background": background}

@@ -111,7 +111,7 @@ TOLD = {
     "optim.eps": "of AdamW",
     "optim.weight_decay": "decoupled, of weights and tables",
     "optim.schedule": "what the rate does after the warm-up",
-    "data.sources": "books, digits, a file, a folder, hub:NAME; none: the model's own; several: a mixture by weight",
+    "data.sources": "books, digits, backcopy, unigram, file, folder, hub:NAME; none: own; several: by weight",
     "data.order": "each step draws windows anew; or every window once per epoch, in an order of its own per epoch",
     "data.packing": "a window ends with its section or document; or documents are joined",
     "data.augment.brightness": "a factor drawn from 1 - x to 1 + x",

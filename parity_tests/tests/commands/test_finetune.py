@@ -438,3 +438,17 @@ def test_an_encoder_without_head_gets_one(place, tmp_path):
     assert got.spec.head is Head.MLM and len(result["loss"]) == 2
     assert got.meta["data"]["source"] == "books" and got.meta["begun_from"].endswith("bert.safetensors")
     assert answer("evaluate", tmp_path, "--backend", "ref", "--batches", 1)["targets"] > 0
+
+
+def test_alpha_divides_by_the_window_that_the_checkpoint_was_trained_with(place, tmp_path):
+    """A head alone is trained on windows of 12 of the model's 24 positions; the branch that clips says nothing of its
+    data and has theirs: gamma is -3 / 12."""
+    quick = ("--backend", "ref", "--steps", 1, "--batch", 2)
+    head = ("--set", "data.window=12", "--set", 'optim.only=["head."]')
+    good("train", "--init", place / "bert.safetensors", *quick, *head, "--out", tmp_path / "head")
+    good("train", "--init", tmp_path / "head", *quick, "--attention", "clipped:alpha=3", "--out", tmp_path / "clipped")
+    body = load_checkpoint(place / "bert.safetensors").params
+    trained, clipped = load_checkpoint(tmp_path / "head"), load_checkpoint(tmp_path / "clipped")
+    assert all(np.array_equal(trained.params[name], value) for name, value in body.items())
+    assert clipped.meta["data"]["settings"] == {"window": 12}
+    assert (clipped.spec.length, clipped.spec.attention.gamma) == (24, -0.25)
