@@ -57,7 +57,7 @@ def _draw(
     site: str,
     count: int,
     first: int | Tensor,
-    device: torch.device | None,
+    device: torch.device,
     dtype: torch.dtype,
     read: Callable[..., Tensor],
 ) -> Tensor:
@@ -71,7 +71,7 @@ def _draw(
         block = torch.arange(start, stop, device=device) + begin
         return _mix([block & LOW, block >> 32, torch.zeros_like(block) + step, torch.full_like(block, place)], key)
 
-    if torch.compiler.is_compiling() or (device or torch.get_default_device()).type != "cpu":
+    if torch.compiler.is_compiling() or device.type != "cpu":
         results = torch.stack([read(word) for word in words(0, counters)], dim=1)
     else:
         results = torch.empty(counters, 4, dtype=dtype, device=device)
@@ -84,10 +84,10 @@ def _draw(
     return results.flatten()[torch.arange(count, device=device) + shift]
 
 
-def _find_kernel(step: int | Tensor, first: int | Tensor, device: torch.device | None) -> Callable[..., Tensor] | None:
+def _find_kernel(step: int | Tensor, first: int | Tensor, device: torch.device) -> Callable[..., Tensor] | None:
     """What writes a site's words in one pass: on a GPU, where Triton is installed. A compiled graph fuses its own."""
     tensors = isinstance(step, Tensor) or isinstance(first, Tensor)
-    if tensors or torch.compiler.is_compiling() or (device or torch.get_default_device()).type != "cuda":
+    if tensors or torch.compiler.is_compiling() or device.type != "cuda":
         return None
     return _load_kernel()
 
@@ -113,6 +113,7 @@ def bits(
     Word e is word e % 4 of Philox with key (seed low, seed high) and counter (e // 4 low, e // 4 high, step,
     crc32(site)). So part of a tensor has the words that it has in the whole.
     """
+    device = device or torch.get_default_device()
     if write := _find_kernel(step, first, device):
         return write(seed, step, number_site(site), count, first, device, None)
     return _draw(seed, step, site, count, first, device, torch.int64, partial(torch.bitwise_or, other=0))
@@ -129,7 +130,7 @@ def keep_mask(
 ) -> Tensor:
     """Dropout's boolean mask: an element is dropped where its word is below rate * 2^32, rounded. The tensor's first
     element has word `first`: of rows r, r + 1, ... of a batch, r * prod(shape[1:])."""
-    least = round(rate * 2**32)
+    device, least = device or torch.get_default_device(), round(rate * 2**32)
     if write := _find_kernel(step, first, device):
         return write(seed, step, number_site(site), math.prod(shape), first, device, least).reshape(shape)
     keep = partial(torch.ge, other=least)

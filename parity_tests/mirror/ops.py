@@ -85,6 +85,7 @@ PLAIN: dict[str, Callable[[Tensors, Tensors], Tensor]] = {
     "reshape": lambda x, c: x["x"].flatten(1),
     "concat": lambda x, c: torch.cat([x["a"], x["b"]], 1),
     "token": lambda x, c: x["x"][:, 1],
+    "select": lambda x, c: x["a"] * c["where"] + x["b"] * ~c["where"],
 }
 
 

@@ -33,6 +33,8 @@ LOSS = 5e-7, "the design's: a loss of float32 logits, reduced in float64"
 DRIFT = 1e-5, "the design's: 20 free steps of a smooth model, through AdamW"
 GRADIENT = 2e-2, "the design's: kinks, where one ulp flips a derivative"
 ADAMW = 1e-6, "the design's: the same gradients; each of 20 updates rounds"
+# seen on an H100: 1.3e-5 of v, up to 3.1e-6 of a parameter after 20 updates, 1.2e-6 of a loss
+FUSED = 2e-5, "CUDA's fused AdamW takes 1 - beta2 in float32, which at 0.999 is 1.3e-5 less, and v with it"
 
 
 def start_training(t: Trained, module: object, **where: str) -> tuple:
@@ -60,10 +62,12 @@ def check_steps(name: str, kind: str, context: Context) -> list[Verdict]:
         fed_trainer.adam.step({key: torch.tensor(g, device=context.device) for key, g in grads.items()})
         ref_trainer.adam.step(grads)
     at = max(range(len(pairs)), key=lambda i: abs(pairs[i][0] - pairs[i][1]))
-    verdicts.insert(0, relative(f"loss of step {at}", *pairs[at], *LOSS))
+    verdicts.insert(0, relative(f"loss of step {at}", *pairs[at], *(LOSS if context.device == "cpu" else FUSED)))
     want = ref.params()
     for key, value in fed.params().items():
-        verdicts.append(relative_rms(f"{key} by AdamW alone", value, want[key], *ADAMW))
+        verdicts.append(
+            relative_rms(f"{key} by AdamW alone", value, want[key], *(ADAMW if context.device == "cpu" else FUSED))
+        )
     if spec.smooth:
         for key, value in model.params().items():
             if not no_gradient(key, spec):

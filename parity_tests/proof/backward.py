@@ -130,14 +130,14 @@ class TrainingPupil(nn.Module):
         super().__init__()
         self.pupil = pupil
 
-    def forward(self, x: Tensor, where: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, where: Tensor | None, spared: Tensor | None = None) -> Tensor:
         pupil = self.pupil
         with torch.no_grad():
-            value = pupil(x.detach(), where)
+            value = pupil(x.detach(), where, spared)
         if pupil.quantizer is None:
             return Replace.apply(x, value)
         given = Replace.apply(x, tensor(pupil.crossing.before, pupil.context))
-        return Replace.apply(pupil.quantizer(given, where), value)
+        return Replace.apply(pupil.quantizer(given, where, spared), value)
 
 
 class BackwardPupil(gradients.Backward):

@@ -142,4 +142,10 @@ def operations(n: int) -> dict[str, Operation]:
             lambda o, x, c: o.concat([x["a"], x["b"]], 1), {"a": normal(b, 1, d), "b": normal(b, t, d)}, MOVED
         ),
         "token": Operation(lambda o, x, c: o.token(x["x"], 1), {"x": normal(b, t, d)}, MOVED),
+        "select": Operation(
+            lambda o, x, c: o.select(c["where"], x["a"], x["b"]),
+            {"a": normal(b, h, t, d), "b": normal(b, h, t, d)},
+            MOVED,
+            {"where": rows[:, None, :, None]},
+        ),
     }

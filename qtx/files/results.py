@@ -128,8 +128,11 @@ def read_study(path: Path) -> JsonObject:
             expect_all(path, f"runs.{name}", run, RUN)
             if run["checkpoint"] != (file := f"{name}/model.safetensors"):
                 raise FileError(f"{path} is not what qtx wrote: runs.{name}.checkpoint must be {file}")
-            for recipe, scores in run["recipes"].items():
-                expect(path, f"runs.{name}.recipes.{recipe}", scores, "scores or null")
+            expect(path, f"runs.{name}.integers", run.get("integers", {}), "an object")  # not before 0.3
+            expect(path, f"runs.{name}.sinks", run.get("sinks"), "sinks or null")
+            for way in ("recipes", "integers"):
+                for recipe, scores in run.get(way, {}).items():
+                    expect(path, f"runs.{name}.{way}.{recipe}", scores, "scores or null")
 
     return read_sealed_json(path, STUDY, check)
 
@@ -166,6 +169,23 @@ def is_score(value: object) -> bool:
     )
 
 
+def is_sinks(value: object) -> bool:
+    """Whether a JSON value is null, or what a study keeps of its heads."""
+    return value is None or (
+        isinstance(value, dict)
+        and isinstance(value.get("mass"), dict)
+        and all(map(is_table, (*value["mass"].values(), value.get("reasons"))))
+        and all(is_finite(one) for table in value["mass"].values() for heads in table for one in heads)
+        and is_whole(value.get("idle"))
+        and is_whole(value.get("heads"))
+    )
+
+
+def is_table(value: object) -> bool:
+    """Whether a JSON value is a list of lists, none of them empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, list) and row for row in value)
+
+
 def is_difference(value: object) -> bool:
     """Whether a JSON value is null, or a difference of losses with its interval."""
     return value is None or (
@@ -187,6 +207,7 @@ KINDS: dict[str, Callable[[object], bool]] = {
     "a number or null": lambda value: value is None or is_finite(value),
     "a whole number or null": lambda value: value is None or is_whole(value),
     "scores or null": is_score,
+    "sinks or null": is_sinks,
     "a difference or null": is_difference,
     "a list of sites and numbers": lambda value: isinstance(value, list) and all(map(is_error, value)),
     WAYS["runs_as"]: lambda value: value in RUNS_AS,

@@ -13,7 +13,16 @@ from ..files.formats import RUN, check_replaceable
 from ..runs.reading import RunSpec, write_run
 from ..signals import Interrupted
 from .opening import load_data
-from .resolving import list_changes, make_data, make_machine, make_model, make_optim, make_train, resolve
+from .resolving import (
+    check_evaluation,
+    list_changes,
+    make_data,
+    make_machine,
+    make_model,
+    make_optim,
+    make_train,
+    resolve,
+)
 from .resume import check_run
 from .run import Start, TrainSpec, claim
 from .starts import continue_run, load_continued, open_origin
@@ -60,6 +69,7 @@ def pretrain(request: PretrainRequest) -> Checkpoint:
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
+    check_evaluation(request.run)
     machine = make_machine(request.run)
     machine.check()
     with machine.join(), claim(request.path, request.resume, machine):

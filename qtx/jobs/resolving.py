@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from qtx_ref.presets import attention, preset
 from qtx_ref.spec import Family, Head, ModelSpec, OptimSpec, SpecError, StepSpec
-from qtx_ref.spec.base import field_types
+from qtx_ref.spec.base import field_types, refuse
 
 from ..data.spec import DataSpec
 from ..engines.machine import Machine
@@ -88,6 +88,12 @@ def check_lr(run: RunSpec) -> None:
             check_rate(said.value)
         except SpecError as error:
             raise SpecError(f"{said.origin}: optim.lr: {error}") from None
+
+
+def check_evaluation(run: RunSpec) -> None:
+    """Raises SpecError where a run that is not a study's names integers that it would never be run in."""
+    if (names := run.get("evaluation.integers")) and run.get("evaluation.every") is None:
+        refuse("evaluation integers", names, "give evaluation every too: then they are measured")
 
 
 def make_train(

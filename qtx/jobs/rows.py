@@ -23,7 +23,9 @@ from .starts import Origin, continue_run, load_continued, open_origin
 
 ATTENTIONS, RECIPES = ("vanilla", "clipped", "gated"), ("w8a8",)  # unless a run says others
 KIND, QUANT, SEED = "model.attention", "quant.train", "seed"
-BESIDE = ("evaluation", "saving", "log")  # of a run, what changes no number of a study
+INTEGERS, LIMIT = "evaluation.integers", "evaluation.limit"
+# of a run, what may be another when its study goes on; but for LIMIT
+BESIDE = ("evaluation", "saving", "log", "stop")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,16 @@ class Row:
         """The name of the recipe that this stands for."""
         return training_recipe(self.quant, self.model).name if self.quant else None
 
+    @property
+    def integers(self) -> tuple[str, ...]:
+        """The recipes by which it is run in integers, too, once it is trained."""
+        return self.run.get(INTEGERS, ())
+
+    @property
+    def limit(self) -> int | None:
+        """The evaluation batches that it is then scored on; None: the whole split."""
+        return self.run.get(LIMIT)
+
     def load(self) -> Data:
         """Its data. Raises SpecError, DataError where they cannot be had or do not fit."""
         if self.origin is None:
@@ -82,10 +94,12 @@ class Row:
         return make_train(self.run, model, self.optim, None if self.origin is None else self.origin.sha256)
 
     def identify(self) -> dict[str, Any]:
-        """What must be equal for a study to go on, as JSON values."""
+        """What must be equal for a study to go on, as JSON values. To another `stop` a run goes on, and is evaluated
+        anew."""
         train = to_dict(self.make_train(self.model))
         kept = {name: value for name, value in train.items() if name not in BESIDE}
-        return {"train": kept, "data": to_dict(self.data), "machine": to_dict(self.machine)}
+        limit = {} if self.limit is None else {"limit": self.limit}
+        return {"train": kept, "data": to_dict(self.data), "machine": to_dict(self.machine), **limit}
 
 
 def list_recipes(run: RunSpec) -> tuple[str, ...]:
@@ -94,6 +108,11 @@ def list_recipes(run: RunSpec) -> tuple[str, ...]:
     if not names or len(set(names)) < len(names):
         raise SpecError(f"--bits is {','.join(names)!r}: name at least one, each once")
     return names
+
+
+def list_integers(rows: Mapping[str, Row]) -> tuple[str, ...]:
+    """The recipes by which some row is run in integers."""
+    return tuple(dict.fromkeys(name for row in rows.values() for name in row.integers))
 
 
 def complete_grids(run: RunSpec) -> dict[str, tuple[Any, ...]]:

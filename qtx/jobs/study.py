@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +19,30 @@ from qtx_ref.spec import SpecError
 from ..data import ChainData, TextData, unigram_perplexity
 from ..data.spec import DataSpec
 from ..data.splits import BATCH
-from ..engines.backend import MissingExtra
-from ..engines.protocols import Batch, Data
-from ..files.checkpoint import Checkpoint, load_checkpoint
+from ..engines.protocols import Data
 from ..files.container import STUDY, FileError, check_writable, write_sealed_json
-from ..files.lines import read_lines
 from ..files.locks import LOCK, hold
 from ..files.results import read_study
 from ..files.writing import check_space
 from ..measure.history import History
-from ..measure.outliers import measure_outliers
 from ..measure.published import make_column
-from ..measure.scores import evaluate, metric, to_json_values
-from ..measure.sizes import count_stored_bytes, ranges_json
-from ..prepare.calibration import CALIBRATION_SEED, bind, calibration_batches
-from ..prepare.prepare import prepare
-from ..recipes.named import recipe, resolve, training_recipe
-from ..report.plots import Points, draw_curves, draw_norms
-from ..report.tables import DIVERGED, format_number, format_spread, format_table
+from ..measure.scores import metric
+from ..measure.sinks import SINKS
+from ..prepare.calibration import CALIBRATION_SEED
+from ..recipes.named import recipe, training_recipe
+from ..report.study import Layout, tabulate_study
+from ..report.tables import format_number
 from ..runs.reading import RunSpec
-from .resolving import MODEL
-from .rows import Row, describe_shape, keep_run, keep_value, list_recipes, make_rows, read_kept
-from .run import LOG, PER_STEP, checkpoint_bytes, describe_difference
+from .drawing import draw_study
+from .measuring import Finished
+from .rows import Row, describe_shape, keep_run, keep_value, list_integers, list_recipes, make_rows, read_kept
+from .run import checkpoint_bytes, describe_difference
 from .side_by_side import run_side_by_side, share_threads
 from .training import fit_vocabulary, train
 
-NORMS = "inf_norm.png"  # of the sites that runs log
-OUTLIER_BATCHES = 16  # evaluation batches behind inf norm and kurtosis
-
 
 class Study:
-    """A study in a folder: `study.json`, one checkpoint per run in `<run>-seed<N>/`, `curves.png`."""
+    """A study in a folder: `study.json`, one checkpoint per run in `<run>-seed<N>/`, pictures."""
 
     def __init__(self, run: RunSpec, out: Path, *, resume: bool, jobs: int = 1, only: str | None = None) -> None:
         """Checks everything before any training.
@@ -66,7 +59,7 @@ class Study:
         if only is not None:
             self.rows = {only: self.rows[only]}
         for row in self.rows.values():
-            for name in self.recipes:
+            for name in (*self.recipes, *row.integers):
                 recipe(name, row.model)
             if row.quant:
                 training_recipe(row.quant, row.model)
@@ -122,7 +115,10 @@ class Study:
     def _measure_unigram(self) -> float | None:
         """What a unigram model makes of the targets, where all runs have the same."""
         (data, *others), model = self._list_data(), self.models[self.first]
-        return unigram_perplexity(data, model, 0, BATCH) if isinstance(data, TextData) and not others else None
+        limit, *other = {row.limit for row in self.rows.values()}
+        if others or other or not isinstance(data, TextData):
+            return None
+        return unigram_perplexity(data, model, 0, BATCH, limit)
 
     def _name_best(self) -> list[str]:
         """The perplexity that no model can better, in words, where it is known and the same of all runs."""
@@ -150,45 +146,14 @@ class Study:
                 tasks = {name: {**task, "row": name} for name in left}
                 self.failed = run_side_by_side(tasks, self.jobs, self.conditions["threads"], self.out, self.keep)
             self.save()
-            self._draw()
+            drawn = draw_study(self.out, self.rows, self.runs, self._list_sinks())
+            self.written = ["study.json", "a checkpoint per run", *drawn]
 
     def keep(self, name: str, result: dict[str, Any]) -> None:
         """Adds a run's result, in the order of the rows, and writes `study.json`. Raises WriteError where it cannot."""
         known = {**self.runs, name: result}
         self.runs = {one: known[one] for one in self.rows if one in known}
         self.save()
-
-    def _draw(self) -> None:
-        self.written = ["study.json", "a checkpoint per run"]
-        lost = {name: " (diverged)" if run["diverged"] else "" for name, run in self.runs.items()}
-        histories = {name + lost[name]: self._history(name) for name in self.runs}
-        row = self.rows[self.first]
-        norms = self._read_norms(lost)
-        try:
-            source = "+".join(source.path for source in row.data.sources) or "bundled data"
-            batch, model = row.run.get("data.batch", PER_STEP), row.run.get("model.preset", MODEL)
-            about = f"{source}, {row.optim.steps} steps of batch {batch}"
-            draw_curves(self.out / "curves.png", histories, f"qtx study: {model} on {about}")
-            self.written.append("curves.png")
-            if norms:
-                draw_norms(self.out / NORMS, norms, f"qtx study: {model} on {about}, float passes of each step's batch")
-                self.written.append(NORMS)
-        except (MissingExtra, FileError) as error:
-            print(f"no picture: {error}", file=sys.stderr)
-
-    def _read_norms(self, lost: Mapping[str, str]) -> dict[str, dict[str, Points]]:
-        """By site and run the steps whose inf norm its log has, and the norms; see `LogSpec.sites`."""
-        norms: dict[str, dict[str, Points]] = {}
-        for name, run in self.runs.items():
-            points: dict[str, list[tuple[int, float]]] = {}
-            for line in read_lines((self.out / run["checkpoint"]).parent / LOG):
-                for site, values in line.get("sites", {}).items():
-                    norm = values["inf_norm"]
-                    points.setdefault(site, []).append((line["step"], math.inf if norm is None else norm))
-            for site, known in points.items():
-                steps, values = zip(*known, strict=True)
-                norms.setdefault(site, {})[name + lost[name]] = (steps, values)
-        return norms
 
     def result(self) -> dict[str, Any]:
         """What `study.json` holds."""
@@ -200,61 +165,49 @@ class Study:
         write_sealed_json(self.path, STUDY, self.result())
 
     def tabulate(self) -> str:
-        """The table; several seeds give mean and sample standard deviation."""
-        kind = metric(self.models[self.first])
-        unit = "acc %" if kind == "accuracy" else "ppl"
-        header = ["attention", f"FP {unit}", "max inf norm", "avg kurtosis"]
-        trained = any(row.quant for row in self.rows.values())
-        if trained:
-            header += [f"as trained {unit}", "mean loss"]
-        for name in self.recipes:
-            header += [f"{name.upper() if name.startswith('w') else name} {unit}", "degradation"]
+        """The table, see `report.study.tabulate_study`."""
         lines = {row.line: row for row in self.rows.values()}
-        beside, sources = self._find_published(list(lines.values()))
-        if sources:
-            header.append("published")
-        rows = []
-        for line, figures in zip(lines, beside, strict=True):
-            runs = [self.runs[name] for name, row in self.rows.items() if row.line == line and name in self.runs]
-            lost = sum(run["diverged"] for run in runs)
-            label = line + (f" (diverged{f' {lost} of {len(runs)}' if len(runs) > 1 else ''})" if lost else "")
-            rows.append([label, *self._cells(runs, kind, trained), *([figures] if sources else [])])
-        texts = [format_table(header, rows), *sources]
+        beside, notes = self._find_published(list(lines.values()))
         if self.unigram is not None:
+<<<<<<< HEAD
+            notes = [*notes, f"unigram model on the same targets: perplexity {format_number(self.unigram)}"]
+        (data, *others), model = self._list_data(), self.models[self.first]
+        if isinstance(data, ChainData) and not others:
+            best = format_number(math.exp(data.entropy(model)))
+            notes = [*notes, f"the best that any model can reach: perplexity {best}"]
+        layout = Layout(
+            metric(self.models[self.first]),
+            self.recipes,
+            list_integers(self.rows),
+            trained=any(row.quant for row in self.rows.values()),
+            sinks=self._list_sinks(),
+            published=beside,
+            notes=notes,
+        )
+        grouped: dict[str, list[dict[str, Any]]] = {line: [] for line in lines}
+        for name, run in self.runs.items():
+            grouped[self.rows[name].line].append(run)
+        return tabulate_study(grouped, layout)
+
+    def _list_sinks(self) -> list[str]:
+        """The kinds of tokens whose mass is shown: the first, and where a model sees what follows, the others that
+        there are."""
+        known = {sink for run in self.runs.values() for sink in (run.get("sinks") or {}).get("mass", ())}
+        causal = all(row.model.causal for row in self.rows.values())
+        return [name for name in SINKS if name == "first" or (name in known and not causal)]
+=======
             texts.append(f"unigram model on the same targets: perplexity {format_number(self.unigram)}")
         texts += self._name_best()
         return "\n".join(texts)
+>>>>>>> p13-backcopy
 
     def _find_published(self, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         """What is published of each row, where all have the shape of one preset."""
         shape = describe_shape(self.rows)
         if shape is None:
-            return [""] * len(rows), []
-        return make_column(shape, [(row.model.attention, row.recipe) for row in rows], self.recipes)
-
-    def _cells(self, runs: Sequence[dict[str, Any]], kind: str, trained: bool) -> list[str]:
-        def values(*keys: str) -> list[float | None]:
-            collected = []
-            for run in runs:
-                scores: Any = run
-                for key in keys[:-1]:
-                    scores = None if scores is None else scores.get(key)
-                value = None if scores is None else scores.get(keys[-1])
-                collected.append(math.inf if value is None and keys[-1] in (scores or {}) else value)  # was not finite
-            return collected
-
-        float_scores = values("float", kind)
-        cells = [format_spread(float_scores), format_spread(values("outliers", "max_inf_norm"), 2)]
-        cells.append(format_spread(values("outliers", "average_kurtosis"), 2))
-        if trained:
-            cells += [format_spread(values("trained", kind)), format_spread(values("mean_loss"))]
-        for name in self.recipes:
-            scores = values("recipes", name, kind)
-            cells.append(format_spread(scores))
-            lost = [degradation(kind, *pair) for pair in zip(float_scores, scores, strict=True)]
-            cells.append(format_spread(lost, 2))
-            cells[-1] += "" if cells[-1] in ("-", DIVERGED) else " pt" if kind == "accuracy" else " %"
-        return cells
+            return [], []
+        cells, sources = make_column(shape, [(row.model.attention, row.recipe) for row in rows], self.recipes)
+        return cells if sources else [], sources
 
     def complete(self, name: str) -> dict[str, Any]:
         """Trains and evaluates a row, from where it stands; its result as JSON values. Raises what `train` raises."""
@@ -278,52 +231,18 @@ class Study:
             "diverged": checkpoint.meta["diverged"],
             "float": None,
             "outliers": None,
+            "sinks": None,
             "float_bytes": None,
             "trained": None,
             "recipes": {},
+            "integers": {},
             "watch": history.watched(),
             "mean_loss": float(np.mean(history.loss)) if history.loss else None,  # in training, over all steps
         }
         if "diverged_at" not in checkpoint.meta:
-            self._measure(result, checkpoint, row, f"{name} evaluate")
+            finished = Finished(checkpoint, self.data[name], row.machine, row.limit, f"{name} evaluate")
+            result |= finished.measure(self.recipes, row.integers, trained=row.quant is not None)
         return result
-
-    def _measure(self, result: dict[str, Any], checkpoint: Checkpoint, row: Row, label: str) -> None:
-        data, machine = self.data[row.name], row.machine
-
-        def read(limit: int | None = None) -> Iterable[Batch]:
-            return data.split_batches("evaluation", checkpoint.spec, BATCH, 0, limit=limit)
-
-        model = machine.model(checkpoint.spec, checkpoint.params)
-        total = sum(1 for _ in read())
-        result["float"] = to_json_values(evaluate(model, read(), label, total))
-        result["float_bytes"] = count_stored_bytes(checkpoint.params, {}, {})
-        result["outliers"] = to_json_values(measure_outliers(model, read(OUTLIER_BATCHES)))
-        if row.quant and checkpoint.recipe is not None:
-            bind(model, checkpoint.recipe, checkpoint.ranges)
-            result["trained"] = to_json_values(evaluate(model, read(), f"{label} as trained", total))
-        for name in self.recipes:
-            chosen = recipe(name, checkpoint.spec)
-            batches = calibration_batches(data, checkpoint.spec)
-            try:
-                prepared = prepare(machine, checkpoint.spec, checkpoint.params, batches, chosen)
-            except SpecError as error:  # a model near divergence must not stop the others
-                print(f"{label}: {error}", file=sys.stderr)
-                continue
-            model = prepared.model(machine, checkpoint.spec, chosen)
-            quantized = evaluate(model, read(), f"{label} {name}", total)
-            size = count_stored_bytes(prepared.params, resolve(chosen, checkpoint.spec), prepared.ranges)
-            result["recipes"][name] = to_json_values(quantized) | {
-                "bytes": size,
-                "ranges": ranges_json(prepared.ranges),
-            }
-
-    def _history(self, name: str) -> History:
-        path = self.out / self.runs[name]["checkpoint"]
-        try:
-            return History.of(load_checkpoint(path).extra)
-        except KeyError as error:
-            raise FileError(f"{path} is no run of this study: tensor {error} is missing") from None
 
     def _find_known(self) -> dict[str, Any] | None:
         """The study in the folder; None where there is none. Raises FileError where something else is in the folder."""
@@ -349,15 +268,17 @@ class Study:
         if (was, recipes) != (now, self.recipes):
             words = describe_difference("study", {**was, "recipes": recipes}, {**now, "recipes": self.recipes})
             raise FileError(f"{self.path} is another study: {words}")
-        return known
+        ended = {name for name, row in rows.items() if row.run.get("stop") == self.rows[name].run.get("stop")}
+        return known | {"runs": {name: result for name, result in known["runs"].items() if name in ended}}
 
 
 def run_study(run: RunSpec, out: Path, *, resume: bool = False, jobs: int = 1) -> Study:
     """Trains and evaluates every run that a run's grids make, and leaves the study in the folder `out`; returns it,
     `tabulate` and `result` say what came out.
 
-    resume: go on with the study that is there, if there is one. jobs: rows that are trained at once, each in a process
-    of its own where they are several; one that fails is then in the study's `failed`, and ends no other.
+    resume: go on with the study that is there, if there is one; to another `stop` than it had, all its runs go on.
+    jobs: rows that are trained at once, each in a process of its own where they are several; one that fails is then in
+    the study's `failed`, and ends no other.
 
     Raises:
         SpecError, DataError: a name or number that does not exist, or data that do not fit.
@@ -368,10 +289,3 @@ def run_study(run: RunSpec, out: Path, *, resume: bool = False, jobs: int = 1) -
         study = Study(run, out, resume=resume, jobs=jobs)
         study.run()
         return study
-
-
-def degradation(kind: str, before: float | None, after: float | None) -> float | None:
-    """Perplexity: its relative increase in percent. Accuracy: percentage points lost. None where one is missing."""
-    if before is None or after is None:
-        return None
-    return before - after if kind == "accuracy" else 100 * (after / before - 1)

@@ -159,11 +159,11 @@ class Loop:
         """What is done once, before the first step. Raises SpecError where the held-out data cannot be evaluated as
         asked."""
         if self.run.evaluation.every and self.step == 0:
-            values, faults = self.held_out.measure(self.state.model)
-            if faults:  # now, and not where it would first be needed
-                raise SpecError(f"evaluation of {faults[0]}")
-            self.state.history.add(0, values)
-            self.log.add({"step": 0, "evaluation": values})
+            point = self.held_out.measure(self.state.model)
+            if point.faults:  # now, and not where it would first be needed
+                raise SpecError(f"evaluation of {point.faults[0]}")
+            self.state.history.add(0, point.values)
+            self.log.add({"step": 0, **point.to_json_values()})
 
     def advance(self) -> dict[str, Any]:
         """One step on the next batch; the line of the log that it gives."""
@@ -199,11 +199,11 @@ class Loop:
                 history.inf_norm.append(norm)
         if not self.held_out.is_due(step):
             return {}
-        values, faults = self.held_out.measure(self.state.model)
-        for fault in faults if self.machine.is_first else ():  # a model near divergence
+        point = self.held_out.measure(self.state.model)
+        for fault in point.faults if self.machine.is_first else ():  # a model near divergence
             sys.stderr.write(f"\nstep {step} not evaluated: {fault}\n")
-        history.add(step, values)
-        return {"evaluation": values}
+        history.add(step, point.values)
+        return point.to_json_values()
 
     def is_logged(self, step: int) -> bool:
         """Whether the step has a line whatever is measured. The last of a `stop` has none of its own: it is a pause."""

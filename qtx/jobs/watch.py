@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import cast
+from typing import NamedTuple, cast
 
 from qtx_ref.integer.lowering import lower
 from qtx_ref.spec import QTX, ModelSpec, QuantSpec, SpecError
@@ -17,6 +17,7 @@ from ..engines.machine import Machine
 from ..engines.protocols import Batch, Data, Model, Runnable
 from ..measure.outliers import measure_outliers
 from ..measure.scores import IntegerScorer, evaluate
+from ..measure.sinks import measure_sinks
 from ..prepare.calibration import calibration_batches
 from ..prepare.prepare import Prepared, prepare
 from ..recipes.named import recipe, resolve
@@ -65,6 +66,18 @@ def measure_sites(model: Model, batch: Batch, names: Mapping[str, str]) -> dict[
     }
 
 
+class Point(NamedTuple):
+    """What was measured of a model on held-out data."""
+
+    values: Values  # by curve, see `History`
+    heads: dict[str, list[list[float]]]  # probability on each kind of sink by layer and head
+    faults: list[str]  # in words, what could not be had
+
+    def to_json_values(self) -> dict[str, object]:
+        """As the line of the log says it."""
+        return {"evaluation": self.values, **({"heads": self.heads} if self.heads else {})}
+
+
 class HeldOut:
     """`EvaluationSpec`, carried out on one run."""
 
@@ -77,14 +90,12 @@ class HeldOut:
         every = self.spec.every
         return every is not None and (step % every == 0 or step == self.run.optim.steps)
 
-    def measure(self, model: Model) -> tuple[Values, list[str]]:
-        """Values by curve, see `History`: of the parameters in float, of the model as it is trained where that is
-        quantized, and under each recipe; and in words what could not be had.
+    def measure(self, model: Model) -> Point:
+        """Of the parameters in float, of the model as it is trained where that is quantized, and under each recipe.
 
         It is done on copies: the run keeps its bits.
         """
-        values: Values = {}
-        faults: list[str] = []
+        values, heads, faults = point = Point({}, {}, [])
         params = model.params()
         plain = self.machine.model(self.run.model, params)
 
@@ -115,7 +126,14 @@ class HeldOut:
         for name in self.spec.integers:
             score(f"integer.{name}", partial(self.lower, name, prepared))
         take("outliers", lambda: self.measure_outliers(plain))
-        return values, faults
+
+        def measure_heads() -> Values:
+            sinks = measure_sinks(plain, self.data, self.read("calibration"))
+            heads.update(sinks.list_heads())
+            return sinks.values()
+
+        take("sinks", measure_heads)
+        return point
 
     def fake(self, name: str, prepared: Callable[[str], Prepared]) -> Runnable:
         """The model under a recipe's fake quantization."""

@@ -15,7 +15,7 @@ from ..engines.protocols import Batch, Data, Model
 from ..progress import Progress
 from ..recipes.sites import layer_inputs, residual_stream, sites
 from .heads import RULE, HeadStatistics, HeadSums
-from .marks import Kinds, find_background, make_kinds
+from .marks import Kinds, find_marks, make_kinds
 
 PERCENTILES = (99.0, 99.9, 99.99)
 PERCENTILE_BOUND = 1 / 128  # relative: half a bin, whose width is 1/64 of its lower edge
@@ -223,13 +223,6 @@ class Carriers:
         self.image = np.zeros(1)  # the sum of all, (C, S, S) from the first batch on
         self.images = 0
 
-    def marks(self, spec: ModelSpec, batch: Batch) -> dict[str, np.ndarray]:
-        """The keys to look at in attention, (B, T) each."""
-        if self.kinds is None:
-            plain = find_background(batch["images"], spec.patch_size)
-            return {"CLS": np.arange(spec.length)[None] == np.zeros((len(plain), 1)), "background": plain}
-        return self.kinds.marks(batch)
-
     def add(self, batch: Batch, statistics: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Takes one batch, and its statistics by site."""
         counts = {site: statistics[site]["beyond_tokens"] for site in self.stream}  # (B, T)
@@ -303,7 +296,7 @@ def analyze(model: Model, data: Data, batches: Iterable[Batch], total: int) -> A
             for site, part in statistics.items():
                 sums[site].add(part)
             carriers.add(batch, statistics)
-            heads.add(model.attention(batch, carriers.marks(spec, batch), layer_inputs(spec)))
+            heads.add(model.attention(batch, find_marks(spec, carriers.kinds, batch), layer_inputs(spec)))
             bar.advance()
     stream = {site: sums[site] for site in residual_stream(spec)}
     return Analysis(

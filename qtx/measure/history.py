@@ -18,7 +18,8 @@ class History:
     """Per step the loss in nats; now and then the largest inf norm over the paper's sites, on one fixed batch.
 
     `curves`, by name, are what was measured on held-out data, as (step, value): `<numerics>.loss` in nats and
-    `<numerics>.accuracy` in percent, and the float model's published `kurtosis` and `inf_norm`.
+    `<numerics>.accuracy` in percent, the float model's published `kurtosis` and `inf_norm`, and of `Sinks` what its
+    `values` are.
     """
 
     loss: list[float] = field(default_factory=list)

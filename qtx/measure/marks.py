@@ -16,7 +16,7 @@ from ..data.chains import ChainData
 from ..data.labelled import LabelledText
 from ..data.text import Specials, TextData
 from ..data.tokenizing import map_bytes, read_vocabulary
-from ..engines.protocols import Data
+from ..engines.protocols import Batch, Data
 
 PLAIN = 0.25  # a background patch: its pixels deviate less than this share of the whole image's deviation
 
@@ -99,3 +99,12 @@ def find_background(images: np.ndarray, size: int) -> np.ndarray:
     patches = images.reshape(b, c, n, size, n, size).transpose(0, 2, 4, 1, 3, 5).reshape(b, n * n, -1)
     spread = images.reshape(b, -1).astype(np.float64).std(axis=1)[:, None]
     return np.concatenate([np.zeros((b, 1), bool), patches.astype(np.float64).std(axis=2) < PLAIN * spread], axis=1)
+
+
+def find_marks(spec: ModelSpec, kinds: Kinds | None, batch: Batch) -> dict[str, np.ndarray]:
+    """The keys that an idle head may look at, by name, (B, T) each: of text those of `Kinds.marks`, of images CLS and
+    background patches."""
+    if kinds is not None:
+        return kinds.marks(batch)
+    background = find_background(batch["images"], spec.patch_size)
+    return {"CLS": np.arange(spec.length)[None] == np.zeros((len(background), 1)), "background": background}

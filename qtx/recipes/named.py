@@ -26,7 +26,7 @@ from qtx_ref.spec.limits import refuse_integer
 
 from ..data.reading import read_regular
 from . import remedies, training
-from .parts import FLOATS, MX_BLOCK, MX_TEXT, OPERANDS, TABLES, Parts
+from .parts import FLOATS, MSE_GRID, MX_BLOCK, MX_TEXT, OPERANDS, TABLES, Parts
 from .remedies import RUNNING
 from .sites import KEYS, extents, sites
 
@@ -158,8 +158,7 @@ def paper(family: Family, spec: ModelSpec) -> Recipe:
         batches = 16
         differences = f"; {PADDING}"
     else:
-        grid = ObserverSpec(kind=ObserverKind.MSE_GRID, candidates=100, margin=0.5)
-        weights = QuantSpec(mirrored=True, observer=grid)
+        weights = QuantSpec(mirrored=True, observer=MSE_GRID)
         tails = ObserverSpec(kind=ObserverKind.RUNNING_PERCENTILE, momentum=0.9, percentile=99.999)
         activations = QuantSpec(observer=tails)
         context, other = "context", "gated"

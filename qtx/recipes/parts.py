@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 from qtx_ref.spec import (
     FloatFormat,
+    ObserverKind,
+    ObserverSpec,
     Quant,
     QuantSpec,
     Recipe,
@@ -21,6 +23,7 @@ from qtx_ref.spec import (
 
 TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
 OPERANDS = ("*.input", "*.lhs", "*.rhs")
+MSE_GRID = ObserverSpec(kind=ObserverKind.MSE_GRID, candidates=100, margin=0.5)  # of the published simulator
 MX_BLOCK = 32
 MX_TEXT = "OCP microscaling formats 1.0: blocks of 32 along the summed axis, a power of two each"
 FLOATS = {

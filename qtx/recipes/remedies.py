@@ -26,7 +26,7 @@ from qtx_ref.spec import (
     TransformKind,
 )
 
-from .parts import Parts, change_rule
+from .parts import MSE_GRID, Parts, change_rule
 from .sites import sites
 
 RUNNING = ObserverSpec(kind=ObserverKind.RUNNING, momentum=0.9)
@@ -70,6 +70,12 @@ def least_squares(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
         return replace(quant, observer=observer)
 
     return base.change_activations(change, source).change_weights(change, source)
+
+
+def least_squares_weights(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """Weights' ranges as the published simulator finds those of OPT, also for its low bits; activations keep theirs."""
+    source = "code of arXiv 2306.12929: weights by the least squared error among fractions of their extremes"
+    return base.change_weights(lambda quant: replace(quant, observer=MSE_GRID), source)
 
 
 def channel(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
@@ -165,6 +171,7 @@ REMEDIES: dict[str, Remedy] = {
     r"r16": wide_residual,
     r"p(\d+(?:\.\d+)?)": percentile,
     r"mse": least_squares,
+    r"wmse": least_squares_weights,
     r"channel": channel,
     r"token": token,
     r"ffn16": wide_ffn,
@@ -179,7 +186,7 @@ REMEDIES: dict[str, Remedy] = {
     r"adaround": rewrite_by(Rewrite.ADAROUND),
 }
 NAMES = (
-    "r16, p99.9, mse, channel, token, ffn16, ffnfloat, float[layer.*.ffn.output+...], llmint8, peg4, "
+    "r16, p99.9, mse, wmse, channel, token, ffn16, ffnfloat, float[layer.*.ffn.output+...], llmint8, peg4, "
     "peg4p, smooth0.5, hadamard, bias, gptq, adaround"
 )
 

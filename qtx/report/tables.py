@@ -43,3 +43,12 @@ def format_spread(values: Sequence[float | None], digits: int = 3) -> str:
         return format_number(mean, digits)
     deviation = math.sqrt(sum((v - mean) ** 2 for v in known) / (len(known) - 1))
     return f"{format_number(mean, digits)} ± {format_number(deviation, digits)}"
+
+
+def format_range(values: Sequence[float | None], digits: int = 3) -> str:
+    """One value; or the smallest and the largest of several; `-` where one is missing."""
+    known = [v for v in values if v is not None]
+    if len(known) < len(values) or not known:
+        return "-"
+    ends = dict.fromkeys(f"{value:.{digits}f}" for value in (min(known), max(known)))
+    return "..".join(ends)

@@ -16,14 +16,15 @@ class EvaluationSpec(Spec):
     every: int | None = None  # steps; None: never
     batches: int = 8  # the first ones of the evaluation split, and as many of the calibration split for ranges
     recipes: tuple[str, ...] = ()  # its loss also under fake quantization by these
-    integers: tuple[str, ...] = ()  # and in integers by these
+    integers: tuple[str, ...] = ()  # and in integers by these; a study also runs each trained model so
+    limit: int | None = None  # evaluation batches that a study scores trained models on; None: the whole split
 
     def check(self) -> None:
         check_count("evaluation every", self.every)
         check_count("evaluation batches", self.batches)
-        for key in ("recipes", "integers"):
-            if getattr(self, key) and self.every is None:
-                refuse(f"evaluation {key}", getattr(self, key), "give evaluation every too: then they are measured")
+        check_count("evaluation limit", self.limit)
+        if self.recipes and self.every is None:
+            refuse("evaluation recipes", self.recipes, "give evaluation every too: then they are measured")
 
 
 @dataclass(frozen=True)

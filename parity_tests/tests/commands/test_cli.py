@@ -315,6 +315,7 @@ KINDS = (
     "w6a16",
     "w8a8-p99.9",
     "w8a8-mse",
+    "w4a8-wmse",
     "w8a8-channel",
     "w8a8-token",
     "w8a8-r16",

@@ -107,6 +107,22 @@ def test_every_row_is_in_the_picture():
     make_row_figure("perplexity", {}, "none").draw_without_rendering()
 
 
+def test_damage_has_a_panel_of_its_own():
+    def difference(nats):
+        return {"nats": nats, "low": nats - 0.01, "high": nats + 0.01}
+
+    damaged = {"w8a8": row(1.0) | {"damage": {"whole": difference(0.5), "part": difference(0.4)}}}
+    destroyed = {"w4a8": row(900.0) | {"damage": {"whole": difference(3.0), "part": None}}}
+    plain = {"float": row(0.0, "float")}
+    count = len(make_row_figure("perplexity", plain, "a").axes)
+    figure = make_row_figure("perplexity", plain | damaged | destroyed, "a")
+    figure.draw_without_rendering()
+    panel = next(panel for panel in figure.axes if "damage" in panel.get_xlabel())
+    points = [line.get_xdata()[0] for line in panel.get_lines() if line.get_marker() == "s"]
+    assert points == [0.5, 0.4] and [text.get_text().strip() for text in panel.texts] == ["destroyed"]
+    assert len(figure.axes) == count + 2  # and the enlarged one
+
+
 def test_costs_have_a_bar_or_words_for_every_row():
     cell = {
         "1x64": {"median": 0.02, "p95": 0.03, "memory": 2**20},

@@ -210,7 +210,7 @@ def test_the_nearest_key(name, near):
         ('[model]\nhead = "none"', "model.head is none: a model is trained by what its head says"),
         ('[step]\ncompiled = true\nsharding = "full"', "step sharding is 'full': a compiled step"),
         ("[step]\naccumulate = 3", "step accumulate is 3: a batch of 16 rows has no so many equal parts"),
-        ('[evaluation]\nintegers = ["w8a8"]', "evaluation integers is ('w8a8',): give evaluation every too"),
+        ("[evaluation]\nlimit = 0", "evaluation limit is 0: give a whole number, at least 1"),
         ('[evaluation]\nrecipes = ["w8a8"]', "evaluation recipes is ('w8a8',): give evaluation every too"),
         ("seed 3", "run x.toml is no TOML: "),
         ("a = " + "[" * 5000, "run x.toml is no TOML: "),
@@ -414,6 +414,20 @@ def test_a_study_varies_any_key(tmp_path, monkeypatch):
     (line,) = list_lines(good(*command[:-1], "two", "--set", "optim.lr=1e-3", "--attention", "vanilla").stdout)
     assert line == "vanilla"  # an option lies over a grid
     assert "x: no such checkpoint" in call(*command, "--set", "init=x").output
+
+
+def test_a_study_goes_on_to_a_later_stop(tmp_path):
+    """As if it had never stopped, and its runs are evaluated anew."""
+    common = ["study", "--model", "vit-tiny", "--backend", "ref", "--attention", "vanilla,clipped", "--batch", 4,
+              "--set", "model.layers=1", "--set", "model.width=16", "--set", "model.heads=2", "--set", "model.hidden=8",
+              "--steps", 5]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    good(*common, "--out", one, "--set", "stop=2")
+    table = good(*common, "--out", one, "--set", "stop=4", "--resume").stdout
+    assert table == good(*common, "--out", two, "--set", "stop=4").stdout.replace(str(two), str(one))
+    assert json.loads((one / "study.json").read_text())["runs"] == json.loads((two / "study.json").read_text())["runs"]
+    assert "stop is 3" in call(*common, "--out", one, "--set", "stop=3", "--resume").output
+    assert good(*common, "--out", one, "--set", "stop=4", "--resume").stdout == table
 
 
 def test_what_a_study_of_before_said_is_the_same_study():

@@ -106,7 +106,7 @@ def test_a_killed_run_ends_as_the_one_that_was_not(tmp_path, monkeypatch, name):
     assert history.curves == curves
     assert {*curves} == {
         f"{kind}.{what}" for kind in ("float", "w8a8", "integer.w8a8") for what in ("loss", "accuracy")
-    } | {"kurtosis", "inf_norm"}
+    } | {"kurtosis", "inf_norm", "sink.first", "sink.background", "heads.idle", "energy"}
 
 
 def test_what_is_watched_changes_no_bit(tmp_path):

@@ -363,6 +363,16 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         "gradients/vit-tiny_w8a8+grad8_free",
         turn_gradients_after_a_few_steps,
     ),
+    "a range that sees spared tokens": (
+        "torch",
+        "fakequant/opt_plain_w8a8_spared",
+        replaced(qtx_torch.numerics, "leave_out", lambda f: lambda where, spared: where),
+    ),
+    "a spared token that is quantized": (
+        "ref",
+        "fakequant/spared",
+        replaced(qtx_ref.ops, "select", lambda f: lambda where, a, b: b),
+    ),
     "a biased deviation": (
         "torch",
         "stats/statistics",

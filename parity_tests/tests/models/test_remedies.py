@@ -402,3 +402,11 @@ def test_percentiles_without_a_sort_are_those_of_a_sort(call: Any) -> None:
             a, b = ordered[:, below], ordered[:, min(below + 1, ordered.shape[-1] - 1)]
             want = (a + (b - a) * (position - below))[:, None].astype(np.float32)
             np.testing.assert_array_equal(call("quant.observers.percentile", values, q), want)
+
+
+def test_weights_alone_by_least_squares_are_those_of_the_published_simulator() -> None:
+    spec = small_models.build("opt_plain").spec
+    plain, given, published = (recipes.recipe(name, spec) for name in ("w4a8", "w4a8-wmse", "paper-opt"))
+    weight, tensor = "layer.0.ffn.output.weight", "layer.0.ffn.output"
+    assert given.quant(weight) == replace(plain.quant(weight), observer=published.quant(weight).observer)
+    assert given.quant(tensor) == plain.quant(tensor) != given.quant(weight)
