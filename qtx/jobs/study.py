@@ -169,12 +169,7 @@ class Study:
         lines = {row.line: row for row in self.rows.values()}
         beside, notes = self._find_published(list(lines.values()))
         if self.unigram is not None:
-<<<<<<< HEAD
             notes = [*notes, f"unigram model on the same targets: perplexity {format_number(self.unigram)}"]
-        (data, *others), model = self._list_data(), self.models[self.first]
-        if isinstance(data, ChainData) and not others:
-            best = format_number(math.exp(data.entropy(model)))
-            notes = [*notes, f"the best that any model can reach: perplexity {best}"]
         layout = Layout(
             metric(self.models[self.first]),
             self.recipes,
@@ -182,7 +177,7 @@ class Study:
             trained=any(row.quant for row in self.rows.values()),
             sinks=self._list_sinks(),
             published=beside,
-            notes=notes,
+            notes=[*notes, *self._name_best()],
         )
         grouped: dict[str, list[dict[str, Any]]] = {line: [] for line in lines}
         for name, run in self.runs.items():
@@ -195,11 +190,6 @@ class Study:
         known = {sink for run in self.runs.values() for sink in (run.get("sinks") or {}).get("mass", ())}
         causal = all(row.model.causal for row in self.rows.values())
         return [name for name in SINKS if name == "first" or (name in known and not causal)]
-=======
-            texts.append(f"unigram model on the same targets: perplexity {format_number(self.unigram)}")
-        texts += self._name_best()
-        return "\n".join(texts)
->>>>>>> p13-backcopy
 
     def _find_published(self, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         """What is published of each row, where all have the shape of one preset."""
