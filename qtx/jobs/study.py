@@ -170,6 +170,7 @@ class Study:
         beside, notes = self._find_published(list(lines.values()))
         if self.unigram is not None:
             notes = [*notes, f"unigram model on the same targets: perplexity {format_number(self.unigram)}"]
+        notes = [*notes, *self._name_best()]
         layout = Layout(
             metric(self.models[self.first]),
             self.recipes,
@@ -177,7 +178,7 @@ class Study:
             trained=any(row.quant for row in self.rows.values()),
             sinks=self._list_sinks(),
             published=beside,
-            notes=[*notes, *self._name_best()],
+            notes=notes,
         )
         grouped: dict[str, list[dict[str, Any]]] = {line: [] for line in lines}
         for name, run in self.runs.items():
