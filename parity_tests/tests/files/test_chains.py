@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import qtx_ref
 from parity_tests.tests.commands.test_cli import call, good
 from qtx.data import SPLITS, ChainData, DataError, DataSpec, load
 from qtx.data.chains import BOS, CHAINS, HELD, TRIGGERS, VOCAB, Chain, make_tokenizer, read_bytes
 from qtx.data.spec import Begin, Order, Packing, Source
 from qtx.data.text import Specials
 from qtx.data.tokenizing import BUNDLED, encode_prompt, open_tokenizer
-from qtx.files.checkpoint import load_checkpoint
+from qtx.files.checkpoint import load_checkpoint, save_checkpoint
 from qtx.measure.marks import Kinds
 from qtx_ref.spec import Family, Head, ModelSpec
 
+ROOT = Path(qtx_ref.__file__).parent.parent
 OPT = ModelSpec(Family.OPT, 1, 8, 1, 8, Head.CAUSAL, vocab=VOCAB, length=32)
 BERT = ModelSpec(Family.BERT, 1, 8, 1, 8, Head.MLM, vocab=2048, length=8, types=2)
 MODEL = ["--set", "model.layers=1", "--set", "model.width=8", "--set", "model.heads=1", "--set", "model.hidden=16"]
@@ -58,12 +62,12 @@ def test_the_entropy_of_a_small_chain_by_hand():
 
 
 def test_the_table_is_that_of_the_books():
-    """The pairs are counted here once more, byte by byte."""
+    """Pairs of two different bytes are counted here once more."""
     kept, pairs = read_bytes()
     text = [path.read_bytes() for path in sorted((BUNDLED / "text").glob("*.txt"))]
     assert len(text) == 4 and len(set(kept.tolist())) == VOCAB - 1
-    for a, b in ((b"t", b"h"), (b"q", b"u"), (b" ", b"t"), (b"\n", b"\n"), (b"e", b" ")):
-        count = sum(sum(book[i : i + 2] == a + b for i in range(len(book) - 1)) for book in text)
+    for a, b in ((b"t", b"h"), (b"q", b"u"), (b" ", b"t"), (b"\n", b"t"), (b"e", b" ")):
+        count = sum(book.count(a + b) for book in text)
         one, two = (kept.tolist().index(letter[0]) + 1 for letter in (a, b))
         assert pairs[one, two] == count
 
@@ -254,6 +258,26 @@ def test_a_study_and_ptq_take_a_chain(tmp_path):
     assert "no model can better: perplexity 22.14" in said and "| softmax1 " in said  # exp of 3.0975 nats
     path = sorted((tmp_path / "study").rglob("model.safetensors"))[0]
     good("ptq", path, "--out", tmp_path / "ptq", "--recipes", "w8a8")
+
+
+def test_the_table_of_runs(tmp_path):
+    """Of a model that looks at all keys alike [BOS] has the mass 1 / (t + 1), trigger or not; its
+    residual stream is 0."""
+    measured = ["--set", "evaluation.every=2", "--set", "evaluation.integers=['w8a8','w6a6','w4a8']"]
+    good("train", "--data", "backcopy", *MODEL, "--steps", 2, *measured, "--backend", "ref", "--out", tmp_path)
+    path = tmp_path / "model.safetensors"
+    known = load_checkpoint(path)
+    blank = {name: np.zeros_like(value) for name, value in known.params.items()}
+    path.unlink()
+    save_checkpoint(path, replace(known, params=blank))
+    run = runpy.run_path(str(ROOT / "tools" / "tabulate_backcopy.py"))["measure_run"](tmp_path)
+    batches = list(open_one("backcopy").split_batches("evaluation", replace(OPT, length=16), 16, 0, limit=4))
+    fires = np.concatenate([open_one("backcopy").chain.trigger[batch["tokens"]] for batch in batches])
+    even = np.broadcast_to(1 / np.arange(1, 17), fires.shape)
+    # each batch counts alike, so the means over all rows are near and not the same
+    assert run["mass_idle"][0][0] == pytest.approx(even[:, 8:][~fires[:, 8:]].mean(), rel=2e-2)
+    assert run["mass_trigger"][0][0] == pytest.approx(even[:, 8:][fires[:, 8:]].mean(), rel=2e-2)
+    assert run["step"] == 2 and run["peak_first"]["embed.sum"] == 0
 
 
 def test_a_command_refuses_a_vocabulary_and_other_models(tmp_path):
