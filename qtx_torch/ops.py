@@ -146,6 +146,12 @@ def stretch(gamma: Tensor | float, zeta: float, dtype: torch.dtype) -> tuple[Ten
     return gamma.to(dtype), (zeta - gamma.double()).to(dtype)
 
 
+def own(y: Tensor) -> Tensor:
+    """y as a Function's result. Compiled, a tensor that is new: of one that was changed in place, or converted to the
+    dtype that it has, torch 2.11 loses the gradient and says nothing."""
+    return y.clone() if torch.compiler.is_compiling() else y
+
+
 class ClippedSoftmax(torch.autograd.Function):
     """clip_stretch(softmax(x)) as one node that keeps the probabilities and nothing else."""
 
@@ -154,7 +160,7 @@ class ClippedSoftmax(torch.autograd.Function):
         p = torch.softmax(x, dim=-1)
         ctx.save_for_backward(p)
         ctx.gamma, ctx.span = stretch(gamma, zeta, p.dtype)
-        return (p * ctx.span).add_(ctx.gamma).clamp_(0, 1)
+        return own((p * ctx.span).add_(ctx.gamma).clamp_(0, 1))
 
     @staticmethod
     @once_differentiable

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from qtx_ref.spec import FloatQuantSpec, Quant, QuantSpec
 
+from ..ops import own
 from . import affine, quantizer
 
 
@@ -27,7 +28,7 @@ class StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(level)
         ctx.ends = (spec.code_min - 0.5, spec.code_max + 0.5)  # the kernel below excludes its limits; levels are whole
         code = level.clamp(spec.code_min, spec.code_max)  # a float: NaN stays NaN
-        return code.sub_(zero_point).mul_(scale).to(x.dtype)
+        return own(code.sub_(zero_point).mul_(scale).to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -43,7 +44,7 @@ class Unclamped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return affine.round_level(x, scale, zero_point).sub_(zero_point).mul_(scale).to(x.dtype)
+        return own(affine.round_level(x, scale, zero_point).sub_(zero_point).mul_(scale).to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -58,7 +59,7 @@ class Selected(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
         y, inside = quantizer.simulate(x, scale, zero_point, spec)
         ctx.save_for_backward(inside)
-        return y
+        return own(y)
 
     @staticmethod
     @once_differentiable
@@ -87,7 +88,7 @@ class LearnedStep(torch.autograd.Function):
         y, inside = affine.simulate(x, s, z, spec)
         ctx.save_for_backward(x, scale, s, z, inside)
         ctx.spec = spec
-        return y
+        return own(y)
 
     @staticmethod
     @once_differentiable
