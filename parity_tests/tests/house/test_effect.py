@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,77 @@ def test_a_setting_is_one_in_all_its_files(name):
 def test_the_index_names_every_file():
     text = (FOLDER / "README.md").read_text()
     assert sorted({*re.findall(r"\(([\w-]+)\.toml\)", text)}) == FILES
+
+
+# --- the tool that tabulates what came out ----------------------------------------------------------------------------
+
+TOOL = runpy.run_path(str(FOLDER.parents[2] / "tools" / "tabulate_effect.py"))
+RESULTS = sorted((FOLDER / "results").glob("*.json"))
+
+
+def write(path: Path, *values: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, values)))
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def log_line(step: int, mass: float, added: float) -> dict:
+    integers = {f"integer.{bits}.loss": added for bits in ("w8a8", "w6a6", "w4a8")}
+    shared = {"heads.idle": 3.0, "inf_norm": 8.0, "kurtosis": 2.0}
+    values = {"float.loss": 0.0, **integers, "sink.first": mass, **shared}
+    return {"step": step, "loss": 1.0, "evaluation": values, "heads": {"first": [[mass, 0.25], [0.0, 0.125]]}}
+
+
+def test_seeds_are_one_row_with_mean_and_ends(tmp_path):
+    write(tmp_path / "gated:pi=0.25-seed0" / "log.jsonl", {"step": 1, "loss": 2.0}, log_line(2, 0.5, 0.125))
+    write(tmp_path / "gated:pi=0.25-seed1" / "log.jsonl", log_line(2, 0.25, 0.25))
+    write(tmp_path / "left-seed0" / "log.jsonl", log_line(2, 0.75, 0.5))
+    found = TOOL["collect"](tmp_path, ["left*"])
+    assert list(found) == ["gated:pi=0.25-seed0", "gated:pi=0.25-seed1"]
+    spread = "0.188 (0.125..0.250)"  # of 1/8 and 1/4; a perplexity of e^0
+    row = ["gated:pi=0.25", "2", "2", "1.00 (1.00)", "0.38 (0.25..0.50)", "3 (3)", "8.0 (8.0)", "2.0 (2.0)"]
+    assert cells(TOOL["tabulate_curves"](found)) == [[*row, spread, spread, spread]]
+    assert cells(TOOL["tabulate_heads"](found))[1] == ["gated:pi=0.25-seed1", "2", "0.25 0.25", "0.00 0.12"]
+
+
+def test_heads_and_peaks_of_an_analysis(tmp_path):
+    heads = [{"reason": "gate", "mass": {"[CLS]": 0.5}}, {"reason": None, "mass": {"[SEP]": 0.25}}]
+    sites = [
+        {"site": "layer.0.ffn.output", "inf_norm": 7.0, "kurtosis": 4.0},
+        {"site": "embed.sum", "inf_norm": 2.0, "kurtosis": 8.0},
+    ]
+    write(tmp_path / "vanilla-0.analyze.json", {"heads": heads, "sites": sites})
+    rows = cells(TOOL["tabulate_analysis"](TOOL["collect"](tmp_path, [])))
+    assert rows == [["vanilla", "1", "1 of 2", "gate 1", "0.50 / 0.25", "7.0 layer.0.ffn.output", "8", "6"]]
+
+
+def test_a_spared_part_and_a_model_that_is_destroyed(tmp_path):
+    plain = {"value": 10.0, "loss": 2.0, "low": 0.0, "high": 0.0, "runs_as": "float"}
+    part, whole = ({"nats": nats, "low": nats - 0.5, "high": nats + 0.5} for nats in (1.0, 3.0))
+    broken = plain | {"loss": 5.0, "low": 1.0, "high": 2.0, "damage": {"whole": whole, "part": None}}
+    mended = broken | {"damage": {"whole": whole, "part": part}}
+    write(tmp_path / "m" / "ptq.json", {"rows": {"float": plain, "w4a8": broken, "w8a8": mended}})
+    rows = cells(TOOL["tabulate_recipes"](TOOL["collect"](tmp_path, [])))
+    assert rows[1] == ["m", "w4a8", "1", "10.00", "3.000", "+1.0..+2.0 %", "+3.0000 (+2.5000..+3.5000)", "destroyed"]
+    assert rows[2][-1] == "+1.0000 (+0.5000..+1.5000)"
+
+
+def test_an_empty_folder_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="no row there has"):
+        TOOL["collect"](tmp_path, [])
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_the_tables_of_the_pages_are_those_of_the_results(path):
+    """Each line that the tool prints of the kept figures stands on a page that names the file."""
+    assert path.stat().st_size < 100_000
+    found = json.loads(path.read_text())
+    pages = [page for page in map(Path.read_text, FOLDER.glob("*.md")) if f"results/{path.name}" in page]
+    assert pages
+    for part, tables in TOOL["TABLES"].items():
+        if any(part in each for each in found.values()):
+            for line in (line for table in tables for line in table(found).splitlines()):
+                assert any(line in page for page in pages), line

@@ -1,0 +1,223 @@
+"""The tables of docs/studies/effect: what runs were while they trained, what `qtx analyze` and `qtx ptq` say then.
+
+python tools/tabulate_effect.py collect FOLDER --json FILE [--skip PATTERN ...]    keep the figures of a folder
+python tools/tabulate_effect.py show FILE [--picture FILE.png]                     print them as tables
+
+FOLDER holds what there is of: ROW/log.jsonl (the OUT of `qtx study`), ROW/ptq.json (an OUT of `qtx ptq`),
+ROW.analyze.json and ROW.ptq.json (their --json). Rows ROW-seedN and ROW-N are one row of several seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from qtx.report.sinks import draw_growth
+from qtx.report.tables import format_range, format_table
+
+BITS = ("w8a8", "w6a6", "w4a8")
+DIGITS = 5  # of what is kept
+MARKS = ("[CLS]", "[SEP]")
+
+
+def shorten(value: object) -> object:
+    """JSON values with fewer digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: shorten(each) for key, each in value.items()}
+    return [shorten(each) for each in value] if isinstance(value, list) else value
+
+
+def read_curves(path: Path) -> list[dict]:
+    """Of each step that was evaluated what the log has, without speed."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    keep = ("step", "evaluation", "heads")
+    return [{key: line[key] for key in keep if key in line} for line in lines if line.get("evaluation")]
+
+
+def read_analysis(path: Path) -> dict:
+    """Of an analysis the heads' masses and why they are idle, and each site's peak and kurtosis."""
+    analysis = json.loads(path.read_text(encoding="utf-8"))
+    heads = [(head["reason"], [head["mass"].get(mark, 0.0) for mark in MARKS]) for head in analysis["heads"]]
+    sites = {
+        site["site"]: {key: site[key] for key in ("inf_norm", "kurtosis")}
+        for site in analysis["sites"]
+        if site["site"].startswith(("embed", "layer"))
+    }
+    return {"heads": [{"reason": reason, "mass": mass} for reason, mass in heads], "sites": sites}
+
+
+def read_rows(path: Path) -> dict:
+    """Of a comparison each recipe's row, without what depends on the machine."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    keep = ("value", "loss", "low", "high", "runs_as", "damage")
+    return {name: {key: row[key] for key in keep if key in row} for name, row in rows.items()}
+
+
+PARTS: tuple[tuple[str, str, Callable[[Path], list | dict]], ...] = (
+    ("curves", "/log.jsonl", read_curves),
+    ("recipes", "/ptq.json", read_rows),
+    ("recipes", ".ptq.json", read_rows),
+    ("analysis", ".analyze.json", read_analysis),
+)
+
+
+def collect(folder: Path, skip: Sequence[str]) -> dict[str, dict]:
+    """By row what there is of it in a folder."""
+    found: dict[str, dict] = defaultdict(dict)
+    for part, suffix, read in PARTS:
+        for path in sorted(folder.glob(f"*{suffix}")):
+            name = path.relative_to(folder).as_posix().removesuffix(suffix)
+            if not any(fnmatch(name, pattern) for pattern in skip):
+                found[name][part] = shorten(read(path))
+    if not found:
+        raise SystemExit(f"{folder}: no row there has {', '.join(suffix for _, suffix, _ in PARTS)}")
+    return dict(found)
+
+
+def group(found: dict[str, dict], part: str) -> Iterator[tuple[str, list]]:
+    """By row what its seeds have of a part."""
+    rows: dict[str, list] = defaultdict(list)
+    for name, parts in found.items():
+        if part in parts:
+            rows[re.sub(r"(?<!=)-(seed)?\d+$", "", name)].append(parts[part])
+    yield from rows.items()
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, behind it the smallest and the largest where there are several."""
+    mean = f"{math.fsum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({format_range(values, digits)})"
+
+
+def tabulate_curves(found: dict[str, dict]) -> str:
+    """A line for each row and step, of all its seeds."""
+    header = ["row", "step", "seeds", "float ppl", "first-token mass", "idle heads", "max inf norm", "kurtosis"]
+    cells = []
+    for name, seeds in group(found, "curves"):
+        by_step: dict[int, list[dict]] = defaultdict(list)
+        for line in (line for curves in seeds for line in curves):
+            by_step[line["step"]].append(line["evaluation"])
+        for step, values in by_step.items():
+            lost = [[each[f"integer.{bits}.loss"] - each["float.loss"] for each in values] for bits in BITS]
+            cells.append([
+                name, str(step), str(len(values)),
+                spread([math.exp(each["float.loss"]) for each in values], 2),
+                spread([each["sink.first"] for each in values], 2),
+                spread([each["heads.idle"] for each in values], 0),
+                spread([each["inf_norm"] for each in values], 1),
+                spread([each["kurtosis"] for each in values], 1),
+                *(spread(each, 3) for each in lost),
+            ])  # fmt: skip
+    return format_table([*header, *(f"{bits.upper()}, nats" for bits in BITS)], cells)
+
+
+def tabulate_heads(found: dict[str, dict]) -> str:
+    """A line for each run: by layer the first token's mass in every head, at the last step evaluated."""
+    rows = {name: parts["curves"][-1] for name, parts in found.items() if parts.get("curves")}
+    last = {name: line["heads"]["first"] for name, line in rows.items() if "first" in line.get("heads", {})}
+    depth = max((len(mass) for mass in last.values()), default=0)
+    header = ["first-token mass of each head", "step", *(f"layer {layer}" for layer in range(depth))]
+    cells = [
+        [name, str(rows[name]["step"]), *(" ".join(f"{value:.2f}" for value in layer) for layer in mass)]
+        for name, mass in last.items()
+    ]
+    return format_table(header, cells)
+
+
+def tabulate_analysis(found: dict[str, dict]) -> str:
+    """A line for each row: idle heads and why, largest masses, the largest peak and kurtosis."""
+    cells = []
+    for name, seeds in group(found, "analysis"):
+        reasons = [Counter(head["reason"] for head in each["heads"] if head["reason"]) for each in seeds]
+        why = sorted({reason for each in reasons for reason in each})
+        largest = [[max(head["mass"][mark] for head in each["heads"]) for each in seeds] for mark in range(len(MARKS))]
+        peaks = [max(each["sites"].items(), key=lambda pair: pair[1]["inf_norm"]) for each in seeds]
+        tails = [[site["kurtosis"] for site in each["sites"].values()] for each in seeds]
+        cells.append([
+            name, str(len(seeds)), f"{spread([sum(each.values()) for each in reasons], 0)} of {len(seeds[0]['heads'])}",
+            ", ".join(f"{reason} {spread([each[reason] for each in reasons], 0)}" for reason in why),
+            " / ".join(spread(each, 2) for each in largest),
+            f"{spread([site['inf_norm'] for _, site in peaks], 1)} {' '.join(sorted({place for place, _ in peaks}))}",
+            spread([max(each) for each in tails], 0),
+            spread([math.fsum(each) / len(each) for each in tails], 0),
+        ])  # fmt: skip
+    header = ["row", "seeds", "idle heads", "why", f"most of a head on {' / '.join(MARKS)}", "largest peak", "kurtosis"]
+    return format_table([*header, "its mean over sites"], cells)
+
+
+def show_difference(part: dict | None) -> str:
+    """Nats with their interval."""
+    return "destroyed" if part is None else f"{part['nats']:+.4f} ({part['low']:+.4f}..{part['high']:+.4f})"
+
+
+def tabulate_recipes(found: dict[str, dict]) -> str:
+    """A line for each row and recipe, of the seeds that have it: perplexity, the nats that the recipe adds, the percent
+    with the ends of all seeds' intervals, and the spared tokens' part."""
+    spared = any("damage" in row for parts in found.values() for row in parts.get("recipes", {}).values())
+    cells = []
+    for name, seeds in group(found, "recipes"):
+        for recipe in dict.fromkeys(recipe for rows in seeds for recipe in rows):
+            pairs = [(rows[recipe], rows["float"]) for rows in seeds if rows.get(recipe, {}).get("loss") is not None]
+            line = [name, recipe, str(len(pairs)), spread([row["value"] for row, _ in pairs], 2)]
+            if recipe != "float":
+                ends = min(row["low"] for row, _ in pairs), max(row["high"] for row, _ in pairs)
+                line.append(spread([row["loss"] - float_row["loss"] for row, float_row in pairs], 3))
+                line.append(f"{ends[0]:+.1f}..{ends[1]:+.1f} %")
+            damage = [row["damage"] for row, _ in pairs if "damage" in row]
+            line += ["; ".join(show_difference(each[part]) for each in damage) for part in ("whole", "part") if damage]
+            cells.append(line + [""] * (8 if spared else 6))
+    header = ["row", "recipe", "seeds", "perplexity", "nats", "to float, 95 % interval"]
+    header += ["simulated, nats", "of it the spared tokens'"] if spared else []
+    return format_table(header, [line[: len(header)] for line in cells])
+
+
+TABLES = {
+    "curves": (tabulate_curves, tabulate_heads),
+    "analysis": (tabulate_analysis,),
+    "recipes": (tabulate_recipes,),
+}
+
+
+def draw(found: dict[str, dict], path: Path) -> None:
+    """Draws every curve, of recipes those in integers."""
+    runs = {}
+    for name, curves in ((name, parts["curves"]) for name, parts in found.items() if parts.get("curves")):
+        kept = [key for key in curves[-1]["evaluation"] if not any(key.startswith(f"{bits}.") for bits in BITS)]
+        runs[name] = {key: [(line["step"], line["evaluation"][key]) for line in curves] for key in kept}
+    draw_growth(path, runs, path.stem)
+
+
+def main() -> None:
+    """Keeps figures, or prints them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    keep = verbs.add_parser("collect")
+    keep.add_argument("folder", type=Path)
+    keep.add_argument("--json", type=Path, required=True)
+    keep.add_argument("--skip", nargs="*", default=[])
+    show = verbs.add_parser("show")
+    show.add_argument("file", type=Path)
+    show.add_argument("--picture", type=Path)
+    given = parser.parse_args()
+    if given.verb == "collect":
+        found = collect(given.folder, given.skip)
+        text = json.dumps(found, separators=(",", ":"), sort_keys=False).replace("},{", "},\n{").replace('},"', '},\n"')
+        given.json.write_text(text + "\n", encoding="utf-8")
+        return
+    found = json.loads(given.file.read_text(encoding="utf-8"))
+    parts = [part for part in TABLES if any(part in each for each in found.values())]
+    print("\n\n".join(table(found) for part in parts for table in TABLES[part]))
+    if given.picture:
+        draw(found, given.picture)
+
+
+if __name__ == "__main__":
+    main()
