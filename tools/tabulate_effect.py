@@ -1,7 +1,7 @@
 """The tables of docs/studies/effect: what runs were while they trained, what `qtx analyze` and `qtx ptq` say then.
 
 python tools/tabulate_effect.py collect FOLDER --json FILE [--skip PATTERN ...]    keep the figures of a folder
-python tools/tabulate_effect.py show FILE [--picture FILE.png]                     print them as tables
+python tools/tabulate_effect.py show FILE [--step N] [--picture FILE.png]          print them as tables
 
 FOLDER holds what there is of: ROW/log.jsonl (the OUT of `qtx study`), ROW/ptq.json (an OUT of `qtx ptq`),
 ROW.analyze.json and ROW.ptq.json (their --json). Rows ROW-seedN and ROW-N are one row of several seeds.
@@ -43,13 +43,14 @@ def read_curves(path: Path) -> list[dict]:
 
 
 def read_analysis(path: Path) -> dict:
-    """Of an analysis the heads' masses and why they are idle, and each site's peak and kurtosis."""
+    """Of an analysis the heads' masses and why they are idle, and peak and kurtosis of the sites that every attention
+    has, so that their means are of the same."""
     analysis = json.loads(path.read_text(encoding="utf-8"))
     heads = [(head["reason"], [head["mass"].get(mark, 0.0) for mark in MARKS]) for head in analysis["heads"]]
     sites = {
         site["site"]: {key: site[key] for key in ("inf_norm", "kurtosis")}
         for site in analysis["sites"]
-        if site["site"].startswith(("embed", "layer"))
+        if site["site"].startswith(("embed", "layer")) and ".attn.gate" not in site["site"]
     }
     return {"heads": [{"reason": reason, "mass": mass} for reason, mass in heads], "sites": sites}
 
@@ -97,8 +98,8 @@ def spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({format_range(values, digits)})"
 
 
-def tabulate_curves(found: dict[str, dict]) -> str:
-    """A line for each row and step, of all its seeds."""
+def tabulate_curves(found: dict[str, dict], only: int | None = None) -> str:
+    """A line for each row and step, of all its seeds; or of one step only."""
     header = ["row", "step", "seeds", "float ppl", "first-token mass", "idle heads", "max inf norm", "kurtosis"]
     cells = []
     for name, seeds in group(found, "curves"):
@@ -106,6 +107,8 @@ def tabulate_curves(found: dict[str, dict]) -> str:
         for line in (line for curves in seeds for line in curves):
             by_step[line["step"]].append(line["evaluation"])
         for step, values in by_step.items():
+            if only not in (None, step):
+                continue
             lost = [[each[f"integer.{bits}.loss"] - each["float.loss"] for each in values] for bits in BITS]
             cells.append([
                 name, str(step), str(len(values)),
@@ -205,6 +208,7 @@ def main() -> None:
     keep.add_argument("--skip", nargs="*", default=[])
     show = verbs.add_parser("show")
     show.add_argument("file", type=Path)
+    show.add_argument("--step", type=int, help="print what runs were at this one")
     show.add_argument("--picture", type=Path)
     given = parser.parse_args()
     if given.verb == "collect":
@@ -214,7 +218,10 @@ def main() -> None:
         return
     found = json.loads(given.file.read_text(encoding="utf-8"))
     parts = [part for part in TABLES if any(part in each for each in found.values())]
-    print("\n\n".join(table(found) for part in parts for table in TABLES[part]))
+    if given.step is not None:
+        print(tabulate_curves(found, given.step))
+    else:
+        print("\n\n".join(table(found) for part in parts for table in TABLES[part]))
     if given.picture:
         draw(found, given.picture)
 
