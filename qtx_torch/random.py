@@ -89,15 +89,17 @@ def _find_kernel(step: int | Tensor, first: int | Tensor, device: torch.device) 
     tensors = isinstance(step, Tensor) or isinstance(first, Tensor)
     if tensors or torch.compiler.is_compiling() or device.type != "cuda":
         return None
-    return _load_kernel()
+    return _load_kernel(device)
 
 
 @cache
-def _load_kernel() -> Callable[..., Tensor] | None:
+def _load_kernel(device: torch.device) -> Callable[..., Tensor] | None:
     try:
-        return import_module("qtx_torch.kernels.philox").write_words
-    except ModuleNotFoundError:  # torch for Windows comes without Triton
+        write = import_module("qtx_torch.kernels.philox").write_words
+        write(0, 0, 0, 1, 0, device, None)
+    except (ImportError, RuntimeError):  # no Triton, as on Windows, or no C compiler, which Triton needs
         return None
+    return write
 
 
 def bits(
