@@ -3,8 +3,8 @@
 python tools/tabulate_effect.py collect FOLDER --json FILE [--skip PATTERN ...]    keep the figures of a folder
 python tools/tabulate_effect.py show FILE [--step N] [--picture FILE.png]          print them as tables
 
-FOLDER holds what there is of: ROW/log.jsonl (the OUT of `qtx study`), ROW/ptq.json (an OUT of `qtx ptq`),
-ROW.analyze.json and ROW.ptq.json (their --json). Rows ROW-seedN and ROW-N are one row of several seeds.
+FOLDER holds what there is of: study.json and ROW/log.jsonl (the OUT of `qtx study`), ROW/ptq.json (an OUT of
+`qtx ptq`), ROW.analyze.json and ROW.ptq.json (their --json). ROW-seedN and ROW-N are one row of several seeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qtx.report.sinks import draw_growth
 from qtx.report.tables import format_range, format_table
 
 BITS = ("w8a8", "w6a6", "w4a8")
-DIGITS = 5  # of what is kept
+DIGITS = 6  # of what is kept
 MARKS = ("[CLS]", "[SEP]")
 
 
@@ -62,6 +62,24 @@ def read_rows(path: Path) -> dict:
     return {name: {key: row[key] for key in keep if key in row} for name, row in rows.items()}
 
 
+def read_study(path: Path) -> dict[str, dict]:
+    """By run what a study says of its trained model."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    keep = ("diverged", "mean_loss", "outliers", "sinks")
+    losses = ("float", "trained", "recipes", "integers")
+    return {
+        name: {key: run[key] for key in keep} | {key: strip_scores(run[key]) for key in losses if run.get(key)}
+        for name, run in runs.items()
+    }
+
+
+def strip_scores(scores: dict) -> dict:
+    """Losses, of one score or by recipe; where there is none, why."""
+    if "loss" in scores or not all(isinstance(each, dict) for each in scores.values()):
+        return {key: scores[key] for key in ("loss", "failed") if key in scores}
+    return {name: strip_scores(each) for name, each in scores.items()}
+
+
 PARTS: tuple[tuple[str, str, Callable[[Path], list | dict]], ...] = (
     ("curves", "/log.jsonl", read_curves),
     ("recipes", "/ptq.json", read_rows),
@@ -76,8 +94,12 @@ def collect(folder: Path, skip: Sequence[str]) -> dict[str, dict]:
     for part, suffix, read in PARTS:
         for path in sorted(folder.glob(f"*{suffix}")):
             name = path.relative_to(folder).as_posix().removesuffix(suffix)
+            if not any(fnmatch(name, pattern) for pattern in skip) and (values := read(path)):
+                found[name][part] = shorten(values)
+    if (path := folder / "study.json").exists():
+        for name, run in read_study(path).items():
             if not any(fnmatch(name, pattern) for pattern in skip):
-                found[name][part] = shorten(read(path))
+                found[name]["study"] = shorten(run)
     if not found:
         raise SystemExit(f"{folder}: no row there has {', '.join(suffix for _, suffix, _ in PARTS)}")
     return dict(found)
@@ -182,7 +204,38 @@ def tabulate_recipes(found: dict[str, dict]) -> str:
     return format_table(header, [line[: len(header)] for line in cells])
 
 
+def tabulate_studies(found: dict[str, dict]) -> str:
+    """A line for each row of a study: what its models are after training, and the nats that each recipe adds, in
+    integers where the study has them."""
+    runs = [parts["study"] for parts in found.values() if "study" in parts]
+    recipes = list(dict.fromkeys(name for run in runs for name in run.get("recipes", {})))
+    trained = any("trained" in run for run in runs)
+    cells = []
+    for name, seeds in group(found, "study"):
+        known = [run for run in seeds if not run["diverged"]]
+        line = [name, str(len(seeds)), f"{len(seeds) - len(known)}"]
+        line.append(spread([run["mean_loss"] for run in known], 3) if known else "")
+        if known:
+            line.append(spread([math.exp(run["float"]["loss"]) for run in known], 3))
+            scores = [run["trained"]["loss"] for run in known if "trained" in run]
+            line += [spread([math.exp(loss) for loss in scores], 3) if scores else ""] if trained else []
+            line.append(spread([max(map(max, run["sinks"]["mass"]["first"])) for run in known], 2))
+            line.append(spread([run["sinks"]["idle"] for run in known], 0))
+            line.append(spread([run["outliers"]["max_inf_norm"] for run in known], 1))
+            line.append(spread([run["outliers"]["average_kurtosis"] for run in known], 1))
+            for recipe in recipes:
+                scores = [run["recipes"][recipe] | run.get("integers", {}).get(recipe, {}) for run in known]
+                added = [each["loss"] - run["float"]["loss"] for each, run in zip(scores, known, strict=True)]
+                line.append(spread(added, 4))
+        cells.append(line)
+    header = ["row", "seeds", "diverged", "mean training loss", "float ppl", *(["ppl as trained"] if trained else [])]
+    header += ["first-token mass", "idle heads", "max inf norm", "kurtosis"]
+    header += [f"{recipe.upper()}, nats" for recipe in recipes]
+    return format_table(header, [line + [""] * (len(header) - len(line)) for line in cells])
+
+
 TABLES = {
+    "study": (tabulate_studies,),
     "curves": (tabulate_curves, tabulate_heads),
     "analysis": (tabulate_analysis,),
     "recipes": (tabulate_recipes,),

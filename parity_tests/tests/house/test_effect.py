@@ -121,6 +121,24 @@ def test_a_spared_part_and_a_model_that_is_destroyed(tmp_path):
     assert rows[2][-1] == "+1.0000 (+0.5000..+1.5000)"
 
 
+def test_a_study_has_integers_where_it_can_and_counts_what_diverged(tmp_path):
+    run = {
+        "diverged": False,
+        "mean_loss": 1.5,
+        "float": {"loss": 0.0, "targets": 9},
+        "trained": {"loss": 0.0},
+        "outliers": {"max_inf_norm": 4.0, "average_kurtosis": 3.0},
+        "sinks": {"mass": {"first": [[0.25, 0.5], [0.0, 0.0]]}, "idle": 1},
+        "recipes": {"w8a8": {"loss": 0.5}, "w4a8": {"loss": 1.0, "ranges": {}}},
+        "integers": {"w8a8": {"loss": 0.25}},
+    }
+    lost = run | {"diverged": True, "float": None, "outliers": None, "sinks": None, "trained": None, "recipes": {}}
+    write(tmp_path / "study.json", {"runs": {"a-seed0": run, "a-seed1": lost, "b-seed0": lost | {"mean_loss": None}}})
+    rows = cells(TOOL["tabulate_studies"](TOOL["collect"](tmp_path, ["c"])))
+    numbers = ["1.500", "1.000", "1.000", "0.50", "1", "4.0", "3.0", "0.2500", "1.0000"]
+    assert rows == [["a", "2", "1", *numbers], ["b", "1", "1", *[""] * len(numbers)]]
+
+
 def test_an_empty_folder_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="no row there has"):
         TOOL["collect"](tmp_path, [])
