@@ -131,7 +131,8 @@ def tabulate_curves(found: dict[str, dict], only: int | None = None) -> str:
         for step, values in by_step.items():
             if only not in (None, step):
                 continue
-            lost = [[each[f"integer.{bits}.loss"] - each["float.loss"] for each in values] for bits in BITS]
+            keys = [f"integer.{bits}.loss" for bits in BITS]
+            lost = [[each[key] - each["float.loss"] for each in values if key in each] for key in keys]
             cells.append([
                 name, str(step), str(len(values)),
                 spread([math.exp(each["float.loss"]) for each in values], 2),
@@ -139,7 +140,7 @@ def tabulate_curves(found: dict[str, dict], only: int | None = None) -> str:
                 spread([each["heads.idle"] for each in values], 0),
                 spread([each["inf_norm"] for each in values], 1),
                 spread([each["kurtosis"] for each in values], 1),
-                *(spread(each, 3) for each in lost),
+                *(spread(each, 3) if each else "" for each in lost),
             ])  # fmt: skip
     return format_table([*header, *(f"{bits.upper()}, nats" for bits in BITS)], cells)
 
