@@ -98,7 +98,7 @@ def ptq_command(
     )
     comparison, written = compare_recipes(request)
     say(tabulate_sites(comparison, sensitivity) if sensitivity else tabulate_rows(comparison), json_path)
-    if spare:
+    if request.spare:
         say(tabulate_damage(comparison), json_path)
     say(f"written to {out}: {', '.join(written)}", json_path)
     write_json(json_path, {"rows": comparison.rows, "sensitivity": comparison.sites})

@@ -194,8 +194,8 @@ class Study:
 
     def _find_published(self, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         """What is published of each row, or of its attention in another shape of its family; nothing of models that
-        begin with a checkpoint."""
-        if any(row.origin for row in rows):
+        begin with a checkpoint, nor of a chain, whose text is no language."""
+        if any(row.origin for row in rows) or any(isinstance(data, ChainData) for data in self._list_data()):
             return [], []
         models = [(row.model, row.recipe) for row in rows]
         cells, sources = make_column(describe_shape(self.rows), models, self.recipes)
@@ -261,14 +261,25 @@ class Study:
             words = describe_difference("study", {**was, "recipes": recipes}, {**now, "recipes": self.recipes})
             raise FileError(f"{self.path} is another study: {words}")
         ended = {name for name, row in rows.items() if row.run.get("stop") == self.rows[name].run.get("stop")}
-        return known | {"runs": {name: result for name, result in known["runs"].items() if name in ended}}
+        whole = {
+            name: result
+            for name, result in known["runs"].items()
+            if name in ended and has_integers(result, self.rows[name].integers)
+        }
+        return known | {"runs": whole}
+
+
+def has_integers(result: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether a run was measured in integers by all these recipes, or cannot be."""
+    return result["float"] is None or result.get("integers", {}).keys() >= {*names}
 
 
 def run_study(run: RunSpec, out: Path, *, resume: bool = False, jobs: int = 1) -> Study:
     """Trains and evaluates every run that a run's grids make, and leaves the study in the folder `out`; returns it,
     `tabulate` and `result` say what came out.
 
-    resume: go on with the study that is there, if there is one; to another `stop` than it had, all its runs go on.
+    resume: go on with the study that is there, if there is one; to another `stop` than it had, all its runs go on, and
+    for integers that it has not, they are evaluated anew.
     jobs: rows that are trained at once, each in a process of its own where they are several; one that fails is then in
     the study's `failed`, and ends no other.
 

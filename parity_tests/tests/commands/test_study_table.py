@@ -145,6 +145,16 @@ def test_a_study_from_before_goes_on_and_has_dashes(folder, tmp_path):
     assert [row["sink"] for row in read_cells(said)] == ["-", "-"]
 
 
+def test_integers_that_a_study_has_not_are_measured_when_it_goes_on(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "s")
+    more = ("--set", 'evaluation.integers=["w8a8", "w6a6"]')
+    good("study", *TINY, *SMALL, *LIMIT, *more, "--resume", "--out", tmp_path / "s")
+    was, now = (read_study(one / "study.json")["runs"] for one in (folder, tmp_path / "s"))
+    for name, run in now.items():
+        assert run["integers"]["w6a6"]["loss"] != was[name]["integers"]["w8a8"]["loss"]
+        assert {**run, "integers": {"w8a8": run["integers"]["w8a8"]}} == was[name]  # what was trained stands
+
+
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [

@@ -171,7 +171,7 @@ def test_the_command(opt, tmp_path):
 
 def test_without_it_a_comparison_is_what_it_was(opt, tmp_path):
     out = tmp_path / "ptq"
-    good("ptq", opt, *SMALL, "--out", out)
+    assert "damage" not in good("ptq", opt, *SMALL, "--spare", ",", "--out", out).stdout  # a list of nothing
     content = json.loads((out / "ptq.json").read_text())
     assert "spare" not in content["of"]["spec"]
     assert not {"spared", "damage"} & content["rows"]["w8a8"].keys()
