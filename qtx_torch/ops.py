@@ -1,5 +1,6 @@
 """Every differentiable op, named as in the reference: the equation, and how torch computes it.
 
+Differs from the reference: own: a Function's result, for the compiler.
 Differs from the reference: scores, stretch, clipped_softmax: several of the reference's ops in one kernel.
 Differs from the reference: arrange: a method of the reference's tape.
 
