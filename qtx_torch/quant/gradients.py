@@ -94,6 +94,13 @@ def _draw(how: Backward, name: str, part: str, x: Tensor) -> Tensor | None:
     return how.draw(name, part, tuple(x.shape), x.device)
 
 
+def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, computed in `dtype`. A compiled backward pass is traced under its forward's autocast, and a plain one runs
+    without any: so none counts here."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)
+
+
 class Linear(torch.autograd.Function):
     """`ops.linear` with the reference's vector-Jacobian products."""
 
@@ -121,13 +128,13 @@ class Linear(torch.autograd.Function):
         dy = split(g)
         if ctx.needs_input_grad[0]:
             w = how.quantize("dgrad_weight", weight, -2, _draw(how, "dgrad_weight", "weight", weight))
-            dx = merge(how.quantize("dgrad_gradient", dy, -1, first) @ w.to(g.dtype)).to(x.dtype)
+            dx = merge(_multiply(how.quantize("dgrad_gradient", dy, -1, first), w, g.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
             words = _draw(how, "wgrad_input", "input", x)
             rows = None if where is None else where.expand(*x.shape[:-1], 1).reshape(-1, 1)  # (N, 1)
             xs = how.quantize("wgrad_input", split(x), -2, None if words is None else split(words), rows)
             dy = how.quantize("wgrad_gradient", dy, -2, second)
-            dw = (dy.transpose(-1, -2) @ xs.to(g.dtype)).to(weight.dtype)
+            dw = _multiply(dy.transpose(-1, -2), xs, g.dtype).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             db = g.reshape(-1, g.shape[-1]).sum(dim=0).reshape(ctx.bias)
         return dx, dw, db, None, None
@@ -152,11 +159,11 @@ class Matmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             words = _draw(how, "dgrad_weight", "rhs", b)
             rhs = how.quantize("dgrad_weight", b, -1, words, where_b).transpose(-1, -2)
-            da = (how.quantize("dgrad_gradient", g, -1, first) @ rhs.to(g.dtype)).to(a.dtype)
+            da = _multiply(how.quantize("dgrad_gradient", g, -1, first), rhs, g.dtype).to(a.dtype)
         if ctx.needs_input_grad[1]:
             words = _draw(how, "wgrad_input", "lhs", a)
             lhs = how.quantize("wgrad_input", a, -2, words, where_a).transpose(-1, -2)
-            db = (lhs.to(g.dtype) @ how.quantize("wgrad_gradient", g, -2, second)).to(b.dtype)
+            db = _multiply(lhs, how.quantize("wgrad_gradient", g, -2, second), g.dtype).to(b.dtype)
         return da, db, None, None, None
 
 

@@ -19,6 +19,7 @@ from qtx.prepare.calibration import bind
 from qtx.recipes.named import training_recipe
 from qtx_ref.spec import PLAIN_STEP, ObserverKind, ObserverSpec, OptimSpec, QuantSpec, Sharding, SpecError, StepSpec
 from qtx_torch.numerics import Float
+from qtx_torch.quant import gradients
 from qtx_torch.step import LossScale, check_deterministic
 
 OPTIM = OptimSpec(lr=1e-3, warmup=5, steps=100)
@@ -278,6 +279,28 @@ def test_quantized_gradients_are_compiled(name, monkeypatch):
     for seed in range(2):
         batch = small_models.make_batch(traced.model.spec, 4 + 2 * seed)
         assert traced.step(batch) == eager.step(batch)  # the same ops in the same order
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantized_gradients_of_heads_are_the_same_compiled_under_autocast():
+    """A gate's logits are float32 under autocast, and so are the products of its backward pass."""
+
+    def run(compiled: bool) -> list[np.ndarray]:
+        torch._dynamo.reset()
+        drawn = np.random.default_rng(0)
+        x, w, b = (torch.tensor(drawn.normal(size=n), requires_grad=True) for n in ((2, 5, 8), (2, 3, 4), (2, 3)))
+        how = gradients.Backward(training_recipe("w8a8+grad8", small_models.specs()["opt_plain"]).gradients, "s", 0, 1)
+
+        def apply(x, w, b):
+            return gradients.linear(x.float(), w.float(), b.float(), how)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            y = (torch.compile(apply, backend="aot_eager") if compiled else apply)(x, w, b)
+        y.square().sum().backward()
+        return [v.grad.numpy() for v in (x, w, b)]
+
+    for eager, traced in zip(run(False), run(True), strict=True):
+        np.testing.assert_array_equal(traced, eager)
 
 
 def test_what_is_not_compiled():
