@@ -108,7 +108,7 @@ class Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, how: Backward, where: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, where)
         ctx.how, ctx.bias = how, None if bias is None else bias.shape
-        return ops.linear(x, weight, bias)
+        return ops.own(ops.linear(x, weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -147,7 +147,7 @@ class Matmul(torch.autograd.Function):
     def forward(ctx, a: Tensor, b: Tensor, how: Backward, where_a: Tensor | None, where_b: Tensor | None) -> Tensor:
         ctx.save_for_backward(a, b, where_a, where_b)
         ctx.how = how
-        return ops.matmul(a, b)
+        return ops.own(ops.matmul(a, b))
 
     @staticmethod
     @once_differentiable
