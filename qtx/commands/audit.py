@@ -1,4 +1,4 @@
-"""`qtx audit`: its commands, each in a file of its own."""
+"""qtx audit: what the engines compute, and why two of them differ."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import click
 from .audit_findings import findings_command
 
 
-@click.group(name="audit")
+@click.group("audit")
 def audit_command() -> None:
-    """What an engine computes: held to a profile, named rule by rule, explained."""
+    """Hold engines to their rules, find the rules of a black box, and the cause of a differing integer."""
 
 
 audit_command.add_command(findings_command)
