@@ -17,6 +17,7 @@ from qtx_ref.spec import read_processes
 
 from . import __version__
 from .commands.analyze import analyze_command
+from .commands.audit import audit_command
 from .commands.cost import cost_command
 from .commands.diff import diff_command
 from .commands.evaluate import evaluate_command
@@ -104,6 +105,7 @@ for command in (
     ptq_command,
     cost_command,
     parity_command,
+    audit_command,
     show_command,
     diff_command,
     vectors_command,

@@ -22,6 +22,7 @@ from qtx_ref.integer.lowering import make_constants
 from qtx_ref.integer.model import code_dtype
 from qtx_ref.integer.products import pack_int4, unpack_int4
 from qtx_ref.models.initial import shapes
+from qtx_ref.profiles import parse
 from qtx_ref.spec import (
     ModelSpec,
     Nonlinear,
@@ -154,7 +155,7 @@ def load_artifact(path: Path) -> Artifact:
         artifact = Artifact(
             from_dict(ModelSpec, header["spec"]),
             from_dict(Recipe, header["recipe"]),
-            from_dict(Profile, header["profile"]),
+            parse(header["profile"]),
             from_dict(Nonlinear, header["nonlinear"]),
             tensors,
             header["meta"],

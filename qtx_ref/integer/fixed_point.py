@@ -3,12 +3,12 @@
 Fixed point writes M = 2^shift * multiplier / 2^31 with multiplier in [2^30, 2^31): a 32-bit mantissa, a Q31 number in
 [1/2, 1). The product of two 32-bit integers is then exact in 64 bits, and engines differ in how they bring it back:
 
-    FIXED_ONE     floor((a multiplier + 2^(30 - shift)) / 2^(31 - shift))            one rounding, half up
-    FIXED_TWO     round(round(2^left a multiplier / 2^31) / 2^right)                 two: half up, then half away
-    HIGH_HALF_UP  round(floor(2^left a multiplier / 2^31) / 2^right)                 truncated, then half up
+    product EXACT      floor((a multiplier + 2^(30 - shift)) / 2^(31 - shift))            one rounding, half up
+    product HALF_UP    round(round(2^left a multiplier / 2^31) / 2^right)                 two: half up, then half away
+    product TRUNCATED  round(floor(2^left a multiplier / 2^31) / 2^right)                 truncated, then half up
 
-where left = max(shift, 0), right = max(-shift, 0); HIGH_HALF_UP shifts right by at least 1 so that it always rounds.
-FIXED_ONE_NARROW is FIXED_ONE but for 64-bit accumulators, whose multiplier it rounds to 15 bits.
+where left = max(shift, 0), right = max(-shift, 0); TRUNCATED shifts right by at least 1 so that it always
+rounds. Of 64-bit accumulators a rule with 15 bits rounds the multiplier to that many.
 Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPACK's rndnu kernels.
 
 Arrays: element by element; what multiplies or shifts an accumulator broadcasts against it, so that the result has its
@@ -16,8 +16,8 @@ shape. Integers of any integer dtype are taken where their values are within the
 as said.
 
     >>> M = np.float64(0.25)
-    >>> [round_by(np.int32([-6, -2, 2, 6, 10]), M, kind).tolist() for kind in list(Requantization)[:4]]
-    [[-2, 0, 0, 2, 2], [-2, -1, 1, 2, 3], [-1, 0, 1, 2, 3], [-2, -1, 1, 2, 3]]
+    >>> round_by(np.int32([-6, -2, 2, 6, 10]), M, QTX.requantize).tolist()
+    [-1, 0, 1, 2, 3]
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ import numpy as np
 
 from ..quant.checks import check_integers, check_range, check_shape
 from ..quant.rounding import round_integer
-from ..spec import QTX, Profile, QuantSpec, Requantization, Rounding
+from ..spec import QTX, Dtype, Fixed, FloatProduct, HighProduct, QuantSpec, Rounding
 
 __all__ = [
-    "FLOATS",
     "INT32_MAX",
     "INT32_MIN",
-    "WIDE",
     "check_real",
     "check_wide",
     "doubling_high_multiply",
@@ -54,8 +52,6 @@ __all__ = [
 ]
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
-WIDE = (Requantization.FIXED_ONE, Requantization.FIXED_ONE_NARROW)  # defined for int64 accumulators
-FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_AWAY: Rounding.HALF_AWAY}
 
 
 def check_real(real: np.ndarray) -> None:
@@ -173,16 +169,18 @@ def multiply_high_half_up(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarr
 
 
 def real_multiplier(
-    x_scale: np.ndarray | float, w_scale: np.ndarray | float, y_scale: np.ndarray | float, profile: Profile = QTX
+    x_scale: np.ndarray | float,
+    w_scale: np.ndarray | float,
+    y_scale: np.ndarray | float,
+    rule: Fixed | FloatProduct = QTX.requantize,
 ) -> np.ndarray:
-    """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step.
+    """M = x_scale * w_scale / y_scale: in the dtype of the rule, rounded at each step.
 
     x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
     as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
     (O,). Raises ValueError for scales of another shape.
     """
-    exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
-    kind = np.float64 if exact else np.float32
+    kind = np.float64 if rule.dtype is Dtype.FLOAT64 else np.float32
     x, w, y = (np.asanyarray(scale, kind) for scale in (x_scale, w_scale, y_scale))
     if y.ndim > 1 and y.size > 1 and y.shape[-1] == 1:
         raise ValueError(f"result scales of shape {y.shape}: give one, or (O,)")
@@ -202,7 +200,7 @@ def per_column(scale: np.ndarray) -> np.ndarray:
     return one_or_all(scale.reshape(-1))
 
 
-def multiply(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, requantization: Requantization) -> np.ndarray:
+def multiply(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, rule: Fixed) -> np.ndarray:
     """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
 
     a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do
@@ -210,39 +208,45 @@ def multiply(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, requantiz
     """
     check_shape("multiplier", multiplier, np.shape(a), "give one, or one per column or row")
     check_shape("shift", shift, np.shape(a), "give one, or one per column or row")
-    if np.asanyarray(a).dtype == np.int64 and requantization not in WIDE:
-        raise ValueError(f"requantization {requantization} is not defined for 64-bit accumulators: use fixed_one")
-    rule = {
-        Requantization.FIXED_ONE: multiply_one_rounding,
-        Requantization.FIXED_ONE_NARROW: multiply_one_rounding_narrow,
-        Requantization.FIXED_TWO: multiply_two_roundings,
-        Requantization.HIGH_HALF_UP: multiply_high_half_up,
-    }[requantization]
-    return np.clip(rule(a, multiplier, shift), INT32_MIN, INT32_MAX).astype(np.int64)
-
-
-def round_float(x: np.ndarray, requantization: Requantization) -> np.ndarray:
-    """float32 -> int64, saturated to int32, ties as a float requantization has them."""
-    level = round_integer(x, FLOATS[requantization]).astype(np.float64)  # float32 has no 2^31 - 1
+    if np.asanyarray(a).dtype == np.int64 and rule.product is not HighProduct.EXACT:
+        raise ValueError(f"a high product, {rule.product}, is not defined for 64-bit accumulators: keep the exact one")
+    if rule.product is HighProduct.HALF_UP:
+        level = multiply_two_roundings(a, multiplier, shift)
+    elif rule.product is HighProduct.TRUNCATED:
+        level = multiply_high_half_up(a, multiplier, shift)
+    elif rule.bits == 15:
+        level = multiply_one_rounding_narrow(a, multiplier, shift)
+    else:
+        level = multiply_one_rounding(a, multiplier, shift)
     return np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
 
 
-def round_by(a: np.ndarray, real: np.ndarray, requantization: Requantization) -> np.ndarray:
+def round_float(x: np.ndarray, rule: FloatProduct) -> np.ndarray:
+    """float32 -> int64, saturated to int32, ties as a float requantization has them."""
+    level = round_integer(x, rule.rounding).astype(np.float64)  # float32 has no 2^31 - 1
+    return np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
+
+
+def round_by(a: np.ndarray, real: np.ndarray, rule: Fixed | FloatProduct) -> np.ndarray:
     """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float.
 
     Raises ValueError as `check_real` and `multiply`, and for an accumulator that is no integer.
     """
-    if requantization not in FLOATS:
-        return multiply(a, *quantize_multiplier(real), requantization)
+    if isinstance(rule, Fixed):
+        return multiply(a, *quantize_multiplier(real), rule)
     check_real(real)
     a = np.asanyarray(a)
     check_integers("accumulator", a.dtype)
     check_shape("multiplier", real, a.shape, "give one, or one per column or row")
-    return round_float(a.astype(np.float32) * np.asanyarray(real, np.float32), requantization)
+    return round_float(a.astype(np.float32) * np.asanyarray(real, np.float32), rule)
 
 
 def requantize(
-    a: np.ndarray, real: np.ndarray, zero_point: np.ndarray, spec: QuantSpec, profile: Profile = QTX
+    a: np.ndarray,
+    real: np.ndarray,
+    zero_point: np.ndarray,
+    spec: QuantSpec,
+    rule: Fixed | FloatProduct = QTX.requantize,
 ) -> np.ndarray:
     """Accumulators a (..., N, O) -> codes (int32), shaped alike: round(real * a) + zero_point, clamped.
 
@@ -250,9 +254,9 @@ def requantize(
 
     Raises:
         ValueError: a multiplier or zero point that does not fit the shape of a or is outside its range, or accumulators
-            beyond the width that the profile requantizes.
+            beyond the width that the rule requantizes.
     """
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     check_shape("zero point", zero_point, np.shape(a), "give one, or one per column or row")
-    level = round_by(a, real, profile.requantization) + zero_point
+    level = round_by(a, real, rule) + zero_point
     return np.clip(level, spec.code_min, spec.code_max).astype(np.int32)

@@ -22,6 +22,9 @@ from ..spec import (
     QTX,
     AttentionSpec,
     Family,
+    Fixed,
+    FloatProduct,
+    HighProduct,
     ModelSpec,
     Nonlinear,
     Profile,
@@ -36,13 +39,17 @@ from .model import Code, Integer, accumulator_bits, at, code_dtype
 
 __all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain"]
 
-SCALE_FIELDS = ("scale_rule", "nudging", "zero_point_rounding", "scale_dtype", "arithmetic")
 GAMMA_LIMIT = 64  # |gamma| that ops.clip_stretch has bits for
 ZETA_LIMIT = 64
 FACTOR_BITS = 36  # of a sink's factor: its product with an exponential stays below 2^62
 SINK_STEPS = 2**20  # codes between the scores' zero and a sink
 POLYNOMIAL_LIMIT = 1024.0  # largest argument of the GELU polynomial
 EPS_BITS = 60  # of eps in units of ops.normalize
+
+
+def takes_wide(rule: Fixed | FloatProduct) -> bool:
+    """Whether it is defined for 64-bit accumulators."""
+    return isinstance(rule, FloatProduct) or rule.product is HighProduct.EXACT
 
 
 def plain(x: np.ndarray) -> np.ndarray:
@@ -134,9 +141,9 @@ class Lowering(Integer):
 
     def scale_zero(self, calibrated: Range, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
         """As calibrated, which was by QTX, or learned; anew where the profile makes scales in another way."""
-        if spec.learned or all(getattr(self.profile, key) == getattr(QTX, key) for key in SCALE_FIELDS):
+        if spec.learned or self.profile.scale == QTX.scale:
             return calibrated.scale, calibrated.zero_point
-        scale, zero = affine.scale_zero(calibrated.low, calibrated.high, spec, self.profile)
+        scale, zero = affine.scale_zero(calibrated.low, calibrated.high, spec, self.profile.scale)
         silent = np.reshape(quantizer.was_silent(calibrated), np.shape(scale))
         return np.where(silent, quantizer.SILENT_SCALE, scale), zero
 
@@ -161,12 +168,12 @@ class Lowering(Integer):
             return
         if spec.dynamic:
             low, high = affine.ranges(value, spec, True)
-            scale, zero = affine.scale_zero(low, high, spec, self.profile)
+            scale, zero = affine.scale_zero(low, high, spec, self.profile.scale)
             scale = np.where((low == 0) & (high == 0), quantizer.SILENT_SCALE, scale)  # it is all of the tensor
         else:
             scale, zero = self.scale_zero(self.ranges[site], spec)
         self.put_scale(site, scale, zero)
-        self.constants[site] = affine.quantize(value, scale, zero, spec, self.profile).astype(code_dtype(spec))
+        self.constants[site] = affine.quantize(value, scale, zero, spec, self.profile.quantize).astype(code_dtype(spec))
 
     def put_own_codes(self, site: str, key: str, value: np.ndarray) -> None:
         """A parameter that is part of a site's tensor, in the codes of that site."""
@@ -174,7 +181,7 @@ class Lowering(Integer):
         if spec.dynamic:
             refuse_integer(site, "its parameter is quantized once, which needs a static range")
         scale, zero = (self.constants[f"{site}.{k}"] for k in ("scale", "zero_point"))
-        code = affine.quantize(value, scale, zero, spec, self.profile)
+        code = affine.quantize(value, scale, zero, spec, self.profile.quantize)
         self.constants[f"{site}.{key}"] = code.astype(code_dtype(spec))
         self.put_scale(f"{site}.{key}", scale, zero)
 
@@ -184,8 +191,7 @@ class Lowering(Integer):
         step = plain(step) if np.size(step) == 1 else np.reshape(step, bias.shape)
         code = np.rint(bias.astype(np.float64) / step)
         largest = np.abs(code).max(initial=0)
-        kind = self.profile.requantization
-        bits = 64 if largest >= 2**30 and kind in (*fixed_point.WIDE, *fixed_point.FLOATS) else bits
+        bits = 64 if largest >= 2**30 and takes_wide(self.profile.requantize) else bits
         if largest >= (2**30 if bits == 32 else 2**46):  # requantization takes 48 bits
             refuse_integer(site, f"its bias, {np.abs(bias).max()}, is {largest:.3g} units of a {bits}-bit accumulator")
         self.constants[f"{site}.bias"] = code.astype(np.int32 if bits == 32 else np.int64)
@@ -210,16 +216,17 @@ class Lowering(Integer):
         """The multiplier that makes codes of `site` from x; x of a measured unit goes through float32 instead."""
         if x.measured:
             return
-        real = fixed_point.real_multiplier(x.unit, 1, self.constants[f"{site}.scale"], self.profile)
-        kind = self.profile.requantization
-        if kind in fixed_point.FLOATS:
+        real = fixed_point.real_multiplier(x.unit, 1, self.constants[f"{site}.scale"], self.profile.requantize)
+        rule = self.profile.requantize
+        if isinstance(rule, FloatProduct):
             with at(site):
                 fixed_point.check_real(real)
             self.constants[f"{site}.multiplier"] = real
             return
         if x.subtract_zero().dtype == np.int64:
-            if kind not in fixed_point.WIDE:
-                refuse_integer(site, f"its accumulator has 64 bits, and {kind} of profile {self.profile.name} takes 32")
+            if not takes_wide(rule):
+                what = f"the high product of profile {self.profile.name}"
+                refuse_integer(site, f"its accumulator has 64 bits, and {what} takes 32")
             if np.any((real < 2.0**-31) | (real >= 2.0**7)):
                 refuse_integer(site, f"its multiplier, {real}, is outside 2^-31 to 2^7 of a 64-bit accumulator")
         self.put_multiplier(site, "", real)
@@ -277,12 +284,12 @@ class Lowering(Integer):
         spec = self.target(site, "a sum is rounded to its codes")
         if spec.dynamic or a.measured or b.measured:
             return super().add(site, a, b)
-        step, kind = self.constants[f"{site}.scale"], self.profile.requantization
-        reals = np.broadcast_arrays(*(fixed_point.real_multiplier(x.unit, 1, step, self.profile) for x in (a, b)))
+        step, rule = self.constants[f"{site}.scale"], self.profile.requantize
+        reals = np.broadcast_arrays(*(fixed_point.real_multiplier(x.unit, 1, step, rule) for x in (a, b)))
         with at(site):
             for real in reals:
                 fixed_point.check_real(real)
-        if kind in fixed_point.FLOATS:
+        if isinstance(rule, FloatProduct):
             self.constants[f"{site}.multiplier"] = np.stack(reals)
             return super().add(site, a, b)
         if any(x.spec is None and x.value.dtype == np.int64 for x in (a, b)):

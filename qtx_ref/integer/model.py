@@ -32,10 +32,11 @@ from ..numerics import Numerics
 from ..ops import merge_heads
 from ..quant import affine
 from ..spec import (
+    ONE_ROUNDING,
     AttentionSpec,
+    FloatProduct,
     Profile,
     QuantSpec,
-    Requantization,
     Softmax,
     SpecError,
     accumulator_bits,
@@ -187,20 +188,20 @@ class Integer(Numerics[Code]):
         """Codes of float32 values: with the site's scale, or one taken from them."""
         with at(site):
             if spec.dynamic:
-                scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile)
+                scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile.scale)
             else:
                 scale, zero = self.scale_of(site), self.constants[f"{site}.zero_point"]
-            code = affine.quantize(real, scale, zero, spec, self.profile)
+            code = affine.quantize(real, scale, zero, spec, self.profile.quantize)
         return Code(code.astype(code_dtype(spec)), scale, zero, spec, spec.dynamic)
 
     def requantize(self, site: str, spec: QuantSpec, x: Code) -> Code:
         """Codes from integers, by the profile's multiplier."""
-        kind, multiplier = self.profile.requantization, self.constants[f"{site}.multiplier"]
+        rule, multiplier = self.profile.requantize, self.constants[f"{site}.multiplier"]
         with at(site):
-            if kind in fixed_point.FLOATS:
-                level = fixed_point.round_by(x.subtract_zero(), multiplier, kind)
+            if isinstance(rule, FloatProduct):
+                level = fixed_point.round_by(x.subtract_zero(), multiplier, rule)
             else:
-                level = fixed_point.multiply(x.subtract_zero(), multiplier, self.constants[f"{site}.shift"], kind)
+                level = fixed_point.multiply(x.subtract_zero(), multiplier, self.constants[f"{site}.shift"], rule)
         return self.clamp(site, spec, level)
 
     def clamp(self, site: str, spec: QuantSpec, level: np.ndarray) -> Code:
@@ -222,7 +223,9 @@ class Integer(Numerics[Code]):
         wide = bias is not None and bias.dtype == np.int64
         zeros, bits = (a.zero_point, b.zero_point), 64 if wide else accumulator_bits(a.spec, b.spec)
         with at(site):
-            return products.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
+            return products.matmul(
+                a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile.matmul, self.strict
+            )
 
     def record_accumulator(self, site: str, acc: np.ndarray) -> np.ndarray:
         """Shows a matmul's accumulators to whoever asked."""
@@ -237,7 +240,7 @@ class Integer(Numerics[Code]):
         spec, zero = self.quants[site], self.constants[f"{site}.zero_point"]
         with at(site):
             scale = self.entry[f"{site}.scale"]
-            code = affine.quantize(value, scale, self.entry[f"{site}.zero_point"], spec, self.profile)
+            code = affine.quantize(value, scale, self.entry[f"{site}.zero_point"], spec, self.profile.quantize)
         return self.record_codes(
             site, Code(code.astype(code_dtype(spec)).view(type(zero)), self.scale_of(site), zero, spec)
         )
@@ -286,22 +289,22 @@ class Integer(Numerics[Code]):
         acc = ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.subtract_zero()
         bias = self.constants[f"{site}.bias"]
         with at(site):
-            acc = products.fit(acc + bias, 64 if bias.dtype == np.int64 else 32, self.profile)
+            acc = products.fit(acc + bias, 64 if bias.dtype == np.int64 else 32, self.profile.matmul)
         acc = self.record_accumulator(site, acc)
         return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-ops.NORM_BITS)))
 
     def add(self, site: str, a: Code, b: Code) -> Code:
         """Both operands in one fine unit, their sum rounded once."""
-        spec, kind = self.quants[site], self.profile.requantization
+        spec, rule = self.quants[site], self.profile.requantize
         if spec.dynamic or a.measured or b.measured:
             return self.record_codes(site, self.quantize(site, spec, a.real() + b.real()))
         first, second = self.constants[f"{site}.multiplier"]
-        if kind in fixed_point.FLOATS:
+        if isinstance(rule, FloatProduct):
             total = a.subtract_zero().astype(np.float32) * first + b.subtract_zero().astype(np.float32) * second
-            level = fixed_point.round_float(total, kind)
+            level = fixed_point.round_float(total, rule)
         else:
             parts, shift = [a.subtract_zero(), b.subtract_zero()], self.constants[f"{site}.shift"]
-            level = ops.weighted_sum(parts, [first, second], shift, kind)
+            level = ops.weighted_sum(parts, [first, second], shift, self.profile.add)
         return self.record_codes(site, self.clamp(site, spec, level))
 
     def mul(self, site: str, a: Code, b: Code) -> Code:
@@ -351,7 +354,7 @@ class Integer(Numerics[Code]):
         polynomial, bits = ops.POLYNOMIALS[kind]
         multiplier, shift = (self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
         with at(site):
-            argument = fixed_point.multiply(x.subtract_zero(), multiplier, shift, Requantization.FIXED_ONE)
+            argument = fixed_point.multiply(x.subtract_zero(), multiplier, shift, ONE_ROUNDING)
         y = np.clip(polynomial(argument), fixed_point.INT32_MIN, fixed_point.INT32_MAX).astype(np.int32)
         return self.named(site, Code(y, self.unit(2.0**-bits)))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..quant.checks import check_range, check_shape
-from ..spec import Requantization
+from ..spec import AddRule, Rounding
 from .fixed_point import INT32_MAX, INT32_MIN, multiply_one_rounding, rounding_shift_right
 
 __all__ = [
@@ -58,11 +58,11 @@ def half_up(numerator: np.ndarray, denominator: np.ndarray | int) -> np.ndarray:
 
 
 def weighted_sum(
-    parts: list[np.ndarray], multipliers: list[np.ndarray], shift: np.ndarray, requantization: Requantization
+    parts: list[np.ndarray], multipliers: list[np.ndarray], shift: np.ndarray, rule: AddRule
 ) -> np.ndarray:
     """round(sum_i parts_i multipliers_i / 2^shift), the products and their sum exact, one rounding.
 
-    Half up; half away from zero for FIXED_TWO, as gemmlowp's last shift rounds. Parts are codes less their zero points
+    Half up, or half away from zero, as gemmlowp's last shift rounds. Parts are codes less their zero points
     or int32 accumulators, three at most; multipliers, up to 2^30, and shift are one, or one per column. Raises
     ValueError beyond these, and where a multiplier or shift does not fit the shape of the sum.
     """
@@ -75,7 +75,7 @@ def weighted_sum(
         check_shape("multiplier", multiplier, shape, "give one, or one per column")
         total = total + part.astype(np.int64) * multiplier
     check_shape("shift", shift, shape, "give one, or one per column")
-    if requantization is Requantization.FIXED_TWO:
+    if rule.rounding is Rounding.HALF_AWAY:
         return np.where(total < 0, -rounding_shift_right(-total, shift), rounding_shift_right(total, shift))
     return rounding_shift_right(total, shift)
 

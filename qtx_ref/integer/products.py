@@ -22,7 +22,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..quant.checks import check_integers, check_range, check_shape
-from ..spec import QTX, Overflow, Profile, QuantSpec
+from ..spec import QTX, MatmulRule, Overflow, QuantSpec
 
 __all__ = [
     "add_bias",
@@ -92,12 +92,12 @@ def block_product(a: np.ndarray, b: np.ndarray, length: int, wide: type) -> np.n
     return total
 
 
-def fit(total: np.ndarray, bits: int, profile: Profile) -> np.ndarray:
-    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile
+def fit(total: np.ndarray, bits: int, rule: MatmulRule) -> np.ndarray:
+    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the rule
     wraps."""
     if bits == 64:
         return total
-    if profile.overflow is Overflow.REPORT:
+    if rule.overflow is Overflow.REPORT:
         low, high = int(total.min(initial=0)), int(total.max(initial=0))
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"accumulators run from {low} to {high}, beyond int32: use 64 bits, or smaller scales")
@@ -113,7 +113,7 @@ def matmul(
     b_zero: np.ndarray | None = None,
     bias: np.ndarray | None = None,
     accumulator: int = 32,
-    profile: Profile = QTX,
+    rule: MatmulRule = QTX.matmul,
     integers: bool = False,
 ) -> np.ndarray:
     """Codes a (..., M, K) and b (..., K, N) -> accumulators (..., M, N), int32 or int64.
@@ -127,7 +127,7 @@ def matmul(
 
     Raises:
         ValueError: codes outside their spec, zero points or a bias that vary along another axis, or accumulators beyond
-            their width where the profile reports.
+            their width where the rule reports.
     """
     check_codes("left operand", a, a_spec)
     check_codes("right operand", b, b_spec)
@@ -154,8 +154,8 @@ def matmul(
         total -= (b_zero * block_product(a, np.ones((depth, 1), carrier), length, wide)).astype(wide)
         total += 0 if a_zero is None else (depth * a_zero * b_zero).astype(wide)
     if bias is not None:
-        total = add_bias(total, bias.astype(wide), 4 * bound + largest_bias, profile)
-    return total if total.dtype == np.int32 else fit(total, accumulator, profile)
+        total = add_bias(total, bias.astype(wide), 4 * bound + largest_bias, rule)
+    return total if total.dtype == np.int32 else fit(total, accumulator, rule)
 
 
 def check_bias(bias: np.ndarray, columns: int) -> None:
@@ -165,11 +165,11 @@ def check_bias(bias: np.ndarray, columns: int) -> None:
         raise ValueError(f"bias of shape {np.shape(bias)}: give one number per column, ({columns},)")
 
 
-def add_bias(total: np.ndarray, bias: np.ndarray, bound: int, profile: Profile) -> np.ndarray:
-    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile
+def add_bias(total: np.ndarray, bias: np.ndarray, bound: int, rule: MatmulRule) -> np.ndarray:
+    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the rule
     wraps."""
     result = total + bias
-    if bound >= 2**63 and profile.overflow is Overflow.REPORT:
+    if bound >= 2**63 and rule.overflow is Overflow.REPORT:
         lost = ((total ^ result) & (bias ^ result)) < 0  # the sum has neither's sign
         if lost.any():
             exact = int(total[lost][0]) + int(np.broadcast_to(bias, lost.shape)[lost][0])
@@ -193,7 +193,7 @@ def linear(
     w_zero: np.ndarray | None = None,
     bias: np.ndarray | None = None,
     accumulator: int = 32,
-    profile: Profile = QTX,
+    rule: MatmulRule = QTX.matmul,
     integers: bool = False,
 ) -> np.ndarray:
     """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1), (O,) or one -> (..., O).
@@ -201,7 +201,7 @@ def linear(
     The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError.
     Everything else as in `matmul`."""
     w_zero = None if w_zero is None else np.asanyarray(w_zero).T
-    return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, profile, integers)
+    return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, rule, integers)
 
 
 def matmul_pairs16(a: np.ndarray, b: np.ndarray, pairs: int = 1) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Affine quantization: `real = scale * (code - zero_point)`.
 
-What two engines may do differently is a field of the `Profile`. Under `QTX`, the default, arithmetic is float32
-whatever the dtype of the tensor: x / scale by IEEE division, rounded half to even, plus the zero point, clamped to the
-codes of the `QuantSpec`.
+What two engines may do differently is a field of a rule, one per operation of a `Profile`. Under `QTX`, the default,
+arithmetic is float32 whatever the dtype of the tensor: x / scale by IEEE division, rounded half to even, plus the
+zero point, clamped to the codes of the `QuantSpec`.
 
 Arrays: x of any shape, float32 or another float dtype; scales (float32, float64 where the profile stores that) and zero
 points (int32) broadcast against it. The ends of ranges are float32 and broadcast against each other and the tensor.
@@ -18,21 +18,26 @@ import numpy as np
 
 from ..spec import (
     QTX,
+    DequantizeRule,
+    Dtype,
+    FakeQuantizeRule,
     Granularity,
     InfinityPolicy,
     NanPolicy,
     Nudging,
-    Profile,
     Quant,
+    QuantizeRule,
     QuantSpec,
     ScaleRule,
+    SymmetricScale,
+    ZeroPoint,
     check_axes,
     check_where,
     check_width,
     range_axes,
 )
 from .checks import check_range, check_shape
-from .rounding import SMALLEST, round_dtype, round_integer
+from .rounding import round_dtype, round_integer
 
 __all__ = [
     "check_order",
@@ -52,26 +57,26 @@ __all__ = [
 TINY = np.float32(2.0**-126)  # the smallest normal float32; no float32 scale is below it
 
 
-def check_scale(scale: np.ndarray, profile: Profile = QTX) -> None:
-    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has
-    no finite reciprocal where the profile multiplies by that."""
+def check_scale(scale: np.ndarray, arithmetic: Dtype = Dtype.FLOAT32, reciprocal: bool = False) -> None:
+    """Raises ValueError naming the first scale that, in this arithmetic, is no finite number above 0, or has no finite
+    reciprocal where that is what is multiplied by."""
     scale = np.asanyarray(scale)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        step = round_dtype(scale, profile.arithmetic)
+        step = round_dtype(scale, arithmetic)
         good = np.isfinite(step) & (step > 0)
-        if profile.reciprocal:
-            good &= np.isfinite(round_dtype(np.ones_like(step) / step, profile.arithmetic))
+        if reciprocal:
+            good &= np.isfinite(round_dtype(np.ones_like(step) / step, arithmetic))
     if not good.all():
-        remedy = "a finite number above 0" + ", and so its reciprocal" * profile.reciprocal
-        raise ValueError(f"scale {scale[~good][0]}: in {profile.arithmetic} it must be {remedy}")
+        remedy = "a finite number above 0" + ", and so its reciprocal" * reciprocal
+        raise ValueError(f"scale {scale[~good][0]}: in {arithmetic} it must be {remedy}")
 
 
 def check_quantizer(
-    shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: Quant, profile: Profile = QTX
+    shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: Quant, rule: QuantizeRule = QTX.quantize
 ) -> None:
     """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point
     that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes."""
-    check_scale(scale, profile)
+    check_scale(scale, rule.arithmetic, rule.reciprocal)
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
@@ -144,25 +149,25 @@ def check_order(low: np.ndarray, high: np.ndarray) -> None:
 
 
 def scale_zero(
-    low: np.ndarray, high: np.ndarray, spec: QuantSpec, profile: Profile = QTX
+    low: np.ndarray, high: np.ndarray, spec: QuantSpec, rule: ScaleRule = QTX.scale
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for
     FLOAT64).
 
-    Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
+    Symmetric: by the rule's `SymmetricScale`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
     real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1);
-    else high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the
-    scale's and the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their
-    reciprocals finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the
+    else high / code_max and 0. An empty range (0, 0) has the scale `empty`; no scale is below the `floor`. So what
+    comes out passes `check_quantizer`: scales are above 0, they and their reciprocals finite, zero points among the
+    codes. Raises ValueError where low is above high, or the range, or the
     scale in its dtype, is not finite.
     """
-    check_width(spec, profile)
+    check_width(spec, rule.arithmetic)
     check_order(low, high)
     if spec.granularity is Granularity.GROUP and np.size(low) > 1:
         low, high = unite_groups(low, high, spec)
 
     def number(value: np.ndarray | float) -> np.ndarray:
-        return round_dtype(value, profile.arithmetic)
+        return round_dtype(value, rule.arithmetic)
 
     low = np.minimum(number(low), number(0))
     high = np.maximum(number(high), number(0))
@@ -175,29 +180,29 @@ def scale_zero(
         step = number(span / np.where(low < 0, number(middle - 1), number(spec.code_max)))
     elif not spec.symmetric:
         step = number(span / number(spec.code_max - spec.code_min))
-    elif profile.scale_rule is ScaleRule.ABSMAX:
+    elif rule.symmetric is SymmetricScale.ABSMAX:
         step = number(span / number(spec.code_max))
-    elif profile.scale_rule is ScaleRule.ABSMAX_HALF:
+    elif rule.symmetric is SymmetricScale.ABSMAX_HALF:
         step = number(span / number((2**spec.bits - 1) / 2))
     else:
         step = np.maximum(number(-low / number(-spec.code_min)), number(high / number(spec.code_max)))
-    step = np.maximum(step, number(max(SMALLEST[profile.arithmetic], SMALLEST[profile.scale_dtype])))
-    scale = round_dtype(np.where(span == 0, number(1), step), profile.scale_dtype)
+    step = np.maximum(step, number(rule.floor))
+    scale = round_dtype(np.where(span == 0, number(rule.empty), step), rule.dtype)
     divisor = number(scale)
     if not np.isfinite(divisor).all():
-        raise ValueError(f"scale {step.max()} does not fit {profile.scale_dtype}; choose a wider dtype")
+        raise ValueError(f"scale {step.max()} does not fit {rule.dtype}; choose a wider dtype")
     if spec.symmetric:
         return scale, np.zeros(scale.shape, np.int32)
     if spec.mirrored:
         return scale, np.where(low < 0, middle, 0).astype(np.int32)
     first, last = number(spec.code_min), number(spec.code_max)
     zero = number(first - number(low / divisor))
-    if profile.nudging is Nudging.CLOSER_END:
+    if rule.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
         # the two ends' rounding errors, as gemmlowp bounds them
         nearer_low = first + number(-low / divisor) < last + up
         zero = np.where(nearer_low, zero, number(last - up))
-    zero = round_integer(zero, profile.zero_point_rounding)
+    zero = round_integer(zero, rule.zero_point_rounding)
     return scale, np.clip(zero, spec.code_min, spec.code_max).astype(np.int32)
 
 
@@ -205,21 +210,21 @@ def round_level(
     x: np.ndarray,
     scale: np.ndarray,
     zero_point: np.ndarray,
-    profile: Profile = QTX,
+    rule: QuantizeRule = QTX.quantize,
     words: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The code of x, not yet clamped: a whole number in the profile's arithmetic, float32 (float64). `words` as in
+    """The code of x, not yet clamped: a whole number in the rule's arithmetic, float32 (float64). `words` as in
     `round_integer`."""
 
     def number(value: np.ndarray) -> np.ndarray:
-        return round_dtype(value, profile.arithmetic)
+        return round_dtype(value, rule.arithmetic)
 
     x, scale, zero = number(x), number(scale), number(zero_point)
     with np.errstate(over="ignore"):
-        ratio = number(x * number(np.ones_like(scale) / scale)) if profile.reciprocal else number(x / scale)
-        if profile.zero_point_before_rounding:
-            return round_integer(number(ratio + zero), profile.rounding, words)
-        return number(round_integer(ratio, profile.rounding, words) + zero)
+        ratio = number(x * number(np.ones_like(scale) / scale)) if rule.reciprocal else number(x / scale)
+        if rule.zero_point is ZeroPoint.BEFORE:
+            return round_integer(number(ratio + zero), rule.rounding, words)
+        return number(round_integer(ratio, rule.rounding, words) + zero)
 
 
 def quantize(
@@ -227,39 +232,41 @@ def quantize(
     scale: np.ndarray,
     zero_point: np.ndarray,
     spec: QuantSpec,
-    profile: Profile = QTX,
+    rule: QuantizeRule = QTX.quantize,
     words: np.ndarray | None = None,
 ) -> np.ndarray:
     """Codes (int32) of x, in its shape; each lies between the spec's limits.
 
-    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer
+    Raises ValueError on NaN and on infinity where the rule says so, and for a scale or zero point that no quantizer
     has (`check_quantizer`) or that does not fit the shape of x.
     """
-    check_width(spec, profile)
-    check_quantizer(x.shape, scale, zero_point, spec, profile)
+    check_width(spec, rule.arithmetic)
+    check_quantizer(x.shape, scale, zero_point, spec, rule)
     nan = np.isnan(x)
-    if profile.nan is NanPolicy.RAISE and nan.any():
+    if rule.nan is NanPolicy.RAISE and nan.any():
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
-    if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
-        raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = round_level(np.where(nan, 0, x), scale, zero_point, profile, words)
+    if rule.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
+        raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
+    level = round_level(np.where(nan, 0, x), scale, zero_point, rule, words)
     code = np.clip(level, spec.code_min, spec.code_max).astype(np.int32)
-    return np.where(nan, spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, code).astype(np.int32)
+    return np.where(nan, spec.code_min if rule.nan is NanPolicy.CODE_MIN else zero_point, code).astype(np.int32)
 
 
-def dequantize(code: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, profile: Profile = QTX) -> np.ndarray:
-    """scale * (code - zero_point), the difference in integers (int64), the product rounded to the profile's arithmetic.
+def dequantize(
+    code: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, rule: DequantizeRule = QTX.dequantize
+) -> np.ndarray:
+    """scale * (code - zero_point), the difference in integers (int64), the product rounded to the rule's arithmetic.
 
     Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale
     as `check_scale`, and where either does not fit the shape of the codes.
     """
-    check_scale(scale, profile)
+    check_scale(scale, rule.arithmetic)
     check_range("code", code, -(2**62), 2**62, "an accumulator has 48 bits at most")
     check_range("zero point", zero_point, -(2**31), 2**31 - 1, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, np.shape(code), "give one, or one for each that has its own")
-    difference = round_dtype(code.astype(np.int64) - zero_point, profile.arithmetic)
-    return round_dtype(round_dtype(scale, profile.arithmetic) * difference, profile.arithmetic)
+    difference = round_dtype(code.astype(np.int64) - zero_point, rule.arithmetic)
+    return round_dtype(round_dtype(scale, rule.arithmetic) * difference, rule.arithmetic)
 
 
 def fake_quantize(
@@ -267,16 +274,16 @@ def fake_quantize(
     scale: np.ndarray,
     zero_point: np.ndarray,
     spec: QuantSpec,
-    profile: Profile = QTX,
+    rule: FakeQuantizeRule = QTX.fake_quantize,
     words: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """dequantize(quantize(x)) in x's dtype, and where the straight-through gradient passes: codes inside their limits.
 
-    NaN stays NaN where the profile would raise, so that a training run shows it. Raises ValueError as `quantize` for
+    NaN stays NaN where the rule would raise, so that a training run shows it. Raises ValueError as `quantize` for
     infinity, scale and zero point.
     """
-    check_quantizer(x.shape, scale, zero_point, spec, profile)
-    return simulate(x, scale, zero_point, spec, profile, words)
+    check_quantizer(x.shape, scale, zero_point, spec, rule.quantize)
+    return simulate(x, scale, zero_point, spec, rule, words)
 
 
 def simulate(
@@ -284,20 +291,21 @@ def simulate(
     scale: np.ndarray,
     zero_point: np.ndarray,
     spec: QuantSpec,
-    profile: Profile = QTX,
+    rule: FakeQuantizeRule = QTX.fake_quantize,
     words: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`fake_quantize` without looking at scale and zero point: for those that `scale_zero` made, that were checked when
     the model was bound, or that are being learned. A NaN among them gives NaN. Raises ValueError for infinity where the
-    profile says so."""
-    check_width(spec, profile)
-    if profile.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
-        raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = round_level(x, scale, zero_point, profile, words)
-    if profile.nan is not NanPolicy.RAISE:
-        level = np.where(np.isnan(x), spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, level)
+    rule says so."""
+    quantizing, arithmetic = rule.quantize, rule.dequantize.arithmetic
+    check_width(spec, quantizing.arithmetic)
+    if quantizing.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
+        raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
+    level = round_level(x, scale, zero_point, quantizing, words)
+    if quantizing.nan is not NanPolicy.RAISE:
+        level = np.where(np.isnan(x), spec.code_min if quantizing.nan is NanPolicy.CODE_MIN else zero_point, level)
     inside = (level >= spec.code_min) & (level <= spec.code_max)
     code = np.clip(level, spec.code_min, spec.code_max)
-    difference = round_dtype(code - np.asarray(zero_point, np.float32), profile.arithmetic)
-    y = round_dtype(round_dtype(scale, profile.arithmetic) * difference, profile.arithmetic)
+    difference = round_dtype(code - np.asarray(zero_point, np.float32), arithmetic)
+    y = round_dtype(round_dtype(scale, arithmetic) * difference, arithmetic)
     return y.astype(x.dtype), inside

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 from .base import SpecError
-from .profile import Dtype, Profile, Requantization
+from .profile import Dtype, Fixed, FloatProduct, HighProduct, Profile
 from .quant import FloatQuantSpec, Granularity, Quant, QuantSpec
 
 __all__ = ["accumulator_bits", "check_integer", "check_width", "refuse_integer"]
 
-FLOAT_REQUANTIZATIONS = (Requantization.FLOAT32, Requantization.FLOAT_HALF_AWAY)
 TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
 
 
@@ -34,9 +33,11 @@ def check_integer(
     Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or
     block.
     """
-    if strict and profile.requantization in FLOAT_REQUANTIZATIONS:
-        kind = profile.requantization
-        raise SpecError(f"profile {profile.name} requantizes by {kind}, a float: strict needs qtx, tflite or gemmlowp")
+    rule = profile.requantize
+    if strict and isinstance(rule, FloatProduct):
+        raise SpecError(
+            f"profile {profile.name} requantizes by {rule.dtype}, a float: strict needs qtx, tflite or gemmlowp"
+        )
     for site in transforms:
         refuse_integer(site, "a transform of its input is left, which is computed in float: fold it, or leave it out")
     for site, spec in quants.items():
@@ -58,16 +59,14 @@ def check_integer(
                 )
         if strict and spec.granularity is not Granularity.TENSOR and site in TABLES:
             refuse_integer(site, "a scale per row would have to be looked up in floats: strict needs one per tensor")
-        if spec.bits > 8 and (kind := profile.requantization) in (
-            Requantization.FIXED_TWO,
-            Requantization.HIGH_HALF_UP,
-        ):
+        if spec.bits > 8 and isinstance(rule, Fixed) and rule.product is not HighProduct.EXACT:
+            kind = f"high product, {rule.product},"
             refuse_integer(site, f"{spec.bits} bits need 64-bit accumulators, which {profile.name}'s {kind} has not")
 
 
-def check_width(spec: QuantSpec, profile: Profile) -> None:
-    """Raises ValueError where the profile's arithmetic cannot hold the codes: float16 ends at 65504."""
-    if profile.arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
+def check_width(spec: QuantSpec, arithmetic: Dtype) -> None:
+    """Raises ValueError where the arithmetic cannot hold the codes: float16 ends at 65504."""
+    if arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
         raise ValueError(f"code {spec.code_max} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
 
 

@@ -1,4 +1,8 @@
-"""Profiles: all that two engines may do differently with the same quantizer."""
+"""Profiles: all that two engines may do differently with the same quantizer, as one closed record per operation.
+
+A record is passed whole to the one function that reads it, as in `affine.quantize(x, scale, zero_point, spec, rule)`:
+no field can be ignored. No field has a default: engines differ in every one of them.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,35 @@ from dataclasses import dataclass
 from .base import Name, Spec, refuse
 
 __all__ = [
+    "AddRule",
+    "Beyond",
+    "Bias",
+    "CastRule",
+    "DequantizeForm",
+    "DequantizeRule",
     "Dtype",
+    "FakeQuantizeRule",
+    "Fixed",
+    "FloatProduct",
+    "HighProduct",
     "InfinityPolicy",
+    "LeftShift",
+    "MatmulRule",
     "NanPolicy",
     "Nonlinear",
     "Nudging",
+    "ONE_ROUNDING",
+    "OPERATIONS",
+    "Order",
     "Overflow",
     "Profile",
+    "Products",
     "QTX",
-    "Requantization",
+    "QuantizeRule",
     "Rounding",
     "ScaleRule",
+    "SymmetricScale",
+    "ZeroPoint",
 ]
 
 
@@ -39,9 +61,10 @@ class Dtype(Name):
     FLOAT64 = "float64"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    INPUT = "input"  # that of the tensor: float16 and bfloat16 are worked with as such, all others in float32
 
 
-class ScaleRule(Name):
+class SymmetricScale(Name):
     """Scale of a symmetric quantizer. An asymmetric one has (high - low) / (code_max - code_min)."""
 
     ABSMAX = "absmax"  # absmax / code_max: 127 for 8 bits
@@ -56,12 +79,23 @@ class Nudging(Name):
     CLOSER_END = "closer_end"  # that, or code_max - high / scale where |code_max| + |high / scale| is not larger
 
 
+class ZeroPoint(Name):
+    """When the zero point is added."""
+
+    AFTER = "after"  # round(x / scale) + zero_point
+    BEFORE = "before"  # round(x / scale + zero_point), the sum rounded to the arithmetic's dtype first
+    FUSED = "fused"  # the same, but product and sum are one fused multiply-add
+
+
 class NanPolicy(Name):
     """The code of NaN."""
 
     RAISE = "raise"  # ValueError; fake quantization lets NaN through
-    ZERO = "zero"  # the code of real 0
-    CODE_MIN = "code_min"  # what x86's float-to-integer conversion ends in
+    ZERO = "zero"  # the code of real 0: the zero point
+    RAW_ZERO = "raw_zero"  # the code 0, clamped to the quantizer's codes
+    CODE_MIN = "code_min"
+    CODE_MAX = "code_max"
+    CONVERTED = "converted"  # INT_MIN, as x86 converts it, plus the zero point, wrapped at 32 bits, then clamped
 
 
 class InfinityPolicy(Name):
@@ -71,16 +105,27 @@ class InfinityPolicy(Name):
     RAISE = "raise"
 
 
-class Requantization(Name):
-    """From accumulator a to a real multiple M a, rounded to an integer. M = 2^shift * multiplier / 2^31."""
+class Beyond(Name):
+    """A rounded level that an int32 does not hold."""
 
-    FLOAT32 = "float32"  # float32(a) * float32(M), half to even
-    FLOAT_HALF_AWAY = "float_half_away"  # the same product, ties away from zero
-    FIXED_ONE = "fixed_one"  # 64-bit product, one rounding shift, half up: ruy, TFLite with single rounding
-    FIXED_TWO = "fixed_two"  # rounding doubling high multiply, then rounding shift, half away: gemmlowp, TFLite
-    HIGH_HALF_UP = "high_half_up"  # truncating doubling high multiply, then rounding shift, half up: XNNPACK rndnu
-    # fixed_one; for 64-bit accumulators by a multiplier of 15 bits: TFLite's 16x8
-    FIXED_ONE_NARROW = "fixed_one_narrow"
+    SATURATE = "saturate"  # clamped as a float, or as a wider integer
+    WRAP32 = "wrap32"  # converted to int32 (x86: INT_MIN), then the zero point is added and wraps, then clamped
+    INT64 = "int64"  # converted to int64, which beyond 2^63 leaves INT64_MIN; then clamped
+
+
+class DequantizeForm(Name):
+    """scale * (code - zero_point), and what it may be computed as."""
+
+    DIFFERENCE = "difference"  # scale * (code - zero_point), the difference in integers
+    EXPANDED = "expanded"  # scale * code + (-zero_point * scale), each rounded
+
+
+class Products(Name):
+    """How the products of codes are added up."""
+
+    EXACT = "exact"
+    PAIRS16 = "pairs16"  # neighbours along the sum in saturating int16 first: vpmaddubsw, x86 without VNNI
+    RUNS16 = "runs16"  # and runs of `run` pairs in saturating int16 after that: acc16 kernels
 
 
 class Overflow(Name):
@@ -88,6 +133,40 @@ class Overflow(Name):
 
     REPORT = "report"  # ValueError naming the value
     WRAP = "wrap"  # two's complement, as the hardware adds
+    SATURATE = "saturate"
+
+
+class Bias(Name):
+    """What a bias is and when it is added."""
+
+    INT32 = "int32"  # codes in units of the accumulator, added to it
+    FLOAT_BEFORE = "float_before"  # float32, divided by the accumulator's unit and added to it before it is scaled
+    FLOAT_AFTER = "float_after"  # float32, added after the accumulator is scaled to real numbers
+
+
+class HighProduct(Name):
+    """The high half of a 64-bit product of accumulator and multiplier, before the last shift."""
+
+    EXACT = "exact"  # the whole product is kept: the last shift alone rounds
+    HALF_UP = "half_up"  # rounding doubling high multiply: ARM's SQRDMULH
+    TRUNCATED = "truncated"  # doubling high multiply: ARM's SQDMULH
+
+
+class LeftShift(Name):
+    """An accumulator shifted left, where M > 1, that int32 does not hold."""
+
+    REPORT = "report"  # ValueError
+    SATURATE = "saturate"
+    WRAP = "wrap"
+
+
+class Order(Name):
+    """The factors that a float requantization multiplies an accumulator by, in turn. x, w, y: scales of the operands
+    and of the result."""
+
+    RATIO = "ratio"  # M = x w / y
+    RECIPROCAL = "reciprocal"  # M = (x w) (1 / y)
+    STEPS = "steps"  # x', w', then 1 / y, where s' = 1 / (1 / s)
 
 
 class Nonlinear(Name):
@@ -98,44 +177,186 @@ class Nonlinear(Name):
 
 
 @dataclass(frozen=True)
-class Profile(Spec):
-    """What an engine's numbers mean. No field has a default: engines differ in every one of them."""
+class ScaleRule(Spec):
+    """From a range to a scale and a zero point."""
 
-    name: str
-    version: int  # raised whenever a field changes
-    rounding: Rounding  # of x / scale
-    zero_point_before_rounding: bool  # round(x / scale + zero_point) instead of round(x / scale) + zero_point
-    reciprocal: bool  # x * (1 / scale) instead of x / scale
-    scale_rule: ScaleRule
+    symmetric: SymmetricScale
     nudging: Nudging
     zero_point_rounding: Rounding
-    scale_dtype: Dtype  # what a scale is stored in
-    arithmetic: Dtype  # of every operation of quantizing and dequantizing
-    nan: NanPolicy
-    infinity: InfinityPolicy
-    requantization: Requantization
-    overflow: Overflow
+    dtype: Dtype  # what a scale is stored in
+    arithmetic: Dtype
+    floor: float  # no scale is below it
+    empty: float  # the scale of a range without a span
 
     def check(self) -> None:
         if self.zero_point_rounding is Rounding.STOCHASTIC:
-            refuse("profile zero_point_rounding", "stochastic", "a zero point is rounded the same each time")
+            refuse("rule zero_point_rounding", "stochastic", "a zero point is rounded the same each time")
+        if Dtype.INPUT in (self.dtype, self.arithmetic):
+            refuse("rule dtype", "input", "a scale is of no tensor: give a width")
+        for name in ("floor", "empty"):
+            if getattr(self, name) <= 0:
+                refuse(f"rule {name}", getattr(self, name), "a scale is above 0")
+
+
+@dataclass(frozen=True)
+class QuantizeRule(Spec):
+    """From a real number to a code."""
+
+    rounding: Rounding  # of x / scale
+    zero_point: ZeroPoint
+    reciprocal: bool  # x * (1 / scale) instead of x / scale
+    arithmetic: Dtype
+    nan: NanPolicy
+    infinity: InfinityPolicy
+    beyond: Beyond
+
+
+@dataclass(frozen=True)
+class DequantizeRule(Spec):
+    """From a code to a real number."""
+
+    form: DequantizeForm
+    arithmetic: Dtype
+
+
+@dataclass(frozen=True)
+class FakeQuantizeRule(Spec):
+    """Quantized and dequantized at once, in training or simulation: engines have kernels of their own for it."""
+
+    quantize: QuantizeRule
+    dequantize: DequantizeRule
+
+
+@dataclass(frozen=True)
+class MatmulRule(Spec):
+    """From two tensors of codes to accumulators."""
+
+    products: Products
+    run: int  # pairs that RUNS16 adds in int16; 1 otherwise
+    overflow: Overflow
+
+    def check(self) -> None:
+        if (self.run < 2) if self.products is Products.RUNS16 else (self.run != 1):
+            refuse(
+                "rule run", self.run, f"products {self.products} add {'at least 2' if self.run < 2 else '1'} at once"
+            )
+
+
+@dataclass(frozen=True)
+class Fixed(Spec):
+    """Requantization in integers: a times M = 2^shift * multiplier / 2^31."""
+
+    dtype: Dtype  # of M = x w / y, before it becomes multiplier and shift: float64, or float32 at each step
+    bits: int  # of the multiplier of a 64-bit accumulator: 31 or 15; of a 32-bit one it has 31
+    product: HighProduct
+    rounding: Rounding  # of the last shift
+    left: LeftShift
+
+    def check(self) -> None:
+        if self.bits not in (15, 31):
+            refuse("rule bits", self.bits, "a multiplier has 31 bits, or 15")
+        if self.rounding is Rounding.STOCHASTIC:
+            refuse("rule rounding", "stochastic", "a requantization rounds the same each time")
+
+
+@dataclass(frozen=True)
+class FloatProduct(Spec):
+    """Requantization in floats."""
+
+    dtype: Dtype
+    order: Order
+    zero_point: ZeroPoint
+    rounding: Rounding
+
+    def check(self) -> None:
+        if self.rounding is Rounding.STOCHASTIC:
+            refuse("rule rounding", "stochastic", "a requantization rounds the same each time")
+        if self.dtype is Dtype.INPUT:
+            refuse("rule dtype", "input", "an accumulator has no width of its own: give one")
+
+
+@dataclass(frozen=True)
+class AddRule(Spec):
+    """The sum of two tensors of codes, each rescaled, in the codes of a third."""
+
+    rounding: Rounding  # of the one last shift; floats round as the profile's FloatProduct
+
+
+@dataclass(frozen=True)
+class CastRule(Spec):
+    """To float formats of 8 bits and less."""
+
+    e5m2_nan: int  # the code of NaN, without its sign: 0x7F, or 0x7E
+    e2m1_nan: int | None  # the code of NaN in a format that has none; None: ValueError
+    negative_zero: bool  # -0.0 keeps its sign, and does not become code 0
+
+
+@dataclass(frozen=True)
+class Profile(Spec):
+    """What an engine's numbers mean."""
+
+    name: str
+    version: int  # raised whenever a field changes
+    engine: str  # whose numbers, and of which version
+    path: str  # the kernels or CPU features it states
+    scale: ScaleRule
+    quantize: QuantizeRule
+    fake_quantize: FakeQuantizeRule
+    dequantize: DequantizeRule
+    matmul: MatmulRule
+    bias: Bias
+    requantize: Fixed | FloatProduct
+    add: AddRule
+    cast: CastRule
+    unseen: tuple[str, ...]  # operations whose rule is the project's own because nobody has seen the engine's
+
+    def check(self) -> None:
         if self.version < 1:
             refuse("profile version", self.version, "give a whole number, at least 1")
+        for name in self.unseen:
+            if name not in OPERATIONS:
+                refuse("profile unseen", name, f"known operations are {', '.join(OPERATIONS)}")
 
 
-QTX = Profile(
-    name="qtx",
-    version=1,
+OPERATIONS = ("scale", "quantize", "fake_quantize", "dequantize", "matmul", "bias", "requantize", "add", "cast")
+QUANTIZE = QuantizeRule(
     rounding=Rounding.HALF_EVEN,
-    zero_point_before_rounding=False,
+    zero_point=ZeroPoint.AFTER,
     reciprocal=False,
-    scale_rule=ScaleRule.ABSMAX,
-    nudging=Nudging.FROM_LOW,
-    zero_point_rounding=Rounding.HALF_EVEN,
-    scale_dtype=Dtype.FLOAT32,
     arithmetic=Dtype.FLOAT32,
     nan=NanPolicy.RAISE,
     infinity=InfinityPolicy.SATURATE,
-    requantization=Requantization.FIXED_ONE,
-    overflow=Overflow.REPORT,
+    beyond=Beyond.SATURATE,
+)
+ONE_ROUNDING = Fixed(
+    dtype=Dtype.FLOAT64, bits=31, product=HighProduct.EXACT, rounding=Rounding.HALF_UP, left=LeftShift.REPORT
+)
+DEQUANTIZE = DequantizeRule(form=DequantizeForm.DIFFERENCE, arithmetic=Dtype.FLOAT32)
+QTX = Profile(
+    name="qtx",
+    version=2,
+    engine="qtx",
+    path="qtx_ref",
+    scale=ScaleRule(
+        symmetric=SymmetricScale.ABSMAX,
+        nudging=Nudging.FROM_LOW,
+        zero_point_rounding=Rounding.HALF_EVEN,
+        dtype=Dtype.FLOAT32,
+        arithmetic=Dtype.FLOAT32,
+        floor=2.0**-126,
+        empty=1.0,
+    ),
+    quantize=QUANTIZE,
+    fake_quantize=FakeQuantizeRule(QUANTIZE, DEQUANTIZE),
+    dequantize=DEQUANTIZE,
+    matmul=MatmulRule(products=Products.EXACT, run=1, overflow=Overflow.REPORT),
+    bias=Bias.INT32,
+    requantize=ONE_ROUNDING,
+    add=AddRule(rounding=Rounding.HALF_UP),
+    cast=CastRule(
+        e5m2_nan=0x7F,
+        e2m1_nan=None,
+        negative_zero=True,
+    ),
+    unseen=(),
 )

@@ -3,17 +3,17 @@
 Fixed point writes M = 2^shift * multiplier / 2^31 with multiplier in [2^30, 2^31): a 32-bit mantissa, a Q31 number in
 [1/2, 1). The product of two 32-bit integers is then exact in 64 bits, and engines differ in how they bring it back:
 
-    FIXED_ONE     floor((a multiplier + 2^(30 - shift)) / 2^(31 - shift))            one rounding, half up
-    FIXED_TWO     round(round(2^left a multiplier / 2^31) / 2^right)                 two: half up, then half away
-    HIGH_HALF_UP  round(floor(2^left a multiplier / 2^31) / 2^right)                 truncated, then half up
+    product EXACT      floor((a multiplier + 2^(30 - shift)) / 2^(31 - shift))            one rounding, half up
+    product HALF_UP    round(round(2^left a multiplier / 2^31) / 2^right)                 two: half up, then half away
+    product TRUNCATED  round(floor(2^left a multiplier / 2^31) / 2^right)                 truncated, then half up
 
-where left = max(shift, 0), right = max(-shift, 0); HIGH_HALF_UP shifts right by at least 1 so that it always rounds.
-FIXED_ONE_NARROW is FIXED_ONE but for 64-bit accumulators, whose multiplier it rounds to 15 bits.
+where left = max(shift, 0), right = max(-shift, 0); TRUNCATED shifts right by at least 1 so that it always
+rounds. Of 64-bit accumulators a rule with 15 bits rounds the multiplier to that many.
 Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPACK's rndnu kernels.
 
     >>> a, M = torch.tensor([-6, -2, 2, 6, 10], dtype=torch.int32), torch.tensor(0.25, dtype=torch.float64)
-    >>> [round_by(a, M, kind).tolist() for kind in list(Requantization)[:4]]
-    [[-2, 0, 0, 2, 2], [-2, -1, 1, 2, 3], [-1, 0, 1, 2, 3], [-2, -1, 1, 2, 3]]
+    >>> round_by(a, M, QTX.requantize).tolist()
+    [-1, 0, 1, 2, 3]
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import QTX, Profile, QuantSpec, Requantization, Rounding
+from qtx_ref.spec import QTX, Dtype, Fixed, FloatProduct, HighProduct, QuantSpec
 
 from ..quant.checks import check_integers, check_range, check_shape
 from ..quant.rounding import round_integer
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
-WIDE = (Requantization.FIXED_ONE, Requantization.FIXED_ONE_NARROW)  # defined for int64 accumulators
-FLOATS = {Requantization.FLOAT32: Rounding.HALF_EVEN, Requantization.FLOAT_HALF_AWAY: Rounding.HALF_AWAY}
 
 
 def check_real(real: Tensor) -> None:
@@ -147,15 +145,16 @@ def multiply_high_half_up(a: Tensor, multiplier: Tensor, shift: Tensor) -> Tenso
     return rounding_shift_right(doubling_high_multiply(raised, multiplier), right)
 
 
-def real_multiplier(x_scale: Tensor, w_scale: Tensor | int, y_scale: Tensor, profile: Profile = QTX) -> Tensor:
-    """M = x_scale * w_scale / y_scale: float64 for a fixed-point mantissa of 31 bits, else float32 at each step.
+def real_multiplier(
+    x_scale: Tensor, w_scale: Tensor | int, y_scale: Tensor, rule: Fixed | FloatProduct = QTX.requantize
+) -> Tensor:
+    """M = x_scale * w_scale / y_scale: in the dtype of the rule, rounded at each step.
 
     x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
     as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
     (O,). Raises ValueError for scales of another shape.
     """
-    exact = profile.requantization in (*WIDE, Requantization.FIXED_TWO)
-    kind = torch.float64 if exact else torch.float32
+    kind = torch.float64 if rule.dtype is Dtype.FLOAT64 else torch.float32
     x_scale, w_scale, y_scale = (torch.as_tensor(scale).to(kind) for scale in (x_scale, w_scale, y_scale))
     if y_scale.ndim > 1 and y_scale.numel() > 1 and y_scale.shape[-1] == 1:
         raise ValueError(f"result scales of shape {tuple(y_scale.shape)}: give one, or (O,)")
@@ -177,7 +176,7 @@ def per_column(scale: Tensor) -> Tensor:
     return one_or_all(scale.reshape(-1))
 
 
-def multiply(a: Tensor, multiplier: Tensor, shift: Tensor, requantization: Requantization) -> Tensor:
+def multiply(a: Tensor, multiplier: Tensor, shift: Tensor, rule: Fixed) -> Tensor:
     """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
 
     a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do
@@ -185,46 +184,50 @@ def multiply(a: Tensor, multiplier: Tensor, shift: Tensor, requantization: Requa
     """
     check_shape("multiplier", multiplier, a.shape, "give one, or one per column or row")
     check_shape("shift", shift, a.shape, "give one, or one per column or row")
-    if a.dtype == torch.int64 and requantization not in WIDE:
-        raise ValueError(f"requantization {requantization} is not defined for 64-bit accumulators: use fixed_one")
-    rule = {
-        Requantization.FIXED_ONE: multiply_one_rounding,
-        Requantization.FIXED_ONE_NARROW: multiply_one_rounding_narrow,
-        Requantization.FIXED_TWO: multiply_two_roundings,
-        Requantization.HIGH_HALF_UP: multiply_high_half_up,
-    }[requantization]
-    return rule(a, multiplier, shift).clamp(INT32_MIN, INT32_MAX).long()
-
-
-def round_float(x: Tensor, requantization: Requantization) -> Tensor:
-    """float32 -> int64, saturated to int32, ties as a float requantization has them. It may round x in place."""
-    level = round_integer(x, FLOATS[requantization]).double()  # float32 has no 2^31 - 1
+    if a.dtype == torch.int64 and rule.product is not HighProduct.EXACT:
+        raise ValueError(f"a high product, {rule.product}, is not defined for 64-bit accumulators: keep the exact one")
+    if rule.product is HighProduct.HALF_UP:
+        level = multiply_two_roundings(a, multiplier, shift)
+    elif rule.product is HighProduct.TRUNCATED:
+        level = multiply_high_half_up(a, multiplier, shift)
+    elif rule.bits == 15:
+        level = multiply_one_rounding_narrow(a, multiplier, shift)
+    else:
+        level = multiply_one_rounding(a, multiplier, shift)
     return level.clamp(INT32_MIN, INT32_MAX).long()
 
 
-def round_by(a: Tensor, real: Tensor, requantization: Requantization) -> Tensor:
+def round_float(x: Tensor, rule: FloatProduct) -> Tensor:
+    """float32 -> int64, saturated to int32, ties as a float requantization has them. It may round x in place."""
+    level = round_integer(x, rule.rounding).double()  # float32 has no 2^31 - 1
+    return level.clamp(INT32_MIN, INT32_MAX).long()
+
+
+def round_by(a: Tensor, real: Tensor, rule: Fixed | FloatProduct) -> Tensor:
     """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float.
 
     Raises ValueError as `check_real` and `multiply`, and for an accumulator that is no integer.
     """
-    if requantization not in FLOATS:
-        return multiply(a, *quantize_multiplier(real), requantization)
+    if isinstance(rule, Fixed):
+        return multiply(a, *quantize_multiplier(real), rule)
     check_real(real)
     check_integers("accumulator", a.dtype)
     check_shape("multiplier", real, a.shape, "give one, or one per column or row")
-    return round_float(a.float() * real.float(), requantization)
+    return round_float(a.float() * real.float(), rule)
 
 
-def requantize(a: Tensor, real: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX) -> Tensor:
+def requantize(
+    a: Tensor, real: Tensor, zero_point: Tensor, spec: QuantSpec, rule: Fixed | FloatProduct = QTX.requantize
+) -> Tensor:
     """Accumulators a (..., N, O) -> codes (int32), shaped alike: round(real * a) + zero_point, clamped.
 
     real: from `real_multiplier`; it and `zero_point` (a code of `spec`) are one, or broadcast against a.
 
     Raises:
         ValueError: a multiplier or zero point that does not fit the shape of a or is outside its range, or accumulators
-            beyond the width that the profile requantizes.
+            beyond the width that the rule requantizes.
     """
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     check_shape("zero point", zero_point, a.shape, "give one, or one per column or row")
-    level = round_by(a, real, profile.requantization) + zero_point
+    level = round_by(a, real, rule) + zero_point
     return level.clamp(spec.code_min, spec.code_max).int()

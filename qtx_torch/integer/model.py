@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qtx_ref.spec import (
+    ONE_ROUNDING,
     AttentionSpec,
+    FloatProduct,
     Profile,
     QuantSpec,
-    Requantization,
     Softmax,
     SpecError,
     accumulator_bits,
@@ -196,20 +197,20 @@ class Integer(Float):
         """Codes of float32 values: with the site's scale, or one taken from them."""
         with at(site):
             if spec.dynamic:
-                scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile)
+                scale, zero = affine.scale_zero(*affine.ranges(real, spec), spec, self.profile.scale)
             else:
                 scale, zero = self.scale_of(site), self.constants[f"{site}.zero_point"]
-            code = affine.quantize(real, scale, zero, spec, self.profile)
+            code = affine.quantize(real, scale, zero, spec, self.profile.quantize)
         return Code(code.to(code_dtype(spec)), scale, zero, spec, spec.dynamic)
 
     def requantize(self, site: str, spec: QuantSpec, x: Code) -> Code:
         """Codes from integers, by the profile's multiplier."""
-        kind, multiplier = self.profile.requantization, self.constants[f"{site}.multiplier"]
+        rule, multiplier = self.profile.requantize, self.constants[f"{site}.multiplier"]
         with at(site):
-            if kind in fixed_point.FLOATS:
-                level = fixed_point.round_by(x.subtract_zero(), multiplier, kind)
+            if isinstance(rule, FloatProduct):
+                level = fixed_point.round_by(x.subtract_zero(), multiplier, rule)
             else:
-                level = fixed_point.multiply(x.subtract_zero(), multiplier, self.constants[f"{site}.shift"], kind)
+                level = fixed_point.multiply(x.subtract_zero(), multiplier, self.constants[f"{site}.shift"], rule)
         return self.clamp(site, spec, level)
 
     def clamp(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
@@ -231,7 +232,9 @@ class Integer(Float):
         wide = bias is not None and bias.dtype == torch.int64
         zeros, bits = (a.zero_point, b.zero_point), 64 if wide else accumulator_bits(a.spec, b.spec)
         with at(site):
-            return products.matmul(a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile, self.strict)
+            return products.matmul(
+                a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile.matmul, self.strict
+            )
 
     def record_accumulator(self, site: str, acc: Tensor) -> Tensor:
         if self.record is not None:
@@ -245,7 +248,9 @@ class Integer(Float):
         site, spec = module.site, self.quants[module.site]
         zero = self.constants[f"{site}.zero_point"]
         with at(site):
-            code = affine.quantize(value, self.entry[f"{site}.scale"], zero, spec, self.profile).to(code_dtype(spec))
+            code = affine.quantize(value, self.entry[f"{site}.scale"], zero, spec, self.profile.quantize).to(
+                code_dtype(spec)
+            )
         if self.whole is not None:
             self.whole.on = True
         return self.record_codes(site, Code(code, self.scale_of(site), zero, spec))
@@ -302,24 +307,24 @@ class Integer(Float):
         acc = ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.subtract_zero()
         bias = self.constants[f"{site}.bias"]
         with at(site):
-            acc = products.fit(acc + bias, 64 if bias.dtype == torch.int64 else 32, self.profile)
+            acc = products.fit(acc + bias, 64 if bias.dtype == torch.int64 else 32, self.profile.matmul)
         acc = self.record_accumulator(site, acc)
         return self.named(site, Code(acc, self.unit(gain.unit, 2.0**-ops.NORM_BITS)))
 
     def add(self, module: SiteModule, a: Code, b: Code) -> Code:
         """Both operands in one fine unit, their sum rounded once."""
-        site, kind = module.site, self.profile.requantization
+        site, rule = module.site, self.profile.requantize
         spec = self.quants[site]
         if spec.dynamic or a.measured or b.measured:
             return self.record_codes(site, self.quantize(site, spec, a.real() + b.real()))
         first, second = self.constants[f"{site}.multiplier"]
-        if kind in fixed_point.FLOATS:
+        if isinstance(rule, FloatProduct):
             level = fixed_point.round_float(
-                a.subtract_zero().float() * first + b.subtract_zero().float() * second, kind
+                a.subtract_zero().float() * first + b.subtract_zero().float() * second, rule
             )
         else:
             parts, shift = [a.subtract_zero(), b.subtract_zero()], self.constants[f"{site}.shift"]
-            level = ops.weighted_sum(parts, [first, second], shift, kind)
+            level = ops.weighted_sum(parts, [first, second], shift, self.profile.add)
         return self.record_codes(site, self.clamp(site, spec, level))
 
     def mul(self, module: SiteModule, a: Code, b: Code) -> Code:
@@ -358,7 +363,7 @@ class Integer(Float):
         polynomial, bits = ops.POLYNOMIALS[kind]
         scaling = (self.constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
         with at(site):
-            argument = fixed_point.multiply(x.subtract_zero(), *scaling, Requantization.FIXED_ONE)
+            argument = fixed_point.multiply(x.subtract_zero(), *scaling, ONE_ROUNDING)
         y = polynomial(argument).clamp(fixed_point.INT32_MIN, fixed_point.INT32_MAX).int()
         return self.named(site, Code(y, self.unit(2.0**-bits)))
 

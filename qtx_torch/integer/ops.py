@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import Requantization
+from qtx_ref.spec import AddRule, Rounding
 
 from ..quant.checks import check_range, check_shape
 from .fixed_point import INT32_MAX, INT32_MIN, multiply_one_rounding, rounding_shift_right
@@ -34,12 +34,10 @@ def half_up(numerator: Tensor, denominator: Tensor | int) -> Tensor:
     return quotient + (rest >= denominator - rest)
 
 
-def weighted_sum(
-    parts: list[Tensor], multipliers: list[Tensor], shift: Tensor, requantization: Requantization
-) -> Tensor:
+def weighted_sum(parts: list[Tensor], multipliers: list[Tensor], shift: Tensor, rule: AddRule) -> Tensor:
     """round(sum_i parts_i multipliers_i / 2^shift), the products and their sum exact, one rounding.
 
-    Half up; half away from zero for FIXED_TWO, as gemmlowp's last shift rounds. Parts are codes less their zero points
+    Half up, or half away from zero, as gemmlowp's last shift rounds. Parts are codes less their zero points
     or int32 accumulators, three at most; multipliers, up to 2^30, and shift are one, or one per column. Raises
     ValueError beyond these, and where a multiplier or shift does not fit the shape of the sum.
     """
@@ -52,7 +50,7 @@ def weighted_sum(
         check_shape("multiplier", multiplier, shape, "give one, or one per column")
         total = total + part.long() * multiplier.long()
     check_shape("shift", shift, shape, "give one, or one per column")
-    if requantization is Requantization.FIXED_TWO:
+    if rule.rounding is Rounding.HALF_AWAY:
         return torch.where(total < 0, -rounding_shift_right(-total, shift), rounding_shift_right(total, shift))
     return rounding_shift_right(total, shift)
 

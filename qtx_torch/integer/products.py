@@ -23,7 +23,7 @@ import functools
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import QTX, Overflow, Profile, QuantSpec
+from qtx_ref.spec import QTX, MatmulRule, Overflow, QuantSpec
 
 from ..quant.checks import check_integers, check_range, check_shape
 
@@ -125,12 +125,12 @@ def carrier(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> torch
     return torch.float64 if kind is torch.float32 and not plain_float32(a.device.type) else kind
 
 
-def fit(total: Tensor, bits: int, profile: Profile) -> Tensor:
-    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the profile
+def fit(total: Tensor, bits: int, rule: MatmulRule) -> Tensor:
+    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the rule
     wraps."""
     if bits == 64:
         return total
-    if profile.overflow is Overflow.REPORT:
+    if rule.overflow is Overflow.REPORT:
         low, high = (min(int(total.min()), 0), max(int(total.max()), 0)) if total.numel() else (0, 0)
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"accumulators run from {low} to {high}, beyond int32: use 64 bits, or smaller scales")
@@ -146,7 +146,7 @@ def matmul(
     b_zero: Tensor | None = None,
     bias: Tensor | None = None,
     accumulator: int = 32,
-    profile: Profile = QTX,
+    rule: MatmulRule = QTX.matmul,
     integers: bool = False,
 ) -> Tensor:
     """Codes a (..., M, K) and b (..., K, N) -> accumulators (..., M, N), int32 or int64.
@@ -160,7 +160,7 @@ def matmul(
 
     Raises:
         ValueError: codes outside their spec, zero points or a bias that vary along another axis, or accumulators beyond
-            their width where the profile reports.
+            their width where the rule reports.
     """
     check_codes("left operand", a, a_spec)
     check_codes("right operand", b, b_spec)
@@ -193,8 +193,8 @@ def matmul(
         total -= (b_zero * product(a, torch.ones(depth, 1, dtype=kind, device=b.device))).to(wide)
         total += 0 if a_zero is None else (depth * a_zero * b_zero).to(wide)
     if bias is not None:
-        total = add_bias(total, bias.to(wide), 4 * bound + largest_bias, profile)
-    return total if total.dtype == torch.int32 else fit(total, accumulator, profile)
+        total = add_bias(total, bias.to(wide), 4 * bound + largest_bias, rule)
+    return total if total.dtype == torch.int32 else fit(total, accumulator, rule)
 
 
 def check_bias(bias: Tensor, columns: int) -> None:
@@ -204,11 +204,11 @@ def check_bias(bias: Tensor, columns: int) -> None:
         raise ValueError(f"bias of shape {tuple(bias.shape)}: give one number per column, ({columns},)")
 
 
-def add_bias(total: Tensor, bias: Tensor, bound: int, profile: Profile) -> Tensor:
-    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the profile
+def add_bias(total: Tensor, bias: Tensor, bound: int, rule: MatmulRule) -> Tensor:
+    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the rule
     wraps."""
     result = total + bias
-    if bound >= 2**63 and profile.overflow is Overflow.REPORT:
+    if bound >= 2**63 and rule.overflow is Overflow.REPORT:
         lost = ((total ^ result) & (bias ^ result)) < 0  # the sum has neither's sign
         if lost.any():
             exact = int(total[lost][0]) + int(bias.expand(lost.shape)[lost][0])
@@ -233,7 +233,7 @@ def linear(
     w_zero: Tensor | None = None,
     bias: Tensor | None = None,
     accumulator: int = 32,
-    profile: Profile = QTX,
+    rule: MatmulRule = QTX.matmul,
     integers: bool = False,
 ) -> Tensor:
     """`matmul` of x (..., I) with a weight (O, I), whose zero points are (O, 1), (O,) or one -> (..., O).
@@ -241,7 +241,7 @@ def linear(
     The bias is (O,); one of shape (O, 1), as a weight's scales are, would be added along the rows: ValueError.
     Everything else as in `matmul`."""
     w_zero = None if w_zero is None else w_zero.mT if w_zero.ndim > 1 else w_zero
-    return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, profile, integers)
+    return matmul(x, weight.T, x_spec, w_spec, x_zero, w_zero, bias, accumulator, rule, integers)
 
 
 def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:

@@ -1,9 +1,9 @@
 """Affine quantization: `real = scale * (code - zero_point)`.
 
-What two engines may do differently is a field of the `Profile`. Under `QTX`, the default, arithmetic is float32
-whatever the dtype of the tensor: x / scale by IEEE division, rounded half to even, plus the zero point, clamped to the
-codes of the `QuantSpec`. Scales are tensors on the tensor's device: CUDA divides by a host number by multiplying with
-its reciprocal.
+What two engines may do differently is a field of a rule, one per operation of a `Profile`. Under `QTX`, the default,
+arithmetic is float32 whatever the dtype of the tensor: x / scale by IEEE division, rounded half to even, plus the
+zero point, clamped to the codes of the `QuantSpec`. Scales are tensors on the tensor's device: CUDA divides by a host
+number by multiplying with its reciprocal.
 
     >>> spec = QuantSpec(bits=8, symmetric=True)
     >>> quantize(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5]), torch.tensor(1.0), torch.tensor(0), spec).tolist()
@@ -20,13 +20,18 @@ from torch import Tensor
 
 from qtx_ref.spec import (
     QTX,
+    DequantizeRule,
+    Dtype,
+    FakeQuantizeRule,
     Granularity,
     InfinityPolicy,
     NanPolicy,
     Nudging,
-    Profile,
+    QuantizeRule,
     QuantSpec,
     ScaleRule,
+    SymmetricScale,
+    ZeroPoint,
     check_axes,
     check_where,
     check_width,
@@ -34,30 +39,30 @@ from qtx_ref.spec import (
 )
 
 from .checks import check_range, check_shape
-from .rounding import SMALLEST, round_dtype, round_integer
+from .rounding import round_dtype, round_integer
 
 TINY = 2.0**-126  # the smallest normal float32; no float32 scale is below it
 
 
-def check_scale(scale: Tensor, profile: Profile = QTX) -> None:
-    """Raises ValueError naming the first scale that, in the profile's arithmetic, is no finite number above 0, or has
-    no finite reciprocal where the profile multiplies by that."""
-    step = round_dtype(scale, profile.arithmetic)
+def check_scale(scale: Tensor, arithmetic: Dtype = Dtype.FLOAT32, reciprocal: bool = False) -> None:
+    """Raises ValueError naming the first scale that, in this arithmetic, is no finite number above 0, or has no finite
+    reciprocal where that is what is multiplied by."""
+    step = round_dtype(scale, arithmetic)
     good = torch.isfinite(step) & (step > 0)
-    if profile.reciprocal:
-        good &= torch.isfinite(round_dtype(torch.ones_like(step) / step, profile.arithmetic))
+    if reciprocal:
+        good &= torch.isfinite(round_dtype(torch.ones_like(step) / step, arithmetic))
     if not good.all():
-        remedy = "a finite number above 0" + ", and so its reciprocal" * profile.reciprocal
-        raise ValueError(f"scale {scale[~good][0].item()}: in {profile.arithmetic} it must be {remedy}")
+        remedy = "a finite number above 0" + ", and so its reciprocal" * reciprocal
+        raise ValueError(f"scale {scale[~good][0].item()}: in {arithmetic} it must be {remedy}")
 
 
 def check_quantizer(
-    shape: tuple[int, ...], scale: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX
+    shape: tuple[int, ...], scale: Tensor, zero_point: Tensor, spec: QuantSpec, rule: QuantizeRule = QTX.quantize
 ) -> None:
     """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point
     that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. It waits for the
     device."""
-    check_scale(scale, profile)
+    check_scale(scale, rule.arithmetic, rule.reciprocal)
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
@@ -136,24 +141,24 @@ def check_order(low: Tensor, high: Tensor) -> None:
         raise ValueError(f"range {first} to {last}: its low end is above its high end")
 
 
-def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QTX) -> tuple[Tensor, Tensor]:
+def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX.scale) -> tuple[Tensor, Tensor]:
     """Scale and zero point (int32) of a range, widened to hold 0. The scale is carried in float32 (float64 for
     FLOAT64).
 
-    Symmetric: by the profile's `ScaleRule`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
+    Symmetric: by the rule's `SymmetricScale`, and 0. Asymmetric: (high - low) / (code_max - code_min) and the rounded
     real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1);
-    else high / code_max and 0. An empty range (0, 0) has scale 1; no scale is below the smallest normal number of the
-    scale's and the arithmetic's dtype. So what comes out passes `check_quantizer`: scales are above 0, they and their
-    reciprocals finite, zero points among the codes. Raises ValueError where low is above high, or the range, or the
+    else high / code_max and 0. An empty range (0, 0) has the scale `empty`; no scale is below the `floor`. So what
+    comes out passes `check_quantizer`: scales are above 0, they and their reciprocals finite, zero points among the
+    codes. Raises ValueError where low is above high, or the range, or the
     scale in its dtype, is not finite.
     """
-    check_width(spec, profile)
+    check_width(spec, rule.arithmetic)
     reversed_ends, ends = low > high, (low, high)
     if spec.granularity is Granularity.GROUP and low.numel() > 1:
         low, high = unite_groups(low, high, spec)
 
     def number(value: Tensor) -> Tensor:
-        return round_dtype(value, profile.arithmetic)
+        return round_dtype(value, rule.arithmetic)
 
     low, high = number(low).clamp(max=0), number(high).clamp(min=0)
 
@@ -172,45 +177,45 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, profile: Profile = QT
         step = number(span / torch.where(low < 0, constant(middle - 1), constant(spec.code_max)))
     elif not spec.symmetric:
         step = number(span / constant(spec.code_max - spec.code_min))
-    elif profile.scale_rule is ScaleRule.ABSMAX:
+    elif rule.symmetric is SymmetricScale.ABSMAX:
         step = number(span / constant(spec.code_max))
-    elif profile.scale_rule is ScaleRule.ABSMAX_HALF:
+    elif rule.symmetric is SymmetricScale.ABSMAX_HALF:
         step = number(span / constant((2**spec.bits - 1) / 2))
     else:
         step = torch.maximum(number(-low / constant(-spec.code_min)), number(high / constant(spec.code_max)))
-    step = step.clamp(min=max(SMALLEST[profile.arithmetic], SMALLEST[profile.scale_dtype])).masked_fill(span == 0, 1)
-    scale = round_dtype(step, profile.scale_dtype)
+    step = torch.where(span == 0, constant(rule.empty), torch.maximum(step, constant(rule.floor)))
+    scale = round_dtype(step, rule.dtype)
     divisor = number(scale)
     if not torch.compiler.is_compiling() and not torch.isfinite(divisor).all():
-        raise ValueError(f"scale {step.max().item()} does not fit {profile.scale_dtype}; choose a wider dtype")
+        raise ValueError(f"scale {step.max().item()} does not fit {rule.dtype}; choose a wider dtype")
     if spec.symmetric:
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     if spec.mirrored:
         return scale, (low < 0).int() * middle
     first, last = constant(spec.code_min), constant(spec.code_max)
     zero = number(first - number(low / divisor))
-    if profile.nudging is Nudging.CLOSER_END:
+    if rule.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
         # the two ends' rounding errors, as gemmlowp bounds them
         nearer_low = first + number(-low / divisor) < last + up
         zero = torch.where(nearer_low, zero, number(last - up))
-    zero = round_integer(zero, profile.zero_point_rounding)
+    zero = round_integer(zero, rule.zero_point_rounding)
     return scale, zero.clamp(spec.code_min, spec.code_max).to(torch.int32)
 
 
 def round_level(
-    x: Tensor, scale: Tensor, zero_point: Tensor, profile: Profile = QTX, words: Tensor | None = None
+    x: Tensor, scale: Tensor, zero_point: Tensor, rule: QuantizeRule = QTX.quantize, words: Tensor | None = None
 ) -> Tensor:
-    """The code of x, not yet clamped: a whole number in the profile's arithmetic. `words` as in `round_integer`."""
+    """The code of x, not yet clamped: a whole number in the rule's arithmetic. `words` as in `round_integer`."""
 
     def number(value: Tensor) -> Tensor:
-        return round_dtype(value, profile.arithmetic)
+        return round_dtype(value, rule.arithmetic)
 
     x, scale, zero = number(x), number(scale), number(zero_point)
-    ratio = number(x * number(torch.ones_like(scale) / scale)) if profile.reciprocal else number(x / scale)
-    if profile.zero_point_before_rounding:
-        return round_integer(number(ratio.add_(zero)), profile.rounding, words)
-    return number(round_integer(ratio, profile.rounding, words).add_(zero))
+    ratio = number(x * number(torch.ones_like(scale) / scale)) if rule.reciprocal else number(x / scale)
+    if rule.zero_point is ZeroPoint.BEFORE:
+        return round_integer(number(ratio.add_(zero)), rule.rounding, words)
+    return number(round_integer(ratio, rule.rounding, words).add_(zero))
 
 
 def quantize(
@@ -218,43 +223,41 @@ def quantize(
     scale: Tensor,
     zero_point: Tensor,
     spec: QuantSpec,
-    profile: Profile = QTX,
+    rule: QuantizeRule = QTX.quantize,
     words: Tensor | None = None,
 ) -> Tensor:
     """Codes (int32) of x, in its shape; each lies between the spec's limits.
 
-    Raises ValueError on NaN and on infinity where the profile says so, and for a scale or zero point that no quantizer
+    Raises ValueError on NaN and on infinity where the rule says so, and for a scale or zero point that no quantizer
     has (`check_quantizer`) or that does not fit the shape of x.
     """
-    check_width(spec, profile)
-    check_quantizer(x.shape, scale, zero_point, spec, profile)
+    check_width(spec, rule.arithmetic)
+    check_quantizer(x.shape, scale, zero_point, spec, rule)
     nan = torch.isnan(x)
-    if profile.nan is NanPolicy.RAISE and nan.any():
+    if rule.nan is NanPolicy.RAISE and nan.any():
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
-    if profile.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
-        raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = round_level(
-        x if profile.nan is NanPolicy.RAISE else x.masked_fill(nan, 0), scale, zero_point, profile, words
-    )
+    if rule.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
+        raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
+    level = round_level(x if rule.nan is NanPolicy.RAISE else x.masked_fill(nan, 0), scale, zero_point, rule, words)
     code = level.clamp_(spec.code_min, spec.code_max).to(torch.int32)
-    if profile.nan is NanPolicy.RAISE:
+    if rule.nan is NanPolicy.RAISE:
         return code
-    return torch.where(nan, spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, code).to(torch.int32)
+    return torch.where(nan, spec.code_min if rule.nan is NanPolicy.CODE_MIN else zero_point, code).to(torch.int32)
 
 
-def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor, profile: Profile = QTX) -> Tensor:
-    """scale * (code - zero_point), the difference in integers (int64), the product rounded to the profile's arithmetic.
+def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor, rule: DequantizeRule = QTX.dequantize) -> Tensor:
+    """scale * (code - zero_point), the difference in integers (int64), the product rounded to the rule's arithmetic.
 
     Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale
     as `check_scale`, and where either does not fit the shape of the codes.
     """
-    check_scale(scale, profile)
+    check_scale(scale, rule.arithmetic)
     check_range("code", code, -(2**62), 2**62, "an accumulator has 48 bits at most")
     check_range("zero point", zero_point, -(2**31), 2**31 - 1, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, code.shape, "give one, or one for each that has its own")
-    difference = round_dtype(code.long() - zero_point.long(), profile.arithmetic)
-    return round_dtype(round_dtype(scale, profile.arithmetic) * difference, profile.arithmetic)
+    difference = round_dtype(code.long() - zero_point.long(), rule.arithmetic)
+    return round_dtype(round_dtype(scale, rule.arithmetic) * difference, rule.arithmetic)
 
 
 def fake_quantize(
@@ -262,16 +265,16 @@ def fake_quantize(
     scale: Tensor,
     zero_point: Tensor,
     spec: QuantSpec,
-    profile: Profile = QTX,
+    rule: FakeQuantizeRule = QTX.fake_quantize,
     words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dequantize(quantize(x)) in x's dtype, and where the straight-through gradient passes: codes inside their limits.
 
-    NaN stays NaN where the profile would raise, so that a training run shows it. Raises ValueError as `quantize` for
+    NaN stays NaN where the rule would raise, so that a training run shows it. Raises ValueError as `quantize` for
     infinity, scale and zero point.
     """
-    check_quantizer(x.shape, scale, zero_point, spec, profile)
-    return simulate(x, scale, zero_point, spec, profile, words)
+    check_quantizer(x.shape, scale, zero_point, spec, rule.quantize)
+    return simulate(x, scale, zero_point, spec, rule, words)
 
 
 def simulate(
@@ -279,20 +282,23 @@ def simulate(
     scale: Tensor,
     zero_point: Tensor,
     spec: QuantSpec,
-    profile: Profile = QTX,
+    rule: FakeQuantizeRule = QTX.fake_quantize,
     words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fake_quantize` without looking at scale and zero point, which would wait for the device: for those that
     `scale_zero` made, that were checked when the model was bound, or that are being learned. A NaN among them gives
     NaN."""
-    check_width(spec, profile)
-    if profile.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
-        raise ValueError("cannot quantize infinity under this profile; look upstream, or choose one that saturates")
-    level = round_level(x, scale, zero_point, profile, words)
-    if profile.nan is not NanPolicy.RAISE:
-        level = torch.where(torch.isnan(x), spec.code_min if profile.nan is NanPolicy.CODE_MIN else zero_point, level)
+    quantizing, arithmetic = rule.quantize, rule.dequantize.arithmetic
+    check_width(spec, quantizing.arithmetic)
+    if quantizing.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
+        raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
+    level = round_level(x, scale, zero_point, quantizing, words)
+    if quantizing.nan is not NanPolicy.RAISE:
+        level = torch.where(
+            torch.isnan(x), spec.code_min if quantizing.nan is NanPolicy.CODE_MIN else zero_point, level
+        )
     code = level.clamp(spec.code_min, spec.code_max)
     inside = level == code
-    difference = round_dtype(code.sub_(zero_point), profile.arithmetic)
-    y = round_dtype(difference.mul_(round_dtype(scale, profile.arithmetic)), profile.arithmetic)
+    difference = round_dtype(code.sub_(zero_point), arithmetic)
+    y = round_dtype(difference.mul_(round_dtype(scale, arithmetic)), arithmetic)
     return y.to(x.dtype), inside

@@ -28,7 +28,7 @@ from .. import distributed
 from . import affine, formats
 
 SILENT_SCALE = 2.0**-8  # of a tensor that was 0 in all of calibration
-STOCHASTIC = replace(QTX, rounding=Rounding.STOCHASTIC)
+STOCHASTIC = replace(QTX.fake_quantize, quantize=replace(QTX.quantize, rounding=Rounding.STOCHASTIC))
 
 
 def scale_zero(low: Tensor, high: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
@@ -133,4 +133,4 @@ def simulate(
     if spec.outliers is not None:
         y, inside = affine.simulate(x, torch.where(scale == 0, 1, scale), zero_point, spec)
         return torch.where(scale == 0, x, y), inside | (scale == 0)
-    return affine.simulate(x, scale, zero_point, spec, QTX if words is None else STOCHASTIC, words)
+    return affine.simulate(x, scale, zero_point, spec, QTX.fake_quantize if words is None else STOCHASTIC, words)

@@ -1,0 +1,1 @@
+"""What engines compute, and why two of them differ."""

@@ -1,0 +1,10 @@
+"""qtx audit: what the engines compute, and why two of them differ."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group("audit")
+def audit_command() -> None:
+    """Hold engines to their rules, find the rules of a black box, and the cause of a differing integer."""
