@@ -1,0 +1,143 @@
+"""ONNX files of one operation, for the engines that run them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .backend import need
+
+OPSET = {"": 23, "com.microsoft": 1}
+IR_VERSION = 11
+FORMATS = {"e4m3": "FLOAT8E4M3FN", "e5m2": "FLOAT8E5M2", "e2m1": "FLOAT4E2M1", "float32": "FLOAT"}
+CARRIED = {  # dtypes that NumPy lacks, and which one of its own carries them to a Cast at the edge of the graph
+    "bfloat16": "float32",
+    "int2": "int8",
+    "int4": "int8",
+    "uint2": "uint8",
+    "uint4": "uint8",
+}
+Model = tuple[bytes, dict[str, np.ndarray]]  # and what is fed to it
+
+
+def element(dtype: str) -> int:
+    """ONNX's number of a dtype of NumPy, of bfloat16, of int4 and the like, or of one of FORMATS."""
+    types = need("onnx", "engines", "engine onnx-reference").TensorProto
+    return getattr(types, FORMATS.get(dtype, dtype.upper()))
+
+
+@functools.lru_cache(maxsize=256)
+def make_model(
+    operator: str,
+    inputs: tuple[tuple[str, str], ...],
+    output: str,
+    attributes: tuple[tuple[str, Any], ...],
+    domain: str,
+) -> bytes:
+    """A model of one node. inputs: (name, dtype) in turn, "" for one that is left out; the output `y` has dtype
+    `output`."""
+    onnx = need("onnx", "engines", "engine onnx-reference")
+    helper, nodes, names, given = onnx.helper, [], [], []
+    for name, dtype in inputs:
+        names.append(name)
+        if not name:
+            continue
+        given.append(helper.make_tensor_value_info(name, element(CARRIED.get(dtype, dtype)), None))
+        if dtype in CARRIED:
+            names[-1] = f"{name}.narrow"
+            nodes.append(helper.make_node("Cast", [name], [names[-1]], to=element(dtype)))
+    made = "y.narrow" if output in CARRIED else "y"
+    nodes.append(helper.make_node(operator, names, [made], domain=domain, **dict(attributes)))
+    wide = CARRIED.get(output, output)
+    if output in CARRIED:
+        nodes.append(helper.make_node("Cast", [made], ["y"], to=element(wide)))
+    graph = helper.make_graph(nodes, operator, given, [helper.make_tensor_value_info("y", element(wide), None)])
+    opsets = [helper.make_opsetid(name, version) for name, version in OPSET.items()]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION).SerializeToString()
+
+
+def build(
+    operator: str,
+    inputs: Mapping[str, tuple[Any, str]],
+    output: str,
+    attributes: Mapping[str, Any] | None = None,
+    domain: str = "",
+) -> Model:
+    """A model of one node and its feeds. inputs: value and dtype by name; None for one that is left out."""
+    signature = tuple(("" if value is None else name, dtype) for name, (value, dtype) in inputs.items())
+    feeds = {
+        name: np.asarray(value).astype(CARRIED.get(dtype, dtype), copy=False)
+        for name, (value, dtype) in inputs.items()
+        if value is not None
+    }
+    given = attributes or {}
+    return make_model(operator, signature, output, tuple(given.items()), domain), feeds
+
+
+def build_quantize(values: Mapping[str, Any]) -> Model:
+    """QuantizeLinear; its zero point is left out where the codes are floats."""
+    kind, dtype = values.get("x_dtype", str(values["x"].dtype)), values["dtype"]
+    floats = dtype in FORMATS
+    inputs = {
+        "x": (values["x"], kind),
+        "scale": (values["scale"], kind),
+        "zero_point": (None if floats else values["zero_point"], dtype),
+    }
+    more = {"output_dtype": element(dtype)} if floats else {}
+    return build("QuantizeLinear", inputs, dtype, more | blocks(values))
+
+
+def build_dequantize(values: Mapping[str, Any]) -> Model:
+    """DequantizeLinear, in the type of the scale."""
+    dtype = values.get("dtype", str(values["code"].dtype))
+    kind = values.get("x_dtype", str(values["scale"].dtype))
+    inputs = {
+        "code": (values["code"], dtype),
+        "scale": (values["scale"], kind),
+        "zero_point": (values["zero_point"], dtype),
+    }
+    return build("DequantizeLinear", inputs, kind, blocks(values))
+
+
+def build_matmul(values: Mapping[str, Any]) -> Model:
+    """MatMulInteger."""
+    inputs = {name: (values[name], str(values[name].dtype)) for name in ("x", "w")}
+    for name in ("x", "w"):
+        inputs[f"{name}_zero"] = (values[f"{name}_zero"], str(values[name].dtype))
+    return build("MatMulInteger", inputs, "int32")
+
+
+def build_linear(values: Mapping[str, Any]) -> Model:
+    """QLinearMatMul, which has no bias. Raises ValueError for one."""
+    if values.get("bias") is not None:
+        raise ValueError("QLinearMatMul has no bias")
+    return build("QLinearMatMul", operands(values) | result(values), str(values["y_zero"].dtype))
+
+
+def build_gemm(values: Mapping[str, Any]) -> Model:
+    """onnxruntime's QGemm, whose bias is int32."""
+    inputs = operands(values) | {"bias": (values.get("bias"), "int32")} | result(values)
+    return build("QGemm", inputs, str(values["y_zero"].dtype), domain="com.microsoft")
+
+
+def operands(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """x and w, each with its scale and zero point."""
+    inputs: dict[str, tuple[Any, str]] = {}
+    for name in ("x", "w"):
+        inputs[name] = (values[name], str(values[name].dtype))
+        inputs[f"{name}_scale"] = (values[f"{name}_scale"], "float32")
+        inputs[f"{name}_zero"] = (values[f"{name}_zero"], str(values[name].dtype))
+    return inputs
+
+
+def result(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """The scale and the zero point of y, whose dtype is that of its codes."""
+    return {"y_scale": (values["y_scale"], "float32"), "y_zero": (values["y_zero"], str(values["y_zero"].dtype))}
+
+
+def blocks(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Along which axis scales vary, and for how many elements one holds."""
+    return {name: values[name] for name in ("axis", "block_size") if name in values}
