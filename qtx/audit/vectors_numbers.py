@@ -1,6 +1,6 @@
 """Families of real numbers to quantize, around the places where engines part: ties, limits, powers of two, NaN.
 
-A tie is half-way between two neighbouring levels, in units of the scale: of codes less their zero point, or of values of
+A tie is half-way between two neighbouring levels in units of the scale: of codes less their zero point, or of values of
 a small float.
 """
 
