@@ -32,7 +32,7 @@ AXES = {
 
 CORE = {
     "affine": lambda m, x, scale, zero, words, spec, profile, **rest: {
-        "fake": m.fake_quantize(x, scale, zero, spec, profile, words)
+        "fake": m.fake_quantize(x, scale, zero, spec, profile.fake_quantize, words)
     },
     "fixed_point": lambda m, a, real, zero, spec, rule, **rest: {"codes": m.requantize(a, real, zero, spec, rule)},
     "integer": lambda m, a, b, zero_a, zero_b, bias, a_spec, b_spec, accumulator, rule, integers, **rest: {
