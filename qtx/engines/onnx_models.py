@@ -33,12 +33,11 @@ def element(dtype: str) -> int:
 def make_model(
     operator: str,
     inputs: tuple[tuple[str, str], ...],
-    output: str,
+    outputs: tuple[str, ...],
     attributes: tuple[tuple[str, Any], ...],
     domain: str,
 ) -> bytes:
-    """A model of one node. inputs: (name, dtype) in turn, "" for one that is left out; the output `y` has dtype
-    `output`."""
+    """A model of one node. inputs: (name, dtype) in turn, "" for one that is left out; outputs: their dtypes."""
     onnx = need("onnx", "engines", "engine onnx-reference")
     helper, nodes, names, given = onnx.helper, [], [], []
     for name, dtype in inputs:
@@ -127,13 +126,20 @@ def build_gemm(values: Mapping[str, Any]) -> Model:
     return build("QGemm", inputs, str(values["y_zero"].dtype), domain="com.microsoft")
 
 
-def build_scale(values: Mapping[str, Any]) -> Model:
-    """DynamicQuantizeLinear of the two ends of one range; its outputs are codes, scale and zero point. Raises
+def build_scales(values: Mapping[str, Any]) -> list[Model]:
+    """DynamicQuantizeLinear of the two ends of each range; its outputs are codes, scale and zero point. Raises
     ValueError for anything but asymmetric uint8."""
     if values["dtype"] != "uint8" or values.get("symmetric"):
         raise ValueError("DynamicQuantizeLinear makes asymmetric uint8 alone")
-    ends = np.concatenate([np.float32(values[end]).reshape(-1) for end in ("low", "high")])
-    return build("DynamicQuantizeLinear", {"x": (ends, "float32")}, ("uint8", "float32", "uint8"))
+    ends = np.stack([np.float32(values[end]).reshape(-1) for end in ("low", "high")], -1)
+    return [build("DynamicQuantizeLinear", {"x": (x, "float32")}, ("uint8", "float32", "uint8")) for x in ends]
+
+
+def join_scales(values: Mapping[str, Any], results: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Scales and zero points of what the models of `build_scales` gave, in the shape of the ranges."""
+    shape = np.shape(values["low"])
+    scale, zero_point = (np.array([result[i] for result in results]).reshape(shape) for i in (1, 2))
+    return {"scale": scale, "zero_point": zero_point}
 
 
 def operands(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .backend import need
-from .onnx_models import build_dequantize, build_linear, build_matmul, build_quantize, build_scale
+from .onnx_models import build_dequantize, build_linear, build_matmul, build_quantize, build_scales, join_scales
 from .paths import Path
 
 PACKAGES = {"onnx": "engines"}
@@ -42,8 +42,7 @@ def make_evaluator(model: bytes) -> Any:
 def run(path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What the evaluator gives."""
     if path.op == "scale":
-        _, scale, zero_point = evaluate(build_scale(values))
-        return {"scale": scale, "zero_point": zero_point}
+        return join_scales(values, [evaluate(one) for one in build_scales(values)])
     build, name = OPERATIONS[path.op]
     return {name: as_bits(evaluate(build(values))[0])}
 

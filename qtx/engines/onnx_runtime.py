@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from .backend import need
-from .onnx_models import build_dequantize, build_gemm, build_linear, build_matmul, build_quantize, build_scale
+from .onnx_models import (
+    build_dequantize,
+    build_gemm,
+    build_linear,
+    build_matmul,
+    build_quantize,
+    build_scales,
+    join_scales,
+)
 from .paths import Path
 
 PACKAGES = {"onnxruntime": "engines", "onnx": "engines"}
@@ -48,8 +56,7 @@ def run(path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What a session gives. A linear with a bias is QGemm, one without QLinearMatMul."""
     level = path.name.removeprefix(f"{NAME}-")
     if path.op == "scale":
-        _, scale, zero_point = call(build_scale(values), level)
-        return {"scale": scale, "zero_point": zero_point}
+        return join_scales(values, [call(one, level) for one in build_scales(values)])
     if path.op == "quantize":
         return {"code": call(build_quantize(values), level)[0]}
     if path.op == "dequantize":

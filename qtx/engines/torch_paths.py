@@ -43,11 +43,11 @@ def limits(dtype: str) -> tuple[int, int]:
     return (0, 2**bits - 1) if dtype.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def tensor(values: Mapping[str, Any], name: str = "x") -> Any:
+def tensor(values: Mapping[str, Any]) -> Any:
     """x as a tensor of the dtype that `x_dtype` says, which NumPy may lack."""
     torch = need("torch", "torch", "engine torch")
     dtype = values.get("x_dtype")
-    array = np.asarray(values[name])
+    array = np.asarray(values["x"])
     made = torch.from_numpy(array if array.ndim and all(s > 0 for s in array.strides) else array.copy())
     return made.to(getattr(torch, dtype)) if dtype else made
 
@@ -83,7 +83,8 @@ def quantize(path: Path, values: Mapping[str, Any]) -> np.ndarray:
 
 def dequantize(path: Path, values: Mapping[str, Any]) -> np.ndarray:
     """Real numbers, by the path's kernel."""
-    torch, code = need("torch", "torch", "engine torch"), tensor(values | {"x_dtype": None}, "code")
+    torch = need("torch", "torch", "engine torch")
+    code = torch.from_numpy(np.array(values["code"]))
     dtype = values.get("dtype", str(values["code"].dtype))
     if path.name == DECOMPOSED:
         need("torch.ao.quantization.fx._decomposed", "torch", "engine torch")
