@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from parity_tests.subjects import rules
 from qtx_ref.quant.formats import values
 from qtx_ref.quant.rounding import SMALLEST
 from qtx_ref.random import stream
@@ -25,12 +26,13 @@ from qtx_ref.spec import (
     FloatQuantSpec,
     Granularity,
     InfinityPolicy,
+    MatmulRule,
     NanPolicy,
     Nudging,
     Overflow,
+    Products,
     QuantizeRule,
     QuantSpec,
-    Requantization,
     Rounding,
     ScaleRule,
     SharedScale,
@@ -168,7 +170,7 @@ def draw_affine(index: int, codes: int) -> Configuration:
 
 
 FIXED = {
-    "requantization": tuple(Requantization),
+    "rule": tuple(rules.REQUANTIZE.values()),
     "accumulator": (np.int32, np.int32, np.int64),
     "multiplier": ("tiny", "below one", "above one", "power of two", "zero"),
     "bits": tuple(range(2, 17)),
@@ -178,12 +180,12 @@ FIXED = {
 }
 
 
-def fixed_chain(m, a, b, real, zero, exponent, scales, spec, profile):
+def fixed_chain(m, a, b, real, zero, exponent, scales, spec, rule):
     return {
-        "codes": m.requantize(a, real, zero, spec, profile),
-        "rounded": m.round_by(a, real, profile.requantization),
+        "codes": m.requantize(a, real, zero, spec, rule),
+        "rounded": m.round_by(a, real, rule),
         "multiplier, shift": m.quantize_multiplier(real),
-        "combined": m.real_multiplier(scales[0], scales[1], scales[2], profile),
+        "combined": m.real_multiplier(scales[0], scales[1], scales[2], rule),
         "rounding high": m.rounding_doubling_high_multiply(b[0], b[1]),
         "high": m.doubling_high_multiply(b[0], b[1]),
         "divided": m.rounding_divide_by_power_of_two(b[0], exponent),
@@ -193,8 +195,8 @@ def fixed_chain(m, a, b, real, zero, exponent, scales, spec, profile):
 
 def draw_fixed(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "fixed_point", index), pick(FIXED, index)
-    kind = axes["requantization"]
-    wide = axes["accumulator"] is np.int64 and kind not in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP)
+    rule = axes["rule"]
+    wide = axes["accumulator"] is np.int64 and rule not in (rules.TWO, rules.TRUNCATED)
     columns = 16 if axes["per_channel"] else 1
     exponent = {
         "tiny": (-45, -30),
@@ -221,12 +223,12 @@ def draw_fixed(index: int, codes: int) -> Configuration:
     arrays = {
         "a": a.astype(np.int64 if wide else np.int32),
         "b": b.astype(np.int32),
-        "real": real.astype(np.float32) if kind is Requantization.HIGH_HALF_UP else real,
+        "real": real.astype(np.float32) if rule == rules.TRUNCATED else real,
         "zero": np.array(rng.integers(spec.code_min, spec.code_max + 1), np.int32),
         "exponent": rng.integers(0, 32, b.shape[1]).astype(np.int32),
         "scales": rng.uniform(1e-4, 1, (3, 64)).astype(F32),
     }
-    return Configuration(fixed_chain, arrays, {"spec": spec, "profile": replace(QTX, requantization=kind)}, axes)
+    return Configuration(fixed_chain, arrays, {"spec": spec, "rule": rule}, axes)
 
 
 INTEGER = {
@@ -299,7 +301,7 @@ def draw_integer(index: int, codes: int) -> Configuration:
         "b_spec": b_spec,
         "pairs": axes["pairs"],
         "accumulator": axes["accumulator"],
-        "profile": replace(QTX, overflow=axes["overflow"]),
+        "rule": MatmulRule(Products.EXACT, 1, axes["overflow"]),
         "integers": axes["integers"],
     }
     return Configuration(integer_chain, arrays, settings, axes)
