@@ -6,7 +6,7 @@ from typing import Any
 
 from ..spec import SpecError
 
-__all__ = ["upgrade"]
+__all__ = ["fixed", "upgrade"]
 
 FIELDS = (
     "name",
