@@ -108,7 +108,10 @@ def describe(artifact: Artifact, wiring: IntegerGraph, form: str, sha: str, resu
         "artifact": sha,
         "profile": to_dict(wiring.profile),
         "nonlinear": str(artifact.nonlinear),
-        "output": {"scale": to_list(artifact.constants.get("output.scale", result.unit)), "zero_point": to_list(result.zero_point)},
+        "output": {
+            "scale": to_list(artifact.constants.get("output.scale", result.unit)),
+            "zero_point": to_list(result.zero_point),
+        },
         "sites": {site: describe_site(value) for site, value in wiring.sites.items()},
     }
 
