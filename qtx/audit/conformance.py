@@ -125,8 +125,8 @@ def conform(
 ) -> Report:
     """Holds paths to their profiles, on `count` vectors each, and golden vectors of engines that are not installed.
 
-    Raises SpecError for an engine, an operation or a profile that there is none of, MissingExtra for a CPU that cannot be
-    had.
+    Raises SpecError for an engine, an operation or a profile that there is none of, MissingExtra for a `cpu` that is
+    missing.
     """
     paths, absent = choose_paths(engines, ops)
     report = Report(absent={name: str(missing(name)) for name in absent})
