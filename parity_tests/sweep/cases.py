@@ -13,27 +13,36 @@ from typing import Any
 
 import numpy as np
 
+from parity_tests.subjects import rules
 from qtx_ref.quant.formats import values
+from qtx_ref.quant.rounding import SMALLEST
 from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
+    Beyond,
     Dtype,
+    FakeQuantizeRule,
     FloatFormat,
     FloatQuantSpec,
     Granularity,
     InfinityPolicy,
+    MatmulRule,
     NanPolicy,
     Nudging,
     Overflow,
+    Products,
+    QuantizeRule,
     QuantSpec,
-    Requantization,
     Rounding,
     ScaleRule,
     SharedScale,
+    SymmetricScale,
+    ZeroPoint,
 )
 
 BOTH = (False, True)
 F32 = np.float32
+WIDTHS = (Dtype.FLOAT32, Dtype.FLOAT64, Dtype.BFLOAT16, Dtype.FLOAT16)
 
 
 @dataclass(frozen=True)
@@ -68,15 +77,17 @@ def powers_of_two() -> np.ndarray:
 
 AFFINE = {
     "rounding": tuple(Rounding),
-    "zero_point_before_rounding": BOTH,
+    "zero_point": tuple(ZeroPoint),
     "reciprocal": BOTH,
-    "scale_rule": tuple(ScaleRule),
+    "scale_rule": tuple(SymmetricScale),
     "nudging": tuple(Nudging),
     "zero_point_rounding": tuple(r for r in Rounding if r is not Rounding.STOCHASTIC),
-    "scale_dtype": tuple(Dtype),
-    "arithmetic": tuple(Dtype),
+    "scale_dtype": WIDTHS,
+    "scale_arithmetic": WIDTHS,
+    "arithmetic": WIDTHS,
     "nan": tuple(NanPolicy),
     "infinity": tuple(InfinityPolicy),
+    "beyond": tuple(Beyond),
     "bits": tuple(range(2, 17)),
     "symmetric": BOTH,
     "narrow": BOTH,
@@ -90,18 +101,18 @@ AFFINE = {
 def affine_chain(m, x, special, scale, zero, words, special_words, spec, profile, weight):
     """Dynamic: range, scale, codes and values of x. Static: `special`, by a scale it holds ties of."""
     low, high = m.ranges(x, spec, weight)
-    got, point = m.scale_zero(low, high, spec, profile)
-    codes = m.quantize(x, got, point, spec, profile, words)
-    fake, inside = m.fake_quantize(x, got, point, spec, profile, words)
-    static = m.quantize(special, scale, zero, spec, profile, special_words)
-    fake_static, inside_static = m.fake_quantize(special, scale, zero, spec, profile, special_words)
+    got, point = m.scale_zero(low, high, spec, profile.scale)
+    codes = m.quantize(x, got, point, spec, profile.quantize, words)
+    fake, inside = m.fake_quantize(x, got, point, spec, profile.fake_quantize, words)
+    static = m.quantize(special, scale, zero, spec, profile.quantize, special_words)
+    fake_static, inside_static = m.fake_quantize(special, scale, zero, spec, profile.fake_quantize, special_words)
     return {
         "low": low + 0.0,  # the sign of a zero end is that of whichever zero came last, and nothing reads it
         "high": high + 0.0,
         "scale": got,
         "zero_point": point,
         "codes": codes,
-        "dequantized": m.dequantize(codes, got, point, profile),
+        "dequantized": m.dequantize(codes, got, point, profile.dequantize),
         "fake": fake,
         "inside": inside,
         "static": static,
@@ -112,8 +123,19 @@ def affine_chain(m, x, special, scale, zero, words, special_words, spec, profile
 
 def draw_affine(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "affine", index), pick(AFFINE, index)
-    fields = {k: v for k, v in axes.items() if k in QTX.__dataclass_fields__}
-    profile = replace(QTX, name="drawn", **fields)
+    fields = {k: v for k, v in axes.items() if k in QTX.quantize.__dataclass_fields__}
+    quantize, dequantize = QuantizeRule(**fields), replace(QTX.dequantize, arithmetic=axes["arithmetic"])
+    made = ScaleRule(
+        axes["scale_rule"],
+        axes["nudging"],
+        axes["zero_point_rounding"],
+        axes["scale_dtype"],
+        axes["scale_arithmetic"],
+        floor=max(SMALLEST[axes["scale_dtype"]], SMALLEST[axes["scale_arithmetic"]]),
+        empty=1.0,
+    )
+    fake = FakeQuantizeRule(quantize, dequantize)
+    profile = replace(QTX, name="drawn", scale=made, quantize=quantize, fake_quantize=fake, dequantize=dequantize)
     permuted = axes["granularity"] == "permuted"
     kind = Granularity.GROUP if permuted else axes["granularity"]
     groups, block = (4 if kind is Granularity.GROUP else None), (8 if kind is Granularity.BLOCK else None)
@@ -133,13 +155,13 @@ def draw_affine(index: int, codes: int) -> Configuration:
     x[:, 5] *= 50  # an outlier channel
     x[3] = np.abs(x[3])
     scale = F32(2.0 ** rng.integers(-6, 3)) if index % 2 else F32(rng.uniform(0.01, 1))
-    if profile.arithmetic is Dtype.FLOAT16 or profile.scale_dtype is Dtype.FLOAT16:
+    if Dtype.FLOAT16 in (quantize.arithmetic, made.dtype):
         scale = np.float16(scale).astype(F32)
     zero = np.int32(0 if spec.symmetric else rng.integers(spec.code_min, spec.code_max + 1))
     steps = rng.integers(-spec.code_max, spec.code_max + 1, 300)
     special = np.concatenate([neighbours((steps + 0.5) * scale), neighbours(powers_of_two()), x.ravel()[:64]])
     limits = F32([0, -0.0, 3.4028235e38, -3.4028235e38])
-    if axes["broken"] or (profile.nan is not NanPolicy.RAISE and profile.infinity is not InfinityPolicy.RAISE):
+    if axes["broken"] or (quantize.nan is not NanPolicy.RAISE and quantize.infinity is not InfinityPolicy.RAISE):
         limits = np.append(limits, F32([np.inf, -np.inf, np.nan]))
     special = np.concatenate([special, limits])
     draw = {"words": rng.integers(0, 2**32, x.shape), "special_words": rng.integers(0, 2**32, special.shape)}
@@ -148,7 +170,7 @@ def draw_affine(index: int, codes: int) -> Configuration:
 
 
 FIXED = {
-    "requantization": tuple(Requantization),
+    "rule": tuple(rules.REQUANTIZE.values()),
     "accumulator": (np.int32, np.int32, np.int64),
     "multiplier": ("tiny", "below one", "above one", "power of two", "zero"),
     "bits": tuple(range(2, 17)),
@@ -158,12 +180,12 @@ FIXED = {
 }
 
 
-def fixed_chain(m, a, b, real, zero, exponent, scales, spec, profile):
+def fixed_chain(m, a, b, real, zero, exponent, scales, spec, rule):
     return {
-        "codes": m.requantize(a, real, zero, spec, profile),
-        "rounded": m.round_by(a, real, profile.requantization),
+        "codes": m.requantize(a, real, zero, spec, rule),
+        "rounded": m.round_by(a, real, rule),
         "multiplier, shift": m.quantize_multiplier(real),
-        "combined": m.real_multiplier(scales[0], scales[1], scales[2], profile),
+        "combined": m.real_multiplier(scales[0], scales[1], scales[2], rule),
         "rounding high": m.rounding_doubling_high_multiply(b[0], b[1]),
         "high": m.doubling_high_multiply(b[0], b[1]),
         "divided": m.rounding_divide_by_power_of_two(b[0], exponent),
@@ -173,8 +195,8 @@ def fixed_chain(m, a, b, real, zero, exponent, scales, spec, profile):
 
 def draw_fixed(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "fixed_point", index), pick(FIXED, index)
-    kind = axes["requantization"]
-    wide = axes["accumulator"] is np.int64 and kind not in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP)
+    rule = axes["rule"]
+    wide = axes["accumulator"] is np.int64 and rule not in (rules.TWO, rules.TRUNCATED)
     columns = 16 if axes["per_channel"] else 1
     exponent = {
         "tiny": (-45, -30),
@@ -201,12 +223,12 @@ def draw_fixed(index: int, codes: int) -> Configuration:
     arrays = {
         "a": a.astype(np.int64 if wide else np.int32),
         "b": b.astype(np.int32),
-        "real": real.astype(np.float32) if kind is Requantization.HIGH_HALF_UP else real,
+        "real": real.astype(np.float32) if rule == rules.TRUNCATED else real,
         "zero": np.array(rng.integers(spec.code_min, spec.code_max + 1), np.int32),
         "exponent": rng.integers(0, 32, b.shape[1]).astype(np.int32),
         "scales": rng.uniform(1e-4, 1, (3, 64)).astype(F32),
     }
-    return Configuration(fixed_chain, arrays, {"spec": spec, "profile": replace(QTX, requantization=kind)}, axes)
+    return Configuration(fixed_chain, arrays, {"spec": spec, "rule": rule}, axes)
 
 
 INTEGER = {
@@ -279,7 +301,7 @@ def draw_integer(index: int, codes: int) -> Configuration:
         "b_spec": b_spec,
         "pairs": axes["pairs"],
         "accumulator": axes["accumulator"],
-        "profile": replace(QTX, overflow=axes["overflow"]),
+        "rule": MatmulRule(Products.EXACT, 1, axes["overflow"]),
         "integers": axes["integers"],
     }
     return Configuration(integer_chain, arrays, settings, axes)

@@ -33,12 +33,11 @@ def element(dtype: str) -> int:
 def make_model(
     operator: str,
     inputs: tuple[tuple[str, str], ...],
-    output: str,
+    outputs: tuple[str, ...],
     attributes: tuple[tuple[str, Any], ...],
     domain: str,
 ) -> bytes:
-    """A model of one node. inputs: (name, dtype) in turn, "" for one that is left out; the output `y` has dtype
-    `output`."""
+    """A model of one node. inputs: (name, dtype) in turn, "" for one that is left out; outputs: their dtypes."""
     onnx = need("onnx", "engines", "engine onnx-reference")
     helper, nodes, names, given = onnx.helper, [], [], []
     for name, dtype in inputs:
@@ -49,12 +48,15 @@ def make_model(
         if dtype in CARRIED:
             names[-1] = f"{name}.narrow"
             nodes.append(helper.make_node("Cast", [name], [names[-1]], to=element(dtype)))
-    made = "y.narrow" if output in CARRIED else "y"
-    nodes.append(helper.make_node(operator, names, [made], domain=domain, **dict(attributes)))
-    wide = CARRIED.get(output, output)
-    if output in CARRIED:
-        nodes.append(helper.make_node("Cast", [made], ["y"], to=element(wide)))
-    graph = helper.make_graph(nodes, operator, given, [helper.make_tensor_value_info("y", element(wide), None)])
+    made = [f"{i}.narrow" if dtype in CARRIED else f"{i}" for i, dtype in enumerate(outputs)]
+    nodes.append(helper.make_node(operator, names, made, domain=domain, **dict(attributes)))
+    results = []
+    for i, dtype in enumerate(outputs):
+        wide = element(CARRIED.get(dtype, dtype))
+        if dtype in CARRIED:
+            nodes.append(helper.make_node("Cast", [made[i]], [f"{i}"], to=wide))
+        results.append(helper.make_tensor_value_info(f"{i}", wide, None))
+    graph = helper.make_graph(nodes, operator, given, results)
     opsets = [helper.make_opsetid(name, version) for name, version in OPSET.items()]
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION).SerializeToString()
 
@@ -62,7 +64,7 @@ def make_model(
 def build(
     operator: str,
     inputs: Mapping[str, tuple[Any, str]],
-    output: str,
+    outputs: str | tuple[str, ...],
     attributes: Mapping[str, Any] | None = None,
     domain: str = "",
 ) -> Model:
@@ -73,8 +75,9 @@ def build(
         for name, (value, dtype) in inputs.items()
         if value is not None
     }
-    given = attributes or {}
-    return make_model(operator, signature, output, tuple(given.items()), domain), feeds
+    given = tuple((attributes or {}).items())
+    outputs = (outputs,) if isinstance(outputs, str) else outputs
+    return make_model(operator, signature, outputs, given, domain), feeds
 
 
 def build_quantize(values: Mapping[str, Any]) -> Model:
@@ -121,6 +124,22 @@ def build_gemm(values: Mapping[str, Any]) -> Model:
     """onnxruntime's QGemm, whose bias is int32."""
     inputs = operands(values) | {"bias": (values.get("bias"), "int32")} | result(values)
     return build("QGemm", inputs, str(values["y_zero"].dtype), domain="com.microsoft")
+
+
+def build_scales(values: Mapping[str, Any]) -> list[Model]:
+    """DynamicQuantizeLinear of the two ends of each range; its outputs are codes, scale and zero point. Raises
+    ValueError for anything but asymmetric uint8."""
+    if values["dtype"] != "uint8" or values.get("symmetric"):
+        raise ValueError("DynamicQuantizeLinear makes asymmetric uint8 alone")
+    ends = np.stack([np.float32(values[end]).reshape(-1) for end in ("low", "high")], -1)
+    return [build("DynamicQuantizeLinear", {"x": (x, "float32")}, ("uint8", "float32", "uint8")) for x in ends]
+
+
+def join_scales(values: Mapping[str, Any], results: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Scales and zero points of what the models of `build_scales` gave, in the shape of the ranges."""
+    shape = np.shape(values["low"])
+    scale, zero_point = (np.array([result[i] for result in results]).reshape(shape) for i in (1, 2))
+    return {"scale": scale, "zero_point": zero_point}
 
 
 def operands(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .backend import need
-from .onnx_models import build_dequantize, build_linear, build_matmul, build_quantize
+from .onnx_models import build_dequantize, build_linear, build_matmul, build_quantize, build_scales, join_scales
 from .paths import Path
 
 PACKAGES = {"onnx": "engines"}
@@ -17,6 +17,7 @@ NAME = "onnx-reference"
 CODES = ("int8", "uint8", "int16", "uint16", "int4", "uint4")
 BYTES = ("int8", "uint8")
 PATHS = (
+    Path(NAME, NAME, "scale", NAME, ("uint8",)),
     Path(NAME, NAME, "quantize", NAME, (*CODES, "e4m3", "e5m2", "e2m1")),
     Path(NAME, NAME, "dequantize", NAME, (*CODES, "int32")),
     Path(NAME, NAME, "matmul", NAME, BYTES),
@@ -40,11 +41,17 @@ def make_evaluator(model: bytes) -> Any:
 
 def run(path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What the evaluator gives."""
+    if path.op == "scale":
+        return join_scales(values, [evaluate(one) for one in build_scales(values)])
     build, name = OPERATIONS[path.op]
-    model, feeds = build(values)
+    return {name: as_bits(evaluate(build(values))[0])}
+
+
+def evaluate(built: tuple[bytes, dict[str, np.ndarray]]) -> list[np.ndarray]:
+    """The outputs of a model for its feeds."""
+    model, feeds = built
     with np.errstate(all="ignore"):
-        (result,) = make_evaluator(model).run(None, feeds)
-    return {name: as_bits(result)}
+        return [np.asarray(array) for array in make_evaluator(model).run(None, feeds)]
 
 
 def as_bits(array: np.ndarray) -> np.ndarray:

@@ -40,6 +40,10 @@ GROUP = "qtx.engines"  # of entry points
 BUILT_IN = {
     "onnx-reference": "qtx.engines.onnx_reference",
     "onnxruntime": "qtx.engines.onnx_runtime",
+    "torch": "qtx.engines.torch_paths",
+    "torchao": "qtx.engines.torchao_paths",
+    "litert": "qtx.engines.litert",
+    "ml_dtypes": "qtx.engines.ml_dtypes_paths",
 }
 OPERATIONS = {  # what each takes, and what it gives; what is in brackets may be left out
     "scale": ("low high", "scale zero_point"),
@@ -49,6 +53,7 @@ OPERATIONS = {  # what each takes, and what it gives; what is in brackets may be
     "matmul": ("x x_zero w w_zero", "accumulator"),
     "linear": ("x x_scale x_zero w w_scale w_zero bias y_scale y_zero", "y"),
     "cast": ("x format", "code"),
+    "mx": ("x format", "scale code"),
 }
 SWITCHES = {  # CPUs that engines imitate by switches of their own
     "avx2": {

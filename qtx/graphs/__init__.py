@@ -1,1 +1,1 @@
-"""Models as ONNX files: reading and walking those of other tools, writing our own."""
+"""Quantized models as ONNX graphs: written from an artifact; those of other tools read and walked."""

@@ -13,11 +13,13 @@ import pytest
 
 from qtx_ref import spec as vocabulary
 from qtx_ref.spec import (
+    ONE_ROUNDING,
     QTX,
     Activation,
     AttentionSpec,
     Family,
     FloatFormat,
+    FloatProduct,
     FloatQuantSpec,
     Gate,
     Gradients,
@@ -63,6 +65,15 @@ SPECS = [
     OptimSpec(only=("head",)),
     StepSpec(),
     QTX,
+    QTX.scale,
+    QTX.quantize,
+    QTX.fake_quantize,
+    QTX.dequantize,
+    QTX.matmul,
+    ONE_ROUNDING,
+    FloatProduct("float32", "ratio", "after", "half_even"),
+    QTX.add,
+    QTX.cast,
 ]
 FIELDS = [(spec, field.name) for spec in SPECS for field in dataclasses.fields(spec)]
 
@@ -134,7 +145,7 @@ def test_strings_are_the_members_they_name():
     """Before, a string passed every `is` as if it were none of the members."""
     assert QuantSpec(granularity="tensor") == QuantSpec()
     assert QuantSpec(granularity="tensor").granularity is Granularity.TENSOR
-    assert dataclasses.replace(QTX, rounding="half_away").rounding is Rounding.HALF_AWAY
+    assert dataclasses.replace(QTX.quantize, rounding="half_away").rounding is Rounding.HALF_AWAY
     assert ModelSpec("bert", np.int64(1), 8, 2, 16, "mlm", vocab=10, length=4) == MODEL
     assert AttentionSpec("clipped", gate="linear", alpha=4).gate is Gate.LINEAR
     assert dataclasses.replace(MODEL, activation="relu").activation is Activation.RELU

@@ -1,0 +1,264 @@
+"""The search: ask what parts the combinations that are left, until nothing does; then hold the last one to fresh
+inputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .questions import OUTSIDE, RAISES, Box, Operation, Question, Raised, Values, fits
+
+FRESH = 100_000  # fresh inputs on which combinations are compared before they count as equal
+VERIFIED = 6  # calls with fresh inputs that the last combination must explain
+Advance = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Witness:
+    """An input, what the box answered, and what other rules would have."""
+
+    input: dict[str, Any]
+    answer: Any
+    others: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One axis: its value, the inputs that decided it, and the values that nothing tells from it."""
+
+    axis: str
+    value: Any
+    witnesses: tuple[Witness, ...]
+    equal: tuple[Any, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What was found of a box."""
+
+    operation: str
+    axes: tuple[str, ...]
+    alike: tuple[Values, ...]  # the combinations that explain every answer; the first one is given
+    verdicts: tuple[Verdict, ...]
+    deciding: int  # calls
+    calls: int  # those and the ones that verified
+    inputs: int  # numbers answered in all
+    verified: int  # fresh inputs that the combination explains
+    refusals: tuple[str, ...]
+    uncovered: tuple[str, ...]  # answers of which the rules say nothing
+    unexplained: Witness | None = None
+    note: str = ""
+    nearest: dict[str, str] = field(default_factory=dict)  # where nothing explains the box: the rules that miss least
+
+    @property
+    def values(self) -> Values:
+        return self.alike[0]
+
+
+class Search:
+    """A search under way."""
+
+    def __init__(self, operation: Operation, box: Box, seed: int = 0, advance: Advance = lambda kind: None) -> None:
+        self.operation, self.box, self.advance = operation, box, advance
+        self.rng = np.random.default_rng(seed)
+        self.alive = list(operation.candidates)
+        self.asked: list[tuple[Question, np.ndarray | Raised]] = []
+        self.refused: list[tuple[Question, str]] = []
+        self.unexplained: Witness | None = None
+        self.note = ""
+        self.compared = 0
+
+    def run(self) -> Fingerprint:
+        """The whole search."""
+        pool = list(self.operation.pool())
+        question: Question | None = pool[0]
+        while question is not None and self.unexplained is None:
+            if question in pool:
+                pool.remove(question)
+            self.ask(question)
+            pool = [one for one in pool if not self.is_refused(one)]
+            question = self.choose(pool) or self.hunt()
+        deciding, verified = self.box.calls, 0
+        for _ in range(VERIFIED):
+            if self.unexplained is not None:
+                break
+            question = self.draw()
+            self.ask(question)
+            verified += question.size
+        return self.report(deciding, verified)
+
+    def ask(self, question: Question) -> None:
+        """Asks, and keeps the candidates that said so. A box that raises where none would has refused."""
+        self.advance(question.kind)
+        answer = self.box.ask(question)
+        labels = [self.operation.label(one, question) for one in self.alive]
+        if isinstance(answer, Raised):
+            if RAISES not in labels:
+                self.refused.append((question, answer.reason))
+                return
+            kept = [label in (RAISES, OUTSIDE) for label in labels]
+        else:
+            good = [fits(outcome, answer).all() for outcome in question.outcomes]
+            kept = [label == OUTSIDE or (label != RAISES and bool(good[label])) for label in labels]
+        if not any(kept):
+            self.unexplained = self.find_first(question, answer)
+            again = self.box.ask(question)
+            if isinstance(again, Raised) != isinstance(answer, Raised) or (
+                isinstance(again, np.ndarray) and not np.array_equal(again, answer)
+            ):
+                self.note = "the box answers the same input differently from one call to the next"
+        self.asked.append((question, answer))
+        self.alive = [one for one, keep in zip(self.alive, kept, strict=True) if keep] or self.alive
+
+    def find_first(self, question: Question, answer: np.ndarray | Raised) -> Witness:
+        """The first input of an answer that none of those left explains with all before it."""
+        assert isinstance(answer, np.ndarray)  # an answer that is none always has an explanation
+        labels = {label for one in self.alive if (label := self.operation.label(one, question)) != RAISES}
+        if not labels:
+            return Witness(self.operation.describe(question, 0), self.operation.show(int(answer[0])), {"all": "raises"})
+        until = np.array([np.argmin(fits(question.outcomes[label], answer)) for label in labels])
+        index = int(until.max())  # the longest that one of them explains
+        told = Counter(int(question.outcomes[label][0, index]) for label in labels)
+        others = {"every combination left": [self.operation.show(code) for code, _ in told.most_common(3)]}
+        return Witness(self.operation.describe(question, index), self.operation.show(int(answer[index])), others)
+
+    def choose(self, pool: Sequence[Question]) -> Question | None:
+        """The question of the pool that leaves the fewest candidates, by the mean; None where none parts them."""
+        costs = [self.cost(question) for question in pool]
+        if not costs or min(costs) >= len(self.alive) ** 2:
+            return None
+        return pool[int(np.argmin(costs))]
+
+    def cost(self, question: Question) -> float:
+        """The sum of squares of the groups that it makes; what says nothing stays in each."""
+        if len(self.alive) < 2:
+            return float(len(self.alive) ** 2)
+        groups = Counter(self.operation.label(one, question) for one in self.alive)
+        silent = groups.pop(OUTSIDE, 0)
+        if not groups:
+            return float(len(self.alive) ** 2)
+        return sum(count * (count + silent) for count in groups.values()) + silent * len(self.alive)
+
+    def hunt(self) -> Question | None:
+        """Fresh inputs that still part the candidates; None where FRESH of them do not."""
+        self.compared = 0
+        while len(self.alive) > 1 and self.compared < FRESH:
+            question = self.draw()
+            self.compared += question.size
+            if self.cost(question) < len(self.alive) ** 2:
+                return question
+        return None
+
+    def draw(self) -> Question:
+        """A fresh question that the box does not refuse, or the last of 100."""
+        for _ in range(100):
+            question = self.operation.draw(self.rng)
+            if not self.is_refused(question):
+                break
+        return question
+
+    def is_refused(self, question: Question) -> bool:
+        """Whether it has all that a refused question had and no answered one has."""
+        answered = frozenset().union(*(one.needs for one, answer in self.asked if isinstance(answer, np.ndarray)))
+        return any((guilty := one.needs - answered) and guilty <= question.needs for one, _ in self.refused)
+
+    def report(self, deciding: int, verified: int) -> Fingerprint:
+        """What the search has found."""
+        chosen = self.alive[0]
+        explained = self.unexplained is None
+        return Fingerprint(
+            self.operation.name,
+            self.operation.axes,
+            tuple(self.alive) if explained else (),
+            tuple(self.judge(i, chosen) for i in range(len(chosen))) if explained else (),
+            deciding,
+            self.box.calls,
+            self.box.inputs,
+            verified,
+            tuple(dict.fromkeys(f"{tell(one)}: {reason}" for one, reason in self.refused)),
+            tuple(
+                dict.fromkeys(
+                    question.kind
+                    for question, answer in self.asked
+                    if isinstance(answer, np.ndarray) and self.operation.label(chosen, question) == OUTSIDE
+                )
+            ),
+            self.unexplained,
+            self.note,
+            {} if explained else self.find_nearest(),
+        )
+
+    def judge(self, i: int, chosen: Values) -> Verdict:
+        """One axis of the chosen candidate."""
+        rivals: dict[Any, Values] = {}
+        for one in sorted(self.operation.candidates, key=lambda one: distance(one, chosen)):
+            rivals.setdefault(one[i], one)
+        equal = {one[i]: one for one in sorted(self.alive, key=lambda one: -distance(one, chosen))}
+        del rivals[chosen[i]], equal[chosen[i]]
+        left = {value: one for value, one in rivals.items() if value not in equal}
+        witnesses = []
+        for question, answer in self.asked:
+            masks = {value: self.contradicts(one, question, answer) for value, one in left.items()}
+            while masks:
+                counts = np.sum(list(masks.values()), axis=0)
+                index = int(np.argmax(counts))
+                if counts[index] == 0:
+                    break
+                said = {value: self.say(left[value], question, index) for value, mask in masks.items() if mask[index]}
+                shown = "raises" if isinstance(answer, Raised) else self.operation.show(int(answer[index]))
+                witnesses.append(
+                    Witness(
+                        self.operation.describe(question, index), shown, {str(key): one for key, one in said.items()}
+                    )
+                )
+                masks = {value: mask for value, mask in masks.items() if value not in said}
+                left = {value: one for value, one in left.items() if value not in said}
+        reasons = dict.fromkeys(self.excuse(chosen, one) for one in equal.values())
+        return Verdict(self.operation.axes[i], chosen[i], tuple(witnesses), tuple(equal), "; ".join(reasons))
+
+    def contradicts(self, values: Values, question: Question, answer: np.ndarray | Raised) -> np.ndarray:
+        """Where the box answered otherwise than a candidate."""
+        label = self.operation.label(values, question)
+        if label == OUTSIDE or isinstance(answer, Raised) or label == RAISES:
+            differs = label != OUTSIDE and isinstance(answer, Raised) != (label == RAISES)
+            return np.full(question.size, differs)
+        return ~fits(question.outcomes[label], answer)
+
+    def say(self, values: Values, question: Question, index: int) -> Any:
+        """What a candidate says to one input."""
+        label = self.operation.label(values, question)
+        return "raises" if label == RAISES else self.operation.show(int(question.outcomes[label][0, index]))
+
+    def excuse(self, chosen: Values, other: Values) -> str:
+        """Why two candidates are not told apart."""
+        for question, reason in self.refused:
+            if self.operation.label(chosen, question) != self.operation.label(other, question):
+                return f"the box refuses {tell(question)} ({reason})"
+        return f"equal on every input that was asked and on {self.compared} fresh ones"
+
+    def find_nearest(self) -> dict[str, str]:
+        """The candidate that misses the fewest answers, by axis."""
+        answered = [(question, answer) for question, answer in self.asked if isinstance(answer, np.ndarray)]
+
+        def misses(values: Values) -> int:
+            return sum(int(self.contradicts(values, question, answer).sum()) for question, answer in answered)
+
+        best = min(self.operation.candidates, key=misses)
+        named = {axis: str(value) for axis, value in zip(self.operation.axes, best, strict=True)}
+        total = sum(question.size for question, _ in answered)
+        return {**named, "misses": f"{misses(best)} of {total}"}
+
+
+def distance(a: Values, b: Values) -> int:
+    """Axes in which two candidates differ."""
+    return sum(x != y for x, y in zip(a, b, strict=True))
+
+
+def tell(question: Question) -> str:
+    """What of a question may have been refused."""
+    return " with ".join(sorted(question.needs)) or question.kind
