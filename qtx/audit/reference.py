@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from qtx_ref.integer import fixed_point, products
+from qtx_ref.integer import fixed_point, float_product, products
 from qtx_ref.quant import affine, formats
-from qtx_ref.spec import Bias, Dtype, FloatFormat, Profile, QuantSpec
+from qtx_ref.spec import Bias, Dtype, Fixed, FloatFormat, Profile, QuantSpec
 
 from .vectors_numbers import is_float, limits
 
@@ -94,11 +94,19 @@ def accumulate(profile: Profile, values: Values, bias: np.ndarray | None) -> np.
 
 def linear(profile: Profile, values: Values) -> Results:
     """Codes of y."""
-    rule, bias = profile.requantize, values.get("bias")
-    total = accumulate(profile, values, bias if profile.bias is Bias.INT32 else None)
-    real = fixed_point.real_multiplier(values["x_scale"], values["w_scale"], values["y_scale"], rule)
+    rule, place, bias = profile.requantize, profile.bias, values.get("bias")
+    scales = [values[name] for name in ("x_scale", "w_scale", "y_scale")]
+    total = accumulate(profile, values, bias if place is Bias.INT32 else None)
+    real = fixed_point.real_multiplier(*scales, rule)
     spec = make_spec(*limits(str(np.asarray(values["y_zero"]).dtype)))
-    return {"y": fixed_point.requantize(total, real, np.asarray(values["y_zero"], np.int32), spec, rule)}
+    y_zero = np.asarray(values["y_zero"], np.int32)
+    if bias is None or place is Bias.INT32:
+        return {"y": fixed_point.requantize(total, real, y_zero, spec, rule)}
+    if isinstance(rule, Fixed):
+        raise ValueError(f"bias is {place}, and a requantization in integers adds none")
+    unit = np.asarray(scales[0], np.float32) * np.asarray(scales[1], np.float32)
+    scaled = float_product.scale_bias(bias, unit, scales[2], rule, place)
+    return {"y": fixed_point.requantize(total, real, y_zero, spec, rule, scaled, place)}
 
 
 def cast(profile: Profile, values: Values) -> Results:

@@ -107,7 +107,7 @@ def test_a_crash_and_a_refusal_are_counted_and_do_not_end_the_run() -> None:
 
 
 def test_a_float_bias_is_handed_to_a_path_that_takes_one() -> None:
-    stated, seen = replace(QTX, bias=Bias.FLOAT_AFTER), []
+    stated, seen = replace(profile("float32"), bias=Bias.FLOAT_AFTER), []
 
     def look(path: Path, op: str, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
         seen.append(None if values["bias"] is None else values["bias"].dtype)
