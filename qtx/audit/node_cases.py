@@ -185,7 +185,7 @@ def cast(case: Case, profile: Profile) -> list[np.ndarray]:
     x = real(given)
     if kind in FORMATS:
         saturate = bool(case.attributes.get("saturate", 1))
-        return [formats.encode(x.astype(np.float32), FORMATS[kind], saturate)]
+        return [formats.encode(x.astype(np.float32), FORMATS[kind], saturate, cast=profile.cast)]
     if kind in WIDTHS:
         narrow = round_dtype(x, Dtype.BFLOAT16) if kind == "BFLOAT16" else x.astype(WIDTHS[kind])
         return [narrow.astype(WIDTHS[kind])]

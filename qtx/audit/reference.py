@@ -51,7 +51,8 @@ def quantize(profile: Profile, values: Values) -> Results:
     if is_float(values["dtype"]):
         x = np.asarray(values["x"], np.float32)
         with np.errstate(all="ignore"):
-            return {"code": formats.encode(x / scale, FloatFormat(values["dtype"]))}
+            level = x / scale + np.float32(0)  # the zero point: -0 becomes 0
+        return {"code": formats.encode(level, FloatFormat(values["dtype"]), cast=profile.cast)}
     spec = make_spec(*limits(values["dtype"]))
     return {"code": affine.quantize(values["x"], scale, spread(values, "zero_point", "x"), spec, rule)}
 
@@ -95,23 +96,22 @@ def accumulate(profile: Profile, values: Values, bias: np.ndarray | None) -> np.
 def linear(profile: Profile, values: Values) -> Results:
     """Codes of y."""
     rule, place, bias = profile.requantize, profile.bias, values.get("bias")
-    scales = [values[name] for name in ("x_scale", "w_scale", "y_scale")]
+    x_scale, w_scale, y_scale = (np.asarray(values[f"{name}_scale"]) for name in "xwy")
     total = accumulate(profile, values, bias if place is Bias.INT32 else None)
-    real = fixed_point.real_multiplier(*scales, rule)
+    real = fixed_point.real_multiplier(x_scale, w_scale, y_scale, rule)
     spec = make_spec(*limits(str(np.asarray(values["y_zero"]).dtype)))
     y_zero = np.asarray(values["y_zero"], np.int32)
     if bias is None or place is Bias.INT32:
         return {"y": fixed_point.requantize(total, real, y_zero, spec, rule)}
     if isinstance(rule, Fixed):
         raise ValueError(f"bias is {place}, and a requantization in integers adds none")
-    unit = np.asarray(scales[0], np.float32) * np.asarray(scales[1], np.float32)
-    scaled = float_product.scale_bias(bias, unit, scales[2], rule, place)
+    scaled = float_product.scale_bias(bias, x_scale * w_scale, y_scale, rule, place)
     return {"y": fixed_point.requantize(total, real, y_zero, spec, rule, scaled, place)}
 
 
 def cast(profile: Profile, values: Values) -> Results:
     """Codes of a small float."""
-    return {"code": formats.encode(values["x"], FloatFormat(values["format"]))}
+    return {"code": formats.encode(values["x"], FloatFormat(values["format"]), cast=profile.cast)}
 
 
 EVALUATED: dict[str, Callable[[Profile, Values], Results]] = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from qtx.audit import golden_vectors
+from qtx.audit import golden_vectors, node_cases
 from qtx.audit.conformance import Known, choose_paths, read_known
 from qtx.audit.findings import FINDINGS
 from qtx.audit.golden_vectors import read_golden, replay, write_golden
@@ -24,7 +24,7 @@ from qtx.cli import main
 from qtx.engines.paths import EngineCrash, EngineRefusal, Path
 from qtx.files.container import FileError
 from qtx_ref.profiles import profile
-from qtx_ref.spec import QTX, Bias, NanPolicy, Profile, Rounding, SpecError, ZeroPoint
+from qtx_ref.spec import QTX, Bias, CastRule, NanPolicy, Profile, Rounding, SpecError, ZeroPoint
 
 SATURATING = replace(QTX, quantize=replace(QTX.quantize, nan=NanPolicy.CODE_MIN))
 Run = Callable[[Path, str, Mapping[str, Any]], dict[str, np.ndarray]]
@@ -185,9 +185,12 @@ def test_golden_vectors_come_back_and_hold_a_profile_to_them(toy: str, tmp_path:
 # --- ONNX's node cases ------------------------------------------------------------------------------------------------
 
 
+ONNX = replace(profile("onnx"), cast=CastRule(e5m2_nan=0x7E, e2m1_nan=8, negative_zero=True))
+
+
 def test_every_node_case_passes_or_says_why_not() -> None:
     pytest.importorskip("onnx", reason="onnx is not installed")
-    cases = {case.name: case for case in run_cases(profile("onnx"))}
+    cases = {case.name: case for case in run_cases(ONNX)}
     assert len(cases) > 190
     assert {"FNUZ" in name or "conv" in name for name, c in cases.items() if c.verdict == "not expressible"} == {True}
     assert [case for case in cases.values() if case.verdict == "differs"] == []
@@ -195,14 +198,14 @@ def test_every_node_case_passes_or_says_why_not() -> None:
 
 def test_a_wrong_profile_fails_node_cases() -> None:
     pytest.importorskip("onnx", reason="onnx is not installed")
-    stated = profile("onnx")
-    floor = replace(stated, quantize=replace(stated.quantize, rounding=Rounding.FLOOR))
+    floor = replace(ONNX, quantize=replace(ONNX.quantize, rounding=Rounding.FLOOR))
     wrong = {case.name for case in run_cases(floor) if case.verdict == "differs"}
     assert {"test_quantizelinear", "test_dynamicquantizelinear"} <= wrong
 
 
-def test_the_command_counts_node_cases() -> None:
+def test_the_command_counts_node_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx", reason="onnx is not installed")
+    monkeypatch.setattr(node_cases, "load_profile", lambda name: ONNX)
     result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "onnx-node-cases", "--json", "-"])
     content = json.loads(result.stdout)
     assert len(content["cases"]) > 190 and content["rows"] == []
