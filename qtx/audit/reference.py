@@ -13,6 +13,7 @@ import numpy as np
 
 from qtx_ref.integer import fixed_point, float_product, products
 from qtx_ref.quant import affine, formats
+from qtx_ref.quant.rounding import round_dtype
 from qtx_ref.spec import Bias, Dtype, Fixed, FloatFormat, Profile, QuantSpec
 
 from .vectors_numbers import is_float, limits
@@ -49,18 +50,20 @@ def quantize(profile: Profile, values: Values) -> Results:
     """Codes, of integers or of a small float."""
     scale, rule = spread(values, "scale", "x"), narrow(profile.quantize, values)
     if is_float(values["dtype"]):
-        x = np.asarray(values["x"], np.float32)
+        x = values["x"]
         with np.errstate(all="ignore"):
-            level = x / scale + np.float32(0)  # the zero point: -0 becomes 0
+            level = round_dtype(x.astype(np.float32) / scale, affine.working_dtype(rule.arithmetic, x))
         return {"code": formats.encode(level, FloatFormat(values["dtype"]), cast=profile.cast)}
     spec = make_spec(*limits(values["dtype"]))
     return {"code": affine.quantize(values["x"], scale, spread(values, "zero_point", "x"), spec, rule)}
 
 
 def dequantize(profile: Profile, values: Values) -> Results:
-    """Real numbers."""
-    scale, zero = spread(values, "scale", "code"), spread(values, "zero_point", "code")
-    return {"y": affine.dequantize(values["code"], scale, zero, narrow(profile.dequantize, values))}
+    """Real numbers, of a bfloat16 scale cast to that by a rule that goes by the scale's dtype."""
+    scale, zero, rule = spread(values, "scale", "code"), spread(values, "zero_point", "code"), profile.dequantize
+    y = affine.dequantize(values["code"], scale, zero, rule)
+    cast = values.get("x_dtype") == "bfloat16" and rule.arithmetic is Dtype.INPUT
+    return {"y": round_dtype(y, Dtype.BFLOAT16) if cast else y}
 
 
 def fake_quantize(profile: Profile, values: Values) -> Results:
