@@ -35,6 +35,7 @@ SHARES = {  # of the vectors asked for; a family has at least one batch of each 
     "channels": 0.02,
     "float16": 0.02,
     "bfloat16": 0.02,
+    "vanishing": 0.0,
     "empty": 0.0,
     "one": 0.0,
     "odd": 0.0,
