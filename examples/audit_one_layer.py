@@ -37,14 +37,15 @@ def main() -> None:
     )  # (O, I)
     eight, seven = QuantSpec(bits=8), QuantSpec(bits=7, symmetric=True, granularity="channel")
 
-    x_scale, x_zero = scale_zero(*ranges(x, eight), eight, ONNX)
-    w_scale, w_zero = scale_zero(*ranges(weight, seven, weight=True), seven, ONNX)  # (O, 1)
-    y_scale, y_zero = scale_zero(*ranges(x @ weight.T, eight), eight, ONNX)
-    x_code = quantize(x, x_scale, x_zero, eight, ONNX)
-    w_code = quantize(weight, w_scale, w_zero, seven, ONNX)
+    x_scale, x_zero = scale_zero(*ranges(x, eight), eight, ONNX.scale)
+    w_scale, w_zero = scale_zero(*ranges(weight, seven, weight=True), seven, ONNX.scale)  # (O, 1)
+    y_scale, y_zero = scale_zero(*ranges(x @ weight.T, eight), eight, ONNX.scale)
+    x_code = quantize(x, x_scale, x_zero, eight, ONNX.quantize)
+    w_code = quantize(weight, w_scale, w_zero, seven, ONNX.quantize)
 
-    accumulator = linear(x_code, w_code, eight, seven, x_zero, w_zero, profile=ONNX)  # (N, O) int32, exact
-    code = requantize(accumulator, real_multiplier(x_scale, w_scale, y_scale, ONNX), y_zero, eight, ONNX)
+    accumulator = linear(x_code, w_code, eight, seven, x_zero, w_zero, rule=ONNX.matmul)  # (N, O) int32, exact
+    real = real_multiplier(x_scale, w_scale, y_scale, ONNX.requantize)
+    code = requantize(accumulator, real, y_zero, eight, ONNX.requantize)
 
     engine = run_engine(
         a=x_code.astype(np.uint8), a_scale=x_scale.reshape(()), a_zero=x_zero.astype(np.uint8).reshape(()),

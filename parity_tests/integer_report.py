@@ -91,7 +91,7 @@ class Beside(Integer):
     def beside(self, differences: Differences, site: str, code: Code, truth: np.ndarray) -> None:
         if site in self.quants:
             want = affine.quantize(
-                truth.astype(np.float32), code.unit, code.zero_point, self.quants[site], self.profile
+                truth.astype(np.float32), code.unit, code.zero_point, self.quants[site], self.profile.quantize
             )
             differences.add(code.value, want)
 

@@ -13,27 +13,39 @@ from typing import Any
 
 import numpy as np
 
+from parity_tests.subjects import rules
 from qtx_ref.quant.formats import values
+from qtx_ref.quant.rounding import SMALLEST
 from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
+    Beyond,
+    CastRule,
+    DequantizeForm,
+    DequantizeRule,
     Dtype,
+    FakeQuantizeRule,
     FloatFormat,
     FloatQuantSpec,
     Granularity,
     InfinityPolicy,
+    MatmulRule,
     NanPolicy,
     Nudging,
     Overflow,
+    Products,
+    QuantizeRule,
     QuantSpec,
-    Requantization,
     Rounding,
     ScaleRule,
     SharedScale,
+    SymmetricScale,
+    ZeroPoint,
 )
 
 BOTH = (False, True)
 F32 = np.float32
+WIDTHS = (Dtype.FLOAT32, Dtype.FLOAT64, Dtype.BFLOAT16, Dtype.FLOAT16)
 
 
 @dataclass(frozen=True)
@@ -68,17 +80,25 @@ def powers_of_two() -> np.ndarray:
 
 AFFINE = {
     "rounding": tuple(Rounding),
-    "zero_point_before_rounding": BOTH,
+    "zero_point": tuple(ZeroPoint),
     "reciprocal": BOTH,
-    "scale_rule": tuple(ScaleRule),
+    "scale_rule": tuple(SymmetricScale),
     "nudging": tuple(Nudging),
     "zero_point_rounding": tuple(r for r in Rounding if r is not Rounding.STOCHASTIC),
-    "scale_dtype": tuple(Dtype),
+    "scale_dtype": WIDTHS,
+    "scale_arithmetic": WIDTHS,
     "arithmetic": tuple(Dtype),
+    "input": (np.float32, np.float32, np.float16),
+    "floor": ("smallest", "subnormal", "eps"),
+    "empty": (1.0, 1 / 255),
+    "form": tuple(DequantizeForm),
+    "dequantized": tuple(Dtype),
     "nan": tuple(NanPolicy),
     "infinity": tuple(InfinityPolicy),
+    "beyond": tuple(Beyond),
     "bits": tuple(range(2, 17)),
     "symmetric": BOTH,
+    "signed": BOTH,
     "narrow": BOTH,
     "granularity": (*Granularity, "permuted"),
     "weight": BOTH,
@@ -90,18 +110,19 @@ AFFINE = {
 def affine_chain(m, x, special, scale, zero, words, special_words, spec, profile, weight):
     """Dynamic: range, scale, codes and values of x. Static: `special`, by a scale it holds ties of."""
     low, high = m.ranges(x, spec, weight)
-    got, point = m.scale_zero(low, high, spec, profile)
-    codes = m.quantize(x, got, point, spec, profile, words)
-    fake, inside = m.fake_quantize(x, got, point, spec, profile, words)
-    static = m.quantize(special, scale, zero, spec, profile, special_words)
-    fake_static, inside_static = m.fake_quantize(special, scale, zero, spec, profile, special_words)
+    got, point = m.scale_zero(low, high, spec, profile.scale)
+    codes = m.quantize(x, got, point, spec, profile.quantize, words)
+    fake, inside = m.fake_quantize(x, got, point, spec, profile.fake_quantize, words)
+    static = m.quantize(special, scale, zero, spec, profile.quantize, special_words)
+    fake_static, inside_static = m.fake_quantize(special, scale, zero, spec, profile.fake_quantize, special_words)
     return {
         "low": low + 0.0,  # the sign of a zero end is that of whichever zero came last, and nothing reads it
         "high": high + 0.0,
         "scale": got,
         "zero_point": point,
         "codes": codes,
-        "dequantized": m.dequantize(codes, got, point, profile),
+        "reported": m.quantize_reporting(special, scale, zero, spec, profile.quantize, special_words),
+        "dequantized": m.dequantize(codes, got, point, profile.dequantize),
         "fake": fake,
         "inside": inside,
         "static": static,
@@ -112,8 +133,26 @@ def affine_chain(m, x, special, scale, zero, words, special_words, spec, profile
 
 def draw_affine(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "affine", index), pick(AFFINE, index)
-    fields = {k: v for k, v in axes.items() if k in QTX.__dataclass_fields__}
-    profile = replace(QTX, name="drawn", **fields)
+    fields = {k: v for k, v in axes.items() if k in QTX.quantize.__dataclass_fields__}
+    if axes["zero_point"] is ZeroPoint.FUSED:
+        fields |= {"reciprocal": True, "arithmetic": Dtype.FLOAT32}
+    quantize, dequantize = QuantizeRule(**fields), DequantizeRule(axes["form"], axes["dequantized"])
+    half = axes["input"] is np.float16 and quantize.arithmetic is Dtype.INPUT
+    widths = [axes["scale_dtype"], axes["scale_arithmetic"], quantize.arithmetic, dequantize.arithmetic]
+    smallest = max(SMALLEST.get(one, SMALLEST[Dtype.FLOAT16 if half else Dtype.FLOAT32]) for one in widths)
+    subnormal = set(widths) <= {Dtype.FLOAT32, Dtype.FLOAT64} and not quantize.reciprocal
+    floors = {"smallest": smallest, "subnormal": 2.0**-149 if subnormal else smallest, "eps": max(2.0**-23, smallest)}
+    made = ScaleRule(
+        axes["scale_rule"],
+        axes["nudging"],
+        axes["zero_point_rounding"],
+        axes["scale_dtype"],
+        axes["scale_arithmetic"],
+        floor=floors[axes["floor"]],
+        empty=axes["empty"],
+    )
+    fake = FakeQuantizeRule(quantize, dequantize)
+    profile = replace(QTX, name="drawn", scale=made, quantize=quantize, fake_quantize=fake, dequantize=dequantize)
     permuted = axes["granularity"] == "permuted"
     kind = Granularity.GROUP if permuted else axes["granularity"]
     groups, block = (4 if kind is Granularity.GROUP else None), (8 if kind is Granularity.BLOCK else None)
@@ -126,6 +165,7 @@ def draw_affine(index: int, codes: int) -> Configuration:
         groups=groups,
         permute=permuted,
         block=block,
+        signed=True if axes["symmetric"] else axes["signed"],
     )
     width = 64
     x = (rng.standard_normal((max(8, codes // 8 // width // 4 * 4), width)) * axes["size"]).astype(F32)
@@ -133,22 +173,25 @@ def draw_affine(index: int, codes: int) -> Configuration:
     x[:, 5] *= 50  # an outlier channel
     x[3] = np.abs(x[3])
     scale = F32(2.0 ** rng.integers(-6, 3)) if index % 2 else F32(rng.uniform(0.01, 1))
-    if profile.arithmetic is Dtype.FLOAT16 or profile.scale_dtype is Dtype.FLOAT16:
+    if half or Dtype.FLOAT16 in widths:
         scale = np.float16(scale).astype(F32)
     zero = np.int32(0 if spec.symmetric else rng.integers(spec.code_min, spec.code_max + 1))
     steps = rng.integers(-spec.code_max, spec.code_max + 1, 300)
     special = np.concatenate([neighbours((steps + 0.5) * scale), neighbours(powers_of_two()), x.ravel()[:64]])
     limits = F32([0, -0.0, 3.4028235e38, -3.4028235e38])
-    if axes["broken"] or (profile.nan is not NanPolicy.RAISE and profile.infinity is not InfinityPolicy.RAISE):
+    if axes["broken"] or (quantize.nan is not NanPolicy.RAISE and quantize.infinity is not InfinityPolicy.RAISE):
         limits = np.append(limits, F32([np.inf, -np.inf, np.nan]))
     special = np.concatenate([special, limits])
     draw = {"words": rng.integers(0, 2**32, x.shape), "special_words": rng.integers(0, 2**32, special.shape)}
+    if axes["input"] is np.float16:  # its own infinity for infinity alone
+        special = np.where(np.isfinite(special), np.clip(special, -65504, 65504), special)
+    x, special = x.astype(axes["input"]), special.astype(axes["input"])
     arrays = {"x": x, "special": special, "scale": np.array(scale), "zero": np.array(zero), **draw}
     return Configuration(affine_chain, arrays, {"spec": spec, "profile": profile, "weight": axes["weight"]}, axes)
 
 
 FIXED = {
-    "requantization": tuple(Requantization),
+    "rule": tuple(rules.REQUANTIZE.values()),
     "accumulator": (np.int32, np.int32, np.int64),
     "multiplier": ("tiny", "below one", "above one", "power of two", "zero"),
     "bits": tuple(range(2, 17)),
@@ -158,12 +201,12 @@ FIXED = {
 }
 
 
-def fixed_chain(m, a, b, real, zero, exponent, scales, spec, profile):
+def fixed_chain(m, a, b, real, zero, exponent, scales, spec, rule):
     return {
-        "codes": m.requantize(a, real, zero, spec, profile),
-        "rounded": m.round_by(a, real, profile.requantization),
+        "codes": m.requantize(a, real, zero, spec, rule),
+        "rounded": m.round_by(a, real, rule),
         "multiplier, shift": m.quantize_multiplier(real),
-        "combined": m.real_multiplier(scales[0], scales[1], scales[2], profile),
+        "combined": m.real_multiplier(scales[0], scales[1], scales[2], rule),
         "rounding high": m.rounding_doubling_high_multiply(b[0], b[1]),
         "high": m.doubling_high_multiply(b[0], b[1]),
         "divided": m.rounding_divide_by_power_of_two(b[0], exponent),
@@ -173,8 +216,8 @@ def fixed_chain(m, a, b, real, zero, exponent, scales, spec, profile):
 
 def draw_fixed(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "fixed_point", index), pick(FIXED, index)
-    kind = axes["requantization"]
-    wide = axes["accumulator"] is np.int64 and kind not in (Requantization.FIXED_TWO, Requantization.HIGH_HALF_UP)
+    rule = axes["rule"]
+    wide = axes["accumulator"] is np.int64 and rule not in (rules.TWO, rules.TRUNCATED)
     columns = 16 if axes["per_channel"] else 1
     exponent = {
         "tiny": (-45, -30),
@@ -201,12 +244,12 @@ def draw_fixed(index: int, codes: int) -> Configuration:
     arrays = {
         "a": a.astype(np.int64 if wide else np.int32),
         "b": b.astype(np.int32),
-        "real": real.astype(np.float32) if kind is Requantization.HIGH_HALF_UP else real,
+        "real": real.astype(np.float32) if rule == rules.TRUNCATED else real,
         "zero": np.array(rng.integers(spec.code_min, spec.code_max + 1), np.int32),
         "exponent": rng.integers(0, 32, b.shape[1]).astype(np.int32),
         "scales": rng.uniform(1e-4, 1, (3, 64)).astype(F32),
     }
-    return Configuration(fixed_chain, arrays, {"spec": spec, "profile": replace(QTX, requantization=kind)}, axes)
+    return Configuration(fixed_chain, arrays, {"spec": spec, "rule": rule}, axes)
 
 
 INTEGER = {
@@ -279,7 +322,7 @@ def draw_integer(index: int, codes: int) -> Configuration:
         "b_spec": b_spec,
         "pairs": axes["pairs"],
         "accumulator": axes["accumulator"],
-        "profile": replace(QTX, overflow=axes["overflow"]),
+        "rule": MatmulRule(Products.EXACT, 1, axes["overflow"]),
         "integers": axes["integers"],
     }
     return Configuration(integer_chain, arrays, settings, axes)
@@ -292,22 +335,25 @@ FORMATS = {
     "block": (1, 8, 16, 32),
     "data": ("bits", "ties", "normal", "zero blocks"),
     "broken": (False, False, True),
+    "e5m2_nan": (0x7F, 0x7E),
+    "e2m1_nan": (None, 8, 8, 3),
+    "negative_zero": BOTH,
 }
 
 
-def formats_chain(m, x, given, ends, kind, saturate, rule, block):
-    code = m.encode(x, kind, saturate)
-    scale, elements = m.mx_quantize(x, kind, rule, block)
+def formats_chain(m, x, given, ends, kind, saturate, rule, block, cast):
+    code = m.encode(x, kind, saturate, None, cast)
+    scale, elements = m.mx_quantize(x, kind, rule, block, cast)
     return {
         "codes": code,
         "decoded": m.decode(code, kind),
-        "fake": m.fake_quantize(x, kind, saturate),
+        "fake": m.fake_quantize(x, kind, saturate, None, cast),
         "scale": m.scale_zero(ends[0], ends[1], FloatQuantSpec(kind)),
-        "scaled": m.fake_quantize(x, kind, saturate, given),
+        "scaled": m.fake_quantize(x, kind, saturate, given, cast),
         "mx scale": scale,
         "mx codes": elements,
         "mx decoded": m.mx_dequantize(scale, elements, kind),
-        "mx fake": m.mx_fake_quantize(x, kind, rule, block),
+        "mx fake": m.mx_fake_quantize(x, kind, rule, block, cast),
     }
 
 
@@ -330,6 +376,7 @@ def draw_formats(index: int, codes: int) -> Configuration:
     else:
         x = np.where(np.isfinite(x), x, F32(1))
     settings = {key: axes[key] for key in ("kind", "saturate", "rule", "block")}
+    settings["cast"] = CastRule(axes["e5m2_nan"], axes["e2m1_nan"], axes["negative_zero"])
     given = F32(2.0 ** rng.integers(-140, 120, (count, 1))) if index % 2 else F32(rng.uniform(0.01, 1, (count, 1)))
     ends = np.sort(rng.standard_normal((2, count)) * 2.0 ** rng.integers(-150, 100, count), axis=0).astype(F32)
     ends[:, 0] = 0

@@ -9,12 +9,11 @@ import numpy as np
 
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.verdict import Verdict, equal, exact, holds, within
-from parity_tests.subjects import integer_models
+from parity_tests.subjects import integer_models, rules
 from parity_tests.subjects.integer_models import record_run, same
 from qtx_ref.backend import IntegerModel
 from qtx_ref.integer import lowering, ops
 from qtx_ref.random import stream
-from qtx_ref.spec import Requantization
 
 HALF = Fraction(1, 2)
 ONE = 1 << ops.PROBABILITY_BITS
@@ -50,11 +49,11 @@ def check_literals(context: Context) -> list[Verdict]:
         ),
         "row_gamma": (ops.row_gamma(np.int64(30), np.array([[True] * 4, [False] * 4])).tolist(), [[-8], [-30]]),
         "weighted_sum": (
-            ops.weighted_sum([np.int32([1, -1, 3])], [np.int64(1)], np.int64(1), Requantization.FIXED_ONE).tolist(),
+            ops.weighted_sum([np.int32([1, -1, 3])], [np.int64(1)], np.int64(1), rules.ADD_UP).tolist(),
             [1, 0, 2],
         ),
         "weighted_sum, half away": (
-            ops.weighted_sum([np.int32([1, -1, 3])], [np.int64(1)], np.int64(1), Requantization.FIXED_TWO).tolist(),
+            ops.weighted_sum([np.int32([1, -1, 3])], [np.int64(1)], np.int64(1), rules.ADD_AWAY).tolist(),
             [1, -1, 2],
         ),
         "mean": (ops.mean(np.int32([[[1], [2]]]), None).tolist(), [[[2]]]),
@@ -153,12 +152,12 @@ def check_sums(context: Context) -> list[Verdict]:
     ends = [-(2**31), 2**31 - 1, -1, 0, 1]
     a, b = (np.concatenate([ends, rng.integers(-(2**31), 2**31, 200)]).astype(np.int32) for _ in range(2))
     verdicts = []
-    for kind, rounded in ((Requantization.FIXED_ONE, half_up), (Requantization.FIXED_TWO, half_away)):
+    for rule, rounded in ((rules.ADD_UP, half_up), (rules.ADD_AWAY, half_away)):
         for m, n, shift in ((2**30, 2**30, 30), (2**29 + 1, 7, 61), (3, 2**29, 31)):
-            got = ops.weighted_sum([a, b], [np.int64(m), np.int64(n)], np.int64(shift), kind)
+            got = ops.weighted_sum([a, b], [np.int64(m), np.int64(n)], np.int64(shift), rule)
             pairs = zip(a.tolist(), b.tolist(), strict=True)
             want = [rounded(Fraction(x * m + y * n, 1 << shift)) for x, y in pairs]
-            verdicts.append(exact(f"weighted_sum {kind} {m} {n} {shift}", got, np.array(want)))
+            verdicts.append(exact(f"weighted_sum {rule.rounding} {m} {n} {shift}", got, np.array(want)))
     x, where = rng.integers(-(2**31), 2**31, (4, 6, 3)).astype(np.int32), rng.uniform(size=(4, 6, 1)) < 0.5
     where[0], where[1] = False, True
     want = np.zeros((4, 1, 3), np.int64)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import click
 
+from .audit_conformance import conformance_command
+from .audit_findings import findings_command
+
 
 @click.group("audit")
 def audit_command() -> None:
     """Hold engines to their rules, find the rules of a black box, and the cause of a differing integer."""
+
+
+audit_command.add_command(conformance_command)
+audit_command.add_command(findings_command)

@@ -6,23 +6,18 @@ and its output is compared with float32 before anything is timed. Then one proce
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 
 from qtx_ref.spec import SpecError
 
 from ..engines.backend import MissingExtra, need
+from ..engines.process import EngineCrash, EngineRefusal, Worker, make_environment
 from ..progress import Progress
 from .inputs import Cell, cell_files
 from .worker import WARM
@@ -101,64 +96,21 @@ class Workers:
     def __init__(self, backend_name: str, device: str, threads: int) -> None:
         self.common = {"backend": backend_name, "device": device, "threads": threads}
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        here = str(Path(__file__).parents[2])
-        paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
-        self.environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | dict.fromkeys(names, str(threads))
-        self.environment["PYTHONPATH"] = paths
+        self.environment = make_environment(**dict.fromkeys(names, str(threads)))
 
     def run(self, task: str, bar: Progress | None = None, **fields: Any) -> dict[str, Any]:
         """The task's result, or {"error": in a line what became of it}."""
-        with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "qtx.cost.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=self.environment,
-                text=True,
-            )
-            late = threading.Event()
-
-            def end() -> None:
-                late.set()
-                process.kill()
-
-            timer = threading.Timer(LIMIT, end)
-            given, said = cast(IO[str], process.stdin), cast(IO[str], process.stdout)  # pipes, as asked for
-            last: dict[str, Any] = {}  # line of its output
+        command = [sys.executable, "-m", "qtx.cost.worker"]
+        message = {"task": task, **self.common, **fields}
+        with Worker(command, self.environment) as worker:
             try:
                 if bar is None:
-                    timer.start()
-                with contextlib.suppress(BrokenPipeError):  # it ended before it had read its task
-                    given.write(json.dumps({"task": task, **self.common, **fields}) + "\n")
-                    given.flush()  # and stays open: its end would be the worker's
-                for line in said:
-                    with contextlib.suppress(ValueError):  # a word of an engine's, or a line cut short
-                        last = json.loads(line)
-                    if bar is not None and "done" in last:
-                        bar.advance(last["done"])
-                code = process.wait()
-            finally:
-                timer.cancel()
-                process.kill()
-                process.wait()
-                for pipe in (given, said):
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
-            if late.is_set():
-                return {"error": f"did not end within {LIMIT} s"}
-            if "result" in last or "error" in last:
-                return last.get("result", {"error": last.get("error")})
-            return {"error": tell_end(code, errors)}
-
-
-def tell_end(code: int, errors: IO[bytes]) -> str:
-    """How a process ended that said nothing itself."""
-    if code < 0:
-        return f"crashed (signal {-code})"
-    errors.seek(0)
-    last = errors.read().decode(errors="replace").strip().splitlines()
-    return f"ended with status {code}" + (f": {last[-1][:200]}" if last else "")
+                    result, _ = worker.call(message, {}, LIMIT)
+                else:
+                    result, _ = worker.call(message, {}, tell=bar.advance)
+            except (EngineCrash, EngineRefusal) as error:
+                return {"error": str(error)}
+            return result
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

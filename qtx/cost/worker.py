@@ -1,7 +1,6 @@
 """What `qtx cost` runs in processes of their own: a crash there is a finding, and memory is that of one variant alone.
 
-`python -m qtx.cost.worker` takes one task, a line of JSON, on stdin; it writes lines of JSON on stdout, the last of
-them its result. It ends when stdin does, which whoever started it holds open as long as it lives.
+`python -m qtx.cost.worker` answers the tasks of `qtx.cost.compare`, in the messages of `qtx.engines.process`.
 """
 
 from __future__ import annotations
@@ -9,12 +8,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
-import json
-import os
 import random
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +25,12 @@ from qtx_ref.spec import ModelSpec, OptimSpec, Output, from_dict
 
 from ..engines import ort as onnx_engine
 from ..engines.backend import backend
+from ..engines.process import Tell, Values, serve
 from ..files.artifact import load_artifact
 from ..files.checkpoint import load_checkpoint
 from ..prepare import calibration
 
 WARM = 3  # passes before any that counts
-PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal this process gets when its parent ends
 Task = dict[str, Any]
 
 
@@ -123,7 +118,7 @@ def reset_peak() -> None:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def measure_idle(task: Task) -> Task:
+def measure_idle(task: Task, tell: Tell) -> Task:
     """Memory of a process that has the libraries and no model."""
     if task["kind"].startswith("onnx"):
         importlib.import_module("onnxruntime")
@@ -133,7 +128,7 @@ def measure_idle(task: Task) -> Task:
     return {"peak": resident_peak()}
 
 
-def prepare(task: Task) -> Task:
+def prepare(task: Task, tell: Tell) -> Task:
     """Makes the file that an engine loads."""
     source, path = Path(task["source"]), Path(task["file"])
     if task["kind"] == "onnx":
@@ -146,7 +141,7 @@ def prepare(task: Task) -> Task:
     return {}
 
 
-def probe(task: Task) -> Task:
+def probe(task: Task, tell: Tell) -> Task:
     """Memory of some passes, their output to `task["output"]`, the argmax of the output of each sample, (N, T) or (N,),
     to `task["answers"]`, and which kernels ran."""
     kind, batch = task["kind"], load_file(task["cell"])
@@ -204,7 +199,7 @@ def kernels(task: Task, runner: Any, batch: Any, inputs: Any) -> Task:
     return result
 
 
-def turns(task: Task, calls: dict[str, tuple[Callable, Callable]]) -> Iterator[tuple[str, float]]:
+def turns(task: Task, calls: dict[str, tuple[Callable, Callable]], tell: Tell) -> Iterator[tuple[str, float]]:
     """Every call once a round, in an order drawn anew; the first rounds do not count."""
     order, names = random.Random(0), list(calls)
     for round_ in range(WARM + task["rounds"]):
@@ -214,10 +209,10 @@ def turns(task: Task, calls: dict[str, tuple[Callable, Callable]]) -> Iterator[t
             seconds = measure(call)
             if round_ >= WARM:
                 yield name, seconds
-        say({"done": len(names)})
+        tell(len(names))
 
 
-def time_variants(task: Task) -> Task:
+def time_variants(task: Task, tell: Tell) -> Task:
     """Seconds of each pass of each variant in each cell, all variants in turn."""
     runners = {name: load(task, kind, file) for name, (kind, file) in task["variants"].items()}
     result: dict[str, dict[str, list[float]]] = {}
@@ -229,12 +224,12 @@ def time_variants(task: Task) -> Task:
             measure = clock(task, task["variants"][name][0])
             calls[name] = (lambda runner=runner, inputs=inputs: runner(inputs), measure)
         times = result[cell] = {name: [] for name in names}
-        for name, seconds in turns(task, calls):
+        for name, seconds in turns(task, calls, tell):
             times[name].append(seconds)
     return {"seconds": result}
 
 
-def time_attentions(task: Task) -> Task:
+def time_attentions(task: Task, tell: Tell) -> Task:
     """Seconds of each pass, and of each training step, of one shape with each attention, in turn."""
     module, spec, torch = backend(task["backend"]), from_dict(ModelSpec, task["spec"]), task["backend"] == "torch"
     if torch:
@@ -260,7 +255,7 @@ def time_attentions(task: Task) -> Task:
             kinds["step"] = {n: (lambda n=n: trainers[n].step(batch), measure) for n in models}  # noqa: B023
         for kind, each in kinds.items():
             times = result[kind][cell] = {name: [] for name in models}
-            for name, seconds in turns(task, each):
+            for name, seconds in turns(task, each, tell):
                 times[name].append(seconds)
     return result
 
@@ -274,40 +269,13 @@ TASKS = {
 }
 
 
-def say(line: Task) -> None:
-    """Writes a line of JSON to whoever started this process."""
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
-
-
-def end_with_parent() -> None:
-    """From now on this process ends when stdin does; on Linux also at once with its parent, whatever it computes."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def wait() -> None:
-        while os.read(0, 1024):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main() -> None:
-    """Takes a task as a line of JSON on stdin and does it, in words on stdout."""
-    # whoever started this ends it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    line = sys.stdin.readline()
-    if not line:
-        return
-    task = json.loads(line)
-    end_with_parent()
-    try:
-        result = TASKS[task["task"]](task)
-    except Exception as error:  # any failure of an engine is a finding
-        say({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]})
-        raise SystemExit(1) from None
-    say({"result": result})
+    """Does the tasks that stdin brings."""
+
+    def do(task: Task, values: Values, tell: Tell) -> tuple[Task, Values]:
+        return TASKS[task["task"]](task, tell), {}
+
+    serve(do)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def unpack(artifact: Artifact) -> None:
     for name, shape in shapes(artifact.spec).items():
         if artifact.is_packed(name):
             try:
-                codes = unpack_int4(artifact.constants[name], shape[-1], artifact.quants[name].symmetric)
+                codes = unpack_int4(artifact.constants[name], shape[-1], artifact.quants[name].has_sign)
             except ValueError as error:
                 raise ValueError(f"constant {name}: {error}") from None
             artifact.constants[name] = codes.astype(code_dtype(artifact.quants[name]))

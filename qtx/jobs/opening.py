@@ -183,7 +183,7 @@ def describe_head(artifact: Artifact) -> str:
         return ""
     name = "head.decoder.weight" if own else "embed.token.weight"
     weight = quants[name]
-    codes = f"{'int' if weight.symmetric else 'uint'}{weight.bits}"
+    codes = f"{'int' if weight.has_sign else 'uint'}{weight.bits}"
     part = "whose result" if own else "whose weights" if result else "which"
     note = f"head.decoder, {part} recipe {artifact.recipe.name} leaves in float, multiplies the {codes} codes of {name}"
     if result:

@@ -37,7 +37,7 @@ from ..spec import (
 from . import fixed_point, ops
 from .model import Code, Integer, accumulator_bits, at, code_dtype
 
-__all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain"]
+__all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain", "takes_wide"]
 
 GAMMA_LIMIT = 64  # |gamma| that ops.clip_stretch has bits for
 ZETA_LIMIT = 64

@@ -119,8 +119,8 @@ class Whole(np.ndarray):
 def code_dtype(spec: QuantSpec) -> type:
     """The narrowest dtype of a spec's codes that both backends have (torch computes nothing in uint16)."""
     if spec.bits <= 8:
-        return np.int8 if spec.symmetric else np.uint8
-    return np.int16 if spec.symmetric or spec.bits < 16 else np.int32
+        return np.int8 if spec.has_sign else np.uint8
+    return np.int16 if spec.has_sign or spec.bits < 16 else np.int32
 
 
 @contextmanager

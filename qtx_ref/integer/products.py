@@ -47,7 +47,7 @@ SHORTEST = 256  # float32 blocks shorter than this cost more in additions than f
 
 def centre(spec: QuantSpec) -> int:
     """What is taken from unsigned codes to make them signed."""
-    return 0 if spec.symmetric else 2 ** (spec.bits - 1)
+    return 0 if spec.has_sign else 2 ** (spec.bits - 1)
 
 
 def block_length(a_spec: QuantSpec, b_spec: QuantSpec) -> tuple[int, type]:
@@ -74,7 +74,7 @@ def recentre_zero(zero: np.ndarray | None, spec: QuantSpec, along_k: int) -> np.
     """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies
     along k."""
     if zero is None:
-        return None if spec.symmetric else np.array(-centre(spec))
+        return None if spec.has_sign else np.array(-centre(spec))
     zero = np.asanyarray(zero)
     check_codes("zero point", zero, spec)
     if zero.ndim >= -along_k and zero.shape[along_k] != 1:

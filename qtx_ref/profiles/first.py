@@ -6,7 +6,7 @@ from typing import Any
 
 from ..spec import SpecError
 
-__all__ = ["upgrade"]
+__all__ = ["fixed", "upgrade"]
 
 FIELDS = (
     "name",
@@ -57,9 +57,10 @@ def upgrade(first: dict[str, Any]) -> dict[str, Any]:
         raise SpecError(f"Profile.requantization is {first['requantization']!r}: known values are {known}")
     if not {first["arithmetic"], first["scale_dtype"]} <= set(SMALLEST):
         raise SpecError(f"Profile.arithmetic is {first['arithmetic']!r}: known values are {', '.join(SMALLEST)}")
+    after = "after_float" if first["arithmetic"] in ("bfloat16", "float16") else "after"  # elsewhere the same codes
     quantize = {
         "rounding": first["rounding"],
-        "zero_point": "before" if first["zero_point_before_rounding"] else "after",
+        "zero_point": "before" if first["zero_point_before_rounding"] else after,
         "reciprocal": first["reciprocal"],
         "arithmetic": first["arithmetic"],
         "nan": first["nan"],

@@ -76,7 +76,8 @@ class QuantSpec(Spec):
     """A uniform quantizer: `real = scale * (code - zero_point)`.
 
     Codes of a symmetric quantizer are signed with zero point 0 and scale absmax / (2^(bits-1) - 1); those of an
-    asymmetric one run from 0 to 2^bits - 1 with scale (high - low) / (2^bits - 1), where low <= 0 <= high. Quantizing
+    asymmetric one run from 0 to 2^bits - 1, or where `signed` from -2^(bits-1) to 2^(bits-1) - 1, with scale
+    (high - low) / (2^bits - 1), where low <= 0 <= high. Quantizing
     divides by the scale (IEEE), rounds half to even, adds the zero point and clamps, in float32. That is profile `QTX`;
     another `Profile` may choose otherwise. A mirrored quantizer has, where low < 0, the values of a symmetric one under
     codes moved up by 2^(bits-1), and else zero point 0 and scale high / (2^bits - 1).
@@ -95,6 +96,8 @@ class QuantSpec(Spec):
     outliers: float | None = None  # TOKEN: channels (last axis) with an element of this magnitude or more stay in float
     # asymmetric codes for the published simulator's symmetric quantizer, which turns unsigned where nothing is negative
     mirrored: bool = False
+    # codes from -2^(bits-1); None: those of a symmetric quantizer alone. int8 with a zero point: asymmetric and True
+    signed: bool | None = None
 
     def check(self) -> None:
         if not 2 <= self.bits <= 16:
@@ -120,16 +123,25 @@ class QuantSpec(Spec):
             refuse("quantizer learned", True, "a dynamic range cannot be learned; choose one")
         if self.mirrored and (self.symmetric or self.narrow or self.learned):
             refuse("quantizer mirrored", True, "it belongs to an asymmetric quantizer, neither narrow nor learned")
+        if self.symmetric and self.signed is False:
+            refuse("quantizer signed", False, "a symmetric quantizer's codes are signed; mirrored moves them up")
+        if self.mirrored and self.signed:
+            refuse("quantizer signed", True, "mirrored moves a symmetric quantizer's codes up; use symmetric")
 
     @property
     def code_min(self) -> int:
         """The lowest code."""
-        return (-(2 ** (self.bits - 1)) if self.symmetric else 0) + self.narrow
+        return (-(2 ** (self.bits - 1)) if self.has_sign else 0) + self.narrow
 
     @property
     def code_max(self) -> int:
         """The highest code."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return 2 ** (self.bits - 1) - 1 if self.has_sign else 2**self.bits - 1
+
+    @property
+    def has_sign(self) -> bool:
+        """Whether codes may be negative."""
+        return self.symmetric if self.signed is None else self.signed
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,8 @@ class Whole(TorchDispatchMode):
 def code_dtype(spec: QuantSpec) -> torch.dtype:
     """The narrowest dtype of a spec's codes that both backends have (torch computes nothing in uint16)."""
     if spec.bits <= 8:
-        return torch.int8 if spec.symmetric else torch.uint8
-    return torch.int16 if spec.symmetric or spec.bits < 16 else torch.int32
+        return torch.int8 if spec.has_sign else torch.uint8
+    return torch.int16 if spec.has_sign or spec.bits < 16 else torch.int32
 
 
 @contextmanager

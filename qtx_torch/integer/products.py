@@ -58,7 +58,7 @@ def plain_float32(device: str) -> bool:
 
 def centre(spec: QuantSpec) -> int:
     """What is taken from unsigned codes to make them signed."""
-    return 0 if spec.symmetric else 2 ** (spec.bits - 1)
+    return 0 if spec.has_sign else 2 ** (spec.bits - 1)
 
 
 def block_length(a_spec: QuantSpec, b_spec: QuantSpec) -> tuple[int, torch.dtype]:
@@ -92,7 +92,7 @@ def recentre_zero(zero: Tensor | None, spec: QuantSpec, along_k: int) -> Tensor 
     """A zero point moved with its codes, int64; None where it is 0. Raises ValueError where it is no code, or varies
     along k."""
     if zero is None:
-        return None if spec.symmetric else torch.tensor(-centre(spec))
+        return None if spec.has_sign else torch.tensor(-centre(spec))
     check_codes("zero point", zero, spec)
     if zero.ndim >= -along_k and zero.shape[along_k] != 1:
         raise ValueError(f"zero points of shape {tuple(zero.shape)} vary along the sum: give one per row or column")

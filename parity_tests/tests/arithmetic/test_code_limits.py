@@ -10,9 +10,11 @@ import pytest
 
 from qtx_ref.presets import preset
 from qtx_ref.quant import affine
+from qtx_ref.quant.rounding import SMALLEST
 from qtx_ref.spec import (
     QTX,
     Dtype,
+    FakeQuantizeRule,
     FloatFormat,
     FloatQuantSpec,
     Granularity,
@@ -21,6 +23,7 @@ from qtx_ref.spec import (
     Range,
     Rounding,
     SpecError,
+    ZeroPoint,
 )
 
 I32, F32 = np.int32, np.float32
@@ -28,32 +31,32 @@ S8, U8 = QuantSpec(symmetric=True), QuantSpec()
 E4M3, E2M1 = FloatQuantSpec(FloatFormat.E4M3), FloatQuantSpec(FloatFormat.E2M1)
 OUTLIERS = QuantSpec(symmetric=True, granularity=Granularity.TOKEN, dynamic=True, outliers=6.0)
 BLOCKS = FloatQuantSpec(FloatFormat.E4M3, granularity=Granularity.BLOCK, dynamic=True)
-RECIPROCAL = replace(QTX, reciprocal=True)
+RECIPROCAL = replace(QTX.quantize, reciprocal=True)
 X = F32([0, 1, -1, 3e38, -np.inf, np.inf])
 SCALES = F32([np.nan, 0, -0.5, np.inf, -np.inf])
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("profile", [QTX, RECIPROCAL, replace(QTX, nan=NanPolicy.ZERO)])
-def test_a_scale_that_is_no_step_is_refused(call, scale, profile):
+@pytest.mark.parametrize("rule", [QTX.quantize, RECIPROCAL, replace(QTX.quantize, nan=NanPolicy.ZERO)])
+def test_a_scale_that_is_no_step_is_refused(call, scale, rule):
     """NaN, 0 at x = 0 and infinity at x = infinity gave the code -2147483648."""
-    for function in ("quantize", "fake_quantize"):
+    for function, whole in (("quantize", rule), ("fake_quantize", FakeQuantizeRule(rule, QTX.dequantize))):
         with pytest.raises(ValueError, match=f"scale {scale}: in float32 it must be a finite number above 0"):
-            call(f"quant.affine.{function}", X, scale, I32(0), S8, profile)
+            call(f"quant.affine.{function}", X, scale, I32(0), S8, whole)
     with pytest.raises(ValueError, match=f"scale {scale}: "):
-        call("quant.affine.dequantize", I32([1]), scale, I32(0), profile)
+        call("quant.affine.dequantize", I32([1]), scale, I32(0))
     mixed = np.where(np.arange(6) == 3, scale, 1).astype(F32)
     with pytest.raises(ValueError, match=f"scale {scale}: "):
-        call("quant.affine.quantize", X, mixed, I32(0), S8, profile)
+        call("quant.affine.quantize", X, mixed, I32(0), S8, rule)
 
 
 def test_a_scale_without_a_reciprocal(call):
     """1e-39 divides, but 1 / 1e-39 is infinite in float32, and 0 times it NaN."""
     tiny = F32(1e-39)
     assert call("quant.affine.quantize", X, tiny, I32(0), S8).tolist() == [0, 127, -128, 127, -128, 127]
-    for function in ("quantize", "fake_quantize"):
+    for function, whole in (("quantize", RECIPROCAL), ("fake_quantize", FakeQuantizeRule(RECIPROCAL, QTX.dequantize))):
         with pytest.raises(ValueError, match="scale 1.*e-39: in float32 it must be .*, and so its reciprocal"):
-            call(f"quant.affine.{function}", X, tiny, I32(0), S8, RECIPROCAL)
+            call(f"quant.affine.{function}", X, tiny, I32(0), S8, whole)
     assert call("quant.affine.quantize", X, F32(2.0**-126), I32(0), S8, RECIPROCAL).tolist() == [
         0,
         127,
@@ -68,7 +71,7 @@ def test_a_scale_without_a_reciprocal(call):
 def test_a_scale_is_judged_in_the_arithmetic(call, scale):
     """float16 makes 0 of 1e-9 and infinity of 1e6."""
     with pytest.raises(ValueError, match="in float16 it must be a finite number above 0"):
-        call("quant.affine.quantize", X, F32(scale), I32(0), S8, replace(QTX, arithmetic=Dtype.FLOAT16))
+        call("quant.affine.quantize", X, F32(scale), I32(0), S8, replace(QTX.quantize, arithmetic=Dtype.FLOAT16))
 
 
 @pytest.mark.parametrize("spec, zeros", [(U8, (-5, -1, 256, 2**31 - 1)), (S8, (-129, 128, -(2**31)))])
@@ -85,25 +88,25 @@ def test_a_zero_point_is_a_code(call, spec, zeros):
 
 
 @pytest.mark.parametrize("rounding", list(Rounding))
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("adding", [ZeroPoint.AFTER, ZeroPoint.BEFORE])
 @pytest.mark.parametrize("reciprocal", [False, True])
-def test_no_code_is_outside_its_spec(call, rounding, before, reciprocal):
+def test_no_code_is_outside_its_spec(call, rounding, adding, reciprocal):
     """The smallest and the largest scale that pass, at zero and at both infinities."""
     words = np.full(6, 7, np.uint32)
     for spec in (S8, U8, QuantSpec(bits=2), QuantSpec(bits=16), QuantSpec(bits=16, symmetric=True, narrow=True)):
         for dtype, ends in ((Dtype.FLOAT32, (2.0**-126, 3.4e38)), (Dtype.BFLOAT16, (2.0**-126, 3.3e38))):
-            profile = replace(
-                QTX,
+            rule = replace(
+                QTX.quantize,
                 arithmetic=dtype,
                 rounding=rounding,
-                zero_point_before_rounding=before,
+                zero_point=adding,
                 reciprocal=reciprocal,
                 nan=NanPolicy.ZERO,
             )
             for scale in ends:
                 for zero in (spec.code_min, spec.code_max):
                     x = np.where(np.arange(6) == 2, np.nan, X).astype(F32)
-                    code = call("quant.affine.quantize", x, F32(scale), I32(zero), spec, profile, words)
+                    code = call("quant.affine.quantize", x, F32(scale), I32(zero), spec, rule, words)
                     assert spec.code_min <= code.min() and code.max() <= spec.code_max
                     assert code[0] == code[2] == zero and code[4] == spec.code_min and code[5] == spec.code_max
 
@@ -120,16 +123,17 @@ def test_a_range_reversed_is_refused(call, spec):
 
 
 @pytest.mark.parametrize("reciprocal", [False, True])
-@pytest.mark.parametrize("arithmetic", list(Dtype))
-@pytest.mark.parametrize("stored", list(Dtype))
+@pytest.mark.parametrize("arithmetic", list(SMALLEST))
+@pytest.mark.parametrize("stored", list(SMALLEST))
 def test_what_scale_zero_makes_is_a_quantizer(call, reciprocal, arithmetic, stored):
     """So that a training step need not look."""
-    profile = replace(QTX, reciprocal=reciprocal, arithmetic=arithmetic, scale_dtype=stored)
+    rule = replace(QTX.quantize, reciprocal=reciprocal, arithmetic=arithmetic)
+    made = replace(QTX.scale, arithmetic=arithmetic, dtype=stored, floor=max(SMALLEST[arithmetic], SMALLEST[stored]))
     ends = F32([0, 1e-45, 1e-40, 1e-38, 1e-6, 1, 2e4])  # twice 2e4 is still a float16
     for spec in (S8, QuantSpec(bits=2), QuantSpec(bits=8, narrow=True)):
         for low, high in ((-ends, ends), (-ends, ends * 0), (ends * 0, ends), (ends, ends)):
-            scale, zero = call("quant.affine.scale_zero", low, high, spec, profile)
-            assert call("quant.affine.quantize", ends * 0, scale, zero, spec, profile).tolist() == zero.tolist()
+            scale, zero = call("quant.affine.scale_zero", low, high, spec, made)
+            assert call("quant.affine.quantize", ends * 0, scale, zero, spec, rule).tolist() == zero.tolist()
 
 
 @pytest.mark.parametrize("kind", list(FloatFormat))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from parity_tests.subjects import rules
 from qtx_ref.random import stream
-from qtx_ref.spec import QTX, Overflow, QuantSpec, Requantization
+from qtx_ref.spec import QuantSpec
 
 I32, F32 = np.int32, np.float32
 S8, U8 = QuantSpec(symmetric=True), QuantSpec()
@@ -85,19 +85,19 @@ def test_rounding_shifts(call):
 
 
 @pytest.mark.parametrize(
-    "kind, codes",
+    "rule, codes",
     [
-        (Requantization.FLOAT32, [-2, 0, 0, 2, 2]),
-        (Requantization.FLOAT_HALF_AWAY, [-2, -1, 1, 2, 3]),
-        (Requantization.FIXED_ONE, [-1, 0, 1, 2, 3]),
-        (Requantization.FIXED_TWO, [-2, -1, 1, 2, 3]),
-        (Requantization.HIGH_HALF_UP, [-1, 0, 1, 2, 3]),
+        (rules.RINT, [-2, 0, 0, 2, 2]),
+        (rules.AWAY, [-2, -1, 1, 2, 3]),
+        (rules.ONE, [-1, 0, 1, 2, 3]),
+        (rules.TWO, [-2, -1, 1, 2, 3]),
+        (rules.TRUNCATED, [-1, 0, 1, 2, 3]),
     ],
 )
-def test_requantizations_at_ties(call, kind, codes):
-    a, profile = I32([-6, -2, 2, 6, 10]), replace(QTX, requantization=kind)
-    assert call("integer.fixed_point.requantize", a, np.float64(0.25), I32(0), S8, profile).tolist() == codes
-    assert call("integer.fixed_point.requantize", a, np.float64(0.25), I32(126), S8, profile).tolist() == [
+def test_requantizations_at_ties(call, rule, codes):
+    a = I32([-6, -2, 2, 6, 10])
+    assert call("integer.fixed_point.requantize", a, np.float64(0.25), I32(0), S8, rule).tolist() == codes
+    assert call("integer.fixed_point.requantize", a, np.float64(0.25), I32(126), S8, rule).tolist() == [
         min(127, 126 + code) for code in codes
     ]
 
@@ -105,26 +105,23 @@ def test_requantizations_at_ties(call, kind, codes):
 def test_one_and_two_roundings_part(call):
     """5 * 0.2999 = 1.4995 = 2.999 / 2: the high multiply rounds to 3, whose half rounds to 2; one rounding gives 1."""
     a, real = I32([5]), np.float64(0.2999)
-    one, two = (
-        call("integer.fixed_point.round_by", a, real, k).tolist()
-        for k in (Requantization.FIXED_ONE, Requantization.FIXED_TWO)
-    )
+    one, two = (call("integer.fixed_point.round_by", a, real, rule).tolist() for rule in (rules.ONE, rules.TWO))
     assert (one, two) == ([1], [2])
 
 
 def test_wide_accumulators(call):
     """64-bit accumulators: the whole multiplier, or TFLite's 15 bits of it; and their input contract."""
     a, real = np.int64([2**40, -(2**40), 3]), np.float64(2.0**-31)
-    for kind in (Requantization.FIXED_ONE, Requantization.FIXED_ONE_NARROW):
-        assert call("integer.fixed_point.round_by", a, real, kind).tolist() == [512, -512, 0]
+    for rule in (rules.ONE, rules.NARROW):
+        assert call("integer.fixed_point.round_by", a, real, rule).tolist() == [512, -512, 0]
         with pytest.raises(ValueError, match="140737488355328 is outside"):
-            call("integer.fixed_point.round_by", np.int64([2**47]), real, kind)
+            call("integer.fixed_point.round_by", np.int64([2**47]), real, rule)
     with pytest.raises(ValueError, match="not defined for 64-bit"):
-        call("integer.fixed_point.round_by", a, real, Requantization.FIXED_TWO)
+        call("integer.fixed_point.round_by", a, real, rules.TWO)
     near = np.int64([65535 * 2**20])  # times just below 2^-20: 65534.99...; 0x7FFF / 2^15 of it is 65533.0
     real = np.float64(0.9999999 * 2.0**-20)
-    assert call("integer.fixed_point.round_by", near, real, Requantization.FIXED_ONE).tolist() == [65535]
-    assert call("integer.fixed_point.round_by", near, real, Requantization.FIXED_ONE_NARROW).tolist() == [65533]
+    assert call("integer.fixed_point.round_by", near, real, rules.ONE).tolist() == [65535]
+    assert call("integer.fixed_point.round_by", near, real, rules.NARROW).tolist() == [65533]
 
 
 def test_wide_requantization_is_exact(call):
@@ -174,8 +171,7 @@ def test_overflow_is_reported_or_wraps(call):
     a = np.full((1, 3), -(2**15), I32)
     with pytest.raises(ValueError, match="accumulators run from 0 to 3221225472, beyond int32"):
         call("integer.products.matmul", a, a.T.copy(), spec, spec)
-    wraps = replace(QTX, overflow=Overflow.WRAP)
-    assert call("integer.products.matmul", a, a.T.copy(), spec, spec, None, None, None, 32, wraps).tolist() == [
+    assert call("integer.products.matmul", a, a.T.copy(), spec, spec, None, None, None, 32, rules.WRAPS).tolist() == [
         [3 * 2**30 - 2**32]
     ]
     eight = np.full((1, 2), 127, np.int8)

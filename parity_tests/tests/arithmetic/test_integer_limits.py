@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from parity_tests.subjects import rules
 from qtx_ref.random import stream
-from qtx_ref.spec import QTX, Granularity, Overflow, QuantSpec, Requantization
+from qtx_ref.spec import QTX, Granularity, QuantSpec
 
 I32, I64, F32, F64 = np.int32, np.int64, np.float32, np.float64
 S8, U8, S16 = QuantSpec(symmetric=True), QuantSpec(), QuantSpec(bits=16, symmetric=True)
 LOW, HIGH = -(2**63), 2**63 - 1
-WRAPS = replace(QTX, overflow=Overflow.WRAP)
 ONE, TWO = np.int8([[1]]), np.int8([[2]])  # their product is 2
 
 
 # --- matmul -----------------------------------------------------------------------------------------------------------
 
 
-def product(call, bias, bits, profile=QTX, a=ONE, b=TWO):
+def product(call, bias, bits, rule=QTX.matmul, a=ONE, b=TWO):
     specs = (S8, S8) if a.dtype == np.int8 else (S16, S16)
-    return call("integer.products.matmul", a, b, *specs, None, None, bias, bits, profile)
+    return call("integer.products.matmul", a, b, *specs, None, None, bias, bits, rule)
 
 
 @pytest.mark.parametrize("bias", [LOW, LOW + 1, -(2**40), 2**31 - 2, 2**62, HIGH - 2, HIGH])
@@ -38,14 +37,14 @@ def test_a_bias_at_the_end_of_int64(call, bias):
             with pytest.raises(ValueError, match=f"accumulators .*{exact}.* beyond int"):
                 product(call, I64([bias]), bits)
         wrapped = (exact + limit) % (2 * limit) - limit
-        assert product(call, I64([bias]), bits, WRAPS).tolist() == [[wrapped]]
+        assert product(call, I64([bias]), bits, rules.WRAPS).tolist() == [[wrapped]]
 
 
 def test_a_sum_below_int64_is_refused(call):
     a, b = np.int16([[-(2**15)]]), np.int16([[2**15 - 1]])  # -2^30 + 2^15
-    assert product(call, I64([LOW + 2**30]), 64, QTX, a, b).tolist() == [[LOW + 2**15]]
+    assert product(call, I64([LOW + 2**30]), 64, QTX.matmul, a, b).tolist() == [[LOW + 2**15]]
     with pytest.raises(ValueError, match=f"accumulators reach {LOW - 2**30 + 2**15 + 5}, beyond int64"):
-        product(call, I64([LOW + 5]), 64, QTX, a, b)
+        product(call, I64([LOW + 5]), 64, QTX.matmul, a, b)
 
 
 def test_a_bias_is_whole_numbers_that_int64_holds(call):
@@ -101,7 +100,7 @@ def test_values_that_are_no_integers_or_wrap_are_refused(call):
         with pytest.raises(ValueError, match="codes are integers"):
             call("integer.fixed_point.rounding_shift_right", value, I32(1))
         with pytest.raises(ValueError, match="codes are integers"):
-            call("integer.fixed_point.round_by", value, F64(0.5), Requantization.FLOAT32)
+            call("integer.fixed_point.round_by", value, F64(0.5), rules.RINT)
     with pytest.raises(ValueError, match=f"value {2**64 - 1} is outside"):
         call("integer.fixed_point.rounding_divide_by_power_of_two", np.uint64([2**64 - 1]), I32(1))
     with pytest.raises(ValueError, match="zero point .* is outside 0 to 255"):
@@ -119,11 +118,11 @@ def test_half_up_holds_over_all_of_int64(call, n, d):
 
 
 def test_a_weighted_sum_is_exact_or_refused(call):
-    rule, top = Requantization.FIXED_ONE, 2**30
+    rule, top = rules.ADD_UP, 2**30
     for a in (-(2**31), 2**31 - 1):
-        for kind in (rule, Requantization.FIXED_TWO):
+        for each in (rule, rules.ADD_AWAY):
             part, m = [I32([a])] * 2, [I64(top)] * 2
-            total = call("integer.ops.weighted_sum", part, m, I64(31), kind)
+            total = call("integer.ops.weighted_sum", part, m, I64(31), each)
             assert total.tolist() == [a]  # 2 a 2^30 / 2^31
     for part in (I64([2**31]), I64([LOW])):
         with pytest.raises(ValueError, match="part .* is outside"):
@@ -195,10 +194,10 @@ def test_polynomials_are_flat_at_the_ends(call, dtype):
 
 
 @pytest.mark.parametrize("n, o", [(4, 4), (1, 3), (3, 1), (5, 3)])
-@pytest.mark.parametrize("requantization", list(Requantization))
-def test_weight_scales_belong_to_columns(call, n, o, requantization):
+@pytest.mark.parametrize("rule", rules.REQUANTIZE.values(), ids=rules.REQUANTIZE)
+def test_weight_scales_belong_to_columns(call, n, o, rule):
     """With scales (O, 1) as `affine.ranges` gives them, N = O gave wrong codes and N = 1 a result of (O, O)."""
-    rng, profile = stream(3, "columns", n, o), replace(QTX, requantization=requantization)
+    rng = stream(3, "columns", n, o)
     weight = rng.normal(size=(o, 6)).astype(F32) * np.arange(1, o + 1, dtype=F32)[:, None] ** 3
     by_row = QuantSpec(symmetric=True, granularity=Granularity.CHANNEL)
     scale, zero = call("quant.affine.scale_zero", *call("quant.affine.ranges", weight, by_row, True), by_row)
@@ -207,24 +206,24 @@ def test_weight_scales_belong_to_columns(call, n, o, requantization):
     x, bias = rng.integers(-128, 128, (n, 6)).astype(np.int8), rng.integers(-999, 999, o).astype(I32)
     acc = call("integer.products.linear", x, code, S8, by_row, None, zero, bias)
     assert acc.tolist() == (x.astype(int) @ code.T.astype(int) + bias).tolist()
-    real = call("integer.fixed_point.real_multiplier", F32(0.01), scale, F32(0.5), profile)
+    real = call("integer.fixed_point.real_multiplier", F32(0.01), scale, F32(0.5), rule)
     assert real.shape in ((o,), ())
-    got = call("integer.fixed_point.requantize", acc, real, I32(0), S8, profile)
+    got = call("integer.fixed_point.requantize", acc, real, I32(0), S8, rule)
     each = [
         call(
             "integer.fixed_point.requantize",
             acc[:, j],
-            call("integer.fixed_point.real_multiplier", F32(0.01), scale[j, 0], F32(0.5), profile),
+            call("integer.fixed_point.real_multiplier", F32(0.01), scale[j, 0], F32(0.5), rule),
             I32(0),
             S8,
-            profile,
+            rule,
         )
         for j in range(o)
     ]
     assert got.tolist() == np.stack(each, 1).tolist()
     exact = acc * (0.01 * scale[:, 0].astype(F64) / 0.5)
     assert np.abs(got - np.clip(exact, -128, 127)).max() <= 1.001
-    plain = call("integer.fixed_point.real_multiplier", F32(0.01), scale[:, 0], F32(0.5), profile)
+    plain = call("integer.fixed_point.real_multiplier", F32(0.01), scale[:, 0], F32(0.5), rule)
     assert real.tolist() == plain.tolist()
 
 
@@ -237,14 +236,14 @@ def test_a_scale_per_row_and_one_per_column_meet(call):
         call("integer.fixed_point.real_multiplier", F32(1), np.ones((1, 3), F32), F32(1))
 
 
-@pytest.mark.parametrize("kind", list(Requantization))
-def test_requantize_keeps_the_shape_of_its_accumulator(call, kind):
-    acc, profile = np.ones((1, 3), I32), replace(QTX, requantization=kind)
+@pytest.mark.parametrize("rule", rules.REQUANTIZE.values(), ids=rules.REQUANTIZE)
+def test_requantize_keeps_the_shape_of_its_accumulator(call, rule):
+    acc = np.ones((1, 3), I32)
     for real in (np.ones((3, 1)), np.ones((1, 1, 3)), np.ones(2)):
         with pytest.raises(ValueError, match=r"multiplier of shape .* does not fit shape \(1, 3\)"):
-            call("integer.fixed_point.requantize", acc, real, I32(0), S8, profile)
+            call("integer.fixed_point.requantize", acc, real, I32(0), S8, rule)
     with pytest.raises(ValueError, match=r"zero point of shape \(3, 1\) does not fit shape \(1, 3\)"):
-        call("integer.fixed_point.requantize", acc, F64(0.5), np.zeros((3, 1), I32), S8, profile)
+        call("integer.fixed_point.requantize", acc, F64(0.5), np.zeros((3, 1), I32), S8, rule)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -264,7 +263,7 @@ def test_linear_refuses_what_belongs_to_another_axis(call, n):
 
 
 def test_a_weighted_sum_keeps_the_shape_of_its_parts(call):
-    a, rule = np.ones((1, 3), I32), Requantization.FIXED_ONE
+    a, rule = np.ones((1, 3), I32), rules.ADD_UP
     assert call("integer.ops.weighted_sum", [a, a[0]], [I64([2, 4, 6]), I64(2)], I64([1]), rule).tolist() == [[2, 3, 4]]
     for m, shift in ((np.ones((3, 1), I64), I64(1)), (I64(1), np.ones((3, 1), I64))):
         with pytest.raises(ValueError, match=r"\(3, 1\) does not fit shape \(1, 3\)"):

@@ -17,16 +17,20 @@ from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
     Dtype,
+    FloatProduct,
     Granularity,
+    HighProduct,
     NanPolicy,
     Nudging,
     ObserverKind,
     ObserverSpec,
+    Order,
     QuantSpec,
-    Requantization,
     Rounding,
-    ScaleRule,
     SpecError,
+    SymmetricScale,
+    ZeroPoint,
+    to_dict,
 )
 
 I32, F32 = np.int32, np.float32
@@ -45,57 +49,58 @@ TIES = F32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
     ],
 )
 def test_zero_point_before_and_after_rounding(call, rounding, before, after):
-    profile = replace(QTX, rounding=rounding)
-    assert call("quant.affine.quantize", TIES, F32(1), I32(1), S8, profile).tolist() == after
-    profile = replace(profile, zero_point_before_rounding=True)
-    assert call("quant.affine.quantize", TIES, F32(1), I32(1), S8, profile).tolist() == before
+    rule = replace(QTX.quantize, rounding=rounding)
+    assert call("quant.affine.quantize", TIES, F32(1), I32(1), S8, rule).tolist() == after
+    rule = replace(rule, zero_point=ZeroPoint.BEFORE)
+    assert call("quant.affine.quantize", TIES, F32(1), I32(1), S8, rule).tolist() == before
 
 
 def test_nearest_does_not_round_what_lies_below_a_half(call):
     below = np.nextafter(F32(0.5), F32(0))  # 0.5 + below is 1 in float32: floor(x + 1/2) in one addition gives 1
     for rounding in (Rounding.HALF_EVEN, Rounding.HALF_AWAY, Rounding.HALF_UP):
-        codes = call("quant.affine.quantize", F32([below, -below]), F32(1), I32(0), S8, replace(QTX, rounding=rounding))
+        rule = replace(QTX.quantize, rounding=rounding)
+        codes = call("quant.affine.quantize", F32([below, -below]), F32(1), I32(0), S8, rule)
         assert codes.tolist() == [0, 0]
 
 
 def test_stochastic_rounding_takes_the_word_as_a_threshold(call):
-    profile = replace(QTX, rounding=Rounding.STOCHASTIC)
+    rule = replace(QTX.quantize, rounding=Rounding.STOCHASTIC)
     x, words = F32([0.25] * 4 + [-0.25, 3, np.inf]), np.int64([0, 2**30 - 1, 2**30, 2**32 - 1, 0, 0, 0])
-    assert call("quant.affine.quantize", x, F32(1), I32(0), S8, profile, words).tolist() == [1, 1, 0, 0, 0, 3, 127]
+    assert call("quant.affine.quantize", x, F32(1), I32(0), S8, rule, words).tolist() == [1, 1, 0, 0, 0, 3, 127]
     with pytest.raises(ValueError, match="random 32-bit word"):
-        call("quant.affine.quantize", x, F32(1), I32(0), S8, profile)
+        call("quant.affine.quantize", x, F32(1), I32(0), S8, rule)
 
 
 def test_reciprocal_moves_a_code(call):
     """0.7500000596046448 / 0.3 is 2.5 in float32, 0.7500000596046448 * (1 / 0.3) is 2.500000238418579."""
     x, scale = F32([0.75000006]), F32(0.3)
     assert call("quant.affine.quantize", x, scale, I32(0), U8).tolist() == [2]
-    assert call("quant.affine.quantize", x, scale, I32(0), U8, replace(QTX, reciprocal=True)).tolist() == [3]
+    assert call("quant.affine.quantize", x, scale, I32(0), U8, replace(QTX.quantize, reciprocal=True)).tolist() == [3]
 
 
 @pytest.mark.parametrize(
     "rule, scale",
     [
-        (ScaleRule.ABSMAX, F32(2) / F32(127)),
-        (ScaleRule.ABSMAX_HALF, F32(2) / F32(127.5)),
-        (ScaleRule.TWO_SIDED, F32(2) / F32(128)),
+        (SymmetricScale.ABSMAX, F32(2) / F32(127)),
+        (SymmetricScale.ABSMAX_HALF, F32(2) / F32(127.5)),
+        (SymmetricScale.TWO_SIDED, F32(2) / F32(128)),
     ],
 )
 def test_scale_rules(call, rule, scale):
-    got, zero = call("quant.affine.scale_zero", F32([-2]), F32([1]), S8, replace(QTX, scale_rule=rule))
+    got, zero = call("quant.affine.scale_zero", F32([-2]), F32([1]), S8, replace(QTX.scale, symmetric=rule))
     assert (got.tolist(), zero.tolist()) == ([scale], [0])
     narrow = QuantSpec(symmetric=True, narrow=True)
-    want = F32(2) / F32(127.5 if rule is ScaleRule.ABSMAX_HALF else 127)
-    assert call("quant.affine.scale_zero", F32([-2]), F32([1]), narrow, replace(QTX, scale_rule=rule))[0].tolist() == [
-        want
-    ]
+    want = F32(2) / F32(127.5 if rule is SymmetricScale.ABSMAX_HALF else 127)
+    assert call("quant.affine.scale_zero", F32([-2]), F32([1]), narrow, replace(QTX.scale, symmetric=rule))[
+        0
+    ].tolist() == [want]
 
 
 def test_zero_points_are_nudged_from_an_end(call):
     # range -0.5 to 254.5: scale 1, real zero point 0.5 from either end, a tie
     low, high = F32([-0.5]), F32([254.5])
     assert call("quant.affine.scale_zero", low, high, U8)[1].tolist() == [0]
-    away = replace(QTX, zero_point_rounding=Rounding.HALF_AWAY, nudging=Nudging.CLOSER_END)
+    away = replace(QTX.scale, zero_point_rounding=Rounding.HALF_AWAY, nudging=Nudging.CLOSER_END)
     assert call("quant.affine.scale_zero", low, high, U8, away)[1].tolist() == [1]
     narrow = QuantSpec(narrow=True)  # 1 to 255, 254 steps
     assert call("quant.affine.scale_zero", F32([0]), F32([254]), narrow)[1].tolist() == [1]
@@ -103,17 +108,24 @@ def test_zero_points_are_nudged_from_an_end(call):
 
 
 def test_scales_and_arithmetic_in_sixteen_bits(call):
-    got, _ = call("quant.affine.scale_zero", F32([-1]), F32([1]), S8, replace(QTX, scale_dtype=Dtype.BFLOAT16))
+    got, _ = call("quant.affine.scale_zero", F32([-1]), F32([1]), S8, replace(QTX.scale, dtype=Dtype.BFLOAT16))
     assert got.tolist() == [129 * 2.0**-14]  # 1/127 = 129.008 * 2^-14, and bfloat16 has multiples of 2^-14 there
-    got, _ = call("quant.affine.scale_zero", F32([-1]), F32([1]), S8, replace(QTX, scale_dtype=Dtype.FLOAT16))
+    got, _ = call("quant.affine.scale_zero", F32([-1]), F32([1]), S8, replace(QTX.scale, dtype=Dtype.FLOAT16))
     assert got.tolist() == [1032 * 2.0**-17]  # 1032.06 * 2^-17
     x = F32([257, 259, 1])  # bfloat16 holds 256 and 258, and ties to even: 256, 260
-    codes = call("quant.affine.quantize", x, F32(1), I32(0), QuantSpec(16), replace(QTX, arithmetic=Dtype.BFLOAT16))
+    codes = call(
+        "quant.affine.quantize", x, F32(1), I32(0), QuantSpec(16), replace(QTX.quantize, arithmetic=Dtype.BFLOAT16)
+    )
     assert codes.tolist() == [256, 260, 1]
-    with pytest.raises(ValueError, match="code 65535 is infinite in float16"):
-        call("quant.affine.quantize", x, F32(1), I32(0), QuantSpec(16), replace(QTX, arithmetic=Dtype.FLOAT16))
+    half = replace(QTX.quantize, arithmetic=Dtype.FLOAT16)
+    for adding in (ZeroPoint.AFTER_FLOAT, ZeroPoint.BEFORE):
+        with pytest.raises(ValueError, match="code 65535 is infinite in float16"):
+            call("quant.affine.quantize", x, F32(1), I32(0), QuantSpec(16), replace(half, zero_point=adding))
+    # in integers: 2049 is no float16, and 2048 + 63000 is none either
+    codes = call("quant.affine.quantize", F32([2049, 70000, -5]), F32(1), I32(63000), QuantSpec(16), half)
+    assert codes.tolist() == [65048, 65535, 62995]
     with pytest.raises(ValueError, match="does not fit float16"):
-        call("quant.affine.scale_zero", F32([-1e8]), F32([0]), S8, replace(QTX, scale_dtype=Dtype.FLOAT16))
+        call("quant.affine.scale_zero", F32([-1e8]), F32([0]), S8, replace(QTX.scale, dtype=Dtype.FLOAT16))
 
 
 def test_zero_ranges_and_nan(call):
@@ -121,11 +133,14 @@ def test_zero_ranges_and_nan(call):
     assert (scale.tolist(), zero.tolist()) == ([1, 2.0**-126], [0, 0])
     x = F32([np.nan, 1])
     for policy, code in ((NanPolicy.ZERO, 7), (NanPolicy.CODE_MIN, 0)):
-        assert call("quant.affine.quantize", x, F32(1), I32(7), U8, replace(QTX, nan=policy)).tolist() == [code, 8]
+        assert call("quant.affine.quantize", x, F32(1), I32(7), U8, replace(QTX.quantize, nan=policy)).tolist() == [
+            code,
+            8,
+        ]
     with pytest.raises(ValueError, match="NaN"):
         call("quant.affine.quantize", x, F32(1), I32(7), U8)
     with pytest.raises(ValueError, match="infinity"):
-        call("quant.affine.quantize", F32([np.inf]), F32(1), I32(0), U8, profiles.profile("tflite"))
+        call("quant.affine.quantize", F32([np.inf]), F32(1), I32(0), U8, profiles.profile("tflite").quantize)
 
 
 def test_groups_and_blocks(call):
@@ -173,14 +188,30 @@ def test_a_group_unites_what_its_channels_observers_found(call, kind, permute):
         assert {(s, z) for s, z in zip(scale[0, pair], zero[0, pair], strict=True)} == {(want[0][()], want[1][()])}
 
 
+def leaves(tree: dict, path: str = "") -> set[str]:
+    """The paths of a tree's values."""
+    return {
+        leaf
+        for key, value in tree.items()
+        for leaf in (leaves(value, f"{path}{key}.") if isinstance(value, dict) else {path + key})
+    }
+
+
 def test_profiles_name_their_sources():
     assert profiles.profile("qtx") == QTX
-    assert profiles.profile("float32") == replace(QTX, name="float32", requantization=Requantization.FLOAT32)
-    kinds = {name: profiles.profile(name).requantization for name in profiles.NAMES}
-    assert kinds["gemmlowp"] is Requantization.FIXED_TWO and kinds["tflite"] is Requantization.FIXED_ONE_NARROW
+    same = {key: getattr(QTX, key) for key in ("name", "engine", "path", "requantize")}
+    assert replace(profiles.profile("float32"), **same) == QTX
+    kinds = {name: profiles.profile(name).requantize for name in profiles.NAMES}
+    assert kinds["float32"] == FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN)
+    assert kinds["gemmlowp"].product is HighProduct.HALF_UP and kinds["tflite"].bits == 15
     for name in profiles.NAMES:
         assert profiles.profile(name).name == name and all(profiles.sources(name).values())
-        assert set(profiles.sources(name)) == set(QTX.__dataclass_fields__) - {"name", "version"}
+        assert set(profiles.sources(name)) == leaves(to_dict(profiles.profile(name))) - {
+            "name",
+            "version",
+            "engine",
+            "path",
+        }
     with pytest.raises(SpecError, match="known profiles are qtx"):
         profiles.profile("tensorrt")
 

@@ -13,11 +13,13 @@ import pytest
 
 from qtx_ref import spec as vocabulary
 from qtx_ref.spec import (
+    ONE_ROUNDING,
     QTX,
     Activation,
     AttentionSpec,
     Family,
     FloatFormat,
+    FloatProduct,
     FloatQuantSpec,
     Gate,
     Gradients,
@@ -63,6 +65,15 @@ SPECS = [
     OptimSpec(only=("head",)),
     StepSpec(),
     QTX,
+    QTX.scale,
+    QTX.quantize,
+    QTX.fake_quantize,
+    QTX.dequantize,
+    QTX.matmul,
+    ONE_ROUNDING,
+    FloatProduct("float32", "ratio", "after", "half_even"),
+    QTX.add,
+    QTX.cast,
 ]
 FIELDS = [(spec, field.name) for spec in SPECS for field in dataclasses.fields(spec)]
 
@@ -121,7 +132,8 @@ def test_anything_else_is_refused_by_name(spec, name):
     if float in kinds(spec, name):
         wrong.append(10**400)
     if bool in kinds(spec, name):
-        wrong += [0, 1, "true", None]
+        optional = type(None) in typing.get_args(typing.get_type_hints(type(spec))[name])
+        wrong += [0, 1, "true"] + [None] * (not optional)
     if isinstance(getattr(spec, name), tuple):
         wrong += [None, (object(),), {"a"}, (None,)]
     for value in wrong:
@@ -134,7 +146,7 @@ def test_strings_are_the_members_they_name():
     """Before, a string passed every `is` as if it were none of the members."""
     assert QuantSpec(granularity="tensor") == QuantSpec()
     assert QuantSpec(granularity="tensor").granularity is Granularity.TENSOR
-    assert dataclasses.replace(QTX, rounding="half_away").rounding is Rounding.HALF_AWAY
+    assert dataclasses.replace(QTX.quantize, rounding="half_away").rounding is Rounding.HALF_AWAY
     assert ModelSpec("bert", np.int64(1), 8, 2, 16, "mlm", vocab=10, length=4) == MODEL
     assert AttentionSpec("clipped", gate="linear", alpha=4).gate is Gate.LINEAR
     assert dataclasses.replace(MODEL, activation="relu").activation is Activation.RELU

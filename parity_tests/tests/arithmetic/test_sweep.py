@@ -32,13 +32,11 @@ AXES = {
 
 CORE = {
     "affine": lambda m, x, scale, zero, words, spec, profile, **rest: {
-        "fake": m.fake_quantize(x, scale, zero, spec, profile, words)
+        "fake": m.fake_quantize(x, scale, zero, spec, profile.fake_quantize, words)
     },
-    "fixed_point": lambda m, a, real, zero, spec, profile, **rest: {
-        "codes": m.requantize(a, real, zero, spec, profile)
-    },
-    "integer": lambda m, a, b, zero_a, zero_b, bias, a_spec, b_spec, accumulator, profile, integers, **rest: {
-        "matmul": m.matmul(a, b, a_spec, b_spec, zero_a, zero_b, bias, accumulator, profile, integers)
+    "fixed_point": lambda m, a, real, zero, spec, rule, **rest: {"codes": m.requantize(a, real, zero, spec, rule)},
+    "integer": lambda m, a, b, zero_a, zero_b, bias, a_spec, b_spec, accumulator, rule, integers, **rest: {
+        "matmul": m.matmul(a, b, a_spec, b_spec, zero_a, zero_b, bias, accumulator, rule, integers)
     },
     "formats": lambda m, x, kind, rule, block, **rest: {"fake": m.mx_fake_quantize(x, kind, rule, block)},
 }

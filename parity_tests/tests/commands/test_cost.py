@@ -155,7 +155,7 @@ def first(spec):
 
 def fake_worker(monkeypatch, code: str) -> cost.Workers:
     """Workers whose process runs `code`."""
-    monkeypatch.setattr(cost.subprocess, "Popen", lambda command, **given: POPEN([sys.executable, "-c", code], **given))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **given: POPEN([sys.executable, "-c", code], **given))
     return cost.Workers("ref", "cpu", 1)
 
 

@@ -137,7 +137,7 @@ def is_alive(process: str) -> bool:
 
 def test_a_worker_ends_with_its_input(checkpoint):
     """Where the system does not end it with its parent."""
-    code = "from qtx.cost import worker; worker.TASKS['wait'] = lambda task: __import__('time').sleep(60); "
+    code = "from qtx.cost import worker; worker.TASKS['wait'] = lambda task, tell: __import__('time').sleep(60); "
     code += "import ctypes; ctypes.CDLL = None; worker.sys.platform = 'other'; worker.main()"
     process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdin=subprocess.PIPE, text=True)
     process.stdin.write('{"task": "wait"}\n')

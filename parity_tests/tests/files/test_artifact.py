@@ -116,7 +116,7 @@ def test_diff(checkpoint, artifact, tmp_path):
     good("quantize", checkpoint, *REF, "--profile", "float32", "--out", other)
     result = call("diff", artifact, other)
     assert result.exit_code == 1
-    assert "profile.requantization" in result.output
+    assert "profile.requantize.dtype" in result.output
     assert "layer.0.attn.query.shift" in result.output
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parity_tests import integer_report, large_integer
-from parity_tests.subjects import integer_models
+from parity_tests.subjects import integer_models, rules
 from parity_tests.subjects.integer_models import RunRecord, record_run, same
 from qtx.measure.scores import IntegerScorer
 from qtx_ref.backend import IntegerModel as RefModel
@@ -19,7 +19,7 @@ from qtx_ref.integer import fixed_point, lowering, ops
 from qtx_ref.profiles import NAMES, profile
 from qtx_ref.quant import affine
 from qtx_ref.random import stream
-from qtx_ref.spec import Gate, QuantSpec, Requantization, SpecError
+from qtx_ref.spec import AddRule, Gate, QuantSpec, SpecError
 from qtx_torch import model as torch_model
 from qtx_torch.backend import IntegerModel
 from qtx_torch.integer import fixed_point as torch_fixed_point
@@ -28,7 +28,6 @@ from qtx_torch.integer import ops as torch_ops
 SEEDS = st.integers(0, 2**32 - 1)
 INT32 = st.integers(-(2**31), 2**31 - 1)
 OPS = ("exp_polynomial", "gelu_polynomial", "sigmoid_polynomial", "tanh_polynomial")
-FIXED = (Requantization.FIXED_ONE, Requantization.FIXED_TWO)
 
 
 def agree(function: str, *values: object, module: str = "ops") -> None:
@@ -91,12 +90,12 @@ def test_softmax(seed: int, kind: str, sink: bool, bits: int) -> None:
         agree("clip_stretch", p, zeta, stretch)
 
 
-@given(SEEDS, st.sampled_from(FIXED))
-def test_weighted_sums_and_means(seed: int, kind: Requantization) -> None:
+@given(SEEDS, st.sampled_from([rules.ADD_UP, rules.ADD_AWAY]))
+def test_weighted_sums_and_means(seed: int, rule: AddRule) -> None:
     rng = stream(seed, "sums")
     parts = [rng.integers(-(2**31), 2**31, (3, 4, 5)).astype(np.int32) for _ in range(2)]
     reals = [np.float64(10 ** rng.uniform(-9, 8)), 10 ** rng.uniform(-9, 8, (3, 4, 1))]
-    agree("weighted_sum", parts, *lowering.common_shift(reals), kind)
+    agree("weighted_sum", parts, *lowering.common_shift(reals), rule)
     agree("mean", parts[0], rng.uniform(size=(3, 4, 1)) < 0.4)
     agree("mean", parts[0], None)
 
@@ -109,18 +108,18 @@ def test_one_requantization_is_within_one_code_of_fake_quantization(seed: int, n
     zero = np.int32(0 if symmetric else rng.integers(0, 256))
     reach = min(int(300 * scale / unit), 2**30)  # beyond the codes at both ends
     acc = rng.integers(-reach, reach + 1, 4000).astype(np.int32)
-    got = fixed_point.requantize(acc, fixed_point.real_multiplier(unit, 1, scale, chosen), zero, spec, chosen)
-    want = affine.quantize((unit * acc).astype(np.float32), scale, zero, spec, chosen)
+    rule = chosen.requantize
+    got = fixed_point.requantize(acc, fixed_point.real_multiplier(unit, 1, scale, rule), zero, spec, rule)
+    want = affine.quantize((unit * acc).astype(np.float32), scale, zero, spec, chosen.quantize)
     assert np.abs(got - want).max() <= 1
 
 
-@pytest.mark.parametrize("kind", Requantization)
-def test_every_requantization_is_within_one_of_the_product(kind: Requantization) -> None:
-    rng = stream(0, "requantization", str(kind))
-    chosen = replace(profile("qtx"), requantization=kind)
+@pytest.mark.parametrize("name", rules.REQUANTIZE)
+def test_every_requantization_is_within_one_of_the_product(name: str) -> None:
+    rng, rule = stream(0, "requantization", name), rules.REQUANTIZE[name]
     for real in 2.0 ** rng.uniform(-20, 0, 50):
         acc = rng.integers(-(2**22), 2**22, 2000).astype(np.int32)
-        level = fixed_point.round_by(acc, fixed_point.real_multiplier(np.float64(real), 1, 1, chosen), kind)
+        level = fixed_point.round_by(acc, fixed_point.real_multiplier(np.float64(real), 1, 1, rule), rule)
         assert np.abs(level - np.rint(acc * real)).max() <= 1
 
 

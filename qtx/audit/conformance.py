@@ -1,0 +1,151 @@
+"""Every path of the installed engines, and golden vectors of the others, beside the profiles that state them.
+
+What differs, and what crashes, is explained by a finding that is known to say so of that path, or it is news.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path as File
+
+from qtx_ref.spec import SpecError
+
+from ..engines.paths import Path, engine_names, load_engine, missing, run
+from ..files.container import FileError, read_json
+from .findings import FINDINGS
+from .golden_vectors import read_golden, replay
+from .node_cases import PROFILE as NODE_PROFILE
+from .node_cases import CaseResult, run_cases
+from .tallies import Tally, check_path
+from .vectors import DRAWN, count_batches, draw_batches
+
+__all__ = ["COUNT", "Known", "NODE_CASES", "Report", "choose_paths", "conform", "count_work", "read_known"]
+
+COUNT = 5000  # vectors of an operation of a path
+NODE_CASES = "onnx-node-cases"  # beside the engines
+KEYS = {"path", "op", "family"}  # of what a finding explains; a pattern each, any where it is left out
+Tell = Callable[[int], None]  # of how many batches more are done
+
+
+def ignore(count: int) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Which rows a finding explains: patterns of path, operation and family."""
+
+    finding: str
+    path: str = "*"
+    op: str = "*"
+    family: str = "*"
+
+    def explains(self, tally: Tally) -> bool:
+        """Whether it is about this row."""
+        return all(fnmatchcase(getattr(tally, key), getattr(self, key)) for key in KEYS)
+
+
+def read_known(file: File | None = None) -> list[Known]:
+    """Known findings by identifier, each with the rows that it explains: those of the package, or of a file. Raises
+    FileError."""
+    if file is None:
+        content = json.loads(resources.files("qtx.audit").joinpath("known.json").read_text(encoding="utf-8"))
+    else:
+        content = read_json(file)
+    where = file or "known.json"
+    if not isinstance(content, dict):
+        raise FileError(f"{where} holds no object: give rows by identifier of a finding")
+    known = []
+    for finding, rows in content.items():
+        if file is None and finding not in FINDINGS:
+            raise FileError(f"{where} names {finding}, which is no finding")
+        for row in rows if isinstance(rows, list) else [rows]:
+            if not isinstance(row, dict) or not row.keys() <= KEYS or not all(isinstance(v, str) for v in row.values()):
+                raise FileError(f"{where}, {finding}: {row!r} is no object of {', '.join(sorted(KEYS))}")
+            known.append(Known(finding, **row))
+    return known
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What a conformance run found."""
+
+    rows: list[Tally] = field(default_factory=list)
+    cases: list[CaseResult] = field(default_factory=list)
+    golden: dict[str, str] = field(default_factory=dict)  # engines that are absent, and whose vectors stood for them
+    absent: dict[str, str] = field(default_factory=dict)  # engines that are absent, and what to install
+
+    @property
+    def unexplained(self) -> list[Tally]:
+        """Rows that no finding explains."""
+        return [row for row in self.rows if not row.clean and row.finding is None]
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is anything that no finding explains."""
+        return bool(self.unexplained) or any(case.verdict == "differs" and case.finding is None for case in self.cases)
+
+
+def choose_paths(engines: Sequence[str] = (), ops: Sequence[str] = ()) -> tuple[list[Path], list[str]]:
+    """The paths of the named engines, of all where none is named, that have one of the operations; and which of these
+    engines are not installed. Raises SpecError for a name that there is none of."""
+    for op in ops:
+        if op not in DRAWN:
+            raise SpecError(f"operation is {op!r}: choose from {', '.join(DRAWN)}")
+    known = [*engine_names(), NODE_CASES]
+    for name in engines:
+        if name not in known:
+            raise SpecError(f"engine is {name!r}: known engines are {', '.join(known)}")
+    chosen = [name for name in engine_names() if name in engines or not engines]
+    absent = [name for name in chosen if missing(name) is not None]
+    paths = [path for name in chosen for path in load_engine(name).PATHS]
+    return [path for path in paths if path.op in DRAWN and (path.op in ops or not ops)], absent
+
+
+def count_work(paths: Sequence[Path], count: int) -> int:
+    """How many batches paths have."""
+    return sum(sum(count_batches(path.op, path.codes, count).values()) for path in paths)
+
+
+def conform(
+    engines: Sequence[str] = (),
+    ops: Sequence[str] = (),
+    cpu: str | None = None,
+    count: int = COUNT,
+    seed: int = 0,
+    known: Sequence[Known] = (),
+    tell: Tell = ignore,
+) -> Report:
+    """Holds paths to their profiles, on `count` vectors each, and golden vectors of engines that are not installed.
+
+    Raises SpecError for an engine, an operation or a profile that there is none of, MissingExtra for a `cpu` that is
+    missing.
+    """
+    paths, absent = choose_paths(engines, ops)
+    report = Report(absent={name: str(missing(name)) for name in absent})
+    for path in paths:
+        if path.engine in absent:
+            continue
+        batches = draw_batches(path.op, path.codes, count, seed)
+        report.rows += check_path(path, batches, lambda path, op, values: run(path, op, values, cpu), tell=tell)
+    for name in absent:
+        if (golden := read_golden(name)) is not None:
+            report.golden[name] = golden.provenance
+            report.rows += [row for path in paths if path.engine == name for row in replay(golden, path)]
+    if (NODE_CASES in engines or not engines) and not ops and missing("onnx-reference") is None:
+        report.cases = run_cases()
+    for row in report.rows:
+        if not row.clean:
+            row.finding = next((one.finding for one in known if one.explains(row)), None)
+    for case in report.cases:
+        if case.verdict == "differs":
+            tally = Tally(NODE_CASES, case.op, NODE_PROFILE, case.name)
+            case.finding = next((one.finding for one in known if one.explains(tally)), None)
+    return report

@@ -1,0 +1,224 @@
+"""What was found in engines and files: each with its cause, lines that reproduce it and a remedy, under a stable name.
+
+A new one goes to the end. Names are by area: QUA quantize, DEQ dequantize, REQ requantize, ACC accumulation, BIA bias,
+CAS cast, SCA scale, GRA graph, NAN. Behind each `print` of a reproduction stands what it printed; the tests run it.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qtx_ref.spec import SpecError
+
+__all__ = ["FINDINGS", "Finding", "find", "format_finding", "format_page", "list_printed"]
+
+PAGE = """# Findings
+
+What the audits found, each under a name that stays. This page is what `qtx audit findings` prints;
+`qtx audit findings QTX-QUA-001` prints one. Behind each `print` of a reproduction stands what it printed with onnx
+1.23.2, onnxruntime 1.32.0, torch 2.13, torchao 0.18, ai-edge-litert 2.3.0 and ml_dtypes 0.6 on x86-64 with AVX-512.
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A difference that somebody will meet."""
+
+    id: str  # "QTX-REQ-001": stable
+    title: str
+    cause: str
+    consequence: str
+    reproduce: str  # a few lines of Python that run, and print
+    remedy: str
+
+
+def find(name: str) -> Finding:
+    """The finding of that name. Raises SpecError for an unknown one."""
+    if name not in FINDINGS:
+        raise SpecError(f"finding is {name!r}: known findings are {', '.join(FINDINGS)}")
+    return FINDINGS[name]
+
+
+def list_printed(finding: Finding) -> list[str]:
+    """What the reproduction prints, line by line: the comments behind its `print`s."""
+    return re.findall(r"^print\(.*\)  # (.+)$", finding.reproduce, re.MULTILINE)
+
+
+def format_finding(finding: Finding) -> str:
+    """One finding as Markdown."""
+    said = [f"{word.capitalize()}: {getattr(finding, word)}" for word in ("cause", "consequence", "remedy")]
+    parts = [f"## {finding.id}", *(textwrap.fill(text, 118) for text in (f"**{finding.title}**", *said))]
+    return "\n\n".join([*parts, f"```python\n{finding.reproduce.strip()}\n```"])
+
+
+def format_page(findings: Iterable[Finding]) -> str:
+    """All of them as one page of Markdown."""
+    return "\n\n".join([PAGE.strip(), *map(format_finding, findings)])
+
+
+LIST = (
+    Finding(
+        id="QTX-QUA-001",
+        title="torch.quantize_per_tensor adds the zero point in a fused multiply-add, before rounding",
+        cause="The vectorised kernel computes fma(x, 1 / scale, zero_point) in one rounding and rounds that half to "
+        "even. With an odd zero point every tie goes the other way than by round(x / scale) + zero_point.",
+        consequence="One code of difference to onnxruntime, to fake_quantize_* of the same torch, and to a model "
+        "trained with that, on ties and within an ulp of them.",
+        reproduce="""
+import numpy as np, torch
+x, scale, zero = np.float32([-0.75, 2.55]), np.float32(0.3), 3
+codes = torch.quantize_per_tensor(torch.from_numpy(x), float(scale), zero, torch.quint8).int_repr().numpy()
+fused = np.rint((x.astype(np.float64) * (1 / scale) + zero).astype(np.float32))
+print(codes.tolist(), fused.tolist())  # [1, 12] [1.0, 12.0]
+print((np.rint(x / scale) + zero).tolist())  # [1.0, 11.0]
+""",
+        remedy="Compare under the profile of this path (zero_point fused, reciprocal), or quantize with "
+        "fake_quantize_per_tensor_affine's rule throughout.",
+    ),
+    Finding(
+        id="QTX-QUA-002",
+        title="torch.quantize_per_channel adds the zero point before rounding, but without per-tensor's fusion",
+        cause="quantize_per_channel computes x * (1 / scale) in float32, adds the zero point in float32, and rounds.",
+        consequence="The same numbers with the same scale get other codes per channel than per tensor.",
+        reproduce="""
+import torch
+x, scale, zero = torch.tensor([[-0.75]]), 0.3, 3
+tensor = torch.quantize_per_tensor(x, scale, zero, torch.quint8).int_repr()
+scales, zeros = torch.tensor([scale]), torch.tensor([zero])
+print(tensor.item(), torch.quantize_per_channel(x, scales, zeros, 0, torch.quint8).int_repr().item())  # 1 0
+""",
+        remedy="State the granularity when two results are compared: the two paths have a profile each.",
+    ),
+    Finding(
+        id="QTX-QUA-003",
+        title="torch's fake quantizers multiply by the reciprocal of the scale where ONNX divides",
+        cause="fake_quantize_* computes rint(x * (1 / scale)) + zero_point; QuantizeLinear computes x / scale. "
+        "1 / scale is rounded once more.",
+        consequence="Near ties a model trained with torch's fake quantizers meets other codes in onnxruntime: one code "
+        "at about one in ten of exact ties, none elsewhere.",
+        reproduce="""
+import numpy as np, torch
+x, scale = np.float32([8.25]), np.float32(0.3)
+y = torch.fake_quantize_per_tensor_affine(torch.from_numpy(x), float(scale), 3, 0, 255).numpy()
+print((np.rint(y / scale) + 3).tolist(), (np.rint(x / scale) + 3).tolist())  # [31.0] [30.0]
+""",
+        remedy="Train with FakeQuant under the profile of the engine that will run the model.",
+    ),
+    Finding(
+        id="QTX-NAN-001",
+        title="NaN becomes a different code in each engine, and none reports it",
+        cause="Each clamps or converts in its own order: torch's per-tensor kernel gives the highest code, its "
+        "per-channel kernel the raw 0, fake_quantize and onnxruntime the lowest.",
+        consequence="A NaN upstream turns into the largest activation in one engine and the smallest in another, and "
+        "nothing says that it was there.",
+        reproduce="""
+import torch
+x, scale, zero = torch.tensor([float("nan")]), 1.0, 7
+print(torch.quantize_per_tensor(x, scale, zero, torch.qint8).int_repr().item())  # 127
+scales, zeros = torch.tensor([scale]), torch.tensor([zero])
+print(torch.quantize_per_channel(x, scales, zeros, 0, torch.qint8).int_repr().item())  # 0
+print(torch.fake_quantize_per_tensor_affine(x, scale, zero, -128, 127).item() + zero)  # -128.0
+""",
+        remedy="Look for NaN before quantizing; the default profile refuses it.",
+    ),
+    Finding(
+        id="QTX-QUA-004",
+        title="Levels beyond 2^31 wrap in the ONNX reference: 3e9 and infinity become the lowest code",
+        cause="The ReferenceEvaluator converts the rounded level to int32 before it adds the zero point and clamps; "
+        "what an int32 does not hold becomes INT_MIN.",
+        consequence="Large positive values are quantized to the lowest code in the reference and to the highest in "
+        "onnxruntime, which saturates.",
+        reproduce="""
+import numpy as np
+from onnx import parser
+from onnx.reference import ReferenceEvaluator
+model = parser.parse_model('''<ir_version: 10, opset_import: ["": 21]>
+    g (float[N] x, float s, uint8 z) => (uint8[N] y) { y = QuantizeLinear(x, s, z) }''')
+inputs = {"x": np.float32([300, 3e9, np.inf]), "s": np.array(np.float32(1)), "z": np.array(np.uint8(7))}
+print(ReferenceEvaluator(model).run(None, inputs)[0].tolist())  # [255, 0, 0]
+""",
+        remedy="Clip to the range before QuantizeLinear, or compare with onnxruntime, which saturates.",
+    ),
+    Finding(
+        id="QTX-REQ-001",
+        title="QLinearMatMul of the ONNX reference rounds after adding the zero point; onnxruntime before",
+        cause="The ReferenceEvaluator computes rint(float64(accumulator) * M + zero_point).",
+        consequence="With an odd zero point every tie differs by one code from onnxruntime.",
+        reproduce="""
+import numpy as np, onnxruntime
+from onnx import parser
+from onnx.reference import ReferenceEvaluator
+model = parser.parse_model('''<ir_version: 10, opset_import: ["": 21]>
+    g (uint8[1, 1] a, float sa, uint8 za, uint8[1, 1] b, float sb, uint8 zb, float sy, uint8 zy) => (uint8[1, 1] y)
+    { y = QLinearMatMul(a, sa, za, b, sb, zb, sy, zy) }''')
+scales = {name: np.array(np.float32(value)) for name, value in {"sa": 0.5, "sb": 1, "sy": 1}.items()}
+zeros = {name: np.array(np.uint8(value)) for name, value in {"za": 0, "zb": 0, "zy": 1}.items()}
+inputs = {"a": np.uint8([[1]]), "b": np.uint8([[1]]), **scales, **zeros}
+print(ReferenceEvaluator(model).run(None, inputs)[0].item())  # 2
+print(onnxruntime.InferenceSession(model.SerializeToString()).run(None, inputs)[0].item())  # 1
+""",
+        remedy="Hold a port to onnxruntime's profile; the reference has one of its own.",
+    ),
+    Finding(
+        id="QTX-ACC-001",
+        title="fbgemm and onednn saturate pairs of products in int16 on x86 without VNNI",
+        cause="vpmaddubsw adds two neighbouring products of uint8 and int8 into a saturating int16: 255 * 127 + 255 * "
+        "127 = 64770 becomes 32767.",
+        consequence="The same model gives other codes on an AVX2 machine than on one with VNNI: here half the value.",
+        reproduce="""
+import os, subprocess, sys
+lines = '''import torch
+x = torch.quantize_per_tensor(torch.full((1, 2), 255.0), 1.0, 0, torch.quint8)
+w = torch.quantize_per_tensor(torch.full((1, 2), 127.0), 1.0, 0, torch.qint8)
+torch.backends.quantized.engine = "fbgemm"
+print(torch.ops.quantized.linear(x, torch.ops.quantized.linear_prepack(w, None), 400.0, 0).int_repr().item())'''
+avx2 = dict(os.environ, FBGEMM_ENABLE_INSTRUCTIONS="AVX2", PYTHONWARNINGS="ignore")
+print(round(255 * 127 * 2 / 400), round(32767 / 400))  # 162 82
+print(subprocess.run([sys.executable, "-c", lines], env=avx2, capture_output=True, text=True).stdout.strip())  # 82
+""",
+        remedy="Weights of 7 bits (torch's reduce_range), or a machine with VNNI; `matmul_pairs16` of the reference "
+        "reproduces it.",
+    ),
+    Finding(
+        id="QTX-CAS-001",
+        title="Beyond 448 torch saturates to E4M3 and ml_dtypes gives NaN",
+        cause="E4M3 has no infinity. torch 2.13 clamps to the largest value, 448; ml_dtypes, and ONNX with saturate=0, "
+        "round and give NaN above 464.",
+        consequence="A weight cast by one package and read by another holds NaN where the first had 448.",
+        reproduce="""
+import ml_dtypes, numpy as np, torch
+x = np.float32([464, 465, 1e9])
+print(torch.from_numpy(x).to(torch.float8_e4m3fn).float().tolist())  # [448.0, 448.0, 448.0]
+print(x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32).tolist())  # [448.0, nan, nan]
+""",
+        remedy="Scale so that nothing lies beyond 448, or say `saturate` on both sides.",
+    ),
+    Finding(
+        id="QTX-CAS-002",
+        title="The NaN of E5M2 is 0x7F in torch and 0x7E in ml_dtypes and ONNX",
+        cause="E5M2 has three codes of NaN on each side of 0, and each library writes one of its own.",
+        consequence="Files with NaN differ in their bytes though not in their values.",
+        reproduce="""
+import ml_dtypes, numpy as np, torch
+x = np.float32([np.nan])
+print(hex(torch.from_numpy(x).to(torch.float8_e5m2).view(torch.uint8).item()))  # 0x7f
+print(hex(x.astype(ml_dtypes.float8_e5m2).view(np.uint8).item()))  # 0x7e
+""",
+        remedy="Compare values, with NaN equal to NaN, or cast under the profile of the side that wrote the file.",
+    ),
+    Finding(
+        id="QTX-CAS-003",
+        title="FP4 has no NaN, and ml_dtypes and ONNX make -0 of it",
+        cause="E2M1 has neither NaN nor infinity; the conversion keeps a sign and loses the rest.",
+        consequence="NaN disappears silently.",
+        reproduce="""
+import ml_dtypes, numpy as np
+print(np.float32([np.nan, np.inf]).astype(ml_dtypes.float4_e2m1fn).view(np.uint8).tolist())  # [8, 7]
+""",
+        remedy="Look for NaN before the cast; `qtx_ref` refuses it unless the profile says 8.",
+    ),
+)
+FINDINGS = {finding.id: finding for finding in LIST}

@@ -1,0 +1,82 @@
+"""LiteRT, formerly TensorFlow Lite: its reference kernels, its optimised ones, and those of its XNNPACK delegate."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .backend import need
+from .litert_models import Tensor, make_model, settle
+from .paths import Path
+
+PACKAGES = {"ai_edge_litert": "engines", "flatbuffers": "engines"}
+NAME = "litert"
+RESOLVERS = {"reference": "BUILTIN_REF", "optimized": "BUILTIN_WITHOUT_DEFAULT_DELEGATES", "xnnpack": "BUILTIN"}
+CODES = ("int8", "uint8", "int16")
+
+
+def list_kernels(kernels: str) -> tuple[Path, ...]:
+    """The paths of one resolver."""
+    name, profile = f"{NAME}-{kernels}", f"{NAME}-2.3-{kernels}"
+    return (
+        Path(name, NAME, "quantize", profile, CODES),
+        Path(name, NAME, "dequantize", profile, CODES),
+        Path(name, NAME, "linear", profile, ("int8",)),
+        Path(f"{name}-16x8", NAME, "linear", f"{profile}-16x8", ("int16",)),
+    )
+
+
+PATHS = tuple(path for kernels in RESOLVERS for path in list_kernels(kernels))
+
+
+@functools.lru_cache(maxsize=16)
+def make_interpreter(model: bytes, kernels: str) -> Any:
+    """An interpreter of a model, on one thread."""
+    module = need("ai_edge_litert.interpreter", "engines", f"engine {NAME}")
+    resolver = module.OpResolverType[RESOLVERS[kernels]]
+    interpreter = module.Interpreter(model_content=model, num_threads=1, experimental_op_resolver_type=resolver)
+    interpreter.allocate_tensors()
+    return interpreter
+
+
+def run(path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the kernels give. Tensors are rows: an axis of channels is the last."""
+    kernels = path.name.removeprefix(f"{NAME}-").removesuffix("-16x8")
+    if path.op == "linear":
+        return {"y": run_linear(kernels, values)}
+    name = "x" if path.op == "quantize" else "code"
+    given = np.ascontiguousarray(values[name])
+    dtype = values.get("dtype", str(given.dtype))
+    scales, zeros = settle(values["scale"], values["zero_point"])
+    codes = Tensor("code", dtype, given.shape, scales, zeros, values.get("axis", 0))
+    real = Tensor("real", str(given.dtype) if path.op == "quantize" else "float32", given.shape)
+    if path.op == "quantize":
+        return {"code": call(make_model("QUANTIZE", (real,), codes), kernels, given)}
+    return {"y": call(make_model("DEQUANTIZE", (codes,), real), kernels, given)}
+
+
+def run_linear(kernels: str, values: Mapping[str, Any]) -> np.ndarray:
+    """Codes of x (M, K) times w (K, N), plus a bias (N,) in integers; scales of w are one or (N,)."""
+    x, w, bias = values["x"], np.ascontiguousarray(values["w"].T), values.get("bias")
+    dtype = str(x.dtype)
+    wide = np.int64 if dtype == "int16" else np.int32
+    bias = np.zeros(len(w), wide) if bias is None else np.asarray(bias).astype(wide)
+    x_scale, w_scale = np.asarray(values["x_scale"], np.float32), np.asarray(values["w_scale"], np.float32).reshape(-1)
+    inputs = (
+        Tensor("x", dtype, x.shape, *settle(x_scale, values["x_zero"])),
+        Tensor("w", str(w.dtype), w.shape, *settle(w_scale, values["w_zero"]), 0, w.tobytes()),
+        Tensor("bias", str(bias.dtype), bias.shape, *settle(x_scale.reshape(()) * w_scale, 0), 0, bias.tobytes()),
+    )
+    output = Tensor("y", dtype, (len(x), len(w)), *settle(values["y_scale"], values["y_zero"]))
+    return call(make_model("FULLY_CONNECTED", inputs, output), kernels, np.ascontiguousarray(x))
+
+
+def call(model: bytes, kernels: str, given: np.ndarray) -> np.ndarray:
+    """The output of a model with one input."""
+    interpreter = make_interpreter(model, kernels)
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], given)
+    interpreter.invoke()
+    return interpreter.get_tensor(interpreter.get_output_details()[0]["index"])

@@ -1,0 +1,175 @@
+"""Every path of every outside engine, by name, each run in a worker process.
+
+An engine is a module: `PACKAGES`, what it imports, by name the extra that brings it; `PATHS`; and `run(path, values)`,
+which only a worker calls. Those of other packages are entry points of the group `qtx.engines`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import importlib.util
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from qtx_ref.spec import SpecError
+
+from .backend import MissingExtra
+from .process import EngineCrash, EngineRefusal, Worker, make_environment
+
+__all__ = [
+    "EngineCrash",
+    "EngineRefusal",
+    "OPERATIONS",
+    "Path",
+    "engine_names",
+    "find_path",
+    "list_paths",
+    "load_engine",
+    "missing",
+    "run",
+]
+
+GROUP = "qtx.engines"  # of entry points
+BUILT_IN = {
+    "onnx-reference": "qtx.engines.onnx_reference",
+    "onnxruntime": "qtx.engines.onnx_runtime",
+    "torch": "qtx.engines.torch_paths",
+    "torchao": "qtx.engines.torchao_paths",
+    "litert": "qtx.engines.litert",
+    "ml_dtypes": "qtx.engines.ml_dtypes_paths",
+}
+OPERATIONS = {  # what each takes, and what it gives; what is in brackets may be left out
+    "scale": ("low high", "scale zero_point"),
+    "quantize": ("x scale zero_point dtype [axis]", "code"),
+    "dequantize": ("code scale zero_point [axis dtype]", "y"),
+    "fake_quantize": ("x scale zero_point code_min code_max [axis]", "y"),
+    "matmul": ("x x_zero w w_zero", "accumulator"),
+    "linear": ("x x_scale x_zero w w_scale w_zero bias y_scale y_zero", "y"),
+    "cast": ("x format", "code"),
+    "mx": ("x format", "scale code"),
+}
+SWITCHES = {  # CPUs that engines imitate by switches of their own
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+}
+LIMIT = 600.0  # seconds that one call may take
+
+
+@dataclass(frozen=True)
+class Path:
+    """One operation on one path through an engine."""
+
+    name: str  # onnxruntime-all, litert-xnnpack, torch-quantize_per_tensor; several operations may share it
+    engine: str
+    op: str  # of OPERATIONS
+    profile: str  # name of the profile that states it
+    codes: tuple[str, ...]  # dtypes of codes, or names of float formats, that it takes
+
+
+class Engine(Protocol):
+    """The module of an engine."""
+
+    PACKAGES: Mapping[str, str]
+    PATHS: tuple[Path, ...]
+
+    def run(self, path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """What the path makes of the values. Any exception is the engine's refusal."""
+
+
+@functools.cache
+def find_plugins() -> dict[str, str]:
+    """The module of each engine of another package. Looked for once: every call of a path asks."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def engine_names() -> dict[str, str]:
+    """The module of each engine by name: those of qtx, then those of other packages."""
+    return BUILT_IN | {name: module for name, module in find_plugins().items() if name not in BUILT_IN}
+
+
+def load_engine(name: str) -> Engine:
+    """The module of an engine, installed or not. Raises SpecError for a name that no engine has."""
+    names = engine_names()
+    if name not in names:
+        raise SpecError(f"engine is {name!r}: known engines are {', '.join(names)}")
+    return cast(Engine, importlib.import_module(names[name]))
+
+
+def missing(name: str) -> str | None:
+    """The line that says what to install for an engine; None where all of it is."""
+    for package, extra in load_engine(name).PACKAGES.items():
+        if importlib.util.find_spec(package) is None:
+            what = f'"qtx[{extra}]", or ".[{extra}]" in a checkout' if name in BUILT_IN else extra
+            return f"engine {name} needs {package}, which is not installed: pip install {what}"
+    return None
+
+
+def list_paths() -> list[Path]:
+    """All paths of the engines that are installed."""
+    return [path for name in engine_names() if missing(name) is None for path in load_engine(name).PATHS]
+
+
+def find_path(name: str, op: str) -> Path:
+    """The path of that name and operation. Raises SpecError where there is none, MissingExtra where its engine is not
+    installed."""
+    paths = [path for engine in engine_names() for path in load_engine(engine).PATHS if path.name == name]
+    if not paths:
+        raise SpecError(f"path is {name!r}: known paths are {', '.join(dict.fromkeys(p.name for p in list_paths()))}")
+    for path in paths:
+        if path.op == op:
+            if line := missing(path.engine):
+                raise MissingExtra(line)
+            return path
+    raise SpecError(f"operation of {name} is {op!r}: it has {', '.join(path.op for path in paths)}")
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+workers: dict[tuple[str, str | None], Worker] = {}
+
+
+def make_worker(engine: str, cpu: str | None) -> Worker:
+    """A worker of an engine, on an imitated CPU where one is named. Raises MissingExtra without qemu-user."""
+    command = [sys.executable, "-m", "qtx.engines.worker", engine]
+    if cpu is not None and cpu not in SWITCHES:
+        emulator = shutil.which("qemu-x86_64")
+        if emulator is None:
+            others = ", ".join(SWITCHES)
+            raise MissingExtra(f"CPU {cpu} needs qemu-x86_64, of qemu-user, which is not installed; {others} need none")
+        command = [emulator, "-cpu", cpu, *command]
+    return Worker(command, make_environment(**SWITCHES.get(cpu or "", {})))
+
+
+@atexit.register
+def end_workers() -> None:
+    """Ends every worker; the next call of a path starts one anew."""
+    for worker in workers.values():
+        worker.close()
+    workers.clear()
+
+
+def run(path: Path | str, op: str, arrays: Mapping[str, Any], cpu: str | None = None) -> dict[str, np.ndarray]:
+    """What the path makes of arrays, and of JSON values beside them (names: OPERATIONS), in the engine's worker.
+
+    x of float16 is given as such, x of bfloat16 as float32 with `x_dtype` "bfloat16"; codes of 4 bits and less come in
+    bytes. `cpu`: None is this machine's own, of SWITCHES those that engines imitate, any other one of qemu-user's.
+    Raises SpecError, MissingExtra, EngineRefusal for what the engine refuses, EngineCrash with its signal or the
+    seconds.
+    """
+    found = find_path(path.name if isinstance(path, Path) else path, op)
+    worker = workers.get((found.engine, cpu))
+    if worker is None:
+        worker = workers[found.engine, cpu] = make_worker(found.engine, cpu)
+    _, result = worker.call({"path": found.name, "op": op}, arrays, LIMIT)
+    return result
