@@ -27,7 +27,7 @@ FIELDS = (
 SMALLEST = {"float32": 2.0**-126, "float64": 2.0**-1022, "bfloat16": 2.0**-126, "float16": 2.0**-14}
 
 
-def fixed(product: str, rounding: str, *, dtype: str = "float64", bits: int = 31, left: str = "report") -> dict:
+def fixed(product: str, rounding: str, *, dtype: str = "float64", bits: int = 31, left: str = "saturate") -> dict:
     """A `Fixed` as JSON."""
     return {"dtype": dtype, "bits": bits, "product": product, "rounding": rounding, "left": left}
 
@@ -36,8 +36,8 @@ REQUANTIZATIONS = {
     "float32": {"dtype": "float32", "order": "ratio", "zero_point": "after", "rounding": "half_even"},
     "float_half_away": {"dtype": "float32", "order": "ratio", "zero_point": "after", "rounding": "half_away"},
     "fixed_one": fixed("exact", "half_up"),
-    "fixed_two": fixed("half_up", "half_away"),
-    "high_half_up": fixed("truncated", "half_up", dtype="float32", left="saturate"),
+    "fixed_two": fixed("half_up", "half_away", left="report"),
+    "high_half_up": fixed("truncated", "half_up", dtype="float32"),
     "fixed_one_narrow": fixed("exact", "half_up", bits=15),
 }
 
