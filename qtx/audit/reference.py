@@ -86,10 +86,10 @@ def matmul(profile: Profile, values: Values) -> Results:
 def accumulate(profile: Profile, values: Values, bias: np.ndarray | None) -> np.ndarray:
     """Accumulators of x (N, I) and w (I, O), of 64 bits where x has 16, with a bias of integers."""
     x, w = values["x"], values["w"]
-    specs = [make_spec(*limits(str(codes.dtype))) for codes in (x, w)]
+    x_spec, w_spec = (make_spec(*limits(str(codes.dtype))) for codes in (x, w))
+    x_zero, w_zero = (np.asarray(values[name], np.int64) for name in ("x_zero", "w_zero"))
     width = 64 if x.dtype.itemsize > 1 else 32
-    zeros = [np.asarray(values[name], np.int64) for name in ("x_zero", "w_zero")]
-    return products.matmul(x, w, *specs, *zeros, bias, width, rule=profile.matmul)
+    return products.matmul(x, w, x_spec, w_spec, x_zero, w_zero, bias, width, profile.matmul)
 
 
 def linear(profile: Profile, values: Values) -> Results:

@@ -17,7 +17,7 @@ from .vectors_codes import CODE_DRAWS, RANGE_DRAWS
 from .vectors_numbers import DRAWS, Draw, Values, draw_scale, limits
 from .vectors_products import PRODUCT_DRAWS
 
-__all__ = ["Batch", "SHARES", "count_batches", "draw_batches"]
+__all__ = ["Batch", "DRAWN", "SHARES", "count_batches", "draw", "draw_batches"]
 
 SHARES = {  # of the vectors asked for; a family has at least one batch of each dtype of codes
     "uniform": 0.1,
@@ -107,8 +107,7 @@ def as_fake(values: Values) -> Values:
 
 def as_cast(values: Values) -> Values:
     """Numbers and the format to cast them to."""
-    kept = {name: values[name] for name in ("x", "x_dtype") if name in values}
-    return {**kept, "format": values["dtype"]}
+    return {name: values[name] for name in ("x", "x_dtype") if name in values} | {"format": values["dtype"]}
 
 
 def as_matmul(values: Values) -> Values:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .audit_certificate import certificate_command
+from .audit_conformance import conformance_command
 from .audit_findings import findings_command
 
 
@@ -14,4 +15,5 @@ def audit_command() -> None:
 
 
 audit_command.add_command(certificate_command)
+audit_command.add_command(conformance_command)
 audit_command.add_command(findings_command)

@@ -10,6 +10,7 @@ from ..data.reading import check_regular
 
 VERSION = 1
 CHECKPOINT, SHARES, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-shares", "qtx-artifact", "qtx-vectors"
+GOLDEN = "qtx-golden"  # what engines gave
 STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-cost", "qtx-analysis", "qtx-result"
 # in a file's first bytes: of JSON, or of a safetensors file's header
 FORMAT = re.compile(rb'(?s)(?:.{8}\{"__metadata__": ?\{"qtx": ?"\{|\{)\s*\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')

@@ -396,7 +396,7 @@ def simulate(
         nan = np.isnan(x)
         own = np.nan if quantizing.nan is NanPolicy.RAISE else nan_code(zero_point, spec, quantizing)
         level = np.where(nan, own, round_level(np.where(nan, 0, x).astype(x.dtype), scale, zero_point, quantizing, words))
-    inside = (level >= spec.code_min) & (level <= spec.code_max)
+    inside = (level >= spec.code_min) & (level <= spec.code_max) & ~np.isnan(x)
     code = np.clip(level, spec.code_min, spec.code_max)
     with np.errstate(over="ignore"):
         return decode(code, scale, zero_point, rule.dequantize).astype(x.dtype), inside

@@ -292,8 +292,15 @@ class CastRule(Spec):
     """To float formats of 8 bits and less."""
 
     e5m2_nan: int  # the code of NaN, without its sign: 0x7F, or 0x7E
-    e2m1_nan: int | None  # the code of NaN in a format that has none; None: ValueError
+    e2m1_nan: int | None  # of a NaN without sign in a format that has none (with one: the sign bit the other way);
+    # None: ValueError
     negative_zero: bool  # -0.0 keeps its sign, and does not become code 0
+
+    def check(self) -> None:
+        if self.e5m2_nan not in (0x7D, 0x7E, 0x7F):
+            refuse("rule e5m2_nan", self.e5m2_nan, "E5M2's NaNs are 125, 126 and 127")
+        if self.e2m1_nan is not None and not 0 <= self.e2m1_nan < 16:
+            refuse("rule e2m1_nan", self.e2m1_nan, "give one of the 16 codes, or None")
 
 
 @dataclass(frozen=True)

@@ -393,6 +393,8 @@ def simulate(
         level = torch.where(nan, own, level.to(torch.float64 if level.dtype is torch.int64 else level.dtype))
     code = level.clamp(spec.code_min, spec.code_max)
     inside = level == code
+    if quantizing.nan is not NanPolicy.RAISE:
+        inside &= ~torch.isnan(x)
     if rule.dequantize == QTX.dequantize and code.dtype is torch.float32:
         return code.sub_(zero_point).mul_(scale.float()).to(x.dtype), inside
     return decode(code, scale, zero_point, rule.dequantize).to(x.dtype), inside
