@@ -87,7 +87,7 @@ def write_golden(folder: File, engine: str, profiles: Callable[[str], Profile], 
     for path in load_engine(engine).PATHS:
         for batch in draw_few(path, seed) if path.op in DRAWN else ():
             try:
-                results = run(path, path.op, prepare(batch, profiles(path.profile)))
+                results = run(path, path.op, prepare(batch, path, profiles(path.profile)))
             except (EngineRefusal, EngineCrash):
                 continue
             arrays = {name: value for name, value in batch.values.items() if isinstance(value, np.ndarray)}

@@ -83,9 +83,12 @@ def compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tu
     return differs, worst
 
 
-def prepare(batch: Batch, profile: Profile) -> dict[str, Any]:
-    """What a batch gives to a path: its bias, whole numbers in units of the accumulator, in the path's own kind."""
+def prepare(batch: Batch, path: Path, profile: Profile) -> dict[str, Any]:
+    """What a batch gives to a path: its bias, whole numbers in units of the accumulator, in the path's own kind; the
+    rule for scales of blocks, which the path's name ends with."""
     values = dict(batch.values)
+    if path.op == "mx":
+        values["shared"] = path.name.rpartition("-")[2]
     if values.get("bias") is not None and profile.bias is not Bias.INT32:
         unit = np.float64(values["x_scale"]) * np.float64(values["w_scale"])
         values["bias"] = (values["bias"] * unit).astype(np.float32)
@@ -128,7 +131,7 @@ def make_witness(
 
 def judge(tally: Tally, batch: Batch, path: Path, profile: Profile, run: Run, known: Sequence[Known]) -> None:
     """Runs one batch on both sides, counts it and explains it."""
-    values, op = prepare(batch, profile), path.op
+    values, op = prepare(batch, path, profile), path.op
     tally.vectors += batch.count
     known = [one for one in known if one.explains(path.name, op, batch.family, batch.dtype)]
     whole = next((one.finding for one in known if one.profile is None), None)

@@ -13,6 +13,7 @@ import numpy as np
 
 from qtx_ref.random import stream
 
+from .vectors_blocks import BLOCK_DRAWS
 from .vectors_codes import CODE_DRAWS, RANGE_DRAWS
 from .vectors_numbers import DRAWS, Draw, Values, draw_scale, limits
 from .vectors_products import PRODUCT_DRAWS
@@ -49,6 +50,7 @@ DRAWN: dict[str, Mapping[str, Draw]] = {
     "cast": {family: draw for family, draw in DRAWS.items() if family not in OF_ONE_SCALE},
     "dequantize": CODE_DRAWS,
     "scale": RANGE_DRAWS,
+    "mx": BLOCK_DRAWS,
     "matmul": {family: draw for family, draw in PRODUCT_DRAWS.items() if family not in ("bias", "channels")},
     "linear": PRODUCT_DRAWS,
 }
@@ -126,4 +128,4 @@ def as_matmul(values: Values) -> Values:
     return {name: values[name] for name in ("x", "x_zero", "w", "w_zero")}
 
 
-SHAPED = {"fake_quantize": as_fake, "cast": as_cast, "matmul": as_matmul}
+SHAPED = {"fake_quantize": as_fake, "cast": as_cast, "mx": as_cast, "matmul": as_matmul}
