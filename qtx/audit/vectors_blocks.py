@@ -1,4 +1,4 @@
-"""Families of blocks to cast to MX formats: 32 neighbours that share a power of two, which their largest one decides."""
+"""Families of blocks to cast to MX formats: 32 neighbours that share a power of two, which their largest decides."""
 
 from __future__ import annotations
 
