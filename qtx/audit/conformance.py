@@ -19,7 +19,7 @@ from .vectors import DRAWN, count_batches, draw_batches
 
 __all__ = ["COUNT", "NODE_CASES", "Report", "choose_paths", "conform", "count_work"]
 
-COUNT = 5000  # vectors of an operation of a path
+COUNT = 50_000  # vectors of an operation of a path
 NODE_CASES = "onnx-node-cases"  # beside the engines
 Tell = Callable[[int], None]  # of how many batches more are done
 
