@@ -300,7 +300,8 @@ def quantize_reporting(
     words: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`quantize` of all of x, and where x is NaN or infinite (boolean, in its shape), which it does not refuse: there a
-    rule that would has the zero point for NaN, and saturates for infinity."""
+    rule that would has the zero point for NaN, and saturates for infinity. Raises ValueError as `quantize` for scale
+    and zero point."""
     check_codes(x, spec, rule)
     check_quantizer(x.shape, scale, zero_point, spec, rule, x)
     level = round_level(x, scale, zero_point, rule, words)

@@ -5,6 +5,8 @@ arithmetic is float32 whatever the dtype of the tensor: x / scale by IEEE divisi
 zero point, clamped to the codes of the `QuantSpec`. Scales are tensors on the tensor's device: CUDA divides by a host
 number by multiplying with its reciprocal.
 
+Differs from the reference: multiply: a product that no compiler fuses with the sum after it.
+
     >>> spec = QuantSpec(bits=8, symmetric=True)
     >>> quantize(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5]), torch.tensor(1.0), torch.tensor(0), spec).tolist()
     [-2, 0, 0, 2, 2]
@@ -296,7 +298,8 @@ def quantize_reporting(
     words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`quantize` of all of x, and where x is NaN or infinite (boolean, in its shape), which it does not refuse: there a
-    rule that would has the zero point for NaN, and saturates for infinity."""
+    rule that would has the zero point for NaN, and saturates for infinity. Raises ValueError as `quantize` for scale
+    and zero point."""
     check_codes(x, spec, rule)
     check_quantizer(x.shape, scale, zero_point, spec, rule, x)
     level = round_level(x, scale, zero_point, rule, words)

@@ -426,7 +426,7 @@ def test_the_real_valued_ceiling():
 
 def test_every_field_of_a_rule_is_read():
     """Each value of each field of quantize's and dequantize's rules moves a code or a value, or refuses something."""
-    x = F32([np.nan, np.inf, 2.0**31, 2.0**63, 0.75000006, 2.5, 0.5, 1.5, -0.5, 1e9, 29, *BESIDE_A_TIE, *np.linspace(0, 36, 300)])
+    x = F32([np.nan, np.inf, -1e10, -1e19, 0.75000006, 2.5, *BESIDE_A_TIE, *np.linspace(-1, 36, 300)])
 
     words = np.zeros(len(x), np.int64)
 
