@@ -72,7 +72,8 @@ def fake_quantize(profile: Profile, values: Values) -> Results:
     rule = replace(rule, quantize=narrow(rule.quantize, values), dequantize=narrow(rule.dequantize, values))
     spec = make_spec(values["code_min"], values["code_max"])
     scale, zero = spread(values, "scale", "x"), spread(values, "zero_point", "x")
-    return {"y": affine.fake_quantize(values["x"], scale, zero, spec, rule)[0]}
+    y = affine.fake_quantize(values["x"], scale, zero, spec, rule)[0]
+    return {"y": round_dtype(y, Dtype.BFLOAT16) if values.get("x_dtype") == "bfloat16" else y}
 
 
 def scale(profile: Profile, values: Values) -> Results:
