@@ -1,7 +1,9 @@
 """Exported ONNX files: integers to the bit in every engine, QDQ node by node, and what a file says of itself."""
 
 import json
+import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,27 @@ from qtx.files.container import FileError, sha_of
 from qtx.graphs.export import export_artifact, make_model
 from qtx.graphs.export_check import check_export, check_model, expose, list_engines, run_engine
 from qtx.graphs.export_graph import OPSET, Graph, Value
-from qtx.graphs.export_requantize import shift_rounded
+from qtx.graphs.export_requantize import round_float, shift_rounded
+from qtx_ref.integer.lowering import lower
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
-from qtx_ref.spec import Nonlinear, Rounding, SpecError
+from qtx_ref.quant.rounding import round_integer
+from qtx_ref.spec import (
+    QTX,
+    AddRule,
+    Bias,
+    Dtype,
+    Fixed,
+    FloatProduct,
+    HighProduct,
+    LeftShift,
+    Nonlinear,
+    Order,
+    Products,
+    Rounding,
+    SpecError,
+    ZeroPoint,
+)
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -35,6 +54,15 @@ def make(name, *choice):
     nonlinear = choice[2] if len(choice) > 2 else Nonlinear.TABLE
     recipe = make_recipe(choice[0] if choice else "w8a8", model.spec, nonlinear)
     return Artifact(model.spec, recipe, low.profile, nonlinear, dict(low.constants), {}), model.batch
+
+
+def make_under(name, **rules):
+    """The same under a profile of its own."""
+    model = build(name, batch_size=4)
+    low = lower_model(model.spec, model.params, [model.batch], model.batch)
+    own = replace(QTX, **rules)
+    constants = lower(low.spec, low.params, low.quants, low.ranges, own)
+    return Artifact(low.spec, make_recipe("w8a8", low.spec), own, Nonlinear.TABLE, constants, {}), model.batch
 
 
 def save(path, name="bert_clipped", *choice):
@@ -72,6 +100,32 @@ def test_integer_form_gives_every_code_and_accumulator_in_every_engine(choice):
     scale, zero = (artifact.constants[f"output.{key}"] for key in ("scale", "zero_point"))
     last = next(reversed(wiring.sites.values()))
     assert np.array_equal(np.squeeze(last.unit), np.squeeze(scale)) and np.array_equal(last.zero_point, zero)
+
+
+FIXED = QTX.requantize
+STEPS = FloatProduct(Dtype.FLOAT32, Order.STEPS, ZeroPoint.BEFORE, Rounding.HALF_EVEN)
+RULES = {
+    "even": {"requantize": replace(FIXED, rounding=Rounding.HALF_EVEN), "add": AddRule(Rounding.TOWARD_ZERO)},
+    "high": {"requantize": replace(FIXED, product=HighProduct.HALF_UP, rounding=Rounding.HALF_UP)},
+    "truncated": {
+        "requantize": Fixed(Dtype.FLOAT64, 31, HighProduct.TRUNCATED, Rounding.HALF_AWAY, LeftShift.SATURATE),
+        "add": AddRule(Rounding.HALF_EVEN),
+    },
+    "steps": {"requantize": STEPS, "bias": Bias.FLOAT_AFTER},
+    "before": {"requantize": replace(STEPS, dtype=Dtype.FLOAT64, order=Order.RATIO32), "bias": Bias.FLOAT_BEFORE},
+    "away": {
+        "requantize": replace(STEPS, order=Order.RECIPROCAL, zero_point=ZeroPoint.AFTER, rounding=Rounding.HALF_UP),
+        "quantize": replace(QTX.quantize, rounding=Rounding.HALF_AWAY, reciprocal=True, zero_point=ZeroPoint.BEFORE),
+    },
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_integer_form_follows_the_rules_of_its_profile(rule):
+    artifact, batch = make_under("vit_gate_mlp", **RULES[rule])
+    model, _ = make_model(artifact, "integer")
+    for one in check_model(artifact, model, "integer", batch, (EXTENDED, REFERENCE)):
+        assert one.equal and {site.free for site in one.sites} == {0}
 
 
 @pytest.mark.parametrize("name", ["bert_clipped_row", "opt_gate_elementwise"])
@@ -137,22 +191,35 @@ def test_a_planted_fault_is_found_at_its_site():
                 assert wrong == ["layer.1.attn.key"] or {"embed.sum"} >= set(wrong[1:])
 
 
-@pytest.mark.parametrize("rounding", [Rounding.HALF_UP, Rounding.HALF_AWAY, Rounding.FLOOR])
-def test_shifts_are_those_of_whole_numbers(rounding):
+@pytest.mark.parametrize("rounding", list(Rounding)[:5])
+def test_shifts_are_those_of_fractions(rounding):
     rng = np.random.default_rng(0)
     shift = np.array([0, 1, 2, 13, 31, 45, 60])
-    x = np.concatenate([rng.integers(-(2**60), 2**60, (200, 7)), rng.integers(-9, 9, (200, 7))])
-    x = np.concatenate([x, (rng.integers(-9, 9, (50, 7)) * 2 + 1) * (1 << np.maximum(shift - 1, 0))])  # ties
+    x = np.concatenate([rng.integers(-(2**60), 2**60, (40, 7)), rng.integers(-9, 9, (40, 7))])
+    x = np.concatenate([x, (rng.integers(-9, 9, (40, 7)) * 2 + 1) * (1 << np.maximum(shift - 1, 0))])  # ties
     x = np.clip(x, -(2**60), 2**60)
     graph = Graph()
-    name = shift_rounded(graph, graph.take("x", "int64", (None, 7)).name, shift, rounding, 2**60)
+    name = shift_rounded(graph, graph.take("x", "int64", (None, 7)).name, shift, rounding, 2**60, np.int64(5))
     got = run_graph(graph, name, "int64", {"x": x})
+    exact = {  # of fractions.Fraction: Python's own round is half to even
+        Rounding.HALF_EVEN: round,
+        Rounding.HALF_AWAY: lambda v: math.floor(abs(v) + Fraction(1, 2)) * (1 if v > 0 else -1),
+        Rounding.HALF_UP: lambda v: math.floor(v + Fraction(1, 2)),
+        Rounding.TOWARD_ZERO: int,
+        Rounding.FLOOR: math.floor,
+    }[rounding]
     for row, result in zip(x.tolist(), got.tolist(), strict=True):
-        for value, s, answer in zip(row, shift.tolist(), result, strict=True):
-            half = (1 << s) // 2
-            up = (value + half) >> s
-            away = up if value >= 0 else -((-value + half) >> s)
-            assert answer == {Rounding.HALF_UP: up, Rounding.HALF_AWAY: away, Rounding.FLOOR: value >> s}[rounding]
+        assert result == [exact(Fraction(v, 1 << s)) + 5 for v, s in zip(row, shift.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("rounding", list(Rounding)[:5])
+def test_floats_are_rounded_as_the_reference_rounds_them(rounding):
+    x = np.float32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.49999997, -0.49999997, 3.2, -3.7, 0, 7e9, -7e9, 8388607.5])
+    graph = Graph()
+    given = graph.take("x", "float32", (None,)).name
+    name = round_float(graph, given, Dtype.FLOAT32, rounding, np.int64(3), ZeroPoint.AFTER)
+    want = np.clip(round_integer(x, rounding).astype(np.float64), -(2**24), 2**24) + 3
+    assert run_graph(graph, name, "int64", {"x": x}).tolist() == want.tolist()
 
 
 def test_division_rounds_half_up_below_zero_too():
@@ -209,7 +276,7 @@ def test_operators_are_those_of_the_page():
         choices += [("bert_gate_linear", "w8a8", "qtx", Nonlinear.POLYNOMIAL), ("vit_plain", "w8a8", "gemmlowp")]
         for choice in choices:
             used |= {node.op_type for node in make_model(make(*choice)[0], form)[0].graph.node}
-    assert used <= listed and listed - used <= {"Sign", "Abs", "Floor", "GreaterOrEqual"}
+    assert used <= listed and listed - used <= {"Mod"}
     assert f"opset {OPSET}" in PAGE.read_text()
 
 
@@ -242,13 +309,14 @@ def test_what_cannot_be_exported_is_refused_by_its_site(tmp_path):
     ):
         make_model(make("bert_plain", "values")[0], "qdq")
     artifact, _ = make("bert_plain")
-    rule = replace(artifact.profile.requantize, rounding=Rounding.TOWARD_ZERO)
-    odd = replace(artifact, profile=replace(artifact.profile, requantize=rule))
-    with pytest.raises(SpecError, match=r"site embed.norm cannot be exported to ONNX: a shift that rounds toward_zero"):
-        make_model(odd, "integer")
-    wide = replace(
-        artifact, constants=artifact.constants | {"layer.0.ffn.hidden.bias": np.full(24, 2**31 - 1, np.int32)}
-    )
+    pairs = replace(artifact.profile, matmul=replace(QTX.matmul, products=Products.PAIRS16))
+    with pytest.raises(SpecError, match=r"site layer.0.attn.query cannot be exported to ONNX: its products are pairs"):
+        make_model(replace(artifact, profile=pairs), "integer")
+    fused = replace(QTX.quantize, zero_point=ZeroPoint.FUSED, reciprocal=True)
+    with pytest.raises(SpecError, match=r"site embed.image cannot be exported to ONNX: a zero point that is fused"):
+        make_model(make_under("vit_plain", quantize=fused)[0], "integer")
+    bias = {"layer.0.ffn.hidden.bias": np.full(24, 2**31 - 1, np.int32)}
+    wide = replace(artifact, constants=artifact.constants | bias)
     with pytest.raises(SpecError, match=r"site layer.0.ffn.hidden cannot be exported to ONNX: accumulators up to"):
         make_model(wide, "integer")
     with pytest.raises(SpecError, match="--form float: choose one of integer, qdq"):
