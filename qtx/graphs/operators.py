@@ -15,7 +15,7 @@ from qtx_ref.integer.lowering import common_shift
 from qtx_ref.quant import affine
 from qtx_ref.spec import Bias, FloatProduct, QuantSpec
 
-from .reading import Node, name_dtype, spec_of
+from .reading import Node, name_dtype, spec_of, to_array
 from .state import Codes, State, Sum
 
 __all__ = ["OPERATORS", "list_operators"]
@@ -347,6 +347,19 @@ def qlinear_add(state: State, node: Node) -> Outputs:
     return (code.astype(bytes_of(spec)),)
 
 
+def constant(state: State, node: Node) -> Outputs:
+    """Constant, of a tensor or of numbers; of strings and sparse tensors the engine's."""
+    for name, dtype in (
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
+        if name in node.attributes:
+            return (np.asarray(node.attributes[name], dtype),)
+    return (to_array(node.attributes["value"]),) if "value" in node.attributes else None
+
+
 # --- moves ------------------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +440,7 @@ OPERATORS: dict[tuple[str, str], Operator] = {
     ("", "Add"): add,
     ("", "Mul"): scale,
     ("", "Div"): scale,
+    ("", "Constant"): constant,
     ("", "Relu"): relu,
     ("", "Cast"): cast,
     ("", "Transpose"): transpose,

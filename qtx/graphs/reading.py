@@ -18,7 +18,7 @@ from qtx_ref.spec import QuantSpec
 from ..engines.backend import need
 from ..files.formats import FileError, check_file
 
-__all__ = ["CODES", "Graph", "Node", "list_captured", "name_dtype", "read_graph", "spec_of"]
+__all__ = ["CODES", "Graph", "Node", "list_captured", "name_dtype", "read_graph", "spec_of", "to_array"]
 
 WHAT = "an ONNX file"
 CODES = {  # quantizers that have these codes; a zero point is given beside them
