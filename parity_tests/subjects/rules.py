@@ -19,7 +19,7 @@ from qtx_ref.spec import (
 )
 
 ONE = ONE_ROUNDING
-NARROW = Fixed(Dtype.FLOAT64, 15, HighProduct.EXACT, Rounding.HALF_UP, LeftShift.REPORT)
+NARROW = Fixed(Dtype.FLOAT64, 15, HighProduct.EXACT, Rounding.HALF_UP, LeftShift.SATURATE)
 TWO = Fixed(Dtype.FLOAT64, 31, HighProduct.HALF_UP, Rounding.HALF_AWAY, LeftShift.REPORT)  # gemmlowp
 TRUNCATED = Fixed(Dtype.FLOAT32, 31, HighProduct.TRUNCATED, Rounding.HALF_UP, LeftShift.SATURATE)  # XNNPACK's rndnu
 RINT = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN)

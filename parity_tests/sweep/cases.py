@@ -209,7 +209,7 @@ def fixed_chain(m, a, b, real, zero, exponent, scales, spec, rule):
         "combined": m.real_multiplier(scales[0], scales[1], scales[2], rule),
         "rounding high": m.rounding_doubling_high_multiply(b[0], b[1]),
         "high": m.doubling_high_multiply(b[0], b[1]),
-        "divided": m.rounding_divide_by_power_of_two(b[0], exponent),
+        "divided": m.shift_right(b[0], exponent, Rounding.HALF_AWAY),
         "shifted": m.rounding_shift_right(b[1], exponent),
     }
 

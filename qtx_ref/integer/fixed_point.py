@@ -3,30 +3,37 @@
 Fixed point writes M = 2^shift * multiplier / 2^31 with multiplier in [2^30, 2^31): a 32-bit mantissa, a Q31 number in
 [1/2, 1). The product of two 32-bit integers is then exact in 64 bits, and engines differ in how they bring it back:
 
-    product EXACT      floor((a multiplier + 2^(30 - shift)) / 2^(31 - shift))            one rounding, half up
-    product HALF_UP    round(round(2^left a multiplier / 2^31) / 2^right)                 two: half up, then half away
-    product TRUNCATED  round(floor(2^left a multiplier / 2^31) / 2^right)                 truncated, then half up
+    product EXACT      R(2^shift a multiplier / 2^31)                         one rounding
+    product HALF_UP    R(floor(2^left a multiplier / 2^31 + 1/2) / 2^right)   two: the high half, and what is left
+    product TRUNCATED  R(floor(2^left a multiplier / 2^31) / 2^right)
 
-where left = max(shift, 0), right = max(-shift, 0); TRUNCATED shifts right by at least 1 so that it always
-rounds. Of 64-bit accumulators a rule with 15 bits rounds the multiplier to that many.
+R is the rule's rounding, left = max(shift, 0), right = max(-shift, 0); TRUNCATED shifts one more to the left and to the
+right where right would be 0, so that it always rounds. Of 64-bit accumulators, whose product is EXACT, a rule of 15
+bits rounds the multiplier to that many. `float_product` has the rules that multiply floats.
 Sources: gemmlowp's fixedpoint.h, TFLite's MultiplyByQuantizedMultiplier, XNNPACK's rndnu kernels.
 
 Arrays: element by element; what multiplies or shifts an accumulator broadcasts against it, so that the result has its
 shape. Integers of any integer dtype are taken where their values are within the range said, and int32 or int64 given,
 as said.
 
-    >>> M = np.float64(0.25)
-    >>> round_by(np.int32([-6, -2, 2, 6, 10]), M, QTX.requantize).tolist()
-    [-1, 0, 1, 2, 3]
+    >>> from dataclasses import replace
+    >>> a, M = np.int32([-6, -2, 2, 6, 10]), np.float64(0.25)
+    >>> for rounding in Rounding.HALF_UP, Rounding.HALF_AWAY, Rounding.HALF_EVEN, Rounding.FLOOR:
+    ...     print(f"{rounding:9}", round_by(a, M, replace(QTX.requantize, rounding=rounding)))
+    half_up   [-1  0  1  2  3]
+    half_away [-2 -1  1  2  3]
+    half_even [-2  0  0  2  2]
+    floor     [-2 -1  0  1  2]
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..quant.checks import check_integers, check_range, check_shape
+from ..quant.checks import check_range, check_shape
 from ..quant.rounding import round_integer
-from ..spec import QTX, Dtype, Fixed, FloatProduct, HighProduct, QuantSpec, Rounding
+from ..spec import QTX, Bias, Fixed, FloatProduct, HighProduct, LeftShift, Order, QuantSpec, Rounding
+from . import float_product
 
 __all__ = [
     "INT32_MAX",
@@ -34,24 +41,26 @@ __all__ = [
     "check_real",
     "check_wide",
     "doubling_high_multiply",
+    "hold",
     "multiply",
-    "multiply_high_half_up",
-    "multiply_one_rounding",
-    "multiply_one_rounding_narrow",
-    "multiply_two_roundings",
+    "multiply_exact",
+    "multiply_high",
     "one_or_all",
     "per_column",
     "quantize_multiplier",
     "real_multiplier",
     "requantize",
     "round_by",
-    "round_float",
-    "rounding_divide_by_power_of_two",
     "rounding_doubling_high_multiply",
     "rounding_shift_right",
+    "rounds_up",
+    "shift_right",
 ]
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+
+
+# --- M as multiplier and shift ----------------------------------------------------------------------------------------
 
 
 def check_real(real: np.ndarray) -> None:
@@ -76,6 +85,41 @@ def quantize_multiplier(real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(tiny, 0, multiplier).astype(np.int32), np.where(tiny, 0, shift).astype(np.int32)
 
 
+def real_multiplier(
+    x_scale: np.ndarray | float,
+    w_scale: np.ndarray | float,
+    y_scale: np.ndarray | float,
+    rule: Fixed | FloatProduct = QTX.requantize,
+) -> np.ndarray:
+    """M = x_scale * w_scale / y_scale: in the dtype and the order of the rule, rounded at each step.
+
+    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
+    as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
+    (O,). Order STEPS gives its three factors on an axis before, (3, O). Raises ValueError for scales of another shape.
+    """
+    x, w, y = (np.asanyarray(scale) for scale in (x_scale, w_scale, y_scale))
+    if y.ndim > 1 and y.size > 1 and y.shape[-1] == 1:
+        raise ValueError(f"result scales of shape {y.shape}: give one, or (O,)")
+    order = rule.order if isinstance(rule, FloatProduct) else Order.RATIO
+    return float_product.make_factors(one_or_all(x), per_column(w), one_or_all(y), order, rule.dtype)
+
+
+def one_or_all(scale: np.ndarray) -> np.ndarray:
+    """A single scale without axes; several as they are."""
+    return scale.reshape(()) if scale.size == 1 else scale
+
+
+def per_column(scale: np.ndarray) -> np.ndarray:
+    """Scales of a weight, one, (O,) or (O, 1), as they belong to the accumulator's columns: one without axes, or
+    (O,). Raises ValueError for another shape."""
+    if scale.ndim > 1 and scale.size > 1 and (scale.ndim > 2 or scale.shape[1] != 1):
+        raise ValueError(f"weight scales of shape {scale.shape}: give one, (O,), or (O, 1) as of a weight (O, I)")
+    return one_or_all(scale.reshape(-1))
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
+
+
 def rounding_doubling_high_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """round(2 a b / 2^32) of int32, half up; the one overflow, -2^31 squared, saturates: ARM's SQRDMULH.
 
@@ -96,16 +140,6 @@ def doubling_high_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.minimum(product >> 31, INT32_MAX).astype(np.int32)
 
 
-def rounding_divide_by_power_of_two(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
-    """round(x / 2^exponent) of int32, half away from zero. exponent in [0, 31]. Raises ValueError beyond these."""
-    check_range("value", x, INT32_MIN, INT32_MAX, "give int32 values")
-    check_range("exponent", exponent, 0, 31, "an int32 has no more bits to shift out")
-    x, exponent = np.asanyarray(x, np.int64), np.asanyarray(exponent, np.int64)
-    half = (np.int64(1) << exponent) >> 1
-    magnitude = (np.abs(x) + half) >> exponent
-    return np.where(x < 0, -magnitude, magnitude).astype(np.int32)
-
-
 def rounding_shift_right(x: np.ndarray, exponent: np.ndarray | int) -> np.ndarray:
     """floor(x / 2^exponent + 1/2): half up. int64, |x| < 2^62; exponent in [0, 62]. Raises ValueError beyond these."""
     check_range("value", x, -(2**62), 2**62, "the rounding would leave int64")
@@ -114,31 +148,48 @@ def rounding_shift_right(x: np.ndarray, exponent: np.ndarray | int) -> np.ndarra
     return (x + ((np.int64(1) << exponent) >> 1)) >> exponent
 
 
-def multiply_one_rounding(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """FIXED_ONE -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits, its shift in [-31, 7]; the
-    product of 79 bits is then taken in two halves. Raises ValueError beyond these, and for a multiplier outside [0,
-    2^31)."""
-    check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
-    multiplier, shift = np.asanyarray(multiplier, np.int64), np.asanyarray(shift, np.int64)
-    if np.asanyarray(a).dtype != np.int64:
-        check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
-        check_range("shift", shift, -31, 30, "use quantize_multiplier")
-        return rounding_shift_right(np.asanyarray(a, np.int64) * multiplier, 31 - shift)
-    check_wide(a, shift)
-    low = (a & 0xFFFF) * multiplier + (np.int64(1) << (30 - shift))  # with the half
-    return ((a >> 16) * multiplier + (low >> 16)) >> (15 - shift)
+def shift_right(x: np.ndarray, exponent: np.ndarray | int, rounding: Rounding) -> np.ndarray:
+    """x / 2^exponent rounded, exactly. int64, |x| <= 2^62; exponent in [0, 62]. Raises ValueError beyond these.
+
+    HALF_AWAY is gemmlowp's RoundingDivideByPOT, HALF_UP a rounding shift as ARM has it (SRSHL).
+    """
+    if rounding is Rounding.HALF_UP:
+        return rounding_shift_right(x, exponent)
+    check_range("value", x, -(2**62), 2**62, "the rounding would leave int64")
+    check_range("exponent", exponent, 0, 62, "an int64 has no more bits to shift out")
+    x, exponent = np.asanyarray(x, np.int64), np.asanyarray(exponent, np.int64)
+    whole = x >> exponent
+    return whole + rounds_up(whole, x - (whole << exponent), exponent, rounding)
 
 
-def multiply_one_rounding_narrow(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """FIXED_ONE_NARROW -> int64: as FIXED_ONE, but with an int64 accumulator the multiplier is rounded to 15 bits, as
-    in TFLite's 16x8 kernels. Raises ValueError as `multiply_one_rounding`."""
-    if np.asanyarray(a).dtype != np.int64:
-        return multiply_one_rounding(a, multiplier, shift)
-    check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
-    multiplier, shift = np.asanyarray(multiplier, np.int64), np.asanyarray(shift, np.int64)
-    check_wide(a, shift)
-    reduced = np.where(multiplier < 0x7FFF0000, (multiplier + 2**15) >> 16, 0x7FFF)
-    return rounding_shift_right(a * reduced, 15 - shift)
+def rounds_up(whole: np.ndarray, rest: np.ndarray, exponent: np.ndarray, rounding: Rounding) -> np.ndarray:
+    """Whether whole + rest / 2^exponent becomes whole + 1; boolean. int64, 0 <= rest < 2^exponent <= 2^62. Raises
+    ValueError where the rounding is stochastic."""
+    twice, unit = rest << 1, np.int64(1) << exponent
+    if rounding is Rounding.FLOOR:
+        return np.zeros_like(twice, bool)
+    if rounding is Rounding.TOWARD_ZERO:
+        return (whole < 0) & (rest > 0)
+    if rounding is Rounding.HALF_UP:
+        return twice >= unit
+    tie = (twice == unit) & ((whole >= 0) if rounding is Rounding.HALF_AWAY else (whole & 1 == 1))
+    if rounding not in (Rounding.HALF_AWAY, Rounding.HALF_EVEN):
+        raise ValueError(f"rounding is {rounding}: a requantization rounds the same each time")
+    return (twice > unit) | tie
+
+
+def hold(what: str, value: np.ndarray, left: LeftShift) -> np.ndarray:
+    """int64 values as int32 holds them, int64, in their shape. Raises ValueError where it does not and the rule
+    reports."""
+    if left is LeftShift.SATURATE:
+        return np.clip(value, INT32_MIN, INT32_MAX)
+    if left is LeftShift.WRAP:
+        return value.astype(np.int32).astype(np.int64)
+    check_range(what, value, INT32_MIN, INT32_MAX, "the rule keeps it in int32: look at the scales")
+    return value
+
+
+# --- a times multiplier and shift -------------------------------------------------------------------------------------
 
 
 def check_wide(a: np.ndarray, shift: np.ndarray) -> None:
@@ -147,98 +198,71 @@ def check_wide(a: np.ndarray, shift: np.ndarray) -> None:
     check_range("shift", shift, -31, 7, "a 64-bit accumulator is scaled by less than 128")
 
 
-def multiply_two_roundings(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """FIXED_TWO -> int32. a * 2^left must fit int32, else ValueError; engines leave it undefined."""
-    shift = np.asanyarray(shift, np.int64)
-    check_range("shift", shift, -31, 30, "use quantize_multiplier")
-    check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
-    raised = np.asanyarray(a, np.int64) << np.maximum(shift, 0)
-    check_range("shifted accumulator", raised, INT32_MIN, INT32_MAX, "two roundings need a * 2^shift in int32")
-    return rounding_divide_by_power_of_two(rounding_doubling_high_multiply(raised, multiplier), np.maximum(-shift, 0))
+def multiply_exact(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, rule: Fixed) -> np.ndarray:
+    """2^shift a multiplier / 2^31, rounded once -> int64. An int64 accumulator (16-bit codes) must stay within 48 bits,
+    its shift in [-31, 7].
 
-
-def multiply_high_half_up(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """HIGH_HALF_UP -> int64 holding int32 values. The left shift saturates. Raises ValueError where a is beyond int32
-    or the shift is not in [-31, 30]."""
-    shift = np.asanyarray(shift, np.int64)
-    check_range("shift", shift, -31, 30, "use quantize_multiplier")
-    check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
-    right = np.maximum(-shift, 1)
-    raised = np.clip(np.asanyarray(a, np.int64) << (shift + right), INT32_MIN, INT32_MAX)
-    return rounding_shift_right(doubling_high_multiply(raised, multiplier), right)
-
-
-def real_multiplier(
-    x_scale: np.ndarray | float,
-    w_scale: np.ndarray | float,
-    y_scale: np.ndarray | float,
-    rule: Fixed | FloatProduct = QTX.requantize,
-) -> np.ndarray:
-    """M = x_scale * w_scale / y_scale: in the dtype of the rule, rounded at each step.
-
-    x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
-    as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
-    (O,). Raises ValueError for scales of another shape.
+    Its product of 79 bits is taken in two halves; a rule of 15 bits first rounds the multiplier to them, as TFLite's
+    16x8 kernels did. Raises ValueError beyond these, and for a multiplier outside [0, 2^31).
     """
-    kind = np.float64 if rule.dtype is Dtype.FLOAT64 else np.float32
-    x, w, y = (np.asanyarray(scale, kind) for scale in (x_scale, w_scale, y_scale))
-    if y.ndim > 1 and y.size > 1 and y.shape[-1] == 1:
-        raise ValueError(f"result scales of shape {y.shape}: give one, or (O,)")
-    return one_or_all(x) * per_column(w) / one_or_all(y)
+    check_range("multiplier", multiplier, 0, INT32_MAX, "use quantize_multiplier")
+    a, multiplier, shift = np.asanyarray(a), np.asanyarray(multiplier, np.int64), np.asanyarray(shift, np.int64)
+    if a.dtype != np.int64:
+        check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
+        check_range("shift", shift, -31, 30, "use quantize_multiplier")
+        return shift_right(a.astype(np.int64) * multiplier, 31 - shift, rule.rounding)
+    check_wide(a, shift)
+    if rule.bits == 15:
+        reduced = np.where(multiplier < 0x7FFF0000, (multiplier + 2**15) >> 16, 0x7FFF)
+        return shift_right(a * reduced, 15 - shift, rule.rounding)
+    low = (a & 0xFFFF) * multiplier
+    high = (a >> 16) * multiplier + (low >> 16)  # the product is 2^16 high + the lower 16 bits of low
+    whole = high >> (15 - shift)
+    rest = ((high - (whole << (15 - shift))) << 16) + (low & 0xFFFF)
+    return whole + rounds_up(whole, rest, 31 - shift, rule.rounding)
 
 
-def one_or_all(scale: np.ndarray) -> np.ndarray:
-    """A single scale without axes; several as they are."""
-    return scale.reshape(()) if scale.size == 1 else scale
-
-
-def per_column(scale: np.ndarray) -> np.ndarray:
-    """Scales of a weight, one, (O,) or (O, 1), as they belong to the accumulator's columns: one without axes, or
-    (O,). Raises ValueError for another shape."""
-    if scale.ndim > 1 and scale.size > 1 and (scale.ndim > 2 or scale.shape[1] != 1):
-        raise ValueError(f"weight scales of shape {scale.shape}: give one, (O,), or (O, 1) as of a weight (O, I)")
-    return one_or_all(scale.reshape(-1))
+def multiply_high(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, rule: Fixed) -> np.ndarray:
+    """By the high half of the doubled product, then a rounding shift -> int64 holding int32 values. Raises ValueError
+    where a is beyond int32, the shift is not in [-31, 30], or a 2^left is beyond int32 and the rule reports."""
+    shift = np.asanyarray(shift, np.int64)
+    check_range("shift", shift, -31, 30, "use quantize_multiplier")
+    check_range("accumulator", a, INT32_MIN, INT32_MAX, "give int32 values")
+    truncated = rule.product is HighProduct.TRUNCATED
+    right = np.maximum(-shift, 1 if truncated else 0)
+    raised = hold("shifted accumulator", np.asanyarray(a, np.int64) << (shift + right), rule.left)
+    high = (doubling_high_multiply if truncated else rounding_doubling_high_multiply)(raised, multiplier)
+    return shift_right(high, right, rule.rounding)
 
 
 def multiply(a: np.ndarray, multiplier: np.ndarray, shift: np.ndarray, rule: Fixed) -> np.ndarray:
-    """round(2^shift multiplier / 2^31 * a) in the engine's way, in integers; int64, saturated to int32.
+    """2^shift multiplier / 2^31 * a as the rule rounds it, in integers; int64 holding int32 values.
 
-    a: int32, or int64 where one rounding; multiplier and shift broadcast against it. Raises ValueError where they do
-    not, or values are beyond their width.
+    a: int32, or int64 where the product is exact; multiplier and shift broadcast against it. Raises ValueError where
+    they do not, or values are beyond their width.
     """
     check_shape("multiplier", multiplier, np.shape(a), "give one, or one per column or row")
     check_shape("shift", shift, np.shape(a), "give one, or one per column or row")
-    if np.asanyarray(a).dtype == np.int64 and rule.product is not HighProduct.EXACT:
+    if rule.product is HighProduct.EXACT:
+        return hold("level", multiply_exact(a, multiplier, shift, rule), rule.left)
+    if np.asanyarray(a).dtype == np.int64:
         raise ValueError(f"a high product, {rule.product}, is not defined for 64-bit accumulators: keep the exact one")
-    if rule.product is HighProduct.HALF_UP:
-        level = multiply_two_roundings(a, multiplier, shift)
-    elif rule.product is HighProduct.TRUNCATED:
-        level = multiply_high_half_up(a, multiplier, shift)
-    elif rule.bits == 15:
-        level = multiply_one_rounding_narrow(a, multiplier, shift)
-    else:
-        level = multiply_one_rounding(a, multiplier, shift)
-    return np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
+    return multiply_high(a, multiplier, shift, rule)
 
 
-def round_float(x: np.ndarray, rule: FloatProduct) -> np.ndarray:
-    """float32 -> int64, saturated to int32, ties as a float requantization has them."""
-    level = round_integer(x, rule.rounding).astype(np.float64)  # float32 has no 2^31 - 1
-    return np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
+# --- from accumulators to codes ---------------------------------------------------------------------------------------
 
 
 def round_by(a: np.ndarray, real: np.ndarray, rule: Fixed | FloatProduct) -> np.ndarray:
-    """round(real * a) in the engine's way; int64, saturated to int32. a: int32, or int64 where one rounding or a float.
+    """round(real * a) in the engine's way; int64 holding int32 values. a: int32, or int64 where the product is exact or
+    a float.
 
     Raises ValueError as `check_real` and `multiply`, and for an accumulator that is no integer.
     """
     if isinstance(rule, Fixed):
         return multiply(a, *quantize_multiplier(real), rule)
-    check_real(real)
-    a = np.asanyarray(a)
-    check_integers("accumulator", a.dtype)
-    check_shape("multiplier", real, a.shape, "give one, or one per column or row")
-    return round_float(a.astype(np.float32) * np.asanyarray(real, np.float32), rule)
+    float_product.check_factors(real, rule)
+    return float_product.multiply(a, real, rule)
 
 
 def requantize(
@@ -247,16 +271,25 @@ def requantize(
     zero_point: np.ndarray,
     spec: QuantSpec,
     rule: Fixed | FloatProduct = QTX.requantize,
+    bias: np.ndarray | None = None,
+    place: Bias = QTX.bias,
 ) -> np.ndarray:
     """Accumulators a (..., N, O) -> codes (int32), shaped alike: round(real * a) + zero_point, clamped.
 
-    real: from `real_multiplier`; it and `zero_point` (a code of `spec`) are one, or broadcast against a.
+    real: from `real_multiplier`; it and `zero_point` (a code of `spec`) are one, or broadcast against a. bias: floats,
+    as `float_product.scale_bias` gives them, which the rule adds at `place`.
 
     Raises:
-        ValueError: a multiplier or zero point that does not fit the shape of a or is outside its range, or accumulators
-            beyond the width that the rule requantizes.
+        ValueError: a multiplier or zero point that does not fit the shape of a or is outside its range, accumulators
+            beyond the width that the rule requantizes, or a bias that the rule cannot add.
     """
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     check_shape("zero point", zero_point, np.shape(a), "give one, or one per column or row")
-    level = round_by(a, real, rule) + zero_point
+    if isinstance(rule, Fixed):
+        if bias is not None:
+            raise ValueError("a bias of floats, and a requantization in integers: add it to the accumulator")
+        level = round_by(a, real, rule) + zero_point
+    else:
+        float_product.check_factors(real, rule)
+        level = float_product.multiply(a, real, rule, zero_point, bias, place)
     return np.clip(level, spec.code_min, spec.code_max).astype(np.int32)

@@ -11,6 +11,7 @@ or one per column.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -21,12 +22,14 @@ from ..quant import affine, quantizer
 from ..spec import (
     QTX,
     AttentionSpec,
+    Bias,
     Family,
     Fixed,
     FloatProduct,
     HighProduct,
     ModelSpec,
     Nonlinear,
+    Order,
     Profile,
     QuantSpec,
     Range,
@@ -34,10 +37,10 @@ from ..spec import (
     check_integer,
     refuse_integer,
 )
-from . import fixed_point, ops
+from . import fixed_point, float_product, ops
 from .model import Code, Integer, accumulator_bits, at, code_dtype
 
-__all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain", "takes_wide"]
+__all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain", "run_lowering", "takes_wide"]
 
 GAMMA_LIMIT = 64  # |gamma| that ops.clip_stretch has bits for
 ZETA_LIMIT = 64
@@ -94,7 +97,12 @@ def make_constants(
 ) -> dict[str, np.ndarray]:
     """The constants of `lower`, of quantizers that `check_integer` allows under the profile. Raises SpecError as it
     does."""
-    nx = Lowering(params, quants, ranges, profile, nonlinear)
+    return run_lowering(spec, Lowering(params, quants, ranges, profile, nonlinear))
+
+
+def run_lowering(spec: ModelSpec, nx: Lowering) -> dict[str, np.ndarray]:
+    """The constants, by name and in the shapes and dtypes that the module says, of one pass of the model under `nx`, with
+    those of its output. Raises SpecError as `lower`."""
     if spec.family is Family.VIT:
         batch: dict[str, np.ndarray] = {
             "images": np.zeros((1, spec.channels, spec.image_size, spec.image_size), np.float32)
@@ -127,6 +135,8 @@ class Lowering(Integer):
         self.params = params
         self.ranges = ranges
         self.nonlinear = nonlinear
+        self.ended: set[str] = set()  # linears whose accumulators are requantized at once
+        self.factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of their accumulators' units
 
     # scales -----------------------------------------------------------------------------------------------------------
 
@@ -216,13 +226,15 @@ class Lowering(Integer):
         """The multiplier that makes codes of `site` from x; x of a measured unit goes through float32 instead."""
         if x.measured:
             return
-        real = fixed_point.real_multiplier(x.unit, 1, self.constants[f"{site}.scale"], self.profile.requantize)
-        rule = self.profile.requantize
+        rule, step = self.profile.requantize, self.constants[f"{site}.scale"]
         if isinstance(rule, FloatProduct):
+            x_scale, w_scale = self.factors.pop(site, (x.unit, np.float32(1)))
+            real = float_product.make_factors(x_scale, w_scale, step, rule.order, rule.dtype)
             with at(site):
-                fixed_point.check_real(real)
+                float_product.check_factors(real, rule)
             self.constants[f"{site}.multiplier"] = real
             return
+        real = fixed_point.real_multiplier(x.unit, 1, step, rule)
         if x.subtract_zero().dtype == np.int64:
             if not takes_wide(rule):
                 what = f"the high product of profile {self.profile.name}"
@@ -247,16 +259,21 @@ class Lowering(Integer):
             if self.quants[own] != self.quants[name]:
                 refuse_integer(own, f"it is tied to {name}, whose quantizer is another one")
             self.put_scale(own, self.constants[f"{name}.scale"], self.constants[f"{name}.zero_point"])
+        if named and site in self.quants:
+            self.ended.add(site)
         return super().linear(site, x, weight=weight, named=named)
 
     def product(self, site: str, x: Code, w: Code) -> Code:
         self.check_codes(site, x)
         bias = self.params.get(f"{site}.bias")
-        if bias is not None and x.measured:
+        beside = self.profile.bias is not Bias.INT32 and site in self.ended
+        if bias is not None and (x.measured or beside):
             self.constants[f"{site}.bias"] = bias.astype(np.float32)
         elif bias is not None:
             self.put_bias(site, bias, self.unit(x.unit, w.unit), accumulator_bits(x.spec, w.spec))
         y = super().product(site, x, w)
+        several = np.size(w.unit) > 1
+        self.factors[site] = x.unit, w.unit.reshape(*(1,) * (x.ndim - 1), -1) if several else plain(w.unit)
         if y.offset is not None and site not in self.quants:
             refuse_integer(site, "its input has a scale per token, so its bias no unit: give its result a quantizer")
         return y
@@ -285,6 +302,8 @@ class Lowering(Integer):
         if spec.dynamic or a.measured or b.measured:
             return super().add(site, a, b)
         step, rule = self.constants[f"{site}.scale"], self.profile.requantize
+        if isinstance(rule, FloatProduct) and rule.order is Order.STEPS:  # an operand has one scale
+            rule = replace(rule, order=Order.RECIPROCAL)
         reals = np.broadcast_arrays(*(fixed_point.real_multiplier(x.unit, 1, step, rule) for x in (a, b)))
         with at(site):
             for real in reals:

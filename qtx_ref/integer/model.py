@@ -6,9 +6,10 @@ the code of the site it is named after. A site that the recipe leaves alone keep
 can take one. All constants were made by `lowering` and are stored in the artifact by these names:
 
     <site>.scale .zero_point     of a static quantizer, and of each weight
-    <site>.weight .bias          codes; integers in units of the accumulator
-    <site>.multiplier .shift     real multiplier 2^shift * multiplier / 2^31 of the requantization (float32 profiles:
-                                 the multiplier alone); of a sum, one multiplier per operand in units of 2^-shift
+    <site>.weight .bias          codes; integers in units of the accumulator, or float32 where the profile adds floats
+    <site>.multiplier .shift     real multiplier 2^shift * multiplier / 2^31 of the requantization (a FloatProduct: the
+                                 multiplier alone, or its three factors on an axis before); of a sum, one multiplier per
+                                 operand in units of 2^-shift
     <site>.table                 gelu, sigmoid, tanh: one code per code; softmax: exponentials, Q24
     <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `ops` takes them
     <site>.input_multiplier .input_shift                  from a code to the argument of a polynomial
@@ -42,7 +43,7 @@ from ..spec import (
     accumulator_bits,
 )
 from ..tape import Var, Vjp
-from . import fixed_point, ops, products
+from . import fixed_point, float_product, ops, products
 
 __all__ = ["Code", "Constants", "Integer", "Whole", "at", "code_dtype"]
 
@@ -54,7 +55,7 @@ class Code(Var):
     """Integers with their meaning. `unit` is None under `strict`; `spec` is None for an accumulator, whose zero is 0.
 
     `measured`: the unit is known only as the model runs (a scale per token, or one looked up with a row). Such an
-    accumulator has its bias in `offset`, float32.
+    accumulator has its bias in `offset`, float32; so has each where the profile adds biases as floats.
     """
 
     __slots__ = ("unit", "zero_point", "spec", "measured", "offset")
@@ -199,16 +200,18 @@ class Integer(Numerics[Code]):
         rule, multiplier = self.profile.requantize, self.constants[f"{site}.multiplier"]
         with at(site):
             if isinstance(rule, FloatProduct):
-                level = fixed_point.round_by(x.subtract_zero(), multiplier, rule)
-            else:
-                level = fixed_point.multiply(x.subtract_zero(), multiplier, self.constants[f"{site}.shift"], rule)
-        return self.clamp(site, spec, level)
+                zero, place, bias = self.constants[f"{site}.zero_point"], self.profile.bias, x.offset
+                if bias is not None:
+                    bias = float_product.scale_bias(bias, x.unit, self.scale_of(site), rule, place)
+                level = float_product.multiply(x.subtract_zero(), multiplier, rule, zero, bias, place)
+                return self.clamp(site, spec, level)
+            level = fixed_point.multiply(x.subtract_zero(), multiplier, self.constants[f"{site}.shift"], rule)
+        return self.clamp(site, spec, level + self.constants[f"{site}.zero_point"])
 
     def clamp(self, site: str, spec: QuantSpec, level: np.ndarray) -> Code:
-        """Whole multiples of the site's scale as its codes."""
-        zero = self.constants[f"{site}.zero_point"]
-        code = np.clip(level + zero, spec.code_min, spec.code_max).astype(code_dtype(spec))
-        return Code(code, self.scale_of(site), zero, spec)
+        """Whole multiples of the site's scale, with its zero point, as its codes."""
+        code = np.clip(level, spec.code_min, spec.code_max).astype(code_dtype(spec))
+        return Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], spec)
 
     def scale_of(self, site: str) -> np.ndarray | Any:
         """The scale of a static site; None under strict."""
@@ -259,7 +262,7 @@ class Integer(Numerics[Code]):
         return self.named(site, y) if named else y
 
     def product(self, site: str, x: Code, w: Code) -> Code:
-        """The accumulators of a linear layer; those of a measured unit with their bias beside."""
+        """The accumulators of a linear layer; a bias of floats, as those of a measured unit have it, beside them."""
         heads = w.value.shape[0] if w.value.ndim == 3 else 1
 
         def split(v: np.ndarray) -> np.ndarray:  # (..., H n) -> (H, N, n)
@@ -271,11 +274,12 @@ class Integer(Numerics[Code]):
         w_unit = w.unit if np.size(w.unit) == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
         bias = self.constants.get(f"{site}.bias")
         bias = None if bias is None else bias.reshape(-1)
-        inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
+        beside = bias is not None and bias.dtype.kind == "f"
+        inside = None if bias is None or beside else split(bias)  # (H, 1, O)
         acc = self.matmul(site, Code(split(x.value), None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
         acc = self.record_accumulator(site, acc.swapaxes(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
         y_unit = self.unit(x.unit, w_unit)
-        return Code(acc, y_unit, measured=x.measured, offset=bias if x.measured else None)
+        return Code(acc, y_unit, measured=x.measured, offset=bias if beside else None)
 
     def embedding(self, site: str, index: np.ndarray) -> Code:
         """Rows of the codes of `<site>.weight`; their own scales, where each row has one."""
@@ -298,13 +302,12 @@ class Integer(Numerics[Code]):
         spec, rule = self.quants[site], self.profile.requantize
         if spec.dynamic or a.measured or b.measured:
             return self.record_codes(site, self.quantize(site, spec, a.real() + b.real()))
-        first, second = self.constants[f"{site}.multiplier"]
+        (first, second), zero = self.constants[f"{site}.multiplier"], self.constants[f"{site}.zero_point"]
         if isinstance(rule, FloatProduct):
-            total = a.subtract_zero().astype(np.float32) * first + b.subtract_zero().astype(np.float32) * second
-            level = fixed_point.round_float(total, rule)
+            level = float_product.add([a.subtract_zero(), b.subtract_zero()], [first, second], rule, zero)
         else:
             parts, shift = [a.subtract_zero(), b.subtract_zero()], self.constants[f"{site}.shift"]
-            level = ops.weighted_sum(parts, [first, second], shift, self.profile.add)
+            level = ops.weighted_sum(parts, [first, second], shift, self.profile.add) + zero
         return self.record_codes(site, self.clamp(site, spec, level))
 
     def mul(self, site: str, a: Code, b: Code) -> Code:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..quant.checks import check_range, check_shape
-from ..spec import AddRule, Rounding
-from .fixed_point import INT32_MAX, INT32_MIN, multiply_one_rounding, rounding_shift_right
+from ..spec import ONE_ROUNDING, AddRule
+from .fixed_point import INT32_MAX, INT32_MIN, multiply_exact, rounding_shift_right, shift_right
 
 __all__ = [
     "EXP_BITS",
@@ -62,9 +62,9 @@ def weighted_sum(
 ) -> np.ndarray:
     """round(sum_i parts_i multipliers_i / 2^shift), the products and their sum exact, one rounding.
 
-    Half up, or half away from zero, as gemmlowp's last shift rounds. Parts are codes less their zero points
-    or int32 accumulators, three at most; multipliers, up to 2^30, and shift are one, or one per column. Raises
-    ValueError beyond these, and where a multiplier or shift does not fit the shape of the sum.
+    Parts are codes less their zero points or int32 accumulators, three at most; multipliers, up to 2^30, and shift are
+    one, or one per column. Raises ValueError beyond these, and where a multiplier or shift does not fit the shape of
+    the sum.
     """
     if len(parts) > 3:
         raise ValueError(f"{len(parts)} parts: the sum of more than 3 could leave int64")
@@ -75,9 +75,7 @@ def weighted_sum(
         check_shape("multiplier", multiplier, shape, "give one, or one per column")
         total = total + part.astype(np.int64) * multiplier
     check_shape("shift", shift, shape, "give one, or one per column")
-    if rule.rounding is Rounding.HALF_AWAY:
-        return np.where(total < 0, -rounding_shift_right(-total, shift), rounding_shift_right(total, shift))
-    return rounding_shift_right(total, shift)
+    return shift_right(total, shift, rule.rounding)
 
 
 def mean(x: np.ndarray, where: np.ndarray | None) -> np.ndarray:
@@ -124,7 +122,7 @@ def softmax(
 
     def exp(distance: np.ndarray) -> np.ndarray:
         if isinstance(exponential, tuple):
-            return exp_polynomial(multiply_one_rounding(distance.astype(np.int32), *exponential))
+            return exp_polynomial(multiply_exact(distance.astype(np.int32), *exponential, ONE_ROUNDING))
         return exponential[np.minimum(distance, exponential.size - 1)].astype(np.int64)
 
     e = exp(np.where(mask, largest - code, 0)) * mask

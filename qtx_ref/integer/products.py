@@ -1,4 +1,4 @@
-"""Matrix products of integer codes, exact.
+"""Matrix products of integer codes: exact, or as kernels that saturate make them.
 
     acc[m, n] = sum_k (a[m, k] - za) (b[k, n] - zb) [+ bias[n]]
 
@@ -10,7 +10,10 @@ that long and the blocks are added as integers: 1024 for int8.
 magnitude. With A = a - c and so on, the sum is A B - za colsum(B) - zb rowsum(A) + K za zb: one pass over the result
 instead of wider operands. So za may differ by row of a (shape (M, 1)) and zb by column of b ((N,)), never along k.
 
-**Overflow** is that of the exact sum: an accumulator that wraps and returns holds the right bits.
+**Overflow** is that of the exact sum: an accumulator that wraps and returns holds the right bits. So is saturation.
+
+**Pairs.** PAIRS16 and RUNS16 are of products of uint8 by int8, by codes as they are, not recentred; the zero points are
+subtracted afterwards, as above. Products of other operands are exact under them too, as the same engines have them.
 
 Arrays: codes a (..., M, K) and b (..., K, N) of any integer dtype, zero points and biases (int32 or int64) in the
 shapes that `matmul` states, accumulators (..., M, N), int32 or int64. A carrier is the dtype that holds codes while
@@ -22,7 +25,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..quant.checks import check_integers, check_range, check_shape
-from ..spec import QTX, MatmulRule, Overflow, QuantSpec
+from ..spec import QTX, MatmulRule, Overflow, Products, QuantSpec
 
 __all__ = [
     "add_bias",
@@ -38,6 +41,7 @@ __all__ = [
     "pack_int4",
     "recentre",
     "recentre_zero",
+    "saturates",
     "unpack_int4",
 ]
 
@@ -93,10 +97,12 @@ def block_product(a: np.ndarray, b: np.ndarray, length: int, wide: type) -> np.n
 
 
 def fit(total: np.ndarray, bits: int, rule: MatmulRule) -> np.ndarray:
-    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the rule
-    wraps."""
+    """An int64 sum in an accumulator of `bits`, in its shape. Raises ValueError where it does not fit and the rule
+    reports."""
     if bits == 64:
         return total
+    if rule.overflow is Overflow.SATURATE:
+        total = np.clip(total, -(2**31), 2**31 - 1)
     if rule.overflow is Overflow.REPORT:
         low, high = int(total.min(initial=0)), int(total.max(initial=0))
         if low < -(2**31) or high >= 2**31:
@@ -133,10 +139,10 @@ def matmul(
     check_codes("right operand", b, b_spec)
     if accumulator not in (32, 64):
         raise ValueError(f"accumulator is {accumulator}: give 32 or 64 bits")
-    depth = a.shape[-1]
+    depth, pairs = a.shape[-1], saturates(a_spec, b_spec, rule)
     a_zero, b_zero = recentre_zero(a_zero, a_spec, -1), recentre_zero(b_zero, b_spec, -2)
-    # |each of the four terms| <= depth max|A| max|B|: below 2^29 they and their sum stay in int32
-    bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
+    # |each of the four terms| <= depth max|A| max|B|, and pairs add one: below 2^28 they and their sum stay in int32
+    bound = (2 if pairs else 1) * depth * 2 ** (a_spec.bits + b_spec.bits - 2)
     largest_bias = 0
     if bias is not None:
         check_bias(bias, b.shape[-1])
@@ -144,8 +150,13 @@ def matmul(
         largest_bias = max(-int(ends[0]), int(ends[1]))  # Python's integers: -2^63 has no magnitude in int64
     wide = np.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else np.int64
     length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
+    bytes_a, bytes_b = (a.astype(np.uint8), b.astype(np.int8)) if pairs else (a, b)
     a, b = recentre(a, a_spec, carrier), recentre(b, b_spec, carrier)
-    total = block_product(a, b, length, wide)
+    if pairs:  # a b = A B + c colsum(B)
+        columns = block_product(np.ones((1, depth), carrier), b, length, wide)
+        total = matmul_pairs16(bytes_a, bytes_b, rule.run).astype(wide) - centre(a_spec) * columns
+    else:
+        total = block_product(a, b, length, wide)
     for what, value in (("zero point", a_zero), ("zero point", b_zero), ("bias", bias)):
         check_shape(what, 0 if value is None else value, total.shape, "give one per row of a, or per column of b")
     if a_zero is not None:  # sums along k are products with ones, and as exact
@@ -158,6 +169,12 @@ def matmul(
     return total if total.dtype == np.int32 else fit(total, accumulator, rule)
 
 
+def saturates(a_spec: QuantSpec, b_spec: QuantSpec, rule: MatmulRule) -> bool:
+    """Whether the rule multiplies these operands in pairs: uint8 by int8."""
+    narrow = max(a_spec.bits, b_spec.bits) <= 8
+    return rule.products is not Products.EXACT and narrow and not a_spec.has_sign and b_spec.has_sign
+
+
 def check_bias(bias: np.ndarray, columns: int) -> None:
     """Raises ValueError unless a bias is int64 at most and has one number per column."""
     check_range("bias", bias, -(2**63), 2**63 - 1, "an accumulator has 64 bits at most")
@@ -166,11 +183,13 @@ def check_bias(bias: np.ndarray, columns: int) -> None:
 
 
 def add_bias(total: np.ndarray, bias: np.ndarray, bound: int, rule: MatmulRule) -> np.ndarray:
-    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the rule
-    wraps."""
+    """total + bias, no magnitude above `bound`; int64 or int32 as they are, in the shape of total. Raises ValueError
+    where int64 does not hold it and the rule reports."""
     result = total + bias
-    if bound >= 2**63 and rule.overflow is Overflow.REPORT:
+    if bound >= 2**63 and rule.overflow is not Overflow.WRAP:
         lost = ((total ^ result) & (bias ^ result)) < 0  # the sum has neither's sign
+        if rule.overflow is Overflow.SATURATE:
+            return np.where(lost, np.where(bias < 0, -(2**63), 2**63 - 1), result)
         if lost.any():
             exact = int(total[lost][0]) + int(np.broadcast_to(bias, lost.shape)[lost][0])
             raise ValueError(f"accumulators reach {exact}, beyond int64: use a smaller bias, or larger scales")
@@ -205,7 +224,7 @@ def linear(
 
 
 def matmul_pairs16(a: np.ndarray, b: np.ndarray, pairs: int = 1) -> np.ndarray:
-    """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (K, N) -> int32, saturating on the way.
+    """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (..., K, N) -> int32, saturating.
 
     `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 =
     64770 becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and
@@ -216,14 +235,15 @@ def matmul_pairs16(a: np.ndarray, b: np.ndarray, pairs: int = 1) -> np.ndarray:
         raise ValueError(f"operands are {a.dtype} and {b.dtype}: the instruction multiplies uint8 by int8")
     missing = -a.shape[-1] % (2 * pairs)
     a = np.concatenate([a, np.zeros((*a.shape[:-1], missing), np.uint8)], -1).astype(np.int32)
-    b = np.concatenate([b, np.zeros((missing, b.shape[-1]), np.int8)], 0).astype(np.int32)
-    pair = a[..., 0::2, None] * b[0::2] + a[..., 1::2, None] * b[1::2]  # (..., M, K / 2, N)
-    pair = np.clip(pair, -(2**15), 2**15 - 1)
-    runs = pair.reshape(*pair.shape[:-2], -1, pairs, pair.shape[-1])
-    run = runs[..., 0, :]
-    for step in range(1, pairs):
-        run = np.clip(run + runs[..., step, :], -(2**15), 2**15 - 1)
-    return run.sum(-2, dtype=np.int32)
+    b = np.concatenate([b, np.zeros((*b.shape[:-2], missing, b.shape[-1]), np.int8)], -2).astype(np.int32)
+    total: np.ndarray = np.zeros((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), np.int32)
+    for start in range(0, a.shape[-1], 2 * pairs):
+        run = np.int32(0)
+        for k in range(start, start + 2 * pairs, 2):
+            pair = a[..., k, None] * b[..., None, k, :] + a[..., k + 1, None] * b[..., None, k + 1, :]  # (..., M, N)
+            run = np.clip(run + np.clip(pair, -(2**15), 2**15 - 1), -(2**15), 2**15 - 1)
+        total += run
+    return total
 
 
 def pack_int4(code: np.ndarray) -> np.ndarray:

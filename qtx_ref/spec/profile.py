@@ -138,11 +138,12 @@ class Overflow(Name):
 
 
 class Bias(Name):
-    """What a bias is and when it is added."""
+    """What a bias is and when it is added. A float one belongs to a requantization in floats; where accumulators go on
+    without one, a bias is INT32 under every rule."""
 
     INT32 = "int32"  # codes in units of the accumulator, added to it
     FLOAT_BEFORE = "float_before"  # float32, divided by the accumulator's unit and added to it before it is scaled
-    FLOAT_AFTER = "float_after"  # float32, added after the accumulator is scaled to real numbers
+    FLOAT_AFTER = "float_after"  # float32, added to real numbers (Order.STEPS), or where M is one factor in units of y
 
 
 class HighProduct(Name):
@@ -154,7 +155,8 @@ class HighProduct(Name):
 
 
 class LeftShift(Name):
-    """An accumulator shifted left, where M > 1, that int32 does not hold."""
+    """What int32 does not hold where M > 1: the accumulator shifted left before a high product, or the level that an
+    exact product makes."""
 
     REPORT = "report"  # ValueError
     SATURATE = "saturate"
@@ -166,6 +168,7 @@ class Order(Name):
     and of the result."""
 
     RATIO = "ratio"  # M = x w / y
+    RATIO32 = "ratio32"  # the same, M itself rounded to float32 whatever the dtype of the product
     RECIPROCAL = "reciprocal"  # M = (x w) (1 / y)
     STEPS = "steps"  # x', w', then 1 / y, where s' = 1 / (1 / s)
 
@@ -251,13 +254,15 @@ class MatmulRule(Spec):
 class Fixed(Spec):
     """Requantization in integers: a times M = 2^shift * multiplier / 2^31."""
 
-    dtype: Dtype  # of M = x w / y, before it becomes multiplier and shift: float64, or float32 at each step
+    dtype: Dtype  # of M = x w / y at each step, before it becomes multiplier and shift: float64 or float32
     bits: int  # of the multiplier of a 64-bit accumulator: 31 or 15; of a 32-bit one it has 31
     product: HighProduct
     rounding: Rounding  # of the last shift
     left: LeftShift
 
     def check(self) -> None:
+        if self.dtype not in (Dtype.FLOAT64, Dtype.FLOAT32):
+            refuse("rule dtype", str(self.dtype), "M is computed in float64 or float32")
         if self.bits not in (15, 31):
             refuse("rule bits", self.bits, "a multiplier has 31 bits, or 15")
         if self.rounding is Rounding.STOCHASTIC:
@@ -278,6 +283,8 @@ class FloatProduct(Spec):
             refuse("rule rounding", "stochastic", "a requantization rounds the same each time")
         if self.dtype is Dtype.INPUT:
             refuse("rule dtype", "input", "an accumulator has no width of its own: give one")
+        if self.zero_point is ZeroPoint.FUSED:
+            refuse("rule zero_point", "fused", "no requantization is known to fuse it: give before or after")
 
 
 @dataclass(frozen=True)
@@ -285,6 +292,10 @@ class AddRule(Spec):
     """The sum of two tensors of codes, each rescaled, in the codes of a third."""
 
     rounding: Rounding  # of the one last shift; floats round as the profile's FloatProduct
+
+    def check(self) -> None:
+        if self.rounding is Rounding.STOCHASTIC:
+            refuse("rule rounding", "stochastic", "a sum rounds the same each time")
 
 
 @dataclass(frozen=True)
@@ -328,6 +339,8 @@ class Profile(Spec):
         for name in self.unseen:
             if name not in OPERATIONS:
                 refuse("profile unseen", name, f"known operations are {', '.join(OPERATIONS)}")
+        if self.bias is not Bias.INT32 and isinstance(self.requantize, Fixed):
+            refuse("profile bias", str(self.bias), "a requantization in integers takes a bias of int32")
 
 
 OPERATIONS = ("scale", "quantize", "fake_quantize", "dequantize", "matmul", "bias", "requantize", "add", "cast")
@@ -341,7 +354,7 @@ QUANTIZE = QuantizeRule(
     beyond=Beyond.SATURATE,
 )
 ONE_ROUNDING = Fixed(
-    dtype=Dtype.FLOAT64, bits=31, product=HighProduct.EXACT, rounding=Rounding.HALF_UP, left=LeftShift.REPORT
+    dtype=Dtype.FLOAT64, bits=31, product=HighProduct.EXACT, rounding=Rounding.HALF_UP, left=LeftShift.SATURATE
 )
 DEQUANTIZE = DequantizeRule(form=DequantizeForm.DIFFERENCE, arithmetic=Dtype.FLOAT32)
 QTX = Profile(

@@ -39,7 +39,7 @@ from ..numerics import Float
 from ..ops import arrange, merge_heads
 from ..quant import affine
 from ..sites import SiteModule
-from . import fixed_point, ops, products
+from . import fixed_point, float_product, ops, products
 
 Constants = Mapping[str, Tensor]
 ZERO = torch.zeros((), dtype=torch.int32)
@@ -49,7 +49,7 @@ class Code:
     """Integers with their meaning. `unit` is None under `strict`; `spec` is None for an accumulator, whose zero is 0.
 
     `measured`: the unit is known only as the model runs (a scale per token, or one looked up with a row). Such an
-    accumulator has its bias in `offset`, float32.
+    accumulator has its bias in `offset`, float32; so has each where the profile adds biases as floats.
     """
 
     __slots__ = ("value", "unit", "zero_point", "spec", "measured", "offset")
@@ -208,16 +208,18 @@ class Integer(Float):
         rule, multiplier = self.profile.requantize, self.constants[f"{site}.multiplier"]
         with at(site):
             if isinstance(rule, FloatProduct):
-                level = fixed_point.round_by(x.subtract_zero(), multiplier, rule)
-            else:
-                level = fixed_point.multiply(x.subtract_zero(), multiplier, self.constants[f"{site}.shift"], rule)
-        return self.clamp(site, spec, level)
+                zero, place, bias = self.constants[f"{site}.zero_point"], self.profile.bias, x.offset
+                if bias is not None:
+                    bias = float_product.scale_bias(bias, x.unit, self.scale_of(site), rule, place)
+                level = float_product.multiply(x.subtract_zero(), multiplier, rule, zero, bias, place)
+                return self.clamp(site, spec, level)
+            level = fixed_point.multiply(x.subtract_zero(), multiplier, self.constants[f"{site}.shift"], rule)
+        return self.clamp(site, spec, level + self.constants[f"{site}.zero_point"])
 
     def clamp(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
-        """Whole multiples of the site's scale as its codes."""
-        zero = self.constants[f"{site}.zero_point"]
-        code = (level + zero).clamp(spec.code_min, spec.code_max).to(code_dtype(spec))
-        return Code(code, self.scale_of(site), zero, spec)
+        """Whole multiples of the site's scale, with its zero point, as its codes."""
+        code = level.clamp(spec.code_min, spec.code_max).to(code_dtype(spec))
+        return Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], spec)
 
     def scale_of(self, site: str) -> Tensor | None:
         """The scale of a static site; None under strict."""
@@ -271,7 +273,7 @@ class Integer(Float):
         return self.named(site, y) if named else y
 
     def product(self, site: str, x: Code, w: Code) -> Code:
-        """The accumulators of a linear layer; those of a measured unit with their bias beside."""
+        """The accumulators of a linear layer; a bias of floats, as those of a measured unit have it, beside them."""
         heads = w.shape[0] if w.ndim == 3 else 1
 
         def split(v: Tensor) -> Tensor:  # (..., H n) -> (H, N, n)
@@ -283,7 +285,8 @@ class Integer(Float):
         w_unit = w.unit if w.unit is None or w.unit.numel() == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
         bias = self.constants.get(f"{site}.bias")
         bias = None if bias is None else bias.reshape(-1)
-        inside = None if bias is None or x.measured else split(bias)  # (H, 1, O)
+        beside = bias is not None and bias.is_floating_point()
+        inside = None if bias is None or beside else split(bias)  # (H, 1, O)
         rows = split(x.value)
         if heads == 1:  # one matrix, without an axis of heads
             rows, wt, inside = rows[0], wt[0], None if inside is None else inside[0]
@@ -292,7 +295,7 @@ class Integer(Float):
         acc = acc if heads > 1 else acc[None]
         acc = self.record_accumulator(site, acc.transpose(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
         y_unit = self.unit(x.unit, w_unit)
-        return Code(acc, y_unit, measured=x.measured, offset=bias if x.measured else None)
+        return Code(acc, y_unit, measured=x.measured, offset=bias if beside else None)
 
     def embedding(self, module: SiteModule, index: Tensor) -> Code:
         """Rows of the codes of the site's weight; their own scales, where each row has one."""
@@ -317,14 +320,12 @@ class Integer(Float):
         spec = self.quants[site]
         if spec.dynamic or a.measured or b.measured:
             return self.record_codes(site, self.quantize(site, spec, a.real() + b.real()))
-        first, second = self.constants[f"{site}.multiplier"]
+        (first, second), zero = self.constants[f"{site}.multiplier"], self.constants[f"{site}.zero_point"]
         if isinstance(rule, FloatProduct):
-            level = fixed_point.round_float(
-                a.subtract_zero().float() * first + b.subtract_zero().float() * second, rule
-            )
+            level = float_product.add([a.subtract_zero(), b.subtract_zero()], [first, second], rule, zero)
         else:
             parts, shift = [a.subtract_zero(), b.subtract_zero()], self.constants[f"{site}.shift"]
-            level = ops.weighted_sum(parts, [first, second], shift, self.profile.add)
+            level = ops.weighted_sum(parts, [first, second], shift, self.profile.add) + zero
         return self.record_codes(site, self.clamp(site, spec, level))
 
     def mul(self, module: SiteModule, a: Code, b: Code) -> Code:

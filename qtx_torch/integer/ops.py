@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import AddRule, Rounding
+from qtx_ref.spec import ONE_ROUNDING, AddRule
 
 from ..quant.checks import check_range, check_shape
-from .fixed_point import INT32_MAX, INT32_MIN, multiply_one_rounding, rounding_shift_right
+from .fixed_point import INT32_MAX, INT32_MIN, multiply_exact, rounding_shift_right, shift_right
 
 EXP_BITS = 24  # an exponential is at most 1
 PROBABILITY_BITS = 28
@@ -37,9 +37,9 @@ def half_up(numerator: Tensor, denominator: Tensor | int) -> Tensor:
 def weighted_sum(parts: list[Tensor], multipliers: list[Tensor], shift: Tensor, rule: AddRule) -> Tensor:
     """round(sum_i parts_i multipliers_i / 2^shift), the products and their sum exact, one rounding.
 
-    Half up, or half away from zero, as gemmlowp's last shift rounds. Parts are codes less their zero points
-    or int32 accumulators, three at most; multipliers, up to 2^30, and shift are one, or one per column. Raises
-    ValueError beyond these, and where a multiplier or shift does not fit the shape of the sum.
+    Parts are codes less their zero points or int32 accumulators, three at most; multipliers, up to 2^30, and shift are
+    one, or one per column. Raises ValueError beyond these, and where a multiplier or shift does not fit the shape of
+    the sum.
     """
     if len(parts) > 3:
         raise ValueError(f"{len(parts)} parts: the sum of more than 3 could leave int64")
@@ -50,9 +50,7 @@ def weighted_sum(parts: list[Tensor], multipliers: list[Tensor], shift: Tensor, 
         check_shape("multiplier", multiplier, shape, "give one, or one per column")
         total = total + part.long() * multiplier.long()
     check_shape("shift", shift, shape, "give one, or one per column")
-    if rule.rounding is Rounding.HALF_AWAY:
-        return torch.where(total < 0, -rounding_shift_right(-total, shift), rounding_shift_right(total, shift))
-    return rounding_shift_right(total, shift)
+    return shift_right(total, shift, rule.rounding)
 
 
 def mean(x: Tensor, where: Tensor | None) -> Tensor:
@@ -98,7 +96,7 @@ def softmax(
 
     def exp(distance: Tensor) -> Tensor:
         if isinstance(exponential, tuple):
-            return exp_polynomial(multiply_one_rounding(distance.int(), *exponential))
+            return exp_polynomial(multiply_exact(distance.int(), *exponential, ONE_ROUNDING))
         return exponential[distance.clamp(max=exponential.numel() - 1)].long()
 
     e = exp(torch.where(mask, largest - code, 0)) * mask

@@ -1,4 +1,4 @@
-"""Matrix products of integer codes, exact.
+"""Matrix products of integer codes: exact, or as kernels that saturate make them.
 
 Differs from the reference: plain_float32, name, byte_product, carrier: a device multiplies bytes in ways of its own.
 
@@ -13,7 +13,10 @@ float64 there. A CPU with byte instructions multiplies int8 itself.
 magnitude. With A = a - c and so on, the sum is A B - za colsum(B) - zb rowsum(A) + K za zb: one pass over the result
 instead of wider operands. So za may differ by row of a (shape (M, 1)) and zb by column of b ((N,)), never along k.
 
-**Overflow** is that of the exact sum: an accumulator that wraps and returns holds the right bits.
+**Overflow** is that of the exact sum: an accumulator that wraps and returns holds the right bits. So is saturation.
+
+**Pairs.** PAIRS16 and RUNS16 are of products of uint8 by int8, by codes as they are, not recentred; the zero points are
+subtracted afterwards, as above. Products of other operands are exact under them too, as the same engines have them.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import functools
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import QTX, MatmulRule, Overflow, QuantSpec
+from qtx_ref.spec import QTX, MatmulRule, Overflow, Products, QuantSpec
 
 from ..quant.checks import check_integers, check_range, check_shape
 
@@ -126,10 +129,12 @@ def carrier(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> torch
 
 
 def fit(total: Tensor, bits: int, rule: MatmulRule) -> Tensor:
-    """An exact int64 sum in an accumulator of `bits`. Raises ValueError where it does not fit, unless the rule
-    wraps."""
+    """An int64 sum in an accumulator of `bits`, in its shape. Raises ValueError where it does not fit and the rule
+    reports."""
     if bits == 64:
         return total
+    if rule.overflow is Overflow.SATURATE:
+        total = total.clamp(-(2**31), 2**31 - 1)
     if rule.overflow is Overflow.REPORT:
         low, high = (min(int(total.min()), 0), max(int(total.max()), 0)) if total.numel() else (0, 0)
         if low < -(2**31) or high >= 2**31:
@@ -166,10 +171,10 @@ def matmul(
     check_codes("right operand", b, b_spec)
     if accumulator not in (32, 64):
         raise ValueError(f"accumulator is {accumulator}: give 32 or 64 bits")
-    depth = a.shape[-1]
+    depth, pairs = a.shape[-1], saturates(a_spec, b_spec, rule)
     a_zero, b_zero = recentre_zero(a_zero, a_spec, -1), recentre_zero(b_zero, b_spec, -2)
-    # |each of the four terms| <= depth max|A| max|B|: below 2^29 they and their sum stay in int32
-    bound = depth * 2 ** (a_spec.bits + b_spec.bits - 2)
+    # |each of the four terms| <= depth max|A| max|B|, and pairs add one: below 2^28 they and their sum stay in int32
+    bound = (2 if pairs else 1) * depth * 2 ** (a_spec.bits + b_spec.bits - 2)
     largest_bias = 0
     if bias is not None:
         check_bias(bias, b.shape[-1])
@@ -182,8 +187,13 @@ def matmul(
         kind = carrier(a, b, a_spec, b_spec)
         if kind is torch.int8:
             product = functools.partial(byte_product, wide=wide)
+    bytes_a, bytes_b = (a.to(torch.uint8), b.to(torch.int8)) if pairs else (a, b)
     a, b = recentre(a, a_spec, kind), recentre(b, b_spec, kind)
-    total = product(a, b)
+    if pairs:  # a b = A B + c colsum(B)
+        columns = product(torch.ones(1, depth, dtype=kind, device=b.device), b)
+        total = matmul_pairs16(bytes_a, bytes_b, rule.run).to(wide) - centre(a_spec) * columns
+    else:
+        total = product(a, b)
     for what, value in (("zero point", a_zero), ("zero point", b_zero), ("bias", bias)):
         if value is not None:
             check_shape(what, value, total.shape, "give one per row of a, or per column of b")
@@ -197,6 +207,12 @@ def matmul(
     return total if total.dtype == torch.int32 else fit(total, accumulator, rule)
 
 
+def saturates(a_spec: QuantSpec, b_spec: QuantSpec, rule: MatmulRule) -> bool:
+    """Whether the rule multiplies these operands in pairs: uint8 by int8."""
+    narrow = max(a_spec.bits, b_spec.bits) <= 8
+    return rule.products is not Products.EXACT and narrow and not a_spec.has_sign and b_spec.has_sign
+
+
 def check_bias(bias: Tensor, columns: int) -> None:
     """Raises ValueError unless a bias is int64 at most and has one number per column."""
     check_range("bias", bias, -(2**63), 2**63 - 1, "an accumulator has 64 bits at most")
@@ -205,11 +221,13 @@ def check_bias(bias: Tensor, columns: int) -> None:
 
 
 def add_bias(total: Tensor, bias: Tensor, bound: int, rule: MatmulRule) -> Tensor:
-    """total + bias, no magnitude above `bound`. Raises ValueError where int64 does not hold it, unless the rule
-    wraps."""
+    """total + bias, no magnitude above `bound`; int64 or int32 as they are, in the shape of total. Raises ValueError
+    where int64 does not hold it and the rule reports."""
     result = total + bias
-    if bound >= 2**63 and rule.overflow is Overflow.REPORT:
+    if bound >= 2**63 and rule.overflow is not Overflow.WRAP:
         lost = ((total ^ result) & (bias ^ result)) < 0  # the sum has neither's sign
+        if rule.overflow is Overflow.SATURATE:
+            return torch.where(lost, torch.where(bias < 0, -(2**63), 2**63 - 1), result)
         if lost.any():
             exact = int(total[lost][0]) + int(bias.expand(lost.shape)[lost][0])
             raise ValueError(f"accumulators reach {exact}, beyond int64: use a smaller bias, or larger scales")
@@ -245,7 +263,7 @@ def linear(
 
 
 def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
-    """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (K, N) -> int32, saturating on the way.
+    """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (..., K, N) -> int32, saturating.
 
     `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 =
     64770 becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and
@@ -257,13 +275,15 @@ def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
     missing = -a.shape[-1] % (2 * pairs)
     a = torch.nn.functional.pad(a.int(), (0, missing))
     b = torch.nn.functional.pad(b.int(), (0, 0, 0, missing))
-    pair = a[..., 0::2, None] * b[0::2] + a[..., 1::2, None] * b[1::2]  # (..., M, K / 2, N)
-    pair = pair.clamp(-(2**15), 2**15 - 1)
-    runs = pair.reshape(*pair.shape[:-2], -1, pairs, pair.shape[-1])
-    run = runs[..., 0, :]
-    for step in range(1, pairs):
-        run = (run + runs[..., step, :]).clamp(-(2**15), 2**15 - 1)
-    return run.sum(-2, dtype=torch.int32)
+    shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    total = torch.zeros(shape, dtype=torch.int32, device=a.device)
+    for start in range(0, a.shape[-1], 2 * pairs):
+        run = torch.zeros((), dtype=torch.int32, device=a.device)
+        for k in range(start, start + 2 * pairs, 2):
+            pair = a[..., k, None] * b[..., None, k, :] + a[..., k + 1, None] * b[..., None, k + 1, :]  # (..., M, N)
+            run = (run + pair.clamp(-(2**15), 2**15 - 1)).clamp(-(2**15), 2**15 - 1)
+        total += run
+    return total
 
 
 def pack_int4(code: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 
 from parity_tests.subjects import rules
 from qtx_ref.random import stream
-from qtx_ref.spec import QuantSpec
+from qtx_ref.spec import QuantSpec, Rounding
 
 I32, F32 = np.int32, np.float32
 S8, U8 = QuantSpec(symmetric=True), QuantSpec()
@@ -50,7 +50,7 @@ def test_high_multiplies(call):
 def test_rounding_shifts(call):
     """RoundingDivideByPOT, gemmlowp's test_fixedpoint: ties away from zero; the plain shift: ties up."""
     x, e = I32([0, 1, 2, 3, -1, -2, -3, 5, -5, 6, -6, INT_MAX, INT_MIN]), I32([1] * 7 + [2] * 4 + [31, 31])
-    assert call("integer.fixed_point.rounding_divide_by_power_of_two", x, e).tolist() == [
+    assert call("integer.fixed_point.shift_right", x, e, Rounding.HALF_AWAY).tolist() == [
         0,
         1,
         1,
@@ -80,8 +80,8 @@ def test_rounding_shifts(call):
         1,
         -1,
     ]
-    with pytest.raises(ValueError, match="exponent 32 is outside 0 to 31"):
-        call("integer.fixed_point.rounding_divide_by_power_of_two", x, I32([32] * 13))
+    with pytest.raises(ValueError, match="exponent 63 is outside 0 to 62"):
+        call("integer.fixed_point.shift_right", x, I32([63] * 13), Rounding.HALF_AWAY)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_wide_requantization_is_exact(call):
         multiplier, shift = (int(part) for part in call("integer.fixed_point.quantize_multiplier", np.float64(real)))
         exponent = 31 - shift
         want = [(int(x) * multiplier + (1 << (exponent - 1))) >> exponent for x in a]
-        got = call("integer.fixed_point.multiply_one_rounding", a, np.int32(multiplier), np.int32(shift))
+        got = call("integer.fixed_point.multiply_exact", a, np.int32(multiplier), np.int32(shift), rules.ONE)
         assert got.tolist() == want
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from parity_tests.subjects import rules
 from qtx_ref.random import stream
-from qtx_ref.spec import QTX, Granularity, QuantSpec
+from qtx_ref.spec import QTX, Granularity, QuantSpec, Rounding
 
 I32, I64, F32, F64 = np.int32, np.int64, np.float32, np.float64
 S8, U8, S16 = QuantSpec(symmetric=True), QuantSpec(), QuantSpec(bits=16, symmetric=True)
@@ -64,19 +64,20 @@ def test_codes_of_unsigned_dtypes(call, dtype):
 
 # --- fixed point ------------------------------------------------------------------------------------------------------
 
-FIXED = ["multiply_one_rounding", "multiply_one_rounding_narrow", "multiply_two_roundings", "multiply_high_half_up"]
+FIXED = ["one", "narrow", "two", "truncated"]
 
 
 @pytest.mark.parametrize(
-    "function, a",
-    [(function, a) for function in FIXED for a in (-(2**47) - 1, 2**47, LOW, HIGH, -(2**62))]
-    + [(function, a) for function in FIXED[2:] for a in (2**34, -(2**31) - 1, 2**31)],
+    "name, a",
+    [(name, a) for name in FIXED for a in (-(2**47) - 1, 2**47, LOW, HIGH, -(2**62))]
+    + [(name, a) for name in FIXED[2:] for a in (2**34, -(2**31) - 1, 2**31)],
 )
-def test_an_accumulator_beyond_its_width_is_refused(call, function, a):
+def test_an_accumulator_beyond_its_width_is_refused(call, name, a):
     """2^34 shifted left by 30 is 2^64, which int64 takes for 0."""
-    shift = 7 if function in FIXED[:2] else 30  # one rounding takes 48 bits
+    rule, exact = rules.REQUANTIZE[name], name in FIXED[:2]
+    function, shift = ("multiply_exact", 7) if exact else ("multiply_high", 30)  # one rounding takes 48 bits
     with pytest.raises(ValueError, match=f"accumulator {a} is outside"):
-        call(f"integer.fixed_point.{function}", I64([a]), I32(2**30), I32(shift))
+        call(f"integer.fixed_point.{function}", I64([a]), I32(2**30), I32(shift), rule)
 
 
 @pytest.mark.parametrize("a", [-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 1])
@@ -84,7 +85,7 @@ def test_an_accumulator_beyond_its_width_is_refused(call, function, a):
 def test_the_ends_of_int32_round_exactly(call, a, exponent):
     exact = Fraction(a, 2**exponent)
     away = math.floor(abs(exact) + Fraction(1, 2)) * (1 if a >= 0 else -1)
-    assert call("integer.fixed_point.rounding_divide_by_power_of_two", I32([a]), I32(exponent)).tolist() == [away]
+    assert call("integer.fixed_point.shift_right", I32([a]), I32(exponent), Rounding.HALF_AWAY).tolist() == [away]
     assert call("integer.fixed_point.rounding_shift_right", I32([a]), I32(exponent)).tolist() == [
         math.floor(exact + Fraction(1, 2))
     ]
@@ -102,7 +103,7 @@ def test_values_that_are_no_integers_or_wrap_are_refused(call):
         with pytest.raises(ValueError, match="codes are integers"):
             call("integer.fixed_point.round_by", value, F64(0.5), rules.RINT)
     with pytest.raises(ValueError, match=f"value {2**64 - 1} is outside"):
-        call("integer.fixed_point.rounding_divide_by_power_of_two", np.uint64([2**64 - 1]), I32(1))
+        call("integer.fixed_point.shift_right", np.uint64([2**64 - 1]), I32(1), Rounding.HALF_AWAY)
     with pytest.raises(ValueError, match="zero point .* is outside 0 to 255"):
         call("integer.fixed_point.requantize", I32([1]), F64(0.5), I64(HIGH), U8)
 

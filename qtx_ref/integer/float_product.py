@@ -1,0 +1,153 @@
+"""Requantization in floats: an accumulator, as a float, times the factors of M in turn.
+
+    order RATIO        a M,  M = (x w) / y
+    order RATIO32      the same, M in float32
+    order RECIPROCAL   a M,  M = (x w) (1 / y)
+    order STEPS        ((a x') w') (1 / y),  s' = 1 / (1 / s)
+
+x, w, y are the scales of the operands and of the result; every operation is rounded to the rule's dtype. A bias in
+float32 is added to the accumulator in its unit x w (FLOAT_BEFORE), or after it is scaled to real numbers (FLOAT_AFTER:
+in STEPS after w', and otherwise, where no real number occurs, in units of y). The zero point is added to the rounded
+level, or before rounding.
+
+Arrays: accumulators int32 or int64 in any shape; factors float32 or float64 (under STEPS three, on an axis before),
+biases and zero points broadcast against them. What comes out is int64, a level with its zero point.
+
+    >>> from dataclasses import replace
+    >>> from qtx_ref.spec import Rounding
+    >>> rint = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN)
+    >>> before = replace(rint, zero_point=ZeroPoint.BEFORE)
+    >>> a, half = np.int32([-1, 1, 3]), np.float32(0.5)  # levels -0.5, 0.5, 1.5
+    >>> multiply(a, half, rint, np.int32(3)).tolist(), multiply(a, half, before, np.int32(3)).tolist()
+    ([3, 3, 5], [2, 4, 4])
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from ..quant.checks import check_integers, check_range, check_shape
+from ..quant.rounding import round_dtype, round_integer
+from ..spec import QTX, Bias, Dtype, FloatProduct, Order, ZeroPoint
+
+__all__ = ["FACTORS", "add", "check_factors", "list_factors", "make_factors", "multiply", "round_level", "scale_bias"]
+
+FACTORS = 3  # of STEPS; before the last, the accumulator is scaled to real numbers
+REACH = 2.0**64  # of one factor: its product with an accumulator stays finite in float32
+LARGEST_HALF = 65504  # of float16
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+
+
+def make_factors(x: np.ndarray, w: np.ndarray, y: np.ndarray, order: Order, dtype: Dtype) -> np.ndarray:
+    """M, or under STEPS its three factors on an axis before, of scales in the shapes that broadcast against the
+    accumulator; float32, or float64 where the dtype is that."""
+    to = partial(round_dtype, dtype=Dtype.FLOAT32 if order is Order.RATIO32 else dtype)
+    x, w, y = to(x), to(w), to(y)
+    with np.errstate(over="ignore", divide="ignore"):  # `check_factors` refuses what is infinite
+        if order in (Order.RATIO, Order.RATIO32):
+            return to(to(x * w) / y)
+        if order is Order.RECIPROCAL:
+            return to(to(x * w) * to(1 / y))
+        again = [to(1 / to(1 / scale)) for scale in (x, w)]
+        return np.stack(np.broadcast_arrays(*again, to(1 / y)))
+
+
+def list_factors(real: np.ndarray, rule: FloatProduct) -> list[np.ndarray]:
+    """The factors that an accumulator is multiplied by, in turn: float32 or float64, each in the shape of M. Raises
+    ValueError where STEPS has not three."""
+    real = np.asanyarray(real)
+    if rule.order is not Order.STEPS:
+        return [real]
+    if real.ndim == 0 or len(real) != FACTORS:
+        raise ValueError(f"factors of shape {real.shape}: order {rule.order} has {FACTORS}, on the first axis")
+    return list(real)
+
+
+def check_factors(real: np.ndarray, rule: FloatProduct) -> None:
+    """Raises ValueError where M (float64 or float32), or the product of its factors, is not a number in [0, 2^30), or a
+    factor of several is not in (0, 2^64)."""
+    total, steps = np.float64(1), list_factors(real, rule)
+    for factor in steps:
+        if len(steps) > 1 and not ((factor > 0) & (factor < REACH)).all():
+            raise ValueError(f"factor {factor.min()} to {factor.max()} is outside 0 to 2^64: look at the scales")
+        total = total * factor
+    if not ((total >= 0) & (total < 2**30)).all():
+        raise ValueError(f"multiplier {total.min()} to {total.max()} is outside 0 to 2^30: look at the scales")
+
+
+def scale_bias(bias: np.ndarray, unit: np.ndarray, y_scale: np.ndarray, rule: FloatProduct, place: Bias) -> np.ndarray:
+    """A float32 bias in real numbers as `multiply` adds it: in the accumulator's `unit`, x w, or the result's, y_scale;
+    it, unit and y_scale broadcast against each other. Raises ValueError for a bias of integers, which `products.matmul`
+    adds."""
+    if place is Bias.INT32:
+        raise ValueError(f"bias is {place}: it is added to the accumulator, in integers")
+    to = partial(round_dtype, dtype=rule.dtype)
+    if place is Bias.FLOAT_BEFORE:
+        return to(to(bias) / to(unit))
+    if rule.order is Order.STEPS:
+        return to(bias)
+    return to(to(bias) * to(1 / to(y_scale))) if rule.order is Order.RECIPROCAL else to(to(bias) / to(y_scale))
+
+
+def multiply(
+    a: np.ndarray,
+    real: np.ndarray,
+    rule: FloatProduct,
+    zero_point: np.ndarray | int = 0,
+    bias: np.ndarray | None = None,
+    place: Bias = QTX.bias,
+) -> np.ndarray:
+    """Accumulators of any shape, int32 or int64 -> level plus zero point, int64, shaped alike.
+
+    The level is saturated to int32. real: of `make_factors`. bias: of `scale_bias`, (O,) or as it broadcasts. Raises
+    ValueError for what is no integer or does not fit the shape of a, for an accumulator that float16 has not, and for a
+    bias whose place is among the integers.
+    """
+    a = np.asanyarray(a)
+    check_integers("accumulator", a.dtype)
+    if bias is not None and place is Bias.INT32:
+        raise ValueError(f"bias is {place}: it is added to the accumulator, in integers")
+    for what, value in (("zero point", zero_point), ("bias", 0 if bias is None else bias)):
+        check_shape(what, value, a.shape, "give one, or one per column or row")
+    if rule.dtype is Dtype.FLOAT16:
+        check_range("accumulator", a, -LARGEST_HALF, LARGEST_HALF, "float16 ends there")
+    to = partial(round_dtype, dtype=rule.dtype)
+    x, factors = to(a), list_factors(real, rule)
+    for factor in factors:
+        check_shape("multiplier", factor, a.shape, "give one, or one per column or row")
+    if bias is not None and place is Bias.FLOAT_BEFORE:
+        x = to(x + bias)
+    with np.errstate(over="ignore"):
+        for factor in factors[:2]:
+            x = to(x * to(factor))
+        if bias is not None and place is Bias.FLOAT_AFTER:
+            x = to(x + bias)
+        for factor in factors[2:]:
+            x = to(x * to(factor))
+    return round_level(x, rule, zero_point)
+
+
+def round_level(x: np.ndarray, rule: FloatProduct, zero_point: np.ndarray | int) -> np.ndarray:
+    """Real levels, float32 or float64, as integers with the zero point, int64, in the shape of x; saturated to int32
+    before a zero point that is added after."""
+    before = rule.zero_point is ZeroPoint.BEFORE
+    if before:
+        x = round_dtype(x + round_dtype(zero_point, rule.dtype), rule.dtype)
+    level = round_integer(x, rule.rounding).astype(np.float64)  # float32 has no 2^31 - 1
+    level = np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
+    return level if before else level + zero_point
+
+
+def add(
+    parts: list[np.ndarray], multipliers: list[np.ndarray], rule: FloatProduct, zero_point: np.ndarray | int
+) -> np.ndarray:
+    """The sum of two operands, codes less their zero points or accumulators, int32 or int64, each times its multiplier,
+    as levels with the zero point; int64, in the shape they broadcast to.
+
+    The multiplier, float32 or float64, is x / y, or x (1 / y) where the order is RECIPROCAL or STEPS.
+    """
+    to = partial(round_dtype, dtype=rule.dtype)
+    first, second = (to(to(part) * to(multiplier)) for part, multiplier in zip(parts, multipliers, strict=True))
+    return round_level(to(first + second), rule, zero_point)
