@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity_tests.tests.shell import shell
+from parity_tests.tests.shell import call
 from qtx.audit.certificate import certify, confirm, list_engines, open_products
 from qtx.audit.certificate_artifact import read_artifact_products, run_artifact
 from qtx.audit.certificate_bounds import TARGETS, check_sums
@@ -178,7 +178,7 @@ def test_a_node_that_is_not_read_is_named(tmp_path: Path) -> None:
     model = onnx.load(str(make_onnx(tmp_path / "m.onnx", "integer", np.ones((8, 3), np.int8))))
     node = onnx.helper.make_node("ConvInteger", ["xq", "w"], ["c"], name="conv")
     model.graph.node.append(node)
-    onnx.save(model, str(tmp_path / "n.onnx"))
+    onnx.save(model, tmp_path / "n.onnx")
     certificate = certify(tmp_path / "n.onnx")
     assert certificate.unread == ["conv (ConvInteger)"] and not certificate.holds
 
@@ -205,12 +205,12 @@ def test_an_engine_does_what_the_emulator_does(engine: str, tmp_path: Path) -> N
 def test_the_command_says_it_in_text_and_json(tmp_path: Path) -> None:
     weight = np.zeros((8, 3), np.int8)
     good = make_onnx(tmp_path / "good.onnx", "qdq", weight)
-    done = shell("audit", "certificate", str(good), "--engine", "none")
-    assert done.returncode == 0 and "proved avx2 1 of 1" in done.stdout
+    done = call("audit", "certificate", good, "--engine", "none")
+    assert done.exit_code == 0 and "proved avx2 1 of 1" in done.stdout
     weight[2:4, 1] = 127
     bad = make_onnx(tmp_path / "bad.onnx", "qdq", weight)
-    done = shell("audit", "certificate", str(bad), "--engine", "none", "--json", str(tmp_path / "c.json"))
-    assert done.returncode == 1 and "64,770" in done.stdout
+    done = call("audit", "certificate", bad, "--engine", "none", "--json", tmp_path / "c.json")
+    assert done.exit_code == 1 and "64,770" in done.stdout
     (line,) = json.loads((tmp_path / "c.json").read_text())["certificate"]["products"]
     assert line["verdicts"]["avx2"]["witness"]["right"] == [0, 0, 127, 127, 0, 0, 0, 0]
     assert line["verdicts"]["avx2"]["witness"]["left"] == [0, 0, 255, 255, 0, 0, 0, 0]
@@ -228,8 +228,8 @@ def test_what_is_no_model_is_refused(name: str, content: bytes | None, said: str
     pytest.importorskip("onnx")
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    done = shell("audit", "certificate", str(tmp_path / name), "--engine", "none")
-    assert done.returncode != 0 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = call("audit", "certificate", tmp_path / name, "--engine", "none")
+    assert done.exit_code != 0 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_float_model_is_refused(tmp_path: Path) -> None:
@@ -239,6 +239,6 @@ def test_a_float_model_is_refused(tmp_path: Path) -> None:
     graph = h.make_graph(
         [h.make_node("MatMul", ["x", "x"], ["y"])], "g", [value("x", t.FLOAT, [2, 2])], [value("y", t.FLOAT, [2, 2])]
     )
-    onnx.save(h.make_model(graph, ir_version=10), str(tmp_path / "f.onnx"))
-    done = shell("audit", "certificate", str(tmp_path / "f.onnx"))
-    assert done.returncode == 1 and "no product of integer codes" in done.stderr
+    onnx.save(h.make_model(graph, ir_version=10), tmp_path / "f.onnx")
+    done = call("audit", "certificate", tmp_path / "f.onnx")
+    assert done.exit_code == 1 and "no product of integer codes" in done.stderr
