@@ -95,7 +95,7 @@ def read_graph(path: Path) -> Graph:
     """The graph of a file. Raises FileError where it is none, or its tensors are missing; MissingExtra without onnx."""
     onnx = need("onnx", "engines", WHAT)
     decode = need("google.protobuf.message", "engines", WHAT).DecodeError
-    check_file(path, "give an .onnx file")
+    check_file(path, "no such file: give an .onnx file")
     try:
         model = onnx.load(str(path))
         if model.functions:
