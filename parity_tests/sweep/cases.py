@@ -20,6 +20,9 @@ from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
     Beyond,
+    CastRule,
+    DequantizeForm,
+    DequantizeRule,
     Dtype,
     FakeQuantizeRule,
     FloatFormat,
@@ -84,12 +87,18 @@ AFFINE = {
     "zero_point_rounding": tuple(r for r in Rounding if r is not Rounding.STOCHASTIC),
     "scale_dtype": WIDTHS,
     "scale_arithmetic": WIDTHS,
-    "arithmetic": WIDTHS,
+    "arithmetic": tuple(Dtype),
+    "input": (np.float32, np.float32, np.float16),
+    "floor": ("smallest", "subnormal", "eps"),
+    "empty": (1.0, 1 / 255),
+    "form": tuple(DequantizeForm),
+    "dequantized": tuple(Dtype),
     "nan": tuple(NanPolicy),
     "infinity": tuple(InfinityPolicy),
     "beyond": tuple(Beyond),
     "bits": tuple(range(2, 17)),
     "symmetric": BOTH,
+    "signed": BOTH,
     "narrow": BOTH,
     "granularity": (*Granularity, "permuted"),
     "weight": BOTH,
@@ -112,6 +121,7 @@ def affine_chain(m, x, special, scale, zero, words, special_words, spec, profile
         "scale": got,
         "zero_point": point,
         "codes": codes,
+        "reported": m.quantize_reporting(special, scale, zero, spec, profile.quantize, special_words),
         "dequantized": m.dequantize(codes, got, point, profile.dequantize),
         "fake": fake,
         "inside": inside,
@@ -124,15 +134,22 @@ def affine_chain(m, x, special, scale, zero, words, special_words, spec, profile
 def draw_affine(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "affine", index), pick(AFFINE, index)
     fields = {k: v for k, v in axes.items() if k in QTX.quantize.__dataclass_fields__}
-    quantize, dequantize = QuantizeRule(**fields), replace(QTX.dequantize, arithmetic=axes["arithmetic"])
+    if axes["zero_point"] is ZeroPoint.FUSED:
+        fields |= {"reciprocal": True, "arithmetic": Dtype.FLOAT32}
+    quantize, dequantize = QuantizeRule(**fields), DequantizeRule(axes["form"], axes["dequantized"])
+    half = axes["input"] is np.float16 and quantize.arithmetic is Dtype.INPUT
+    widths = [axes["scale_dtype"], axes["scale_arithmetic"], quantize.arithmetic, dequantize.arithmetic]
+    smallest = max(SMALLEST.get(one, SMALLEST[Dtype.FLOAT16 if half else Dtype.FLOAT32]) for one in widths)
+    subnormal = set(widths) <= {Dtype.FLOAT32, Dtype.FLOAT64} and not quantize.reciprocal
+    floors = {"smallest": smallest, "subnormal": 2.0**-149 if subnormal else smallest, "eps": max(2.0**-23, smallest)}
     made = ScaleRule(
         axes["scale_rule"],
         axes["nudging"],
         axes["zero_point_rounding"],
         axes["scale_dtype"],
         axes["scale_arithmetic"],
-        floor=max(SMALLEST[axes["scale_dtype"]], SMALLEST[axes["scale_arithmetic"]]),
-        empty=1.0,
+        floor=floors[axes["floor"]],
+        empty=axes["empty"],
     )
     fake = FakeQuantizeRule(quantize, dequantize)
     profile = replace(QTX, name="drawn", scale=made, quantize=quantize, fake_quantize=fake, dequantize=dequantize)
@@ -148,6 +165,7 @@ def draw_affine(index: int, codes: int) -> Configuration:
         groups=groups,
         permute=permuted,
         block=block,
+        signed=True if axes["symmetric"] else axes["signed"],
     )
     width = 64
     x = (rng.standard_normal((max(8, codes // 8 // width // 4 * 4), width)) * axes["size"]).astype(F32)
@@ -155,7 +173,7 @@ def draw_affine(index: int, codes: int) -> Configuration:
     x[:, 5] *= 50  # an outlier channel
     x[3] = np.abs(x[3])
     scale = F32(2.0 ** rng.integers(-6, 3)) if index % 2 else F32(rng.uniform(0.01, 1))
-    if Dtype.FLOAT16 in (quantize.arithmetic, made.dtype):
+    if half or Dtype.FLOAT16 in widths:
         scale = np.float16(scale).astype(F32)
     zero = np.int32(0 if spec.symmetric else rng.integers(spec.code_min, spec.code_max + 1))
     steps = rng.integers(-spec.code_max, spec.code_max + 1, 300)
@@ -165,6 +183,9 @@ def draw_affine(index: int, codes: int) -> Configuration:
         limits = np.append(limits, F32([np.inf, -np.inf, np.nan]))
     special = np.concatenate([special, limits])
     draw = {"words": rng.integers(0, 2**32, x.shape), "special_words": rng.integers(0, 2**32, special.shape)}
+    if axes["input"] is np.float16:  # its own infinity for infinity alone
+        special = np.where(np.isfinite(special), np.clip(special, -65504, 65504), special)
+    x, special = x.astype(axes["input"]), special.astype(axes["input"])
     arrays = {"x": x, "special": special, "scale": np.array(scale), "zero": np.array(zero), **draw}
     return Configuration(affine_chain, arrays, {"spec": spec, "profile": profile, "weight": axes["weight"]}, axes)
 
@@ -314,22 +335,25 @@ FORMATS = {
     "block": (1, 8, 16, 32),
     "data": ("bits", "ties", "normal", "zero blocks"),
     "broken": (False, False, True),
+    "e5m2_nan": (0x7F, 0x7E),
+    "e2m1_nan": (None, 8, 8, 3),
+    "negative_zero": BOTH,
 }
 
 
-def formats_chain(m, x, given, ends, kind, saturate, rule, block):
-    code = m.encode(x, kind, saturate)
-    scale, elements = m.mx_quantize(x, kind, rule, block)
+def formats_chain(m, x, given, ends, kind, saturate, rule, block, cast):
+    code = m.encode(x, kind, saturate, None, cast)
+    scale, elements = m.mx_quantize(x, kind, rule, block, cast)
     return {
         "codes": code,
         "decoded": m.decode(code, kind),
-        "fake": m.fake_quantize(x, kind, saturate),
+        "fake": m.fake_quantize(x, kind, saturate, None, cast),
         "scale": m.scale_zero(ends[0], ends[1], FloatQuantSpec(kind)),
-        "scaled": m.fake_quantize(x, kind, saturate, given),
+        "scaled": m.fake_quantize(x, kind, saturate, given, cast),
         "mx scale": scale,
         "mx codes": elements,
         "mx decoded": m.mx_dequantize(scale, elements, kind),
-        "mx fake": m.mx_fake_quantize(x, kind, rule, block),
+        "mx fake": m.mx_fake_quantize(x, kind, rule, block, cast),
     }
 
 
@@ -352,6 +376,7 @@ def draw_formats(index: int, codes: int) -> Configuration:
     else:
         x = np.where(np.isfinite(x), x, F32(1))
     settings = {key: axes[key] for key in ("kind", "saturate", "rule", "block")}
+    settings["cast"] = CastRule(axes["e5m2_nan"], axes["e2m1_nan"], axes["negative_zero"])
     given = F32(2.0 ** rng.integers(-140, 120, (count, 1))) if index % 2 else F32(rng.uniform(0.01, 1, (count, 1)))
     ends = np.sort(rng.standard_normal((2, count)) * 2.0 ** rng.integers(-150, 100, count), axis=0).astype(F32)
     ends[:, 0] = 0

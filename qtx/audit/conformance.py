@@ -1,58 +1,38 @@
-"""Each path of an engine beside `qtx_ref` under the profile that states it, family by family of vectors.
+"""Every path of the installed engines, and golden vectors of the others, beside the profiles that state them.
 
-A code that differs, a call that one side refuses and the other answers, and a crash are counted and explained by a
-finding of `known.json`, or they are news.
+What differs, and what crashes, is explained by a finding that is known to say so of that path, or it is news.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path as File
-from typing import Any
 
-import numpy as np
+from qtx_ref.spec import SpecError
 
-from qtx_ref.profiles import profile as load_profile
-from qtx_ref.spec import Bias, Profile, SpecError
-
-from ..engines.paths import EngineCrash, EngineRefusal, Path
+from ..engines.paths import Path, engine_names, load_engine, missing, run
 from ..files.container import FileError, read_json
 from .findings import FINDINGS
-from .reference import EVALUATED, evaluate
-from .vectors import Batch
+from .golden_vectors import read_golden, replay
+from .node_cases import PROFILE as NODE_PROFILE
+from .node_cases import CaseResult, run_cases
+from .tallies import Tally, check_path
+from .vectors import DRAWN, count_batches, draw_batches
 
-__all__ = ["Known", "Run", "Tally", "check_path", "compare", "prepare", "read_known", "row_of"]
+__all__ = ["COUNT", "Known", "NODE_CASES", "Report", "choose_paths", "conform", "count_work", "read_known"]
 
-Run = Callable[[Path, str, Mapping[str, Any]], dict[str, np.ndarray]]
-KEYS = {"path", "op", "family"}  # of an entry of known.json; a pattern each, any where it is left out
+COUNT = 5000  # vectors of an operation of a path
+NODE_CASES = "onnx-node-cases"  # beside the engines
+KEYS = {"path", "op", "family"}  # of what a finding explains; a pattern each, any where it is left out
+Tell = Callable[[int], None]  # of how many batches more are done
 
 
-@dataclass
-class Tally:
-    """One family of vectors on one path."""
-
-    path: str
-    op: str
-    profile: str
-    family: str
-    vectors: int = 0
-    mismatches: int = 0
-    worst: int = 0  # codes, or units in the last place
-    witness: dict[str, Any] | None = None  # the first mismatch
-    refused: int = 0  # vectors that the engine, and not the profile, refuses
-    refusal: str = ""  # its words for the first
-    crashes: int = 0
-    crash: str = ""
-    finding: str | None = None  # what explains it
-
-    @property
-    def clean(self) -> bool:
-        """Whether there is nothing to explain."""
-        return not (self.mismatches or self.crashes)
+def ignore(count: int) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -90,130 +70,82 @@ def read_known(file: File | None = None) -> list[Known]:
     return known
 
 
-# --- comparing --------------------------------------------------------------------------------------------------------
+# --- running ----------------------------------------------------------------------------------------------------------
 
 
-def order(x: np.ndarray) -> np.ndarray:
-    """Integers, or floats as integers in which neighbours are 1 apart, both zeros are 0, and all NaN are one."""
-    if x.dtype.kind in "iu":
-        return x.astype(np.int64)
-    size = x.dtype.itemsize
-    bits = x.view(f"i{size}").astype(np.int64)
-    bits = np.where(bits < 0, -(bits & (2 ** (8 * size - 1) - 1)), bits)
-    return np.where(np.isnan(x), 2 ** (8 * size - 1), bits)
+@dataclass
+class Report:
+    """What a conformance run found."""
+
+    rows: list[Tally] = field(default_factory=list)
+    cases: list[CaseResult] = field(default_factory=list)
+    golden: dict[str, str] = field(default_factory=dict)  # engines that are absent, and whose vectors stood for them
+    absent: dict[str, str] = field(default_factory=dict)  # engines that are absent, and what to install
+
+    @property
+    def unexplained(self) -> list[Tally]:
+        """Rows that no finding explains."""
+        return [row for row in self.rows if not row.clean and row.finding is None]
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is anything that no finding explains."""
+        return bool(self.unexplained) or any(case.verdict == "differs" and case.finding is None for case in self.cases)
 
 
-def compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tuple[np.ndarray, int]:
-    """Where results differ, and by how much at most. Results of another shape differ everywhere."""
-    differs, worst = np.zeros((), bool), 0
-    for name, expected in want.items():
-        given = np.asarray(got[name])
-        if given.shape != expected.shape:
-            return np.ones(expected.shape, bool), 0
-        if expected.dtype.kind == "f" and given.dtype.kind == "f" and given.dtype != expected.dtype:
-            given = given.astype(expected.dtype)
-        distance = np.abs(order(given) - order(expected))
-        differs = differs | (distance > 0)
-        worst = max(worst, int(distance.max(initial=0)))
-    return differs, worst
+def choose_paths(engines: Sequence[str] = (), ops: Sequence[str] = ()) -> tuple[list[Path], list[str]]:
+    """The paths of the named engines, of all where none is named, that have one of the operations; and which of these
+    engines are not installed. Raises SpecError for a name that there is none of."""
+    for op in ops:
+        if op not in DRAWN:
+            raise SpecError(f"operation is {op!r}: choose from {', '.join(DRAWN)}")
+    known = [*engine_names(), NODE_CASES]
+    for name in engines:
+        if name not in known:
+            raise SpecError(f"engine is {name!r}: known engines are {', '.join(known)}")
+    chosen = [name for name in engine_names() if name in engines or not engines]
+    absent = [name for name in chosen if missing(name) is not None]
+    paths = [path for name in chosen for path in load_engine(name).PATHS]
+    return [path for path in paths if path.op in DRAWN and (path.op in ops or not ops)], absent
 
 
-def prepare(batch: Batch, profile: Profile) -> dict[str, Any]:
-    """What a batch gives to a path: its bias, whole numbers in units of the accumulator, in the path's own kind."""
-    values = dict(batch.values)
-    if values.get("bias") is not None and profile.bias is not Bias.INT32:
-        unit = np.float64(values["x_scale"]) * np.float64(values["w_scale"])
-        values["bias"] = (values["bias"] * unit).astype(np.float32)
-    return values
+def count_work(paths: Sequence[Path], count: int) -> int:
+    """How many batches paths have."""
+    return sum(sum(count_batches(path.op, path.codes, count).values()) for path in paths)
 
 
-def show(value: Any) -> Any:
-    """A number as JSON has it: a float that is none of JSON's as text."""
-    value = value.item() if hasattr(value, "item") else value
-    return value if not isinstance(value, float) or np.isfinite(value) else str(value)
-
-
-def make_witness(
-    values: Mapping[str, Any], differs: np.ndarray, got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """The first place where results differ: what is said of it alone, and both results."""
-    place = tuple(int(i) for i in np.argwhere(differs)[0]) if differs.size and differs.ndim else ()
-    witness: dict[str, Any] = {}
-    for name, value in values.items():
-        if not isinstance(value, np.ndarray):
-            witness[name] = value
-        elif value.ndim == 0:
-            witness[name] = show(value)
-        elif "w" in values and name in ("x", "w") and len(place) == 2:
-            line = value[place[0]] if name == "x" else value[:, place[1]]
-            witness[name] = line.tolist() if line.size <= 64 else f"{line.size} codes"
-        elif value.shape == differs.shape:
-            witness[name] = show(value[place])
-        elif value.ndim == 1 and place:
-            witness[name] = show(value[place[values.get("axis", -1)]])
-    sides = (("got", got), ("want", want))
-    for side, results in sides:
-        at = {name: np.asarray(array) for name, array in results.items()}
-        witness[side] = {
-            name: show(array[place]) if array.shape == differs.shape else f"shape {array.shape}"
-            for name, array in at.items()
-        }
-    return witness
-
-
-def judge(tally: Tally, batch: Batch, path: Path, profile: Profile, run: Run) -> None:
-    """Runs one batch on both sides and counts it."""
-    values = prepare(batch, profile)
-    tally.vectors += batch.count
-    try:
-        got = run(path, path.op, values)
-    except EngineRefusal as refusal:
-        tally.refused += batch.count
-        tally.refusal = tally.refusal or str(refusal)
-        return
-    except EngineCrash as crash:
-        tally.crashes += 1
-        tally.crash = tally.crash or str(crash)
-        tally.witness = tally.witness or {name: show(v) for name, v in values.items() if np.ndim(v) == 0}
-        return
-    try:
-        want = evaluate(profile, path.op, values)
-    except ValueError as refusal:
-        tally.mismatches += max(batch.count, 1)
-        tally.witness = tally.witness or {"dtype": batch.dtype, "profile refuses": str(refusal)[:300]}
-        return
-    differs, worst = compare(got, want)
-    tally.mismatches += int(differs.sum()) if differs.size or not batch.count else batch.count
-    tally.worst = max(tally.worst, worst)
-    if differs.any() and tally.witness is None:
-        tally.witness = make_witness(values, differs, got, want)
-
-
-def check_path(
-    path: Path,
-    batches: Iterable[Batch],
-    run: Run,
+def conform(
+    engines: Sequence[str] = (),
+    ops: Sequence[str] = (),
+    cpu: str | None = None,
+    count: int = COUNT,
+    seed: int = 0,
     known: Sequence[Known] = (),
-    profile: Profile | None = None,
-    tell: Callable[[int], None] | None = None,
-) -> list[Tally]:
-    """A path's rows, a family each. `tell`: is told of every batch. Raises SpecError for a profile or an operation that
-    there is none of."""
-    if path.op not in EVALUATED:
-        raise SpecError(f"operation is {path.op!r}: known operations are {', '.join(EVALUATED)}")
-    profile = profile or load_profile(path.profile)
-    rows: dict[str, Tally] = {}
-    for batch in batches:
-        row = rows.setdefault(batch.family, Tally(path.name, path.op, profile.name, batch.family))
-        judge(row, batch, path, profile, run)
-        if tell is not None:
-            tell(1)
-    for row in rows.values():
+    tell: Tell = ignore,
+) -> Report:
+    """Holds paths to their profiles, on `count` vectors each, and golden vectors of engines that are not installed.
+
+    Raises SpecError for an engine, an operation or a profile that there is none of, MissingExtra for a `cpu` that is
+    missing.
+    """
+    paths, absent = choose_paths(engines, ops)
+    report = Report(absent={name: str(missing(name)) for name in absent})
+    for path in paths:
+        if path.engine in absent:
+            continue
+        batches = draw_batches(path.op, path.codes, count, seed)
+        report.rows += check_path(path, batches, lambda path, op, values: run(path, op, values, cpu), tell=tell)
+    for name in absent:
+        if (golden := read_golden(name)) is not None:
+            report.golden[name] = golden.provenance
+            report.rows += [row for path in paths if path.engine == name for row in replay(golden, path)]
+    if (NODE_CASES in engines or not engines) and not ops and missing("onnx-reference") is None:
+        report.cases = run_cases()
+    for row in report.rows:
         if not row.clean:
             row.finding = next((one.finding for one in known if one.explains(row)), None)
-    return list(rows.values())
-
-
-def row_of(tally: Tally) -> dict[str, Any]:
-    """A tally as JSON values."""
-    return asdict(tally)
+    for case in report.cases:
+        if case.verdict == "differs":
+            tally = Tally(NODE_CASES, case.op, NODE_PROFILE, case.name)
+            case.finding = next((one.finding for one in known if one.explains(tally)), None)
+    return report

@@ -33,7 +33,7 @@ __all__ = [
 ODD = (1, 2, 3, 5, 7, 9, 15, 17, 31, 33, 63, 65)  # lengths around those of vector registers
 TINY, LARGEST = 2.0**-149, 3.4028234663852886e38  # of float32
 Values = dict[str, Any]
-Draw = Callable[[np.random.Generator, str, int, np.float32], Values]  # of codes of a dtype, so many, by a scale
+Draw = Callable[[np.random.Generator, str, int, Any], Values]  # of codes of a dtype, so many, by a scale
 
 
 def is_float(dtype: str) -> bool:
@@ -99,7 +99,7 @@ def span(dtype: str, zero: int) -> tuple[float, float]:
     return low - zero, high - zero
 
 
-def join(x: np.ndarray, scale: np.ndarray | float, zero: int, dtype: str) -> Values:
+def join(x: np.ndarray, scale: Any, zero: int, dtype: str) -> Values:
     """x, one scale and one zero point, as `paths.run` takes them."""
     return {
         "x": x.astype(np.float32, copy=False),
@@ -112,28 +112,28 @@ def join(x: np.ndarray, scale: np.ndarray | float, zero: int, dtype: str) -> Val
 # --- families of x ----------------------------------------------------------------------------------------------------
 
 
-def draw_uniform(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_uniform(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Over the levels and a tenth beyond them."""
     zero = draw_zero(rng, dtype)
     low, high = span(dtype, zero)
     return join(rng.uniform(low - 0.1 * (high - low), high + 0.1 * (high - low), size) * scale, scale, zero, dtype)
 
 
-def draw_gaussian(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_gaussian(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """With a third of the span of the levels as deviation."""
     zero = draw_zero(rng, dtype)
     low, high = span(dtype, zero)
     return join(rng.standard_normal(size) * ((high - low) / 6) * scale, scale, zero, dtype)
 
 
-def draw_near_ties(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_near_ties(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """A tie times the scale, rounded to float32, and its neighbours within an ulp."""
     zero = draw_zero(rng, dtype)
     x = (draw_ties(rng, dtype, zero, size) * np.float64(scale)).astype(np.float32)
     return join(step(x, rng.integers(-1, 2, size)), scale, zero, dtype)
 
 
-def draw_exact_ties(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_exact_ties(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Ties that the division gives exactly, with an odd zero point."""
     scale, zero = np.exp2(np.floor(np.log2(scale))), draw_zero(rng, dtype)
     if not is_float(dtype):
@@ -141,7 +141,7 @@ def draw_exact_ties(rng: np.random.Generator, dtype: str, size: int, scale: np.f
     return join(draw_ties(rng, dtype, zero, size) * scale, scale, zero, dtype)
 
 
-def draw_powers(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_powers(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Each power of two that float32 has, both signs, and the numbers beside it."""
     powers = 2.0 ** np.arange(-149, 128)
     x = np.concatenate([powers, -powers]).astype(np.float32)
@@ -149,16 +149,16 @@ def draw_powers(rng: np.random.Generator, dtype: str, size: int, scale: np.float
     return join(x, scale, draw_zero(rng, dtype), dtype)
 
 
-def draw_limits(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_limits(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Around the lowest and the highest level, 0 of both signs, and the largest numbers of float32."""
     zero = draw_zero(rng, dtype)
     ends = np.repeat(span(dtype, zero), size // 2)
     x = ((ends + rng.integers(-2, 3, ends.size) / 2) * np.float64(scale)).astype(np.float32)
     x = step(x, rng.integers(-2, 3, x.size))
-    return join(np.concatenate([x, np.float32([0, -0.0, LARGEST, -LARGEST])]), scale, zero, dtype)
+    return join(np.concatenate([x, np.array([0, -0.0, LARGEST, -LARGEST], np.float32)]), scale, zero, dtype)
 
 
-def draw_beyond(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_beyond(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Levels around 2^31, 2^32, 2^63 and 2^64, and the same with the zero point counted, to some ulps."""
     zero = draw_zero(rng, dtype)
     level = 2.0 ** rng.choice([31, 32, 63, 64], size) - rng.choice([0, zero], size)
@@ -166,35 +166,37 @@ def draw_beyond(rng: np.random.Generator, dtype: str, size: int, scale: np.float
     return join(step(x, rng.integers(-2, 3, size)), scale, zero, dtype)
 
 
-def draw_nan(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_nan(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Quiet NaN of either sign and any payload among ordinary numbers."""
     values = draw_gaussian(rng, dtype, size, scale)
-    bits = rng.choice(np.uint32([0x7FC00000, 0xFFC00000]), size) | rng.integers(0, 2**22, size).astype(np.uint32)
+    bits = rng.choice(np.array([0x7FC00000, 0xFFC00000], np.uint32), size) | rng.integers(0, 2**22, size).astype(
+        np.uint32
+    )
     return {**values, "x": np.where(rng.random(size) < 0.25, bits.view(np.float32), values["x"])}
 
 
-def draw_infinity(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_infinity(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Infinities among ordinary numbers."""
     values = draw_gaussian(rng, dtype, size, scale)
-    signs = np.float32(np.inf) * rng.choice(np.float32([-1, 1]), size)
+    signs = np.float32(np.inf) * rng.choice(np.array([-1, 1], np.float32), size)
     return {**values, "x": np.where(rng.random(size) < 0.25, signs, values["x"])}
 
 
-def draw_subnormals(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_subnormals(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Subnormal x, of scales that are the smallest normal numbers, or ordinary."""
     scale = np.float32(2.0 ** rng.uniform(-126, -118)) if rng.random() < 0.75 else scale
     x = rng.integers(-(2**23) + 1, 2**23, size) * TINY
     return join(x, scale, draw_zero(rng, dtype), dtype)
 
 
-def draw_subnormal_scales(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_subnormal_scales(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Scales below 2^-126, whose reciprocal is infinite below 2^-128."""
     scale, zero = np.float32(np.floor(2.0 ** rng.uniform(0, 23)) * TINY), draw_zero(rng, dtype)
     x = (draw_ties(rng, dtype, zero, size) * np.float64(scale)).astype(np.float32)
     return join(step(x, rng.integers(-2, 3, size)), scale, zero, dtype)
 
 
-def draw_channels(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_channels(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Near ties (C, N) with a scale and a zero point for each of C channels, which are the first axis or the last."""
     rows = [draw_near_ties(rng, dtype, size // 8, draw_scale(rng)) for _ in range(8)]
     joined = {name: np.stack([row[name] for row in rows]) for name in ("x", "scale", "zero_point")}
@@ -202,7 +204,7 @@ def draw_channels(rng: np.random.Generator, dtype: str, size: int, scale: np.flo
     return {**joined, "x": joined["x"].T.copy() if last else joined["x"], "dtype": dtype, "axis": int(last)}
 
 
-def draw_float16(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_float16(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Near ties of float16 x and scale."""
     scale, zero = np.float16(2.0 ** rng.uniform(-10, 0)), draw_zero(rng, dtype)
     with np.errstate(over="ignore"):
@@ -211,7 +213,7 @@ def draw_float16(rng: np.random.Generator, dtype: str, size: int, scale: np.floa
     return {**join(x, scale, zero, dtype), "x": x, "scale": np.asarray(scale)}
 
 
-def draw_bfloat16(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_bfloat16(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Near ties of bfloat16 x and scale, carried in float32."""
     scale, zero = round_dtype(scale, Dtype.BFLOAT16), draw_zero(rng, dtype)
     x = round_dtype(draw_ties(rng, dtype, zero, size) * np.float64(scale), Dtype.BFLOAT16)
@@ -219,7 +221,7 @@ def draw_bfloat16(rng: np.random.Generator, dtype: str, size: int, scale: np.flo
     return {**join(x, scale, zero, dtype), "x_dtype": "bfloat16"}
 
 
-def draw_strided(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_strided(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Near ties, every other element of an array."""
     values = draw_near_ties(rng, dtype, size, scale)
     return {**values, "x": np.repeat(values["x"], 2)[::2]}

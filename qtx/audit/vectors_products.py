@@ -7,6 +7,7 @@ M = (m + 1/2) / s every odd v then makes a tie, whichever codes w consists of.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from .vectors_numbers import TINY, Values, draw_scale, draw_zero, limits, step
 
 __all__ = ["PRODUCT_DRAWS"]
 
-Draw = Callable[[np.random.Generator, str, int, np.float32], Values]  # x codes of a dtype, so many results, by a scale
+Draw = Callable[[np.random.Generator, str, int, Any], Values]  # x codes of a dtype, so many results, by a scale
 COLUMNS, DEPTH = 8, 24  # of a product, unless a family is about them
 
 
@@ -40,7 +41,7 @@ def draw_operands(rng: np.random.Generator, dtype: str, rows: int, depth: int, c
     }
 
 
-def scale_to(values: Values, multiplier: np.ndarray | float) -> Values:
+def scale_to(values: Values, multiplier: float) -> Values:
     """The same with a y_scale that makes M = x_scale w_scale / y_scale about `multiplier`."""
     y_scale = np.float64(values["x_scale"]) * np.float64(values["w_scale"]) / multiplier
     return {**values, "y_scale": np.asarray(np.clip(y_scale, 2.0**-126, 2.0**127), np.float32)}
@@ -54,12 +55,12 @@ def fit(values: Values, dtype: str, share: float = 3.0) -> Values:
     return scale_to(values, (high - low) / 2 / share / deviation)
 
 
-def draw_uniform(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_uniform(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Codes anywhere."""
     return fit(draw_operands(rng, dtype, -(-size // COLUMNS), DEPTH, COLUMNS), dtype)
 
 
-def draw_gaussian(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_gaussian(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Codes as quantized activations and weights have them."""
     values = draw_operands(rng, dtype, -(-size // COLUMNS), DEPTH, COLUMNS)
     low, high = limits(dtype)
@@ -73,10 +74,8 @@ def draw_ties(rng: np.random.Generator, dtype: str, size: int, exact: bool) -> V
     low, high = limits(dtype)
     values = draw_operands(rng, dtype, -(-size // COLUMNS), DEPTH, COLUMNS)
     x_zero = int(values["x_zero"])
-    reach = 127 if dtype != "int16" else 255
-    v = 2 * rng.integers(-reach // 2, reach // 2 + 1, (values["x"].shape[0], 1)) + 1
-    v = np.where((v + x_zero < low) | (v + x_zero > high), -v, v)
-    v = np.where((v + x_zero < low) | (v + x_zero > high), 1 if x_zero < high else -1, v)
+    v = rng.integers(low - x_zero, high - x_zero + 1, (values["x"].shape[0], 1)) | 1
+    v = np.where(v > high - x_zero, v - 2, v)
     column = rng.integers(-60, 61, DEPTH)
     if exact:  # a sum that is a power of two
         column[1:] //= 6
@@ -91,7 +90,7 @@ def draw_ties(rng: np.random.Generator, dtype: str, size: int, exact: bool) -> V
         values |= {"x_scale": power(values["x_scale"]), "w_scale": power(values["w_scale"])}
         y_zero = int(values["y_zero"])
         values["y_zero"] = np.asarray(0 if dtype == "int16" else y_zero + (y_zero % 2 == 0), dtype)
-    values = scale_to(values, (int(rng.integers(0, 3)) + 0.5) / abs(total))
+    values = scale_to(values, ((0 if exact else int(rng.integers(0, 3))) + 0.5) / abs(total))
     return values if exact else {**values, "y_scale": step(values["y_scale"], np.asarray(rng.integers(-2, 3)))}
 
 
@@ -100,7 +99,7 @@ def power(scale: np.ndarray) -> np.ndarray:
     return np.asarray(np.exp2(np.floor(np.log2(scale))), np.float32)
 
 
-def draw_powers(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_powers(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Accumulators two around every power of two up to 2^20, both signs, by M that brings the largest to the ends."""
     around = (2 ** np.arange(0, 21)[:, None] + np.array([-1, 0, 1])).ravel()
     accumulators = np.concatenate([around, -around])
@@ -117,7 +116,7 @@ def draw_powers(rng: np.random.Generator, dtype: str, size: int, scale: np.float
     return scale_to(values, (high - low) / 2 ** float(rng.integers(8, 22)))
 
 
-def draw_limits(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_limits(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Codes at their ends alone: what pairs of products in int16 do not hold."""
     values = draw_operands(rng, dtype, -(-size // COLUMNS), DEPTH, COLUMNS)
     x = rng.choice(limits(dtype), values["x"].shape, p=[0.3, 0.7])
@@ -125,7 +124,7 @@ def draw_limits(rng: np.random.Generator, dtype: str, size: int, scale: np.float
     return fit({**values, "x": x.astype(dtype), "w": w.astype(np.int8)}, dtype)
 
 
-def draw_bias(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_bias(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Ties to some ulps before a bias, which is whole in units of the accumulator."""
     values = draw_ties(rng, dtype, size, False)
     level = np.float64(values["y_scale"]) / (np.float64(values["x_scale"]) * np.float64(values["w_scale"]))
@@ -133,7 +132,7 @@ def draw_bias(rng: np.random.Generator, dtype: str, size: int, scale: np.float32
     return {**values, "bias": np.clip(bias, -(2**30), 2**30).astype(np.int32)}
 
 
-def draw_channels(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_channels(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """A scale of w for each column."""
     values = draw_uniform(rng, dtype, size, scale)
     factors = np.exp2(rng.uniform(-2, 2, COLUMNS))
@@ -145,7 +144,7 @@ def draw_shape(rng: np.random.Generator, dtype: str, rows: int, depth: int, colu
     return fit(draw_operands(rng, dtype, rows, depth, columns), dtype)
 
 
-def draw_strided(rng: np.random.Generator, dtype: str, size: int, scale: np.float32) -> Values:
+def draw_strided(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Every other element of an array."""
     values = draw_uniform(rng, dtype, size, scale)
     return {**values, "x": np.repeat(values["x"], 2, axis=-1)[..., ::2]}

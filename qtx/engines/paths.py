@@ -7,6 +7,7 @@ which only a worker calls. Those of other packages are entry points of the group
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib
 import importlib.util
 import shutil
@@ -86,9 +87,15 @@ class Engine(Protocol):
         """What the path makes of the values. Any exception is the engine's refusal."""
 
 
+@functools.cache
+def find_plugins() -> dict[str, str]:
+    """The module of each engine of another package. Looked for once: every call of a path asks."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
 def engine_names() -> dict[str, str]:
     """The module of each engine by name: those of qtx, then those of other packages."""
-    return BUILT_IN | {point.name: point.value for point in entry_points(group=GROUP) if point.name not in BUILT_IN}
+    return BUILT_IN | {name: module for name, module in find_plugins().items() if name not in BUILT_IN}
 
 
 def load_engine(name: str) -> Engine:

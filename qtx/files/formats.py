@@ -9,6 +9,7 @@ from typing import Any
 from ..data.reading import check_regular
 
 CHECKPOINT, SHARES, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-shares", "qtx-artifact", "qtx-vectors"
+GOLDEN = "qtx-golden"  # what engines gave
 STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-cost", "qtx-analysis", "qtx-result"
 PROFILE = "qtx-profile"
 VERSIONS = {CHECKPOINT: 1, SHARES: 1, ARTIFACT: 2, VECTORS: 1}  # written now; those below are read too

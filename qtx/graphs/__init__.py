@@ -1,1 +1,1 @@
-"""Quantized models as ONNX graphs: written from an artifact."""
+"""Quantized models as ONNX graphs: written from an artifact; those of other tools read and walked."""

@@ -22,8 +22,10 @@ from ..files.artifact import Artifact, load_artifact
 from ..files.container import FileError, check_writable, sha_of, write_beside
 from .export_graph import IR_VERSION, OPSET, Graph, Value
 from .export_integer import IntegerGraph
+from .export_qdq import QdqGraph
+from .export_wiring import Wiring
 
-FORMS = ("integer",)
+FORMS = {"integer": IntegerGraph, "qdq": QdqGraph}
 EXTERNAL = 2**31 - 2**20  # bytes of constants that one protobuf message holds, with room for the rest
 SMALL = 1024  # bytes that stay in the graph
 ALIGNMENT = 4096  # of external data, so that it can be mapped
@@ -81,12 +83,12 @@ def export_artifact(
     )
 
 
-def make_model(artifact: Artifact, form: str, *, sha: str = "", expose: bool = False) -> tuple[Any, IntegerGraph]:
+def make_model(artifact: Artifact, form: str, *, sha: str = "", expose: bool = False) -> tuple[Any, Wiring]:
     """The artifact as an ONNX model, and what was traced. Raises as `export_artifact`."""
     if form not in FORMS:
         raise SpecError(f"--form {form}: choose one of {', '.join(FORMS)}")
     graph = Graph()
-    wiring = IntegerGraph(graph, artifact)
+    wiring = FORMS[form](graph, artifact)
     result = wiring.trace()
     graph.place = "output"
     outputs = [Value(graph, graph.node("Identity", result.name, name="output"), result.axes, result.dtype)]
@@ -100,7 +102,14 @@ def unique(values: Iterable[Value]) -> list[Value]:
     return list({value.name: value for value in values}.values())
 
 
-def describe(artifact: Artifact, wiring: IntegerGraph, form: str, sha: str, result: Value) -> dict[str, Any]:
+PLACED = {  # where the form has what is no operator of its own
+    "scale of scores": "1 / sqrt(K) is part of the scale with which the query's codes are read",
+    "bias": "int32, in units of the input's scale times the weight's",
+    "requantization": "the scale of QuantizeLinear behind each product; the profile's where an engine makes one kernel",
+}
+
+
+def describe(artifact: Artifact, wiring: Wiring, form: str, sha: str, result: Value) -> dict[str, Any]:
     """What the file says of itself."""
     return {
         "qtx": __version__,
@@ -108,14 +117,18 @@ def describe(artifact: Artifact, wiring: IntegerGraph, form: str, sha: str, resu
         "artifact": sha,
         "profile": to_dict(wiring.profile),
         "nonlinear": str(artifact.nonlinear),
-        "output": {"scale": to_list(artifact.constants.get("output.scale", result.unit)), "zero_point": to_list(result.zero_point)},
+        "placed": PLACED if form == "qdq" else {},
+        "output": {
+            "scale": to_list(artifact.constants.get("output.scale", result.unit)),
+            "zero_point": to_list(result.zero_point),
+        },
         "sites": {site: describe_site(value) for site, value in wiring.sites.items()},
     }
 
 
 def describe_site(value: Value) -> dict[str, Any]:
     """Which value holds a site, and what its integers mean."""
-    about: dict[str, Any] = {"value": value.name, "scale": to_list(value.unit)}
+    about: dict[str, Any] = {"value": value.name, "dtype": value.dtype, "scale": to_list(value.unit)}
     if value.spec is not None:
         limits = [int(value.spec.code_min), int(value.spec.code_max)]
         about |= {"zero_point": to_list(value.zero_point), "codes": limits}

@@ -33,9 +33,10 @@ def need_onnx() -> Any:
 
 class Value(Var):
     """A tensor of the graph. Codes: `spec`, `unit` and `zero_point` as in `qtx_ref.integer.model.Code`, and `bound`, no
-    magnitude of code less zero point above it; accumulators have no spec. A real tensor has no unit."""
+    magnitude of code less zero point above it; accumulators have no spec. `measured`: the float32 value that stands for
+    it, where its unit is known only as the graph runs."""
 
-    __slots__ = ("graph", "name", "axes", "dtype", "unit", "zero_point", "spec", "bound")
+    __slots__ = ("graph", "name", "axes", "dtype", "unit", "zero_point", "spec", "bound", "measured")
 
     def __init__(
         self,
@@ -52,9 +53,10 @@ class Value(Var):
         self.graph, self.name, self.axes, self.dtype = graph, name, axes, dtype
         self.unit, self.zero_point, self.bound = unit, zero_point, bound
         self.spec: QuantSpec | Any = spec
+        self.measured: str | Any = None
 
     @property
-    def shape(self) -> Shape:  # type: ignore[override]  # free axes have names
+    def shape(self) -> Shape:
         return self.axes
 
     @property
@@ -176,7 +178,10 @@ def take_inputs(graph: Graph, spec: ModelSpec) -> dict[str, Value]:
     if spec.family is Family.VIT:
         size = (BATCH, spec.channels, spec.image_size, spec.image_size)
         return {"images": graph.take("images", "float32", size)}
-    inputs = {"tokens": graph.take("tokens", "int64", (BATCH, LENGTH)), "mask": graph.take("mask", "bool", (BATCH, LENGTH))}
+    inputs = {
+        "tokens": graph.take("tokens", "int64", (BATCH, LENGTH)),
+        "mask": graph.take("mask", "bool", (BATCH, LENGTH)),
+    }
     if spec.family is Family.BERT:
         inputs["types"] = graph.take("types", "int64", (BATCH, LENGTH))
     return inputs

@@ -18,10 +18,11 @@ from qtx_ref.integer import ops
 from qtx_ref.integer.model import code_dtype
 from qtx_ref.integer.ops import PROBABILITY_BITS
 from qtx_ref.ops import merge_heads
-from qtx_ref.spec import AttentionSpec, QuantSpec, Rounding, Softmax, SpecError, accumulator_bits
+from qtx_ref.spec import AttentionSpec, QuantSpec, Softmax, SpecError, accumulator_bits
 
+from . import export_functions as functions
 from .export_graph import BATCH, Value
-from .export_requantize import add_level, round_level
+from .export_requantize import add_level, is_linear, quantize_level, round_level
 from .export_wiring import CENTRE, Wiring, broadcast, refuse_export
 
 INT64 = "int64"
@@ -73,7 +74,9 @@ class IntegerGraph(Wiring):
     def named(self, site: str, x: Value) -> Value:
         """The result of an op, whatever its unit, as the code of its site."""
         spec = self.quants.get(site)
-        return self.record(site, x if spec is None else self.requantize(site, spec, x))
+        if spec is None:
+            return self.record(site, x)
+        return self.record(site, self.requantize(site, spec, x) if x.measured is None else self.quantize(site, x))
 
     def operand(self, site: str, x: Value) -> Value:
         """An operand for which the recipe has a quantizer of its own."""
@@ -96,6 +99,25 @@ class IntegerGraph(Wiring):
             level = g.node("Add", level, np.asarray(zero, np.int64))
         level = g.node("Clip", level, np.int64(spec.code_min), np.int64(spec.code_max))
         return self.codes(site, spec, g.cast(level, np.dtype(code_dtype(spec)).name, name), axes)
+
+    def real(self, x: Value) -> str:
+        """unit * (code - zero_point), float32 at each step."""
+        if x.measured is not None:
+            return x.measured
+        return self.graph.node("Mul", self.graph.cast(self.subtract_zero(x), "float32"), np.float32(x.unit))
+
+    def quantize(self, site: str, x: Value) -> Value:
+        """Codes of float32 values, by the profile's rule."""
+        spec, (scale, zero) = self.quants[site], self.scale_zero(site)
+        with self.at(site):
+            dtype = np.dtype(code_dtype(spec)).name
+            if spec.bits == 8 and is_linear(self.profile.quantize):
+                zero = np.asarray(zero).astype(dtype)
+                code = self.graph.node("QuantizeLinear", x.measured, np.asarray(scale, np.float32), zero, name=site)
+                return self.codes(site, spec, code, x.axes)
+            level = quantize_level(self.graph, x.measured, scale, zero, self.profile.quantize)
+            level = self.graph.node("Clip", level, np.int64(spec.code_min), np.int64(spec.code_max))
+            return self.codes(site, spec, self.graph.cast(level, dtype, site), x.axes)
 
     def unsigned(self, x: Value) -> tuple[str, np.ndarray]:
         """Codes of at most 8 bits as uint8, and their zero point, int32: u8 x s8 saturates on some CPUs."""
@@ -124,17 +146,11 @@ class IntegerGraph(Wiring):
 
     def input(self, site: str, value: np.ndarray) -> Value:
         """Quantized on the way in: the one step before the integers."""
-        g, spec, rule = self.graph, self.quants[site], self.profile.quantize
-        with self.at(site):
-            x, axes = self.take_patches()
-            check_quantize(site, rule)
-            scale, zero = self.scale_zero(site)
-            kind = ("int" if spec.symmetric else "uint") + ("8" if spec.bits <= 8 else "16")
-            code = g.node("QuantizeLinear", x, np.asarray(scale, np.float32), np.asarray(zero).astype(kind))
-            if spec.bits not in (8, 16):
-                code = g.cast(g.node("Clip", g.cast(code, "int32"), *np.int32([spec.code_min, spec.code_max])), kind)
-            dtype = np.dtype(code_dtype(spec)).name
-            return self.record(site, self.codes(site, spec, code if dtype == kind else g.cast(code, dtype), axes))
+        self.graph.place = site
+        x, axes = self.take_patches()
+        image = Value(self.graph, x, axes, "float32")
+        image.measured = x
+        return self.record(site, self.quantize(site, image))
 
     def parameter(self, site: str) -> Value:
         """The codes of `<site>.bias`, made with the site's own scale."""
@@ -206,14 +222,15 @@ class IntegerGraph(Wiring):
         with self.at(site):
             code, spec = self.weight(name)
             scale, zero = self.scale_zero(name)
-            if np.size(scale) > 1:
-                refuse_export(site, "each of its rows has a scale of its own: use one per tensor")
             rows, axes = self.index(site)
             row = g.node("Gather", self.table(name), rows, axis=0)
-            value = Value(
-                g, row, (*axes, code.shape[1]), code.dtype.name, scale, zero, spec, largest(spec, zero)
-            )
-        return self.named(site, value)
+            y = Value(g, row, (*axes, code.shape[1]), code.dtype.name, scale, zero, spec, largest(spec, zero))
+            if np.size(scale) > 1:  # each row has its own, which is looked up with it
+                if np.size(zero) > 1:
+                    raise ValueError("each of its rows has a zero point of its own: use symmetric codes")
+                own = g.node("Gather", g.constant(scale.reshape(-1, 1), f"{name}.scale"), rows, axis=0)
+                y.unit, y.measured = None, g.node("Mul", g.cast(self.subtract_zero(y), "float32"), own)
+        return self.named(site, y)
 
     def norm(self, site: str, x: Value, eps: float) -> Value:
         g = self.graph
@@ -221,7 +238,10 @@ class IntegerGraph(Wiring):
             gain, spec = self.weight(f"{site}.weight")
             scale, zero = self.scale_zero(f"{site}.weight")
             factor, bias = gain.astype(np.int64) - zero, self.constants[f"{site}.bias"]
-            r, bound = self.normalize(x, self.constants[f"{site}.eps"])
+            if x.spec is None:
+                raise ValueError("an accumulator reaches it")
+            eps_code = self.constants[f"{site}.eps"]
+            r, bound = functions.normalize(g, self.subtract_zero(x, INT64), x.axes[-1], x.bound, eps_code)
             acc = g.node("Add", g.node("Mul", r, factor), bias.astype(np.int64))
             bound = bound * int(np.abs(factor).max()) + int(np.abs(bias.astype(np.int64)).max())
             dtype = bias.dtype.name
@@ -232,44 +252,19 @@ class IntegerGraph(Wiring):
             y = self.record(f"{site}.accumulator", self.accumulators(acc, x.axes, dtype, unit, bound))
         return self.named(site, y)
 
-    def normalize(self, x: Value, eps: np.ndarray) -> tuple[str, int]:
-        """`ops.normalize` and its bound."""
-        g, width, last = self.graph, x.axes[-1], np.array([-1], np.int64)
-        if x.spec is None or (width * 2 * x.bound) ** 2 + 2**60 >= 2**62:
-            raise ValueError(f"the variance of {width} values up to {x.bound} would leave int64")
-        code = self.subtract_zero(x, INT64)  # the zero point cancels
-        total = g.node("ReduceSum", code, last, keepdims=1)
-        squares = g.node("ReduceSum", g.node("Mul", code, code), last, keepdims=1)
-        scaled = g.node("Mul", squares, np.int64(width))
-        w = g.node("Add", g.node("Sub", scaled, g.node("Mul", total, total)), np.asarray(eps, np.int64))
-        w, half = g.node("Max", w, np.int64(1)), None
-        for step in (16, 8, 4, 2, 1):  # up by an even number of bits into [2^60, 2^62)
-            room = g.node("Less", w, np.int64(1 << (62 - 2 * step)))
-            w = g.node("Mul", w, g.node("Where", room, np.int64(1 << (2 * step)), np.int64(1)))
-            factor = g.node("Where", room, np.int64(1 << step), np.int64(1))
-            half = factor if half is None else g.node("Mul", half, factor)
-        n = g.node("Sub", g.node("Mul", code, np.int64(width)), total)
-        n = g.node("Mul", n, g.node("Mul", half, np.int64(1 << ops.NORM_BITS)))
-        bound = (int(width**0.5) + 1) << ops.NORM_BITS
-        return g.half_up(n, self.square_root(w), bound), bound
-
-    def square_root(self, w: str) -> str:
-        """`ops.square_root`: floor(sqrt(w)), w in [2^60, 2^62), by Newton's method from above."""
-        g = self.graph
-        root = g.node("Div", g.node("Add", g.node("Div", w, np.int64(2**31)), np.int64(2**31)), np.int64(2))
-        for _ in range(5):
-            root = g.node("Div", g.node("Add", root, g.node("Div", w, root)), np.int64(2))
-        above = g.node("Greater", g.node("Mul", root, root), w)
-        return g.node("Sub", root, g.cast(above, INT64))
-
     def add(self, site: str, a: Value, b: Value) -> Value:
         """Both operands in one fine unit, their sum rounded once."""
-        spec = self.quants[site]
+        spec, axes = self.quants[site], broadcast(a.axes, b.axes)
+        if a.measured or b.measured:
+            with self.at(site):
+                total = Value(self.graph, self.graph.node("Add", self.real(a), self.real(b)), axes, "float32")
+            total.measured = total.name
+            return self.record(site, self.quantize(site, total))
         with self.at(site):
             parts = [(self.subtract_zero(x, INT64), x.bound) for x in (a, b)]
             multipliers, shift = self.constants[f"{site}.multiplier"], self.constants.get(f"{site}.shift")
             level = add_level(self.graph, parts, multipliers, shift, self.profile)
-            return self.record(site, self.clamp(site, spec, level, broadcast(a.axes, b.axes), site))
+            return self.record(site, self.clamp(site, spec, level, axes, site))
 
     def mul(self, site: str, a: Value, b: Value) -> Value:
         """The product of two values, element by element, in the product of their units."""
@@ -339,7 +334,11 @@ class IntegerGraph(Wiring):
 
     def polynomial(self, site: str, x: Value, kind: str) -> Value:
         """GELU, sigmoid or tanh by I-BERT's polynomials."""
-        refuse_export(site, f"{kind} is a polynomial: quantize with tables (--nonlinear table)")
+        make, bits, bound = functions.POLYNOMIALS[kind]
+        y = make(
+            self.graph, functions.to_argument(self.graph, site, self.subtract_zero(x, INT64), x.bound, self.constants)
+        )
+        return self.accumulators(self.graph.cast(y, "int32"), x.axes, "int32", np.float64(2.0**-bits), bound)
 
     def attention(
         self, site: str, q: Value, k: Value, v: Value, mask: np.ndarray, spec: AttentionSpec, rate: float
@@ -367,92 +366,30 @@ class IntegerGraph(Wiring):
         return self.named(f"{site}.context", context)
 
     def softmax(self, site: str, scores: Value, spec: AttentionSpec) -> Value:
-        """`ops.softmax`: exponentials from a table, their share of the sum; the clip."""
-        g, last = self.graph, np.array([-1], np.int64)
+        """Exponentials, their share of the sum; the clip."""
+        g = self.graph
         with self.at(site):
             if scores.spec is None:
                 raise ValueError("its scores are accumulators: give them a quantizer")
-            if f"{site}.table" not in self.constants:
-                raise ValueError("its exponential is a polynomial: quantize with tables (--nonlinear table)")
-            table = self.constants[f"{site}.table"]
-            code, mask = g.cast(scores.name, INT64), self.mask
-            seen = code if mask is None else g.node("Where", mask, code, np.int64(-(2**31)))
-            top = g.node("ReduceMax", seen, last, keepdims=1)
-            sink = self.constants.get(f"{site}.sink")
-            place = np.zeros(()) if sink is None else sink.astype(np.int64).reshape(-1, 1, 1)
-            if sink is not None:
-                top = g.node("Max", top, place)
-            distance = g.node("Sub", top, code)
-            if mask is not None:
-                distance = g.node("Where", mask, distance, np.int64(0))
-            e = self.exponential(site, table, distance)
-            if mask is not None:
-                e = g.node("Where", mask, e, np.int64(0))
-            total = g.node("ReduceSum", e, last, keepdims=1)
-            if sink is not None:
-                factor = self.constants[f"{site}.sink_factor"].astype(np.int64).reshape(-1, 1, 1)
-                part = g.node("Mul", self.exponential(site, table, g.node("Sub", top, place)), factor)
-                bound = int(factor.max()) << ops.EXP_BITS
-                part = g.shift_right(part, np.int64(ops.SINK_BITS), 1 << (ops.SINK_BITS - 1), bound)
-                total = g.node("Add", total, part)
-            if mask is not None or sink is not None:
-                total = g.node("Max", total, np.int64(1))
-            p = self.share(e, total)
-            if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
-                p = self.clip_stretch(site, p, spec)
+            sink = self.constants.get(f"{site}.sink", np.int32(0))
+            span = scores.spec.code_max - scores.spec.code_min + int(np.abs(sink).max())
+            p = functions.softmax(g, site, g.cast(scores.name, INT64), span, self.mask, self.constants)
+            if spec.softmax is Softmax.CLIPPED:
+                gamma = self.constants[f"{site}.gamma"].astype(np.int64)
+                reach = int(np.abs(gamma).max())
+                p = functions.clip_stretch(g, p, self.constants[f"{site}.zeta"], g.constant(gamma), reach)
+            elif spec.softmax is Softmax.CLIPPED_ROW:
+                alpha = self.constants[f"{site}.alpha"]
+                row = functions.row_gamma(g, alpha, self.count_keys())
+                p = functions.clip_stretch(g, p, self.constants[f"{site}.zeta"], row, int(alpha.max()) + 1)
             unit = np.float64(2.0**-PROBABILITY_BITS)
             y = self.accumulators(g.cast(p, "int32"), scores.axes, "int32", unit, 1 << PROBABILITY_BITS)
         return self.named(site, y)
-
-    def exponential(self, site: str, table: np.ndarray, distance: str) -> str:
-        """exp of minus a distance between codes, Q24; the last entry stands for all beyond."""
-        g = self.graph
-        near = g.node("Min", distance, np.int64(table.size - 1))
-        name = f"{site}.table"
-        if name not in g.constants:
-            g.constant(table.astype(np.int64), name)
-        return g.node("Gather", name, near, axis=0)
-
-    def share(self, e: str, total: str) -> str:
-        """round(e / total), Q24 to Q28, half up; nothing is negative."""
-        g = self.graph
-        twice = g.node("Mul", e, np.int64(2 << PROBABILITY_BITS))
-        return g.node("Div", g.node("Add", twice, total), g.node("Add", total, total))
-
-    def clip_stretch(self, site: str, p: str, spec: AttentionSpec) -> str:
-        """`ops.clip_stretch` with the spec's gamma, or each row's own."""
-        g, one = self.graph, 1 << PROBABILITY_BITS
-        zeta = self.constants[f"{site}.zeta"].astype(np.int64)
-        if spec.softmax is Softmax.CLIPPED:
-            gamma = g.constant(self.constants[f"{site}.gamma"].astype(np.int64))
-            reach = int(np.abs(self.constants[f"{site}.gamma"]).max())
-        else:
-            alpha = self.constants[f"{site}.alpha"].astype(np.int64)
-            reach = int(alpha.max()) + 1
-            keys = self.count_keys()
-            top = g.node("Add", g.constant(np.int64(2) * alpha), keys)
-            gamma = g.node("Neg", g.node("Div", top, g.node("Add", keys, keys)))
-        half_zeta, half_one = 1 << (ops.ZETA_BITS - 1), 1 << (PROBABILITY_BITS - 1)
-        high = g.shift_right(g.node("Mul", p, zeta), np.int64(ops.ZETA_BITS), half_zeta, int(zeta.max()) << 28)
-        low = g.node("Mul", g.node("Sub", np.int64(one), p), gamma)
-        low = g.shift_right(low, np.int64(PROBABILITY_BITS), half_one, reach << 28)
-        return g.node("Clip", g.node("Add", high, low), np.int64(0), np.int64(one))
 
     def count_keys(self) -> str:
         """How many keys each row may attend to, at least 1."""
         g = self.graph
         if self.mask is None:
             return g.constant(np.int64(self.spec.length))
-        count = g.node("ReduceSum", g.cast(self.mask, INT64), np.array([-1], np.int64), keepdims=1)
+        count = g.node("ReduceSum", g.cast(self.mask, INT64), functions.LAST, keepdims=1)
         return g.node("Max", count, np.int64(1))
-
-
-def check_quantize(site: str, rule: Any) -> None:
-    """Raises SpecError unless QuantizeLinear says what the rule says."""
-    want = {"rounding": "half_even", "zero_point": "after", "reciprocal": False, "arithmetic": "float32"}
-    for key, value in want.items():
-        if (given := getattr(rule, key)) != value and not (key == "arithmetic" and given == "input"):
-            refuse_export(site, f"QuantizeLinear has {key} {value}, and the profile {given}")
-
-
-__all__ = ["IntegerGraph", "Rounding"]

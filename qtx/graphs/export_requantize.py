@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.integer.fixed_point import INT32_MAX, INT32_MIN
-from qtx_ref.spec import Dtype, Fixed, FloatProduct, HighProduct, LeftShift, Order, Profile, Rounding, ZeroPoint
+from qtx_ref.spec import (
+    Dtype,
+    Fixed,
+    FloatProduct,
+    HighProduct,
+    LeftShift,
+    Order,
+    Profile,
+    QuantizeRule,
+    Rounding,
+    ZeroPoint,
+)
 
 from .export_graph import Graph
 
@@ -31,7 +42,13 @@ def shift_rounded(g: Graph, x: str, shift: Any, rounding: Rounding, bound: int) 
 
 
 def round_level(
-    g: Graph, a: str, bound: int, multiplier: np.ndarray, shift: np.ndarray | None, rule: Fixed | FloatProduct, wide: bool
+    g: Graph,
+    a: str,
+    bound: int,
+    multiplier: np.ndarray,
+    shift: np.ndarray | None,
+    rule: Fixed | FloatProduct,
+    wide: bool,
 ) -> str:
     """Accumulators, int64 of which no magnitude is above `bound`, as whole multiples of a site's scale, int64.
 
@@ -85,7 +102,7 @@ def round_product(g: Graph, a: str, real: np.ndarray, rule: FloatProduct) -> str
     """round(a * real) of int64, in the floats of the rule."""
     check_float(rule)
     kind = str(rule.dtype)
-    return round_float(g, g.node("Mul", g.cast(a, kind), real.astype(kind)), rule)
+    return round_float(g, g.node("Mul", g.cast(a, kind), real.astype(kind)), rule.dtype, rule.rounding)
 
 
 def check_float(rule: FloatProduct) -> None:
@@ -98,16 +115,39 @@ def check_float(rule: FloatProduct) -> None:
         raise ValueError(f"a zero point added {rule.zero_point} rounding is not exported")
 
 
-def round_float(g: Graph, x: str, rule: FloatProduct) -> str:
+def is_linear(rule: QuantizeRule) -> bool:
+    """Whether QuantizeLinear of float32 gives the rule's codes of every number."""
+    exact = rule.arithmetic in (Dtype.FLOAT32, Dtype.INPUT) and not rule.reciprocal
+    return exact and rule.rounding is Rounding.HALF_EVEN and rule.zero_point is ZeroPoint.AFTER
+
+
+def quantize_level(g: Graph, x: str, scale: np.ndarray, zero: np.ndarray, rule: QuantizeRule) -> str:
+    """float32 as whole multiples of a scale plus the zero point, int64, not clamped: a division or a product, rounded.
+
+    Raises ValueError for a rule that is not written down here.
+    """
+    if rule.arithmetic not in (Dtype.FLOAT32, Dtype.INPUT):
+        raise ValueError(f"quantization in {rule.arithmetic} is not exported: float32 is")
+    scale = np.asarray(scale, np.float32)
+    x = g.node("Mul", x, np.float32(1) / scale) if rule.reciprocal else g.node("Div", x, scale)
+    if rule.zero_point is ZeroPoint.AFTER:
+        return g.node("Add", round_float(g, x, Dtype.FLOAT32, rule.rounding), np.asarray(zero, np.int64))
+    if rule.zero_point is not ZeroPoint.BEFORE:
+        raise ValueError(f"a zero point that is {rule.zero_point} is not exported: before and after are")
+    return round_float(g, g.node("Add", x, np.asarray(zero, np.float32)), Dtype.FLOAT32, rule.rounding)
+
+
+def round_float(g: Graph, x: str, dtype: Dtype, rounding: Rounding) -> str:
     """Floats rounded to int64, far beyond every code at most."""
-    x = g.node("Clip", x, *np.array([-LEVELS, LEVELS], str(rule.dtype)))
-    if rule.rounding is Rounding.HALF_EVEN:
+    kind = str(dtype)
+    x = g.node("Clip", x, *np.array([-LEVELS, LEVELS], kind))
+    if rounding is Rounding.HALF_EVEN:
         return g.cast(g.node("Round", x), "int64")
-    if rule.rounding is not Rounding.HALF_AWAY:
-        raise ValueError(f"floats that round {rule.rounding} are not exported: half_even and half_away are")
+    if rounding is not Rounding.HALF_AWAY:
+        raise ValueError(f"floats that round {rounding} are not exported: half_even and half_away are")
     size = g.node("Abs", x)
     whole = g.node("Floor", size)
-    up = g.node("GreaterOrEqual", g.node("Sub", size, whole), np.array(0.5, str(rule.dtype)))
+    up = g.node("GreaterOrEqual", g.node("Sub", size, whole), np.array(0.5, kind))
     level = g.node("Add", g.cast(whole, "int64"), g.cast(up, "int64"))
     return g.node("Mul", level, g.cast(g.node("Sign", x), "int64"))
 
@@ -120,8 +160,10 @@ def add_level(
     if isinstance(rule, FloatProduct):
         check_float(rule)
         kind = str(rule.dtype)
-        products = [g.node("Mul", g.cast(x, kind), m.astype(kind)) for (x, _), m in zip(parts, multipliers, strict=True)]
-        return round_float(g, g.node("Add", *products), rule)
+        products = [
+            g.node("Mul", g.cast(x, kind), m.astype(kind)) for (x, _), m in zip(parts, multipliers, strict=True)
+        ]
+        return round_float(g, g.node("Add", *products), rule.dtype, rule.rounding)
     assert shift is not None
     products = [g.node("Mul", x, m.astype(np.int64)) for (x, _), m in zip(parts, multipliers, strict=True)]
     bound = sum(limit * int(m.max()) for (_, limit), m in zip(parts, multipliers, strict=True))

@@ -56,9 +56,10 @@ def upgrade(first: dict[str, Any]) -> dict[str, Any]:
     for key, known in (("requantization", REQUANTIZATIONS), ("arithmetic", SMALLEST), ("scale_dtype", SMALLEST)):
         if not isinstance(first[key], str) or first[key] not in known:
             raise SpecError(f"Profile.{key} is {first[key]!r}: known values are {', '.join(known)}")
+    after = "after_float" if first["arithmetic"] in ("bfloat16", "float16") else "after"  # elsewhere the same codes
     quantize = {
         "rounding": first["rounding"],
-        "zero_point": "before" if first["zero_point_before_rounding"] else "after",
+        "zero_point": "before" if first["zero_point_before_rounding"] else after,
         "reciprocal": first["reciprocal"],
         "arithmetic": first["arithmetic"],
         "nan": first["nan"],

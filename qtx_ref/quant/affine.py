@@ -18,6 +18,8 @@ import numpy as np
 
 from ..spec import (
     QTX,
+    Beyond,
+    DequantizeForm,
     DequantizeRule,
     Dtype,
     FakeQuantizeRule,
@@ -37,16 +39,21 @@ from ..spec import (
     range_axes,
 )
 from .checks import check_range, check_shape
-from .rounding import round_dtype, round_integer
+from .rounding import fused_multiply_add, round_dtype, round_integer, working_dtype
 
 __all__ = [
+    "check_codes",
     "check_order",
     "check_quantizer",
     "check_scale",
+    "convert",
+    "decode",
     "dequantize",
     "fake_quantize",
     "min_max",
+    "nan_code",
     "quantize",
+    "quantize_reporting",
     "ranges",
     "round_level",
     "scale_zero",
@@ -58,9 +65,10 @@ TINY = np.float32(2.0**-126)  # the smallest normal float32; no float32 scale is
 
 
 def check_scale(scale: np.ndarray, arithmetic: Dtype = Dtype.FLOAT32, reciprocal: bool = False) -> None:
-    """Raises ValueError naming the first scale that, in this arithmetic, is no finite number above 0, or has no finite
-    reciprocal where that is what is multiplied by."""
+    """Raises ValueError naming the first scale that, in this arithmetic (INPUT: float32), is no finite number above 0,
+    or has no finite reciprocal where that is what is multiplied by."""
     scale = np.asanyarray(scale)
+    arithmetic = Dtype.FLOAT32 if arithmetic is Dtype.INPUT else arithmetic
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         step = round_dtype(scale, arithmetic)
         good = np.isfinite(step) & (step > 0)
@@ -72,11 +80,17 @@ def check_scale(scale: np.ndarray, arithmetic: Dtype = Dtype.FLOAT32, reciprocal
 
 
 def check_quantizer(
-    shape: tuple[int, ...], scale: np.ndarray, zero_point: np.ndarray, spec: Quant, rule: QuantizeRule = QTX.quantize
+    shape: tuple[int, ...],
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    spec: Quant,
+    rule: QuantizeRule = QTX.quantize,
+    x: np.ndarray | None = None,
 ) -> None:
     """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point
-    that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes."""
-    check_scale(scale, rule.arithmetic, rule.reciprocal)
+    that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. x: a tensor whose dtype
+    is the arithmetic of a rule that takes the input's (without one: float32)."""
+    check_scale(scale, rule.arithmetic if x is None else working_dtype(rule.arithmetic, x), rule.reciprocal)
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
@@ -189,8 +203,11 @@ def scale_zero(
     step = np.maximum(step, number(rule.floor))
     scale = round_dtype(np.where(span == 0, number(rule.empty), step), rule.dtype)
     divisor = number(scale)
-    if not np.isfinite(divisor).all():
-        raise ValueError(f"scale {step.max()} does not fit {rule.dtype}; choose a wider dtype")
+    if not (np.isfinite(divisor) & (divisor > 0)).all():
+        raise ValueError(
+            f"scale {step.max()} does not fit {rule.dtype} in {rule.arithmetic}; "
+            "choose a wider dtype, or a higher floor"
+        )
     if spec.symmetric:
         return scale, np.zeros(scale.shape, np.int32)
     if spec.mirrored:
@@ -213,18 +230,42 @@ def round_level(
     rule: QuantizeRule = QTX.quantize,
     words: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The code of x, not yet clamped: a whole number in the rule's arithmetic, float32 (float64). `words` as in
-    `round_integer`."""
+    """The code of x, not yet clamped: a whole number, in float32 (float64), or in the int64 of a rule that converts
+    what lies beyond (there x is no NaN). `words` as in `round_integer`."""
+    arithmetic = working_dtype(rule.arithmetic, x)
 
     def number(value: np.ndarray) -> np.ndarray:
-        return round_dtype(value, rule.arithmetic)
+        return round_dtype(value, arithmetic)
 
-    x, scale, zero = number(x), number(scale), number(zero_point)
+    x, scale = number(x), number(scale)
+    added = rule.zero_point is not ZeroPoint.AFTER  # before what is converted is converted
     with np.errstate(over="ignore"):
-        ratio = number(x * number(np.ones_like(scale) / scale)) if rule.reciprocal else number(x / scale)
-        if rule.zero_point is ZeroPoint.BEFORE:
-            return round_integer(number(ratio + zero), rule.rounding, words)
-        return number(round_integer(ratio, rule.rounding, words) + zero)
+        factor = number(np.ones_like(scale) / scale) if rule.reciprocal else None
+        if rule.zero_point is ZeroPoint.FUSED:
+            assert factor is not None  # the rule has checked it
+            level = round_integer(fused_multiply_add(x, factor, number(zero_point)), rule.rounding, words)
+        else:
+            ratio = number(x / scale) if factor is None else number(x * factor)
+            if rule.zero_point is ZeroPoint.BEFORE:
+                ratio = number(ratio + number(zero_point))
+            level = round_integer(ratio, rule.rounding, words)
+            if rule.zero_point is ZeroPoint.AFTER_FLOAT:
+                level = number(level + number(zero_point))
+        if rule.beyond is not Beyond.SATURATE:
+            return convert(level, np.zeros_like(zero_point) if added else zero_point, rule.beyond)
+        return level if added else level + np.asarray(zero_point, level.dtype)
+
+
+def convert(level: np.ndarray, zero_point: np.ndarray, beyond: Beyond) -> np.ndarray:
+    """Whole numbers in floats to int32 or int64 as x86 converts them, NaN and what they do not hold to the least one,
+    plus a zero point, which wraps: int64."""
+    bits = 32 if beyond is Beyond.WRAP32 else 64
+    least = -(2 ** (bits - 1))
+    held = (level >= float(least)) & (level < -float(least))
+    with np.errstate(over="ignore"):
+        total = np.where(held, level, 0).astype(np.int64) + np.where(held, 0, np.int64(least))
+        total = total + np.asarray(zero_point, np.int64)  # wraps at 64 bits by itself
+    return total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
 
 
 def quantize(
@@ -240,33 +281,82 @@ def quantize(
     Raises ValueError on NaN and on infinity where the rule says so, and for a scale or zero point that no quantizer
     has (`check_quantizer`) or that does not fit the shape of x.
     """
-    check_width(spec, rule.arithmetic)
-    check_quantizer(x.shape, scale, zero_point, spec, rule)
-    nan = np.isnan(x)
-    if rule.nan is NanPolicy.RAISE and nan.any():
+    if rule.nan is NanPolicy.RAISE and np.isnan(x).any():
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
     if rule.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
-    level = round_level(np.where(nan, 0, x), scale, zero_point, rule, words)
+    return quantize_reporting(x, scale, zero_point, spec, rule, words)[0]
+
+
+def quantize_reporting(
+    x: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    spec: QuantSpec,
+    rule: QuantizeRule = QTX.quantize,
+    words: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`quantize` of all of x, and where x is NaN or infinite (boolean, in its shape), which it does not refuse: there a
+    rule that would has the zero point for NaN, and saturates for infinity."""
+    check_codes(x, spec, rule)
+    check_quantizer(x.shape, scale, zero_point, spec, rule, x)
+    nan = np.isnan(x)
+    level = round_level(np.where(nan, 0, x).astype(x.dtype), scale, zero_point, rule, words)
     code = np.clip(level, spec.code_min, spec.code_max).astype(np.int32)
-    return np.where(nan, spec.code_min if rule.nan is NanPolicy.CODE_MIN else zero_point, code).astype(np.int32)
+    return np.where(nan, nan_code(zero_point, spec, rule), code).astype(np.int32), ~np.isfinite(x)
+
+
+def check_codes(x: np.ndarray, spec: QuantSpec, rule: QuantizeRule) -> None:
+    """Raises ValueError where zero points are added in a float16 that does not hold the codes."""
+    if rule.zero_point is not ZeroPoint.AFTER:
+        check_width(spec, working_dtype(rule.arithmetic, x))
+
+
+def nan_code(zero_point: np.ndarray, spec: QuantSpec, rule: QuantizeRule) -> np.ndarray:
+    """The code of NaN (int32, in the shape of zero_point), or the zero point where the rule raises."""
+    zero = np.asarray(zero_point, np.int32)
+    if rule.nan in (NanPolicy.RAISE, NanPolicy.ZERO):
+        return zero
+    if rule.nan is NanPolicy.RAW_ZERO:
+        return np.full_like(zero, min(max(0, spec.code_min), spec.code_max))
+    if rule.nan is NanPolicy.CODE_MAX:
+        return np.full_like(zero, spec.code_max)
+    wraps = rule.nan is NanPolicy.CONVERTED and rule.zero_point is ZeroPoint.AFTER
+    return np.where(wraps & (zero < 0), spec.code_max, spec.code_min).astype(np.int32)
 
 
 def dequantize(
     code: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, rule: DequantizeRule = QTX.dequantize
 ) -> np.ndarray:
-    """scale * (code - zero_point), the difference in integers (int64), the product rounded to the rule's arithmetic.
+    """scale * (code - zero_point), or as the rule's form has it, each step rounded to its arithmetic: float32
+    (float64; the scale's float16 or bfloat16 under INPUT). The difference is taken in integers (int64).
 
     Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale
     as `check_scale`, and where either does not fit the shape of the codes.
     """
+    scale = np.asanyarray(scale)
     check_scale(scale, rule.arithmetic)
     check_range("code", code, -(2**62), 2**62, "an accumulator has 48 bits at most")
     check_range("zero point", zero_point, -(2**31), 2**31 - 1, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, np.shape(code), "give one, or one for each that has its own")
-    difference = round_dtype(code.astype(np.int64) - zero_point, rule.arithmetic)
-    return round_dtype(round_dtype(scale, rule.arithmetic) * difference, rule.arithmetic)
+    y = decode(np.asanyarray(code).astype(np.int64), scale, zero_point, rule)
+    sixteen = rule.arithmetic is Dtype.INPUT and working_dtype(Dtype.INPUT, scale) is not Dtype.FLOAT32
+    return y.astype(scale.dtype) if sixteen else y
+
+
+def decode(code: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, rule: DequantizeRule) -> np.ndarray:
+    """`dequantize` without looking: of codes (integers, or whole numbers in floats), float32 (float64)."""
+    arithmetic = Dtype.FLOAT32 if rule.arithmetic is Dtype.INPUT else rule.arithmetic
+
+    def number(value: np.ndarray) -> np.ndarray:
+        return round_dtype(value, arithmetic)
+
+    scale = number(scale)
+    with np.errstate(over="ignore"):
+        if rule.form is DequantizeForm.EXPANDED:
+            return number(number(scale * number(code)) + number(-number(zero_point) * scale))
+        return number(scale * number(code - np.asarray(zero_point, np.float32 if code.dtype.kind == "f" else None)))
 
 
 def fake_quantize(
@@ -282,7 +372,7 @@ def fake_quantize(
     NaN stays NaN where the rule would raise, so that a training run shows it. Raises ValueError as `quantize` for
     infinity, scale and zero point.
     """
-    check_quantizer(x.shape, scale, zero_point, spec, rule.quantize)
+    check_quantizer(x.shape, scale, zero_point, spec, rule.quantize, x)
     return simulate(x, scale, zero_point, spec, rule, words)
 
 
@@ -297,15 +387,19 @@ def simulate(
     """`fake_quantize` without looking at scale and zero point: for those that `scale_zero` made, that were checked when
     the model was bound, or that are being learned. A NaN among them gives NaN. Raises ValueError for infinity where the
     rule says so."""
-    quantizing, arithmetic = rule.quantize, rule.dequantize.arithmetic
-    check_width(spec, quantizing.arithmetic)
+    quantizing = rule.quantize
+    check_codes(x, spec, quantizing)
     if quantizing.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
-    level = round_level(x, scale, zero_point, quantizing, words)
-    if quantizing.nan is not NanPolicy.RAISE:
-        level = np.where(np.isnan(x), spec.code_min if quantizing.nan is NanPolicy.CODE_MIN else zero_point, level)
-    inside = (level >= spec.code_min) & (level <= spec.code_max)
+    if quantizing.nan is NanPolicy.RAISE and quantizing.beyond is Beyond.SATURATE:
+        level = round_level(x, scale, zero_point, quantizing, words)  # of NaN: NaN
+    else:
+        nan = np.isnan(x)
+        own = np.nan if quantizing.nan is NanPolicy.RAISE else nan_code(zero_point, spec, quantizing)
+        level = np.where(
+            nan, own, round_level(np.where(nan, 0, x).astype(x.dtype), scale, zero_point, quantizing, words)
+        )
+    inside = (level >= spec.code_min) & (level <= spec.code_max) & ~np.isnan(x)
     code = np.clip(level, spec.code_min, spec.code_max)
-    difference = round_dtype(code - np.asarray(zero_point, np.float32), arithmetic)
-    y = round_dtype(round_dtype(scale, arithmetic) * difference, arithmetic)
-    return y.astype(x.dtype), inside
+    with np.errstate(over="ignore"):
+        return decode(code, scale, zero_point, rule.dequantize).astype(x.dtype), inside

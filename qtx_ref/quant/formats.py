@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..spec import FloatFormat, FloatQuantSpec, Rounding, SharedScale
+from ..spec import QTX, CastRule, FloatFormat, FloatQuantSpec, Rounding, SharedScale
 from .affine import check_order, check_scale
 from .checks import check_range, check_shape
 from .rounding import round_integer
@@ -39,6 +39,7 @@ __all__ = [
     "mx_fake_quantize",
     "mx_quantize",
     "mx_scale",
+    "nan_code",
     "power_of_two",
     "scale_zero",
     "simulate",
@@ -91,16 +92,22 @@ def power_of_two(exponent: np.ndarray) -> np.ndarray:
     return ((exponent.astype(np.int64) + 1023) << 52).view(np.float64)
 
 
-def encode(x: np.ndarray, kind: FloatFormat, saturate: bool = True, words: np.ndarray | None = None) -> np.ndarray:
+def encode(
+    x: np.ndarray,
+    kind: FloatFormat,
+    saturate: bool = True,
+    words: np.ndarray | None = None,
+    cast: CastRule = QTX.cast,
+) -> np.ndarray:
     """Codes (uint8) of x (float32), nearest, ties to even; with `words`, as in `round_integer`, away from 0 by the
     remainder's probability.
 
     Beyond the largest value: that value if `saturate`, infinity too; else infinity, or NaN for E4M3. NaN stays NaN.
-    E2M1, which has neither, always saturates; there NaN raises ValueError.
+    E2M1, which has neither, always saturates; there NaN raises ValueError, unless `cast` has a code for it.
     """
     x = np.ascontiguousarray(x, np.float32)
     nan = np.isnan(x)
-    if kind is FloatFormat.E2M1 and nan.any():
+    if kind is FloatFormat.E2M1 and cast.e2m1_nan is None and nan.any():
         raise ValueError("e2m1 has no NaN; look upstream for the first tensor that holds one")
     f = LAYOUTS[kind]
     e = np.maximum(floor_log2(x), f.emin)
@@ -108,8 +115,16 @@ def encode(x: np.ndarray, kind: FloatFormat, saturate: bool = True, words: np.nd
     n = round_integer(n, Rounding.HALF_EVEN if words is None else Rounding.STOCHASTIC, words)
     code = np.minimum(n, 2.0 ** (f.mantissa + 1)).astype(np.int32) + ((e - f.emin) << f.mantissa)
     code = np.where(code > f.largest, f.largest if saturate else f.overflow, code)
-    code = np.where(nan, f.nan, code)
-    return np.where(np.signbit(x), code | f.sign, code).astype(np.uint8)
+    code = np.where(nan, nan_code(kind, cast), code)
+    minus = np.signbit(x) if cast.negative_zero else np.signbit(x) & (x != 0)
+    return np.where(minus, code ^ f.sign, code).astype(np.uint8)
+
+
+def nan_code(kind: FloatFormat, cast: CastRule) -> int:
+    """The code of a NaN without sign."""
+    if kind is FloatFormat.E2M1 and cast.e2m1_nan is not None:
+        return cast.e2m1_nan
+    return cast.e5m2_nan if kind is FloatFormat.E5M2 else LAYOUTS[kind].nan
 
 
 def values(kind: FloatFormat) -> np.ndarray:
@@ -151,15 +166,19 @@ def scale_zero(low: np.ndarray, high: np.ndarray, spec: FloatQuantSpec) -> tuple
 
 
 def fake_quantize(
-    x: np.ndarray, kind: FloatFormat, saturate: bool = True, scale: np.ndarray | None = None
+    x: np.ndarray,
+    kind: FloatFormat,
+    saturate: bool = True,
+    scale: np.ndarray | None = None,
+    cast: CastRule = QTX.cast,
 ) -> tuple[np.ndarray, np.ndarray]:
     """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
-    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN. Raises ValueError for a scale
-    that is no finite number above 0, or does not fit the shape of x."""
+    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN, or is what E2M1's code of it
+    stands for. Raises ValueError for a scale that is no finite number above 0, or does not fit the shape of x."""
     if scale is not None:
         check_scale(scale)
         check_shape("scale", scale, x.shape, "give one, or one for each that has its own")
-    return simulate(x, kind, saturate, scale)
+    return simulate(x, kind, saturate, scale, None, cast)
 
 
 def simulate(
@@ -168,14 +187,17 @@ def simulate(
     saturate: bool = True,
     scale: np.ndarray | None = None,
     words: np.ndarray | None = None,
+    cast: CastRule = QTX.cast,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is
-    that of a block with NaN or infinity, stays NaN. `words` as in `encode`."""
+    that of a block with NaN or infinity, stays NaN. `words` and `cast` as in `encode`."""
     with np.errstate(over="ignore", invalid="ignore"):
         ratio = x.astype(np.float32) if scale is None else x.astype(np.float32) / scale
         nan = np.isnan(ratio)
-        y = look_up(encode(np.where(nan, 0, ratio), kind, saturate, words), kind)
-        y = np.where(nan, np.float32(np.nan), y if scale is None else y * scale)
+        lost = kind is FloatFormat.E2M1 and cast.e2m1_nan is not None  # NaN becomes a number
+        y = look_up(encode(ratio if lost else np.where(nan, 0, ratio), kind, saturate, words, cast), kind)
+        y = y if scale is None else y * scale
+        y = y if lost else np.where(nan, np.float32(np.nan), y)
         return y.astype(x.dtype), np.abs(ratio) <= np.float32(LAYOUTS[kind].limit)
 
 
@@ -189,6 +211,11 @@ def mx_exponent(x: np.ndarray, kind: FloatFormat, rule: SharedScale, block: int)
     bits = largest.view(np.int32)
     if rule is SharedScale.CEIL:
         bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
+    elif rule is SharedScale.RCEIL:
+        with np.errstate(invalid="ignore"):
+            bits = (largest / np.float32(f.maximum)).view(np.int32)
+        exponent = np.where(bits <= 0x400000, -127, (((bits + 0x7FFFFF) >> 23) & 0xFF) - 127)  # 2^-127 is subnormal
+        return np.clip(exponent, -127, 127).astype(np.int32), ~np.isfinite(largest)
     elif rule is SharedScale.EVEN:
         bits = bits + (1 << (22 - f.mantissa))  # half a unit of the element's last place
     elif rule is not SharedScale.FLOOR:  # a string passes for no member
@@ -197,10 +224,14 @@ def mx_exponent(x: np.ndarray, kind: FloatFormat, rule: SharedScale, block: int)
 
 
 def mx_quantize(
-    x: np.ndarray, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
+    x: np.ndarray,
+    kind: FloatFormat,
+    rule: SharedScale = SharedScale.FLOOR,
+    block: int = 32,
+    cast: CastRule = QTX.cast,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Blocks of neighbours along the last axis that share a power of two: x (..., D) -> scale codes (..., D / block) in
-    E8M0 and element codes (..., D), both uint8 (OCP microscaling formats, 2023).
+    E8M0 and element codes (..., D), both uint8 (OCP microscaling formats, 2023). `cast` as in `encode`.
 
     Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0. Raises
     ValueError where blocks do not divide the last axis.
@@ -209,7 +240,7 @@ def mx_quantize(
     parts = np.asarray(x, np.float32).reshape(*exponent.shape, block)
     ratio = np.where(broken[..., None], 0, parts).astype(np.float64) / power_of_two(exponent)[..., None]
     with np.errstate(under="ignore"):
-        elements = encode(ratio.astype(np.float32), kind)
+        elements = encode(ratio.astype(np.float32), kind, True, None, cast)
     return np.where(broken, SCALE_NAN, exponent + SCALE_BIAS).astype(np.uint8), elements.reshape(x.shape)
 
 
@@ -241,7 +272,11 @@ def check_shared(scale: np.ndarray) -> None:
 
 
 def mx_fake_quantize(
-    x: np.ndarray, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
+    x: np.ndarray,
+    kind: FloatFormat,
+    rule: SharedScale = SharedScale.FLOOR,
+    block: int = 32,
+    cast: CastRule = QTX.cast,
 ) -> tuple[np.ndarray, np.ndarray]:
     """mx_dequantize(mx_quantize(x)) in x's dtype, and where the gradient passes: elements that did not saturate."""
-    return simulate(x, kind, True, mx_scale(x, kind, rule, block))
+    return simulate(x, kind, True, mx_scale(x, kind, rule, block), None, cast)

@@ -16,10 +16,36 @@ import numpy as np
 
 from ..spec import Dtype, Rounding
 
-__all__ = ["SMALLEST", "round_dtype", "round_integer"]
+__all__ = ["SMALLEST", "fused_multiply_add", "round_dtype", "round_integer", "working_dtype"]
 
 SMALLEST = {Dtype.FLOAT32: 2.0**-126, Dtype.FLOAT64: 2.0**-1022, Dtype.BFLOAT16: 2.0**-126, Dtype.FLOAT16: 2.0**-14}
 SATURATED = 2.0**20  # beyond every code plus zero point of 16 bits
+
+
+def working_dtype(dtype: Dtype, x: np.ndarray) -> Dtype:
+    """`dtype`; for INPUT that of x: FLOAT16, BFLOAT16, and FLOAT32 for any other."""
+    if dtype is not Dtype.INPUT:
+        return dtype
+    return {"float16": Dtype.FLOAT16, "bfloat16": Dtype.BFLOAT16}.get(x.dtype.name, Dtype.FLOAT32)
+
+
+def fused_multiply_add(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """x y + z of float32, in any shapes that broadcast, rounded to nearest even once: float32.
+
+    In float64 the product of two float32 is exact. Its sum with z is not: rounded there and then to float32, what lies
+    just beside a tie would fall on it. So the sum is rounded to odd (Boldo and Melquiond 2008): where it is inexact,
+    the neighbour whose last bit is 1, which is no tie of float32 and lies on the true sum's side of every one.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        product, z = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
+        total = product + z
+        back = total - product
+        rest = (product - (total - back)) + (z - back)  # of the sum, exactly (Knuth's two-sum); infinity has none
+        bits = np.atleast_1d(total).view(np.int64).reshape(np.shape(total))
+        step = np.where((rest > 0) == (total > 0), 1, -1)  # of the magnitude, towards the true sum
+        inexact = np.isfinite(rest) & (rest != 0) & (bits & 1 == 0)
+        odd = np.atleast_1d(np.where(inexact, bits + step, bits)).view(np.float64)
+        return odd.reshape(np.shape(total)).astype(np.float32)
 
 
 def round_dtype(x: np.ndarray | float, dtype: Dtype) -> np.ndarray:

@@ -21,3 +21,4 @@ class SharedScale(Name):
     FLOOR = "floor"  # floor(log2(absmax)) - emax: the OCP text
     CEIL = "ceil"  # ceil(log2(absmax)) - emax
     EVEN = "even"  # absmax rounded to the element's mantissa first (ties up), then floor
+    RCEIL = "rceil"  # ceil(log2(absmax / the element's largest value)), the quotient in float32

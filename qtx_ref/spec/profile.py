@@ -82,9 +82,10 @@ class Nudging(Name):
 class ZeroPoint(Name):
     """When the zero point is added."""
 
-    AFTER = "after"  # round(x / scale) + zero_point
+    AFTER = "after"  # round(x / scale) + zero_point, the sum in integers
+    AFTER_FLOAT = "after_float"  # the same in floats, the sum rounded to the arithmetic's dtype
     BEFORE = "before"  # round(x / scale + zero_point), the sum rounded to the arithmetic's dtype first
-    FUSED = "fused"  # the same, but product and sum are one fused multiply-add
+    FUSED = "fused"  # round(x (1 / scale) + zero_point), product and sum one fused multiply-add in float32
 
 
 class NanPolicy(Name):
@@ -95,22 +96,22 @@ class NanPolicy(Name):
     RAW_ZERO = "raw_zero"  # the code 0, clamped to the quantizer's codes
     CODE_MIN = "code_min"
     CODE_MAX = "code_max"
-    CONVERTED = "converted"  # INT_MIN, as x86 converts it, plus the zero point, wrapped at 32 bits, then clamped
+    CONVERTED = "converted"  # INT_MIN, as x86 converts it; a zero point added after that wraps; then clamped
 
 
 class InfinityPolicy(Name):
     """The code of an infinity."""
 
-    SATURATE = "saturate"
+    SATURATE = "saturate"  # that of a number beyond every code, as `Beyond` has it
     RAISE = "raise"
 
 
 class Beyond(Name):
-    """A rounded level that an int32 does not hold."""
+    """A rounded level that an int32 does not hold. A zero point that is added after is added to the integer."""
 
     SATURATE = "saturate"  # clamped as a float, or as a wider integer
     WRAP32 = "wrap32"  # converted to int32 (x86: INT_MIN), then the zero point is added and wraps, then clamped
-    INT64 = "int64"  # converted to int64, which beyond 2^63 leaves INT64_MIN; then clamped
+    INT64 = "int64"  # the same in int64: beyond 2^63 INT64_MIN
 
 
 class DequantizeForm(Name):
@@ -167,6 +168,7 @@ class Order(Name):
     and of the result."""
 
     RATIO = "ratio"  # M = x w / y
+    RATIO32 = "ratio32"  # the same, M itself rounded to float32 whatever the dtype of the product
     RECIPROCAL = "reciprocal"  # M = (x w) (1 / y)
     STEPS = "steps"  # x', w', then 1 / y, where s' = 1 / (1 / s)
 
@@ -212,13 +214,17 @@ class QuantizeRule(Spec):
     infinity: InfinityPolicy
     beyond: Beyond
 
+    def check(self) -> None:
+        if self.zero_point is ZeroPoint.FUSED and (not self.reciprocal or self.arithmetic is not Dtype.FLOAT32):
+            refuse("rule zero_point", "fused", "a fused multiply-add has a reciprocal and is in float32")
+
 
 @dataclass(frozen=True)
 class DequantizeRule(Spec):
     """From a code to a real number."""
 
     form: DequantizeForm
-    arithmetic: Dtype
+    arithmetic: Dtype  # INPUT: float32, its result cast to the type of the scale
 
 
 @dataclass(frozen=True)
@@ -297,8 +303,15 @@ class CastRule(Spec):
     """To float formats of 8 bits and less."""
 
     e5m2_nan: int  # the code of NaN, without its sign: 0x7F, or 0x7E
-    e2m1_nan: int | None  # the code of NaN in a format that has none; None: ValueError
+    e2m1_nan: int | None  # of a NaN without sign in a format that has none (with one: the sign bit the other way);
+    # None: ValueError
     negative_zero: bool  # -0.0 keeps its sign, and does not become code 0
+
+    def check(self) -> None:
+        if self.e5m2_nan not in (0x7D, 0x7E, 0x7F):
+            refuse("rule e5m2_nan", self.e5m2_nan, "E5M2's NaNs are 125, 126 and 127")
+        if self.e2m1_nan is not None and not 0 <= self.e2m1_nan < 16:
+            refuse("rule e2m1_nan", self.e2m1_nan, "give one of the 16 codes, or None")
 
 
 @dataclass(frozen=True)

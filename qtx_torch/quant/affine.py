@@ -20,6 +20,8 @@ from torch import Tensor
 
 from qtx_ref.spec import (
     QTX,
+    Beyond,
+    DequantizeForm,
     DequantizeRule,
     Dtype,
     FakeQuantizeRule,
@@ -39,14 +41,15 @@ from qtx_ref.spec import (
 )
 
 from .checks import check_range, check_shape
-from .rounding import round_dtype, round_integer
+from .rounding import fused_multiply_add, round_dtype, round_integer, working_dtype
 
 TINY = 2.0**-126  # the smallest normal float32; no float32 scale is below it
 
 
 def check_scale(scale: Tensor, arithmetic: Dtype = Dtype.FLOAT32, reciprocal: bool = False) -> None:
-    """Raises ValueError naming the first scale that, in this arithmetic, is no finite number above 0, or has no finite
-    reciprocal where that is what is multiplied by."""
+    """Raises ValueError naming the first scale that, in this arithmetic (INPUT: float32), is no finite number above 0,
+    or has no finite reciprocal where that is what is multiplied by."""
+    arithmetic = Dtype.FLOAT32 if arithmetic is Dtype.INPUT else arithmetic
     step = round_dtype(scale, arithmetic)
     good = torch.isfinite(step) & (step > 0)
     if reciprocal:
@@ -57,12 +60,17 @@ def check_scale(scale: Tensor, arithmetic: Dtype = Dtype.FLOAT32, reciprocal: bo
 
 
 def check_quantizer(
-    shape: tuple[int, ...], scale: Tensor, zero_point: Tensor, spec: QuantSpec, rule: QuantizeRule = QTX.quantize
+    shape: tuple[int, ...],
+    scale: Tensor,
+    zero_point: Tensor,
+    spec: QuantSpec,
+    rule: QuantizeRule = QTX.quantize,
+    x: Tensor | None = None,
 ) -> None:
     """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point
-    that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. It waits for the
-    device."""
-    check_scale(scale, rule.arithmetic, rule.reciprocal)
+    that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. x: a tensor whose dtype
+    is the arithmetic of a rule that takes the input's (without one: float32). It waits for the device."""
+    check_scale(scale, rule.arithmetic if x is None else working_dtype(rule.arithmetic, x), rule.reciprocal)
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
@@ -186,8 +194,11 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX
     step = torch.where(span == 0, constant(rule.empty), torch.maximum(step, constant(rule.floor)))
     scale = round_dtype(step, rule.dtype)
     divisor = number(scale)
-    if not torch.compiler.is_compiling() and not torch.isfinite(divisor).all():
-        raise ValueError(f"scale {step.max().item()} does not fit {rule.dtype}; choose a wider dtype")
+    if not torch.compiler.is_compiling() and not (torch.isfinite(divisor) & (divisor > 0)).all():
+        raise ValueError(
+            f"scale {step.max().item()} does not fit {rule.dtype} in {rule.arithmetic}; "
+            "choose a wider dtype, or a higher floor"
+        )
     if spec.symmetric:
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     if spec.mirrored:
@@ -206,16 +217,46 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX
 def round_level(
     x: Tensor, scale: Tensor, zero_point: Tensor, rule: QuantizeRule = QTX.quantize, words: Tensor | None = None
 ) -> Tensor:
-    """The code of x, not yet clamped: a whole number in the rule's arithmetic. `words` as in `round_integer`."""
+    """The code of x, not yet clamped: a whole number, in float32 (float64), or in the int64 of a rule that converts
+    what lies beyond (there x is no NaN). `words` as in `round_integer`."""
+    arithmetic = working_dtype(rule.arithmetic, x)
 
     def number(value: Tensor) -> Tensor:
-        return round_dtype(value, rule.arithmetic)
+        return round_dtype(value, arithmetic)
 
-    x, scale, zero = number(x), number(scale), number(zero_point)
-    ratio = number(x * number(torch.ones_like(scale) / scale)) if rule.reciprocal else number(x / scale)
-    if rule.zero_point is ZeroPoint.BEFORE:
-        return round_integer(number(ratio.add_(zero)), rule.rounding, words)
-    return number(round_integer(ratio, rule.rounding, words).add_(zero))
+    x, scale = number(x), number(scale)
+    added = rule.zero_point is not ZeroPoint.AFTER  # before what is converted is converted
+    factor = number(torch.ones_like(scale) / scale) if rule.reciprocal else None
+    if rule.zero_point is ZeroPoint.FUSED:
+        level = round_integer(fused_multiply_add(x, factor, number(zero_point)), rule.rounding, words)
+    else:
+        before = rule.zero_point is ZeroPoint.BEFORE
+        ratio = number(x / scale) if factor is None else number(multiply(x, factor) if before else x * factor)
+        if before:
+            ratio = number(ratio.add_(number(zero_point)))
+        level = round_integer(ratio, rule.rounding, words)
+        if rule.zero_point is ZeroPoint.AFTER_FLOAT:
+            level = number(level.add_(number(zero_point)))
+    if rule.beyond is not Beyond.SATURATE:
+        return convert(level, torch.zeros_like(zero_point) if added else zero_point, rule.beyond)
+    return level if added else level.add_(zero_point.to(level.dtype))
+
+
+def multiply(x: Tensor, y: Tensor) -> Tensor:
+    """x y of float32 (float64) before a sum: by way of float64, where it is exact, for else Triton makes one fused
+    multiply-add of the two."""
+    return (x.double() * y.double()).to(x.dtype)
+
+
+def convert(level: Tensor, zero_point: Tensor, beyond: Beyond) -> Tensor:
+    """Whole numbers in floats to int32 or int64 as x86 converts them, NaN and what they do not hold to the least one,
+    plus a zero point, which wraps: int64."""
+    bits = 32 if beyond is Beyond.WRAP32 else 64
+    least = -(2 ** (bits - 1))
+    held = (level >= float(least)) & (level < -float(least))
+    total = torch.where(held, level, 0).long().masked_fill(~held, least)
+    total = total + zero_point.long()  # wraps at 64 bits by itself
+    return total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
 
 
 def quantize(
@@ -231,22 +272,59 @@ def quantize(
     Raises ValueError on NaN and on infinity where the rule says so, and for a scale or zero point that no quantizer
     has (`check_quantizer`) or that does not fit the shape of x.
     """
-    check_width(spec, rule.arithmetic)
-    check_quantizer(x.shape, scale, zero_point, spec, rule)
     nan = torch.isnan(x)
     if rule.nan is NanPolicy.RAISE and nan.any():
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
     if rule.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
-    level = round_level(x if rule.nan is NanPolicy.RAISE else x.masked_fill(nan, 0), scale, zero_point, rule, words)
-    code = level.clamp_(spec.code_min, spec.code_max).to(torch.int32)
     if rule.nan is NanPolicy.RAISE:
-        return code
-    return torch.where(nan, spec.code_min if rule.nan is NanPolicy.CODE_MIN else zero_point, code).to(torch.int32)
+        check_codes(x, spec, rule)
+        check_quantizer(x.shape, scale, zero_point, spec, rule, x)
+        return round_level(x, scale, zero_point, rule, words).clamp_(spec.code_min, spec.code_max).to(torch.int32)
+    return quantize_reporting(x, scale, zero_point, spec, rule, words)[0]
+
+
+def quantize_reporting(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    spec: QuantSpec,
+    rule: QuantizeRule = QTX.quantize,
+    words: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`quantize` of all of x, and where x is NaN or infinite (boolean, in its shape), which it does not refuse: there a
+    rule that would has the zero point for NaN, and saturates for infinity."""
+    check_codes(x, spec, rule)
+    check_quantizer(x.shape, scale, zero_point, spec, rule, x)
+    nan = torch.isnan(x)
+    level = round_level(x.masked_fill(nan, 0), scale, zero_point, rule, words)
+    code = level.clamp_(spec.code_min, spec.code_max).to(torch.int32)
+    return torch.where(nan, nan_code(zero_point, spec, rule), code), ~torch.isfinite(x)
+
+
+def check_codes(x: Tensor, spec: QuantSpec, rule: QuantizeRule) -> None:
+    """Raises ValueError where zero points are added in a float16 that does not hold the codes."""
+    if rule.zero_point is not ZeroPoint.AFTER:
+        check_width(spec, working_dtype(rule.arithmetic, x))
+
+
+def nan_code(zero_point: Tensor, spec: QuantSpec, rule: QuantizeRule) -> Tensor:
+    """The code of NaN (int32, in the shape of zero_point), or the zero point where the rule raises."""
+    zero = zero_point.int()
+    if rule.nan in (NanPolicy.RAISE, NanPolicy.ZERO):
+        return zero
+    if rule.nan is NanPolicy.RAW_ZERO:
+        return torch.full_like(zero, min(max(0, spec.code_min), spec.code_max))
+    if rule.nan is NanPolicy.CODE_MAX:
+        return torch.full_like(zero, spec.code_max)
+    if rule.nan is NanPolicy.CONVERTED and rule.zero_point is ZeroPoint.AFTER:
+        return torch.where(zero < 0, spec.code_max, spec.code_min).int()
+    return torch.full_like(zero, spec.code_min)
 
 
 def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor, rule: DequantizeRule = QTX.dequantize) -> Tensor:
-    """scale * (code - zero_point), the difference in integers (int64), the product rounded to the rule's arithmetic.
+    """scale * (code - zero_point), or as the rule's form has it, each step rounded to its arithmetic: float32
+    (float64; the scale's float16 or bfloat16 under INPUT). The difference is taken in integers (int64).
 
     Raises ValueError for codes that are no integers or beyond 62 bits, a zero point that int32 does not hold, a scale
     as `check_scale`, and where either does not fit the shape of the codes.
@@ -256,8 +334,22 @@ def dequantize(code: Tensor, scale: Tensor, zero_point: Tensor, rule: Dequantize
     check_range("zero point", zero_point, -(2**31), 2**31 - 1, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, code.shape, "give one, or one for each that has its own")
-    difference = round_dtype(code.long() - zero_point.long(), rule.arithmetic)
-    return round_dtype(round_dtype(scale, rule.arithmetic) * difference, rule.arithmetic)
+    y = decode(code.long(), scale, zero_point, rule)
+    sixteen = rule.arithmetic is Dtype.INPUT and working_dtype(Dtype.INPUT, scale) is not Dtype.FLOAT32
+    return y.to(scale.dtype) if sixteen else y
+
+
+def decode(code: Tensor, scale: Tensor, zero_point: Tensor, rule: DequantizeRule) -> Tensor:
+    """`dequantize` without looking: of codes (integers, or whole numbers in floats), float32 (float64)."""
+    arithmetic = Dtype.FLOAT32 if rule.arithmetic is Dtype.INPUT else rule.arithmetic
+
+    def number(value: Tensor) -> Tensor:
+        return round_dtype(value, arithmetic)
+
+    scale = number(scale)
+    if rule.form is DequantizeForm.EXPANDED:
+        return number(number(multiply(number(code), scale)) + number(multiply(-number(zero_point), scale)))
+    return number(scale * number(code - zero_point))
 
 
 def fake_quantize(
@@ -273,7 +365,7 @@ def fake_quantize(
     NaN stays NaN where the rule would raise, so that a training run shows it. Raises ValueError as `quantize` for
     infinity, scale and zero point.
     """
-    check_quantizer(x.shape, scale, zero_point, spec, rule.quantize)
+    check_quantizer(x.shape, scale, zero_point, spec, rule.quantize, x)
     return simulate(x, scale, zero_point, spec, rule, words)
 
 
@@ -288,17 +380,21 @@ def simulate(
     """`fake_quantize` without looking at scale and zero point, which would wait for the device: for those that
     `scale_zero` made, that were checked when the model was bound, or that are being learned. A NaN among them gives
     NaN."""
-    quantizing, arithmetic = rule.quantize, rule.dequantize.arithmetic
-    check_width(spec, quantizing.arithmetic)
+    quantizing = rule.quantize
+    check_codes(x, spec, quantizing)
     if quantizing.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
-    level = round_level(x, scale, zero_point, quantizing, words)
-    if quantizing.nan is not NanPolicy.RAISE:
-        level = torch.where(
-            torch.isnan(x), spec.code_min if quantizing.nan is NanPolicy.CODE_MIN else zero_point, level
-        )
+    if quantizing.nan is NanPolicy.RAISE and quantizing.beyond is Beyond.SATURATE:
+        level = round_level(x, scale, zero_point, quantizing, words)  # of NaN: NaN
+    else:
+        nan = torch.isnan(x)
+        level = round_level(x.masked_fill(nan, 0), scale, zero_point, quantizing, words)
+        own = math.nan if quantizing.nan is NanPolicy.RAISE else nan_code(zero_point, spec, quantizing)
+        level = torch.where(nan, own, level.to(torch.float64 if level.dtype is torch.int64 else level.dtype))
     code = level.clamp(spec.code_min, spec.code_max)
     inside = level == code
-    difference = round_dtype(code.sub_(zero_point), arithmetic)
-    y = round_dtype(difference.mul_(round_dtype(scale, arithmetic)), arithmetic)
-    return y.to(x.dtype), inside
+    if quantizing.nan is not NanPolicy.RAISE:
+        inside &= ~torch.isnan(x)
+    if rule.dequantize == QTX.dequantize and code.dtype is torch.float32:
+        return code.sub_(zero_point).mul_(scale.float()).to(x.dtype), inside
+    return decode(code, scale, zero_point, rule.dequantize).to(x.dtype), inside

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import FloatFormat, FloatQuantSpec, Rounding, SharedScale
+from qtx_ref.spec import QTX, CastRule, FloatFormat, FloatQuantSpec, Rounding, SharedScale
 
 from .affine import check_order, check_scale
 from .checks import check_range, check_shape
@@ -68,16 +68,22 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 
-def encode(x: Tensor, kind: FloatFormat, saturate: bool = True, words: Tensor | None = None) -> Tensor:
+def encode(
+    x: Tensor,
+    kind: FloatFormat,
+    saturate: bool = True,
+    words: Tensor | None = None,
+    cast: CastRule = QTX.cast,
+) -> Tensor:
     """Codes (uint8) of x (float32), nearest, ties to even; with `words`, as in `round_integer`, away from 0 by the
     remainder's probability.
 
     Beyond the largest value: that value if `saturate`, infinity too; else infinity, or NaN for E4M3. NaN stays NaN.
-    E2M1, which has neither, always saturates; there NaN raises ValueError.
+    E2M1, which has neither, always saturates; there NaN raises ValueError, unless `cast` has a code for it.
     """
     x = x.float().contiguous()
     nan = torch.isnan(x)
-    if kind is FloatFormat.E2M1 and not torch.compiler.is_compiling() and nan.any():
+    if kind is FloatFormat.E2M1 and cast.e2m1_nan is None and not torch.compiler.is_compiling() and nan.any():
         raise ValueError("e2m1 has no NaN; look upstream for the first tensor that holds one")
     f = LAYOUTS[kind]
     e = floor_log2(x).clamp(min=f.emin)
@@ -85,8 +91,16 @@ def encode(x: Tensor, kind: FloatFormat, saturate: bool = True, words: Tensor | 
     n = round_integer(n, Rounding.HALF_EVEN if words is None else Rounding.STOCHASTIC, words)
     code = n.clamp(max=2.0 ** (f.mantissa + 1)).int() + ((e - f.emin) << f.mantissa)
     code = code.masked_fill(code > f.largest, f.largest if saturate else f.overflow)
-    code = code.masked_fill(nan, f.nan)
-    return torch.where(torch.signbit(x), code | f.sign, code).to(torch.uint8)
+    code = code.masked_fill(nan, nan_code(kind, cast))
+    minus = torch.signbit(x) if cast.negative_zero else torch.signbit(x) & (x != 0)
+    return torch.where(minus, code ^ f.sign, code).to(torch.uint8)
+
+
+def nan_code(kind: FloatFormat, cast: CastRule) -> int:
+    """The code of a NaN without sign."""
+    if kind is FloatFormat.E2M1 and cast.e2m1_nan is not None:
+        return cast.e2m1_nan
+    return cast.e5m2_nan if kind is FloatFormat.E5M2 else LAYOUTS[kind].nan
 
 
 def values(kind: FloatFormat) -> Tensor:
@@ -131,26 +145,37 @@ def scale_zero(low: Tensor, high: Tensor, spec: FloatQuantSpec) -> tuple[Tensor,
 
 
 def fake_quantize(
-    x: Tensor, kind: FloatFormat, saturate: bool = True, scale: Tensor | None = None
+    x: Tensor,
+    kind: FloatFormat,
+    saturate: bool = True,
+    scale: Tensor | None = None,
+    cast: CastRule = QTX.cast,
 ) -> tuple[Tensor, Tensor]:
     """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
-    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN. Raises ValueError for a scale
-    that is no finite number above 0, or does not fit the shape of x."""
+    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN, or is what E2M1's code of it
+    stands for. Raises ValueError for a scale that is no finite number above 0, or does not fit the shape of x."""
     if scale is not None:
         check_scale(scale)
         check_shape("scale", scale, x.shape, "give one, or one for each that has its own")
-    return simulate(x, kind, saturate, scale)
+    return simulate(x, kind, saturate, scale, None, cast)
 
 
 def simulate(
-    x: Tensor, kind: FloatFormat, saturate: bool = True, scale: Tensor | None = None, words: Tensor | None = None
+    x: Tensor,
+    kind: FloatFormat,
+    saturate: bool = True,
+    scale: Tensor | None = None,
+    words: Tensor | None = None,
+    cast: CastRule = QTX.cast,
 ) -> tuple[Tensor, Tensor]:
     """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is
-    that of a block with NaN or infinity, stays NaN. `words` as in `encode`."""
+    that of a block with NaN or infinity, stays NaN. `words` and `cast` as in `encode`."""
     ratio = x.float() if scale is None else x.float() / scale
     nan = torch.isnan(ratio)
-    y = look_up(encode(ratio.masked_fill(nan, 0), kind, saturate, words), kind)
-    y = (y if scale is None else y * scale).masked_fill(nan, torch.nan)
+    lost = kind is FloatFormat.E2M1 and cast.e2m1_nan is not None  # NaN becomes a number
+    y = look_up(encode(ratio if lost else ratio.masked_fill(nan, 0), kind, saturate, words, cast), kind)
+    y = y if scale is None else y * scale
+    y = y if lost else y.masked_fill(nan, torch.nan)
     return y.to(x.dtype), ratio.abs() <= LAYOUTS[kind].limit
 
 
@@ -164,6 +189,10 @@ def mx_exponent(x: Tensor, kind: FloatFormat, rule: SharedScale, block: int) -> 
     bits = largest.view(torch.int32)
     if rule is SharedScale.CEIL:
         bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
+    elif rule is SharedScale.RCEIL:
+        bits = (largest / torch.full_like(largest, f.maximum)).view(torch.int32)
+        exponent = (((bits + 0x7FFFFF) >> 23) & 0xFF) - 127
+        return exponent.masked_fill(bits <= 0x400000, -127).clamp(-127, 127), ~torch.isfinite(largest)  # subnormal
     elif rule is SharedScale.EVEN:
         bits = bits + (1 << (22 - f.mantissa))  # half a unit of the element's last place
     elif rule is not SharedScale.FLOOR:  # a string passes for no member
@@ -172,10 +201,14 @@ def mx_exponent(x: Tensor, kind: FloatFormat, rule: SharedScale, block: int) -> 
 
 
 def mx_quantize(
-    x: Tensor, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
+    x: Tensor,
+    kind: FloatFormat,
+    rule: SharedScale = SharedScale.FLOOR,
+    block: int = 32,
+    cast: CastRule = QTX.cast,
 ) -> tuple[Tensor, Tensor]:
     """Blocks of neighbours along the last axis that share a power of two: x (..., D) -> scale codes (..., D / block) in
-    E8M0 and element codes (..., D), both uint8 (OCP microscaling formats, 2023).
+    E8M0 and element codes (..., D), both uint8 (OCP microscaling formats, 2023). `cast` as in `encode`.
 
     Elements are x / 2^exponent, saturated. A block with NaN or infinity has the scale NaN and elements 0. Raises
     ValueError where blocks do not divide the last axis.
@@ -183,7 +216,7 @@ def mx_quantize(
     exponent, broken = mx_exponent(x, kind, rule, block)
     parts = x.float().reshape(*exponent.shape, block)
     ratio = parts.masked_fill(broken[..., None], 0).double() / power_of_two(exponent)[..., None]
-    elements = encode(ratio.float(), kind)
+    elements = encode(ratio.float(), kind, True, None, cast)
     return (exponent + SCALE_BIAS).masked_fill(broken, SCALE_NAN).to(torch.uint8), elements.reshape(x.shape)
 
 
@@ -215,7 +248,11 @@ def check_shared(scale: Tensor) -> None:
 
 
 def mx_fake_quantize(
-    x: Tensor, kind: FloatFormat, rule: SharedScale = SharedScale.FLOOR, block: int = 32
+    x: Tensor,
+    kind: FloatFormat,
+    rule: SharedScale = SharedScale.FLOOR,
+    block: int = 32,
+    cast: CastRule = QTX.cast,
 ) -> tuple[Tensor, Tensor]:
     """mx_dequantize(mx_quantize(x)) in x's dtype, and where the gradient passes: elements that did not saturate."""
-    return simulate(x, kind, True, mx_scale(x, kind, rule, block))
+    return simulate(x, kind, True, mx_scale(x, kind, rule, block), None, cast)

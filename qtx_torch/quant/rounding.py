@@ -23,6 +23,30 @@ SMALLEST = {Dtype.FLOAT32: 2.0**-126, Dtype.FLOAT64: 2.0**-1022, Dtype.BFLOAT16:
 SATURATED = 2.0**20  # beyond every code plus zero point of 16 bits
 
 
+def working_dtype(dtype: Dtype, x: Tensor) -> Dtype:
+    """`dtype`; for INPUT that of x: FLOAT16, BFLOAT16, and FLOAT32 for any other."""
+    if dtype is not Dtype.INPUT:
+        return dtype
+    return {torch.float16: Dtype.FLOAT16, torch.bfloat16: Dtype.BFLOAT16}.get(x.dtype, Dtype.FLOAT32)
+
+
+def fused_multiply_add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x y + z of float32, rounded to nearest even once.
+
+    In float64 the product of two float32 is exact. Its sum with z is not: rounded there and then to float32, what lies
+    just beside a tie would fall on it. So the sum is rounded to odd (Boldo and Melquiond 2008): where it is inexact,
+    the neighbour whose last bit is 1, which is no tie of float32 and lies on the true sum's side of every one.
+    """
+    product, z = x.double() * y.double(), z.double()
+    total = product + z
+    back = total - product
+    rest = (product - (total - back)) + (z - back)  # of the sum, exactly (Knuth's two-sum); infinity has none
+    bits = total.view(torch.int64)
+    step = torch.where((rest > 0) == (total > 0), 1, -1)  # of the magnitude, towards the true sum
+    inexact = torch.isfinite(rest) & (rest != 0) & (bits & 1 == 0)
+    return torch.where(inexact, bits + step, bits).view(torch.float64).float()
+
+
 def round_dtype(x: Tensor, dtype: Dtype) -> Tensor:
     """x rounded to nearest even in `dtype`, carried in float32 (float64 for FLOAT64).
 

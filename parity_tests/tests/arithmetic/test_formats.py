@@ -89,18 +89,19 @@ def test_named_differences():
 
 
 @pytest.mark.parametrize(
-    "largest, floor, ceil, even",
+    "largest, floor, ceil, even, rceil",
     [  # exponent of the scale of an E2M1 block (emax 2): 4 = 2^2 fits whole; 7.9 saturates, is lifted, or rounds up
-        (4.0, 0, 0, 0),
-        (6.9, 0, 1, 0),
-        (7.0, 0, 1, 1),  # halfway between 6 and 8 in one bit of mantissa
-        (2.0**-127, -127, -127, -127),
-        (0.0, -127, -127, -127),
+        (4.0, 0, 0, 0, 0),
+        (6.0, 0, 1, 0, 0),  # the largest value itself
+        (6.9, 0, 1, 0, 1),
+        (7.0, 0, 1, 1, 1),  # halfway between 6 and 8 in one bit of mantissa
+        (2.0**-127, -127, -127, -127, -127),
+        (0.0, -127, -127, -127, -127),
     ],
 )
-def test_mx_scales_by_hand(largest, floor, ceil, even):
+def test_mx_scales_by_hand(largest, floor, ceil, even, rceil):
     x = F32([[largest, 0, -0.5 * largest, 0]])
-    for rule, exponent in zip(SharedScale, (floor, ceil, even), strict=True):
+    for rule, exponent in zip(SharedScale, (floor, ceil, even, rceil), strict=True):
         scale, _ = formats.mx_quantize(x, E2M1, rule, 4)
         assert scale.tolist() == [[exponent + 127]]
 

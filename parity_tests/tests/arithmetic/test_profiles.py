@@ -117,8 +117,13 @@ def test_scales_and_arithmetic_in_sixteen_bits(call):
         "quant.affine.quantize", x, F32(1), I32(0), QuantSpec(16), replace(QTX.quantize, arithmetic=Dtype.BFLOAT16)
     )
     assert codes.tolist() == [256, 260, 1]
-    with pytest.raises(ValueError, match="code 65535 is infinite in float16"):
-        call("quant.affine.quantize", x, F32(1), I32(0), QuantSpec(16), replace(QTX.quantize, arithmetic=Dtype.FLOAT16))
+    half = replace(QTX.quantize, arithmetic=Dtype.FLOAT16)
+    for adding in (ZeroPoint.AFTER_FLOAT, ZeroPoint.BEFORE):
+        with pytest.raises(ValueError, match="code 65535 is infinite in float16"):
+            call("quant.affine.quantize", x, F32(1), I32(0), QuantSpec(16), replace(half, zero_point=adding))
+    # in integers: 2049 is no float16, and 2048 + 63000 is none either
+    codes = call("quant.affine.quantize", F32([2049, 70000, -5]), F32(1), I32(63000), QuantSpec(16), half)
+    assert codes.tolist() == [65048, 65535, 62995]
     with pytest.raises(ValueError, match="does not fit float16"):
         call("quant.affine.scale_zero", F32([-1e8]), F32([0]), S8, replace(QTX.scale, dtype=Dtype.FLOAT16))
 

@@ -132,7 +132,8 @@ def test_anything_else_is_refused_by_name(spec, name):
     if float in kinds(spec, name):
         wrong.append(10**400)
     if bool in kinds(spec, name):
-        wrong += [0, 1, "true", None]
+        optional = type(None) in typing.get_args(typing.get_type_hints(type(spec))[name])
+        wrong += [0, 1, "true"] + [None] * (not optional)
     if isinstance(getattr(spec, name), tuple):
         wrong += [None, (object(),), {"a"}, (None,)]
     for value in wrong:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,6 +13,7 @@ from qtx_ref.spec import (
     DequantizeForm,
     DequantizeRule,
     Dtype,
+    FakeQuantizeRule,
     InfinityPolicy,
     NanPolicy,
     QuantizeRule,
@@ -27,7 +27,7 @@ from qtx_ref.spec import (
 from .inputs import SCALES, all_ties, draw_scale, near_ties, odd_zeros
 from .questions import Operation, Question, Values, bits_of, floats_of
 
-COUNT, FRESH_COUNT = 512, 4096  # inputs of a question of the pool, and of a fresh one
+COUNT, FRESH_COUNT = 384, 4096  # inputs of a question of the pool, and of a fresh one
 QUANTIZE_AXES = ("rounding", "zero_point", "reciprocal", "arithmetic", "nan", "infinity", "beyond")
 DEQUANTIZE_AXES = ("form", "arithmetic")
 FAR = 2.0**15  # levels from which on an arithmetic's or an integer's end may matter
@@ -115,8 +115,8 @@ class Quantizer(Operation):
             return self.question("every tie", all_ties(spec, scale, zero, dtype), scale, zero, codes)
         x = near_ties(rng, spec, scale, zero, FRESH_COUNT, dtype)
         if rng.random() < 0.3:
-            x[::16] = (far_inputs()[rng.integers(0, far_inputs().size, x[::16].size)]).astype(dtype)
-            x = np.where(np.isinf(x), dtype(1), x)
+            far = far_inputs()[np.abs(far_inputs()) < np.finfo(dtype).max].astype(dtype)
+            x[::16] = rng.choice(far, x[::16].size)
         return self.question("near ties", x, scale, zero, codes)
 
     def describe(self, question: Question, index: int) -> dict[str, Any]:
@@ -156,11 +156,11 @@ class Quantize(Quantizer):
         rule, arrays = QuantizeRule(*values), question.arrays
         x, zero, spec = arrays["x"], arrays["zero_point"].astype(np.int32), question.settings["spec"]
         if rule.rounding is not Rounding.STOCHASTIC:
-            return affine.quantize(x, arrays["scale"], zero, spec, rule)[None].astype(np.int64)
+            return affine.quantize(x, arrays["scale"], zero, spec, rule)[None]
         ends = [
             affine.quantize(x, arrays["scale"], zero, spec, rule, np.full(x.shape, word, np.uint32)) for word in WORDS
         ]
-        return np.sort(np.stack(ends), axis=0).astype(np.int64)
+        return np.sort(np.stack(ends), axis=0)
 
 
 class FakeQuantize(Quantizer):
@@ -181,8 +181,6 @@ class FakeQuantize(Quantizer):
         return (*values[:5], InfinityPolicy.SATURATE, *values[6:])
 
     def evaluate(self, values: Values, question: Question) -> np.ndarray:
-        from qtx_ref.spec import FakeQuantizeRule
-
         rule = FakeQuantizeRule(QuantizeRule(*values[:7]), DequantizeRule(*values[7:]))
         arrays, spec = question.arrays, question.settings["spec"]
         y, _ = affine.fake_quantize(arrays["x"], arrays["scale"], arrays["zero_point"].astype(np.int32), spec, rule)

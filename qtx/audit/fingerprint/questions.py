@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -38,13 +39,14 @@ class Question:
     size: int  # numbers that are answered
     needs: frozenset[str] = frozenset()
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the reference is told beside the arrays
-    outcomes: list[np.ndarray] = field(default_factory=list)  # (1, N) or (2, N): lowest and highest answer
+    outcomes: list[np.ndarray] = field(default_factory=list)  # int32 (1, N) or (2, N): lowest and highest answer
     numbers: dict[Hashable, int] = field(default_factory=dict)
-    known: dict[bytes, int] = field(default_factory=dict)
+    places: dict[bytes, int] = field(default_factory=dict)  # of an outcome, by its hash: thousands are kept
 
     def number(self, outcome: np.ndarray) -> int:
         """Of an outcome among those there are."""
-        place = self.known.setdefault(outcome.tobytes(), len(self.outcomes))
+        outcome = outcome.astype(np.int32)
+        place = self.places.setdefault(blake2b(outcome.tobytes(), digest_size=16).digest(), len(self.outcomes))
         if place == len(self.outcomes):
             self.outcomes.append(outcome)
         return place

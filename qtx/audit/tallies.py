@@ -1,0 +1,168 @@
+"""One path of an engine beside `qtx_ref` under the profile that states it, counted family by family of vectors.
+
+A mismatch is a code that differs, or a call that the engine answers and the profile refuses. What the engine refuses is
+counted apart; a crash or a hang too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qtx_ref.profiles import profile as load_profile
+from qtx_ref.spec import Bias, Profile, SpecError
+
+from ..engines.paths import EngineCrash, EngineRefusal, Path
+from .reference import EVALUATED, evaluate
+from .vectors import Batch
+
+__all__ = ["Run", "Tally", "check_path", "compare", "prepare"]
+
+Run = Callable[[Path, str, Mapping[str, Any]], dict[str, np.ndarray]]
+
+
+@dataclass
+class Tally:
+    """One family of vectors on one path."""
+
+    path: str
+    op: str
+    profile: str
+    family: str
+    vectors: int = 0
+    mismatches: int = 0
+    worst: int = 0  # codes, or units in the last place
+    witness: dict[str, Any] | None = None  # the first mismatch
+    refused: int = 0  # vectors that the engine, and not the profile, refuses
+    refusal: str = ""  # its words for the first
+    crashes: int = 0
+    crash: str = ""
+    finding: str | None = None  # what explains it
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is nothing to explain."""
+        return not (self.mismatches or self.crashes)
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def order(x: np.ndarray) -> np.ndarray:
+    """Integers, or floats as integers in which neighbours are 1 apart, both zeros are 0, and all NaN are one."""
+    if x.dtype.kind in "iu":
+        return x.astype(np.int64)
+    size = x.dtype.itemsize
+    bits = x.view(f"i{size}").astype(np.int64)
+    bits = np.where(bits < 0, -(bits & (2 ** (8 * size - 1) - 1)), bits)
+    return np.where(np.isnan(x), 2 ** (8 * size - 1), bits)
+
+
+def compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tuple[np.ndarray, int]:
+    """Where results differ, and by how much at most. Results of another shape differ everywhere."""
+    differs, worst = np.zeros((), bool), 0
+    for name, expected in want.items():
+        given = np.asarray(got[name])
+        if given.shape != expected.shape:
+            return np.ones(expected.shape, bool), 0
+        if expected.dtype.kind == "f" and given.dtype.kind == "f" and given.dtype != expected.dtype:
+            given = given.astype(expected.dtype)
+        distance = np.abs(order(given) - order(expected))
+        differs = differs | (distance > 0)
+        worst = max(worst, int(distance.max(initial=0)))
+    return differs, worst
+
+
+def prepare(batch: Batch, profile: Profile) -> dict[str, Any]:
+    """What a batch gives to a path: its bias, whole numbers in units of the accumulator, in the path's own kind."""
+    values = dict(batch.values)
+    if values.get("bias") is not None and profile.bias is not Bias.INT32:
+        unit = np.float64(values["x_scale"]) * np.float64(values["w_scale"])
+        values["bias"] = (values["bias"] * unit).astype(np.float32)
+    return values
+
+
+def show(value: Any) -> Any:
+    """A number as JSON has it: a float that is none of JSON's as text."""
+    value = value.item() if hasattr(value, "item") else value
+    return value if not isinstance(value, float) or np.isfinite(value) else str(value)
+
+
+def make_witness(
+    values: Mapping[str, Any], differs: np.ndarray, got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """The first place where results differ: what is said of it alone, and both results."""
+    place = tuple(int(i) for i in np.argwhere(differs)[0]) if differs.size and differs.ndim else ()
+    witness: dict[str, Any] = {}
+    for name, value in values.items():
+        if not isinstance(value, np.ndarray):
+            witness[name] = value
+        elif value.ndim == 0:
+            witness[name] = show(value)
+        elif "w" in values and name in ("x", "w") and len(place) == 2:
+            line = value[place[0]] if name == "x" else value[:, place[1]]
+            witness[name] = line.tolist() if line.size <= 64 else f"{line.size} codes"
+        elif value.shape == differs.shape:
+            witness[name] = show(value[place])
+        elif value.ndim == 1 and place:
+            witness[name] = show(value[place[values.get("axis", -1)]])
+    sides = (("got", got), ("want", want))
+    for side, results in sides:
+        at = {name: np.asarray(array) for name, array in results.items()}
+        witness[side] = {
+            name: show(array[place]) if array.shape == differs.shape else f"shape {array.shape}"
+            for name, array in at.items()
+        }
+    return witness
+
+
+def judge(tally: Tally, batch: Batch, path: Path, profile: Profile, run: Run) -> None:
+    """Runs one batch on both sides and counts it."""
+    values = prepare(batch, profile)
+    tally.vectors += batch.count
+    try:
+        got = run(path, path.op, values)
+    except EngineRefusal as refusal:
+        tally.refused += batch.count
+        tally.refusal = tally.refusal or str(refusal)
+        return
+    except EngineCrash as crash:
+        tally.crashes += 1
+        tally.crash = tally.crash or str(crash)
+        tally.witness = tally.witness or {name: show(v) for name, v in values.items() if np.ndim(v) == 0}
+        return
+    try:
+        want = evaluate(profile, path.op, values)
+    except ValueError as refusal:
+        tally.mismatches += max(batch.count, 1)
+        tally.witness = tally.witness or {"dtype": batch.dtype, "profile refuses": str(refusal)[:300]}
+        return
+    differs, worst = compare(got, want)
+    tally.mismatches += int(differs.sum()) if differs.size or not batch.count else batch.count
+    tally.worst = max(tally.worst, worst)
+    if differs.any() and tally.witness is None:
+        tally.witness = make_witness(values, differs, got, want)
+
+
+def check_path(
+    path: Path,
+    batches: Iterable[Batch],
+    run: Run,
+    profile: Profile | None = None,
+    tell: Callable[[int], None] | None = None,
+) -> list[Tally]:
+    """A path's rows, a family each. `tell`: is told of every batch. Raises SpecError for a profile or an operation that
+    there is none of."""
+    if path.op not in EVALUATED:
+        raise SpecError(f"operation is {path.op!r}: known operations are {', '.join(EVALUATED)}")
+    profile = profile or load_profile(path.profile)
+    rows: dict[str, Tally] = {}
+    for batch in batches:
+        row = rows.setdefault(batch.family, Tally(path.name, path.op, profile.name, batch.family))
+        judge(row, batch, path, profile, run)
+        if tell is not None:
+            tell(1)
+    return list(rows.values())

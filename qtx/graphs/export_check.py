@@ -1,0 +1,318 @@
+"""An exported file held to the reference: every code of every site, in onnxruntime at each level and in ONNX's own
+evaluator.
+
+Free: the file runs as it is. Forced, for the form with float kernels: every node that reads a site's codes is given
+the reference's, so that a difference is of the node that makes it. What must be equal is every code of the integer
+form; and forced, every code that a quantizer or a product with its requantization gives. Where an engine multiplies in
+float32 instead of integers, a code may differ whose exact value lies within the error of that sum of a tie: it is
+counted as near.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qtx_ref.backend import IntegerModel
+from qtx_ref.integer.lowering import make_constants
+from qtx_ref.quant import affine
+from qtx_ref.random import stream
+from qtx_ref.spec import Family, ModelSpec, QuantizeRule, SpecError
+
+from ..engines.backend import need
+from ..engines.ort import RUNTIME
+from ..files.artifact import Artifact, load_artifact
+from ..files.container import FileError, sha_of
+from .export import SUFFIX, make_model
+from .export_graph import Graph, Value, need_onnx
+from .export_qdq import QdqGraph
+from .export_wiring import Wiring
+
+LEVELS = ("disable_all", "enable_basic", "enable_extended", "enable_all")  # of onnxruntime
+EVALUATOR = "onnx reference"
+ROWS, TOKENS = 2, 32  # of the batch that a check runs on
+GIVEN = "given:"
+INPUT = "embed.image"  # quantized from what the model is given
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """One site in one engine. exact: its codes must be equal; forced and near are None in the integer form."""
+
+    site: str
+    codes: int
+    exact: bool
+    free: int  # codes that differ
+    forced: int | None
+    near: int | None  # of those that differ when forced
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """One engine. exposing: its output is the same whether or not the sites are outputs too."""
+
+    engine: str
+    sites: tuple[SiteCheck, ...]
+    exposing: bool
+
+    @property
+    def equal(self) -> bool:
+        """Whether everything is as it must be."""
+        return self.exposing and not self.count()[1]
+
+    def count(self) -> tuple[int, int, int, int, int, int]:
+        """Codes that must be equal, how many are not, and how many differ near a tie; codes of float kernels, and how
+        many they flip when fed the reference's; all that flip when the file runs freely."""
+        exact = [site for site in self.sites if site.exact]
+        others = [site for site in self.sites if not site.exact]
+        near = sum(site.near or 0 for site in exact)
+        differ = sum(site.free if site.forced is None else site.forced for site in exact) - near
+        flips = sum(site.forced or 0 for site in others)
+        codes = (sum(site.codes for site in part) for part in (exact, others))
+        return next(codes), differ, near, next(codes), flips, sum(site.free for site in self.sites)
+
+
+def check_export(
+    path: Path, file: Path, batch: Arrays | None = None, engines: tuple[str, ...] = ()
+) -> Iterator[EngineCheck]:
+    """The ONNX file of the artifact `path`, in one engine after another.
+
+    batch: as `qtx.data` has them; None: random. engines: of `list_engines`; none: all of them. Raises FileError for a
+    file that is not of this artifact, MissingExtra without onnx, or onnxruntime where it is asked for.
+    """
+    onnx = need_onnx()
+    if not file.is_file():
+        raise FileError(f"{file}: no such file; make it with qtx export {path} --format onnx --out MODEL{SUFFIX}")
+    model = onnx.load(str(file))
+    about = read_about(file, model)
+    if about["artifact"] != sha_of(path):
+        raise FileError(f"{file} was not exported from {path}: its sha256 of the artifact is another")
+    artifact = load_artifact(path)
+    yield from check_model(artifact, model, about["form"], batch, engines)
+
+
+def read_about(file: Path, model: Any) -> dict[str, Any]:
+    """What a file says of itself. Raises FileError where it is not one of ours."""
+    for entry in model.metadata_props:
+        if entry.key == "qtx":
+            about: dict[str, Any] = json.loads(entry.value)
+            return about
+    raise FileError(f"{file}: its metadata has no entry qtx: only files of qtx export can be checked")
+
+
+def list_engines() -> tuple[str, ...]:
+    """onnxruntime at each level, and ONNX's evaluator."""
+    return (*(f"onnxruntime {level}" for level in LEVELS), EVALUATOR)
+
+
+def check_model(
+    artifact: Artifact, model: Any, form: str, batch: Arrays | None = None, engines: tuple[str, ...] = ()
+) -> Iterator[EngineCheck]:
+    """A model of `make_model` in each engine. Raises SpecError for an engine that is not known."""
+    for engine in engines:
+        if engine not in list_engines():
+            raise SpecError(f"engine {engine}: choose of {', '.join(list_engines())}")
+    _, wiring = make_model(artifact, form)
+    batch = random_batch(artifact.spec) if batch is None else batch
+    want = run_reference(artifact, wiring, batch)
+    sites = {site: value for site, value in wiring.sites.items() if site in want}
+    inputs = {name: np.ascontiguousarray(batch[name]) for name in wiring.inputs}
+    exposed = expose(wiring.graph, model, sites.values())
+    for engine in engines or list_engines():
+        plain = run_engine(engine, model, inputs)["output"]
+        free = run_engine(engine, exposed, inputs)
+        flips = {site: count_different(free[value.name], want[site]) for site, value in sites.items()}
+        if isinstance(wiring, QdqGraph):
+            rows = check_forced(engine, wiring, exposed, inputs, sites, want, flips)
+        else:
+            rows = [SiteCheck(site, want[site].size, True, count, None, None) for site, count in flips.items()]
+        yield EngineCheck(engine, tuple(rows), bool(np.array_equal(plain, free["output"])))
+
+
+def check_forced(
+    engine: str,
+    wiring: QdqGraph,
+    exposed: Any,
+    inputs: Arrays,
+    sites: Mapping[str, Value],
+    want: Arrays,
+    flips: Mapping[str, int],
+) -> list[SiteCheck]:
+    """Each site when what it is made of is the reference's."""
+    given = force(wiring.graph, exposed, sites.values())
+    fed = dict(inputs) | {GIVEN + value.name: want[site].astype(value.dtype) for site, value in sites.items()}
+    read = {value.name for value in given.graph.input}
+    forced = run_engine(engine, given, {name: x for name, x in fed.items() if name in read})
+    pairs = expect_pairs(wiring, want)
+    rows = []
+    for site, value in sites.items():
+        got, product = forced[value.name], site in wiring.multipliers
+        wrong = count_different(got, pairs.get(site, want[site]))
+        near = count_near(wiring, site, got, want) if wrong and product else 0
+        exact = product or site in pairs or site == INPUT
+        rows.append(SiteCheck(site, want[site].size, exact, flips[site], wrong, near))
+    return rows
+
+
+def random_batch(spec: ModelSpec) -> dict[str, np.ndarray]:
+    """Random images, or tokens of which the last row ends early."""
+    rng = stream(0, "export check")
+    if spec.family is Family.VIT:
+        size = (ROWS, spec.channels, spec.image_size, spec.image_size)
+        return {"images": rng.normal(size=size).astype(np.float32)}
+    tokens = rng.integers(0, spec.vocab, (ROWS, min(TOKENS, spec.length)))
+    mask = np.ones(tokens.shape, bool)
+    mask[-1, -(tokens.shape[1] // 3) :] = False
+    return {"tokens": tokens, "mask": mask, "types": rng.integers(0, max(spec.types, 1), tokens.shape)}
+
+
+def run_reference(artifact: Artifact, wiring: Wiring, batch: Arrays) -> dict[str, np.ndarray]:
+    """The codes of every site, and the accumulators, in the reference's integers under the file's profile."""
+    constants = artifact.constants
+    if isinstance(wiring, QdqGraph):
+        constants = derive_constants(artifact, wiring)
+    model = IntegerModel(artifact.spec, constants, artifact.quants, wiring.profile)
+    record: dict[str, np.ndarray] = {}
+    model.run(batch, lambda site, value: record.__setitem__(site, value))
+    return record
+
+
+def derive_constants(artifact: Artifact, wiring: QdqGraph) -> dict[str, np.ndarray]:
+    """The artifact's constants with the multipliers of the form: the file's own of products, others as lowering makes
+    them. Codes and biases stay."""
+    made = make_constants(
+        artifact.spec, artifact.float_params(), artifact.quants, artifact.ranges(), wiring.profile, artifact.nonlinear
+    )
+    constants = {
+        name: value for name, value in artifact.constants.items() if not name.endswith((".multiplier", ".shift"))
+    }
+    constants |= {name: value for name, value in made.items() if name.endswith(".multiplier")}
+    for site, real in wiring.multipliers.items():
+        constants[f"{site}.multiplier"] = np.asarray(real)
+    return constants
+
+
+def expect_pairs(wiring: QdqGraph, want: Arrays) -> dict[str, np.ndarray]:
+    """What codes read and quantized again give, by the reference's two functions."""
+    rule: QuantizeRule = wiring.profile.quantize
+    by_name = {value.name: site for site, value in wiring.sites.items()}
+    codes = {}
+    for site, x in wiring.pairs.items():
+        if x.name in by_name:
+            source, y = want[by_name[x.name]], wiring.sites[site]
+            real = affine.dequantize(source, np.asarray(x.unit), np.asarray(x.zero_point), wiring.profile.dequantize)
+            codes[site] = affine.quantize(real, np.asarray(y.unit), np.asarray(y.zero_point), y.spec, rule)
+    return codes
+
+
+def count_different(got: np.ndarray, want: np.ndarray) -> int:
+    """Codes that differ; all of them where the shapes do."""
+    return want.size if got.shape != want.shape else int((got != want).sum())
+
+
+def count_near(wiring: QdqGraph, site: str, got: np.ndarray, want: Arrays) -> int:
+    """Of the codes of a product that differ, those by 1 whose exact value is as near to a tie as a float32 sum may err.
+
+    The sum of n products of float32 numbers is off by at most (n + 4) 2^-24 times the sum of magnitudes, the four for
+    the two scales, the bias and the quantizer's division.
+    """
+    a, b = (load_operand(wiring, value, want) for value in wiring.operands[site])
+    if wiring.operands[site][1].name.endswith("embed.token.weight"):
+        b = np.swapaxes(b, -1, -2)
+    real = np.float64(wiring.multipliers[site])
+    zero, spec = np.int64(wiring.sites[site].zero_point), wiring.sites[site].spec
+    exact, size = a @ b, np.abs(a) @ np.abs(b)
+    bias = wiring.constants.get(f"{site}.bias")
+    if bias is not None:
+        exact, size = exact + bias.reshape(-1), size + np.abs(bias.reshape(-1).astype(np.float64))
+    exact, size = exact * real, size * real
+    if site.endswith(".context"):  # (B, H, T, K) -> (B, T, H K)
+        exact, size = (x.transpose(0, 2, 1, 3).reshape(got.shape) for x in (exact, size))
+    reach = (a.shape[-1] + 4) * 2.0**-24 * size
+    low, high = (np.clip(np.rint(exact + way * reach) + zero, spec.code_min, spec.code_max) for way in (-1, 1))
+    return int(((got != want[site]) & (got >= low) & (got <= high)).sum())
+
+
+def load_operand(wiring: QdqGraph, value: Value, want: Arrays) -> np.ndarray:
+    """Codes less their zero point, float64, as they enter a product."""
+    if value.name in wiring.graph.constants:
+        code = wiring.graph.constants[value.name]
+    else:
+        code = trace_back(wiring, value.name, want)
+    return code.astype(np.float64) - np.float64(value.zero_point)
+
+
+def trace_back(wiring: QdqGraph, name: str, want: Arrays) -> np.ndarray:
+    """The reference's codes of a value that is a site's, or an arrangement of one."""
+    for site, value in wiring.sites.items():
+        if value.name == name:
+            return want[site]
+    node = next(node for node in wiring.graph.nodes if name in node.output)
+    x = trace_back(wiring, node.input[0], want)
+    if node.op_type == "Transpose":
+        return x.transpose(node.attribute[0].ints)
+    if node.op_type == "Gather":
+        return x[:, 0]
+    sizes = wiring.graph.constants[node.input[1]]
+    return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(sizes)])
+
+
+# --- models and engines -----------------------------------------------------------------------------------------------
+
+
+def expose(graph: Graph, model: Any, values: Any) -> Any:
+    """The model with values as outputs too."""
+    helper = graph.onnx.helper
+    changed = copy.deepcopy(model)
+    known = {value.name for value in changed.graph.output}
+    for value in {value.name: value for value in values}.values():
+        if value.name not in known:
+            changed.graph.output.append(
+                helper.make_tensor_value_info(value.name, graph.kind(value.dtype), list(value.axes))
+            )
+    return changed
+
+
+def force(graph: Graph, model: Any, values: Any) -> Any:
+    """The model in which every node that reads one of the values is given it from outside."""
+    helper = graph.onnx.helper
+    changed = copy.deepcopy(model)
+    held = {value.name: value for value in values}
+    constant = {tensor.name for tensor in changed.graph.initializer}
+    read = set()
+    for node in changed.graph.node:
+        for i, name in enumerate(node.input):
+            if name in held and name not in constant:
+                node.input[i] = GIVEN + name
+                read.add(name)
+    for name in sorted(read):
+        axes = [None] * len(held[name].axes)
+        changed.graph.input.append(helper.make_tensor_value_info(GIVEN + name, graph.kind(held[name].dtype), axes))
+    return changed
+
+
+def run_engine(engine: str, model: Any, inputs: Arrays) -> dict[str, np.ndarray]:
+    """Every output of a model, by name."""
+    names = [value.name for value in model.graph.output]
+    if engine == EVALUATOR:
+        reference = need("onnx.reference", "engines", f"engine {EVALUATOR}")
+        results = reference.ReferenceEvaluator(model).run(names, dict(inputs))
+    else:
+        runtime = need(*RUNTIME)
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # by default activations of 16 bits become 8 in the kernel that weights of 8 bits are then given
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        level = getattr(runtime.GraphOptimizationLevel, f"ORT_{engine.partition(' ')[2].upper()}")
+        options.graph_optimization_level = level
+        session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        results = session.run(names, dict(inputs))
+    return dict(zip(names, map(np.asarray, results), strict=True))

@@ -1,0 +1,446 @@
+"""ONNX operators in `qtx_ref`'s arithmetic, each a function of the walk and its node.
+
+It gives the outputs, or None for a form of its operator that qtx_ref does not have: an engine then runs the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from qtx_ref.integer import fixed_point, ops
+from qtx_ref.integer.lowering import common_shift
+from qtx_ref.quant import affine
+from qtx_ref.spec import Bias, FloatProduct, QuantSpec
+
+from .reading import Node, name_dtype, spec_of
+from .state import Codes, State, Sum
+
+__all__ = ["OPERATORS", "list_operators"]
+
+Outputs = tuple[np.ndarray, ...] | None
+Operator = Callable[[State, Node], Outputs]
+
+
+def take(state: State, node: Node, index: int) -> Any:
+    """An input's value; None where it is left out."""
+    name = node.inputs[index] if index < len(node.inputs) else ""
+    return state.values[name] if name else None
+
+
+def zero_of(state: State, node: Node, index: int) -> np.ndarray:
+    """A zero point, int32; 0 where it is left out."""
+    value = take(state, node, index)
+    return np.zeros((), np.int32) if value is None else np.asarray(value).astype(np.int32)
+
+
+def along(value: np.ndarray, axis: int, ndim: int) -> np.ndarray:
+    """One number without axes; one per position of `axis` shaped to broadcast."""
+    value = np.asarray(value)
+    if value.size == 1:
+        return value.reshape(())
+    return value.reshape([-1 if axis % ndim == i else 1 for i in range(ndim)])
+
+
+def spread(state: State, node: Node, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """Scale and zero point of (De)QuantizeLinear as they broadcast against the tensor; the axis along which they vary,
+    None where there is one, or blocks."""
+    scale, zero = np.asarray(take(state, node, 1)), zero_of(state, node, 2)
+    axis, block = node.attributes.get("axis", 1), node.attributes.get("block_size", 0)
+    if block:
+        parts = [np.repeat(part, block, axis) if part.ndim else part for part in (scale, zero)]
+        cut = tuple(slice(0, n) for n in shape)  # the last block may be shorter
+        return (*(part[cut] if part.ndim else part for part in parts), None)  # type: ignore[return-value]
+    if scale.size == 1:
+        return scale.reshape(()), zero.reshape(()), None
+    return along(scale, axis, len(shape)), along(zero, axis, len(shape)), axis % len(shape)
+
+
+# --- quantizers -------------------------------------------------------------------------------------------------------
+
+
+def quantize_linear(state: State, node: Node) -> Outputs:
+    """QuantizeLinear: of a product's result the requantization of its accumulators."""
+    x = take(state, node, 0)
+    kind, given = node.attributes.get("output_dtype", 0), node.inputs[2] if len(node.inputs) > 2 else ""
+    dtype = name_dtype(kind) if kind else state.graph.types[given][0] if given else "uint8"
+    spec = spec_of(dtype)
+    if spec is None or node.attributes.get("precision", 0):
+        return None
+    scale, zero, axis = spread(state, node, x.shape)
+    total = state.sums.get(node.inputs[0])
+    if total is not None and scale.size == 1:
+        rule = state.profile.requantize
+        real = fixed_point.real_multiplier(total.x_scale, total.w_scale, scale, rule) * total.factor
+        code = fixed_point.requantize(total.value, np.asarray(real), zero, spec, rule)
+    else:
+        code = affine.quantize(x, scale, zero, spec, state.profile.quantize)
+    return (code.astype(bytes_of(spec)),)
+
+
+def bytes_of(spec: QuantSpec) -> type:
+    """The narrowest dtype of NumPy that holds a spec's codes."""
+    kinds = (np.int8, np.int16) if spec.code_min < 0 else (np.uint8, np.uint16)
+    return kinds[spec.bits > 8]
+
+
+def dequantize_linear(state: State, node: Node) -> Outputs:
+    """DequantizeLinear, of codes or of a bias in int32."""
+    code, scale = take(state, node, 0), np.asarray(take(state, node, 1))
+    spec = state.spec(node.inputs[0])
+    if (spec is None and code.dtype != np.int32) or scale.dtype not in (np.float32, np.float16):
+        return None
+    scale, zero, axis = spread(state, node, code.shape)
+    if spec is not None and (scale.size == 1 or axis is not None):
+        state.codes[node.outputs[0]] = Codes(code, scale.reshape(-1), zero.reshape(-1), spec, axis)
+    if spec is None and not zero.any():
+        state.biases[node.outputs[0]] = code
+    return (affine.dequantize(code, scale, zero, state.profile.dequantize).astype(scale.dtype),)
+
+
+def dynamic_quantize_linear(state: State, node: Node) -> Outputs:
+    """DynamicQuantizeLinear: uint8 codes of the tensor's own range."""
+    code, scale, zero = quantize_dynamically(state, take(state, node, 0))
+    return code, scale, zero
+
+
+def quantize_dynamically(state: State, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, scale and zero point of a tensor's own range."""
+    spec = QuantSpec(8)
+    low, high = affine.ranges(x, spec)
+    scale, zero = (part.reshape(()) for part in affine.scale_zero(low, high, spec, state.profile.scale))
+    code = affine.quantize(x, scale, zero, spec, state.profile.quantize)
+    return code.astype(np.uint8), scale.astype(np.float32), zero.astype(np.uint8)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def operand(state: State, node: Node, code: int, scale: int | None, zero: int) -> Codes | None:
+    """An operand of an integer product: codes, scale and zero point by the places of their inputs."""
+    value, spec = take(state, node, code), state.spec(node.inputs[code])
+    if spec is None or value.ndim < 2:
+        return None
+    unit = np.ones(1, np.float32) if scale is None else np.asarray(take(state, node, scale))
+    point = zero_of(state, node, zero)
+    if max(unit.ndim, point.ndim) > 1 and max(unit.size, point.size) > 1:
+        return None
+    return Codes(value, unit.reshape(-1), point.reshape(-1), spec)
+
+
+def matmul_integer(state: State, node: Node) -> Outputs:
+    """MatMulInteger."""
+    a, b = operand(state, node, 0, None, 2), operand(state, node, 1, None, 3)
+    return None if a is None or b is None else (state.multiply(node, a, b),)
+
+
+def qlinear_matmul(state: State, node: Node) -> Outputs:
+    """QLinearMatMul."""
+    a, b = operand(state, node, 0, 1, 2), operand(state, node, 3, 4, 5)
+    if a is None or b is None or np.size(take(state, node, 6)) > 1:
+        return None
+    return (requantize(state, node, a, b, state.multiply(node, a, b), 6, 7),)
+
+
+def requantize(state: State, node: Node, a: Codes, b: Codes, acc: np.ndarray, scale: int, zero: int) -> np.ndarray:
+    """Accumulators as codes of the result, whose scale and zero point have these places."""
+    spec, rule = state.spec(node.inputs[zero]), state.profile.requantize
+    assert spec is not None  # a zero point has the dtype of codes
+    rows = a.scale if a.scale.size == 1 else a.scale.reshape(-1, 1)
+    real = fixed_point.real_multiplier(rows, b.scale, np.asarray(take(state, node, scale)), rule)
+    code = fixed_point.requantize(acc, real, zero_of(state, node, zero).reshape(()), spec, rule)
+    return code.astype(bytes_of(spec))
+
+
+def qgemm(state: State, node: Node) -> Outputs:
+    """onnxruntime's QGemm: codes, or float where there is no scale of the result."""
+    a, b = operand(state, node, 0, 1, 2), operand(state, node, 3, 4, 5)
+    if a is None or b is None or node.attributes.get("alpha", 1.0) != 1:
+        return None
+    a = a._replace(value=a.value.T if node.attributes.get("transA", 0) else a.value)
+    b = b._replace(value=b.value.T if node.attributes.get("transB", 0) else b.value)
+    acc, bias = state.multiply(node, a, b), take(state, node, 6)
+    acc = acc if bias is None else acc + bias
+    if take(state, node, 7) is None:
+        return (real_of(acc, a.scale, b.scale),)
+    return (requantize(state, node, a, b, acc, 7, 8),)
+
+
+def real_of(acc: np.ndarray, a_scale: np.ndarray, b_scale: np.ndarray) -> np.ndarray:
+    """Accumulators times the product of their scales, float32 at each step."""
+    rows = a_scale.reshape(()) if a_scale.size == 1 else a_scale.reshape(-1, 1)
+    return acc.astype(np.float32) * (rows * (b_scale.reshape(()) if b_scale.size == 1 else b_scale)).astype(np.float32)
+
+
+def dynamic_quantize_matmul(state: State, node: Node) -> Outputs:
+    """onnxruntime's DynamicQuantizeMatMul: a float tensor quantized as it comes, times codes, plus a float bias."""
+    b = operand(state, node, 1, 2, 3)
+    if b is None:
+        return None
+    code, scale, zero = quantize_dynamically(state, take(state, node, 0))
+    a = Codes(code, scale.reshape(-1), zero.reshape(-1), QuantSpec(8))
+    return (add_float(real_of(state.multiply(node, a, b), a.scale, b.scale), take(state, node, 4)),)
+
+
+def add_float(y: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """A float bias, where there is one."""
+    return y if bias is None else y + bias
+
+
+def matmul_integer_to_float(state: State, node: Node) -> Outputs:
+    """onnxruntime's MatMulIntegerToFloat."""
+    a, b = operand(state, node, 0, 2, 4), operand(state, node, 1, 3, 5)
+    if a is None or b is None:
+        return None
+    return (add_float(real_of(state.multiply(node, a, b), a.scale, b.scale), take(state, node, 6)),)
+
+
+def matmul(state: State, node: Node) -> Outputs:
+    """MatMul of two dequantized tensors."""
+    a, b = (state.codes.get(name) for name in node.inputs)
+    return multiply_codes(state, node, a, b)
+
+
+def multiply_codes(state: State, node: Node, a: Codes | None, b: Codes | None) -> Outputs:
+    """The product of two tensors of codes as floats, its accumulators remembered. None where a scale varies along the
+    sum, or along the rows."""
+    if a is None or b is None or a.axis is not None or min(a.value.ndim, b.value.ndim) < 2:
+        return None
+    if b.axis is not None and b.axis != b.value.ndim - 1:
+        return None
+    total = Sum(state.multiply(node, a, b), a.scale[0], b.scale if b.axis is not None else b.scale[0])
+    state.sums[node.outputs[0]] = total
+    return (total.real(),)
+
+
+def gemm(state: State, node: Node) -> Outputs:
+    """Gemm of two dequantized tensors, with a bias of one number per column."""
+    a, b = (state.codes.get(name) for name in node.inputs[:2])
+    if node.attributes.get("alpha", 1.0) != 1 or node.attributes.get("beta", 1.0) != 1:
+        return None
+    a, b = (
+        turn(x, (1, 0)) if x is not None and node.attributes.get(key, 0) else x
+        for x, key in ((a, "transA"), (b, "transB"))
+    )
+    made = multiply_codes(state, node, a, b)
+    if made is None or len(node.inputs) < 3 or not node.inputs[2]:
+        return made
+    return add_bias(state, node, state.sums.pop(node.outputs[0]), node.inputs[2])
+
+
+def add_bias(state: State, node: Node, total: Sum, name: str) -> Outputs:
+    """Accumulators with a bias of one number per column, by the profile: as an integer of their unit, or a float, which
+    leaves a float. None for a bias of another shape."""
+    bias = state.values[name]
+    if bias.size not in (1, total.value.shape[-1]) or bias.shape[-1:] not in ((), (bias.size,)):
+        return None
+    if state.profile.bias is Bias.FLOAT_AFTER:
+        return (total.real() + bias,)
+    steps = bias.reshape(-1).astype(np.float64) / total.unit()
+    if state.profile.bias is Bias.FLOAT_BEFORE:
+        return ((total.value.astype(np.float32) + steps.astype(np.float32)) * total.unit().astype(np.float32),)
+    code, own = np.rint(steps).astype(np.int64), state.biases.get(name)
+    if own is not None and np.allclose(steps, own.reshape(-1), rtol=1e-6, atol=0.5):  # float32 holds 24 bits of it
+        code = own.reshape(-1).astype(np.int64)
+    summed = total.value + code
+    if total.value.dtype == np.int32 and summed.size and not -(2**31) <= summed.min() <= summed.max() < 2**31:
+        raise ValueError(f"its bias takes accumulators from {summed.min()} to {summed.max()}, beyond int32")
+    total = total._replace(value=summed.astype(total.value.dtype))
+    state.sums[node.outputs[0]] = total
+    return (total.real(),)
+
+
+# --- element by element -----------------------------------------------------------------------------------------------
+
+
+def add(state: State, node: Node) -> Outputs:
+    """Add: a bias of accumulators, or floats."""
+    for name, other in (node.inputs, node.inputs[::-1]):
+        total = state.sums.get(name)
+        if total is not None and (other in state.graph.constants or state.values[other].ndim == 1):
+            made = add_bias(state, node, total, other)
+            if made is not None:
+                return made
+    return elementwise(state, node)
+
+
+def scale(state: State, node: Node) -> Outputs:
+    """Mul or Div: by one number, of accumulators, a change of their unit; else of floats."""
+    first, second = node.inputs if node.op == "Div" or node.inputs[0] in state.sums else node.inputs[::-1]
+    total, factor = state.sums.get(first), state.values[second]
+    if total is not None and factor.size == 1 and factor.ndim <= total.value.ndim and np.all(factor > 0):
+        by = float(factor.reshape(()))
+        state.sums[node.outputs[0]] = total._replace(
+            factor=total.factor * by if node.op == "Mul" else total.factor / by
+        )
+    return elementwise(state, node)
+
+
+def relu(state: State, node: Node) -> Outputs:
+    """max(x, 0), of accumulators too."""
+    total = state.sums.get(node.inputs[0])
+    if total is not None:
+        state.sums[node.outputs[0]] = total._replace(value=np.maximum(total.value, 0))
+    return (np.maximum(take(state, node, 0), 0),)
+
+
+ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
+    "Abs": np.abs,
+    "Add": np.add,
+    "Div": np.divide,
+    "Mul": np.multiply,
+    "Neg": np.negative,
+    "Sqrt": np.sqrt,
+    "Sub": np.subtract,
+}
+
+
+def elementwise(state: State, node: Node) -> Outputs:
+    """One IEEE operation per element, of floats. ONNX divides integers in its own way."""
+    given = [take(state, node, i) for i in range(len(node.inputs))]
+    if any(x.dtype not in (np.float32, np.float64) for x in given):
+        return None
+    with np.errstate(all="ignore"):
+        return (np.asarray(ELEMENTWISE[node.op](*given)),)
+
+
+def cast(state: State, node: Node) -> Outputs:
+    """Cast between integers, to floats, between floats of 16 bits and more; a float to an integer is the engine's."""
+    x, dtype = take(state, node, 0), name_dtype(node.attributes["to"])
+    plain = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+    if dtype not in (*plain, "float16", "float32", "float64") or str(x.dtype) not in (
+        *plain,
+        "float16",
+        "float32",
+        "float64",
+    ):
+        return None
+    if x.dtype.kind == "f" and dtype in plain:
+        return None
+    with np.errstate(over="ignore"):
+        return (x.astype(dtype),)
+
+
+def qlinear_add(state: State, node: Node) -> Outputs:
+    """onnxruntime's QLinearAdd, by the profile's rule of a sum."""
+    spec, rule = state.spec(node.inputs[0]), state.profile.requantize
+    if spec is None or any(np.size(take(state, node, i)) > 1 for i in (1, 4, 6)):
+        return None
+    parts, reals = [], []
+    for code, unit, zero in ((0, 1, 2), (3, 4, 5)):
+        parts.append(take(state, node, code).astype(np.int32) - zero_of(state, node, zero))
+        reals.append(
+            fixed_point.real_multiplier(
+                np.asarray(take(state, node, unit)), np.float32(1), np.asarray(take(state, node, 6)), rule
+            )
+        )
+    a, b = np.broadcast_arrays(*parts)
+    if isinstance(rule, FloatProduct):
+        first, second = (np.asarray(real, np.float32) for real in reals)
+        level = fixed_point.round_float(a.astype(np.float32) * first + b.astype(np.float32) * second, rule)
+    else:
+        multipliers, shift = common_shift(reals)
+        level = ops.weighted_sum([a, b], multipliers, shift, state.profile.add)
+    code = np.clip(level + zero_of(state, node, 7), spec.code_min, spec.code_max)
+    return (code.astype(bytes_of(spec)),)
+
+
+# --- moves ------------------------------------------------------------------------------------------------------------
+
+
+def turn(x: Codes, order: Sequence[int]) -> Codes:
+    """Codes with their axes in another order."""
+    return x._replace(value=x.value.transpose(order), axis=None if x.axis is None else list(order).index(x.axis))
+
+
+def transpose(state: State, node: Node) -> Outputs:
+    """Axes in another order, of codes too."""
+    x = take(state, node, 0)
+    order = [int(axis) for axis in node.attributes.get("perm", range(x.ndim)[::-1])]
+    codes, total = state.codes.get(node.inputs[0]), state.sums.get(node.inputs[0])
+    if codes is not None:
+        state.codes[node.outputs[0]] = turn(codes, order)
+    if total is not None and np.size(total.w_scale) == 1:
+        state.sums[node.outputs[0]] = total._replace(value=total.value.transpose(order))
+    return (x.transpose(order),)
+
+
+def move(state: State, node: Node) -> Outputs:
+    """Identity, Reshape, Flatten, Squeeze, Unsqueeze: another shape, of codes too where they have one scale."""
+    x = take(state, node, 0)
+    shape = SHAPES[node.op](x.shape, node, take(state, node, 1) if len(node.inputs) > 1 else None)
+    codes, total = state.codes.get(node.inputs[0]), state.sums.get(node.inputs[0])
+    if codes is not None and (codes.axis is None or node.op == "Identity"):
+        state.codes[node.outputs[0]] = codes._replace(value=codes.value.reshape(shape))
+    if total is not None and (np.size(total.w_scale) == 1 or node.op == "Identity"):
+        state.sums[node.outputs[0]] = total._replace(value=total.value.reshape(shape))
+    return (x.reshape(shape),)
+
+
+def reshaped(shape: tuple[int, ...], node: Node, wanted: np.ndarray | None) -> tuple[int, ...]:
+    """Of Reshape: 0 keeps a length, unless `allowzero`."""
+    assert wanted is not None  # an input that Reshape must have
+    keeps = not node.attributes.get("allowzero", 0)
+    return tuple(shape[i] if n == 0 and keeps else int(n) for i, n in enumerate(wanted))
+
+
+def squeezed(shape: tuple[int, ...], node: Node, axes: np.ndarray | None) -> tuple[int, ...]:
+    """Of Squeeze: axes of length 1 left out."""
+    chosen = node.attributes.get("axes") if axes is None else axes
+    gone = [i for i, n in enumerate(shape) if n == 1] if chosen is None else [int(i) % len(shape) for i in chosen]
+    return tuple(n for i, n in enumerate(shape) if i not in gone)
+
+
+def unsqueezed(shape: tuple[int, ...], node: Node, axes: np.ndarray | None) -> tuple[int, ...]:
+    """Of Unsqueeze: axes of length 1 put in."""
+    chosen = [int(i) for i in (node.attributes["axes"] if axes is None else axes)]
+    ndim = len(shape) + len(chosen)
+    rest = iter(shape)
+    return tuple(1 if i in [axis % ndim for axis in chosen] else next(rest) for i in range(ndim))
+
+
+def flattened(shape: tuple[int, ...], node: Node, _: np.ndarray | None) -> tuple[int, ...]:
+    """Of Flatten: two axes."""
+    axis = node.attributes.get("axis", 1)
+    axis += len(shape) if axis < 0 else 0
+    return int(np.prod(shape[:axis], dtype=np.int64)), int(np.prod(shape[axis:], dtype=np.int64))
+
+
+SHAPES: dict[str, Callable[..., tuple[int, ...]]] = {
+    "Flatten": flattened,
+    "Identity": lambda shape, node, _: shape,
+    "Reshape": reshaped,
+    "Squeeze": squeezed,
+    "Unsqueeze": unsqueezed,
+}
+
+OPERATORS: dict[tuple[str, str], Operator] = {
+    ("", "QuantizeLinear"): quantize_linear,
+    ("", "DequantizeLinear"): dequantize_linear,
+    ("", "DynamicQuantizeLinear"): dynamic_quantize_linear,
+    ("", "MatMulInteger"): matmul_integer,
+    ("", "QLinearMatMul"): qlinear_matmul,
+    ("", "MatMul"): matmul,
+    ("", "Gemm"): gemm,
+    ("", "Add"): add,
+    ("", "Mul"): scale,
+    ("", "Div"): scale,
+    ("", "Relu"): relu,
+    ("", "Cast"): cast,
+    ("", "Transpose"): transpose,
+    **{("", op): elementwise for op in ("Abs", "Neg", "Sqrt", "Sub")},
+    **{("", op): move for op in SHAPES},
+    ("com.microsoft", "QuantizeLinear"): quantize_linear,
+    ("com.microsoft", "DequantizeLinear"): dequantize_linear,
+    ("com.microsoft", "QLinearAdd"): qlinear_add,
+    ("com.microsoft", "QGemm"): qgemm,
+    ("com.microsoft", "DynamicQuantizeMatMul"): dynamic_quantize_matmul,
+    ("com.microsoft", "MatMulIntegerToFloat"): matmul_integer_to_float,
+}
+
+
+def list_operators() -> list[str]:
+    """The supported operators, those of another domain with its name."""
+    return sorted(f"{domain}.{op}" if domain else op for domain, op in OPERATORS)
