@@ -18,8 +18,9 @@ from itertools import product as combinations
 
 import numpy as np
 
-from qtx_ref.integer.fixed_point import multiply_two_roundings
+from qtx_ref.integer.fixed_point import multiply
 from qtx_ref.integer.products import matmul_pairs16
+from qtx_ref.spec import Dtype, Fixed, HighProduct, LeftShift, Rounding
 
 __all__ = [
     "TARGETS",
@@ -33,6 +34,7 @@ __all__ = [
     "check_sums",
 ]
 
+TWO_ROUNDINGS = Fixed(Dtype.FLOAT64, 31, HighProduct.HALF_UP, Rounding.HALF_AWAY, LeftShift.REPORT)
 INT16, INT32 = (-(2**15), 2**15 - 1), (-(2**31), 2**31 - 1)
 CENTRE = 128  # by which codes of a byte are moved to the other sign
 
@@ -308,7 +310,7 @@ def check_shift(product: Product, overflow: Verdict) -> Verdict | None:
     found = witness_acc(one, worst > 0, INT32)
     shift = np.ravel(np.broadcast_to(left, highs.shape))[column]
     try:
-        multiply_two_roundings(np.int32(found.exact), np.int32(2**30), shift)
+        multiply(np.int32(found.exact), np.int32(2**30), shift, TWO_ROUNDINGS)
         raise AssertionError(f"{found.exact} << {shift} is within int32")
     except ValueError:
         where = None if product.right.codes is None else column

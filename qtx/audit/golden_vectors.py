@@ -20,7 +20,7 @@ from qtx_ref.spec import Profile
 
 from ..engines.paths import EngineCrash, EngineRefusal, Path, load_engine, run
 from ..files.container import FileError, read_sealed, write_sealed
-from ..files.formats import GOLDEN, VERSION
+from ..files.formats import GOLDEN, VERSIONS
 from .tallies import Tally, check_path, prepare
 from .vectors import DRAWN, Batch, draw, take_codes
 
@@ -98,7 +98,7 @@ def write_golden(folder: File, engine: str, profiles: Callable[[str], Profile], 
                 {"path": path.name, "op": path.op, "family": batch.family, "dtype": batch.dtype, "values": plain}
             )
     file = folder / f"{engine}.safetensors"
-    header = {"format": GOLDEN, "version": VERSION, "engine": engine}
+    header = {"format": GOLDEN, "version": VERSIONS[GOLDEN], "engine": engine}
     made = {"versions": name_versions(engine), "cpu": name_cpu(), "seed": seed}
     write_sealed(file, {**header, "made": made, "index": index}, tensors)
     return file

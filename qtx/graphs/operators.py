@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qtx_ref.integer import fixed_point, ops
+from qtx_ref.integer import fixed_point, float_product, ops
 from qtx_ref.integer.lowering import common_shift
 from qtx_ref.quant import affine
 from qtx_ref.spec import Bias, FloatProduct, QuantSpec
@@ -338,12 +338,11 @@ def qlinear_add(state: State, node: Node) -> Outputs:
         )
     a, b = np.broadcast_arrays(*parts)
     if isinstance(rule, FloatProduct):
-        first, second = (np.asarray(real, np.float32) for real in reals)
-        level = fixed_point.round_float(a.astype(np.float32) * first + b.astype(np.float32) * second, rule)
+        level = float_product.add([a, b], reals, rule, zero_of(state, node, 7))
     else:
         multipliers, shift = common_shift(reals)
-        level = ops.weighted_sum([a, b], multipliers, shift, state.profile.add)
-    code = np.clip(level + zero_of(state, node, 7), spec.code_min, spec.code_max)
+        level = ops.weighted_sum([a, b], multipliers, shift, state.profile.add) + zero_of(state, node, 7)
+    code = np.clip(level, spec.code_min, spec.code_max)
     return (code.astype(bytes_of(spec)),)
 
 
