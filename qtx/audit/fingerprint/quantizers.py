@@ -64,9 +64,11 @@ class Quantizer(Operation):
     def __init__(self, specs: dict[str, QuantSpec]) -> None:
         self.specs = specs
 
-    def question(self, kind: str, x: np.ndarray, scale: np.ndarray, zero: int, codes: str, *needs: str) -> Question:
+    def question(self, kind: str, x: np.ndarray, scale: np.ndarray, zero: int, codes: str) -> Question:
         """One call with codes of the dtype `codes`."""
-        needs = (*needs, *([f"{x.dtype} x"] if x.dtype != np.float32 else []), *(["a zero point"] if zero else []))
+        needs = [f"{codes} codes"]
+        needs += [f"{x.dtype} x"] if x.dtype != np.float32 else []
+        needs += ["a zero point"] if zero else []
         with np.errstate(over="ignore"):
             level = np.abs(x.astype(np.float64)) / scale.astype(np.float64)
         settings = {
@@ -76,7 +78,7 @@ class Quantizer(Operation):
             "far": bool((level > FAR).any()),
         }
         arrays = {"x": x, "scale": scale, "zero_point": np.asarray(zero, codes)}
-        return Question(kind, arrays, x.size, frozenset({*needs, f"{codes} codes"}), settings)
+        return Question(kind, arrays, x.size, frozenset(needs), settings)
 
     def pool(self) -> Sequence[Question]:
         """Ordinary inputs first, the widest net."""
@@ -98,8 +100,8 @@ class Quantizer(Operation):
                 asked += [
                     self.question("beside 0", few, np.asarray(one), zero, codes),
                     self.question("beyond 2^31 and 2^63", far_inputs(), np.asarray(one), zero, codes),
-                    self.question("NaN", np.float32([np.nan]), np.asarray(one), zero, codes, "NaN"),
-                    self.question("infinities", np.float32([np.inf, -np.inf]), np.asarray(one), zero, codes, "infinity"),
+                    self.question("NaN", np.float32([np.nan]), np.asarray(one), zero, codes),
+                    self.question("infinities", np.float32([np.inf, -np.inf]), np.asarray(one), zero, codes),
                 ]
         return asked
 
