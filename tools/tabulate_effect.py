@@ -121,8 +121,12 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def tabulate_curves(found: dict[str, dict], only: int | None = None) -> str:
-    """A line for each row and step, of all its seeds; or of one step only."""
-    header = ["row", "step", "seeds", "float ppl", "first-token mass", "idle heads", "max inf norm", "kurtosis"]
+    """A line for each row and step, of all its seeds; or of one step only. Perplexity as trained: of those that are
+    trained under quantization, with their quantizers."""
+    lines = [line for parts in found.values() for line in parts.get("curves", [])]
+    as_trained = ["ppl as trained"] if any("trained.loss" in line["evaluation"] for line in lines) else []
+    header = ["row", "step", "seeds", "float ppl", *as_trained]
+    header += ["first-token mass", "idle heads", "max inf norm", "kurtosis"]
     cells = []
     for name, seeds in group(found, "curves"):
         by_step: dict[int, list[dict]] = defaultdict(list)
@@ -133,9 +137,11 @@ def tabulate_curves(found: dict[str, dict], only: int | None = None) -> str:
                 continue
             keys = [f"integer.{bits}.loss" for bits in BITS]
             lost = [[each[key] - each["float.loss"] for each in values if key in each] for key in keys]
+            trained = [math.exp(each["trained.loss"]) for each in values if "trained.loss" in each]
             cells.append([
                 name, str(step), str(len(values)),
                 spread([math.exp(each["float.loss"]) for each in values], 2),
+                *(spread(trained, 2) if trained else "" for _ in as_trained),
                 spread([each["sink.first"] for each in values], 2),
                 spread([each["heads.idle"] for each in values], 0),
                 spread([each["inf_norm"] for each in values], 1),

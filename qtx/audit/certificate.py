@@ -6,6 +6,7 @@ data where there are any, and lists what would mend what can overflow (`certific
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +20,11 @@ from ..files.artifact import SUFFIX, load_artifact
 from ..graphs.reading import read_graph
 from ..progress import Progress
 from .certificate_artifact import Show, read_artifact_products, run_artifact
-from .certificate_bounds import TARGETS, Product, Verdict, check_overflow, check_shift, check_sums
+from .certificate_bounds import CENTRE, TARGETS, Product, Target, Verdict, check_overflow, check_shift, check_sums
 from .certificate_cures import Cure, Tally, list_cures
 from .certificate_onnx import read_onnx_products, run_onnx
 
-__all__ = ["Certificate", "Line", "certify", "confirm", "open_products"]
+__all__ = ["Certificate", "Line", "certify", "confirm", "list_engines", "open_products"]
 
 Batch = Mapping[str, np.ndarray]
 Runner = Callable[[Batch, Show], None]
@@ -116,9 +117,11 @@ def certify(
         product = by_name.get(name)
         if product is not None and product.left.is_byte and product.right.is_byte:
             tallies.setdefault(name, Tally()).see(product, lines[name].cures, *operands)
+        bar.advance(note=name)
 
-    for batch in batches:
-        run(batch, show)
+    for number, batch in enumerate(batches, 1):
+        with Progress(f"batch {number}", len(products)) as bar:
+            run(batch, show)
     judged = [add_data(line, tallies.get(name)) for name, line in lines.items()]
     return Certificate(str(path), judged, unread)
 
@@ -132,11 +135,21 @@ def judge(product: Product, targets: Sequence[str], engines: Sequence[str]) -> L
         for name in targets:
             target = TARGETS[name]
             verdicts[name] = check_sums(product, target) if target.run else overflow
-            if target.run == 1 and engines:
+            if target.run == 1:
                 verdicts[name] = confirm(product, verdicts[name], engines)
+            elif target.run and not verdicts[name].holds:
+                verdicts[name] = replace(verdicts[name], note=find_run(product, target))
     shift = check_shift(product, overflow)
     constant = product.right.codes is not None
     return Line(product.name, constant, product.depth, product.columns, verdicts, overflow, shift, cures)
+
+
+def find_run(product: Product, target: Target) -> str:
+    """The longest run of pairs, of powers of two, that cannot leave int16, in words."""
+    run = target.run // 2
+    while run >= 1 and not check_sums(product, replace(target, run=run)).holds:
+        run //= 2
+    return f"runs of {run} hold" if run else "no run holds"
 
 
 def add_data(line: Line, tally: Tally | None) -> Line:
@@ -149,33 +162,47 @@ def add_data(line: Line, tally: Tally | None) -> Line:
 
 # --- engines ----------------------------------------------------------------------------------------------------------
 
-ENGINES = {  # the path whose products add pairs in int16, and the CPU on which it does
-    "onnxruntime": ("onnxruntime-disable", "Haswell"),
+ENGINES = {  # a path whose products add pairs in int16, its operation, and the CPU on which it does
+    "fbgemm": ("torch-fbgemm", "linear", "avx2"),
+    "onednn": ("torch-onednn", "linear", "avx2"),
+    "onnxruntime": ("onnxruntime-disable", "matmul", "Haswell"),
 }
+STEPS = 120  # of a result's scale, for paths that give codes of one byte
+
+
+def list_engines() -> list[str]:
+    """Those of `ENGINES` that are installed, and whose CPU can be had here."""
+    there = {path.name for path in paths.list_paths()}
+    emulated = shutil.which("qemu-x86_64") is not None
+    return [name for name, (path, _, cpu) in ENGINES.items() if path in there and (cpu in paths.SWITCHES or emulated)]
 
 
 def confirm(product: Product, verdict: Verdict, engines: Sequence[str]) -> Verdict:
-    """A verdict with what engines make of its witness. Raises SpecError for an unknown engine, MissingExtra,
-    EngineCrash."""
-    if verdict.witness is None:
+    """A verdict with what engines make of its witness: a number, to a 240th of it where the engine gives codes, or in
+    words that it refused or crashed. Raises SpecError for an unknown engine, MissingExtra."""
+    witness = verdict.witness
+    if witness is None:
         return verdict
-    left, right = (
-        (side.moved(signed), codes.astype(np.int64) + 128 * (side.signed - signed))
-        for side, codes, signed in (
-            (product.left, verdict.witness.left, False),
-            (product.right, verdict.witness.right, True),
-        )
-    )
-    seen = {}
+    x = (witness.left + CENTRE * product.left.signed).astype(np.uint8)[None]
+    w = (witness.right - CENTRE * (not product.right.signed)).astype(np.int8)[:, None]
+    seen: dict[str, int | str] = {}
     for name in engines:
         if name not in ENGINES:
             raise SpecError(f"engine is {name!r}: known engines are {', '.join(ENGINES)}")
-        path, cpu = ENGINES[name]
-        given = {
-            "x": left[1].astype(np.uint8)[None],
-            "x_zero": np.uint8(0),
-            "w": right[1].astype(np.int8)[:, None],
-            "w_zero": np.int8(0),
-        }
-        seen[name] = int(paths.run(path, "matmul", given, cpu)["accumulator"][0, 0])
-    return replace(verdict, witness=replace(verdict.witness, engines=seen))
+        path, op, cpu = ENGINES[name]
+        try:
+            seen[name] = run_witness(path, op, cpu, x, w, witness.exact)
+        except (paths.EngineCrash, paths.EngineRefusal) as error:
+            seen[name] = str(error)
+    return replace(verdict, witness=replace(witness, engines=seen))
+
+
+def run_witness(path: str, op: str, cpu: str, x: np.ndarray, w: np.ndarray, exact: int) -> int:
+    """What an engine's path makes of x (1, K) times w (K, 1)."""
+    given = {"x": x, "x_zero": np.uint8(0), "w": w, "w_zero": np.int8(0)}
+    if op == "matmul":
+        return int(paths.run(path, op, given, cpu)["accumulator"][0, 0])
+    step, middle = abs(exact) / STEPS, np.uint8(128)
+    more = {"x_scale": 1.0, "w_scale": np.ones(1, np.float32), "bias": None, "y_scale": step, "y_zero": middle}
+    code = paths.run(path, op, given | more, cpu)["y"][0, 0]
+    return round((int(code) - int(middle)) * step)

@@ -108,7 +108,7 @@ class Product:
 @dataclass(frozen=True)
 class Witness:
     """Operands, as the file has their codes, that go beyond: the exact result and the one that is computed. `engines`:
-    what engines made of them, by path."""
+    what engines made of them, by name."""
 
     left: np.ndarray = field(repr=False)  # (K,)
     right: np.ndarray = field(repr=False)  # (K,)
@@ -117,7 +117,7 @@ class Witness:
     right_zero: int
     exact: int
     computed: int | None  # None: refused
-    engines: dict[str, int] = field(default_factory=dict)
+    engines: dict[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

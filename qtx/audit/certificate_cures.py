@@ -171,10 +171,18 @@ def count_saturated(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
     if a.shape[-1] % 2:
         a = np.concatenate([a, np.zeros_like(a[..., :1])], -1)
         b = np.concatenate([b, np.zeros_like(b[..., :1, :])], -2)
-    total, wrong = 0, None
+    total, wrong = 0, np.zeros((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), bool)
     for k in range(0, a.shape[-1], 2):
-        pair = a[..., k, None] * b[..., k, None, :] + a[..., k + 1, None] * b[..., k + 1, None, :]
+        x, w = a[..., k : k + 2], b[..., k : k + 2, :]
+        low, high = x.min(-2)[..., None], x.max(-2)[..., None]  # (..., 2, 1)
+        far = np.maximum(high * w, low * w).sum(-2), np.minimum(high * w, low * w).sum(-2)  # (..., N)
+        beyond = (far[0] > 2**15 - 1) | (far[1] < -(2**15))
+        columns = np.flatnonzero(beyond.any(tuple(range(beyond.ndim - 1))))
+        if columns.size == 0:  # whatever the row
+            continue
+        w = w[..., columns]
+        pair = x[..., :1] * w[..., :1, :] + x[..., 1:] * w[..., 1:, :]  # (..., M, columns)
         beyond = (pair > 2**15 - 1) | (pair < -(2**15))
         total += int(beyond.sum())
-        wrong = beyond if wrong is None else wrong | beyond
-    return total, 0 if wrong is None else int(wrong.sum())
+        wrong[..., columns] |= beyond
+    return total, int(wrong.sum())

@@ -22,7 +22,7 @@ from ..engines.paths import EngineCrash, EngineRefusal, Path, load_engine, run
 from ..files.container import FileError, read_sealed, write_sealed
 from ..files.formats import GOLDEN, VERSION
 from .tallies import Tally, check_path, prepare
-from .vectors import DRAWN, Batch, draw
+from .vectors import DRAWN, Batch, draw, take_codes
 
 __all__ = ["Golden", "read_golden", "replay", "write_golden"]
 
@@ -73,9 +73,10 @@ def name_versions(engine: str) -> str:
 
 def draw_few(path: Path, seed: int) -> Iterator[Batch]:
     """One batch of each family, of one dtype after another."""
+    codes = take_codes(path.op, path.codes)
     for number, family in enumerate(DRAWN[path.op]):
         if family not in LEFT_OUT:
-            yield draw(path.op, family, path.codes[number % len(path.codes)], number, SIZE, seed)
+            yield draw(path.op, family, codes[number % len(codes)], number, SIZE, seed)
 
 
 def write_golden(folder: File, engine: str, profiles: Callable[[str], Profile], seed: int = 0) -> File:

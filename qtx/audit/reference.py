@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from qtx_ref.integer import fixed_point, products
+from qtx_ref.integer import fixed_point, float_product, products
 from qtx_ref.quant import affine, formats
-from qtx_ref.spec import Bias, Dtype, FloatFormat, Profile, QuantSpec
+from qtx_ref.quant.rounding import round_dtype
+from qtx_ref.spec import Bias, Dtype, Fixed, FloatFormat, Profile, QuantSpec
 
 from .vectors_numbers import is_float, limits
 
@@ -49,17 +50,20 @@ def quantize(profile: Profile, values: Values) -> Results:
     """Codes, of integers or of a small float."""
     scale, rule = spread(values, "scale", "x"), narrow(profile.quantize, values)
     if is_float(values["dtype"]):
-        x = np.asarray(values["x"], np.float32)
+        x = values["x"]
         with np.errstate(all="ignore"):
-            return {"code": formats.encode(x / scale, FloatFormat(values["dtype"]))}
+            level = round_dtype(x.astype(np.float32) / scale, affine.working_dtype(rule.arithmetic, x))
+        return {"code": formats.encode(level, FloatFormat(values["dtype"]), cast=profile.cast)}
     spec = make_spec(*limits(values["dtype"]))
     return {"code": affine.quantize(values["x"], scale, spread(values, "zero_point", "x"), spec, rule)}
 
 
 def dequantize(profile: Profile, values: Values) -> Results:
-    """Real numbers."""
-    scale, zero = spread(values, "scale", "code"), spread(values, "zero_point", "code")
-    return {"y": affine.dequantize(values["code"], scale, zero, narrow(profile.dequantize, values))}
+    """Real numbers, of a bfloat16 scale cast to that by a rule that goes by the scale's dtype."""
+    scale, zero, rule = spread(values, "scale", "code"), spread(values, "zero_point", "code"), profile.dequantize
+    y = affine.dequantize(values["code"], scale, zero, rule)
+    cast = values.get("x_dtype") == "bfloat16" and rule.arithmetic is Dtype.INPUT
+    return {"y": round_dtype(y, Dtype.BFLOAT16) if cast else y}
 
 
 def fake_quantize(profile: Profile, values: Values) -> Results:
@@ -94,16 +98,23 @@ def accumulate(profile: Profile, values: Values, bias: np.ndarray | None) -> np.
 
 def linear(profile: Profile, values: Values) -> Results:
     """Codes of y."""
-    rule, bias = profile.requantize, values.get("bias")
-    total = accumulate(profile, values, bias if profile.bias is Bias.INT32 else None)
-    real = fixed_point.real_multiplier(values["x_scale"], values["w_scale"], values["y_scale"], rule)
+    rule, place, bias = profile.requantize, profile.bias, values.get("bias")
+    x_scale, w_scale, y_scale = (np.asarray(values[f"{name}_scale"]) for name in "xwy")
+    total = accumulate(profile, values, bias if place is Bias.INT32 else None)
+    real = fixed_point.real_multiplier(x_scale, w_scale, y_scale, rule)
     spec = make_spec(*limits(str(np.asarray(values["y_zero"]).dtype)))
-    return {"y": fixed_point.requantize(total, real, np.asarray(values["y_zero"], np.int32), spec, rule)}
+    y_zero = np.asarray(values["y_zero"], np.int32)
+    if bias is None or place is Bias.INT32:
+        return {"y": fixed_point.requantize(total, real, y_zero, spec, rule)}
+    if isinstance(rule, Fixed):
+        raise ValueError(f"bias is {place}, and a requantization in integers adds none")
+    scaled = float_product.scale_bias(bias, x_scale * w_scale, y_scale, rule, place)
+    return {"y": fixed_point.requantize(total, real, y_zero, spec, rule, scaled, place)}
 
 
 def cast(profile: Profile, values: Values) -> Results:
     """Codes of a small float."""
-    return {"code": formats.encode(values["x"], FloatFormat(values["format"]))}
+    return {"code": formats.encode(values["x"], FloatFormat(values["format"]), cast=profile.cast)}
 
 
 EVALUATED: dict[str, Callable[[Profile, Values], Results]] = {

@@ -17,7 +17,7 @@ from .vectors_codes import CODE_DRAWS, RANGE_DRAWS
 from .vectors_numbers import DRAWS, Draw, Values, draw_scale, limits
 from .vectors_products import PRODUCT_DRAWS
 
-__all__ = ["Batch", "DRAWN", "SHARES", "count_batches", "draw", "draw_batches"]
+__all__ = ["Batch", "DRAWN", "SHARES", "count_batches", "draw", "draw_batches", "take_codes"]
 
 SHARES = {  # of the vectors asked for; a family has at least one batch of each dtype of codes
     "uniform": 0.1,
@@ -35,6 +35,7 @@ SHARES = {  # of the vectors asked for; a family has at least one batch of each 
     "channels": 0.02,
     "float16": 0.02,
     "bfloat16": 0.02,
+    "vanishing": 0.0,
     "empty": 0.0,
     "one": 0.0,
     "odd": 0.0,
@@ -52,6 +53,9 @@ DRAWN: dict[str, Mapping[str, Draw]] = {
     "linear": PRODUCT_DRAWS,
 }
 MAIN = ("x", "code", "low")  # what is counted of a batch
+
+
+WIDE = ("int32",)  # codes that can be dequantized, and are beyond the 16 bits of a quantizer
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,14 @@ def measure_chunk(count: int) -> int:
     return 256 if count <= 2**17 else 1024
 
 
+def take_codes(op: str, codes: Sequence[str]) -> list[str]:
+    """The dtypes of codes that `qtx_ref` has a quantizer of."""
+    return [dtype for dtype in codes if op == "dequantize" or dtype not in WIDE]
+
+
 def count_batches(op: str, codes: Sequence[str], count: int) -> dict[str, int]:
     """How many batches each family has for about `count` vectors, over all dtypes of codes together."""
+    codes = take_codes(op, codes)
     each = count / measure_chunk(count) / sum(SHARES[family] for family in DRAWN[op])
     return {family: max(len(codes) * LEAST.get(family, 1), round(each * SHARES[family])) for family in DRAWN[op]}
 
@@ -85,6 +95,7 @@ def draw_batches(
     op: str, codes: Sequence[str], count: int, seed: int = 0, families: Sequence[str] | None = None
 ) -> Iterator[Batch]:
     """About `count` vectors for an operation, family by family, over all dtypes of codes in turn."""
+    codes = take_codes(op, codes)
     for family, batches in count_batches(op, codes, count).items():
         if families is None or family in families:
             for number in range(batches):

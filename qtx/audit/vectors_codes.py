@@ -14,6 +14,8 @@ from .vectors_numbers import LARGEST, ODD, TINY, Values, draw_scale, draw_zero, 
 
 __all__ = ["CODE_DRAWS", "RANGE_DRAWS"]
 
+SMALLEST = -141  # the exponent of the shortest range that has a scale, 2^-149, with 8 bits
+
 Draw = Callable[[np.random.Generator, str, int, Any], Values]  # of codes of a dtype, so many, by a scale
 
 
@@ -113,14 +115,14 @@ def draw_range_ties(rng: np.random.Generator, dtype: str, size: int, scale: Any)
 
 def draw_range_powers(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """From 0, or from minus the same, to each power of two, and to the numbers beside it."""
-    powers = np.float32(2.0 ** np.arange(-149, 127))
+    powers = np.float32(2.0 ** np.arange(SMALLEST, 127))
     high = np.concatenate([powers, step(powers, np.ones(powers.size, int)), step(powers, -np.ones(powers.size, int))])
     return join_range(np.stack([np.concatenate([0 * high, -high]), np.concatenate([high, high])]), dtype)
 
 
 def draw_range_limits(rng: np.random.Generator, dtype: str, size: int, scale: Any) -> Values:
     """Empty ranges at 0 and elsewhere, ranges of one sign, and the widest that float32 holds."""
-    ends = np.array([0, -0.0, 1, -1, TINY, -TINY, 2.0**-126, LARGEST / 2, -LARGEST / 2], np.float32)
+    ends = np.array([0, -0.0, 1, -1, 2.0**SMALLEST, -(2.0**SMALLEST), 2.0**-126, LARGEST / 2, -LARGEST / 2], np.float32)
     return join_range(rng.choice(ends, (2, size)), dtype)
 
 
@@ -132,6 +134,8 @@ RANGE_DRAWS: dict[str, Draw] = {
     "powers of two": draw_range_powers,
     "limits": draw_range_limits,
     "subnormals": lambda rng, dtype, size, scale: join_range(rng.integers(-(2**23), 2**23, (2, size)) * TINY, dtype),
+    # no float32 divided by the number of codes
+    "vanishing": lambda rng, dtype, size, scale: join_range(rng.integers(-63, 64, (2, size)) * TINY, dtype),
     "empty": lambda rng, dtype, size, scale: join_range(np.zeros((2, 0)), dtype),
     "one": lambda rng, dtype, size, scale: join_range(rng.standard_normal((2, 1)) * 100 * scale, dtype),
 }

@@ -74,10 +74,8 @@ def draw_ties(rng: np.random.Generator, dtype: str, size: int, exact: bool) -> V
     low, high = limits(dtype)
     values = draw_operands(rng, dtype, -(-size // COLUMNS), DEPTH, COLUMNS)
     x_zero = int(values["x_zero"])
-    reach = 127 if dtype != "int16" else 255
-    v = 2 * rng.integers(-reach // 2, reach // 2 + 1, (values["x"].shape[0], 1)) + 1
-    v = np.where((v + x_zero < low) | (v + x_zero > high), -v, v)
-    v = np.where((v + x_zero < low) | (v + x_zero > high), 1 if x_zero < high else -1, v)
+    v = rng.integers(low - x_zero, high - x_zero + 1, (values["x"].shape[0], 1)) | 1
+    v = np.where(v > high - x_zero, v - 2, v)
     column = rng.integers(-60, 61, DEPTH)
     if exact:  # a sum that is a power of two
         column[1:] //= 6
@@ -92,7 +90,7 @@ def draw_ties(rng: np.random.Generator, dtype: str, size: int, exact: bool) -> V
         values |= {"x_scale": power(values["x_scale"]), "w_scale": power(values["w_scale"])}
         y_zero = int(values["y_zero"])
         values["y_zero"] = np.asarray(0 if dtype == "int16" else y_zero + (y_zero % 2 == 0), dtype)
-    values = scale_to(values, (int(rng.integers(0, 3)) + 0.5) / abs(total))
+    values = scale_to(values, ((0 if exact else int(rng.integers(0, 3))) + 0.5) / abs(total))
     return values if exact else {**values, "y_scale": step(values["y_scale"], np.asarray(rng.integers(-2, 3)))}
 
 

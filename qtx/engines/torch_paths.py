@@ -33,6 +33,7 @@ PATHS = (
     Path("torch-cast", NAME, "cast", "torch-quantize_per_tensor", ("e4m3", "e5m2")),
     *LINEAR_PATHS,
 )
+BY_CHANNEL = (PER_CHANNEL, f"{FAKE}-channel", f"{FAKE}-learnable_channel")  # whose kernels ask for an axis
 FORMATS = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
 WIDER = {"int4": "int8", "uint4": "uint8"}  # dtypes of torch for codes that it has none for
 
@@ -171,4 +172,7 @@ def run(path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
         scale, zero = choose_scale(path, values)
         return {"scale": scale, "zero_point": zero}
     kernel, name = SINGLE[path.op]
+    if path.name in BY_CHANNEL and "axis" not in values:  # one scale: a tensor of one channel
+        given = "code" if path.op == "dequantize" else "x"
+        return {name: kernel(path, {**values, given: values[given][None], "axis": 0})[0]}
     return {name: kernel(path, values)}

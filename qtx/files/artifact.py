@@ -2,7 +2,8 @@
 
 Tensors: the constants of `qtx_ref.integer.model`, by their names; weights of at most 4 bits two codes to a byte.
 Metadata `qtx`: model, recipe, the whole profile, nonlinear functions, where it came from (sha256 of checkpoint, recipe
-and calibration data) and a sha256 over all of it, which reading compares.
+and calibration data) and a sha256 over all of it, which reading compares. In version 1 of the format, which qtx 0.1 and
+0.2 wrote, the profile is flat; it is read as its records say.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
+from qtx_ref.integer.converting import convert
 from qtx_ref.integer.lifting import float_params
 from qtx_ref.integer.lowering import make_constants
 from qtx_ref.integer.model import code_dtype
 from qtx_ref.integer.products import pack_int4, unpack_int4
 from qtx_ref.models.initial import shapes
-from qtx_ref.profiles import parse
+from qtx_ref.profiles import upgrade
 from qtx_ref.spec import (
     ModelSpec,
     Nonlinear,
@@ -42,7 +44,7 @@ from .artifact_check import check_constants, check_size
 from .checkpoint import Checkpoint
 from .container import (
     ARTIFACT,
-    VERSION,
+    VERSIONS,
     FileError,
     check_file,
     read_sealed,
@@ -83,6 +85,12 @@ class Artifact:
     def float_params(self) -> dict[str, np.ndarray]:
         """The parameters that the codes stand for."""
         return float_params(self.spec, self.constants)
+
+    def under(self, profile: Profile) -> Artifact:
+        """The same codes and scales under another profile: multipliers and biases are derived anew. Raises SpecError
+        naming the first site that cannot run under it."""
+        constants = convert(self.spec, self.constants, self.quants, profile, self.nonlinear)
+        return replace(self, profile=profile, constants=constants)
 
     def is_packed(self, name: str) -> bool:
         """Whether a constant is stored two codes to a byte: weights of at most 4 bits."""
@@ -133,7 +141,7 @@ def save_artifact(path: Path, artifact: Artifact) -> None:
     }
     header = {
         "format": ARTIFACT,
-        "version": VERSION,
+        "version": VERSIONS[ARTIFACT],
         "spec": to_dict(artifact.spec),
         "recipe": to_dict(artifact.recipe),
         "profile": to_dict(artifact.profile),
@@ -155,7 +163,7 @@ def load_artifact(path: Path) -> Artifact:
         artifact = Artifact(
             from_dict(ModelSpec, header["spec"]),
             from_dict(Recipe, header["recipe"]),
-            parse(header["profile"]),
+            from_dict(Profile, upgrade(header["profile"]) if header["version"] == 1 else header["profile"]),
             from_dict(Nonlinear, header["nonlinear"]),
             tensors,
             header["meta"],

@@ -31,7 +31,7 @@ from qtx_ref.spec import (
 from ..recipes.transforms import list_left_transforms, make_left_transforms
 from .container import (
     CHECKPOINT,
-    VERSION,
+    VERSIONS,
     FileError,
     check_file,
     check_seal,
@@ -79,7 +79,7 @@ def take_apart(path: Path, checkpoint: Checkpoint) -> tuple[JsonObject, dict[str
             tensors[f"transform.{site}.divisor"] = how.divisor
     header = {
         "format": CHECKPOINT,
-        "version": VERSION,
+        "version": VERSIONS[CHECKPOINT],
         "spec": to_dict(checkpoint.spec),
         "recipe": to_dict(checkpoint.recipe),
         "meta": checkpoint.meta,

@@ -35,7 +35,7 @@ from .formats import (
     STUDY,
     USES,
     VECTORS,
-    VERSION,
+    VERSIONS,
     CheckpointError,
     FileError,
     JsonObject,
@@ -54,7 +54,7 @@ __all__ = [  # what other rooms take of this module and of `formats`
     "RESULT",
     "STUDY",
     "VECTORS",
-    "VERSION",
+    "VERSIONS",
     "CheckpointError",
     "FileError",
     "check_seal",
@@ -162,8 +162,11 @@ def read_header(path: Path, form: str, metadata: Mapping[str, str] | None) -> Js
     given = header.get("format") if isinstance(header, dict) else None
     if given != form and isinstance(given, str) and given in USES:
         raise FileError(f"{path}: it is {USES[given]}")
-    if given != form or header.get("version") != VERSION:
-        raise FileError(f"{path}: format is not {form} version {VERSION}; use the qtx that wrote it")
+    version = header.get("version") if given == form else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise FileError(f"{path}: format is not {form} version {VERSIONS[form]}; use the qtx that wrote it")
+    if version > VERSIONS[form]:
+        raise FileError(f"{path}: {form} version {version}, and this qtx reads up to {VERSIONS[form]}: use a later qtx")
     check_meta(path, header.get("meta", {}))
     return header
 

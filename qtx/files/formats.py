@@ -8,10 +8,11 @@ from typing import Any
 
 from ..data.reading import check_regular
 
-VERSION = 1
 CHECKPOINT, SHARES, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-shares", "qtx-artifact", "qtx-vectors"
 GOLDEN = "qtx-golden"  # what engines gave
 STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-cost", "qtx-analysis", "qtx-result"
+PROFILE = "qtx-profile"
+VERSIONS = {CHECKPOINT: 1, SHARES: 1, ARTIFACT: 2, VECTORS: 1}  # written now; those below are read too
 # in a file's first bytes: of JSON, or of a safetensors file's header
 FORMAT = re.compile(rb'(?s)(?:.{8}\{"__metadata__": ?\{"qtx": ?"\{|\{)\s*\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')
 REPORT, REPORT_MARK = "report", b'<testsuites name="qtx parity"'  # JUnit XML
@@ -28,6 +29,7 @@ USES = {
     SHARES: "the rest of a state that processes share: name its folder",
     ARTIFACT: "an artifact: qtx evaluate, show, diff, vectors, generate and parity take it, named MODEL.qtx",
     VECTORS: "golden vectors: hold their model to them with qtx vectors MODEL.qtx --check FILE",
+    PROFILE: "a profile: qtx quantize and evaluate take it as --profile FILE",
 }
 
 

@@ -12,7 +12,7 @@ from qtx_ref.spec import Family, ModelSpec
 from ..engines.protocols import Arrays, Batch, IntegerModel
 from .container import (
     VECTORS,
-    VERSION,
+    VERSIONS,
     FileError,
     read_sealed,
     sha_of,
@@ -30,7 +30,7 @@ def run_vectors(model: IntegerModel, batch: Batch) -> Arrays:
 def save_vectors(path: Path, model: Path, vectors: Arrays) -> None:
     """Writes the vectors of the artifact `model`. Raises FileError where `path` is another kind of file, WriteError
     where it cannot be written."""
-    header = {"format": VECTORS, "version": VERSION, "model": sha_of(model), "order": list(vectors)}
+    header = {"format": VECTORS, "version": VERSIONS[VECTORS], "model": sha_of(model), "order": list(vectors)}
     write_sealed(path, header, vectors)
 
 

@@ -102,6 +102,13 @@ def unique(values: Iterable[Value]) -> list[Value]:
     return list({value.name: value for value in values}.values())
 
 
+PLACED = {  # where the form has what is no operator of its own
+    "scale of scores": "1 / sqrt(K) is part of the scale with which the query's codes are read",
+    "bias": "int32, in units of the input's scale times the weight's",
+    "requantization": "the scale of QuantizeLinear behind each product; the profile's where an engine makes one kernel",
+}
+
+
 def describe(artifact: Artifact, wiring: Wiring, form: str, sha: str, result: Value) -> dict[str, Any]:
     """What the file says of itself."""
     return {
@@ -110,6 +117,7 @@ def describe(artifact: Artifact, wiring: Wiring, form: str, sha: str, result: Va
         "artifact": sha,
         "profile": to_dict(wiring.profile),
         "nonlinear": str(artifact.nonlinear),
+        "placed": PLACED if form == "qdq" else {},
         "output": {
             "scale": to_list(artifact.constants.get("output.scale", result.unit)),
             "zero_point": to_list(result.zero_point),

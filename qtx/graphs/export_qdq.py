@@ -155,8 +155,8 @@ class QdqGraph(Wiring):
         unit = np.float32(x.unit) * w.unit
         bias = self.constants.get(f"{site}.bias")
         if bias is not None and bias.dtype == np.int32:
-            code = g.constant(bias.reshape(-1), f"{site}.bias")
-            inputs.append(self.dequantize(code, unit, np.int32(0), "int32", 0))
+            held = g.constant(bias.reshape(-1), f"{site}.bias")
+            inputs.append(self.dequantize(held, unit, np.int32(0), "int32", 0))
         elif bias is not None:
             real = bias.reshape(-1) * self.constants[f"{site}.bias.scale"]
             inputs.append(g.constant(real.astype(np.float32), f"{site}.bias"))
@@ -172,7 +172,7 @@ class QdqGraph(Wiring):
     def dequantize(self, name: str, scale: Any, zero: Any, dtype: str, axis: int) -> str:
         """Constant codes as float32, with one scale, or one for each place along an axis."""
         zeros = np.broadcast_to(zero, np.shape(scale)).astype(dtype)
-        along = {"axis": axis} if np.ndim(scale) else {}
+        along: dict[str, Any] = {"axis": axis} if np.ndim(scale) else {}
         return self.graph.node("DequantizeLinear", name, scale, zeros, **along)
 
     def restore(self, rows: str, x: Value, axes: Any, name: str | None = None) -> str:

@@ -21,7 +21,7 @@ from ..files.formats import FileError, check_file
 __all__ = ["CODES", "Graph", "Node", "list_captured", "name_dtype", "read_graph", "spec_of"]
 
 WHAT = "an ONNX file"
-CODES = {  # quantizers that have these codes, with or without a zero point
+CODES = {  # quantizers that have these codes; a zero point is given beside them
     "int2": QuantSpec(2, symmetric=True),
     "int4": QuantSpec(4, symmetric=True),
     "int8": QuantSpec(8, symmetric=True),

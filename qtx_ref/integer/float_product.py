@@ -1,6 +1,7 @@
 """Requantization in floats: an accumulator, as a float, times the factors of M in turn.
 
     order RATIO        a M,  M = (x w) / y
+    order RATIO32      the same, M in float32
     order RECIPROCAL   a M,  M = (x w) (1 / y)
     order STEPS        ((a x') w') (1 / y),  s' = 1 / (1 / s)
 
@@ -42,10 +43,10 @@ INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 def make_factors(x: np.ndarray, w: np.ndarray, y: np.ndarray, order: Order, dtype: Dtype) -> np.ndarray:
     """M, or under STEPS its three factors on an axis before, of scales in the shapes that broadcast against the
     accumulator; float32, or float64 where the dtype is that."""
-    to = partial(round_dtype, dtype=dtype)
+    to = partial(round_dtype, dtype=Dtype.FLOAT32 if order is Order.RATIO32 else dtype)
     x, w, y = to(x), to(w), to(y)
     with np.errstate(over="ignore", divide="ignore"):  # `check_factors` refuses what is infinite
-        if order is Order.RATIO:
+        if order in (Order.RATIO, Order.RATIO32):
             return to(to(x * w) / y)
         if order is Order.RECIPROCAL:
             return to(to(x * w) * to(1 / y))
@@ -145,7 +146,7 @@ def add(
     """The sum of two operands, codes less their zero points or accumulators, int32 or int64, each times its multiplier,
     as levels with the zero point; int64, in the shape they broadcast to.
 
-    The multiplier, float32 or float64, is x / y, or x (1 / y) where the order is not RATIO.
+    The multiplier, float32 or float64, is x / y, or x (1 / y) where the order is RECIPROCAL or STEPS.
     """
     to = partial(round_dtype, dtype=rule.dtype)
     first, second = (to(to(part) * to(multiplier)) for part, multiplier in zip(parts, multipliers, strict=True))

@@ -40,7 +40,7 @@ from ..spec import (
 from . import fixed_point, float_product, ops
 from .model import Code, Integer, accumulator_bits, at, code_dtype
 
-__all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain", "takes_wide"]
+__all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain", "run_lowering", "takes_wide"]
 
 GAMMA_LIMIT = 64  # |gamma| that ops.clip_stretch has bits for
 ZETA_LIMIT = 64
@@ -97,7 +97,12 @@ def make_constants(
 ) -> dict[str, np.ndarray]:
     """The constants of `lower`, of quantizers that `check_integer` allows under the profile. Raises SpecError as it
     does."""
-    nx = Lowering(params, quants, ranges, profile, nonlinear)
+    return run_lowering(spec, Lowering(params, quants, ranges, profile, nonlinear))
+
+
+def run_lowering(spec: ModelSpec, nx: Lowering) -> dict[str, np.ndarray]:
+    """The constants, by name and in the shapes and dtypes that the module says, of one pass of the model under `nx`, with
+    those of its output. Raises SpecError as `lower`."""
     if spec.family is Family.VIT:
         batch: dict[str, np.ndarray] = {
             "images": np.zeros((1, spec.channels, spec.image_size, spec.image_size), np.float32)

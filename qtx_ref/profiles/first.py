@@ -45,18 +45,17 @@ REQUANTIZATIONS = {
 def upgrade(first: dict[str, Any]) -> dict[str, Any]:
     """A flat profile as a tree of records, the same arithmetic. Raises SpecError naming the first key that is missing,
     unknown or of another value than it had."""
+    if not isinstance(first, dict):
+        raise SpecError("a profile is an object with keys")
     for key in FIELDS:
         if key not in first:
             raise SpecError(f"missing key in Profile is {key!r}: add it")
     for key in first:
         if key not in FIELDS:
             raise SpecError(f"unknown key in Profile is {key!r}: known keys are {', '.join(FIELDS)}")
-    requantize = REQUANTIZATIONS.get(first["requantization"])
-    if requantize is None:
-        known = ", ".join(REQUANTIZATIONS)
-        raise SpecError(f"Profile.requantization is {first['requantization']!r}: known values are {known}")
-    if not {first["arithmetic"], first["scale_dtype"]} <= set(SMALLEST):
-        raise SpecError(f"Profile.arithmetic is {first['arithmetic']!r}: known values are {', '.join(SMALLEST)}")
+    for key, known in (("requantization", REQUANTIZATIONS), ("arithmetic", SMALLEST), ("scale_dtype", SMALLEST)):
+        if not isinstance(first[key], str) or first[key] not in known:
+            raise SpecError(f"Profile.{key} is {first[key]!r}: known values are {', '.join(known)}")
     after = "after_float" if first["arithmetic"] in ("bfloat16", "float16") else "after"  # elsewhere the same codes
     quantize = {
         "rounding": first["rounding"],
@@ -87,7 +86,7 @@ def upgrade(first: dict[str, Any]) -> dict[str, Any]:
         "dequantize": dequantize,
         "matmul": {"products": "exact", "run": 1, "overflow": first["overflow"]},
         "bias": "int32",
-        "requantize": requantize,
+        "requantize": REQUANTIZATIONS[first["requantization"]],
         "add": {"rounding": "half_away" if first["requantization"] == "fixed_two" else "half_up"},
         "cast": {"e5m2_nan": 0x7F, "e2m1_nan": None, "negative_zero": True},
         "unseen": [],

@@ -205,7 +205,8 @@ def scale_zero(
     divisor = number(scale)
     if not (np.isfinite(divisor) & (divisor > 0)).all():
         raise ValueError(
-            f"scale {step.max()} does not fit {rule.dtype} in {rule.arithmetic}; choose a wider dtype, or a higher floor"
+            f"scale {step.max()} does not fit {rule.dtype} in {rule.arithmetic}; "
+            "choose a wider dtype, or a higher floor"
         )
     if spec.symmetric:
         return scale, np.zeros(scale.shape, np.int32)
@@ -395,7 +396,9 @@ def simulate(
     else:
         nan = np.isnan(x)
         own = np.nan if quantizing.nan is NanPolicy.RAISE else nan_code(zero_point, spec, quantizing)
-        level = np.where(nan, own, round_level(np.where(nan, 0, x).astype(x.dtype), scale, zero_point, quantizing, words))
+        level = np.where(
+            nan, own, round_level(np.where(nan, 0, x).astype(x.dtype), scale, zero_point, quantizing, words)
+        )
     inside = (level >= spec.code_min) & (level <= spec.code_max) & ~np.isnan(x)
     code = np.clip(level, spec.code_min, spec.code_max)
     with np.errstate(over="ignore"):

@@ -173,8 +173,8 @@ def fake_quantize(
     cast: CastRule = QTX.cast,
 ) -> tuple[np.ndarray, np.ndarray]:
     """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
-    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN, or E2M1 as `cast` says. Raises ValueError for a scale
-    that is no finite number above 0, or does not fit the shape of x."""
+    passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN, or is what E2M1's code of it
+    stands for. Raises ValueError for a scale that is no finite number above 0, or does not fit the shape of x."""
     if scale is not None:
         check_scale(scale)
         check_shape("scale", scale, x.shape, "give one, or one for each that has its own")

@@ -168,6 +168,7 @@ class Order(Name):
     and of the result."""
 
     RATIO = "ratio"  # M = x w / y
+    RATIO32 = "ratio32"  # the same, M itself rounded to float32 whatever the dtype of the product
     RECIPROCAL = "reciprocal"  # M = (x w) (1 / y)
     STEPS = "steps"  # x', w', then 1 / y, where s' = 1 / (1 / s)
 

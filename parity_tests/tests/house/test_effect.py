@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_seeds_are_one_row_with_mean_and_ends(tmp_path):
     row = ["gated:pi=0.25", "2", "2", "1.00 (1.00)", "0.38 (0.25..0.50)", "3 (3)", "8.0 (8.0)", "2.0 (2.0)"]
     assert cells(TOOL["tabulate_curves"](found)) == [[*row, spread, spread, spread]]
     assert cells(TOOL["tabulate_heads"](found))[1] == ["gated:pi=0.25-seed1", "2", "0.25 0.25", "0.00 0.12"]
+
+
+def test_what_is_trained_quantized_has_its_own_perplexity(tmp_path):
+    line = log_line(2, 0.5, 0.125)
+    write(tmp_path / "a-seed0" / "log.jsonl", line)
+    quantized = {**line, "evaluation": line["evaluation"] | {"trained.loss": math.log(2)}}
+    write(tmp_path / "a-w4a4-seed0" / "log.jsonl", quantized)
+    rows = cells(TOOL["tabulate_curves"](TOOL["collect"](tmp_path, [])))
+    first, second = (row[:6] for row in rows)
+    assert first == ["a", "2", "1", "1.00", "", "0.50"]
+    assert second == ["a-w4a4", "2", "1", "1.00", "2.00", "0.50"]
 
 
 def test_heads_and_peaks_of_an_analysis(tmp_path):
