@@ -64,6 +64,10 @@ class Quantizer(Operation):
     def __init__(self, specs: dict[str, QuantSpec]) -> None:
         self.specs = specs
 
+    def more(self, spec: QuantSpec) -> dict[str, np.ndarray]:
+        """What a call has beside."""
+        return {}
+
     def question(self, kind: str, x: np.ndarray, scale: np.ndarray, zero: int, codes: str) -> Question:
         """One call with codes of the dtype `codes`."""
         needs = [f"{codes} codes"]
@@ -77,7 +81,7 @@ class Quantizer(Operation):
             "infinite": bool(np.isinf(x).any()),
             "far": bool((level > FAR).any()),
         }
-        arrays = {"x": x, "scale": scale, "zero_point": np.asarray(zero, codes)}
+        arrays = {"x": x, "scale": scale, "zero_point": np.asarray(zero, codes), **self.more(self.specs[codes])}
         return Question(kind, arrays, x.size, frozenset(needs), settings)
 
     def pool(self) -> Sequence[Question]:
@@ -175,6 +179,9 @@ class FakeQuantize(Quantizer):
         super().__init__(specs)
         dequantizing = list(possible(DequantizeRule, DequantizeForm, Dtype))
         self.candidates = [(*a, *b) for a in quantize_values(False) for b in dequantizing]
+
+    def more(self, spec: QuantSpec) -> dict[str, np.ndarray]:
+        return {"code_min": np.asarray(spec.code_min, np.int32), "code_max": np.asarray(spec.code_max, np.int32)}
 
     def key(self, values: Values, question: Question) -> Hashable:
         return (*reduce(values[:7], question), *values[7:])
