@@ -7,6 +7,7 @@ quantizers alone.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -112,12 +113,42 @@ def check_step(
     yield equal("graphs of the forward pass", counters["stats"]["unique_graphs"], 1)
 
 
+def spoil_free_memory(device: str, size: int = 2**28) -> None:
+    """Fills memory that is free and will be used again with NaN, in blocks of all sizes: who reads what nobody wrote
+    shows it."""
+    for log in range(9, 25):
+        blocks = [torch.full((2**log // 4,), math.nan, device=device) for _ in range(min(size // 2**log, 512))]
+        del blocks
+
+
+def check_after_evaluation(name: str, recipe: str, *, device: str = "cpu") -> Iterator[Verdict]:
+    """Losses of steps between which the model is evaluated, statistics are taken and free memory is spoiled, beside an
+    eager model's."""
+    small = small_models.build(name)
+    batches = list(make_batches(small.spec, 4))
+    trainers = []
+    for compiled in (True, False):
+        model = backend.Model(small.spec, small.params, device=device, dtype="bfloat16")
+        bind(model, training_recipe(recipe, small.spec), {})
+        trainers.append(backend.Trainer(model, OPTIM, seed=1, step=StepSpec(compiled=compiled)))
+    for step, batch in enumerate(batches):
+        loss, want = (trainer.step(batch)[0] for trainer in trainers)
+        reason = "a code near a tie may flip, and flips compound; bfloat16"
+        yield holds(f"loss of step {step} beside eager", abs(loss / want - 1), 2e-2, reason)
+        trainers[0].model.evaluate(batch)
+        trainers[0].model.statistics(batch, {"embed.sum": "sequence"}, ("inf_norm",))
+        spoil_free_memory(device)
+
+
 def list_checks(device: str) -> dict[str, Callable[[], Iterator[Verdict]]]:
     """The checks by name."""
     checks = {"operations": lambda: check_operations(device)}
     for name, rate in product(NAMES, (0.0, 0.1)):
         checks[f"{name}, dropout {rate}"] = lambda n=name, r=rate: check_step(n, r, device=device)
     checks["bert_plain under w8a8"] = lambda: check_step("bert_plain", 0.1, "w8a8", device=device)
+    for name, recipe in product(("opt_plain", "bert_clipped_alpha"), ("w8a8", "w4a4")):
+        after = f"{name} under {recipe}, after an evaluation"
+        checks[after] = lambda n=name, r=recipe: check_after_evaluation(n, r, device=device)
     checks["opt_plain, recomputed"] = lambda: check_step("opt_plain", 0.1, recompute=True, device=device)
     return checks
 
