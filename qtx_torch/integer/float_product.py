@@ -103,8 +103,8 @@ def multiply(
     """Accumulators of any shape, int32 or int64 -> level plus zero point, int64, shaped alike.
 
     The level is saturated to int32. real: of `make_factors`. bias: of `scale_bias`, (O,) or as it broadcasts. Raises
-    ValueError for what is no integer or does not fit the shape of a, for an accumulator that float16 has not, and for a
-    bias whose place is among the integers.
+    ValueError for what is no integer or does not fit the shape of a, for what float16 has not, and for a bias whose place
+    is among the integers.
     """
     check_integers("accumulator", a.dtype)
     if bias is not None and place is Bias.INT32:
@@ -115,17 +115,20 @@ def multiply(
     if rule.dtype is Dtype.FLOAT16:
         check_range("accumulator", a, -LARGEST_HALF, LARGEST_HALF, "float16 ends there")
     to = partial(round_dtype, dtype=rule.dtype)
+    carried = partial(round_dtype, dtype=Dtype.FLOAT64 if rule.dtype is Dtype.FLOAT64 else Dtype.FLOAT32)
     x, factors = to(a), list_factors(real, rule)
     for factor in factors:
         check_shape("multiplier", factor, a.shape, "give one, or one per column or row")
     if bias is not None and place is Bias.FLOAT_BEFORE:
         x = to(x + bias)
     for factor in factors[:2]:
-        x = to(x * to(factor))
+        x = to(x * carried(factor))
     if bias is not None and place is Bias.FLOAT_AFTER:
         x = to(x + bias)
     for factor in factors[2:]:
-        x = to(x * to(factor))
+        x = to(x * carried(factor))
+    if rule.dtype is Dtype.FLOAT16 and x.isnan().any():  # others have the range
+        raise ValueError("infinity times 0, in float16: look at the scales, or take float32")
     return round_level(x, rule, zero_point)
 
 
