@@ -103,8 +103,8 @@ def multiply(
     """Accumulators of any shape, int32 or int64 -> level plus zero point, int64, shaped alike.
 
     The level is saturated to int32. real: of `make_factors`. bias: of `scale_bias`, (O,) or as it broadcasts. Raises
-    ValueError for what is no integer or does not fit the shape of a, for what float16 has not, and for a bias whose place
-    is among the integers.
+    ValueError for what is no integer or does not fit the shape of a, for what float16 has not, and for a bias that is
+    placed among the integers.
     """
     check_integers("accumulator", a.dtype)
     if bias is not None and place is Bias.INT32:
