@@ -76,6 +76,7 @@ class Nudging(Name):
     """Which real zero point is rounded to a code; the rounding moves the range so that 0 stays exact."""
 
     FROM_LOW = "from_low"  # code_min - low / scale
+    LOW_ROUNDED = "low_rounded"  # code_min - round(low / scale): the same but for ties
     CLOSER_END = "closer_end"  # that, or code_max - high / scale where |code_max| + |high / scale| is not larger
 
 
