@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 from qtx_ref.spec import (
@@ -21,9 +22,10 @@ from qtx_ref.spec import (
 )
 
 ONE = ONE_ROUNDING
-NARROW = Fixed(Dtype.FLOAT64, 15, HighProduct.EXACT, Rounding.HALF_UP, LeftShift.SATURATE)
-TWO = Fixed(Dtype.FLOAT64, 31, HighProduct.HALF_UP, Rounding.HALF_AWAY, LeftShift.REPORT)  # gemmlowp
-TRUNCATED = Fixed(Dtype.FLOAT32, 31, HighProduct.TRUNCATED, Rounding.HALF_UP, LeftShift.SATURATE)  # XNNPACK's rndnu
+NARROW = replace(ONE, bits=15)
+TWO = replace(ONE, product=HighProduct.HALF_UP, rounding=Rounding.HALF_AWAY, left=LeftShift.REPORT)  # gemmlowp
+# XNNPACK's rndnu
+TRUNCATED = Fixed(Dtype.FLOAT32, 31, HighProduct.TRUNCATED, Rounding.HALF_UP, LeftShift.SATURATE, Dtype.FLOAT32)
 RINT = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN)
 AWAY = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_AWAY)
 REQUANTIZE = {"one": ONE, "narrow": NARROW, "two": TWO, "truncated": TRUNCATED, "rint": RINT, "away": AWAY}
@@ -37,7 +39,7 @@ def list_fixed() -> list[Fixed]:
     """Every rule of requantization in integers."""
     widths = ((31, HighProduct.EXACT), (15, HighProduct.EXACT), (31, HighProduct.HALF_UP), (31, HighProduct.TRUNCATED))
     return [
-        Fixed(dtype, bits, kind, rounding, left)
+        Fixed(dtype, bits, kind, rounding, left, dtype)
         for dtype, (bits, kind), rounding, left in product((Dtype.FLOAT64, Dtype.FLOAT32), widths, ROUNDINGS, LeftShift)
     ]
 

@@ -203,6 +203,7 @@ FIXED = {
     "multiplier_bits": (31, 15),
     "product": tuple(HighProduct),
     "left": tuple(LeftShift),
+    "scales": (Dtype.FLOAT64, Dtype.FLOAT32),
     "order": tuple(Order),
     "zero_point": (ZeroPoint.AFTER, ZeroPoint.BEFORE),
     "place": tuple(Bias),
@@ -221,7 +222,7 @@ def make_rule(axes: dict[str, Any]) -> Fixed | FloatProduct:
     if axes["kind"] == "float":
         return FloatProduct(axes["dtype"], axes["order"], axes["zero_point"], axes["rounding"])
     dtype = Dtype.FLOAT32 if axes["dtype"] is Dtype.FLOAT32 else Dtype.FLOAT64
-    return Fixed(dtype, axes["multiplier_bits"], axes["product"], axes["rounding"], axes["left"])
+    return Fixed(dtype, axes["multiplier_bits"], axes["product"], axes["rounding"], axes["left"], axes["scales"])
 
 
 def fixed_chain(m, a, b, real, factors, zero, bias, exponent, scales, spec, rule, place, rounding):
@@ -263,9 +264,10 @@ def draw_fixed(index: int, codes: int) -> Configuration:
     a[2] = rng.integers(-64, 64, 16)  # ties of powers of two
     a = np.clip(a, -65504, 65504) if half else a
     factors = real
-    if floats and rule.order is Order.STEPS:
+    if floats and rule.order.in_steps:
         steps = np.ldexp(rng.uniform(0.5, 1, (2, columns)), rng.integers(-8, 9, (2, columns)))
-        factors = np.stack([*steps, real / steps[0] / steps[1]])
+        last = real / steps[0] / steps[1]
+        factors = np.stack([*steps, 1 / np.maximum(last, 1e-30) if rule.order.divides else last])
     beside = floats and axes["place"] is not Bias.INT32
     spec = QuantSpec(axes["bits"], axes["symmetric"])
     b = rng.integers(-(2**31), 2**31, (2, codes // 6))

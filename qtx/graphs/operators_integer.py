@@ -277,7 +277,7 @@ def qlinear_add(state: State, node: Node) -> Outputs:
     if spec is None or any(np.size(take(state, node, i)) > 1 for i in (1, 4, 6)):
         return None
     y, zero = np.asarray(take(state, node, 6)).reshape(()), zero_of(state, node, 7)
-    order = Order.RATIO if isinstance(rule, Fixed) or rule.order is Order.RATIO else Order.RECIPROCAL
+    order = Order.RATIO if isinstance(rule, Fixed) else rule.order.single
     parts, reals = [], []
     for code, unit, point in ((0, 1, 2), (3, 4, 5)):
         parts.append(take(state, node, code).astype(np.int32) - zero_of(state, node, point))
