@@ -141,7 +141,7 @@ def quantize(case: Case, profile: Profile) -> list[np.ndarray]:
     kind = case.outputs[0].kind
     if kind in FORMATS:  # a zero point of 0 makes -0 a 0
         level = x.array / spread(case, x, scale) + np.float32(0)
-        return [formats.encode(level, FORMATS[kind], bool(case.attributes.get("saturate", 1)), cast=profile.cast)]
+        return [formats.encode(level, FORMATS[kind], bool(case.attributes.get("saturate", 1)), rule=profile.cast)]
     zero = zero or Given(kind, np.zeros_like(scale.array, np.int32))
     shaped = {"scale": spread(case, x, scale), "zero_point": spread(case, x, zero).astype(np.int32)}
     return [evaluate(profile, "quantize", {"x": x.array, **shaped, "dtype": kind.lower()})["code"]]
@@ -187,7 +187,7 @@ def cast(case: Case, profile: Profile) -> list[np.ndarray]:
     x = real(given)
     if kind in FORMATS:
         saturate = bool(case.attributes.get("saturate", 1))
-        return [formats.encode(x.astype(np.float32), FORMATS[kind], saturate, cast=profile.cast)]
+        return [formats.encode(x.astype(np.float32), FORMATS[kind], saturate, rule=profile.cast)]
     if kind in WIDTHS:
         narrow = round_dtype(x, Dtype.BFLOAT16) if kind == "BFLOAT16" else x.astype(WIDTHS[kind])
         return [narrow.astype(WIDTHS[kind])]
