@@ -7,6 +7,7 @@ import click
 from .audit_certificate import certificate_command
 from .audit_conformance import conformance_command
 from .audit_findings import findings_command
+from .audit_fingerprint import fingerprint_command
 
 
 @click.group("audit")
@@ -17,3 +18,4 @@ def audit_command() -> None:
 audit_command.add_command(certificate_command)
 audit_command.add_command(conformance_command)
 audit_command.add_command(findings_command)
+audit_command.add_command(fingerprint_command)

@@ -38,15 +38,21 @@ def near_ties(
     level = rng.integers(low, high, count) + rng.choice([0.5, 0.5, 0.5, 0.0], count)
     level = np.where(rng.random(count) < 0.3, np.rint(level / 16) + 0.5 - zero * (rng.random(count) < 0.5), level)
     level = np.where(rng.random(count) < 0.1, rng.uniform(low, high, count), level)
-    x = (level * scale.astype(np.float64)).astype(dtype)
+    x = real(level, scale, dtype)
     return move(x, rng.integers(-ULPS, ULPS + 1, count) * (rng.random(count) < 0.7))
+
+
+def real(level: np.ndarray, scale: np.ndarray, dtype: type) -> np.ndarray:
+    """level * scale, within what a dtype holds."""
+    limit = float(np.finfo(dtype).max) / 2
+    return np.clip(level * scale.astype(np.float64), -limit, limit).astype(dtype)
 
 
 def all_ties(spec: QuantSpec, scale: np.ndarray, zero: int, dtype: type = np.float32) -> np.ndarray:
     """x: every code of a spec and every tie beside it, in order; of 16 bits every 64th."""
     step = 1 if spec.bits <= 8 else 64
     level = np.arange(2 * (spec.code_min - zero) - 3, 2 * (spec.code_max - zero) + 4, step) / 2
-    return (level * scale.astype(np.float64)).astype(dtype)
+    return real(level, scale, dtype)
 
 
 def odd_zeros(spec: QuantSpec) -> list[int]:

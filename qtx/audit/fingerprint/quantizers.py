@@ -47,7 +47,9 @@ def possible(kind: type, *axes: Any) -> Iterator[Values]:
 def quantize_values(stochastic: bool) -> list[Values]:
     """Every combination of QuantizeRule that is stochastic, or that is not."""
     roundings = [one for one in Rounding if (one is Rounding.STOCHASTIC) == stochastic]
-    return list(possible(QuantizeRule, roundings, ZeroPoint, (False, True), Dtype, NanPolicy, InfinityPolicy, Beyond))
+    return list(
+        possible(QuantizeRule, roundings, ZeroPoint, (False, True), Dtype, NanPolicy, InfinityPolicy, Beyond)
+    )
 
 
 def reduce(values: Values, question: Question) -> Values:
@@ -62,9 +64,15 @@ class Quantizer(Operation):
     def __init__(self, specs: dict[str, QuantSpec]) -> None:
         self.specs = specs
 
-    def question(self, kind: str, x: np.ndarray, scale: np.ndarray, zero: int, codes: str, *needs: str) -> Question:
+    def more(self, spec: QuantSpec) -> dict[str, np.ndarray]:
+        """What a call has beside."""
+        return {}
+
+    def question(self, kind: str, x: np.ndarray, scale: np.ndarray, zero: int, codes: str) -> Question:
         """One call with codes of the dtype `codes`."""
-        needs = (*needs, *([f"{x.dtype} x"] if x.dtype != np.float32 else []), *(["a zero point"] if zero else []))
+        needs = [f"{codes} codes"]
+        needs += [f"{x.dtype} x"] if x.dtype != np.float32 else []
+        needs += ["a zero point"] if zero else []
         with np.errstate(over="ignore"):
             level = np.abs(x.astype(np.float64)) / scale.astype(np.float64)
         settings = {
@@ -73,8 +81,8 @@ class Quantizer(Operation):
             "infinite": bool(np.isinf(x).any()),
             "far": bool((level > FAR).any()),
         }
-        arrays = {"x": x, "scale": scale, "zero_point": np.asarray(zero, codes)}
-        return Question(kind, arrays, x.size, frozenset({*needs, f"{codes} codes"}), settings)
+        arrays = {"x": x, "scale": scale, "zero_point": np.asarray(zero, codes), **self.more(self.specs[codes])}
+        return Question(kind, arrays, x.size, frozenset(needs), settings)
 
     def pool(self) -> Sequence[Question]:
         """Ordinary inputs first, the widest net."""
@@ -84,7 +92,9 @@ class Quantizer(Operation):
             zeros = odd_zeros(spec)
             for zero, kind in product(zeros, ("short", "any", "power")):
                 scale = draw_scale(rng, kind)
-                asked.append(self.question("near ties", near_ties(rng, spec, scale, zero, COUNT), scale, zero, codes))
+                asked.append(
+                    self.question("near ties", near_ties(rng, spec, scale, zero, COUNT), scale, zero, codes)
+                )
             for zero, kind in product(zeros[:2], ("short", "any")):
                 scale = draw_scale(rng, kind, np.float16)
                 x = near_ties(rng, spec, scale, zero, COUNT, np.float16)
@@ -94,10 +104,8 @@ class Quantizer(Operation):
                 asked += [
                     self.question("beside 0", few, np.asarray(one), zero, codes),
                     self.question("beyond 2^31 and 2^63", far_inputs(), np.asarray(one), zero, codes),
-                    self.question("NaN", np.float32([np.nan]), np.asarray(one), zero, codes, "NaN"),
-                    self.question(
-                        "infinities", np.float32([np.inf, -np.inf]), np.asarray(one), zero, codes, "infinity"
-                    ),
+                    self.question("NaN", np.float32([np.nan]), np.asarray(one), zero, codes),
+                    self.question("infinities", np.float32([np.inf, -np.inf]), np.asarray(one), zero, codes),
                 ]
         return asked
 
@@ -171,6 +179,9 @@ class FakeQuantize(Quantizer):
         super().__init__(specs)
         dequantizing = list(possible(DequantizeRule, DequantizeForm, Dtype))
         self.candidates = [(*a, *b) for a in quantize_values(False) for b in dequantizing]
+
+    def more(self, spec: QuantSpec) -> dict[str, np.ndarray]:
+        return {"code_min": np.asarray(spec.code_min, np.int32), "code_max": np.asarray(spec.code_max, np.int32)}
 
     def key(self, values: Values, question: Question) -> Hashable:
         return (*reduce(values[:7], question), *values[7:])

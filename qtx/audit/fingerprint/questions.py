@@ -17,6 +17,8 @@ import numpy as np
 
 from qtx_ref.spec import SpecError
 
+from ...engines.process import EngineCrash
+
 RAISES, OUTSIDE = -1, -2  # in place of a number: the rule refuses the input; the rule says nothing of it
 Values = tuple[Any, ...]
 Arrays = dict[str, np.ndarray]
@@ -28,17 +30,20 @@ class Raised:
     """A call that ended without an answer."""
 
     reason: str
+    crashed: bool = False  # or hung: no rule says so
 
 
 @dataclass(eq=False)
 class Question:
-    """One call. `needs`: what of it a box may refuse whatever its rules are, such as "float16 x"."""
+    """One call. `needs`: what of it a box may refuse whatever its rules are, such as "float16 x". `costly`: working out
+    what rules say takes a while."""
 
     kind: str
     arrays: Arrays
     size: int  # numbers that are answered
     needs: frozenset[str] = frozenset()
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the reference is told beside the arrays
+    costly: bool = False
     outcomes: list[np.ndarray] = field(default_factory=list)  # int32 (1, N) or (2, N): lowest and highest answer
     numbers: dict[Hashable, int] = field(default_factory=dict)
     places: dict[bytes, int] = field(default_factory=dict)  # of an outcome, by its hash: thousands are kept
@@ -96,16 +101,17 @@ class Operation(ABC):
 
     def settle(self, values: Values, question: Question) -> int:
         """`label`, worked out. A rule raises where without its policy it would answer."""
-        try:
-            return question.number(self.evaluate(values, question))
-        except ValueError:
-            allowed = self.allow(values)
-        if allowed == values:
-            return OUTSIDE
-        try:
-            self.evaluate(allowed, question)
-        except ValueError:
-            return OUTSIDE
+        with np.errstate(all="ignore"):  # floats that overflow on their way to a clamp
+            try:
+                return question.number(self.evaluate(values, question))
+            except ValueError:
+                allowed = self.allow(values)
+            if allowed == values:
+                return OUTSIDE
+            try:
+                self.evaluate(allowed, question)
+            except ValueError:
+                return OUTSIDE
         return RAISES
 
 
@@ -128,7 +134,8 @@ class Box:
         try:
             answer = np.asarray(self.function(dict(question.arrays)))
         except Exception as error:  # whatever a stranger's code raises is its answer
-            return Raised(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            return Raised(reason if len(reason) <= 200 else f"{reason[:200]}...", isinstance(error, EngineCrash))
         if answer.size != question.size:
             shapes = ", ".join(f"{name} {value.shape}" for name, value in question.arrays.items())
             raise SpecError(f"the box answers {shapes} with the shape {answer.shape}: give {question.size} numbers")

@@ -69,6 +69,8 @@ class Search:
         self.alive = list(operation.candidates)
         self.asked: list[tuple[Question, np.ndarray | Raised]] = []
         self.refused: list[tuple[Question, str]] = []
+        self.known: set[str] = set()  # what the box has answered before
+        self.barred: list[frozenset[str]] = []  # what it refuses together
         self.unexplained: Witness | None = None
         self.note = ""
         self.compared = 0
@@ -83,14 +85,11 @@ class Search:
             self.ask(question)
             pool = [one for one in pool if not self.is_refused(one)]
             question = self.choose(pool) or self.hunt()
-        deciding, verified = self.box.calls, 0
+        deciding, before = self.box.calls, len(self.asked)
         for _ in range(VERIFIED):
-            if self.unexplained is not None:
-                break
-            question = self.draw()
-            self.ask(question)
-            verified += question.size
-        return self.report(deciding, verified)
+            if self.unexplained is None:
+                self.ask(self.draw())
+        return self.report(deciding, sum(question.size for question, _ in self.asked[before:]))
 
     def ask(self, question: Question) -> None:
         """Asks, and keeps the candidates that said so. A box that raises where none would has refused."""
@@ -98,13 +97,14 @@ class Search:
         answer = self.box.ask(question)
         labels = [self.operation.label(one, question) for one in self.alive]
         if isinstance(answer, Raised):
-            if RAISES not in labels:
-                self.refused.append((question, answer.reason))
+            if RAISES not in labels or answer.crashed:
+                self.refuse(question, answer.reason, OUTSIDE in labels)
                 return
             kept = [label in (RAISES, OUTSIDE) for label in labels]
         else:
             good = [fits(outcome, answer).all() for outcome in question.outcomes]
             kept = [label == OUTSIDE or (label != RAISES and bool(good[label])) for label in labels]
+            self.known |= question.needs
         if not any(kept):
             self.unexplained = self.find_first(question, answer)
             again = self.box.ask(question)
@@ -127,12 +127,35 @@ class Search:
         others = {"every combination left": [self.operation.show(code) for code, _ in told.most_common(3)]}
         return Witness(self.operation.describe(question, index), self.operation.show(int(answer[index])), others)
 
+    def refuse(self, question: Question, reason: str, by_rule: bool) -> None:
+        """Keeps in mind what the box does not take: that of a question which it never answered, unless some rule says
+        nothing of the question either."""
+        self.refused.append((question, reason))
+        if (guilty := question.needs - self.known) and not by_rule:
+            self.barred.append(guilty)
+
+    def is_refused(self, question: Question) -> bool:
+        """Whether it has all that the box refuses together."""
+        return any(guilty <= question.needs for guilty in self.barred)
+
     def choose(self, pool: Sequence[Question]) -> Question | None:
-        """The question of the pool that leaves the fewest candidates, by the mean; None where none parts them."""
-        costs = [self.cost(question) for question in pool]
-        if not costs or min(costs) >= len(self.alive) ** 2:
-            return None
-        return pool[int(np.argmin(costs))]
+        """The question of the pool that leaves the fewest candidates, by the mean; None where none parts them. Where a
+        rule would raise, the box must have answered its like before: else one that no rule refuses comes first."""
+        for costly in (False, True):
+            parting = [(self.cost(one), i) for i, one in enumerate(pool) if one.costly == costly]
+            if not parting or min(parting)[0] >= len(self.alive) ** 2:
+                continue
+            best = pool[min(parting)[1]]
+            unknown = best.needs - self.known
+            if unknown and self.may_raise(best):
+                plain = (one for one in pool if unknown <= one.needs and not self.may_raise(one))
+                return next(plain, best)
+            return best
+        return None
+
+    def may_raise(self, question: Question) -> bool:
+        """Whether a candidate that is left would."""
+        return any(self.operation.label(one, question) == RAISES for one in self.alive)
 
     def cost(self, question: Question) -> float:
         """The sum of squares of the groups that it makes; what says nothing stays in each."""
@@ -161,11 +184,6 @@ class Search:
             if not self.is_refused(question):
                 break
         return question
-
-    def is_refused(self, question: Question) -> bool:
-        """Whether it has all that a refused question had and no answered one has."""
-        answered = frozenset().union(*(one.needs for one, answer in self.asked if isinstance(answer, np.ndarray)))
-        return any((guilty := one.needs - answered) and guilty <= question.needs for one, _ in self.refused)
 
     def report(self, deciding: int, verified: int) -> Fingerprint:
         """What the search has found."""

@@ -1,0 +1,273 @@
+"""A linear layer in codes as an operation of the search: products, bias and requantization."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from qtx_ref.integer import fixed_point, float_product, products
+from qtx_ref.spec import (
+    Bias,
+    Dtype,
+    Fixed,
+    FloatProduct,
+    HighProduct,
+    LeftShift,
+    MatmulRule,
+    Order,
+    Overflow,
+    Products,
+    QuantSpec,
+    Rounding,
+    ZeroPoint,
+)
+
+from .operands import (
+    Scales,
+    describe,
+    draw_scales,
+    draw_targets,
+    every_tie,
+    make_operands,
+    reach,
+    saturating_operands,
+)
+from .questions import Operation, Question, Values
+
+AXES = (
+    "matmul.products",
+    "matmul.run",
+    "matmul.overflow",
+    "bias",
+    "requantize",
+    "requantize.dtype",
+    "requantize.bits",
+    "requantize.product",
+    "requantize.order",
+    "requantize.zero_point",
+    "requantize.rounding",
+    "requantize.left",
+)
+FIXED, FLOAT = "fixed", "float"  # of the axis requantize: which record it is; the other one's axes are None
+RUNS = (2, 4, 8, 16, 32)  # pairs that an acc16 kernel may add at once
+ROUNDINGS = tuple(one for one in Rounding if one is not Rounding.STOCHASTIC)
+COUNT, FRESH_COUNT = 192, 2048  # accumulators of a question of the pool, and of a fresh one
+LONG = 140_000  # products of one sign that int32 does not hold, in pairs of 16 bits neither
+W_SPEC = QuantSpec(bits=8, symmetric=True)
+
+
+def requantizations() -> Iterator[Values]:
+    """Every requantization with the biases that go with it, those that are one by definition once."""
+    for dtype, bits, high, rounding, left in product(
+        (Dtype.FLOAT64, Dtype.FLOAT32), (31, 15), HighProduct, ROUNDINGS, LeftShift
+    ):
+        if bits == 31 or high is HighProduct.EXACT:  # a high product is of 32-bit accumulators
+            yield Bias.INT32, FIXED, dtype, bits, high, None, None, rounding, left
+    for bias, dtype, order, zero_point, rounding in product(
+        Bias, Dtype, Order, (ZeroPoint.AFTER, ZeroPoint.BEFORE), ROUNDINGS
+    ):
+        if dtype is not Dtype.INPUT:
+            yield bias, FLOAT, dtype, None, None, order, zero_point, rounding, None
+
+
+def matmuls() -> Iterator[Values]:
+    """Every MatmulRule."""
+    runs = [(Products.EXACT, 1), (Products.PAIRS16, 1), *((Products.RUNS16, run) for run in RUNS)]
+    for (kind, run), overflow in product(runs, Overflow):
+        yield kind, run, overflow
+
+
+def make_requantize(values: Values) -> Fixed | FloatProduct:
+    """The record of a candidate."""
+    _, _, _, _, kind, dtype, bits, high, order, zero_point, rounding, left = values
+    if kind == FIXED:
+        return Fixed(dtype, bits, high, rounding, left)
+    return FloatProduct(dtype, order, zero_point, rounding)
+
+
+class Linear(Operation):
+    """Codes of x times codes of w, plus a bias, in the codes of the result, which are of x's dtype."""
+
+    name, axes = "linear", AXES
+
+    def __init__(self, specs: dict[str, QuantSpec]) -> None:
+        self.specs = specs
+        self.candidates = [(*a, *b) for a in matmuls() for b in requantizations()]
+
+    # --- what a candidate says ---
+
+    def accumulate(self, values: Values, question: Question) -> tuple[Hashable, np.ndarray | None]:
+        """Accumulators (1, N) by a name that equal ones share; None where the rule refuses them."""
+        kind, run, overflow, bias = values[:4]
+        inside = question.arrays["bias"] is not None and bias is Bias.INT32
+        memo = question.settings["accumulators"]
+        key = (kind, run, overflow, inside)
+        if key not in memo:
+            arrays, codes = question.arrays, str(question.arrays["x_codes"].dtype)
+            wide = np.int64 if codes == "int16" else np.int32
+            try:
+                sums = products.linear(
+                    arrays["x_codes"],
+                    arrays["w_codes"],
+                    operand_spec(codes),
+                    W_SPEC,
+                    arrays["x_zero"].astype(np.int32),
+                    None,
+                    arrays["bias"].astype(wide) if inside else None,
+                    64 if codes == "int16" else 32,
+                    MatmulRule(kind, run, overflow),
+                )
+                memo[key] = sums.tobytes(), sums
+            except ValueError:
+                memo[key] = b"", None
+        return memo[key]
+
+    def key(self, values: Values, question: Question) -> Hashable:
+        name, sums = self.accumulate(values, question)
+        if sums is None:
+            return (values[2], values[-1])
+        place = None if question.arrays["bias"] is None else values[3]
+        # a left shift matters where M > 1, and bits where accumulators have 64
+        left = values[-1] if question.settings["ratio"] > 1 or values[-1] is None else LeftShift.SATURATE
+        bits = values[6] if sums.dtype == np.int64 or values[6] is None else 31
+        return (hash(name), place, *values[4:6], bits, *values[7:-1], left)
+
+    def allow(self, values: Values) -> Values:
+        overflow = Overflow.SATURATE if values[2] is Overflow.REPORT else values[2]
+        left = LeftShift.SATURATE if values[-1] is LeftShift.REPORT else values[-1]
+        return (*values[:2], overflow, *values[3:-1], left)
+
+    def evaluate(self, values: Values, question: Question) -> np.ndarray:
+        arrays, rule, place = question.arrays, make_requantize(values), values[3]
+        sums = self.accumulate(values, question)[1]
+        if sums is None:
+            raise ValueError("accumulators that the rule refuses")
+        x, w, y = arrays["x_scale"], arrays["w_scale"], arrays["y_scale"]
+        bias = None
+        if arrays["bias"] is not None and place is not Bias.INT32:
+            assert isinstance(rule, FloatProduct)  # a fixed one has integers
+            unit = x.astype(np.float64) * w
+            bias = float_product.scale_bias(arrays["bias"].astype(np.float32), unit, y, rule, place)
+        real = fixed_point.real_multiplier(x, w, y, rule)
+        zero = arrays["y_zero"].astype(np.int32)
+        return fixed_point.requantize(sums, real, zero, question.settings["spec"], rule, bias, place)
+
+    # --- where to look ---
+
+    def question(
+        self,
+        kind: str,
+        operands: tuple[np.ndarray, np.ndarray],
+        scales: Scales,
+        zeros: tuple[int, int],
+        codes: str,
+        bias: np.ndarray | None = None,
+        costly: bool = False,
+    ) -> Question:
+        """One call."""
+        x, w = operands
+        arrays: dict[str, Any] = {
+            "x_codes": x,
+            "x_scale": scales.x,
+            "x_zero": np.asarray(zeros[0], codes),
+            "w_codes": w,
+            "w_scale": scales.w,
+            "y_scale": scales.y,
+            "y_zero": np.asarray(zeros[1], codes),
+            "bias": bias,
+        }
+        asked = {f"{codes} codes", *(["a zero point"] if any(zeros) else [])}
+        asked |= set() if bias is None else {f"a bias of {bias.dtype}"}
+        asked |= {"a multiplier above 1"} if scales.ratio > 1 else set()
+        settings = {"spec": self.specs[codes], "ratio": scales.ratio, "accumulators": {}}
+        return Question(kind, arrays, len(w), frozenset(asked), settings, costly)
+
+    def draw_question(
+        self, rng: np.random.Generator, codes: str, kind: str, exponent: int, plain: bool, bias: str, count: int
+    ) -> Question:
+        """Ties of a requantization by about 2^exponent, and what is beside them."""
+        spec = self.specs[codes]
+        zeros = (0, 0) if plain else draw_zeros(rng, codes, spec)
+        scales, limit = draw_scales(rng, kind, exponent), reach(codes, zeros[0])
+        levels = spec.code_min - zeros[1] - 2, spec.code_max - zeros[1] + 2
+        added, offset = None, np.zeros(count)
+        if bias:
+            span = max(abs(one) for one in levels) * float(scales.y)
+            most = span / 2 if bias == "float32" else min(limit, span / scales.unit) / 2
+            whole = np.rint(rng.uniform(-1, 1, count) * max(most, 3))
+            added = whole.astype(bias)
+            offset = whole / scales.unit if bias == "float32" else whole
+        targets = draw_targets(rng, scales, levels, limit, count, offset)
+        return self.question("ties", make_operands(targets, codes, zeros[0]), scales, zeros, codes, added)
+
+    def pool(self) -> Sequence[Question]:
+        rng = np.random.default_rng(11)
+        asked = []
+        for codes in self.specs:
+            wide = codes == "int16"
+            exponents = (-5, -2, -1, 0) if wide else (-7, -2, 0, -11)
+            for exponent, kind, plain in product(exponents, ("short", "any", "power"), (wide, not wide)):
+                asked.append(self.draw_question(rng, codes, kind, exponent, plain, "", COUNT))
+            for bias, kind in product(("int32", "float32"), ("short", "any")):
+                for exponent in exponents[:2]:
+                    asked.append(self.draw_question(rng, codes, kind, exponent, True, bias, COUNT))
+            asked += [*self.ask_products(rng, codes), *self.ask_limits(codes)]
+        return asked
+
+    def ask_products(self, rng: np.random.Generator, codes: str) -> Iterator[Question]:
+        """Pairs and runs of them that 16 bits do not hold."""
+        scales = Scales(*(np.asarray(one, np.float32) for one in (2.0**-7, 2.0**-6, 1)))
+        for _ in range(2):
+            yield self.question("large products", saturating_operands(rng, codes, COUNT), scales, (0, 0), codes)
+
+    def ask_limits(self, codes: str) -> Iterator[Question]:
+        """Accumulators that int32 does not hold, by a bias and without; levels that it does not hold."""
+        small = Scales(*(np.asarray(one, np.float32) for one in (2.0**-12, 2.0**-13, 1)))
+        bias = np.int32([2**31 - 1, -(2**31), 2**31 - 2**20, 2**31 - 1])
+        targets = make_operands(np.array([90_000, -90_000, 2**19, -1]), codes, 0)
+        yield self.question("accumulators beyond int32", targets, small, (0, 0), codes, bias)
+        if codes != "int16":
+            rows = np.full((4, LONG), 127, np.int8) * np.int8([[1], [-1], [1], [-1]])
+            rows[2:, : LONG // 8] = 0
+            x = np.full((1, LONG), np.iinfo(codes).max, codes)
+            yield self.question("accumulators beyond int32", (x, rows), small, (0, 0), codes, None, costly=True)
+        large = Scales(*(np.asarray(one, np.float32) for one in (2.0**10, 1.5 * 2.0**5, 2.0**-5)))
+        targets = make_operands(np.array([300, -300, 1500, -1500, 2500, -2500, 4000, -4000]), codes, 0)
+        yield self.question("levels beyond int32", targets, large, (0, 0), codes)
+
+    def draw(self, rng: np.random.Generator) -> Question:
+        codes = str(rng.choice(list(self.specs)))
+        wide = codes == "int16"
+        kind, plain = str(rng.choice(["power", "short", "short", "any"])), bool(rng.random() < 0.4)
+        exponent = int(rng.integers(-5, 1) if wide else rng.integers(-11, 1))
+        if rng.random() < 0.25:
+            zeros = (0, 0) if plain else draw_zeros(rng, codes, self.specs[codes])
+            scales, limit = draw_scales(rng, kind, exponent), reach(codes, zeros[0])
+            spec = self.specs[codes]
+            targets = every_tie(scales, (spec.code_min - zeros[1], spec.code_max - zeros[1]), limit)
+            targets = targets[:: max(1, len(targets) // FRESH_COUNT)]
+            return self.question("every tie", make_operands(targets, codes, zeros[0]), scales, zeros, codes)
+        if rng.random() < 0.15:
+            return next(self.ask_products(rng, codes))
+        bias = str(rng.choice(["", "", "int32", "float32"]))
+        return self.draw_question(rng, codes, kind, exponent, plain, bias, FRESH_COUNT)
+
+    def describe(self, question: Question, index: int) -> dict[str, Any]:
+        return describe(question.arrays, index)
+
+
+def operand_spec(codes: str) -> QuantSpec:
+    """The quantizer of x: all codes of a dtype."""
+    return QuantSpec(bits=16 if codes == "int16" else 8, symmetric=False, signed=codes != "uint8")
+
+
+def draw_zeros(rng: np.random.Generator, codes: str, spec: QuantSpec) -> tuple[int, int]:
+    """Odd zero points of x and of the result, not near the ends of x's codes."""
+    ends = np.iinfo(codes)
+    quarter = (ends.max - ends.min) // 4
+    x = int(rng.integers(ends.min + quarter, ends.max - quarter)) | 1
+    y = int(rng.integers(spec.code_min, spec.code_max)) | 1
+    return x, min(y, spec.code_max)
