@@ -10,7 +10,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..spec import QTX, FloatQuantSpec, Granularity, Profile, Quant, QuantSpec, Range, Rounding, check_axes, check_where
+from ..spec import (
+    QTX,
+    FloatQuantSpec,
+    Granularity,
+    Profile,
+    Quant,
+    QuantSpec,
+    Range,
+    Rounding,
+    check_axes,
+    check_where,
+    is_local,
+)
 from . import affine, formats
 
 __all__ = [
@@ -72,11 +84,14 @@ def dynamic_scale(
     elements where `where` (boolean, broadcast) is true. Raises ValueError as `affine.ranges` and `scale_zero`."""
     if spec.outliers is not None:
         return beside_outliers(x, spec, where, profile)
-    if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
+    if is_local(spec):
         where = None  # a row of padding has ranges of its own and touches no other
     if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
         assert spec.shared is not None and spec.block is not None  # the spec has filled them in
-        scale = formats.mx_scale(x, spec.format, spec.shared, spec.block)
+        check_axes(spec, x.ndim)
+        axis = -1 if spec.axis is None else spec.axis
+        x = np.moveaxis(x if where is None else np.where(where, x, 0), axis, -1)
+        scale = np.moveaxis(formats.mx_scale(x, spec.format, spec.shared, spec.block), -1, axis)
         return scale, np.zeros(scale.shape, np.int32)
     return scale_zero(*affine.ranges(x, spec, weight, where), spec, profile)
 

@@ -23,6 +23,7 @@ from qtx_ref.spec import (
     Rounding,
     check_axes,
     check_where,
+    is_local,
 )
 
 from .. import distributed
@@ -57,20 +58,25 @@ def dynamic_scale(
     elements where `where` (boolean, broadcast) is true. Raises ValueError as `affine.ranges` and `scale_zero`."""
     if spec.outliers is not None:
         return beside_outliers(x, spec, where, profile)
-    if spec.granularity in (Granularity.TOKEN, Granularity.BLOCK):
+    if is_local(spec):
         where = None  # a row of padding has ranges of its own and touches no other
     if isinstance(spec, FloatQuantSpec) and spec.granularity is Granularity.BLOCK:
-        scale = formats.mx_scale(x, spec.format, spec.shared, spec.block)
+        check_axes(spec, x.ndim)
+        axis = -1 if spec.axis is None else spec.axis
+        x = torch.movedim(x if where is None else torch.where(where, x, 0), axis, -1)
+        scale = torch.movedim(formats.mx_scale(x, spec.format, spec.shared, spec.block), -1, axis)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     ends = affine.ranges(x, spec, weight, where)
     if torch.is_grad_enabled() and not weight and crosses_rows(spec):
+        if spec.axis is not None and distributed.processes()[1] > 1:
+            raise ValueError(f"ranges along axis {spec.axis} of a batch that several processes share: leave axis out")
         ends = distributed.share_range(*ends)  # of the whole batch, of which each process trains on some rows
     return scale_zero(*ends, spec, profile)
 
 
 def crosses_rows(spec: Quant) -> bool:
     """Whether sequences of a batch share a range."""
-    return spec.granularity not in (Granularity.TOKEN, Granularity.BLOCK)
+    return not is_local(spec)
 
 
 def holds_all(spec: Quant, where: Tensor | None) -> bool:
@@ -79,7 +85,7 @@ def holds_all(spec: Quant, where: Tensor | None) -> bool:
     asymmetric range's ends and zero point are rounded apart from each other, and may lie one code too far."""
     if isinstance(spec, FloatQuantSpec) or spec.outliers is not None or not spec.symmetric:
         return False
-    return where is None or spec.granularity in (Granularity.TOKEN, Granularity.BLOCK)
+    return where is None or is_local(spec)
 
 
 def beside_outliers(x: Tensor, spec: QuantSpec, where: Tensor | None, profile: Profile = QTX) -> tuple[Tensor, Tensor]:
