@@ -18,6 +18,7 @@ __all__ = [
     "QuantSpec",
     "Range",
     "check_axes",
+    "check_axis",
     "is_local",
     "range_axes",
     "refuse_static",
