@@ -318,5 +318,59 @@ print(run("onnxruntime-all", "scale", values)["scale"].item())  # 0.0
 """,
         remedy="A floor for scales: the smallest normal number, as the default profile has it.",
     ),
+    Finding(
+        id="QTX-SCA-002",
+        title="torchao divides a block by 2^-126 where its scale says 2^-127",
+        cause="The scale code 0 stands for 2^-127, which is subnormal in float32; the elements are divided by the smallest "
+        "normal number instead.",
+        consequence="Blocks whose largest element is that small are read back at half their value.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.quant.formats import mx_quantize
+from qtx_ref.spec import FloatFormat
+x = np.zeros((1, 32), np.float32)
+x[0, 0] = 2.0**-126
+made = run("torchao-mx-floor", "mx", {"x": x, "format": "e5m2"})
+print(made["scale"].item(), made["code"][0, 0], mx_quantize(x, FloatFormat.E5M2)[1][0, 0])  # 0 60 64
+""",
+        remedy="Scale such a tensor up before it is cast; it is below anything that is trained.",
+    ),
+    Finding(
+        id="QTX-SCA-003",
+        title="torchao's RCEIL takes a logarithm in float32 and misses powers of two by an ulp",
+        cause="ceil(log2(absmax / largest)): the logarithm of a number just above 2^k is rounded to k where |k| is large.",
+        consequence="The block's scale is half of what hardware gives, and its largest element saturates.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.quant.formats import mx_quantize
+from qtx_ref.spec import FloatFormat, SharedScale
+x = np.zeros((1, 32), np.float32)
+x[0, 0] = np.nextafter(np.float32(448 * 2.0**-30), np.float32(1))
+made = run("torchao-mx-rceil", "mx", {"x": x, "format": "e4m3"})
+print(made["scale"].item() - 127, int(mx_quantize(x, FloatFormat.E4M3, SharedScale.RCEIL)[0].item()) - 127)  # -30 -29
+""",
+        remedy="Take the exponent from the bits of the quotient, as qtx_ref does.",
+    ),
+    Finding(
+        id="QTX-NAN-002",
+        title="MX blocks with infinity get a finite scale in torchao, and those with NaN elements of NaN",
+        cause="The exponent of infinity is taken as 128, and the infinity saturates. With NaN the scale is NaN, and so is "
+        "every quotient with it.",
+        consequence="An infinity upstream turns into the largest finite element of a block whose others are lost. The codes "
+        "of a block of NaN differ between engines, its values do not.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.quant.formats import mx_quantize
+from qtx_ref.spec import FloatFormat
+x = np.ones((1, 32), np.float32)
+x[0, 0] = np.inf
+made = run("torchao-mx-floor", "mx", {"x": x, "format": "e4m3"})
+print(made["scale"].item(), made["code"][0, :2].tolist(), mx_quantize(x, FloatFormat.E4M3)[0].item())  # 247 [126, 0] 255
+""",
+        remedy="Look for infinity before the cast; qtx_ref gives the block the scale NaN.",
+    ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}
