@@ -321,8 +321,8 @@ print(run("onnxruntime-all", "scale", values)["scale"].item())  # 0.0
     Finding(
         id="QTX-SCA-002",
         title="torchao divides a block by 2^-126 where its scale says 2^-127",
-        cause="The scale code 0 stands for 2^-127, which is subnormal in float32; the elements are divided by the smallest "
-        "normal number instead.",
+        cause="The scale code 0 stands for 2^-127, which is subnormal in float32; the elements are divided by the "
+        "smallest normal number instead.",
         consequence="Blocks whose largest element is that small are read back at half their value.",
         reproduce="""
 import numpy as np
@@ -356,10 +356,10 @@ print(made["scale"].item() - 127, int(mx_quantize(x, FloatFormat.E4M3, SharedSca
     Finding(
         id="QTX-NAN-002",
         title="MX blocks with infinity get a finite scale in torchao, and those with NaN elements of NaN",
-        cause="The exponent of infinity is taken as 128, and the infinity saturates. With NaN the scale is NaN, and so is "
-        "every quotient with it.",
-        consequence="An infinity upstream turns into the largest finite element of a block whose others are lost. The codes "
-        "of a block of NaN differ between engines, its values do not.",
+        cause="The exponent of infinity is taken as 128, and the infinity saturates. With NaN the scale is NaN, and "
+        "so is every quotient with it.",
+        consequence="An infinity upstream turns into the largest finite element of a block whose others are lost. "
+        "The codes of a block of NaN differ between engines, its values do not.",
         reproduce="""
 import numpy as np
 from qtx.engines.paths import run
@@ -368,7 +368,8 @@ from qtx_ref.spec import FloatFormat
 x = np.ones((1, 32), np.float32)
 x[0, 0] = np.inf
 made = run("torchao-mx-floor", "mx", {"x": x, "format": "e4m3"})
-print(made["scale"].item(), made["code"][0, :2].tolist(), mx_quantize(x, FloatFormat.E4M3)[0].item())  # 247 [126, 0] 255
+print(made["scale"].item(), made["code"][0, :2].tolist())  # 247 [126, 0]
+print(mx_quantize(x, FloatFormat.E4M3)[0].item())  # 255
 """,
         remedy="Look for infinity before the cast; qtx_ref gives the block the scale NaN.",
     ),
