@@ -339,7 +339,7 @@ print(made["scale"].item(), made["code"][0, 0], mx_quantize(x, FloatFormat.E5M2)
     Finding(
         id="QTX-SCA-003",
         title="torchao's RCEIL takes a logarithm in float32 and misses powers of two by an ulp",
-        cause="ceil(log2(absmax / largest)): the logarithm of a number just above 2^k is rounded to k where |k| is large.",
+        cause="ceil(log2(absmax / largest)): for large |k| the logarithm of what is just above 2^k is rounded to k.",
         consequence="The block's scale is half of what hardware gives, and its largest element saturates.",
         reproduce="""
 import numpy as np
@@ -372,6 +372,36 @@ print(made["scale"].item(), made["code"][0, :2].tolist())  # 247 [126, 0]
 print(mx_quantize(x, FloatFormat.E4M3)[0].item())  # 255
 """,
         remedy="Look for infinity before the cast; qtx_ref gives the block the scale NaN.",
+    ),
+    Finding(
+        id="QTX-QUA-005",
+        title="LiteRT's optimised quantizer rounds the last elements of a tensor by another rule",
+        cause="Full vectors are x (1 / s) in float32, half to even; what does not fill a vector is x / s in "
+        "float64, half away from zero. With a scale per channel it is x / s in float32, half away, throughout.",
+        consequence="Equal numbers in one tensor get different codes, by their place in it.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.full(33, 2.5, np.float32), "scale": np.float32(1), "zero_point": np.int32(0), "dtype": "int8"}
+print(run("litert-optimized", "quantize", values)["code"][30:].tolist())  # [2, 2, 3]
+""",
+        remedy="Compare tensors whose length is a multiple of 16, or each part under its own profile: "
+        "litert-2.3-optimized and litert-2.3-optimized-tail.",
+    ),
+    Finding(
+        id="QTX-QUA-006",
+        title="XNNPACK quantizes float16 by a reciprocal that is rounded to float16",
+        cause="The kernel keeps 1 / s in float16, and multiplies in float32.",
+        consequence="Levels are off by up to one in 2,000: near ties the code differs from that of the same numbers in "
+        "float32.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.float16([5.9960938]), "scale": np.float32(0.06774902), "zero_point": np.int32(22), "dtype": "int8"}
+print(run("litert-xnnpack", "quantize", values)["code"].item())  # 110
+print(run("litert-xnnpack", "quantize", {**values, "x": values["x"].astype(np.float32)})["code"].item())  # 111
+""",
+        remedy="Cast to float32 before the quantizer.",
     ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}
