@@ -29,6 +29,7 @@ __all__ = [
     "EngineRefusal",
     "OPERATIONS",
     "Path",
+    "check_granularity",
     "engine_names",
     "find_path",
     "list_paths",
@@ -75,6 +76,9 @@ class Path:
     op: str  # of OPERATIONS
     profile: str  # name of the profile that states it
     codes: tuple[str, ...]  # dtypes of codes, or names of float formats, that it takes
+    # Of a tensor's elements, the last size mod `lanes` go another way, which the profile `tail` states.
+    lanes: int = 1
+    tail: str = ""
 
 
 class Engine(Protocol):
@@ -91,6 +95,15 @@ class Engine(Protocol):
 def find_plugins() -> dict[str, str]:
     """The module of each engine of another package. Looked for once: every call of a path asks."""
     return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def check_granularity(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises ValueError where a linear whose name ends in -channel has one scale of weights, or another has several:
+    engines have rules of their own for each."""
+    channels, several = path.name.endswith("-channel"), np.size(values["w_scale"]) > 1
+    if channels != several:
+        other = path.name.removesuffix("-channel") if channels else f"{path.name}-channel"
+        raise ValueError(f"{path.name} takes {'several scales' if channels else 'one scale'} of weights; see {other}")
 
 
 def engine_names() -> dict[str, str]:

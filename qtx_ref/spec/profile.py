@@ -165,13 +165,31 @@ class LeftShift(Name):
 
 
 class Order(Name):
-    """The factors that a float requantization multiplies an accumulator by, in turn. x, w, y: scales of the operands
-    and of the result."""
+    """The factors that a float requantization multiplies an accumulator by, in turn; of the last, it may be divided. x,
+    w, y: scales of the operands and of the result."""
 
     RATIO = "ratio"  # M = x w / y
     RATIO32 = "ratio32"  # the same, M itself rounded to float32 whatever the dtype of the product
     RECIPROCAL = "reciprocal"  # M = (x w) (1 / y)
     STEPS = "steps"  # x', w', then 1 / y, where s' = 1 / (1 / s)
+    STEPS_DIVIDED = "steps_divided"  # x', w', then divided by y'
+    SCALES = "scales"  # x, w, then 1 / y
+    SCALES_DIVIDED = "scales_divided"  # x, w, then divided by y
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether there are three factors, and real numbers before the last."""
+        return self in (Order.STEPS, Order.STEPS_DIVIDED, Order.SCALES, Order.SCALES_DIVIDED)
+
+    @property
+    def divides(self) -> bool:
+        """Whether the last of the three divides."""
+        return self in (Order.STEPS_DIVIDED, Order.SCALES_DIVIDED)
+
+    @property
+    def single(self) -> Order:
+        """That of a sum's operands, each of which has one scale and one factor."""
+        return self if not self.in_steps else Order.RATIO if self.divides else Order.RECIPROCAL
 
 
 class Nonlinear(Name):
@@ -255,15 +273,17 @@ class MatmulRule(Spec):
 class Fixed(Spec):
     """Requantization in integers: a times M = 2^shift * multiplier / 2^31."""
 
-    dtype: Dtype  # of M = x w / y at each step, before it becomes multiplier and shift: float64 or float32
+    dtype: Dtype  # of M = (x w) / y, before it becomes multiplier and shift: float64 or float32
     bits: int  # of the multiplier of a 64-bit accumulator: 31 or 15; of a 32-bit one it has 31
     product: HighProduct
     rounding: Rounding  # of the last shift
     left: LeftShift
+    scales: Dtype  # of the product x w: float64 or float32
 
     def check(self) -> None:
-        if self.dtype not in (Dtype.FLOAT64, Dtype.FLOAT32):
-            refuse("rule dtype", str(self.dtype), "M is computed in float64 or float32")
+        for name in ("dtype", "scales"):
+            if (dtype := getattr(self, name)) not in (Dtype.FLOAT64, Dtype.FLOAT32):
+                refuse(f"rule {name}", str(dtype), "M is computed in float64 or float32")
         if self.bits not in (15, 31):
             refuse("rule bits", self.bits, "a multiplier has 31 bits, or 15")
         if self.rounding is Rounding.STOCHASTIC:
@@ -284,8 +304,8 @@ class FloatProduct(Spec):
             refuse("rule rounding", "stochastic", "a requantization rounds the same each time")
         if self.dtype is Dtype.INPUT:
             refuse("rule dtype", "input", "an accumulator has no width of its own: give one")
-        if self.zero_point is ZeroPoint.FUSED:
-            refuse("rule zero_point", "fused", "no requantization is known to fuse it: give before or after")
+        if self.zero_point not in (ZeroPoint.AFTER, ZeroPoint.BEFORE):
+            refuse("rule zero_point", str(self.zero_point), "of a requantization give before or after")
 
 
 @dataclass(frozen=True)
@@ -357,7 +377,12 @@ QUANTIZE = QuantizeRule(
     beyond=Beyond.SATURATE,
 )
 ONE_ROUNDING = Fixed(
-    dtype=Dtype.FLOAT64, bits=31, product=HighProduct.EXACT, rounding=Rounding.HALF_UP, left=LeftShift.SATURATE
+    dtype=Dtype.FLOAT64,
+    bits=31,
+    product=HighProduct.EXACT,
+    rounding=Rounding.HALF_UP,
+    left=LeftShift.SATURATE,
+    scales=Dtype.FLOAT64,
 )
 DEQUANTIZE = DequantizeRule(form=DequantizeForm.DIFFERENCE, arithmetic=Dtype.FLOAT32)
 QTX = Profile(
