@@ -10,6 +10,8 @@ import atexit
 import functools
 import importlib
 import importlib.util
+import pathlib
+import platform
 import shutil
 import sys
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from qtx_ref.profiles import NAMES
 from qtx_ref.spec import SpecError
 
 from .backend import MissingExtra
@@ -35,6 +38,8 @@ __all__ = [
     "list_paths",
     "load_engine",
     "missing",
+    "multiplies_bytes",
+    "name_profile",
     "run",
 ]
 
@@ -57,13 +62,15 @@ OPERATIONS = {  # what each takes, and what it gives; what is in brackets may be
     "cast": ("x format", "code"),
     "mx": ("x format", "scale code"),
 }
-SWITCHES = {  # CPUs that engines imitate by switches of their own
+SWITCHES = {  # CPUs that torch's kernels imitate by switches of their own
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
         "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     },
 }
+SWITCHED = ("torch", "torchao")  # engines that have these switches
+WITHOUT_BYTES = "-avx2"  # ends the names of profiles of x86 CPUs without VNNI
 LIMIT = 600.0  # seconds that one call may take
 
 
@@ -147,14 +154,36 @@ def find_path(name: str, op: str) -> Path:
     raise SpecError(f"operation of {name} is {op!r}: it has {', '.join(path.op for path in paths)}")
 
 
+def multiplies_bytes(cpu: str | None = None) -> bool:
+    """Whether a CPU sums products of bytes in int32 at once, as x86 does with VNNI, instead of pairs in int16. Of those
+    that are imitated none does: qemu has no AVX-512, nor AVX-VNNI."""
+    if cpu is not None:
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    try:
+        return "vnni" in pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:  # another system: as CPUs of these years
+        return True
+
+
+def name_profile(path: Path, cpu: str | None = None) -> str:
+    """The profile that states a path on a CPU: its own, or that of CPUs whose products of bytes are pairs in int16."""
+    narrow = f"{path.profile}{WITHOUT_BYTES}"
+    return narrow if path.op in ("matmul", "linear") and narrow in NAMES and not multiplies_bytes(cpu) else path.profile
+
+
 # --- workers ----------------------------------------------------------------------------------------------------------
 
 workers: dict[tuple[str, str | None], Worker] = {}
 
 
 def make_worker(engine: str, cpu: str | None) -> Worker:
-    """A worker of an engine, on an imitated CPU where one is named. Raises MissingExtra without qemu-user."""
+    """A worker of an engine, on an imitated CPU where one is named. Raises SpecError where the engine has no switch for
+    it, MissingExtra without qemu-user."""
     command = [sys.executable, "-m", "qtx.engines.worker", engine]
+    if cpu in SWITCHES and engine not in SWITCHED:
+        raise SpecError(f"CPU {cpu} is a switch of {', '.join(SWITCHED)}: name one of qemu-user's, such as Haswell")
     if cpu is not None and cpu not in SWITCHES:
         emulator = shutil.which("qemu-x86_64")
         if emulator is None:
