@@ -270,7 +270,9 @@ def draw_fixed(index: int, codes: int) -> Configuration:
         steps = np.ldexp(rng.uniform(0.5, 1, (2, columns)), rng.integers(-8, 9, (2, columns)))
         last = real / steps[0] / steps[1]
         factors = np.stack([*steps, 1 / np.maximum(last, 1e-30) if rule.order.divides else last])
-    beside = floats and axes["place"] is not Bias.INT32
+    bias = (rng.standard_normal(16) * 1000).astype(np.float32) if floats and axes["place"] is not Bias.INT32 else None
+    if bias is not None and axes["place"] is Bias.FLOAT_BEFORE_FUSED:
+        bias = np.stack([bias, rng.uniform(0.1, 9, 16).astype(np.float32)])  # and 1 / unit
     spec = QuantSpec(axes["bits"], axes["symmetric"])
     b = rng.integers(-(2**31), 2**31, (2, codes // 6))
     b[:, :9] = np.int64([-(2**31), -(2**31), 0, 2**31 - 1, 1, -1, 2**30, -(2**30), 3])
@@ -280,7 +282,7 @@ def draw_fixed(index: int, codes: int) -> Configuration:
         "b": b.astype(np.int32),
         "real": real,
         "factors": factors.astype(np.float64 if rule.dtype is Dtype.FLOAT64 else np.float32),
-        "bias": (rng.standard_normal(16) * 1000).astype(np.float32) if beside else None,
+        "bias": bias,
         "zero": np.array(rng.integers(spec.code_min, spec.code_max + 1), np.int32),
         "exponent": rng.integers(0, 32, b.shape[1]).astype(np.int32),
         "scales": rng.uniform(1e-4, 1, (3, 64)).astype(F32),

@@ -6,10 +6,10 @@
     order STEPS        ((a x') w') (1 / y),  s' = 1 / (1 / s); STEPS_DIVIDED ((a x') w') / y'
     order SCALES       ((a x) w) (1 / y);  SCALES_DIVIDED ((a x) w) / y
 
-x, w, y are the scales of the operands and of the result; every operation is rounded to the rule's dtype. A bias in
-float32 is added to the accumulator in its unit x w (FLOAT_BEFORE), or after it is scaled to real numbers (FLOAT_AFTER:
-before the last of three factors, and otherwise, where no real number occurs, in units of y). The zero point is added
-to the rounded level, or before rounding.
+x, w, y are the scales of the operands and of the result; every operation is rounded to the rule's dtype. A bias b in
+float32 is added to the accumulator in its unit x w (FLOAT_BEFORE, a + b / (x w); FUSED, b (1 / (x w)) + a rounded
+once), or after it is scaled to real numbers (FLOAT_AFTER: before the last of three factors, and otherwise, where no
+real number occurs, in units of y). The zero point is added to the rounded level, or before rounding.
 
 Arrays: accumulators int32 or int64 in any shape; factors float32 or float64 (of an order in steps three, on an axis
 before), biases and zero points broadcast against them. What comes out is int64, a level with its zero point.
@@ -30,7 +30,7 @@ from functools import partial
 import numpy as np
 
 from ..quant.checks import check_integers, check_range, check_shape
-from ..quant.rounding import round_dtype, round_integer
+from ..quant.rounding import fused_multiply_add, round_dtype, round_integer
 from ..spec import QTX, Bias, Dtype, FloatProduct, Order, ZeroPoint
 
 __all__ = ["FACTORS", "add", "check_factors", "list_factors", "make_factors", "multiply", "round_level", "scale_bias"]
@@ -82,13 +82,15 @@ def check_factors(real: np.ndarray, rule: FloatProduct) -> None:
 
 def scale_bias(bias: np.ndarray, unit: np.ndarray, y_scale: np.ndarray, rule: FloatProduct, place: Bias) -> np.ndarray:
     """A float32 bias in real numbers as `multiply` adds it: in the accumulator's `unit`, x w, or the result's, y_scale;
-    it, unit and y_scale broadcast against each other. Raises ValueError for a bias of integers, which `products.matmul`
-    adds."""
+    it, unit and y_scale broadcast against each other. FLOAT_BEFORE_FUSED: it and 1 / unit, on an axis before. Raises
+    ValueError for a bias of integers, which `products.matmul` adds."""
     if place is Bias.INT32:
         raise ValueError(f"bias is {place}: it is added to the accumulator, in integers")
     to = partial(round_dtype, dtype=rule.dtype)
     if place is Bias.FLOAT_BEFORE:
         return to(to(bias) / to(unit))
+    if place is Bias.FLOAT_BEFORE_FUSED:
+        return np.stack(np.broadcast_arrays(to(bias), to(1 / to(unit))))
     if rule.order.in_steps:
         return to(bias)
     return to(to(bias) * to(1 / to(y_scale))) if rule.order is Order.RECIPROCAL else to(to(bias) / to(y_scale))
@@ -112,7 +114,9 @@ def multiply(
     check_integers("accumulator", a.dtype)
     if bias is not None and place is Bias.INT32:
         raise ValueError(f"bias is {place}: it is added to the accumulator, in integers")
-    for what, value in (("zero point", zero_point), ("bias", 0 if bias is None else bias)):
+    fused = bias is not None and place is Bias.FLOAT_BEFORE_FUSED
+    biases = [] if bias is None else list(bias) if fused else [bias]
+    for what, value in (("zero point", zero_point), *(("bias", part) for part in biases)):
         check_shape(what, value, a.shape, "give one, or one per column or row")
     if rule.dtype is Dtype.FLOAT16:
         check_range("accumulator", a, -LARGEST_HALF, LARGEST_HALF, "float16 ends there")
@@ -121,7 +125,9 @@ def multiply(
     x, factors = to(a), list_factors(real, rule)
     for factor in factors:
         check_shape("multiplier", factor, a.shape, "give one, or one per column or row")
-    if bias is not None and place is Bias.FLOAT_BEFORE:
+    if fused:
+        x = fused_multiply_add(*biases, x)
+    elif bias is not None and place is Bias.FLOAT_BEFORE:
         x = to(x + bias)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for factor in factors[:2]:

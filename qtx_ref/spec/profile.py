@@ -144,6 +144,7 @@ class Bias(Name):
 
     INT32 = "int32"  # codes in units of the accumulator, added to it
     FLOAT_BEFORE = "float_before"  # float32, divided by the accumulator's unit and added to it before it is scaled
+    FLOAT_BEFORE_FUSED = "float_before_fused"  # times 1 / unit instead, product and sum one fused multiply-add, float32
     FLOAT_AFTER = "float_after"  # float32, added to real numbers (Order.STEPS), or where M is one factor in units of y
 
 
@@ -364,6 +365,8 @@ class Profile(Spec):
                 refuse("profile unseen", name, f"known operations are {', '.join(OPERATIONS)}")
         if self.bias is not Bias.INT32 and isinstance(self.requantize, Fixed):
             refuse("profile bias", str(self.bias), "a requantization in integers takes a bias of int32")
+        if self.bias is Bias.FLOAT_BEFORE_FUSED and self.requantize.dtype is not Dtype.FLOAT32:
+            refuse("profile bias", str(self.bias), "a fused multiply-add is in float32, and so is its requantization")
 
 
 OPERATIONS = ("scale", "quantize", "fake_quantize", "dequantize", "matmul", "bias", "requantize", "add", "cast")

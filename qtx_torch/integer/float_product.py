@@ -6,10 +6,10 @@
     order STEPS        ((a x') w') (1 / y),  s' = 1 / (1 / s); STEPS_DIVIDED ((a x') w') / y'
     order SCALES       ((a x) w) (1 / y);  SCALES_DIVIDED ((a x) w) / y
 
-x, w, y are the scales of the operands and of the result; every operation is rounded to the rule's dtype. A bias in
-float32 is added to the accumulator in its unit x w (FLOAT_BEFORE), or after it is scaled to real numbers (FLOAT_AFTER:
-before the last of three factors, and otherwise, where no real number occurs, in units of y). The zero point is added
-to the rounded level, or before rounding.
+x, w, y are the scales of the operands and of the result; every operation is rounded to the rule's dtype. A bias b in
+float32 is added to the accumulator in its unit x w (FLOAT_BEFORE, a + b / (x w); FUSED, b (1 / (x w)) + a rounded
+once), or after it is scaled to real numbers (FLOAT_AFTER: before the last of three factors, and otherwise, where no
+real number occurs, in units of y). The zero point is added to the rounded level, or before rounding.
 
     >>> from dataclasses import replace
     >>> from qtx_ref.spec import Rounding
@@ -30,7 +30,7 @@ from torch import Tensor
 from qtx_ref.spec import QTX, Bias, Dtype, FloatProduct, Order, ZeroPoint
 
 from ..quant.checks import check_integers, check_range, check_shape
-from ..quant.rounding import round_dtype, round_integer
+from ..quant.rounding import fused_multiply_add, round_dtype, round_integer
 
 FACTORS = 3  # of an order in steps; before the last, the accumulator is scaled to real numbers
 REACH = 2.0**64  # of one factor: its product with an accumulator stays finite in float32
@@ -81,13 +81,16 @@ def check_factors(real: Tensor, rule: FloatProduct) -> None:
 
 def scale_bias(bias: Tensor, unit: Tensor, y_scale: Tensor, rule: FloatProduct, place: Bias) -> Tensor:
     """A float32 bias in real numbers as `multiply` adds it: in the accumulator's `unit`, x w, or the result's, y_scale;
-    it, unit and y_scale broadcast against each other. Raises ValueError for a bias of integers, which `products.matmul`
-    adds."""
+    it, unit and y_scale broadcast against each other. FLOAT_BEFORE_FUSED: it and 1 / unit, on an axis before. Raises
+    ValueError for a bias of integers, which `products.matmul` adds."""
     if place is Bias.INT32:
         raise ValueError(f"bias is {place}: it is added to the accumulator, in integers")
     to = partial(round_dtype, dtype=rule.dtype)
     if place is Bias.FLOAT_BEFORE:
         return to(to(bias) / to(unit))
+    if place is Bias.FLOAT_BEFORE_FUSED:
+        unit = to(unit)
+        return torch.stack(torch.broadcast_tensors(to(bias), to(torch.ones_like(unit) / unit)))
     if rule.order.in_steps:
         return to(bias)
     y_scale = to(y_scale)
@@ -113,7 +116,9 @@ def multiply(
     check_integers("accumulator", a.dtype)
     if bias is not None and place is Bias.INT32:
         raise ValueError(f"bias is {place}: it is added to the accumulator, in integers")
-    for what, value in (("zero point", zero_point), ("bias", bias)):
+    fused = bias is not None and place is Bias.FLOAT_BEFORE_FUSED
+    biases = [] if bias is None else list(bias) if fused else [bias]
+    for what, value in (("zero point", zero_point), *(("bias", part) for part in biases)):
         if isinstance(value, Tensor):
             check_shape(what, value, a.shape, "give one, or one per column or row")
     if rule.dtype is Dtype.FLOAT16:
@@ -123,7 +128,9 @@ def multiply(
     x, factors = to(a), list_factors(real, rule)
     for factor in factors:
         check_shape("multiplier", factor, a.shape, "give one, or one per column or row")
-    if bias is not None and place is Bias.FLOAT_BEFORE:
+    if fused:
+        x = fused_multiply_add(*biases, x)
+    elif bias is not None and place is Bias.FLOAT_BEFORE:
         x = to(x + bias)
     for factor in factors[:2]:
         x = to(x * carried(factor))

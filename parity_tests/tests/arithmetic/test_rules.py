@@ -171,7 +171,7 @@ def test_orders_of_factors_are_other_floats(call) -> None:
 
 
 def test_a_product_of_scales_in_float32_under_a_quotient_in_float64(call) -> None:
-    """0.1 0.3 is 0.030000001 in float32 and 0.03000000156 in float64, of their float32; over 0.7 either is another M."""
+    """0.1 0.3 is 0.030000001 in float32 and 0.03000000156 in float64; over 0.7 either is another M."""
     x, w, y = F32(0.1), F32(0.3), F32(0.7)
     for scales, unit in ((Dtype.FLOAT32, F64(x * w)), (Dtype.FLOAT64, F64(x) * F64(w))):
         got = call("integer.fixed_point.real_multiplier", x, w, y, replace(OPTIMISED, scales=scales))
@@ -207,6 +207,10 @@ def test_a_bias_of_floats_before_and_after_scaling(call) -> None:
             got = call("integer.fixed_point.requantize", a, real, I32(0), S8, rule, units, place)
             assert got.tolist() == [[100, 99]]
         assert call("integer.fixed_point.requantize", a + I32([4, 4]), real, I32(0), S8, rule).tolist() == [[100, 100]]
+    fused = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.FLOOR)
+    third = F32(1 / 3)
+    parts = call("integer.float_product.scale_bias", F32([0.33333334]), third, y, fused, Bias.FLOAT_BEFORE_FUSED)
+    assert parts.tolist() == [[F32(0.33333334)], [3.0]]
     with pytest.raises(ValueError, match="bias is int32: it is added to the accumulator"):
         call("integer.float_product.scale_bias", bias, unit, y, rules.RINT, Bias.INT32)
     for rule, said in ((rules.RINT, "bias is int32"), (rules.ONE, "a requantization in integers")):
@@ -271,6 +275,13 @@ def rounded(x: np.ndarray, dtype: Dtype) -> np.ndarray:
     return y.astype(F64)
 
 
+def nearest(exact: Fraction) -> float:
+    """The float32 nearest to a fraction, ties to even."""
+    low = F32(float(exact))
+    around = [np.nextafter(low, F32(-np.inf)), low, np.nextafter(low, F32(np.inf))]
+    return float(min(around, key=lambda x: (abs(Fraction(float(x)) - exact), int(x.view(I32)) & 1)))
+
+
 def factors_by_hand(x: np.ndarray, w: np.ndarray, y: np.ndarray, rule: FloatProduct) -> list[np.ndarray]:
     """Of scales in float64, each result rounded."""
     dtype = Dtype.FLOAT32 if rule.order is Order.RATIO32 else rule.dtype
@@ -293,7 +304,7 @@ def test_floats_are_rounded_at_each_step(rule: FloatProduct) -> None:
     rng = stream(1, "rules")
     to = lambda x: rounded(np.asarray(x, F64), rule.dtype)  # noqa: E731
     reach = 60000 if rule.dtype is Dtype.FLOAT16 else 2**26
-    for place in Bias:
+    for place in [place for place in Bias if place is not Bias.FLOAT_BEFORE_FUSED or rule.dtype is Dtype.FLOAT32]:
         x, w, y = (rng.uniform(0.01, 1, size).astype(F32) for size in ((), (7,), ()))
         a = np.concatenate([rng.integers(-reach, reach, (20, 7)), rng.integers(-40, 40, (20, 7))]).astype(I32)
         zero, bias = I32(rng.integers(0, 256)), rng.normal(0, 20, 7).astype(F32)
@@ -306,12 +317,20 @@ def test_floats_are_rounded_at_each_step(rule: FloatProduct) -> None:
             unit = x.astype(F64) * w
             beside = both("float", "scale_bias", bias, unit, y, rule, place)
             want = to(to(bias) / to(unit)) if place is Bias.FLOAT_BEFORE else to(bias)
+            if place is Bias.FLOAT_BEFORE_FUSED:
+                want = np.stack([bias.astype(F64), to(1 / to(unit))])
             if place is Bias.FLOAT_AFTER and not rule.order.in_steps:
                 reciprocal = rule.order is Order.RECIPROCAL
                 want = to(to(bias) * to(1 / wide[2])) if reciprocal else to(to(bias) / wide[2])
             np.testing.assert_array_equal(np.asarray(beside, F64), want)
         if place is Bias.FLOAT_BEFORE:
             level = to(level + beside)
+        elif place is Bias.FLOAT_BEFORE_FUSED:
+            exact = [
+                [Fraction(float(v)) + Fraction(b) * Fraction(u) for v, b, u in zip(row, *want, strict=True)]
+                for row in level
+            ]
+            level = np.array([[nearest(one) for one in row] for row in exact])
         for factor in steps[:2]:
             level = to(level * factor)
         if place is Bias.FLOAT_AFTER:
@@ -434,6 +453,10 @@ def test_both_backends_on_anything(seed: int) -> None:
         (lambda: MatmulRule(Products.EXACT, 2, Overflow.WRAP), "rule run is 2: products exact add 1"),
         (lambda: MatmulRule(Products.RUNS16, 1, Overflow.WRAP), "rule run is 1: products runs16 add at least 2"),
         (lambda: replace(QTX, bias=Bias.FLOAT_AFTER), "profile bias is 'float_after'"),
+        (
+            lambda: replace(QTX, bias=Bias.FLOAT_BEFORE_FUSED, requantize=REFERENCE),
+            "profile bias is 'float_before_fused': a fused multiply-add is in float32",
+        ),
     ],
 )
 def test_rules_that_cannot_be_are_refused(make, said: str) -> None:
