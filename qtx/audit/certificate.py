@@ -1,7 +1,8 @@
 """A certificate: for every integer product of a model, on every target, a proof that nothing overflows or a witness.
 
-`certify` reads an artifact or an ONNX file, bounds each product by its codes (`certificate_bounds`), runs the model on
-data where there are any, and lists what would mend what can overflow (`certificate_cures`).
+`certify` reads an artifact or an ONNX file, bounds each product by its codes (`certificate_bounds`,
+`certificate_overflow`), runs the model on data where there are any, and lists what would mend what can overflow
+(`certificate_cures`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from ..files.artifact import SUFFIX, load_artifact
 from ..graphs.reading import read_graph
 from ..progress import Progress
 from .certificate_artifact import Show, read_artifact_products, run_artifact
-from .certificate_bounds import CENTRE, TARGETS, Product, Target, Verdict, check_overflow, check_shift, check_sums
+from .certificate_bounds import CENTRE, TARGETS, Product, Target, Verdict, check_sums
 from .certificate_cures import Cure, Tally, list_cures
 from .certificate_onnx import read_onnx_products, run_onnx
+from .certificate_overflow import check_overflow, check_shift
 
 __all__ = ["Certificate", "Line", "certify", "confirm", "list_engines", "open_products"]
 

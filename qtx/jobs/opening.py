@@ -169,7 +169,8 @@ def make_artifact_model(
         if strict:
             raise SpecError("--strict belongs to --numerics integer: fake quantization is floats")
         model = machine.model(artifact.spec, artifact.float_params())
-        model.bind(artifact.quants, artifact.ranges(), masked_scores=artifact.recipe.masked_scores)
+        masked = artifact.recipe.masked_scores
+        model.bind(artifact.quants, artifact.ranges(), masked_scores=masked, profile=artifact.profile)
         return model
     if machine.dtype != "float32":
         raise SpecError(f"--dtype {machine.dtype}: an integer model has no float dtype; leave it out")

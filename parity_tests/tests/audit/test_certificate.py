@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from qtx.audit import certificate_bounds as bounds
-from qtx.audit.certificate_bounds import TARGETS, Operand, Product, check_overflow, check_shift, check_sums
+from qtx.audit.certificate_bounds import TARGETS, Operand, Product, check_sums
 from qtx.audit.certificate_cures import Tally, list_cures
+from qtx.audit.certificate_overflow import check_overflow, check_shift
 from qtx_ref.integer.products import matmul_pairs16
 
 AVX2, ZERO = TARGETS["avx2"], np.zeros((), np.int64)

@@ -117,6 +117,26 @@ def test_every_code_of_a_quantized_file_is_onnxruntimes(model: Path, form: str) 
         assert by == "qtx_ref" or op in ("QLinearSoftmax", "Softmax")
 
 
+def test_a_file_that_onnxruntime_has_fused(model: Path, tmp_path: Path) -> None:
+    """DynamicQuantizeMatMul and what else its optimiser writes, QGemm and QLinearAdd from its operator form."""
+    for form, wanted in (("dynamic", "DynamicQuantizeMatMul"), ("operators", "QGemm"), ("qdq", "QLinearMatMul")):
+        options = runtime.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(tmp_path / f"{form}.onnx")
+        runtime.InferenceSession(str(quantize(model, form)), options, providers=["CPUExecutionProvider"])
+        engine = run_file(tmp_path / f"{form}.onnx", draw(), "disable", True).values
+        results = list(walk(tmp_path / f"{form}.onnx", draw(), profile("float32")))
+        assert wanted in {one.op for one in results}
+        assert {one.op for one in results if one.by == "engine"} <= {"Softmax", "QLinearSoftmax", "Gather"}
+        for one in results:
+            for name, value in one.outputs.items():
+                if name in engine and value.dtype.kind in "iu":
+                    assert np.array_equal(value, engine[name]), (form, one.op)
+        last = results[-1].outputs["y"]
+        assert np.abs(last - engine["y"]).max() <= 1e-6 * np.abs(last).max()  # the order of three float32 factors
+
+
 def test_16_bit_codes_are_within_one_of_the_engines_floats(model: Path) -> None:
     """Each node given the engine's codes. Its float32 products have 24 bits, the exact ones up to 37: codes of 16 bits
     differ where that reaches a tie, and by one."""
