@@ -203,7 +203,7 @@ class Linear(Operation):
         targets = draw_targets(rng, scales, levels, limit, count, offset)
         return self.question("ties", make_operands(targets, codes, zeros[0]), scales, zeros, codes, added)
 
-    def pool(self) -> Sequence[Question]:
+    def make_pool(self) -> Sequence[Question]:
         rng = np.random.default_rng(11)
         asked = []
         for codes in self.specs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -76,9 +77,14 @@ class Operation(ABC):
     def key(self, values: Values, question: Question) -> Hashable:
         """What of the values the answer can depend on."""
 
-    @abstractmethod
-    def pool(self) -> Sequence[Question]:
+    @cached_property
+    def pool(self) -> tuple[Question, ...]:
         """Where to look, the same each time; the first one parts the most candidates."""
+        return tuple(self.make_pool())
+
+    @abstractmethod
+    def make_pool(self) -> Sequence[Question]:
+        """The questions of `pool`."""
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> Question:

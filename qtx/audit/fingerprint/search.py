@@ -77,7 +77,7 @@ class Search:
 
     def run(self) -> Fingerprint:
         """The whole search."""
-        pool = list(self.operation.pool())
+        pool = list(self.operation.pool)
         question: Question | None = pool[0]
         while question is not None and self.unexplained is None:
             if question in pool:
@@ -236,7 +236,7 @@ class Search:
                 )
                 masks = {value: mask for value, mask in masks.items() if value not in said}
                 left = {value: one for value, one in left.items() if value not in said}
-        reasons = dict.fromkeys(self.excuse(chosen, one) for one in equal.values())
+        reasons = dict.fromkeys(self.excuse(chosen, one, i) for one in equal.values())
         return Verdict(self.operation.axes[i], chosen[i], tuple(witnesses), tuple(equal), "; ".join(reasons))
 
     def contradicts(self, values: Values, question: Question, answer: np.ndarray | Raised) -> np.ndarray:
@@ -252,12 +252,15 @@ class Search:
         label = self.operation.label(values, question)
         return "raises" if label == RAISES else self.operation.show(int(question.outcomes[label][0, index]))
 
-    def excuse(self, chosen: Values, other: Values) -> str:
-        """Why two candidates are not told apart."""
+    def excuse(self, chosen: Values, other: Values, i: int) -> str:
+        """Why two candidates are not told apart, which differ in axis i and perhaps others."""
+        named = zip(self.operation.axes, chosen, other, strict=True)
+        beside = [f"{axis} {b}" for j, (axis, a, b) in enumerate(named) if j != i and a != b and b is not None]
+        which = f"{other[i]} with {' and '.join(beside)}" if beside else str(other[i])
         for question, reason in self.refused:
             if self.operation.label(chosen, question) != self.operation.label(other, question):
-                return f"the box refuses {tell(question)} ({reason})"
-        return f"equal on every input that was asked and on {self.compared} fresh ones"
+                return f"{which} differs only where the box refuses {tell(question)} ({reason})"
+        return f"{which} is equal on every input that was asked and on {self.compared:,} fresh ones"
 
     def find_nearest(self) -> dict[str, str]:
         """The candidate that misses the fewest answers, by axis."""
