@@ -36,15 +36,13 @@ class Raised:
 
 @dataclass(eq=False)
 class Question:
-    """One call. `needs`: what of it a box may refuse whatever its rules are, such as "float16 x". `costly`: working out
-    what rules say takes a while."""
+    """One call. `needs`: what of it a box may refuse whatever its rules are, such as "float16 x"."""
 
     kind: str
     arrays: Arrays
     size: int  # numbers that are answered
     needs: frozenset[str] = frozenset()
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the reference is told beside the arrays
-    costly: bool = False
     outcomes: list[np.ndarray] = field(default_factory=list)  # int32 (1, N) or (2, N): lowest and highest answer
     numbers: dict[Hashable, int] = field(default_factory=dict)
     places: dict[bytes, int] = field(default_factory=dict)  # of an outcome, by its hash: thousands are kept

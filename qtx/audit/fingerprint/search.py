@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import ne
 from typing import Any
 
 import numpy as np
@@ -141,17 +142,17 @@ class Search:
     def choose(self, pool: Sequence[Question]) -> Question | None:
         """The question of the pool that leaves the fewest candidates, by the mean; None where none parts them. Where a
         rule would raise, the box must have answered its like before: else one that no rule refuses comes first."""
-        for costly in (False, True):
-            parting = [(self.cost(one), i) for i, one in enumerate(pool) if one.costly == costly]
-            if not parting or min(parting)[0] >= len(self.alive) ** 2:
-                continue
-            best = pool[min(parting)[1]]
-            unknown = best.needs - self.known
-            if unknown and self.may_raise(best):
-                plain = (one for one in pool if unknown <= one.needs and not self.may_raise(one))
-                return next(plain, best)
-            return best
-        return None
+        least, best = float(len(self.alive) ** 2), None
+        for question in pool:
+            if least > len(self.alive):  # not yet one that parts all of them
+                cost = self.cost(question)
+                least, best = (cost, question) if cost < least else (least, best)
+        if best is None:
+            return None
+        unknown = best.needs - self.known
+        if unknown and self.may_raise(best):
+            return next((one for one in pool if unknown <= one.needs and not self.may_raise(one)), best)
+        return best
 
     def may_raise(self, question: Question) -> bool:
         """Whether a candidate that is left would."""
@@ -189,11 +190,12 @@ class Search:
         """What the search has found."""
         chosen = self.alive[0]
         explained = self.unexplained is None
+        by_distance = sorted(self.operation.candidates, key=lambda one: distance(one, chosen))
         return Fingerprint(
             self.operation.name,
             self.operation.axes,
             tuple(self.alive) if explained else (),
-            tuple(self.judge(i, chosen) for i in range(len(chosen))) if explained else (),
+            tuple(self.judge(i, by_distance) for i in range(len(chosen))) if explained else (),
             deciding,
             self.box.calls,
             self.box.inputs,
@@ -211,10 +213,10 @@ class Search:
             {} if explained else self.find_nearest(),
         )
 
-    def judge(self, i: int, chosen: Values) -> Verdict:
-        """One axis of the chosen candidate."""
-        rivals: dict[Any, Values] = {}
-        for one in sorted(self.operation.candidates, key=lambda one: distance(one, chosen)):
+    def judge(self, i: int, by_distance: Sequence[Values]) -> Verdict:
+        """One axis of the chosen candidate, the first of all by their distance from it."""
+        chosen, rivals = by_distance[0], {}
+        for one in by_distance:
             rivals.setdefault(one[i], one)
         equal = {one[i]: one for one in sorted(self.alive, key=lambda one: -distance(one, chosen))}
         del rivals[chosen[i]], equal[chosen[i]]
@@ -277,7 +279,7 @@ class Search:
 
 def distance(a: Values, b: Values) -> int:
     """Axes in which two candidates differ."""
-    return sum(x != y for x, y in zip(a, b, strict=True))
+    return sum(map(ne, a, b))
 
 
 def tell(question: Question) -> str:
