@@ -1,6 +1,8 @@
 """Exported files of published sizes: every code of every site, in each engine, against the reference.
 
-    python -m parity_tests.onnx_export [--model minilm ...] [--form integer ...] [--rows 2] [--tokens 32]
+    python -m parity_tests.onnx_export [--model minilm ...] [--form integer ...] [--rows 2] [--tokens 32] [--small]
+
+--small: instead, every small model of the cases, each attention and gate of each family, in both forms.
 
 First values of the parameters, their vectors moved a little, ranges from random batches, int8. The table is the one in
 docs/onnx.md.
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from parity_tests.subjects import small_models
 from parity_tests.subjects.integer_models import Batch, lower_model, make_recipe
 from qtx.files.artifact import Artifact, load_artifact, save_artifact
 from qtx.graphs.export import FORMS, export_artifact
@@ -27,6 +30,7 @@ from qtx_ref.presets import attention, preset
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, Head, ModelSpec, Nonlinear
 
+TINY = ("opt-tiny", "vit-tiny")
 CALIBRATION = 24  # tokens of each of two batches
 
 
@@ -34,7 +38,7 @@ def list_models() -> dict[str, ModelSpec]:
     """The shapes that are exported."""
     base = preset("bert-base")
     minilm = replace(base, layers=6, width=384, heads=12, hidden=1536, head=Head.NONE)
-    tiny = {name: preset(name) for name in ("opt-tiny", "vit-tiny")}
+    tiny = {name: preset(name) for name in TINY}
     clipped = replace(tiny["opt-tiny"], attention=attention("clipped"))
     return {"minilm": minilm, "bert-base": base, "opt-tiny": clipped, "vit-tiny": tiny["vit-tiny"]}
 
@@ -53,7 +57,7 @@ def random_batch(spec: ModelSpec, rows: int, tokens: int, place: str) -> Batch:
 
 def make_file(name: str, path: Path) -> None:
     """An int8 artifact of that shape."""
-    spec = list_models()[name]
+    spec = (list_models() | small_models.specs())[name]
     params = init_params(spec, 0)
     for key, value in params.items():
         if value.ndim == 1:
@@ -83,14 +87,16 @@ def main() -> None:
     parser.add_argument("--form", nargs="+", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
+    models = list(small_models.specs()) if options.small else options.model
     failed = False
     print(
         "| model | form | MB | engine | exact codes | differ | near a tie | float codes | flip | flip, free | seconds |"
     )
     print("|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.model:
+        for name in models:
             for form in options.form:
                 for result, seconds, size in measure(name, form, Path(folder), (options.rows, options.tokens)):
                     failed |= not result.equal

@@ -338,14 +338,17 @@ FORMATS = {
     "e5m2_nan": (0x7F, 0x7E),
     "e2m1_nan": (None, 8, 8, 3),
     "negative_zero": BOTH,
+    "e4m3_saturates": BOTH,
+    "e5m2_saturates": BOTH,
 }
 
 
 def formats_chain(m, x, given, ends, kind, saturate, rule, block, cast):
-    code = m.encode(x, kind, saturate, None, cast)
+    code = m.encode(x, kind, None, None, cast)
     scale, elements = m.mx_quantize(x, kind, rule, block, cast)
     return {
         "codes": code,
+        "saturated": m.encode(x, kind, saturate, None, cast),
         "decoded": m.decode(code, kind),
         "fake": m.fake_quantize(x, kind, saturate, None, cast),
         "scale": m.scale_zero(ends[0], ends[1], FloatQuantSpec(kind)),
@@ -376,7 +379,7 @@ def draw_formats(index: int, codes: int) -> Configuration:
     else:
         x = np.where(np.isfinite(x), x, F32(1))
     settings = {key: axes[key] for key in ("kind", "saturate", "rule", "block")}
-    settings["cast"] = CastRule(axes["e5m2_nan"], axes["e2m1_nan"], axes["negative_zero"])
+    settings["cast"] = CastRule(**{field: axes[field] for field in QTX.cast.__dataclass_fields__})
     given = F32(2.0 ** rng.integers(-140, 120, (count, 1))) if index % 2 else F32(rng.uniform(0.01, 1, (count, 1)))
     ends = np.sort(rng.standard_normal((2, count)) * 2.0 ** rng.integers(-150, 100, count), axis=0).astype(F32)
     ends[:, 0] = 0

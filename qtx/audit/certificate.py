@@ -129,9 +129,10 @@ def certify(
 def judge(product: Product, targets: Sequence[str], engines: Sequence[str]) -> Line:
     """One product on each target."""
     overflow = check_overflow(product)
-    verdicts, cures = {}, []
+    shift = check_shift(product, overflow)
+    cures = list_cures(product, overflow, shift)
+    verdicts = {}
     if product.left.is_byte and product.right.is_byte:
-        cures = list_cures(product)
         for name in targets:
             target = TARGETS[name]
             verdicts[name] = check_sums(product, target) if target.run else overflow
@@ -139,7 +140,6 @@ def judge(product: Product, targets: Sequence[str], engines: Sequence[str]) -> L
                 verdicts[name] = confirm(product, verdicts[name], engines)
             elif target.run and not verdicts[name].holds:
                 verdicts[name] = replace(verdicts[name], note=find_run(product, target))
-    shift = check_shift(product, overflow)
     constant = product.right.codes is not None
     return Line(product.name, constant, product.depth, product.columns, verdicts, overflow, shift, cures)
 

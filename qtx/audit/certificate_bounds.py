@@ -18,10 +18,13 @@ from itertools import product as combinations
 
 import numpy as np
 
-from qtx_ref.integer.fixed_point import multiply_two_roundings
+from qtx_ref.integer.fixed_point import multiply
 from qtx_ref.integer.products import matmul_pairs16
+from qtx_ref.spec import QTX, Fixed, HighProduct, LeftShift
 
 __all__ = [
+    "CENTRE",
+    "INT32",
     "TARGETS",
     "Operand",
     "Product",
@@ -34,6 +37,9 @@ __all__ = [
 ]
 
 INT16, INT32 = (-(2**15), 2**15 - 1), (-(2**31), 2**31 - 1)
+INT48 = (-(2**47), 2**47 - 1)  # what a 64-bit accumulator is requantized from
+assert isinstance(QTX.requantize, Fixed)  # for the type checker
+SHIFTS = replace(QTX.requantize, product=HighProduct.HALF_UP, left=LeftShift.REPORT)  # to the left first, in int32
 CENTRE = 128  # by which codes of a byte are moved to the other sign
 
 
@@ -212,7 +218,7 @@ def witness_sum(product: Product, target: Target, upward: bool, place: Place) ->
 
 def check_overflow(product: Product) -> Verdict:
     """Whether an accumulator, its bias in it, can leave its width."""
-    limits = INT32 if product.accumulator == 32 else (-(2**63), 2**63 - 1)
+    limits = INT32 if product.accumulator == 32 else INT48
     if product.bias is not None and product.accumulator == 32:
         lowest, highest = int(product.bias.min(initial=0)), int(product.bias.max(initial=0))
         if lowest < INT32[0] or highest > INT32[1]:
@@ -308,7 +314,7 @@ def check_shift(product: Product, overflow: Verdict) -> Verdict | None:
     found = witness_acc(one, worst > 0, INT32)
     shift = np.ravel(np.broadcast_to(left, highs.shape))[column]
     try:
-        multiply_two_roundings(np.int32(found.exact), np.int32(2**30), shift)
+        multiply(np.int32(found.exact), np.int32(2**30), shift, SHIFTS)
         raise AssertionError(f"{found.exact} << {shift} is within int32")
     except ValueError:
         where = None if product.right.codes is None else column

@@ -8,10 +8,11 @@ right operand is rounded to fewer codes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil, log2
 
 import numpy as np
 
-from .certificate_bounds import TARGETS, Operand, Product, check_sums
+from .certificate_bounds import INT32, TARGETS, Operand, Product, Verdict, check_sums
 
 __all__ = ["Cure", "Tally", "list_cures"]
 
@@ -30,10 +31,19 @@ class Cure:
     factor: np.ndarray | float = field(default=1.0, repr=False)  # of its scale
 
 
-def list_cures(product: Product) -> list[Cure]:
-    """The ways to take this product to a kernel that adds pairs in int16, the least change first; none where it can
-    already."""
-    if check_sums(product, TARGETS["avx2"]).holds:
+def list_cures(product: Product, overflow: Verdict, shift: Verdict | None) -> list[Cure]:
+    """What makes an accumulator and its left shift fit, then what makes pairs in int16 fit, the least change first;
+    nothing for what is proved."""
+    widths = [] if overflow.holds else [Cure("64-bit accumulators", 0.0)]
+    if shift is not None and not shift.holds:  # M falls as the result's scale rises
+        least = 2 ** ceil(log2(shift.worst / INT32[shift.worst > 0]))
+        widths.append(Cure(f"result scale x {least}", None))
+    return [*widths, *list_pair_cures(product)]
+
+
+def list_pair_cures(product: Product) -> list[Cure]:
+    """Those for pairs in int16."""
+    if not (product.left.is_byte and product.right.is_byte) or check_sums(product, TARGETS["avx2"]).holds:
         return []
     cures = [Cure("u8 x u8", 0.0, "a kernel that widens first")]
     right = product.right.moved(True)

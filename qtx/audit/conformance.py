@@ -5,69 +5,27 @@ What differs, and what crashes, is explained by a finding that is known to say s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from importlib import resources
-from pathlib import Path as File
 
 from qtx_ref.spec import SpecError
 
 from ..engines.paths import Path, engine_names, load_engine, missing, run
-from ..files.container import FileError, read_json
-from .findings import FINDINGS
 from .golden_vectors import read_golden, replay
-from .node_cases import PROFILE as NODE_PROFILE
+from .known import Known
 from .node_cases import CaseResult, run_cases
 from .tallies import Tally, check_path
 from .vectors import DRAWN, count_batches, draw_batches
 
-__all__ = ["COUNT", "Known", "NODE_CASES", "Report", "choose_paths", "conform", "count_work", "read_known"]
+__all__ = ["COUNT", "NODE_CASES", "Report", "choose_paths", "conform", "count_work"]
 
-COUNT = 5000  # vectors of an operation of a path
+COUNT = 50_000  # vectors of an operation of a path
 NODE_CASES = "onnx-node-cases"  # beside the engines
-KEYS = {"path", "op", "family"}  # of what a finding explains; a pattern each, any where it is left out
 Tell = Callable[[int], None]  # of how many batches more are done
 
 
 def ignore(count: int) -> None:
     """Tells nobody."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """Which rows a finding explains: patterns of path, operation and family."""
-
-    finding: str
-    path: str = "*"
-    op: str = "*"
-    family: str = "*"
-
-    def explains(self, tally: Tally) -> bool:
-        """Whether it is about this row."""
-        return all(fnmatchcase(getattr(tally, key), getattr(self, key)) for key in KEYS)
-
-
-def read_known(file: File | None = None) -> list[Known]:
-    """Known findings by identifier, each with the rows that it explains: those of the package, or of a file. Raises
-    FileError."""
-    if file is None:
-        content = json.loads(resources.files("qtx.audit").joinpath("known.json").read_text(encoding="utf-8"))
-    else:
-        content = read_json(file)
-    where = file or "known.json"
-    if not isinstance(content, dict):
-        raise FileError(f"{where} holds no object: give rows by identifier of a finding")
-    known = []
-    for finding, rows in content.items():
-        if file is None and finding not in FINDINGS:
-            raise FileError(f"{where} names {finding}, which is no finding")
-        for row in rows if isinstance(rows, list) else [rows]:
-            if not isinstance(row, dict) or not row.keys() <= KEYS or not all(isinstance(v, str) for v in row.values()):
-                raise FileError(f"{where}, {finding}: {row!r} is no object of {', '.join(sorted(KEYS))}")
-            known.append(Known(finding, **row))
-    return known
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -85,7 +43,7 @@ class Report:
     @property
     def unexplained(self) -> list[Tally]:
         """Rows that no finding explains."""
-        return [row for row in self.rows if not row.clean and row.finding is None]
+        return [row for row in self.rows if row.unexplained]
 
     @property
     def failed(self) -> bool:
@@ -134,18 +92,14 @@ def conform(
         if path.engine in absent:
             continue
         batches = draw_batches(path.op, path.codes, count, seed)
-        report.rows += check_path(path, batches, lambda path, op, values: run(path, op, values, cpu), tell=tell)
+        report.rows += check_path(path, batches, lambda path, op, values: run(path, op, values, cpu), known, tell=tell)
     for name in absent:
         if (golden := read_golden(name)) is not None:
             report.golden[name] = golden.provenance
-            report.rows += [row for path in paths if path.engine == name for row in replay(golden, path)]
+            report.rows += [row for path in paths if path.engine == name for row in replay(golden, path, known)]
     if (NODE_CASES in engines or not engines) and not ops and missing("onnx-reference") is None:
         report.cases = run_cases()
-    for row in report.rows:
-        if not row.clean:
-            row.finding = next((one.finding for one in known if one.explains(row)), None)
     for case in report.cases:
         if case.verdict == "differs":
-            tally = Tally(NODE_CASES, case.op, NODE_PROFILE, case.name)
-            case.finding = next((one.finding for one in known if one.explains(tally)), None)
+            case.finding = next((one.finding for one in known if one.explains(NODE_CASES, case.op, case.name)), None)
     return report

@@ -44,7 +44,7 @@ def find(name: str) -> Finding:
 
 def list_printed(finding: Finding) -> list[str]:
     """What the reproduction prints, line by line: the comments behind its `print`s."""
-    return re.findall(r"^print\(.*\)  # (.+)$", finding.reproduce, re.MULTILINE)
+    return re.findall(r"^ *print\(.*\)  # (.+)$", finding.reproduce, re.MULTILINE)
 
 
 def format_finding(finding: Finding) -> str:
@@ -219,6 +219,104 @@ import ml_dtypes, numpy as np
 print(np.float32([np.nan, np.inf]).astype(ml_dtypes.float4_e2m1fn).view(np.uint8).tolist())  # [8, 7]
 """,
         remedy="Look for NaN before the cast; `qtx_ref` refuses it unless the profile says 8.",
+    ),
+    Finding(
+        id="QTX-REQ-002",
+        title="LiteRT requantizes an int8 layer in three ways: reference kernels, optimised ones, XNNPACK",
+        cause="The reference kernels round the 64-bit product once, half away from zero; the optimised ones take a "
+        "rounding doubling high product and then a rounding shift, both half up; XNNPACK multiplies in float32 and "
+        "rounds half to even.",
+        consequence="The same .tflite file gives other codes with and without the delegate, and in the interpreter "
+        "that checks a device's results.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.ones((1, 8), np.int8), "w": np.full((8, 1), -1, np.int8), "bias": None}  # accumulator -8
+values |= {"x_scale": np.float32(2**-5), "w_scale": np.float32(2**-6), "y_scale": np.float32(2**-7)}  # M = 1/16
+values |= {"x_zero": np.int8(0), "w_zero": np.int8(0), "y_zero": np.int8(19)}
+codes = [run(f"litert-{kernels}", "linear", values)["y"].item() for kernels in ("reference", "optimized", "xnnpack")]
+print(codes)  # [18, 19, 19]
+""",
+        remedy="Say which kernels a result comes from; there is a profile of each, litert-2.3-reference and so on.",
+    ),
+    Finding(
+        id="QTX-REQ-003",
+        title="torch's fbgemm, onednn and qnnpack multiply an accumulator by different factors",
+        cause="fbgemm multiplies once, by (x w) / y. qnnpack by (x w) (1 / y). onednn scales by x and by w, each the "
+        "reciprocal of its reciprocal, and then by 1 / y, rounding to float32 each time.",
+        consequence="One code of difference near ties between torch.backends.quantized.engine settings, and so between "
+        "x86 and ARM.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[243]]), "w": np.int8([[119]]), "bias": None}
+values |= {"x_zero": np.uint8(0), "w_zero": np.int8(0), "y_zero": np.uint8(0)}
+scales = {"x_scale": 0.031114893, "w_scale": 0.08803668, "y_scale": 0.65194196}
+values |= {name: np.float32(scale) for name, scale in scales.items()}
+print([run(f"torch-{engine}", "linear", values)["y"].item() for engine in ("fbgemm", "onednn")])  # [121, 122]
+""",
+        remedy="Compare under the profile of the engine that runs, torch-fbgemm, torch-onednn or torch-qnnpack.",
+    ),
+    Finding(
+        id="QTX-BIA-001",
+        title="torch adds a float bias where ONNX and LiteRT add an integer",
+        cause="fbgemm and onednn keep the bias in float32 and add it to the scaled accumulator; QGemm and LiteRT take "
+        "it rounded to whole units of the accumulator, x w.",
+        consequence="Where x w is coarse the rounded bias moves codes; at ties the order of rounding does.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[1]]), "w": np.int8([[1]]), "x_zero": np.uint8(0), "w_zero": np.int8(0), "y_zero": np.uint8(0)}
+values |= {"x_scale": np.float32(1), "w_scale": np.float32(0.5), "y_scale": np.float32(0.25)}
+bias = np.float32([0.25])  # half a unit of the accumulator: 0 as an integer
+print(run("torch-fbgemm", "linear", {**values, "bias": bias})["y"].item())  # 3
+print(run("onnxruntime-all", "linear", {**values, "bias": np.rint(bias / 0.5).astype(np.int32)})["y"].item())  # 2
+""",
+        remedy="Export with the bias rounded as the target has it, and compare under its profile.",
+    ),
+    Finding(
+        id="QTX-DEQ-001",
+        title="LiteRT's optimised dequantization is expanded, and its last elements are not",
+        cause="Vectors are computed as s q + (-z s), each product rounded; what does not fill a vector, as s (q - z).",
+        consequence="Equal codes in one tensor become different numbers, by their place in it.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"code": np.full(17, -18, np.int8), "scale": np.float32(3.1255352951120585e-05), "zero_point": np.int32(-20)}
+y = run("litert-optimized", "dequantize", {**values, "dtype": "int8"})["y"]
+print(y[15] == y[16], y[16] == values["scale"] * 2)  # False True
+""",
+        remedy="Expect an ulp of the larger product; compare codes, not dequantized numbers.",
+    ),
+    Finding(
+        id="QTX-GRA-001",
+        title="LiteRT's XNNPACK delegate crashes on a quantizer with a subnormal scale",
+        cause="The reciprocal of a scale below 2^-128 is infinite; building the operator fails and the failure is not "
+        "handled.",
+        consequence="The process ends with a segmentation fault.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import EngineCrash, run
+values = {"x": np.zeros(4, np.float32), "scale": np.float32(1e-39), "zero_point": np.int32(0), "dtype": "int8"}
+try:
+    run("litert-xnnpack", "quantize", values)
+except EngineCrash as crash:
+    print(crash)  # crashed (signal 11)
+""",
+        remedy="Keep scales at 2^-126 or above, as qtx does; run untrusted files in a process of their own.",
+    ),
+    Finding(
+        id="QTX-SCA-001",
+        title="DynamicQuantizeLinear gives a short range the scale 0",
+        cause="A range below 2^-141 divided by 255 rounds to 0, and neither onnxruntime nor the reference has a floor.",
+        consequence="Codes are x / 0: 0 becomes the code of NaN, everything else an end, and dequantized it is all 0.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"low": np.float32([0]), "high": np.float32([1e-44]), "dtype": "uint8"}
+print(run("onnxruntime-all", "scale", values)["scale"].item())  # 0.0
+""",
+        remedy="A floor for scales: the smallest normal number, as the default profile has it.",
     ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}

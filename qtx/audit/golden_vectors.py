@@ -7,7 +7,7 @@ went in and came out. They are read where the engine is not installed.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
@@ -20,7 +20,8 @@ from qtx_ref.spec import Profile
 
 from ..engines.paths import EngineCrash, EngineRefusal, Path, load_engine, run
 from ..files.container import FileError, read_sealed, write_sealed
-from ..files.formats import GOLDEN, VERSION
+from ..files.formats import GOLDEN, VERSIONS
+from .known import Known
 from .tallies import Tally, check_path, prepare
 from .vectors import DRAWN, Batch, draw, take_codes
 
@@ -86,7 +87,7 @@ def write_golden(folder: File, engine: str, profiles: Callable[[str], Profile], 
     for path in load_engine(engine).PATHS:
         for batch in draw_few(path, seed) if path.op in DRAWN else ():
             try:
-                results = run(path, path.op, prepare(batch, profiles(path.profile)))
+                results = run(path, path.op, prepare(batch, path, profiles(path.profile)))
             except (EngineRefusal, EngineCrash):
                 continue
             arrays = {name: value for name, value in batch.values.items() if isinstance(value, np.ndarray)}
@@ -98,7 +99,7 @@ def write_golden(folder: File, engine: str, profiles: Callable[[str], Profile], 
                 {"path": path.name, "op": path.op, "family": batch.family, "dtype": batch.dtype, "values": plain}
             )
     file = folder / f"{engine}.safetensors"
-    header = {"format": GOLDEN, "version": VERSION, "engine": engine}
+    header = {"format": GOLDEN, "version": VERSIONS[GOLDEN], "engine": engine}
     made = {"versions": name_versions(engine), "cpu": name_cpu(), "seed": seed}
     write_sealed(file, {**header, "made": made, "index": index}, tensors)
     return file
@@ -133,7 +134,7 @@ def read_golden(engine: str, folder: File | None = None) -> Golden | None:
         raise FileError(f"{file}: its index is damaged ({type(error).__name__}: {error})") from None
 
 
-def replay(golden: Golden, path: Path, profile: Profile | None = None) -> list[Tally]:
+def replay(golden: Golden, path: Path, known: Sequence[Known] = (), profile: Profile | None = None) -> list[Tally]:
     """A path's rows, its results those that were kept."""
     records = [record for record in golden.records if (record.path, record.op) == (path.name, path.op)]
     kept = iter(records)
@@ -141,4 +142,4 @@ def replay(golden: Golden, path: Path, profile: Profile | None = None) -> list[T
     def give(path: Path, op: str, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return next(kept).results
 
-    return check_path(path, [record.batch for record in records], give, profile)
+    return check_path(path, [record.batch for record in records], give, known, profile)

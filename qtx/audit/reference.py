@@ -14,7 +14,7 @@ import numpy as np
 from qtx_ref.integer import fixed_point, float_product, products
 from qtx_ref.quant import affine, formats
 from qtx_ref.quant.rounding import round_dtype
-from qtx_ref.spec import Bias, Dtype, Fixed, FloatFormat, Profile, QuantSpec
+from qtx_ref.spec import Bias, Dtype, Fixed, FloatFormat, Profile, QuantSpec, SharedScale
 
 from .vectors_numbers import is_float, limits
 
@@ -72,7 +72,8 @@ def fake_quantize(profile: Profile, values: Values) -> Results:
     rule = replace(rule, quantize=narrow(rule.quantize, values), dequantize=narrow(rule.dequantize, values))
     spec = make_spec(values["code_min"], values["code_max"])
     scale, zero = spread(values, "scale", "x"), spread(values, "zero_point", "x")
-    return {"y": affine.fake_quantize(values["x"], scale, zero, spec, rule)[0]}
+    y = affine.fake_quantize(values["x"], scale, zero, spec, rule)[0]
+    return {"y": round_dtype(y, Dtype.BFLOAT16) if values.get("x_dtype") == "bfloat16" else y}
 
 
 def scale(profile: Profile, values: Values) -> Results:
@@ -117,6 +118,14 @@ def cast(profile: Profile, values: Values) -> Results:
     return {"code": formats.encode(values["x"], FloatFormat(values["format"]), cast=profile.cast)}
 
 
+def mx(profile: Profile, values: Values) -> Results:
+    """Scales and codes of blocks, by the rule for a scale that the path names."""
+    scales, code = formats.mx_quantize(
+        values["x"], FloatFormat(values["format"]), SharedScale(values["shared"]), cast=profile.cast
+    )
+    return {"scale": scales, "code": code}
+
+
 EVALUATED: dict[str, Callable[[Profile, Values], Results]] = {
     "quantize": quantize,
     "dequantize": dequantize,
@@ -125,6 +134,7 @@ EVALUATED: dict[str, Callable[[Profile, Values], Results]] = {
     "matmul": matmul,
     "linear": linear,
     "cast": cast,
+    "mx": mx,
 }
 
 

@@ -6,8 +6,8 @@ counted apart; a crash or a hang too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from qtx_ref.profiles import profile as load_profile
 from qtx_ref.spec import Bias, Profile, SpecError
 
 from ..engines.paths import EngineCrash, EngineRefusal, Path
+from .known import Known
 from .reference import EVALUATED, evaluate
 from .vectors import Batch
 
@@ -40,12 +41,18 @@ class Tally:
     refusal: str = ""  # its words for the first
     crashes: int = 0
     crash: str = ""
-    finding: str | None = None  # what explains it
+    findings: list[str] = field(default_factory=list)  # what explains them
+    unexplained: int = 0  # mismatches and crashes that nothing explains
 
     @property
     def clean(self) -> bool:
         """Whether there is nothing to explain."""
         return not (self.mismatches or self.crashes)
+
+    def explain(self, finding: str) -> None:
+        """Notes a finding, once."""
+        if finding not in self.findings:
+            self.findings.append(finding)
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -67,7 +74,7 @@ def compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tu
     for name, expected in want.items():
         given = np.asarray(got[name])
         if given.shape != expected.shape:
-            return np.ones(expected.shape, bool), 0
+            return np.ones(expected.shape if expected.size else (), bool), 0
         if expected.dtype.kind == "f" and given.dtype.kind == "f" and given.dtype != expected.dtype:
             given = given.astype(expected.dtype)
         distance = np.abs(order(given) - order(expected))
@@ -76,9 +83,12 @@ def compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tu
     return differs, worst
 
 
-def prepare(batch: Batch, profile: Profile) -> dict[str, Any]:
-    """What a batch gives to a path: its bias, whole numbers in units of the accumulator, in the path's own kind."""
+def prepare(batch: Batch, path: Path, profile: Profile) -> dict[str, Any]:
+    """What a batch gives to a path: its bias, whole numbers in units of the accumulator, in the path's own kind; the
+    rule for scales of blocks, which the path's name ends with."""
     values = dict(batch.values)
+    if path.op == "mx":
+        values["shared"] = path.name.rpartition("-")[2]
     if values.get("bias") is not None and profile.bias is not Bias.INT32:
         unit = np.float64(values["x_scale"]) * np.float64(values["w_scale"])
         values["bias"] = (values["bias"] * unit).astype(np.float32)
@@ -119,12 +129,14 @@ def make_witness(
     return witness
 
 
-def judge(tally: Tally, batch: Batch, path: Path, profile: Profile, run: Run) -> None:
-    """Runs one batch on both sides and counts it."""
-    values = prepare(batch, profile)
+def judge(tally: Tally, batch: Batch, path: Path, profile: Profile, run: Run, known: Sequence[Known]) -> None:
+    """Runs one batch on both sides, counts it and explains it."""
+    values, op = prepare(batch, path, profile), path.op
     tally.vectors += batch.count
+    known = [one for one in known if one.explains(path.name, op, batch.family, batch.dtype)]
+    whole = next((one.finding for one in known if one.profile is None), None)
     try:
-        got = run(path, path.op, values)
+        got = run(path, op, values)
     except EngineRefusal as refusal:
         tally.refused += batch.count
         tally.refusal = tally.refusal or str(refusal)
@@ -132,25 +144,53 @@ def judge(tally: Tally, batch: Batch, path: Path, profile: Profile, run: Run) ->
     except EngineCrash as crash:
         tally.crashes += 1
         tally.crash = tally.crash or str(crash)
-        tally.witness = tally.witness or {name: show(v) for name, v in values.items() if np.ndim(v) == 0}
+        note(tally, 1, {name: show(value) for name, value in values.items() if np.ndim(value) == 0}, whole)
         return
     try:
-        want = evaluate(profile, path.op, values)
+        want = evaluate(profile, op, values)
     except ValueError as refusal:
         tally.mismatches += max(batch.count, 1)
-        tally.witness = tally.witness or {"dtype": batch.dtype, "profile refuses": str(refusal)[:300]}
+        said = {"dtype": batch.dtype, "profile refuses": str(refusal)[:300]}
+        note(tally, max(batch.count, 1), said, whole)
         return
     differs, worst = compare(got, want)
-    tally.mismatches += int(differs.sum()) if differs.size or not batch.count else batch.count
     tally.worst = max(tally.worst, worst)
-    if differs.any() and tally.witness is None:
-        tally.witness = make_witness(values, differs, got, want)
+    tally.mismatches += int(differs.sum())
+    left = differs
+    for one in known if differs.any() else ():
+        if one.profile is not None:
+            still = left & differ_from(one.profile, got, op, values)
+            if still.sum() < left.sum():
+                tally.explain(one.finding)
+            left = still
+    if differs.any():
+        note(tally, int(left.sum()), make_witness(values, left if left.any() else differs, got, want), whole)
+
+
+def differ_from(other: str, got: Mapping[str, np.ndarray], op: str, values: Mapping[str, Any]) -> np.ndarray:
+    """Where results differ from those of another profile: everywhere, where it refuses."""
+    try:
+        return compare(got, evaluate(load_profile(other), op, values))[0]
+    except ValueError:
+        return np.ones((), bool)
+
+
+def note(tally: Tally, left: int, witness: dict[str, Any], whole: str | None) -> None:
+    """Keeps the first witness, of what nothing explains where there is any. left: so much is explained by `whole`, a
+    finding, or by none."""
+    if left and whole is not None:
+        tally.explain(whole)
+        left = 0
+    if tally.witness is None or (left and not tally.unexplained):
+        tally.witness = witness
+    tally.unexplained += left
 
 
 def check_path(
     path: Path,
     batches: Iterable[Batch],
     run: Run,
+    known: Sequence[Known] = (),
     profile: Profile | None = None,
     tell: Callable[[int], None] | None = None,
 ) -> list[Tally]:
@@ -162,7 +202,7 @@ def check_path(
     rows: dict[str, Tally] = {}
     for batch in batches:
         row = rows.setdefault(batch.family, Tally(path.name, path.op, profile.name, batch.family))
-        judge(row, batch, path, profile, run)
+        judge(row, batch, path, profile, run, known)
         if tell is not None:
             tell(1)
     return list(rows.values())

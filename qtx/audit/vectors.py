@@ -13,6 +13,7 @@ import numpy as np
 
 from qtx_ref.random import stream
 
+from .vectors_blocks import BLOCK_DRAWS
 from .vectors_codes import CODE_DRAWS, RANGE_DRAWS
 from .vectors_numbers import DRAWS, Draw, Values, draw_scale, limits
 from .vectors_products import PRODUCT_DRAWS
@@ -49,6 +50,7 @@ DRAWN: dict[str, Mapping[str, Draw]] = {
     "cast": {family: draw for family, draw in DRAWS.items() if family not in OF_ONE_SCALE},
     "dequantize": CODE_DRAWS,
     "scale": RANGE_DRAWS,
+    "mx": BLOCK_DRAWS,
     "matmul": {family: draw for family, draw in PRODUCT_DRAWS.items() if family not in ("bias", "channels")},
     "linear": PRODUCT_DRAWS,
 }
@@ -76,7 +78,7 @@ class Batch:
 
 def measure_chunk(count: int) -> int:
     """How many numbers share a scale: few, so that there are many scales, and more where millions are asked for."""
-    return 256 if count <= 2**17 else 1024
+    return 256 if count <= 2**20 else 1024
 
 
 def take_codes(op: str, codes: Sequence[str]) -> list[str]:
@@ -126,4 +128,4 @@ def as_matmul(values: Values) -> Values:
     return {name: values[name] for name in ("x", "x_zero", "w", "w_zero")}
 
 
-SHAPED = {"fake_quantize": as_fake, "cast": as_cast, "matmul": as_matmul}
+SHAPED = {"fake_quantize": as_fake, "cast": as_cast, "mx": as_cast, "matmul": as_matmul}

@@ -26,6 +26,7 @@ __all__ = [
     "draw_zero",
     "is_float",
     "limits",
+    "list_levels",
     "span",
     "step",
 ]

@@ -12,8 +12,9 @@ import click
 from qtx_ref.profiles import profile
 from qtx_ref.spec import SpecError
 
-from ..audit.conformance import COUNT, NODE_CASES, Report, choose_paths, conform, count_work, read_known
+from ..audit.conformance import COUNT, NODE_CASES, Report, choose_paths, conform, count_work
 from ..audit.golden_vectors import write_golden
+from ..audit.known import read_known
 from ..audit.node_cases import CaseResult
 from ..audit.tallies import Tally
 from ..progress import Progress
@@ -103,7 +104,9 @@ def describe(row: Tally) -> str:
     """A row that has something to explain, and by what it is."""
     what = f"{row.mismatches} of {row.vectors} differ, by {row.worst} at most"
     what += f"; {row.crashes} calls ended the engine: {row.crash}" if row.crashes else ""
-    return f"{row.path} {row.op}, {row.family}: {what}; {row.finding or 'unexplained'}\n  {row.witness}"
+    what += f"; explained by {', '.join(row.findings)}" if row.findings else ""
+    what += f"; {row.unexplained} unexplained" if row.unexplained else ""
+    return f"{row.path} {row.op}, {row.family}: {what}\n  {row.witness}"
 
 
 def list_refusals(rows: list[Tally]) -> list[tuple[str, str]]:

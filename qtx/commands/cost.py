@@ -32,7 +32,7 @@ def read_numbers(ctx: click.Context, parameter: click.Parameter, text: str | Non
 @click.option(
     "--recipe", "recipe_name", help="Of fake quantization and integers; default: the checkpoint's own, or w8a8."
 )
-@click.option("--profile", "profile_name", help="Of integers; default: qtx.")
+@click.option("--profile", "profile_name", help="Of integers: a name, or a FILE.json; default: qtx.")
 @click.option(
     "--batch",
     "batches",

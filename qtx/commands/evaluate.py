@@ -19,6 +19,7 @@ from .options import DATA, EITHER, JSON, LIMIT, MACHINE, RECIPE, say, tabulate_r
 @RECIPE
 @click.option("--numerics", type=click.Choice(["integer", "fake"]), help=f"Of a MODEL{SUFFIX}; default: integer.")
 @click.option("--strict", is_flag=True, help=f"Of a MODEL{SUFFIX}: integer dtypes only, in every op; slow.")
+@click.option("--profile", "profile_name", help=f"Of a MODEL{SUFFIX}: a name, or a FILE.json; default: its own.")
 @LIMIT
 @MACHINE
 @JSON
@@ -29,6 +30,7 @@ def evaluate_command(
     recipe_name: str | None,
     numerics: str | None,
     strict: bool,
+    profile_name: str | None,
     batches: int | None,
     machine: Machine,
     json_path: str | None,
@@ -38,7 +40,9 @@ def evaluate_command(
     Of a CHECKPOINT in float or under fake quantization, of a MODEL.qtx in integers or, with --numerics fake, under the
     fake quantization of the same codes.
     """
-    request = EvaluateRequest(checkpoint, recipe_name, numerics, strict, batches, data, tokenizer, machine)
+    request = EvaluateRequest(
+        checkpoint, recipe_name, numerics, strict, batches, data, tokenizer, machine, profile_name
+    )
     score, words = evaluate(request)
     result = {"numerics": words.numerics, **to_json_values(score)}
     note = {"note": words.note} if words.note else {}

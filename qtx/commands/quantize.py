@@ -15,16 +15,17 @@ from ..engines.machine import Machine
 from ..files.artifact import SUFFIX
 from ..jobs.quantize import NONLINEAR, PROFILE, QuantizeRequest, quantize
 from ..recipes.named import NAMES
-from .options import CHECKPOINT, DATA, JSON, MACHINE, OUT, describe_size, say, write_json
+from .options import DATA, EITHER, JSON, MACHINE, OUT, describe_size, say, write_json
 
 PROFILE_HELP = (  # of qtx_ref/profiles, in a line
     "qtx (fixed point, one rounding), float32 (requantizes in float32), gemmlowp (fixed point, two roundings), tflite "
-    "(fixed point, one rounding, ties away from 0) or onnx (QuantizeLinear and QLinearMatMul)"
+    "(fixed point, one rounding, half up), onnx (QuantizeLinear and QLinearMatMul), another of qtx_ref/profiles, or a "
+    "FILE.json like those"
 )
 
 
 @click.command(name="quantize")
-@CHECKPOINT
+@EITHER
 @DATA
 @click.option(
     "--recipe",
@@ -65,14 +66,15 @@ def quantize_command(
     """Write a model as integers, or with ranges.
 
     Calibrates a recipe's ranges, or takes the checkpoint's own, and writes one file: a MODEL.qtx of integers, or a
-    .safetensors of parameters, ranges and recipe for fake quantization.
+    .safetensors of parameters, ranges and recipe for fake quantization. Of a MODEL.qtx: the same codes and scales under
+    --profile, with multipliers and biases derived anew.
     """
     request = QuantizeRequest(checkpoint, out, recipe_name, profile_name, nonlinear, data, tokenizer, machine)
     written = quantize(request)
     result = {"checkpoint": str(out), "recipe": to_dict(written.recipe), "ranges": written.words}
     result |= list_numbers(written.ranges)
     if written.profile is not None and written.size is not None:
-        rest = f"profile {profile_name}, {describe_size(written.size)}; see qtx show {out}"
+        rest = f"profile {written.profile.name}, {describe_size(written.size)}; see qtx show {out}"
         result |= {"profile": to_dict(written.profile), "bytes": asdict(written.size)}
     else:
         rest = f"{len(written.ranges)} static ranges; run it with qtx evaluate {out}"

@@ -106,6 +106,8 @@ def fake_quantize(path: Path, values: Mapping[str, Any]) -> np.ndarray:
     """Quantized and dequantized, by the path's kernel."""
     torch, x = need("torch", "torch", "engine torch"), tensor(values)
     form = path.name.removeprefix(FAKE).removeprefix("-")
+    if "axis" in values and path.name not in BY_CHANNEL:
+        raise ValueError(f"{path.name} has one scale")
     low, high = int(values["code_min"]), int(values["code_max"])
     scale, zero = flat(values["scale"], "float32"), flat(values["zero_point"], "int32")
     if form == "":

@@ -12,7 +12,7 @@ CHECKPOINT, SHARES, ARTIFACT, VECTORS = "qtx-checkpoint", "qtx-shares", "qtx-art
 GOLDEN = "qtx-golden"  # what engines gave
 STUDY, COMPARISON, COST, ANALYSIS, RESULT = "qtx-study", "qtx-comparison", "qtx-cost", "qtx-analysis", "qtx-result"
 PROFILE = "qtx-profile"
-VERSIONS = {CHECKPOINT: 1, SHARES: 1, ARTIFACT: 2, VECTORS: 1}  # written now; those below are read too
+VERSIONS = {CHECKPOINT: 1, SHARES: 1, ARTIFACT: 2, VECTORS: 1, GOLDEN: 1}  # written now; those below are read too
 # in a file's first bytes: of JSON, or of a safetensors file's header
 FORMAT = re.compile(rb'(?s)(?:.{8}\{"__metadata__": ?\{"qtx": ?"\{|\{)\s*\\?"format\\?": \\?"(qtx-[a-z]+)\\?"')
 REPORT, REPORT_MARK = "report", b'<testsuites name="qtx parity"'  # JUnit XML

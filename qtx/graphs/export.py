@@ -17,7 +17,7 @@ import numpy as np
 from qtx_ref.spec import SpecError, to_dict
 
 from .. import __version__
-from ..disk import open_beside
+from ..disk import write_whole
 from ..files.artifact import Artifact, load_artifact
 from ..files.container import FileError, check_writable, sha_of, write_beside
 from .export_graph import IR_VERSION, OPSET, Graph, Value
@@ -164,20 +164,18 @@ def build_model(graph: Graph, outputs: list[Value], about: dict[str, Any]) -> An
 
 
 def move_constants(model: Any, path: Path) -> None:
-    """The constants of a model to a file beside it."""
-    with open_beside(path) as (file, _):
-        offset = 0
-        for tensor in model.graph.initializer:
-            if len(tensor.raw_data) < SMALL:
-                continue
-            padding = -offset % ALIGNMENT
-            file.write(b"\0" * padding)
-            offset += padding
-            place = {"location": path.name, "offset": offset, "length": len(tensor.raw_data)}
-            file.write(tensor.raw_data)
-            offset += len(tensor.raw_data)
-            tensor.ClearField("raw_data")
-            tensor.data_location = type(tensor).EXTERNAL
-            for key, value in place.items():
-                entry = tensor.external_data.add()
-                entry.key, entry.value = key, str(value)
+    """The constants of a model to a file beside it, but for small ones."""
+    parts, offset = [], 0
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) < SMALL:
+            continue
+        parts += [b"\0" * (-offset % ALIGNMENT), tensor.raw_data]
+        offset += len(parts[-2])
+        for key, value in {"location": path.name, "offset": offset, "length": len(tensor.raw_data)}.items():
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(value)
+        offset += len(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = type(tensor).EXTERNAL
+    if parts:
+        write_whole(path, b"".join(parts))

@@ -208,7 +208,9 @@ def expect_pairs(wiring: QdqGraph, want: Arrays) -> dict[str, np.ndarray]:
         if x.name in by_name:
             source, y = want[by_name[x.name]], wiring.sites[site]
             real = affine.dequantize(source, np.asarray(x.unit), np.asarray(x.zero_point), wiring.profile.dequantize)
-            codes[site] = affine.quantize(real, np.asarray(y.unit), np.asarray(y.zero_point), y.spec, rule)
+            code = affine.quantize(real, np.asarray(y.unit), np.asarray(y.zero_point), y.spec, rule)
+            first = want[site][:, : want[site].shape[1] - code.shape[1]]  # a token that was put in front
+            codes[site] = np.concatenate([first, code], axis=1) if first.size else code
     return codes
 
 

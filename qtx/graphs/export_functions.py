@@ -12,10 +12,10 @@ import numpy as np
 
 from qtx_ref.integer import ops
 from qtx_ref.integer.ops import PROBABILITY_BITS
-from qtx_ref.spec import QTX, Rounding
+from qtx_ref.spec import ONE_ROUNDING, Rounding
 
 from .export_graph import Graph
-from .export_requantize import round_level, shift_rounded
+from .export_requantize import Target, round_level, shift_rounded
 
 LAST = np.array([-1], np.int64)
 Constants = Mapping[str, np.ndarray]
@@ -115,7 +115,7 @@ def clip_stretch(g: Graph, p: str, zeta: np.ndarray, gamma: str, reach: int) -> 
 def to_argument(g: Graph, site: str, code: str, bound: int, constants: Constants) -> str:
     """Codes less their zero point, int64, as the Q16 argument of a polynomial."""
     multiplier, shift = (constants[f"{site}.input_{key}"] for key in ("multiplier", "shift"))
-    return round_level(g, code, bound, multiplier, shift, QTX.requantize, False)
+    return round_level(g, code, bound, Target(multiplier, shift, np.int64(0)), ONE_ROUNDING, False)
 
 
 def exp_polynomial(g: Graph, x: str) -> str:

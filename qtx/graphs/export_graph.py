@@ -34,9 +34,9 @@ def need_onnx() -> Any:
 class Value(Var):
     """A tensor of the graph. Codes: `spec`, `unit` and `zero_point` as in `qtx_ref.integer.model.Code`, and `bound`, no
     magnitude of code less zero point above it; accumulators have no spec. `measured`: the float32 value that stands for
-    it, where its unit is known only as the graph runs."""
+    it, where its unit is known only as the graph runs. `offset`: a bias of floats beside an accumulator."""
 
-    __slots__ = ("graph", "name", "axes", "dtype", "unit", "zero_point", "spec", "bound", "measured")
+    __slots__ = ("graph", "name", "axes", "dtype", "unit", "zero_point", "spec", "bound", "measured", "offset")
 
     def __init__(
         self,
@@ -54,6 +54,7 @@ class Value(Var):
         self.unit, self.zero_point, self.bound = unit, zero_point, bound
         self.spec: QuantSpec | Any = spec
         self.measured: str | Any = None
+        self.offset: np.ndarray | None = None
 
     @property
     def shape(self) -> Shape:

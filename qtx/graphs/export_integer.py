@@ -14,15 +14,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from qtx_ref.integer import ops
+from qtx_ref.integer import float_product, ops, products
 from qtx_ref.integer.model import code_dtype
 from qtx_ref.integer.ops import PROBABILITY_BITS
 from qtx_ref.ops import merge_heads
-from qtx_ref.spec import AttentionSpec, QuantSpec, Softmax, SpecError, accumulator_bits
+from qtx_ref.spec import AttentionSpec, FloatProduct, Overflow, QuantSpec, Softmax, SpecError, accumulator_bits
 
 from . import export_functions as functions
 from .export_graph import BATCH, Value
-from .export_requantize import add_level, is_linear, quantize_level, round_level
+from .export_requantize import Target, add_level, check_quantize, is_linear, quantize_level, round_level
 from .export_wiring import CENTRE, Wiring, broadcast, refuse_export
 
 INT64 = "int64"
@@ -62,7 +62,7 @@ class IntegerGraph(Wiring):
 
     def accumulators(self, name: str, axes: Any, dtype: str, unit: Any, bound: int) -> Value:
         """A tensor of accumulators."""
-        return Value(self.graph, name, axes, dtype, unit, 0, None, bound)
+        return Value(self.graph, name, axes, dtype, unit, 0, None, min(bound, 2**31) if dtype == "int32" else bound)
 
     def subtract_zero(self, x: Value, dtype: str = "int32") -> str:
         """code - zero_point as `dtype`, or an accumulator as it is."""
@@ -84,21 +84,21 @@ class IntegerGraph(Wiring):
 
     def requantize(self, site: str, spec: QuantSpec, x: Value, name: str | None = None) -> Value:
         """Codes from integers, by the profile's rule."""
-        wide = x.spec is None and x.dtype == INT64
+        wide, rule = x.spec is None and x.dtype == INT64, self.profile.requantize
         with self.at(site):
             multiplier, shift = self.constants[f"{site}.multiplier"], self.constants.get(f"{site}.shift")
-            level = round_level(
-                self.graph, self.subtract_zero(x, INT64), x.bound, multiplier, shift, self.profile.requantize, wide
-            )
+            (scale, zero), bias = self.scale_zero(site), x.offset
+            if bias is not None:
+                assert isinstance(rule, FloatProduct)  # lowering has no other bias of floats
+                bias = float_product.scale_bias(bias, x.unit, scale, rule, self.profile.bias)
+            target = Target(multiplier, shift, zero, bias, self.profile.bias)
+            level = round_level(self.graph, self.subtract_zero(x, INT64), x.bound, target, rule, wide)
             return self.clamp(site, spec, level, x.axes, name or site)
 
     def clamp(self, site: str, spec: QuantSpec, level: str, axes: Any, name: str) -> Value:
-        """Whole multiples of the site's scale, int64, as its codes."""
-        g, zero = self.graph, self.scale_zero(site)[1]
-        if np.any(zero):
-            level = g.node("Add", level, np.asarray(zero, np.int64))
-        level = g.node("Clip", level, np.int64(spec.code_min), np.int64(spec.code_max))
-        return self.codes(site, spec, g.cast(level, np.dtype(code_dtype(spec)).name, name), axes)
+        """Whole multiples of the site's scale with its zero point, int64, as its codes."""
+        level = self.graph.node("Clip", level, np.int64(spec.code_min), np.int64(spec.code_max))
+        return self.codes(site, spec, self.graph.cast(level, np.dtype(code_dtype(spec)).name, name), axes)
 
     def real(self, x: Value) -> str:
         """unit * (code - zero_point), float32 at each step."""
@@ -110,14 +110,14 @@ class IntegerGraph(Wiring):
         """Codes of float32 values, by the profile's rule."""
         spec, (scale, zero) = self.quants[site], self.scale_zero(site)
         with self.at(site):
+            check_quantize(self.profile.quantize)
             dtype = np.dtype(code_dtype(spec)).name
             if spec.bits == 8 and is_linear(self.profile.quantize):
                 zero = np.asarray(zero).astype(dtype)
                 code = self.graph.node("QuantizeLinear", x.measured, np.asarray(scale, np.float32), zero, name=site)
                 return self.codes(site, spec, code, x.axes)
             level = quantize_level(self.graph, x.measured, scale, zero, self.profile.quantize)
-            level = self.graph.node("Clip", level, np.int64(spec.code_min), np.int64(spec.code_max))
-            return self.codes(site, spec, self.graph.cast(level, dtype, site), x.axes)
+            return self.clamp(site, spec, level, x.axes, site)
 
     def unsigned(self, x: Value) -> tuple[str, np.ndarray]:
         """Codes of at most 8 bits as uint8, and their zero point, int32: u8 x s8 saturates on some CPUs."""
@@ -129,7 +129,9 @@ class IntegerGraph(Wiring):
 
     def matmul(self, a: Value, b: Value, depth: int, bits: int) -> tuple[str, int]:
         """Accumulators of a b, int32 or int64, and their bound."""
-        g, bound = self.graph, depth * a.bound * b.bound
+        g, bound, rule = self.graph, depth * a.bound * b.bound, self.profile.matmul
+        if products.saturates(a.spec, b.spec, rule):
+            raise ValueError(f"its products are {rule.products}, and a graph's are exact")
         if bits == 64 or max(a.spec.bits, b.spec.bits) > 8:
             name = g.node("MatMul", self.subtract_zero(a, INT64), self.subtract_zero(b, INT64))
             return name, bound
@@ -210,11 +212,15 @@ class IntegerGraph(Wiring):
             moved = Value(g, acc, axes, "int64" if bits == 64 else "int32").transpose(0, 2, 1, 3)
             acc, axes = (y := moved.reshape(*moved.axes[:2], -1)).name, y.axes
         dtype = "int64" if bits == 64 else "int32"
-        if bias is not None:
+        beside = bias is not None and bias.dtype.kind == "f"
+        if bias is not None and not beside:
             acc = g.node("Add", acc, bias.reshape(-1).astype(dtype))
             bound += int(np.abs(bias.astype(np.int64)).max())
+        if dtype == "int32" and bound >= 2**31 and self.profile.matmul.overflow is Overflow.SATURATE:
+            raise ValueError(f"accumulators up to {bound} may saturate, and a graph's wrap")
         unit = np.float64(1) * np.asarray(x.unit, np.float64) * np.asarray(w.unit, np.float64).reshape(-1)
         y = self.accumulators(acc, axes, dtype, unit if unit.size > 1 else unit.reshape(()), bound)
+        y.offset = bias.reshape(-1) if bias is not None and beside else None
         return self.record(f"{site}.accumulator", y)
 
     def embedding(self, site: str, index: np.ndarray) -> Value:
@@ -263,7 +269,7 @@ class IntegerGraph(Wiring):
         with self.at(site):
             parts = [(self.subtract_zero(x, INT64), x.bound) for x in (a, b)]
             multipliers, shift = self.constants[f"{site}.multiplier"], self.constants.get(f"{site}.shift")
-            level = add_level(self.graph, parts, multipliers, shift, self.profile)
+            level = add_level(self.graph, parts, Target(multipliers, shift, self.scale_zero(site)[1]), self.profile)
             return self.record(site, self.clamp(site, spec, level, axes, site))
 
     def mul(self, site: str, a: Value, b: Value) -> Value:

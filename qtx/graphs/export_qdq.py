@@ -245,6 +245,8 @@ class QdqGraph(Wiring):
         """The codes of `<site>.weight`, and behind them x quantized with the same scale."""
         g, spec = self.graph, self.quants[site]
         g.place = site
+        if x.measured is None:
+            self.pairs[site] = x
         y = self.quantize(site, spec, self.real(x), x.axes)
         first = self.constants[f"{site}.weight"].reshape(1, 1, -1).astype(y.dtype)
         size = g.node("Shape", y.name, start=0, end=1)

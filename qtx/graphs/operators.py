@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from qtx_ref.integer import fixed_point, ops
+from qtx_ref.integer import fixed_point, float_product, ops
 from qtx_ref.integer.lowering import common_shift
 from qtx_ref.quant import affine
-from qtx_ref.spec import Bias, FloatProduct, QuantSpec
+from qtx_ref.spec import Bias, Fixed, FloatProduct, Order, QuantSpec
 
-from .reading import Node, name_dtype, spec_of
+from .reading import Node, name_dtype, spec_of, to_array
 from .state import Codes, State, Sum
 
 __all__ = ["OPERATORS", "list_operators"]
@@ -73,8 +73,11 @@ def quantize_linear(state: State, node: Node) -> Outputs:
     total = state.sums.get(node.inputs[0])
     if total is not None and scale.size == 1:
         rule = state.profile.requantize
-        real = fixed_point.real_multiplier(total.x_scale, total.w_scale, scale, rule) * total.factor
-        code = fixed_point.requantize(total.value, np.asarray(real), zero, spec, rule)
+        real = fixed_point.real_multiplier(total.x_scale, total.w_scale, scale, rule)
+        bias, place = total.bias, state.profile.bias
+        if bias is not None and isinstance(rule, FloatProduct):
+            bias = float_product.scale_bias(bias, total.unit(), scale, rule, place)
+        code = fixed_point.requantize(total.value, real, zero, spec, rule, bias, place)
     else:
         code = affine.quantize(x, scale, zero, spec, state.profile.quantize)
     return (code.astype(bytes_of(spec)),)
@@ -236,11 +239,13 @@ def add_bias(state: State, node: Node, total: Sum, name: str) -> Outputs:
     bias = state.values[name]
     if bias.size not in (1, total.value.shape[-1]) or bias.shape[-1:] not in ((), (bias.size,)):
         return None
-    if state.profile.bias is Bias.FLOAT_AFTER:
-        return (total.real() + bias,)
+    if total.bias is not None:
+        return None
+    if state.profile.bias is not Bias.INT32 and isinstance(state.profile.requantize, FloatProduct):
+        total = total._replace(bias=bias.reshape(-1).astype(np.float32))
+        state.sums[node.outputs[0]] = total
+        return (total.real(),)
     steps = bias.reshape(-1).astype(np.float64) / total.unit()
-    if state.profile.bias is Bias.FLOAT_BEFORE:
-        return ((total.value.astype(np.float32) + steps.astype(np.float32)) * total.unit().astype(np.float32),)
     code, own = np.rint(steps).astype(np.int64), state.biases.get(name)
     if own is not None and np.allclose(steps, own.reshape(-1), rtol=1e-6, atol=0.5):  # float32 holds 24 bits of it
         code = own.reshape(-1).astype(np.int64)
@@ -271,17 +276,16 @@ def scale(state: State, node: Node) -> Outputs:
     first, second = node.inputs if node.op == "Div" or node.inputs[0] in state.sums else node.inputs[::-1]
     total, factor = state.sums.get(first), state.values[second]
     if total is not None and factor.size == 1 and factor.ndim <= total.value.ndim and np.all(factor > 0):
-        by = float(factor.reshape(()))
-        state.sums[node.outputs[0]] = total._replace(
-            factor=total.factor * by if node.op == "Mul" else total.factor / by
-        )
+        by = float(factor.reshape(())) if node.op == "Mul" else 1 / float(factor.reshape(()))
+        bias = None if total.bias is None else total.bias * np.float32(by)
+        state.sums[node.outputs[0]] = total._replace(x_scale=np.float64(total.x_scale) * by, bias=bias)
     return elementwise(state, node)
 
 
 def relu(state: State, node: Node) -> Outputs:
     """max(x, 0), of accumulators too."""
     total = state.sums.get(node.inputs[0])
-    if total is not None:
+    if total is not None and total.bias is None:
         state.sums[node.outputs[0]] = total._replace(value=np.maximum(total.value, 0))
     return (np.maximum(take(state, node, 0), 0),)
 
@@ -328,23 +332,33 @@ def qlinear_add(state: State, node: Node) -> Outputs:
     spec, rule = state.spec(node.inputs[0]), state.profile.requantize
     if spec is None or any(np.size(take(state, node, i)) > 1 for i in (1, 4, 6)):
         return None
+    y, zero = np.asarray(take(state, node, 6)).reshape(()), zero_of(state, node, 7)
+    order = Order.RATIO if isinstance(rule, Fixed) or rule.order is Order.RATIO else Order.RECIPROCAL
     parts, reals = [], []
-    for code, unit, zero in ((0, 1, 2), (3, 4, 5)):
-        parts.append(take(state, node, code).astype(np.int32) - zero_of(state, node, zero))
-        reals.append(
-            fixed_point.real_multiplier(
-                np.asarray(take(state, node, unit)), np.float32(1), np.asarray(take(state, node, 6)), rule
-            )
-        )
-    a, b = np.broadcast_arrays(*parts)
+    for code, unit, point in ((0, 1, 2), (3, 4, 5)):
+        parts.append(take(state, node, code).astype(np.int32) - zero_of(state, node, point))
+        x = np.asarray(take(state, node, unit)).reshape(())
+        reals.append(float_product.make_factors(x, np.float32(1), y, order, rule.dtype))
     if isinstance(rule, FloatProduct):
-        first, second = (np.asarray(real, np.float32) for real in reals)
-        level = fixed_point.round_float(a.astype(np.float32) * first + b.astype(np.float32) * second, rule)
+        level = float_product.add(parts, reals, rule, zero)
     else:
         multipliers, shift = common_shift(reals)
-        level = ops.weighted_sum([a, b], multipliers, shift, state.profile.add)
-    code = np.clip(level + zero_of(state, node, 7), spec.code_min, spec.code_max)
+        level = ops.weighted_sum(parts, multipliers, shift, state.profile.add) + zero
+    code = np.clip(level, spec.code_min, spec.code_max)
     return (code.astype(bytes_of(spec)),)
+
+
+def constant(state: State, node: Node) -> Outputs:
+    """Constant, of a tensor or of numbers; of strings and sparse tensors the engine's."""
+    for name, dtype in (
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
+        if name in node.attributes:
+            return (np.asarray(node.attributes[name], dtype),)
+    return (to_array(node.attributes["value"]),) if "value" in node.attributes else None
 
 
 # --- moves ------------------------------------------------------------------------------------------------------------
@@ -362,7 +376,7 @@ def transpose(state: State, node: Node) -> Outputs:
     codes, total = state.codes.get(node.inputs[0]), state.sums.get(node.inputs[0])
     if codes is not None:
         state.codes[node.outputs[0]] = turn(codes, order)
-    if total is not None and np.size(total.w_scale) == 1:
+    if total is not None and total.bias is None and np.size(total.w_scale) == 1:
         state.sums[node.outputs[0]] = total._replace(value=total.value.transpose(order))
     return (x.transpose(order),)
 
@@ -374,7 +388,7 @@ def move(state: State, node: Node) -> Outputs:
     codes, total = state.codes.get(node.inputs[0]), state.sums.get(node.inputs[0])
     if codes is not None and (codes.axis is None or node.op == "Identity"):
         state.codes[node.outputs[0]] = codes._replace(value=codes.value.reshape(shape))
-    if total is not None and (np.size(total.w_scale) == 1 or node.op == "Identity"):
+    if total is not None and (node.op == "Identity" or (total.bias is None and np.size(total.w_scale) == 1)):
         state.sums[node.outputs[0]] = total._replace(value=total.value.reshape(shape))
     return (x.reshape(shape),)
 
@@ -427,6 +441,7 @@ OPERATORS: dict[tuple[str, str], Operator] = {
     ("", "Add"): add,
     ("", "Mul"): scale,
     ("", "Div"): scale,
+    ("", "Constant"): constant,
     ("", "Relu"): relu,
     ("", "Cast"): cast,
     ("", "Transpose"): transpose,

@@ -18,7 +18,7 @@ from qtx_ref.spec import QuantSpec
 from ..engines.backend import need
 from ..files.formats import FileError, check_file
 
-__all__ = ["CODES", "Graph", "Node", "list_captured", "name_dtype", "read_graph", "spec_of"]
+__all__ = ["CODES", "Graph", "Node", "list_captured", "name_dtype", "read_graph", "spec_of", "to_array"]
 
 WHAT = "an ONNX file"
 CODES = {  # quantizers that have these codes; a zero point is given beside them
@@ -95,7 +95,7 @@ def read_graph(path: Path) -> Graph:
     """The graph of a file. Raises FileError where it is none, or its tensors are missing; MissingExtra without onnx."""
     onnx = need("onnx", "engines", WHAT)
     decode = need("google.protobuf.message", "engines", WHAT).DecodeError
-    check_file(path, "give an .onnx file")
+    check_file(path, "no such file: give an .onnx file")
     try:
         model = onnx.load(str(path))
         if model.functions:

@@ -26,20 +26,22 @@ class Codes(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """Accumulators of a product, in units of x_scale times w_scale times factor; w_scale is one, or one per column."""
+    """Accumulators of a product, in units of x_scale times w_scale; w_scale is one, or one per column. `bias`: float32,
+    beside them where the profile adds floats."""
 
     value: np.ndarray
     x_scale: np.ndarray
     w_scale: np.ndarray
-    factor: float = 1.0
+    bias: np.ndarray | None = None
 
     def unit(self) -> np.ndarray:
         """What an accumulator of 1 stands for, float64."""
-        return np.asarray(self.x_scale, np.float64) * np.asarray(self.w_scale, np.float64) * self.factor
+        return np.asarray(self.x_scale, np.float64) * np.asarray(self.w_scale, np.float64)
 
     def real(self) -> np.ndarray:
         """The values, float32 at each step."""
-        return self.value.astype(np.float32) * self.unit().astype(np.float32)
+        y = self.value.astype(np.float32) * self.unit().astype(np.float32)
+        return y if self.bias is None else y + self.bias
 
 
 class State:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
-from qtx_ref.profiles import profile
 from qtx_ref.spec import Nonlinear, Recipe, SpecError, check_integer
 
 from ..cost import compare
@@ -26,6 +25,7 @@ from ..files.artifact import SUFFIX, Artifact, load_artifact, make_artifact, sav
 from ..files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..files.container import COST, FileError, check_writable, write_beside, write_sealed_json
 from ..files.locks import hold, make_scratch
+from ..files.profiles import read_profile
 from ..progress import Progress
 from ..recipes.named import resolve
 from ..report.costs import (
@@ -53,7 +53,7 @@ class CostRequest:
     data: str | None = None  # None: the model's own, or random inputs
     tokenizer: Path | None = None
     recipe: str | None = None  # of fake quantization and integers; None: the checkpoint's own, or w8a8
-    profile: str | None = None  # of integers; None: qtx
+    profile: str | None = None  # of integers: a name, or a .json file; None: qtx
     batches: tuple[int, ...] = SIZES  # sequences or images of a pass
     lengths: tuple[int, ...] | None = None  # tokens of a sequence; None: 64 and 128, as far as the model goes
     rounds: int = ROUNDS  # timed passes of each variant
@@ -230,7 +230,7 @@ def make_variants(
         recipe, params, ranges, transforms = given.artifact.recipe, stored.params, given.artifact.ranges(), {}
         integers = Variant("integers", "integer", given.path)
     else:
-        meaning = profile(given.profile or "qtx")
+        meaning = read_profile(given.profile or "qtx")
         machine = Machine(str(workers.common["backend"]), str(workers.common["device"]))
         with Progress("calibrate", 0) as bar:
             recipe = choose_recipe(stored, given.recipe, None)

@@ -29,6 +29,7 @@ class EvaluateRequest:
     data: str | None = None  # None: the model's own
     tokenizer: Path | None = None
     machine: Machine = Machine()
+    profile: str | None = None  # of an artifact: a name, or a .json file; None: its own
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def evaluate(request: EvaluateRequest) -> tuple[Score, Words]:
         recipe_name=request.recipe,
         numerics=request.numerics,
         strict=request.strict,
+        profile_name=request.profile,
         split="evaluation",
         check=lambda stored: need_head(request.model, stored.spec),
     )

@@ -18,6 +18,7 @@ from ..engines.protocols import Calibration, Data, IntegerModel, Model, Runnable
 from ..files.artifact import SUFFIX, Artifact, load_artifact
 from ..files.checkpoint import Checkpoint, load_checkpoint
 from ..files.container import FileError
+from ..files.profiles import read_profile
 from ..measure import scores
 from ..prepare import calibration, prepare
 from ..recipes import named as recipes
@@ -111,6 +112,7 @@ def open_model(
     recipe_name: str | None = None,
     numerics: str | None = None,
     strict: bool = False,
+    profile_name: str | None = None,
     split: str | None = None,
     check: Callable[[Checkpoint | Artifact], None] = lambda stored: None,
 ) -> Opened:
@@ -127,12 +129,14 @@ def open_model(
             raise SpecError(f"--recipe {recipe_name}: {path} has its own; leave it out")
         artifact, kind = load_artifact(path), numerics or "integer"
         check(artifact)
+        if profile_name is not None:
+            artifact = artifact.under(read_profile(profile_name))
         runner = make_artifact_model(artifact, machine, kind, strict)
         data = open_split(path, artifact, data_name, tokenizer, split)
         words = f"{kind}{', strict' if strict else ''}, {artifact.recipe.name}, profile {artifact.profile.name}"
         return Opened(artifact, runner, data, words, kind == "integer", describe_head(artifact))
-    if numerics or strict:
-        raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
+    if numerics or strict or profile_name is not None:
+        raise SpecError(f"--numerics, --strict and --profile belong to a MODEL{SUFFIX}; make one with qtx quantize")
     stored = open_checkpoint(path)
     chosen = find_recipe(stored, recipe_name)
     check(stored)

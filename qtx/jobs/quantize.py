@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qtx_ref.profiles import profile
 from qtx_ref.spec import Nonlinear, Profile, Range, Recipe, SpecError, check_integer
 
 from ..engines.machine import Machine
 from ..engines.protocols import Calibration
-from ..files.artifact import SUFFIX, Size, make_artifact, measure_size, save_artifact
+from ..files.artifact import SUFFIX, Size, load_artifact, make_artifact, measure_size, save_artifact
 from ..files.checkpoint import Checkpoint, file_of, save_checkpoint
 from ..files.container import FileError, check_writable
+from ..files.profiles import read_profile
 from ..prepare.prepare import Prepared
 from ..recipes.named import recipe, resolve
 from ..recipes.transforms import list_left_transforms
@@ -23,12 +23,12 @@ PROFILE, NONLINEAR = "qtx", "table"
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """A checkpoint, the file to write, and what its codes mean."""
+    """A model, the file to write, and what its codes mean."""
 
-    checkpoint: Path
+    checkpoint: Path  # or an artifact, whose codes another profile is to have
     out: Path  # .qtx: integers; .safetensors: parameters, ranges and recipe for fake quantization
     recipe: str | None = None  # None: the checkpoint's own where it is quantized, else w8a8
-    profile: str = PROFILE  # of integers
+    profile: str = PROFILE  # of integers: a name, or a .json file
     nonlinear: str = NONLINEAR  # of integers: how GELU, sigmoid, tanh and exponentials are computed
     data: str | None = None  # None: the model's own
     tokenizer: Path | None = None
@@ -49,7 +49,8 @@ class Quantized:
 
 
 def quantize(request: QuantizeRequest) -> Quantized:
-    """Calibrates a recipe's ranges, or takes the checkpoint's own, and writes `request.out`.
+    """Calibrates a recipe's ranges, or takes the checkpoint's own, and writes `request.out`; of an artifact, its codes
+    and scales under the profile.
 
     Raises:
         SpecError: a recipe, profile or machine that does not exist or does not fit, or what cannot run in integers.
@@ -59,9 +60,11 @@ def quantize(request: QuantizeRequest) -> Quantized:
     """
     out = request.out
     check_out(out)
+    if is_artifact(request.checkpoint):
+        return convert_artifact(request)
     if not is_artifact(out) and (request.profile, request.nonlinear) != (PROFILE, NONLINEAR):
         raise SpecError(f"--profile and --nonlinear belong to integers: give --out a name ending in {SUFFIX}")
-    meaning, nonlinear = profile(request.profile), read_nonlinear(request.nonlinear)
+    meaning, nonlinear = read_profile(request.profile), read_nonlinear(request.nonlinear)
     request.machine.check()
     stored = open_checkpoint(request.checkpoint)
     chosen = choose_recipe(stored, request.recipe, meaning if is_artifact(out) else None)
@@ -80,6 +83,20 @@ def quantize(request: QuantizeRequest) -> Quantized:
     artifact = make_artifact(origin, rewritten, chosen, prepared.ranges, meaning, nonlinear, calibration)
     save_artifact(out, artifact)
     return Quantized(out, chosen, prepared.ranges, words, meaning, measure_size(out, artifact))
+
+
+def convert_artifact(request: QuantizeRequest) -> Quantized:
+    """`quantize` of an artifact. Raises SpecError also for an option that it has no use for."""
+    path, out = request.checkpoint, request.out
+    if not is_artifact(out):
+        raise SpecError(f"--out {out}: {path} is integers already; give a name ending in {SUFFIX}")
+    if request.recipe or request.data or request.tokenizer or request.nonlinear != NONLINEAR:
+        raise SpecError(f"--recipe, --nonlinear, --data and --tokenizer: {path} has its own; leave them out")
+    stored = load_artifact(path)
+    made = stored.under(read_profile(request.profile))
+    save_artifact(out, made)
+    words = f"codes and scales of {path}"
+    return Quantized(out, made.recipe, made.ranges(), words, made.profile, measure_size(out, made))
 
 
 def check_out(out: Path) -> None:

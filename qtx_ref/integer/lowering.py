@@ -101,8 +101,8 @@ def make_constants(
 
 
 def run_lowering(spec: ModelSpec, nx: Lowering) -> dict[str, np.ndarray]:
-    """The constants, by name and in the shapes and dtypes that the module says, of one pass of the model under `nx`, with
-    those of its output. Raises SpecError as `lower`."""
+    """The constants, by name and in the shapes and dtypes that the module says, of one pass of the model under `nx`,
+    with those of its output. Raises SpecError as `lower`."""
     if spec.family is Family.VIT:
         batch: dict[str, np.ndarray] = {
             "images": np.zeros((1, spec.channels, spec.image_size, spec.image_size), np.float32)

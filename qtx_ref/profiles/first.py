@@ -88,6 +88,12 @@ def upgrade(first: dict[str, Any]) -> dict[str, Any]:
         "bias": "int32",
         "requantize": REQUANTIZATIONS[first["requantization"]],
         "add": {"rounding": "half_away" if first["requantization"] == "fixed_two" else "half_up"},
-        "cast": {"e5m2_nan": 0x7F, "e2m1_nan": None, "negative_zero": True},
+        "cast": {
+            "e5m2_nan": 0x7F,
+            "e2m1_nan": None,
+            "negative_zero": True,
+            "e4m3_saturates": True,
+            "e5m2_saturates": True,
+        },
         "unseen": [],
     }

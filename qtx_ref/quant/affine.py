@@ -39,7 +39,7 @@ from ..spec import (
     range_axes,
 )
 from .checks import check_range, check_shape
-from .rounding import fused_multiply_add, round_dtype, round_integer, working_dtype
+from .rounding import SATURATED, fused_multiply_add, round_dtype, round_integer, working_dtype
 
 __all__ = [
     "check_codes",
@@ -90,7 +90,8 @@ def check_quantizer(
     """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point
     that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. x: a tensor whose dtype
     is the arithmetic of a rule that takes the input's (without one: float32)."""
-    check_scale(scale, rule.arithmetic if x is None else working_dtype(rule.arithmetic, x), rule.reciprocal)
+    reciprocal = rule.reciprocal and rule.nan is NanPolicy.RAISE  # engines multiply by infinity: of 0 it makes NaN
+    check_scale(scale, rule.arithmetic if x is None else working_dtype(rule.arithmetic, x), reciprocal)
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
@@ -230,8 +231,8 @@ def round_level(
     rule: QuantizeRule = QTX.quantize,
     words: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The code of x, not yet clamped: a whole number, in float32 (float64), or in the int64 of a rule that converts
-    what lies beyond (there x is no NaN). `words` as in `round_integer`."""
+    """The code of x, not yet clamped: a whole number, in float32 (float64); NaN of NaN, and where an infinite
+    reciprocal is multiplied by 0. `words` as in `round_integer`."""
     arithmetic = working_dtype(rule.arithmetic, x)
 
     def number(value: np.ndarray) -> np.ndarray:
@@ -239,7 +240,7 @@ def round_level(
 
     x, scale = number(x), number(scale)
     added = rule.zero_point is not ZeroPoint.AFTER  # before what is converted is converted
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         factor = number(np.ones_like(scale) / scale) if rule.reciprocal else None
         if rule.zero_point is ZeroPoint.FUSED:
             assert factor is not None  # the rule has checked it
@@ -257,15 +258,17 @@ def round_level(
 
 
 def convert(level: np.ndarray, zero_point: np.ndarray, beyond: Beyond) -> np.ndarray:
-    """Whole numbers in floats to int32 or int64 as x86 converts them, NaN and what they do not hold to the least one,
-    plus a zero point, which wraps: int64."""
+    """Whole numbers in floats to int32 or int64 as x86 converts them, what these do not hold to the least of them, plus
+    a zero point, which wraps; in the dtype of level, clamped to what it holds. NaN stays NaN."""
     bits = 32 if beyond is Beyond.WRAP32 else 64
     least = -(2 ** (bits - 1))
     held = (level >= float(least)) & (level < -float(least))
     with np.errstate(over="ignore"):
         total = np.where(held, level, 0).astype(np.int64) + np.where(held, 0, np.int64(least))
         total = total + np.asarray(zero_point, np.int64)  # wraps at 64 bits by itself
-    return total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
+    total = total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
+    clamped = np.clip(total, -int(SATURATED), int(SATURATED)).astype(level.dtype)
+    return np.where(np.isnan(level), level, clamped)
 
 
 def quantize(
@@ -297,13 +300,13 @@ def quantize_reporting(
     words: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`quantize` of all of x, and where x is NaN or infinite (boolean, in its shape), which it does not refuse: there a
-    rule that would has the zero point for NaN, and saturates for infinity."""
+    rule that would has the zero point for NaN, and saturates for infinity. Raises ValueError as `quantize` for scale
+    and zero point."""
     check_codes(x, spec, rule)
     check_quantizer(x.shape, scale, zero_point, spec, rule, x)
-    nan = np.isnan(x)
-    level = round_level(np.where(nan, 0, x).astype(x.dtype), scale, zero_point, rule, words)
-    code = np.clip(level, spec.code_min, spec.code_max).astype(np.int32)
-    return np.where(nan, nan_code(zero_point, spec, rule), code).astype(np.int32), ~np.isfinite(x)
+    level = round_level(x, scale, zero_point, rule, words)
+    level = np.where(np.isnan(level), nan_code(zero_point, spec, rule), level)
+    return np.clip(level, spec.code_min, spec.code_max).astype(np.int32), ~np.isfinite(x)
 
 
 def check_codes(x: np.ndarray, spec: QuantSpec, rule: QuantizeRule) -> None:
@@ -391,15 +394,10 @@ def simulate(
     check_codes(x, spec, quantizing)
     if quantizing.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
-    if quantizing.nan is NanPolicy.RAISE and quantizing.beyond is Beyond.SATURATE:
-        level = round_level(x, scale, zero_point, quantizing, words)  # of NaN: NaN
-    else:
-        nan = np.isnan(x)
-        own = np.nan if quantizing.nan is NanPolicy.RAISE else nan_code(zero_point, spec, quantizing)
-        level = np.where(
-            nan, own, round_level(np.where(nan, 0, x).astype(x.dtype), scale, zero_point, quantizing, words)
-        )
-    inside = (level >= spec.code_min) & (level <= spec.code_max) & ~np.isnan(x)
+    level = round_level(x, scale, zero_point, quantizing, words)
+    inside = (level >= spec.code_min) & (level <= spec.code_max)  # NaN is not
+    if quantizing.nan is not NanPolicy.RAISE:
+        level = np.where(np.isnan(level), nan_code(zero_point, spec, quantizing), level)
     code = np.clip(level, spec.code_min, spec.code_max)
     with np.errstate(over="ignore"):
         return decode(code, scale, zero_point, rule.dequantize).astype(x.dtype), inside

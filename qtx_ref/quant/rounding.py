@@ -23,7 +23,7 @@ SATURATED = 2.0**20  # beyond every code plus zero point of 16 bits
 
 
 def working_dtype(dtype: Dtype, x: np.ndarray) -> Dtype:
-    """`dtype`; for INPUT that of x: FLOAT16, BFLOAT16, and FLOAT32 for any other."""
+    """`dtype`; for INPUT that of x, of any shape: FLOAT16, BFLOAT16, and FLOAT32 for any other."""
     if dtype is not Dtype.INPUT:
         return dtype
     return {"float16": Dtype.FLOAT16, "bfloat16": Dtype.BFLOAT16}.get(x.dtype.name, Dtype.FLOAT32)

@@ -306,6 +306,8 @@ class CastRule(Spec):
     e2m1_nan: int | None  # of a NaN without sign in a format that has none (with one: the sign bit the other way);
     # None: ValueError
     negative_zero: bool  # -0.0 keeps its sign, and does not become code 0
+    e4m3_saturates: bool  # beyond the largest value, infinity too, that value; False: NaN
+    e5m2_saturates: bool  # False: infinity
 
     def check(self) -> None:
         if self.e5m2_nan not in (0x7D, 0x7E, 0x7F):
@@ -382,6 +384,8 @@ QTX = Profile(
         e5m2_nan=0x7F,
         e2m1_nan=None,
         negative_zero=True,
+        e4m3_saturates=True,
+        e5m2_saturates=True,
     ),
     unseen=(),
 )

@@ -5,6 +5,8 @@ arithmetic is float32 whatever the dtype of the tensor: x / scale by IEEE divisi
 zero point, clamped to the codes of the `QuantSpec`. Scales are tensors on the tensor's device: CUDA divides by a host
 number by multiplying with its reciprocal.
 
+Differs from the reference: multiply: a product that no compiler fuses with the sum after it.
+
     >>> spec = QuantSpec(bits=8, symmetric=True)
     >>> quantize(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5]), torch.tensor(1.0), torch.tensor(0), spec).tolist()
     [-2, 0, 0, 2, 2]
@@ -41,7 +43,7 @@ from qtx_ref.spec import (
 )
 
 from .checks import check_range, check_shape
-from .rounding import fused_multiply_add, round_dtype, round_integer, working_dtype
+from .rounding import SATURATED, fused_multiply_add, round_dtype, round_integer, working_dtype
 
 TINY = 2.0**-126  # the smallest normal float32; no float32 scale is below it
 
@@ -70,7 +72,8 @@ def check_quantizer(
     """Raises ValueError unless scale and zero point make a quantizer of tensors of `shape`: `check_scale`, a zero point
     that is one of the codes, both broadcast against the tensor. What `scale_zero` made passes. x: a tensor whose dtype
     is the arithmetic of a rule that takes the input's (without one: float32). It waits for the device."""
-    check_scale(scale, rule.arithmetic if x is None else working_dtype(rule.arithmetic, x), rule.reciprocal)
+    reciprocal = rule.reciprocal and rule.nan is NanPolicy.RAISE  # engines multiply by infinity: of 0 it makes NaN
+    check_scale(scale, rule.arithmetic if x is None else working_dtype(rule.arithmetic, x), reciprocal)
     check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
@@ -217,8 +220,8 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX
 def round_level(
     x: Tensor, scale: Tensor, zero_point: Tensor, rule: QuantizeRule = QTX.quantize, words: Tensor | None = None
 ) -> Tensor:
-    """The code of x, not yet clamped: a whole number, in float32 (float64), or in the int64 of a rule that converts
-    what lies beyond (there x is no NaN). `words` as in `round_integer`."""
+    """The code of x, not yet clamped: a whole number, in float32 (float64); NaN of NaN, and where an infinite
+    reciprocal is multiplied by 0. `words` as in `round_integer`."""
     arithmetic = working_dtype(rule.arithmetic, x)
 
     def number(value: Tensor) -> Tensor:
@@ -249,14 +252,16 @@ def multiply(x: Tensor, y: Tensor) -> Tensor:
 
 
 def convert(level: Tensor, zero_point: Tensor, beyond: Beyond) -> Tensor:
-    """Whole numbers in floats to int32 or int64 as x86 converts them, NaN and what they do not hold to the least one,
-    plus a zero point, which wraps: int64."""
+    """Whole numbers in floats to int32 or int64 as x86 converts them, what these do not hold to the least of them, plus
+    a zero point, which wraps; in the dtype of level, clamped to what it holds. NaN stays NaN."""
     bits = 32 if beyond is Beyond.WRAP32 else 64
     least = -(2 ** (bits - 1))
     held = (level >= float(least)) & (level < -float(least))
     total = torch.where(held, level, 0).long().masked_fill(~held, least)
     total = total + zero_point.long()  # wraps at 64 bits by itself
-    return total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
+    total = total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
+    clamped = total.clamp(-int(SATURATED), int(SATURATED)).to(level.dtype)
+    return torch.where(torch.isnan(level), level, clamped)
 
 
 def quantize(
@@ -293,13 +298,13 @@ def quantize_reporting(
     words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`quantize` of all of x, and where x is NaN or infinite (boolean, in its shape), which it does not refuse: there a
-    rule that would has the zero point for NaN, and saturates for infinity."""
+    rule that would has the zero point for NaN, and saturates for infinity. Raises ValueError as `quantize` for scale
+    and zero point."""
     check_codes(x, spec, rule)
     check_quantizer(x.shape, scale, zero_point, spec, rule, x)
-    nan = torch.isnan(x)
-    level = round_level(x.masked_fill(nan, 0), scale, zero_point, rule, words)
-    code = level.clamp_(spec.code_min, spec.code_max).to(torch.int32)
-    return torch.where(nan, nan_code(zero_point, spec, rule), code), ~torch.isfinite(x)
+    level = round_level(x, scale, zero_point, rule, words)
+    level = torch.where(torch.isnan(level), nan_code(zero_point, spec, rule), level)
+    return level.clamp(spec.code_min, spec.code_max).to(torch.int32), ~torch.isfinite(x)
 
 
 def check_codes(x: Tensor, spec: QuantSpec, rule: QuantizeRule) -> None:
@@ -384,17 +389,11 @@ def simulate(
     check_codes(x, spec, quantizing)
     if quantizing.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
-    if quantizing.nan is NanPolicy.RAISE and quantizing.beyond is Beyond.SATURATE:
-        level = round_level(x, scale, zero_point, quantizing, words)  # of NaN: NaN
-    else:
-        nan = torch.isnan(x)
-        level = round_level(x.masked_fill(nan, 0), scale, zero_point, quantizing, words)
-        own = math.nan if quantizing.nan is NanPolicy.RAISE else nan_code(zero_point, spec, quantizing)
-        level = torch.where(nan, own, level.to(torch.float64 if level.dtype is torch.int64 else level.dtype))
+    level = round_level(x, scale, zero_point, quantizing, words)
     code = level.clamp(spec.code_min, spec.code_max)
-    inside = level == code
+    inside = level == code  # NaN is not
     if quantizing.nan is not NanPolicy.RAISE:
-        inside &= ~torch.isnan(x)
+        code = torch.where(torch.isnan(level), nan_code(zero_point, spec, quantizing), code)
     if rule.dequantize == QTX.dequantize and code.dtype is torch.float32:
         return code.sub_(zero_point).mul_(scale.float()).to(x.dtype), inside
     return decode(code, scale, zero_point, rule.dequantize).to(x.dtype), inside

@@ -71,36 +71,43 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def encode(
     x: Tensor,
     kind: FloatFormat,
-    saturate: bool = True,
+    saturate: bool | None = None,
     words: Tensor | None = None,
-    cast: CastRule = QTX.cast,
+    rule: CastRule = QTX.cast,
 ) -> Tensor:
     """Codes (uint8) of x (float32), nearest, ties to even; with `words`, as in `round_integer`, away from 0 by the
     remainder's probability.
 
-    Beyond the largest value: that value if `saturate`, infinity too; else infinity, or NaN for E4M3. NaN stays NaN.
-    E2M1, which has neither, always saturates; there NaN raises ValueError, unless `cast` has a code for it.
+    Beyond the largest value: that value if `saturate` (None: as `rule` says), infinity too; else infinity, or NaN for
+    E4M3. NaN stays NaN. E2M1, which has neither, always saturates; there NaN raises ValueError, unless `rule` has a
+    code for it.
     """
     x = x.float().contiguous()
     nan = torch.isnan(x)
-    if kind is FloatFormat.E2M1 and cast.e2m1_nan is None and not torch.compiler.is_compiling() and nan.any():
+    if kind is FloatFormat.E2M1 and rule.e2m1_nan is None and not torch.compiler.is_compiling() and nan.any():
         raise ValueError("e2m1 has no NaN; look upstream for the first tensor that holds one")
     f = LAYOUTS[kind]
     e = floor_log2(x).clamp(min=f.emin)
     n = x.masked_fill(nan, 0).abs().double() / power_of_two(e - f.mantissa)
     n = round_integer(n, Rounding.HALF_EVEN if words is None else Rounding.STOCHASTIC, words)
     code = n.clamp(max=2.0 ** (f.mantissa + 1)).int() + ((e - f.emin) << f.mantissa)
+    saturate = saturates(kind, rule) if saturate is None else saturate
     code = code.masked_fill(code > f.largest, f.largest if saturate else f.overflow)
-    code = code.masked_fill(nan, nan_code(kind, cast))
-    minus = torch.signbit(x) if cast.negative_zero else torch.signbit(x) & (x != 0)
+    code = code.masked_fill(nan, nan_code(kind, rule))
+    minus = torch.signbit(x) if rule.negative_zero else torch.signbit(x) & (x != 0)
     return torch.where(minus, code ^ f.sign, code).to(torch.uint8)
 
 
-def nan_code(kind: FloatFormat, cast: CastRule) -> int:
+def nan_code(kind: FloatFormat, rule: CastRule) -> int:
     """The code of a NaN without sign."""
-    if kind is FloatFormat.E2M1 and cast.e2m1_nan is not None:
-        return cast.e2m1_nan
-    return cast.e5m2_nan if kind is FloatFormat.E5M2 else LAYOUTS[kind].nan
+    if kind is FloatFormat.E2M1 and rule.e2m1_nan is not None:
+        return rule.e2m1_nan
+    return rule.e5m2_nan if kind is FloatFormat.E5M2 else LAYOUTS[kind].nan
+
+
+def saturates(kind: FloatFormat, rule: CastRule) -> bool:
+    """Whether a rule's cast gives the largest value beyond it."""
+    return {FloatFormat.E4M3: rule.e4m3_saturates, FloatFormat.E5M2: rule.e5m2_saturates}.get(kind, True)
 
 
 def values(kind: FloatFormat) -> Tensor:
@@ -147,9 +154,9 @@ def scale_zero(low: Tensor, high: Tensor, spec: FloatQuantSpec) -> tuple[Tensor,
 def fake_quantize(
     x: Tensor,
     kind: FloatFormat,
-    saturate: bool = True,
+    saturate: bool | None = None,
     scale: Tensor | None = None,
-    cast: CastRule = QTX.cast,
+    rule: CastRule = QTX.cast,
 ) -> tuple[Tensor, Tensor]:
     """scale * decode(encode(x / scale)) in x's dtype, computed in float32, and where the straight-through gradient
     passes: numbers that are not rounded beyond the largest value. NaN in x stays NaN, or is what E2M1's code of it
@@ -157,23 +164,23 @@ def fake_quantize(
     if scale is not None:
         check_scale(scale)
         check_shape("scale", scale, x.shape, "give one, or one for each that has its own")
-    return simulate(x, kind, saturate, scale, None, cast)
+    return simulate(x, kind, saturate, scale, None, rule)
 
 
 def simulate(
     x: Tensor,
     kind: FloatFormat,
-    saturate: bool = True,
+    saturate: bool | None = None,
     scale: Tensor | None = None,
     words: Tensor | None = None,
-    cast: CastRule = QTX.cast,
+    rule: CastRule = QTX.cast,
 ) -> tuple[Tensor, Tensor]:
     """`fake_quantize` without looking at the scale: for one that `scale_zero` or `mx_scale` made. Its NaN, which is
-    that of a block with NaN or infinity, stays NaN. `words` and `cast` as in `encode`."""
+    that of a block with NaN or infinity, stays NaN. `words` and `rule` as in `encode`."""
     ratio = x.float() if scale is None else x.float() / scale
     nan = torch.isnan(ratio)
-    lost = kind is FloatFormat.E2M1 and cast.e2m1_nan is not None  # NaN becomes a number
-    y = look_up(encode(ratio if lost else ratio.masked_fill(nan, 0), kind, saturate, words, cast), kind)
+    lost = kind is FloatFormat.E2M1 and rule.e2m1_nan is not None  # NaN becomes a number
+    y = look_up(encode(ratio if lost else ratio.masked_fill(nan, 0), kind, saturate, words, rule), kind)
     y = y if scale is None else y * scale
     y = y if lost else y.masked_fill(nan, torch.nan)
     return y.to(x.dtype), ratio.abs() <= LAYOUTS[kind].limit

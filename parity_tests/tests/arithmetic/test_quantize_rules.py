@@ -216,6 +216,19 @@ def test_codes_of_nan(call, policy, unsigned, below):
     assert call("quant.affine.quantize", x, F32(1), I32(7), narrow, rule)[0] == max(unsigned, 1)
 
 
+@pytest.mark.filterwarnings(OLD)
+def test_a_scale_without_a_reciprocal_makes_nan_of_0(call):
+    """1 / 1e-39 is infinite, and 0 times that NaN: a code of NaN, where the rule has one, as in torch."""
+    x, scale = F32([0, 1, -1]), F32(1e-39)
+    rule = replace(FUSED, nan=NanPolicy.CODE_MAX)
+    want = torch.quantize_per_tensor(torch.tensor(x).repeat(16), float(scale), 7, torch.quint8).int_repr()
+    assert call("quant.affine.quantize", x, scale, I32(7), U8, rule).tolist() == want[:3].tolist() == [255, 255, 0]
+    y, inside = call("quant.affine.fake_quantize", x, scale, I32(7), U8, FakeQuantizeRule(rule, QTX.dequantize))
+    assert y.tolist() == [F32(248) * scale, F32(248) * scale, F32(-7) * scale] and not inside.any()
+    with pytest.raises(ValueError, match="and so its reciprocal"):
+        call("quant.affine.quantize", x, scale, I32(7), U8, FUSED)
+
+
 def test_converted_nan_where_the_zero_point_was_added_before(call):
     rule = replace(QTX.quantize, nan=NanPolicy.CONVERTED, zero_point=ZeroPoint.BEFORE)
     assert call("quant.affine.quantize", F32([np.nan]), F32(1), I32(-7), S8, rule).tolist() == [-128]
@@ -367,24 +380,29 @@ def test_scale_floors_and_empty_ranges(call):
 
 # --- casts ------------------------------------------------------------------------------------------------------------
 
-ONNX_CAST = CastRule(e5m2_nan=0x7E, e2m1_nan=8, negative_zero=True)
+ML_DTYPES = CastRule(0x7E, 8, negative_zero=True, e4m3_saturates=False, e5m2_saturates=False)
 
 
 @pytest.mark.parametrize(
-    "kind, outside", [(FloatFormat.E5M2, ml_dtypes.float8_e5m2), (FloatFormat.E2M1, ml_dtypes.float4_e2m1fn)]
+    "kind, outside",
+    [
+        (FloatFormat.E5M2, ml_dtypes.float8_e5m2),
+        (FloatFormat.E4M3, ml_dtypes.float8_e4m3fn),
+        (FloatFormat.E2M1, ml_dtypes.float4_e2m1fn),
+    ],
 )
-def test_casts_of_nan_are_ml_dtypes_own(call, kind, outside):
-    """0x7E in E5M2; in E2M1, which has none, minus zero, and plus zero of a negative NaN."""
-    x = F32([np.nan, -np.nan, -0.0, 0, 1, -1, -0.1])
+def test_casts_are_ml_dtypes_own(call, kind, outside):
+    """NaN is 0x7E in E5M2; in E2M1, which has none, minus zero, and plus zero of a negative NaN."""
+    x = F32([np.nan, -np.nan, -0.0, 0, 1, -1, -0.1, 464, 465, 61439, -61440, np.inf])
     want = x.astype(outside).view(np.uint8)
-    assert call("quant.formats.encode", x, kind, True, None, ONNX_CAST).tolist() == want.tolist()
+    assert call("quant.formats.encode", x, kind, None, None, ML_DTYPES).tolist() == want.tolist()
     with pytest.raises(ValueError, match="e2m1 has no NaN"):
         call("quant.formats.encode", x, FloatFormat.E2M1)
 
 
 def test_minus_zero_through_a_zero_point_is_plus_zero(call):
     """QuantizeLinear adds its zero point, +0, to -0.0; -0.1 rounds to minus zero all the same."""
-    x, rule = F32([-0.0, -0.1, 0.0]), CastRule(0x7E, 8, negative_zero=False)
+    x, rule = F32([-0.0, -0.1, 0.0]), replace(ML_DTYPES, negative_zero=False)
     assert call("quant.formats.encode", x, FloatFormat.E2M1, True, None, rule).tolist() == [0, 8, 0]
     assert call("quant.formats.encode", x, FloatFormat.E2M1).tolist() == [8, 8, 0]
     y, _ = call("quant.formats.fake_quantize", F32([np.nan, 7]), FloatFormat.E2M1, True, F32(1), rule)
@@ -408,7 +426,7 @@ def test_the_real_valued_ceiling():
 
 def test_every_field_of_a_rule_is_read():
     """Each value of each field of quantize's and dequantize's rules moves a code or a value, or refuses something."""
-    x = F32([np.nan, np.inf, 2.0**31, 2.0**63, 0.75000006, 2.5, 0.5, 1.5, -0.5, 1e9, 29, *BESIDE_A_TIE])
+    x = F32([np.nan, np.inf, -1e10, -1e19, 0.75000006, 2.5, *BESIDE_A_TIE, *np.linspace(-1, 36, 300)])
 
     words = np.zeros(len(x), np.int64)
 

@@ -18,6 +18,7 @@ import qtx_ref
 from qtx.audit.findings import FINDINGS, LIST, list_printed
 from qtx.cli import main
 
+NEEDS = {"torch": "torch", "onnxruntime": "onnxruntime", "litert": "ai_edge_litert"}  # packages of engines
 ROOT = Path(qtx_ref.__file__).parent.parent
 
 
@@ -25,6 +26,7 @@ def list_missing(code: str) -> list[str]:
     """The packages that a reproduction imports and that are not installed."""
     imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {getattr(node, "module", None) or alias.name for node in imports for alias in node.names}
+    names |= {NEEDS[word] for word in re.findall(r'run\(f?"(\w+)-', code)}
     return sorted(name for name in {name.partition(".")[0] for name in names} if not importlib.util.find_spec(name))
 
 

@@ -36,7 +36,11 @@ def test_commands(tmp_path):
     assert (out / "tokenizer.json").read_text() == words
     before = sorted((path.name, path.read_bytes()) for path in out.iterdir())
     assert "exists and is not an empty folder" in run("export", ours, "--out", out).output
-    assert "--format onnx: only hf" in run("export", ours, "--format", "onnx", "--out", tmp_path / "x").output
+    assert (
+        "make integers of it with qtx quantize"
+        in run("export", ours, "--format", "onnx", "--out", tmp_path / "x.onnx").output
+    )
+    assert not (tmp_path / "x.onnx").exists()
     json_there = run("export", ours, "--out", tmp_path / "y", "--json", tmp_path / "y/config.json")
     assert "a file that the command writes" in json_there.output
     for command, name in (("ptq", "ptq.json"), ("cost", "cost.json")):  # else --resume would find something else there

@@ -133,7 +133,7 @@ def damage_images(tensors, header):
         (damage_key, "unknown key in ModelSpec is 'colour'"),
         (damage_gamma, "gamma is 0.5"),
         (damage_bits, "bits is 17"),
-        (damage_version, "version 1"),
+        (damage_version, "qtx-checkpoint version 99, and this qtx reads up to 1: use a later qtx"),
         (damage_dtype, "embed.cls.weight is float16"),
         (damage_scale, "scale of site embed.patch must be positive"),
         (damage_zero_point, "zero point of site embed.patch is no code"),

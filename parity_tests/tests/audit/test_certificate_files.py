@@ -1,0 +1,240 @@
+"""Certificates of files: an artifact and ONNX files, planted faults, what the command prints, and what engines say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity_tests.tests.shell import call
+from qtx.audit.certificate import certify, confirm, list_engines, open_products
+from qtx.audit.certificate_artifact import read_artifact_products, run_artifact
+from qtx.audit.certificate_bounds import TARGETS, check_sums
+from qtx.engines import paths
+from qtx.files.artifact import load_artifact, save_artifact
+from qtx_ref.integer.products import matmul_pairs16
+from qtx_ref.model import IntegerModel
+
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "v0.1"
+TOKENS = {"tokens": np.arange(12).reshape(2, 6) % 7, "types": np.zeros((2, 6), np.int64), "mask": np.ones((2, 6), bool)}
+
+
+def test_an_artifact_has_a_line_for_every_product() -> None:
+    artifact = load_artifact(FIXTURE / "bert.qtx")
+    products = read_artifact_products(artifact)
+    layer = [f"layer.0.{site}" for site in ("attn.query", "attn.key", "attn.value", "attn.scores", "attn.context")]
+    assert [one.name for one in products[:5]] == layer
+    for one in products:
+        if one.right.codes is not None:
+            tied = artifact.constants["embed.token.weight"]  # the decoder's
+            weight = artifact.constants.get(f"{one.name}.weight", tied)
+            columns = weight.reshape(-1, weight.shape[-1]).T  # of all heads, where each has its own
+            assert np.array_equal(one.right.codes, columns) and one.depth == weight.shape[-1]
+    scores = next(one for one in products if one.name.endswith("scores"))
+    assert scores.depth == artifact.spec.head_width and scores.right.codes is None
+    assert next(one for one in products if one.name.endswith("context")).depth == artifact.spec.length
+
+
+def test_the_operands_that_are_shown_give_the_accumulators() -> None:
+    artifact = load_artifact(FIXTURE / "bert.qtx")
+    shown: dict[str, list[np.ndarray]] = {}
+    run_artifact(artifact, TOKENS, lambda name, *operands: shown.setdefault(name, list(operands)))
+    recorded: dict[str, np.ndarray] = {}
+    model = IntegerModel(artifact.spec, artifact.constants, artifact.quants, artifact.profile)
+    model.run(TOKENS, lambda name, value: recorded.setdefault(name, value))
+    for one in read_artifact_products(artifact):
+        a, za, b, zb = (x.astype(np.int64) for x in shown[one.name])
+        acc = (a - za) @ (b - zb) + (0 if one.bias is None else one.bias.reshape(len(b), 1, -1))
+        want = recorded[f"{one.name}.accumulator"].astype(np.int64)
+        assert np.array_equal(np.sort(acc.ravel()), np.sort(want.ravel())), one.name
+
+
+def plant(path: Path, **changes: np.ndarray) -> Path:
+    """The fixture with other constants."""
+    artifact = load_artifact(FIXTURE / "bert.qtx")
+    artifact.constants.update(changes)
+    save_artifact(path, artifact)
+    return path
+
+
+def test_a_planted_pair_is_found_where_it_is(tmp_path: Path) -> None:
+    name = "layer.1.attn.output"
+    weight = np.clip(load_artifact(FIXTURE / "bert.qtx").constants[f"{name}.weight"] // 2, -64, 63).astype(np.int8)
+    before = certify(plant(tmp_path / "a.qtx", **{f"{name}.weight": weight}), ["avx2"])
+    assert next(one for one in before.lines if one.name == name).holds
+    weight[3, 4:6] = 65, 64  # one neighbour
+    after = certify(plant(tmp_path / "b.qtx", **{f"{name}.weight": weight}), ["avx2"])
+    line = next(one for one in after.lines if one.name == name)
+    witness = line.targets["avx2"].witness
+    assert line.targets["avx2"].worst == 255 * 129 and witness is not None
+    assert witness.column == 3 and witness.left[4:6].tolist() == [255, 255]
+    x = witness.left.astype(np.uint8)
+    assert matmul_pairs16(x[None], weight[[3]].T)[0, 0] == witness.computed != x.astype(int) @ weight[3].astype(int)
+    weight[3, 4:7] = 65, 1, 64  # no neighbours any more
+    again = certify(plant(tmp_path / "c.qtx", **{f"{name}.weight": weight}), ["avx2"])
+    assert next(one for one in again.lines if one.name == name).holds
+
+
+def test_a_planted_bias_and_a_planted_shift(tmp_path: Path) -> None:
+    artifact = load_artifact(FIXTURE / "bert.qtx")
+    name = "layer.0.attn.query"
+    bias = artifact.constants[f"{name}.bias"].copy()
+    bias[2] = 2**31 - 1
+    certificate = certify(plant(tmp_path / "a.qtx", **{f"{name}.bias": bias}), ["vnni"])
+    (line,) = [one for one in certificate.lines if not one.holds]
+    assert line.name == name and line.overflow.witness is not None and line.overflow.witness.column == 2
+    assert [cure.name for cure in line.cures if cure.name == "64-bit accumulators"]
+    shift = np.full_like(artifact.constants[f"{name}.shift"], 30)
+    certificate = certify(plant(tmp_path / "b.qtx", **{f"{name}.shift": shift}), ["vnni"])
+    (line,) = [one for one in certificate.lines if not one.holds]
+    assert line.name == name and line.overflow.holds and line.shift is not None and not line.shift.holds
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+def make_onnx(path: Path, form: str, weight: np.ndarray, shape: tuple[int, int] = (4, 8)) -> Path:
+    """A product of uint8 activations with int8 weights (K, N), in one of the forms that tools write."""
+    onnx = pytest.importorskip("onnx")
+    h, t = onnx.helper, onnx.TensorProto
+
+    def constant(name: str, value: np.ndarray) -> object:
+        return onnx.numpy_helper.from_array(np.asarray(value), name)
+
+    scale = np.float32(0.02)
+    constants = [constant("xs", scale), constant("xz", np.uint8(7)), constant("w", weight), constant("wz", np.int8(0))]
+    constants += [constant("ws", np.float32(0.01)), constant("ys", np.float32(0.5)), constant("yz", np.uint8(9))]
+    quantize = h.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"], name="xq")
+    domain = ""
+    if form == "qdq":
+        turned = constant("w", weight.T)  # as torch keeps them
+        constants[2] = turned
+        nodes = [
+            h.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
+            h.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"]),
+            h.make_node("Transpose", ["wd"], ["wt"], perm=[1, 0]),
+            h.make_node("MatMul", ["xd", "wt"], ["m"], name="product"),
+            h.make_node("QuantizeLinear", ["m", "ys", "yz"], ["y"]),
+        ]
+    elif form == "qlinear":
+        nodes = [h.make_node("QLinearMatMul", ["xq", "xs", "xz", "w", "ws", "wz", "ys", "yz"], ["y"], name="product")]
+    elif form == "qgemm":
+        domain, inputs = "com.microsoft", ["xq", "xs", "xz", "w", "ws", "wz", "", "ys", "yz"]
+        nodes = [h.make_node("QGemm", inputs, ["y"], name="product", domain=domain)]
+    else:
+        nodes = [h.make_node("MatMulInteger", ["xq", "w", "xz", "wz"], ["y"], name="product")]
+    kind = t.INT32 if form == "integer" else t.UINT8
+    graph = h.make_graph(
+        [quantize, *nodes],
+        "g",
+        [h.make_tensor_value_info("x", t.FLOAT, shape)],
+        [h.make_tensor_value_info("y", kind, None)],
+        constants,
+    )
+    opsets = [h.make_opsetid("", 21), h.make_opsetid("com.microsoft", 1)]
+    onnx.save(h.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+    return path
+
+
+@pytest.mark.parametrize("form", ["qdq", "qlinear", "qgemm", "integer"])
+def test_the_four_forms_of_onnx_files(form: str, tmp_path: Path) -> None:
+    weight = np.zeros((8, 3), np.int8)
+    weight[2:4, 1] = 64
+    good = certify(make_onnx(tmp_path / "good.onnx", form, weight), ["avx2"])
+    assert good.holds and [one.name for one in good.lines] == ["product"]
+    assert (good.lines[0].depth, good.lines[0].columns) == (8, 3) and good.lines[0].targets["avx2"].worst == 32640
+    assert good.lines[0].overflow.worst == (255 - 7) * 128
+    weight[3, 1] = 65
+    bad = certify(make_onnx(tmp_path / "bad.onnx", form, weight), ["avx2", "vnni"])
+    verdict = bad.lines[0].targets["avx2"]
+    assert not bad.holds and verdict.worst == 32895 and verdict.witness is not None and verdict.witness.column == 1
+    assert bad.lines[0].targets["vnni"].holds
+    assert (bad.lines[0].shift is None) == (form == "integer")
+
+
+def test_data_reach_the_planted_pair(tmp_path: Path) -> None:
+    weight = np.zeros((8, 3), np.int8)
+    weight[2:4, 1] = 64, 65
+    path = make_onnx(tmp_path / "m.onnx", "qdq", weight)
+    x = np.zeros((4, 8), np.float32)
+    x[1, 2:4] = 100  # code 255
+    x[2, 3:5] = 100  # not the neighbours
+    tally = certify(path, ["avx2"], [{"x": x}]).lines[0].tally
+    assert tally is not None and (tally.saturated, tally.pairs, tally.wrong, tally.results) == (1, 48, 1, 12)
+
+
+def test_a_node_that_is_not_read_is_named(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(str(make_onnx(tmp_path / "m.onnx", "integer", np.ones((8, 3), np.int8))))
+    node = onnx.helper.make_node("ConvInteger", ["xq", "w"], ["c"], name="conv")
+    model.graph.node.append(node)
+    onnx.save(model, tmp_path / "n.onnx")
+    certificate = certify(tmp_path / "n.onnx")
+    assert certificate.unread == ["conv (ConvInteger)"] and not certificate.holds
+
+
+# --- engines and the command ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[None]:
+    yield
+    paths.end_workers()
+
+
+@pytest.mark.parametrize("engine", ["fbgemm", "onednn", "onnxruntime"])
+def test_an_engine_does_what_the_emulator_does(engine: str, workers: None) -> None:
+    if engine not in list_engines():
+        pytest.skip(f"{engine} is not installed, or its CPU cannot be had here")
+    products, _, _ = open_products(FIXTURE / "bert.qtx")
+    one = next(product for product in products if not check_sums(product, TARGETS["avx2"]).holds)
+    witness = confirm(one, check_sums(one, TARGETS["avx2"]), [engine]).witness
+    assert witness is not None and witness.computed is not None
+    seen = witness.engines[engine]
+    assert isinstance(seen, int)
+    assert abs(seen - witness.computed) <= abs(witness.exact) / 240 < abs(seen - witness.exact)  # half a step of codes
+
+
+def test_the_command_says_it_in_text_and_json(tmp_path: Path) -> None:
+    weight = np.zeros((8, 3), np.int8)
+    good = make_onnx(tmp_path / "good.onnx", "qdq", weight)
+    done = call("audit", "certificate", good, "--engine", "none")
+    assert done.exit_code == 0 and "proved avx2 1 of 1" in done.stdout
+    weight[2:4, 1] = 127
+    bad = make_onnx(tmp_path / "bad.onnx", "qdq", weight)
+    done = call("audit", "certificate", bad, "--engine", "none", "--json", tmp_path / "c.json")
+    assert done.exit_code == 1 and "64,770" in done.stdout
+    (line,) = json.loads((tmp_path / "c.json").read_text())["certificate"]["products"]
+    assert line["verdicts"]["avx2"]["witness"]["right"] == [0, 0, 127, 127, 0, 0, 0, 0]
+    assert line["verdicts"]["avx2"]["witness"]["left"] == [0, 0, 255, 255, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.onnx", None, "no such"),
+        ("text.onnx", b"hello, this is no protobuf", "text.onnx"),
+        ("empty.onnx", b"", "empty.onnx"),
+    ],
+)
+def test_what_is_no_model_is_refused(name: str, content: bytes | None, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    done = call("audit", "certificate", tmp_path / name, "--engine", "none")
+    assert done.exit_code != 0 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_float_model_is_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    h, t = onnx.helper, onnx.TensorProto
+    value = h.make_tensor_value_info
+    graph = h.make_graph(
+        [h.make_node("MatMul", ["x", "x"], ["y"])], "g", [value("x", t.FLOAT, [2, 2])], [value("y", t.FLOAT, [2, 2])]
+    )
+    onnx.save(h.make_model(graph, ir_version=10), tmp_path / "f.onnx")
+    done = call("audit", "certificate", tmp_path / "f.onnx")
+    assert done.exit_code == 1 and "no product of integer codes" in done.stderr

@@ -1,0 +1,361 @@
+"""Exported ONNX files: integers to the bit in every engine, QDQ node by node, and what a file says of itself."""
+
+import json
+import math
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from parity_tests.subjects.integer_models import lower_model, make_recipe
+from parity_tests.subjects.small_models import build
+from qtx.cli import main
+from qtx.files.artifact import Artifact, save_artifact
+from qtx.files.container import FileError, sha_of
+from qtx.graphs.export import export_artifact, make_model
+from qtx.graphs.export_check import check_export, check_model, expose, list_engines, run_engine
+from qtx.graphs.export_graph import OPSET, Graph, Value
+from qtx.graphs.export_requantize import round_float, shift_rounded
+from qtx_ref.integer.lowering import lower
+from qtx_ref.models.initial import init_params
+from qtx_ref.presets import preset
+from qtx_ref.quant.rounding import round_integer
+from qtx_ref.spec import (
+    QTX,
+    AddRule,
+    Bias,
+    Dtype,
+    Fixed,
+    FloatProduct,
+    HighProduct,
+    LeftShift,
+    Nonlinear,
+    Order,
+    Products,
+    Rounding,
+    SpecError,
+    ZeroPoint,
+)
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+PAGE = Path(__file__).parents[3] / "docs/onnx.md"
+EXTENDED, REFERENCE = "onnxruntime enable_extended", "onnx reference"
+FEW = ("onnxruntime disable_all", EXTENDED)
+
+
+def make(name, *choice):
+    """A small artifact and a batch with padding."""
+    model = build(name, batch_size=4)
+    low = lower_model(model.spec, model.params, [model.batch], model.batch, *choice)
+    nonlinear = choice[2] if len(choice) > 2 else Nonlinear.TABLE
+    recipe = make_recipe(choice[0] if choice else "w8a8", model.spec, nonlinear)
+    return Artifact(model.spec, recipe, low.profile, nonlinear, dict(low.constants), {}), model.batch
+
+
+def make_under(name, **rules):
+    """The same under a profile of its own."""
+    model = build(name, batch_size=4)
+    low = lower_model(model.spec, model.params, [model.batch], model.batch)
+    own = replace(QTX, **rules)
+    constants = lower(low.spec, low.params, low.quants, low.ranges, own)
+    return Artifact(low.spec, make_recipe("w8a8", low.spec), own, Nonlinear.TABLE, constants, {}), model.batch
+
+
+def save(path, name="bert_clipped", *choice):
+    artifact, batch = make(name, *choice)
+    save_artifact(path, artifact)
+    return artifact, batch
+
+
+CHOICES = (  # the first three in every engine; all small models: python -m parity_tests.onnx_export --small
+    ("bert_clipped_alpha",),
+    ("opt_gate_linear", "w8a8", "tflite"),
+    ("vit_clipped_row", "w4a6"),
+    ("bert_gate_head_conditional",),
+    ("bert_sink_and_mlp", "w8a8", "qtx", Nonlinear.POLYNOMIAL),
+    ("bert_classify", "channels"),
+    ("opt_post_norm_projected", "w8a8", "float32"),
+    ("opt_sink", "w8a16"),
+    ("opt_gate_head", "values"),
+    ("vit_gate_all_features", "w8a8", "gemmlowp"),
+    ("vit_headless", "w8a16", "tflite"),
+)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(choice))
+def test_integer_form_gives_every_code_and_accumulator_in_every_engine(choice):
+    artifact, batch = make(*choice)
+    model, wiring = make_model(artifact, "integer")
+    onnx.checker.check_model(model, full_check=True)
+    engines = list_engines() if choice in CHOICES[:3] else (EXTENDED,)
+    results = list(check_model(artifact, model, "integer", batch, engines))
+    assert [one.engine for one in results] == list(engines)
+    for one in results:
+        assert one.exposing and {site.free for site in one.sites} == {0}
+        assert {site.site for site in one.sites} == set(wiring.sites) and all(site.exact for site in one.sites)
+    scale, zero = (artifact.constants[f"output.{key}"] for key in ("scale", "zero_point"))
+    last = next(reversed(wiring.sites.values()))
+    assert np.array_equal(np.squeeze(last.unit), np.squeeze(scale)) and np.array_equal(last.zero_point, zero)
+
+
+FIXED = QTX.requantize
+STEPS = FloatProduct(Dtype.FLOAT32, Order.STEPS, ZeroPoint.BEFORE, Rounding.HALF_EVEN)
+RULES = {
+    "even": {"requantize": replace(FIXED, rounding=Rounding.HALF_EVEN), "add": AddRule(Rounding.TOWARD_ZERO)},
+    "high": {"requantize": replace(FIXED, product=HighProduct.HALF_UP, rounding=Rounding.HALF_UP)},
+    "truncated": {
+        "requantize": Fixed(Dtype.FLOAT64, 31, HighProduct.TRUNCATED, Rounding.HALF_AWAY, LeftShift.SATURATE),
+        "add": AddRule(Rounding.HALF_EVEN),
+    },
+    "steps": {"requantize": STEPS, "bias": Bias.FLOAT_AFTER},
+    "before": {"requantize": replace(STEPS, dtype=Dtype.FLOAT64, order=Order.RATIO32), "bias": Bias.FLOAT_BEFORE},
+    "away": {
+        "requantize": replace(STEPS, order=Order.RECIPROCAL, zero_point=ZeroPoint.AFTER, rounding=Rounding.HALF_UP),
+        "quantize": replace(QTX.quantize, rounding=Rounding.HALF_AWAY, reciprocal=True, zero_point=ZeroPoint.BEFORE),
+    },
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_integer_form_follows_the_rules_of_its_profile(rule):
+    artifact, batch = make_under("vit_gate_mlp", **RULES[rule])
+    model, _ = make_model(artifact, "integer")
+    for one in check_model(artifact, model, "integer", batch, (EXTENDED, REFERENCE)):
+        assert one.equal and {site.free for site in one.sites} == {0}
+
+
+@pytest.mark.parametrize("name", ["bert_clipped_row", "opt_gate_elementwise"])
+def test_integer_form_of_tokens_has_no_float(name):
+    model, _ = make_model(make(name)[0], "integer")
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    kinds = {value.type.tensor_type.elem_type for value in [*inferred.value_info, *inferred.output, *inferred.input]}
+    kinds |= {tensor.data_type for tensor in inferred.initializer}
+    names = {onnx.TensorProto.DataType.Name(kind) for kind in kinds}
+    assert names <= {"INT8", "UINT8", "INT32", "INT64", "UINT64", "BOOL"}
+
+
+QDQ = (  # the first in every engine
+    ("bert_sink_and_mlp",),
+    ("opt_clipped_alpha",),
+    ("opt_gate_head", "w6a6"),
+    ("vit_gate_head_conditional",),
+    ("bert_clipped_row", "channels"),
+    ("bert_plain", "w8a16"),
+)
+
+
+@pytest.mark.parametrize("choice", QDQ, ids=lambda choice: " ".join(choice))
+def test_qdq_form_gives_every_code_of_products_fed_the_references(choice):
+    artifact, batch = make(*choice)
+    model, wiring = make_model(artifact, "qdq")
+    onnx.checker.check_model(model, full_check=True)
+    engines = list_engines() if choice == QDQ[0] else (EXTENDED, REFERENCE)
+    for one in check_model(artifact, model, "qdq", batch, engines):
+        assert one.equal
+        exact = {site.site: site for site in one.sites if site.exact}
+        assert set(wiring.multipliers) | set(wiring.pairs) <= set(exact)
+        if one.engine == EXTENDED and choice[-1] != "w8a16":  # integer kernels: not even near a tie
+            assert {site.forced for site in exact.values()} == {0}
+
+
+def test_onnxruntime_makes_one_integer_kernel_of_each_product(tmp_path):
+    model, _ = make_model(make("bert_gate_linear")[0], "qdq")
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    options.log_severity_level = 3
+    runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    fused = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
+    written = [node.op_type for node in model.graph.node]
+    assert (fused.count("QGemm"), fused.count("QLinearMatMul")) == (written.count("Gemm"), written.count("MatMul"))
+    assert not {"Gemm", "MatMul"} & set(fused)
+
+
+def test_a_planted_fault_is_found_at_its_site():
+    artifact, batch = make("bert_plain")
+    for form, key in (("integer", "layer.1.ffn.activation.table"), ("qdq", "layer.1.attn.key.bias")):
+        model, _ = make_model(artifact, form)
+        tensor = next(one for one in model.graph.initializer if one.name == key)
+        value = onnx.numpy_helper.to_array(tensor).copy()
+        value += np.asarray(2 if form == "integer" else 1000, value.dtype)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(value, key))
+        for one in check_model(artifact, model, form, batch, FEW):
+            assert not one.equal
+            wrong = [site.site for site in one.sites if (site.free if form == "integer" else site.forced)]
+            assert wrong[0] == key.rpartition(".")[0]
+            if form == "qdq":  # the others are fed what they should have
+                assert wrong == ["layer.1.attn.key"] or {"embed.sum"} >= set(wrong[1:])
+
+
+@pytest.mark.parametrize("rounding", list(Rounding)[:5])
+def test_shifts_are_those_of_fractions(rounding):
+    rng = np.random.default_rng(0)
+    shift = np.array([0, 1, 2, 13, 31, 45, 60])
+    x = np.concatenate([rng.integers(-(2**60), 2**60, (40, 7)), rng.integers(-9, 9, (40, 7))])
+    x = np.concatenate([x, (rng.integers(-9, 9, (40, 7)) * 2 + 1) * (1 << np.maximum(shift - 1, 0))])  # ties
+    x = np.clip(x, -(2**60), 2**60)
+    graph = Graph()
+    name = shift_rounded(graph, graph.take("x", "int64", (None, 7)).name, shift, rounding, 2**60, np.int64(5))
+    got = run_graph(graph, name, "int64", {"x": x})
+    exact = {  # of fractions.Fraction: Python's own round is half to even
+        Rounding.HALF_EVEN: round,
+        Rounding.HALF_AWAY: lambda v: math.floor(abs(v) + Fraction(1, 2)) * (1 if v > 0 else -1),
+        Rounding.HALF_UP: lambda v: math.floor(v + Fraction(1, 2)),
+        Rounding.TOWARD_ZERO: int,
+        Rounding.FLOOR: math.floor,
+    }[rounding]
+    for row, result in zip(x.tolist(), got.tolist(), strict=True):
+        assert result == [exact(Fraction(v, 1 << s)) + 5 for v, s in zip(row, shift.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("rounding", list(Rounding)[:5])
+def test_floats_are_rounded_as_the_reference_rounds_them(rounding):
+    x = np.float32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.49999997, -0.49999997, 3.2, -3.7, 0, 7e9, -7e9, 8388607.5])
+    graph = Graph()
+    given = graph.take("x", "float32", (None,)).name
+    name = round_float(graph, given, Dtype.FLOAT32, rounding, np.int64(3), ZeroPoint.AFTER)
+    want = np.clip(round_integer(x, rounding).astype(np.float64), -(2**24), 2**24) + 3
+    assert run_graph(graph, name, "int64", {"x": x}).tolist() == want.tolist()
+
+
+def test_division_rounds_half_up_below_zero_too():
+    n, d = np.array([-7, -6, -5, -3, -2, -1, 0, 1, 5, 6, 7, 9]), np.array([2, 4, 10, 2, 4, 2, 3, 2, 10, 4, 2, 6])
+    graph = Graph()
+    name = graph.half_up(graph.take("n", "int64", (None,)).name, graph.take("d", "int64", (None,)).name, 8)
+    got = run_graph(graph, name, "int64", {"n": n, "d": d})
+    assert got.tolist() == [-3, -1, 0, -1, 0, 0, 0, 1, 1, 2, 4, 2]
+
+
+def run_graph(graph, name, dtype, inputs):
+    """One value of a graph, the same in onnxruntime and in ONNX's evaluator."""
+    from qtx.graphs.export import build_model
+
+    model = build_model(graph, [Value(graph, name, (None,) * inputs[next(iter(inputs))].ndim, dtype)], {})
+    results = [run_engine(engine, model, inputs)[name] for engine in (*FEW, REFERENCE)]
+    assert all(np.array_equal(results[0], result) for result in results)
+    return results[0]
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    source = tmp_path / "m.qtx"
+    artifact, batch = save(source)
+    for form, profile in (("integer", "qtx"), ("qdq", "onnx")):
+        out = tmp_path / f"{form}.onnx"
+        written = export_artifact(source, out, form, expose=True)
+        model = onnx.load(out)
+        about = json.loads({entry.key: entry.value for entry in model.metadata_props}["qtx"])
+        assert (about["form"], about["artifact"]) == (form, sha_of(source))
+        assert about["profile"]["name"] == profile == written.profile
+        assert [(one.domain, one.version) for one in model.opset_import] == [("", OPSET)]
+        names = {name for node in model.graph.node for name in node.output} | {x.name for x in model.graph.initializer}
+        assert {site["value"] for site in about["sites"].values()} <= names
+        assert set(artifact.quants) - {s for s in artifact.quants if s.endswith(".weight")} <= set(about["sites"])
+        scores = about["sites"]["layer.0.attn.scores"]
+        assert (scores["value"], scores["dtype"], scores["codes"]) == ("layer.0.attn.scores", "uint8", [0, 255])
+        assert scores["scale"] == float(artifact.constants["layer.0.attn.scores.scale"])
+        assert "layer.1.ffn.hidden" in {output.name for output in model.graph.output}
+        assert list(check_export(source, out, batch, FEW[:1]))[0].equal
+    other = tmp_path / "other.qtx"
+    save(other, "bert_plain")
+    with pytest.raises(FileError, match="was not exported from"):
+        list(check_export(other, out))
+
+
+def test_operators_are_those_of_the_page():
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    listed = {word for row in rows for word in row.split("`")[1::2]}
+    used = set()
+    for form in ("integer", "qdq"):
+        for name in ("bert_sink_and_mlp", "opt_clipped_row", "opt_plain", "vit_gate_head_conditional", "bert_classify"):
+            used |= {node.op_type for node in make_model(make(name)[0], form)[0].graph.node}
+        choices = [("bert_plain", "w8a16"), ("vit_plain", "w4a6"), ("bert_plain", "channels")]
+        choices += [("bert_gate_linear", "w8a8", "qtx", Nonlinear.POLYNOMIAL), ("vit_plain", "w8a8", "gemmlowp")]
+        for choice in choices:
+            used |= {node.op_type for node in make_model(make(*choice)[0], form)[0].graph.node}
+    assert used <= listed and listed - used <= {"Mod"}
+    assert f"opset {OPSET}" in PAGE.read_text()
+
+
+def test_constants_above_a_megabyte_stand_beside_the_graph(tmp_path):
+    spec = preset("opt-tiny")
+    token = np.random.default_rng(0).integers(0, spec.vocab, (1, 12))
+    batch = {"tokens": token, "mask": token >= 0, "types": token * 0}
+    low = lower_model(spec, init_params(spec, 0), [batch], batch)
+    source = tmp_path / "m.qtx"
+    recipe = make_recipe("w8a8", spec)
+    save_artifact(source, Artifact(spec, recipe, low.profile, Nonlinear.TABLE, dict(low.constants), {}))
+    for form in ("integer", "qdq"):
+        whole, split = tmp_path / f"{form}.onnx", tmp_path / f"{form}-split.onnx"
+        assert list(export_artifact(source, whole, form).files) == [str(whole)]
+        written = export_artifact(source, split, form, external_above=2**20)
+        assert list(written.files) == [str(split), f"{split}.data"]
+        assert written.files[str(split)] < 2**20 < written.files[f"{split}.data"]
+        assert list(check_export(source, split, batch, FEW[1:]))[0].equal
+        inputs = {key: batch[key] for key in ("tokens", "mask")}
+        sessions = [runtime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (whole, split)]
+        assert np.array_equal(*(session.run(None, inputs)[0] for session in sessions))
+
+
+def test_what_cannot_be_exported_is_refused_by_its_site(tmp_path):
+    for form in ("integer", "qdq"):
+        with pytest.raises(SpecError, match=r"site layer.0.attn.scores.rhs cannot be exported to ONNX: its scale"):
+            make_model(make("bert_plain", "operands")[0], form)
+    with pytest.raises(
+        SpecError, match=r"site layer.0.attn.value cannot be exported to ONNX: it has a scale per channel"
+    ):
+        make_model(make("bert_plain", "values")[0], "qdq")
+    artifact, _ = make("bert_plain")
+    pairs = replace(artifact.profile, matmul=replace(QTX.matmul, products=Products.PAIRS16))
+    with pytest.raises(SpecError, match=r"site layer.0.attn.query cannot be exported to ONNX: its products are pairs"):
+        make_model(replace(artifact, profile=pairs), "integer")
+    fused = replace(QTX.quantize, zero_point=ZeroPoint.FUSED, reciprocal=True)
+    with pytest.raises(SpecError, match=r"site embed.image cannot be exported to ONNX: a zero point that is fused"):
+        make_model(make_under("vit_plain", quantize=fused)[0], "integer")
+    bias = {"layer.0.ffn.hidden.bias": np.full(24, 2**31 - 1, np.int32)}
+    wide = replace(artifact, constants=artifact.constants | bias)
+    with pytest.raises(SpecError, match=r"site layer.0.ffn.hidden cannot be exported to ONNX: accumulators up to"):
+        make_model(wide, "integer")
+    with pytest.raises(SpecError, match="--form float: choose one of integer, qdq"):
+        make_model(artifact, "float")
+    source = tmp_path / "m.qtx"
+    save(source)
+    with pytest.raises(SpecError, match="name ending in .onnx"):
+        export_artifact(source, tmp_path / "m.bin")
+    (tmp_path / "there.onnx").write_text("mine")
+    with pytest.raises(FileError, match="exists"):
+        export_artifact(source, tmp_path / "there.onnx")
+    assert (tmp_path / "there.onnx").read_text() == "mine"
+
+
+def test_exposing_adds_outputs_alone():
+    artifact, batch = make("vit_plain")
+    model, wiring = make_model(artifact, "qdq")
+    shown = expose(wiring.graph, model, wiring.sites.values())
+    assert model.graph.node == shown.graph.node and len(model.graph.output) == 1
+    inputs = {"images": batch["images"]}
+    for engine in FEW:
+        assert np.array_equal(run_engine(engine, model, inputs)["output"], run_engine(engine, shown, inputs)["output"])
+
+
+def test_the_command(tmp_path):
+    def run(*words):
+        return CliRunner().invoke(main, ["export", *map(str, words)])
+
+    source, out = tmp_path / "m.qtx", tmp_path / "m.onnx"
+    save(source, "vit_gate_elementwise")
+    got = run(source, "--format", "onnx", "--out", out, "--check", "--json", tmp_path / "said.json")
+    assert got.exit_code == 0, got.output
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert [one["engine"] for one in said["checks"]] == list(list_engines()) and said["form"] == "integer"
+    assert all(one["equal"] for one in said["checks"]) and "MatMulInteger" in said["operators"]
+    assert "| onnx reference" in got.output and "MatMulInteger" in got.output
+    again = run(source, "--format", "onnx", "--out", out)
+    assert (again.exit_code, f"{out} exists" in again.output) == (1, True)
+    qdq = run(source, "--format", "onnx", "--form", "qdq", "--out", tmp_path / "q.onnx", "--external-data-above", 0)
+    assert qdq.exit_code == 0 and "q.onnx" in qdq.output and "Gemm" in qdq.output
+    refused = run(source, "--form", "qdq", "--out", tmp_path / "hf")
+    assert (refused.exit_code, "--form is of --format onnx" in refused.output) == (1, True)
