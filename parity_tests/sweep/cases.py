@@ -107,6 +107,7 @@ AFFINE = {
     "signed": BOTH,
     "narrow": BOTH,
     "granularity": (*Granularity, "permuted"),
+    "axis": (None, None, 0, 1, -1, -2),  # of channels and blocks
     "weight": BOTH,
     "size": (1e-3, 1.0, 30.0),  # standard deviation
     "broken": (False,) * 9 + (True,),  # NaN and infinity even where the profile raises
@@ -161,7 +162,7 @@ def draw_affine(index: int, codes: int) -> Configuration:
     profile = replace(QTX, name="drawn", scale=made, quantize=quantize, fake_quantize=fake, dequantize=dequantize)
     permuted = axes["granularity"] == "permuted"
     kind = Granularity.GROUP if permuted else axes["granularity"]
-    groups, block = (4 if kind is Granularity.GROUP else None), (8 if kind is Granularity.BLOCK else None)
+    groups, block = (4 if kind is Granularity.GROUP else None), (4 if kind is Granularity.BLOCK else None)
     spec = QuantSpec(
         axes["bits"],
         axes["symmetric"],
@@ -172,6 +173,7 @@ def draw_affine(index: int, codes: int) -> Configuration:
         permute=permuted,
         block=block,
         signed=True if axes["symmetric"] else axes["signed"],
+        axis=axes["axis"] if kind in (Granularity.CHANNEL, Granularity.BLOCK) else None,
     )
     width = 64
     x = (rng.standard_normal((max(8, codes // 8 // width // 4 * 4), width)) * axes["size"]).astype(F32)

@@ -149,12 +149,9 @@ class Lowering(Integer):
         return spec
 
     def scale_zero(self, calibrated: Range, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
-        """As calibrated, which was by QTX, or learned; anew where the profile makes scales in another way."""
-        if spec.learned or self.profile.scale == QTX.scale:
-            return calibrated.scale, calibrated.zero_point
-        scale, zero = affine.scale_zero(calibrated.low, calibrated.high, spec, self.profile.scale)
-        silent = np.reshape(quantizer.was_silent(calibrated), np.shape(scale))
-        return np.where(silent, quantizer.SILENT_SCALE, scale), zero
+        """Of a static range under the profile."""
+        made = quantizer.rescale(calibrated, spec, self.profile)
+        return made.scale, made.zero_point
 
     def put_scale(self, site: str, scale: np.ndarray, zero: np.ndarray) -> None:
         """Scale and zero point of a site or weight, as constants."""

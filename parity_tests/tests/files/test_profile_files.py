@@ -278,7 +278,7 @@ def test_commands_take_a_profile_of_integers(tmp_path: Path, monkeypatch: pytest
         (("quantize", source, "--out", "x.safetensors"), "integers already"),
         (("quantize", source, "--out", "x.qtx", "--profile", "none.json"), "no such file"),
         (("evaluate", "floor.qtx", *REF, "--profile", "nnapi"), "known profiles are"),
-        (("evaluate", WRITTEN / "half.safetensors", *REF, "--profile", "onnx"), "belong to a MODEL.qtx"),
+        (("evaluate", WRITTEN / "half.safetensors", *REF, "--profile", "onnx"), "runs in float"),
     ):
         result = call(*arguments)
         assert result.exit_code == 1 and message in result.output
@@ -297,6 +297,26 @@ def test_an_artifact_with_floats_is_written_and_read_back(name: str, rules_of: P
     write_sealed(tmp_path / "m.qtx", header, tensors | {key: np.ones((2, 2), np.float32)})
     with pytest.raises(FileError, match=f"{key} has shape"):
         load_artifact(tmp_path / "m.qtx")
+
+
+def test_fake_quantization_takes_a_profile_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's ranges, and an artifact's codes, in floats under other rules: both backends tell them apart."""
+    monkeypatch.chdir(tmp_path)
+    down = replace(QTX.quantize, rounding=Rounding.FLOOR)
+    floor = replace(QTX, name="floor", quantize=down, fake_quantize=replace(QTX.fake_quantize, quantize=down))
+    write_profile(Path("floor.json"), floor, OWN)
+    fake = ("--numerics", "fake")
+    for source, kind in (
+        (WRITTEN / "half.safetensors", ("--recipe", "w8a8", "--data", WRITTEN / "words.txt")),
+        (WRITTEN / "vit.qtx", fake),
+    ):
+        losses = []
+        for backend in ("ref", "torch"):
+            run = ("evaluate", source, *kind, "--backend", backend, "--batches", "1", "--json", "-")
+            own, other = (json.loads(good(*run, *more).stdout) for more in ((), ("--profile", "floor.json")))
+            assert other["numerics"].endswith("profile floor") and other["loss"] != own["loss"]
+            losses.append(other["loss"])
+        assert abs(losses[0] - losses[1]) < 0.1 * abs(other["loss"] - own["loss"])
 
 
 def test_quants_and_recipes_are_those_of_the_artifact() -> None:
