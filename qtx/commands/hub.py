@@ -127,6 +127,9 @@ def export_as_onnx(
     files = ", ".join(f"{name} ({size:,} bytes)" for name, size in written.files.items())
     operators = ", ".join(f"{name} {count}" for name, count in written.operators.items())
     say(f"{files}\n{form} form, profile {written.profile}, {len(written.sites)} sites\n{operators}", json_path)
+    if written.session:
+        entries = ", ".join(f"{key} {value}" for key, value in written.session.items())
+        say(f"an onnxruntime session needs the entries {entries}", json_path)
     result: dict[str, Any] = asdict(written)
     checks = list(check_graph(path, out)) if verify else []
     if verify:

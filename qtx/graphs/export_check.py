@@ -125,9 +125,10 @@ def check_model(
     sites = {site: value for site, value in wiring.sites.items() if site in want}
     inputs = {name: np.ascontiguousarray(batch[name]) for name in wiring.inputs}
     exposed = expose(wiring.graph, model, sites.values())
+    entries = wiring.session()
     for engine in engines or list_engines():
-        plain = run_engine(engine, model, inputs)["output"]
-        free = run_engine(engine, exposed, inputs)
+        plain = run_engine(engine, model, inputs, entries)["output"]
+        free = run_engine(engine, exposed, inputs, entries)
         flips = {site: count_different(free[value.name], want[site]) for site, value in sites.items()}
         if isinstance(wiring, QdqGraph):
             rows = check_forced(engine, wiring, exposed, inputs, sites, want, flips)
@@ -149,7 +150,7 @@ def check_forced(
     given = force(wiring.graph, exposed, sites.values())
     fed = dict(inputs) | {GIVEN + value.name: want[site].astype(value.dtype) for site, value in sites.items()}
     read = {value.name for value in given.graph.input}
-    forced = run_engine(engine, given, {name: x for name, x in fed.items() if name in read})
+    forced = run_engine(engine, given, {name: x for name, x in fed.items() if name in read}, wiring.session())
     pairs = expect_pairs(wiring, want)
     rows = []
     for site, value in sites.items():
@@ -300,8 +301,10 @@ def force(graph: Graph, model: Any, values: Any) -> Any:
     return changed
 
 
-def run_engine(engine: str, model: Any, inputs: Arrays) -> dict[str, np.ndarray]:
-    """Every output of a model, by name."""
+def run_engine(
+    engine: str, model: Any, inputs: Arrays, session: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """Every output of a model, by name; `session`: entries of an onnxruntime session."""
     names = [value.name for value in model.graph.output]
     if engine == EVALUATOR:
         reference = need("onnx.reference", "engines", f"engine {EVALUATOR}")
@@ -311,10 +314,12 @@ def run_engine(engine: str, model: Any, inputs: Arrays) -> dict[str, np.ndarray]
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # by default activations of 16 bits become 8 in the kernel that weights of 8 bits are then given
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        for key, entry in (session or {}).items():
+            options.add_session_config_entry(key, entry)
         level = getattr(runtime.GraphOptimizationLevel, f"ORT_{engine.partition(' ')[2].upper()}")
         options.graph_optimization_level = level
-        session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        results = session.run(names, dict(inputs))
+        engine_session = runtime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        results = engine_session.run(names, dict(inputs))
     return dict(zip(names, map(np.asarray, results), strict=True))
