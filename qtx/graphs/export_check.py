@@ -10,7 +10,6 @@ counted as near.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,21 +24,16 @@ from qtx_ref.quant import affine
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, ModelSpec, QuantizeRule, SpecError
 
-from ..engines.backend import need
-from ..engines.ort import RUNTIME
 from ..files.artifact import Artifact, load_artifact
 from ..files.container import FileError, sha_of
 from .export import SUFFIX, make_model
-from .export_graph import Graph, Value, need_onnx
+from .export_graph import Value, need_onnx
 from .export_qdq import QdqGraph
+from .export_run import GIVEN, Arrays, expose, force, list_engines, run_engine
 from .export_wiring import Wiring
 
-LEVELS = ("disable_all", "enable_basic", "enable_extended", "enable_all")  # of onnxruntime
-EVALUATOR = "onnx reference"
 ROWS, TOKENS = 2, 32  # of the batch that a check runs on
-GIVEN = "given:"
 INPUT = "embed.image"  # quantized from what the model is given
-Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -105,11 +99,6 @@ def read_about(file: Path, model: Any) -> dict[str, Any]:
             about: dict[str, Any] = json.loads(entry.value)
             return about
     raise FileError(f"{file}: its metadata has no entry qtx: only files of qtx export can be checked")
-
-
-def list_engines() -> tuple[str, ...]:
-    """onnxruntime at each level, and ONNX's evaluator."""
-    return (*(f"onnxruntime {level}" for level in LEVELS), EVALUATOR)
 
 
 def check_model(
@@ -265,61 +254,3 @@ def trace_back(wiring: QdqGraph, name: str, want: Arrays) -> np.ndarray:
         return x[:, 0]
     sizes = wiring.graph.constants[node.input[1]]
     return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(sizes)])
-
-
-# --- models and engines -----------------------------------------------------------------------------------------------
-
-
-def expose(graph: Graph, model: Any, values: Any) -> Any:
-    """The model with values as outputs too."""
-    helper = graph.onnx.helper
-    changed = copy.deepcopy(model)
-    known = {value.name for value in changed.graph.output}
-    for value in {value.name: value for value in values}.values():
-        if value.name not in known:
-            changed.graph.output.append(
-                helper.make_tensor_value_info(value.name, graph.kind(value.dtype), list(value.axes))
-            )
-    return changed
-
-
-def force(graph: Graph, model: Any, values: Any) -> Any:
-    """The model in which every node that reads one of the values is given it from outside."""
-    helper = graph.onnx.helper
-    changed = copy.deepcopy(model)
-    held = {value.name: value for value in values}
-    constant = {tensor.name for tensor in changed.graph.initializer}
-    read = set()
-    for node in changed.graph.node:
-        for i, name in enumerate(node.input):
-            if name in held and name not in constant:
-                node.input[i] = GIVEN + name
-                read.add(name)
-    for name in sorted(read):
-        axes = [None] * len(held[name].axes)
-        changed.graph.input.append(helper.make_tensor_value_info(GIVEN + name, graph.kind(held[name].dtype), axes))
-    return changed
-
-
-def run_engine(
-    engine: str, model: Any, inputs: Arrays, session: Mapping[str, str] | None = None
-) -> dict[str, np.ndarray]:
-    """Every output of a model, by name; `session`: entries of an onnxruntime session."""
-    names = [value.name for value in model.graph.output]
-    if engine == EVALUATOR:
-        reference = need("onnx.reference", "engines", f"engine {EVALUATOR}")
-        results = reference.ReferenceEvaluator(model).run(names, dict(inputs))
-    else:
-        runtime = need(*RUNTIME)
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3  # errors
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        for key, entry in (session or {}).items():
-            options.add_session_config_entry(key, entry)
-        level = getattr(runtime.GraphOptimizationLevel, f"ORT_{engine.partition(' ')[2].upper()}")
-        options.graph_optimization_level = level
-        engine_session = runtime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        results = engine_session.run(names, dict(inputs))
-    return dict(zip(names, map(np.asarray, results), strict=True))

@@ -16,9 +16,10 @@ from qtx.cli import main
 from qtx.files.artifact import Artifact, save_artifact
 from qtx.files.container import FileError, sha_of
 from qtx.graphs.export import export_artifact, make_model
-from qtx.graphs.export_check import check_export, check_model, expose, list_engines, run_engine
+from qtx.graphs.export_check import check_export, check_model
 from qtx.graphs.export_graph import OPSET, Graph, Value
 from qtx.graphs.export_requantize import round_float, shift_rounded
+from qtx.graphs.export_run import expose, list_engines, run_engine
 from qtx_ref.integer.lowering import lower
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
@@ -43,8 +44,8 @@ from qtx_ref.spec import (
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 PAGE = Path(__file__).parents[3] / "docs/onnx.md"
-EXTENDED, REFERENCE = "onnxruntime enable_extended", "onnx reference"
-FEW = ("onnxruntime disable_all", EXTENDED)
+EXTENDED, REFERENCE = "onnxruntime-extended", "onnx-reference"
+FEW = ("onnxruntime-disable", EXTENDED)
 
 
 def make(name, *choice):
@@ -352,7 +353,7 @@ def test_the_command(tmp_path):
     said = json.loads((tmp_path / "said.json").read_text())
     assert [one["engine"] for one in said["checks"]] == list(list_engines()) and said["form"] == "integer"
     assert all(one["equal"] for one in said["checks"]) and "MatMulInteger" in said["operators"]
-    assert "| onnx reference" in got.output and "MatMulInteger" in got.output
+    assert "| onnx-reference" in got.output and "MatMulInteger" in got.output
     again = run(source, "--format", "onnx", "--out", out)
     assert (again.exit_code, f"{out} exists" in again.output) == (1, True)
     qdq = run(source, "--format", "onnx", "--form", "qdq", "--out", tmp_path / "q.onnx", "--external-data-above", 0)
