@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.backend import IntegerModel
-from qtx_ref.integer.lowering import make_constants
 from qtx_ref.quant import affine
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, ModelSpec, QuantizeRule, SpecError
@@ -164,29 +163,15 @@ def random_batch(spec: ModelSpec) -> dict[str, np.ndarray]:
 
 
 def run_reference(artifact: Artifact, wiring: Wiring, batch: Arrays) -> dict[str, np.ndarray]:
-    """The codes of every site, and the accumulators, in the reference's integers under the file's profile."""
-    constants = artifact.constants
+    """The codes of every site, and the accumulators, in the reference's integers under the file's profile; products
+    requantized by the file's own scales."""
+    constants = dict(wiring.constants)
     if isinstance(wiring, QdqGraph):
-        constants = derive_constants(artifact, wiring)
+        constants |= {f"{site}.multiplier": np.asarray(real) for site, real in wiring.multipliers.items()}
     model = IntegerModel(artifact.spec, constants, artifact.quants, wiring.profile)
     record: dict[str, np.ndarray] = {}
     model.run(batch, lambda site, value: record.__setitem__(site, value))
     return record
-
-
-def derive_constants(artifact: Artifact, wiring: QdqGraph) -> dict[str, np.ndarray]:
-    """The artifact's constants with the multipliers of the form: the file's own of products, others as lowering makes
-    them. Codes and biases stay."""
-    made = make_constants(
-        artifact.spec, artifact.float_params(), artifact.quants, artifact.ranges(), wiring.profile, artifact.nonlinear
-    )
-    constants = {
-        name: value for name, value in artifact.constants.items() if not name.endswith((".multiplier", ".shift"))
-    }
-    constants |= {name: value for name, value in made.items() if name.endswith(".multiplier")}
-    for site, real in wiring.multipliers.items():
-        constants[f"{site}.multiplier"] = np.asarray(real)
-    return constants
 
 
 def expect_pairs(wiring: QdqGraph, want: Arrays) -> dict[str, np.ndarray]:

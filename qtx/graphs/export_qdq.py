@@ -45,8 +45,7 @@ class QdqGraph(Wiring):
     """
 
     def __init__(self, graph: Graph, artifact: Artifact) -> None:
-        super().__init__(graph, artifact)
-        self.profile = qdq_profile(artifact.profile)
+        super().__init__(graph, artifact.under(qdq_profile(artifact.profile)))
         self.multipliers: dict[str, np.ndarray] = {}
         self.operands: dict[str, tuple[Value, Value]] = {}
         self.pairs: dict[str, Value] = {}
