@@ -149,6 +149,6 @@ def format_checks(checks: Sequence[EngineCheck]) -> str:
         rows.append([one.engine, *numbers, "yes" if one.exposing else "no"])
         flips = ", ".join(f"{site.site} {site.free:,} of {site.codes:,}" for site in one.sites if site.free)
         flipped.setdefault(flips, []).append(one.engine)
-    head = ["engine", "exact codes", "differ", "near a tie", "float codes", "flip", "flip, free", "same when exposed"]
+    head = ["engine", "exact codes", "differ", "near", "float codes", "flip", "by", "flip, free", "same when exposed"]
     lines = [f"{', '.join(engines)}, run freely: {flips}" for flips, engines in flipped.items() if flips]
     return "\n".join([format_table(head, rows), *lines])

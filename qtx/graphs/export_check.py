@@ -45,6 +45,7 @@ class SiteCheck:
     free: int  # codes that differ
     forced: int | None
     near: int | None  # of those that differ when forced
+    worst: int  # the largest difference: when forced, or in the integer form
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,16 @@ class EngineCheck:
         """Whether everything is as it must be."""
         return self.exposing and not self.count()[1]
 
-    def count(self) -> tuple[int, int, int, int, int, int]:
-        """Codes that must be equal, how many are not, and how many differ near a tie; codes of float kernels, and how
-        many they flip when fed the reference's; all that flip when the file runs freely."""
+    def count(self) -> tuple[int, int, int, int, int, int, int]:
+        """Codes that must be equal, how many are not, and how many differ near a tie; codes of float kernels, how many
+        they flip when fed the reference's, and by how much at most; all that flip when the file runs freely."""
         exact = [site for site in self.sites if site.exact]
         others = [site for site in self.sites if not site.exact]
         near = sum(site.near or 0 for site in exact)
         differ = sum(site.free if site.forced is None else site.forced for site in exact) - near
-        flips = sum(site.forced or 0 for site in others)
+        flips, worst = sum(site.forced or 0 for site in others), max((site.worst for site in others), default=0)
         codes = (sum(site.codes for site in part) for part in (exact, others))
-        return next(codes), differ, near, next(codes), flips, sum(site.free for site in self.sites)
+        return next(codes), differ, near, next(codes), flips, worst, sum(s.free for s in self.sites)
 
 
 def check_export(
@@ -117,11 +118,12 @@ def check_model(
     for engine in engines or list_engines():
         plain = run_engine(engine, model, inputs, entries)["output"]
         free = run_engine(engine, exposed, inputs, entries)
-        flips = {site: count_different(free[value.name], want[site]) for site, value in sites.items()}
+        flips = {site: count_different(free[value.name], want[site])[0] for site, value in sites.items()}
         if isinstance(wiring, QdqGraph):
             rows = check_forced(engine, wiring, exposed, inputs, sites, want, flips)
         else:
-            rows = [SiteCheck(site, want[site].size, True, count, None, None) for site, count in flips.items()]
+            counts = {site: count_different(free[value.name], want[site]) for site, value in sites.items()}
+            rows = [SiteCheck(site, want[site].size, True, n, None, None, by) for site, (n, by) in counts.items()]
         yield EngineCheck(engine, tuple(rows), bool(np.array_equal(plain, free["output"])))
 
 
@@ -143,10 +145,10 @@ def check_forced(
     rows = []
     for site, value in sites.items():
         got, product = forced[value.name], site in wiring.multipliers
-        wrong = count_different(got, pairs.get(site, want[site]))
+        wrong, worst = count_different(got, pairs.get(site, want[site]))
         near = count_near(wiring, site, got, want) if wrong and product else 0
         exact = product or site in pairs or site == INPUT
-        rows.append(SiteCheck(site, want[site].size, exact, flips[site], wrong, near))
+        rows.append(SiteCheck(site, want[site].size, exact, flips[site], wrong, near, worst))
     return rows
 
 
@@ -189,9 +191,12 @@ def expect_pairs(wiring: QdqGraph, want: Arrays) -> dict[str, np.ndarray]:
     return codes
 
 
-def count_different(got: np.ndarray, want: np.ndarray) -> int:
-    """Codes that differ; all of them where the shapes do."""
-    return want.size if got.shape != want.shape else int((got != want).sum())
+def count_different(got: np.ndarray, want: np.ndarray) -> tuple[int, int]:
+    """How many codes differ, and by how much at most; all of them where the shapes do."""
+    if got.shape != want.shape:
+        return want.size, int(np.abs(want.astype(np.int64)).max(initial=0))
+    apart = np.abs(got.astype(np.int64) - want.astype(np.int64))
+    return int((apart > 0).sum()), int(apart.max(initial=0))
 
 
 def count_near(wiring: QdqGraph, site: str, got: np.ndarray, want: Arrays) -> int:
