@@ -21,7 +21,7 @@ from ..files.artifact import SUFFIX, load_artifact
 from ..graphs.reading import read_graph
 from ..progress import Progress
 from .certificate_artifact import Show, read_artifact_products, run_artifact
-from .certificate_bounds import CENTRE, TARGETS, Product, Target, Verdict, check_sums
+from .certificate_bounds import CENTRE, TARGETS, Operand, Product, Target, Verdict, check_sums
 from .certificate_cures import Cure, Tally, list_cures
 from .certificate_onnx import read_onnx_products, run_onnx
 from .certificate_overflow import check_overflow, check_shift
@@ -34,12 +34,15 @@ Runner = Callable[[Batch, Show], None]
 
 @dataclass(frozen=True)
 class Line:
-    """What holds of one product. `targets`: by name; without those that do not take its codes."""
+    """What holds of one product. `targets`: by name; without those that do not take its codes. `codes`: of both
+    operands, as the file has them."""
 
     name: str
+    codes: str  # u8 x s8
     constant: bool  # weights, or activations times activations
     depth: int | None
     columns: int | None
+    accumulator: int  # bits
     targets: dict[str, Verdict]
     overflow: Verdict
     shift: Verdict | None
@@ -143,7 +146,14 @@ def judge(product: Product, targets: Sequence[str], engines: Sequence[str]) -> L
             elif target.run and not verdicts[name].holds:
                 verdicts[name] = replace(verdicts[name], note=find_run(product, target))
     constant = product.right.codes is not None
-    return Line(product.name, constant, product.depth, product.columns, verdicts, overflow, shift, cures)
+    codes = f"{describe_codes(product.left)} x {describe_codes(product.right)}"
+    size = product.depth, product.columns, product.accumulator
+    return Line(product.name, codes, constant, *size, verdicts, overflow, shift, cures)
+
+
+def describe_codes(operand: Operand) -> str:
+    """The dtype of codes, in short."""
+    return f"{'s' if operand.signed else 'u'}{8 if operand.is_byte else 16}"
 
 
 def find_run(product: Product, target: Target) -> str:
