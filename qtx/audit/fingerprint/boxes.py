@@ -110,7 +110,9 @@ def observe(box: Box, op: str, codes: Sequence[str]) -> Observed:
     """Asks for codes of each dtype far beyond both ends: the limits that come out are the quantizer's. Raises SpecError
     for a box that takes none."""
     if op in ("dequantize", "fake_quantize"):
-        return Observed({one: QuantSpec(bits_of_dtype(one), symmetric=False, signed=one[0] != "u") for one in codes}, ())
+        return Observed(
+            {one: QuantSpec(bits_of_dtype(one), symmetric=False, signed=one[0] != "u") for one in codes}, ()
+        )
     specs: dict[str, QuantSpec] = {}
     lines, stochastic, last = [], False, ""
     for one in codes:
@@ -150,7 +152,9 @@ def judge_chance(copies: np.ndarray) -> tuple[bool, Witness | None]:
         if abs(up - expected) > 5 * spread or up + int((codes == 0).sum()) < COPIES:
             shown = {"x": fraction, "scale": 1.0, "zero_point": 0, "asked": COPIES}
             seen = {int(code): int(count) for code, count in zip(*np.unique(codes, return_counts=True), strict=True)}
-            return True, Witness(shown, f"codes by count {seen}", {"stochastic": f"1 about {expected:.0f} times, else 0"})
+            return True, Witness(
+                shown, f"codes by count {seen}", {"stochastic": f"1 about {expected:.0f} times, else 0"}
+            )
     return True, None
 
 

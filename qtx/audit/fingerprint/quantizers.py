@@ -47,9 +47,7 @@ def possible(kind: type, *axes: Any) -> Iterator[Values]:
 def quantize_values(stochastic: bool) -> list[Values]:
     """Every combination of QuantizeRule that is stochastic, or that is not."""
     roundings = [one for one in Rounding if (one is Rounding.STOCHASTIC) == stochastic]
-    return list(
-        possible(QuantizeRule, roundings, ZeroPoint, (False, True), Dtype, NanPolicy, InfinityPolicy, Beyond)
-    )
+    return list(possible(QuantizeRule, roundings, ZeroPoint, (False, True), Dtype, NanPolicy, InfinityPolicy, Beyond))
 
 
 def reduce(values: Values, question: Question) -> Values:
@@ -92,9 +90,7 @@ class Quantizer(Operation):
             zeros = odd_zeros(spec)
             for zero, kind in product(zeros, ("short", "any", "power")):
                 scale = draw_scale(rng, kind)
-                asked.append(
-                    self.question("near ties", near_ties(rng, spec, scale, zero, COUNT), scale, zero, codes)
-                )
+                asked.append(self.question("near ties", near_ties(rng, spec, scale, zero, COUNT), scale, zero, codes))
             for zero, kind in product(zeros[:2], ("short", "any")):
                 scale = draw_scale(rng, kind, np.float16)
                 x = near_ties(rng, spec, scale, zero, COUNT, np.float16)
