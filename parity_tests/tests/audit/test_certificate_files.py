@@ -12,7 +12,7 @@ import pytest
 from parity_tests.tests.shell import call
 from qtx.audit.certificate import certify, confirm, list_engines, open_products
 from qtx.audit.certificate_artifact import read_artifact_products, run_artifact
-from qtx.audit.certificate_bounds import TARGETS, check_sums
+from qtx.audit.certificate_bounds import TARGETS, Operand, Product, check_sums
 from qtx.engines import paths
 from qtx.files.artifact import load_artifact, save_artifact
 from qtx_ref.integer.products import matmul_pairs16
@@ -196,6 +196,16 @@ def test_an_engine_does_what_the_emulator_does(engine: str, workers: None) -> No
     seen = witness.engines[engine]
     assert isinstance(seen, int)
     assert abs(seen - witness.computed) <= abs(witness.exact) / 240 < abs(seen - witness.exact)  # half a step of codes
+
+
+def test_onnxruntime_widens_unsigned_weights(workers: None) -> None:
+    """uint8 x uint8 is exact there on the same CPU."""
+    if "onnxruntime" not in list_engines():
+        pytest.skip("onnxruntime is not installed, or its CPU cannot be had here")
+    codes = np.full((4, 1), 255, np.int32)
+    one = Product("p", Operand(0, 255, np.int64(0)), Operand(0, 255, np.int64(128), codes), 4)
+    witness = confirm(one, check_sums(one, TARGETS["avx2"]), ["onnxruntime"]).witness
+    assert witness is not None and witness.engines == {"onnxruntime": witness.exact} and witness.exact == 64770
 
 
 def test_the_command_says_it_in_text_and_json(tmp_path: Path) -> None:
