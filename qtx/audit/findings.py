@@ -328,6 +328,7 @@ print(run("onnxruntime-all", "scale", values)["scale"].item())  # 0.0
         reproduce="""
 import numpy as np
 from qtx_ref.integer.products import matmul_pairs16
+
 x, w = np.uint8([[255, 255]]), np.int8([[127], [127]])
 print((x.astype(int) @ w).item(), matmul_pairs16(x, w).item())  # 64770 32767
 """,
