@@ -52,6 +52,18 @@ def test_the_operands_that_are_shown_give_the_accumulators() -> None:
         assert np.array_equal(np.sort(acc.ravel()), np.sort(want.ravel())), one.name
 
 
+@pytest.mark.parametrize("name", ["bert-int4", "opt", "opt-int4", "vit", "vit-int4"])
+def test_every_family_and_width(name: str) -> None:
+    certificate = certify(FIXTURE / f"{name}.qtx")
+    artifact = load_artifact(FIXTURE / f"{name}.qtx")
+    assert {"layer.0.attn.scores", "layer.0.ffn.output"} <= {line.name for line in certificate.lines}
+    weights = [one for one in read_artifact_products(artifact) if one.right.codes is not None]
+    for one in weights:
+        if abs(one.right.codes).max() <= 8:  # 255 * 8 * 2: four bits never saturate a pair
+            line = next(line for line in certificate.lines if line.name == one.name)
+            assert line.targets["avx2"].holds and line.cures == []
+
+
 def plant(path: Path, **changes: np.ndarray) -> Path:
     """The fixture with other constants."""
     artifact = load_artifact(FIXTURE / "bert.qtx")
@@ -236,6 +248,43 @@ def test_what_is_no_model_is_refused(name: str, content: bytes | None, said: str
         (tmp_path / name).write_bytes(content)
     done = call("audit", "certificate", tmp_path / name, "--engine", "none")
     assert done.exit_code != 0 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = make_onnx(tmp_path / "m.onnx", "qdq", np.zeros((8, 3), np.int8))
+    np.savez(tmp_path / "x.npz", z=np.zeros((4, 8), np.float32))
+    np.savez(tmp_path / "o.npz", x=np.array([{}], object))
+    for options, said in (
+        (("--batches", "2"), "belong to --data"),
+        (("--data", "books"), ".npz"),
+        (("--data", tmp_path / "x.npz"), "input x of"),
+        (("--data", tmp_path / "o.npz"), "o.npz"),
+        (("--data", tmp_path / "none.npz"), "none.npz"),
+        (("--engine", "none", "--engine", "fbgemm"), "leave out fbgemm"),
+    ):
+        done = call("audit", "certificate", model, "--engine", "none", *options)
+        assert done.exit_code == 1 and said in done.stderr, done.stderr
+
+
+def test_a_graph_out_of_order_is_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(str(make_onnx(tmp_path / "m.onnx", "qdq", np.zeros((8, 3), np.int8))))
+    first = model.graph.node[0]
+    model.graph.node.append(first)
+    del model.graph.node[0]
+    onnx.save(model, str(tmp_path / "o.onnx"))
+    done = call("audit", "certificate", tmp_path / "o.onnx", "--engine", "none")
+    assert done.exit_code == 1 and "takes xq, which nothing before it makes" in done.stderr
+
+
+def test_external_data_that_are_gone_are_named(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(str(make_onnx(tmp_path / "m.onnx", "qdq", np.zeros((8, 3), np.int8))))
+    onnx.save(model, str(tmp_path / "e.onnx"), save_as_external_data=True, location="e.bin", size_threshold=0)
+    assert certify(tmp_path / "e.onnx", ["avx2"]).holds
+    (tmp_path / "e.bin").unlink()
+    done = call("audit", "certificate", tmp_path / "e.onnx", "--engine", "none")
+    assert done.exit_code == 1 and "e.onnx" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_float_model_is_refused(tmp_path: Path) -> None:
