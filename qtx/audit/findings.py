@@ -464,6 +464,34 @@ except Exception as error:
     print("Attempt to replace the existing tensor" in str(error))  # True
 """,
         remedy="Give each weight's DequantizeLinear a zero point of its own, as `qtx export --form qdq` does.",
+        id="QTX-ACC-002",
+        title="onnxruntime saturates pairs of uint8 x int8 on x86 without VNNI, not of uint8 x uint8",
+        cause="Its kernel of uint8 x int8 there is vpmaddubsw, which adds two neighbouring products in saturating "
+        "int16; its kernel of uint8 x uint8 widens both factors first. quantize_dynamic writes uint8 x int8.",
+        consequence="A file gives other integers on such a machine wherever two neighbours are large at once: `qtx "
+        "audit certificate` says whether they can be, and how often they are on data.",
+        reproduce="""
+import numpy as np
+from qtx_ref.integer.products import matmul_pairs16
+
+x, w = np.uint8([[255, 255]]), np.int8([[127], [127]])
+print((x.astype(int) @ w).item(), matmul_pairs16(x, w).item())  # 64770 32767
+""",
+        remedy="Weights of type QUInt8, or reduce_range (7 bits). `qtx audit certificate FILE --engine onnxruntime` "
+        "gives the operands to onnxruntime on an emulated CPU, where qemu-user is installed.",
+    ),
+    Finding(
+        id="QTX-BIA-002",
+        title="A float bias behind a QDQ product is added as a float, by integer kernels as a multiple of their unit",
+        cause="torch's exporter leaves the bias of a layer in float beside two DequantizeLinear. Read as it stands it "
+        "is added to the real result; fused into an integer product it is rounded to x_scale * w_scale first.",
+        consequence="One code of difference where the rounding reaches a tie.",
+        reproduce="""
+accumulator, unit, bias, scale = 21, 0.02 * 0.002, 0.31415, 0.01
+print(round((accumulator * unit + bias) / scale))  # 31
+print(round((accumulator + round(bias / unit)) * unit / scale))  # 32
+""",
+        remedy="Walk the file under the profile that its runtime has: `bias` float_after as it stands, int32 as fused.",
     ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}
