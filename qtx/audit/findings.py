@@ -403,5 +403,38 @@ print(run("litert-xnnpack", "quantize", {**values, "x": values["x"].astype(np.fl
 """,
         remedy="Cast to float32 before the quantizer.",
     ),
+    Finding(
+        id="QTX-REQ-004",
+        title="Levels beyond int32 become the lowest code in fbgemm, qnnpack and LiteRT's reference kernels",
+        cause="They convert the scaled accumulator to int32 before they clamp; what an int32 does not hold becomes "
+        "INT_MIN. onnxruntime, onednn and XNNPACK clamp first.",
+        consequence="A result far above the range is the lowest code instead of the highest. It takes scales that "
+        "do not fit the layer.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[100], [1]]), "w": np.int8([[127]]), "bias": None, "x_zero": np.uint8(0), "w_zero": np.int8(0)}
+values |= {"x_scale": np.float32(1), "w_scale": np.float32(1), "y_scale": np.float32(2**-20), "y_zero": np.uint8(5)}
+print(run("torch-fbgemm", "linear", values)["y"].ravel().tolist())  # [0, 255]
+print(run("onnxruntime-all", "linear", values)["y"].ravel().tolist())  # [255, 255]
+""",
+        remedy="Calibrate: with a y_scale that belongs to the layer no level is near 2^31. The profiles saturate.",
+    ),
+    Finding(
+        id="QTX-REQ-005",
+        title="Integer layers of torch with a subnormal scale are their own",
+        cause="1 / s of a subnormal scale is near the end of float32 or beyond it; qnnpack's product of scales "
+        "vanishes. The reference refuses a factor beyond 2^64, with which an accumulator may overflow.",
+        consequence="qnnpack gives ends of the range where onednn gives the zero point.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[251]]), "w": np.int8([[100]]), "bias": None, "x_zero": np.uint8(0), "w_zero": np.int8(0)}
+scales = {"x_scale": 6.092734e-39, "w_scale": 1.6641461e-06, "y_scale": 1.1754944e-38}
+values |= {"y_zero": np.uint8(247)} | {name: np.float32(scale) for name, scale in scales.items()}
+print([run(f"torch-{engine}", "linear", values)["y"].item() for engine in ("qnnpack", "onednn")])  # [0, 247]
+""",
+        remedy="Keep scales at 2^-126 or above, as qtx does.",
+    ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}
