@@ -34,6 +34,7 @@ __all__ = [
     "Path",
     "check_granularity",
     "engine_names",
+    "find_narrow",
     "find_path",
     "list_paths",
     "load_engine",
@@ -167,10 +168,16 @@ def multiplies_bytes(cpu: str | None = None) -> bool:
         return True
 
 
+def find_narrow(path: Path) -> str | None:
+    """The profile that states a path on x86 CPUs without VNNI, where it is another than its own."""
+    name = f"{path.profile}{WITHOUT_BYTES}"
+    return name if path.op in ("matmul", "linear") and name in NAMES else None
+
+
 def name_profile(path: Path, cpu: str | None = None) -> str:
-    """The profile that states a path on a CPU: its own, or that of CPUs whose products of bytes are pairs in int16."""
-    narrow = f"{path.profile}{WITHOUT_BYTES}"
-    return narrow if path.op in ("matmul", "linear") and narrow in NAMES and not multiplies_bytes(cpu) else path.profile
+    """The profile that states a path on a CPU."""
+    narrow = find_narrow(path)
+    return path.profile if narrow is None or multiplies_bytes(cpu) else narrow
 
 
 # --- workers ----------------------------------------------------------------------------------------------------------

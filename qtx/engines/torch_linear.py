@@ -27,7 +27,7 @@ LINEAR_PATHS = (  # path and profile, by the codes of x
     Path(f"{POINTWISE}-channel", "torch", "linear", POINTWISE, BYTE),
     Path(f"{POINTWISE}-s8", "torch", "linear", f"{POINTWISE}-s8", SIGNED),
     Path(f"{POINTWISE}-s8-channel", "torch", "linear", f"{POINTWISE}-s8", SIGNED),
-    Path("torch-int_mm", "torch", "matmul", "torch-onednn", SIGNED),
+    Path("torch-int_mm", "torch", "matmul", "torch-onednn-s8", SIGNED),
 )
 
 

@@ -127,6 +127,7 @@ class Products(Name):
 
     EXACT = "exact"
     PAIRS16 = "pairs16"  # neighbours along the sum in saturating int16 first: vpmaddubsw, x86 without VNNI
+    PAIRS16_SHIFTED = "pairs16_shifted"  # the same, int8 operands moved up by 128 for it: oneDNN
     RUNS16 = "runs16"  # and runs of `run` pairs in saturating int16 after that: acc16 kernels
 
 
