@@ -402,6 +402,8 @@ print(run("litert-xnnpack", "quantize", values)["code"].item())  # 110
 print(run("litert-xnnpack", "quantize", {**values, "x": values["x"].astype(np.float32)})["code"].item())  # 111
 """,
         remedy="Cast to float32 before the quantizer.",
+    ),
+    Finding(
         id="QTX-GRA-002",
         title="onnxruntime rounds 16-bit activations to 8 bits before a product with 8-bit weights",
         cause="At the extended level DequantizeLinear of constant 8-bit weights and the MatMul or Gemm behind it "
@@ -464,6 +466,8 @@ except Exception as error:
     print("Attempt to replace the existing tensor" in str(error))  # True
 """,
         remedy="Give each weight's DequantizeLinear a zero point of its own, as `qtx export --form qdq` does.",
+    ),
+    Finding(
         id="QTX-ACC-002",
         title="onnxruntime saturates pairs of uint8 x int8 on x86 without VNNI, not of uint8 x uint8",
         cause="Its kernel of uint8 x int8 there is vpmaddubsw, which adds two neighbouring products in saturating "
