@@ -15,7 +15,7 @@ import numpy as np
 from qtx_ref.profiles import profile as load_profile
 from qtx_ref.spec import Bias, Profile, SpecError
 
-from ..engines.paths import EngineCrash, EngineRefusal, Path
+from ..engines.paths import EngineCrash, EngineRefusal, Path, name_profile
 from .known import Known
 from .reference import EVALUATED, evaluate
 from .vectors import Batch
@@ -129,6 +129,19 @@ def make_witness(
     return witness
 
 
+def expect(path: Path, profile: Profile, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the profile says, and of the elements that do not fill the path's vectors another. Raises ValueError for
+    what a profile refuses."""
+    want = evaluate(profile, path.op, values)
+    if not path.tail or "axis" in values:
+        return want
+    rest = evaluate(load_profile(path.tail), path.op, values)
+    for name, array in want.items():
+        start = array.size - array.size % path.lanes
+        want[name] = np.concatenate([array.reshape(-1)[:start], rest[name].reshape(-1)[start:]]).reshape(array.shape)
+    return want
+
+
 def judge(tally: Tally, batch: Batch, path: Path, profile: Profile, run: Run, known: Sequence[Known]) -> None:
     """Runs one batch on both sides, counts it and explains it."""
     values, op = prepare(batch, path, profile), path.op
@@ -147,7 +160,7 @@ def judge(tally: Tally, batch: Batch, path: Path, profile: Profile, run: Run, kn
         note(tally, 1, {name: show(value) for name, value in values.items() if np.ndim(value) == 0}, whole)
         return
     try:
-        want = evaluate(profile, op, values)
+        want = expect(path, profile, values)
     except ValueError as refusal:
         tally.mismatches += max(batch.count, 1)
         said = {"dtype": batch.dtype, "profile refuses": str(refusal)[:300]}
@@ -192,13 +205,14 @@ def check_path(
     run: Run,
     known: Sequence[Known] = (),
     profile: Profile | None = None,
+    cpu: str | None = None,
     tell: Callable[[int], None] | None = None,
 ) -> list[Tally]:
-    """A path's rows, a family each. `tell`: is told of every batch. Raises SpecError for a profile or an operation that
-    there is none of."""
+    """A path's rows, a family each, on a CPU. `tell`: is told of every batch. Raises SpecError for a profile or an
+    operation that there is none of."""
     if path.op not in EVALUATED:
         raise SpecError(f"operation is {path.op!r}: known operations are {', '.join(EVALUATED)}")
-    profile = profile or load_profile(path.profile)
+    profile = profile or load_profile(name_profile(path, cpu))
     rows: dict[str, Tally] = {}
     for batch in batches:
         row = rows.setdefault(batch.family, Tally(path.name, path.op, profile.name, batch.family))

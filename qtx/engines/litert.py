@@ -33,9 +33,13 @@ def list_kernels(kernels: str) -> tuple[Path, ...]:
         replace(wide, op="dequantize"),
         replace(wide, op="linear"),
     )
-    split = {"reference": (), "optimized": (name, wide.name), "xnnpack": (wide.name,)}[kernels]
+    split = {
+        "reference": (),
+        "optimized": (("quantize", name), ("dequantize", name), ("quantize", wide.name)),
+        "xnnpack": (("quantize", wide.name),),
+    }[kernels]
     return tuple(
-        replace(path, lanes=LANES, tail=TAIL) if path.op == "quantize" and path.name in split else path
+        replace(path, lanes=LANES, tail=TAIL) if (path.op, path.name) in split else path
         for path in paths
     )
 
