@@ -151,7 +151,8 @@ def summarize(certificate: Certificate, targets: tuple[str, ...]) -> str:
     for name in (*targets, "accumulator", "left shift"):
         verdicts = [pick(line, name) for line in certificate.lines]
         judged = [one for one in verdicts if one is not None]
-        counts.append(f"{name} {sum(one.holds for one in judged)} of {len(judged)}")
+        if judged:
+            counts.append(f"{name} {sum(one.holds for one in judged)} of {len(judged)}")
     text = f"{certificate.model}: proved {', '.join(counts)}"
     return text + (f"; not read: {', '.join(certificate.unread)}" if certificate.unread else "")
 
