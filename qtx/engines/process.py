@@ -201,8 +201,9 @@ def serve(do: Callable[[dict[str, Any], Values, Tell], tuple[Any, Values]]) -> N
         tasks: queue.Queue[tuple[dict[str, Any], Values]] = queue.Queue()
 
         def listen() -> None:
-            while (message := read(sys.stdin.buffer)) is not None:
-                tasks.put(message)
+            with os.fdopen(os.dup(0), "rb") as given:  # Python's own stdin would be locked where the process ends
+                while (message := read(given)) is not None:
+                    tasks.put(message)
             os._exit(1)
 
         threading.Thread(target=listen, daemon=True).start()
