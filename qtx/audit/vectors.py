@@ -78,7 +78,7 @@ class Batch:
 
 def measure_chunk(count: int) -> int:
     """How many numbers share a scale: few, so that there are many scales, and more where millions are asked for."""
-    return 256 if count <= 2**20 else 1024
+    return 256 if count <= 2**18 else 1024
 
 
 def take_codes(op: str, codes: Sequence[str]) -> list[str]:
