@@ -90,7 +90,12 @@ def prepare(batch: Batch, path: Path, profile: Profile) -> dict[str, Any]:
     values = dict(batch.values)
     if path.op == "mx":
         values["shared"] = path.name.rpartition("-")[2]
-    if path.op == "linear" and path.name.endswith("-channel") and np.ndim(values["w_scale"]) == 0:
+    channels = path.name.endswith("-channel")
+    if channels and path.op in ("quantize", "dequantize") and "axis" not in values:  # one channel
+        name = "x" if path.op == "quantize" else "code"
+        values |= {key: np.reshape(values[key], 1) for key in ("scale", "zero_point")} | {"axis": 0}
+        values[name] = values[name][None]
+    if channels and path.op == "linear" and np.ndim(values["w_scale"]) == 0:
         columns = np.arange(values["w"].shape[1])
         ulps = columns % 5 - 2 if batch.family == "near ties" else 0 * columns
         values["w_scale"] = step(np.full(columns.size, values["w_scale"], np.float32), ulps)
