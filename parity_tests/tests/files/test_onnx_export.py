@@ -16,10 +16,11 @@ from qtx.cli import main
 from qtx.files.artifact import Artifact, load_artifact, save_artifact
 from qtx.files.container import FileError, sha_of
 from qtx.graphs.export import export_artifact, make_model
-from qtx.graphs.export_check import check_export, check_model
+from qtx.graphs.export_check import check_export, check_model, random_batch, run_reference
 from qtx.graphs.export_graph import OPSET, Graph, Value
 from qtx.graphs.export_requantize import round_float, shift_rounded
 from qtx.graphs.export_run import expose, list_engines, run_engine
+from qtx.graphs.walking import walk
 from qtx_ref.integer.lowering import lower
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
@@ -170,6 +171,34 @@ def test_artifacts_of_before_in_both_forms(name):
     for form in ("integer", "qdq"):
         for one in check_model(artifact, make_model(artifact, form)[0], form, None, (EXTENDED,)):
             assert one.equal and one.count()[5] <= 1  # a float kernel that differs is next to a tie
+
+
+@pytest.mark.parametrize("form", ["integer", "qdq"])
+@pytest.mark.parametrize(
+    "mask", [[[1], [1]], [[0, 0, 1, 1, 1], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]]], ids=["one token", "gaps"]
+)
+def test_any_length_and_mask(mask, form):
+    artifact = load_artifact(FIXTURES / "opt.qtx")
+    mask = np.array(mask, bool)
+    batch = {"tokens": np.arange(mask.size).reshape(mask.shape), "mask": mask}
+    for one in check_model(artifact, make_model(artifact, form)[0], form, batch, FEW):
+        assert one.equal and one.count()[5] <= 1
+
+
+@pytest.mark.parametrize("form", ["integer", "qdq"])
+def test_a_walk_in_the_references_arithmetic_gives_the_same_codes(form, tmp_path):
+    """The walker reads a file as anyone's, node by node: products and requantization in qtx_ref's functions."""
+    artifact = load_artifact(FIXTURES / "vit.qtx")
+    model, wiring = make_model(artifact, form)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    inputs = random_batch(artifact.spec)
+    want = run_reference(artifact, wiring, inputs)
+    values = {}
+    for result in walk(tmp_path / "m.onnx", inputs, wiring.profile, "disable"):
+        values |= result.outputs
+    for site, value in wiring.sites.items():
+        if value.name in values:  # a constant is no result
+            assert np.array_equal(values[value.name], want[site]), site
 
 
 def test_onnxruntime_makes_one_integer_kernel_of_each_product(tmp_path):
