@@ -319,6 +319,91 @@ print(run("onnxruntime-all", "scale", values)["scale"].item())  # 0.0
         remedy="A floor for scales: the smallest normal number, as the default profile has it.",
     ),
     Finding(
+        id="QTX-SCA-002",
+        title="torchao divides a block by 2^-126 where its scale says 2^-127",
+        cause="The scale code 0 stands for 2^-127, which is subnormal in float32; the elements are divided by the "
+        "smallest normal number instead.",
+        consequence="Blocks whose largest element is that small are read back at half their value.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.quant.formats import mx_quantize
+from qtx_ref.spec import FloatFormat
+x = np.zeros((1, 32), np.float32)
+x[0, 0] = 2.0**-126
+made = run("torchao-mx-floor", "mx", {"x": x, "format": "e5m2"})
+print(made["scale"].item(), made["code"][0, 0], mx_quantize(x, FloatFormat.E5M2)[1][0, 0])  # 0 60 64
+""",
+        remedy="Scale such a tensor up before it is cast; it is below anything that is trained.",
+    ),
+    Finding(
+        id="QTX-SCA-003",
+        title="torchao's RCEIL takes a logarithm in float32 and misses powers of two by an ulp",
+        cause="ceil(log2(absmax / largest)): for large |k| the logarithm of what is just above 2^k is rounded to k.",
+        consequence="The block's scale is half of what hardware gives, and its largest element saturates.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.quant.formats import mx_quantize
+from qtx_ref.spec import FloatFormat, SharedScale
+x = np.zeros((1, 32), np.float32)
+x[0, 0] = np.nextafter(np.float32(448 * 2.0**-30), np.float32(1))
+made = run("torchao-mx-rceil", "mx", {"x": x, "format": "e4m3"})
+print(made["scale"].item() - 127, int(mx_quantize(x, FloatFormat.E4M3, SharedScale.RCEIL)[0].item()) - 127)  # -30 -29
+""",
+        remedy="Take the exponent from the bits of the quotient, as qtx_ref does.",
+    ),
+    Finding(
+        id="QTX-NAN-002",
+        title="MX blocks with infinity get a finite scale in torchao, and those with NaN elements of NaN",
+        cause="The exponent of infinity is taken as 128, and the infinity saturates. With NaN the scale is NaN, and "
+        "so is every quotient with it.",
+        consequence="An infinity upstream turns into the largest finite element of a block whose others are lost. "
+        "The codes of a block of NaN differ between engines, its values do not.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.quant.formats import mx_quantize
+from qtx_ref.spec import FloatFormat
+x = np.ones((1, 32), np.float32)
+x[0, 0] = np.inf
+made = run("torchao-mx-floor", "mx", {"x": x, "format": "e4m3"})
+print(made["scale"].item(), made["code"][0, :2].tolist())  # 247 [126, 0]
+print(mx_quantize(x, FloatFormat.E4M3)[0].item())  # 255
+""",
+        remedy="Look for infinity before the cast; qtx_ref gives the block the scale NaN.",
+    ),
+    Finding(
+        id="QTX-QUA-005",
+        title="LiteRT's optimised quantizer rounds the last elements of a tensor by another rule",
+        cause="Full vectors are x (1 / s) in float32, half to even; what does not fill a vector is x / s in "
+        "float64, half away from zero. With a scale per channel it is x / s in float32, half away, throughout.",
+        consequence="Equal numbers in one tensor get different codes, by their place in it.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.full(33, 2.5, np.float32), "scale": np.float32(1), "zero_point": np.int32(0), "dtype": "int8"}
+print(run("litert-optimized", "quantize", values)["code"][30:].tolist())  # [2, 2, 3]
+""",
+        remedy="Compare tensors whose length is a multiple of 16, or each part under its own profile: "
+        "litert-2.3-optimized and litert-2.3-optimized-tail.",
+    ),
+    Finding(
+        id="QTX-QUA-006",
+        title="XNNPACK quantizes float16 by a reciprocal that is rounded to float16",
+        cause="The kernel keeps 1 / s in float16, and multiplies in float32.",
+        consequence="Levels are off by up to one in 2,000: near ties the code differs from that of the same numbers in "
+        "float32.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.float16([5.9960938]), "scale": np.float32(0.06774902), "zero_point": np.int32(22), "dtype": "int8"}
+print(run("litert-xnnpack", "quantize", values)["code"].item())  # 110
+print(run("litert-xnnpack", "quantize", {**values, "x": values["x"].astype(np.float32)})["code"].item())  # 111
+""",
+        remedy="Cast to float32 before the quantizer.",
+    ),
+    Finding(
         id="QTX-GRA-002",
         title="onnxruntime rounds 16-bit activations to 8 bits before a product with 8-bit weights",
         cause="At the extended level DequantizeLinear of constant 8-bit weights and the MatMul or Gemm behind it "
@@ -381,6 +466,36 @@ except Exception as error:
     print("Attempt to replace the existing tensor" in str(error))  # True
 """,
         remedy="Give each weight's DequantizeLinear a zero point of its own, as `qtx export --form qdq` does.",
+    ),
+    Finding(
+        id="QTX-ACC-002",
+        title="onnxruntime saturates pairs of uint8 x int8 on x86 without VNNI, not of uint8 x uint8",
+        cause="Its kernel of uint8 x int8 there is vpmaddubsw, which adds two neighbouring products in saturating "
+        "int16; its kernel of uint8 x uint8 widens both factors first. quantize_dynamic writes uint8 x int8.",
+        consequence="A file gives other integers on such a machine wherever two neighbours are large at once: `qtx "
+        "audit certificate` says whether they can be, and how often they are on data.",
+        reproduce="""
+import numpy as np
+from qtx_ref.integer.products import matmul_pairs16
+
+x, w = np.uint8([[255, 255]]), np.int8([[127], [127]])
+print((x.astype(int) @ w).item(), matmul_pairs16(x, w).item())  # 64770 32767
+""",
+        remedy="Weights of type QUInt8, or reduce_range (7 bits). `qtx audit certificate FILE --engine onnxruntime` "
+        "gives the operands to onnxruntime on an emulated CPU, where qemu-user is installed.",
+    ),
+    Finding(
+        id="QTX-BIA-002",
+        title="A float bias behind a QDQ product is added as a float, by integer kernels as a multiple of their unit",
+        cause="torch's exporter leaves the bias of a layer in float beside two DequantizeLinear. Read as it stands it "
+        "is added to the real result; fused into an integer product it is rounded to x_scale * w_scale first.",
+        consequence="One code of difference where the rounding reaches a tie.",
+        reproduce="""
+accumulator, unit, bias, scale = 21, 0.02 * 0.002, 0.31415, 0.01
+print(round((accumulator * unit + bias) / scale))  # 31
+print(round((accumulator + round(bias / unit)) * unit / scale))  # 32
+""",
+        remedy="Walk the file under the profile that its runtime has: `bias` float_after as it stands, int32 as fused.",
     ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}

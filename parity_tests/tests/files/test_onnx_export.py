@@ -111,7 +111,9 @@ RULES = {
     "even": {"requantize": replace(FIXED, rounding=Rounding.HALF_EVEN), "add": AddRule(Rounding.TOWARD_ZERO)},
     "high": {"requantize": replace(FIXED, product=HighProduct.HALF_UP, rounding=Rounding.HALF_UP)},
     "truncated": {
-        "requantize": Fixed(Dtype.FLOAT64, 31, HighProduct.TRUNCATED, Rounding.HALF_AWAY, LeftShift.SATURATE),
+        "requantize": Fixed(
+            Dtype.FLOAT64, 31, HighProduct.TRUNCATED, Rounding.HALF_AWAY, LeftShift.SATURATE, Dtype.FLOAT64
+        ),
         "add": AddRule(Rounding.HALF_EVEN),
     },
     "steps": {"requantize": STEPS, "bias": Bias.FLOAT_AFTER},
