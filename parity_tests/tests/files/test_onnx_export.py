@@ -30,7 +30,6 @@ from qtx_ref.spec import (
     AddRule,
     Bias,
     Dtype,
-    Fixed,
     FloatProduct,
     HighProduct,
     LeftShift,
@@ -111,12 +110,13 @@ RULES = {
     "even": {"requantize": replace(FIXED, rounding=Rounding.HALF_EVEN), "add": AddRule(Rounding.TOWARD_ZERO)},
     "high": {"requantize": replace(FIXED, product=HighProduct.HALF_UP, rounding=Rounding.HALF_UP)},
     "truncated": {
-        "requantize": Fixed(
-            Dtype.FLOAT64, 31, HighProduct.TRUNCATED, Rounding.HALF_AWAY, LeftShift.SATURATE, Dtype.FLOAT64
+        "requantize": replace(
+            FIXED, product=HighProduct.TRUNCATED, rounding=Rounding.HALF_AWAY, left=LeftShift.SATURATE
         ),
         "add": AddRule(Rounding.HALF_EVEN),
     },
     "steps": {"requantize": STEPS, "bias": Bias.FLOAT_AFTER},
+    "divided": {"requantize": replace(STEPS, order=Order.SCALES_DIVIDED), "bias": Bias.FLOAT_AFTER},
     "before": {"requantize": replace(STEPS, dtype=Dtype.FLOAT64, order=Order.RATIO32), "bias": Bias.FLOAT_BEFORE},
     "away": {
         "requantize": replace(STEPS, order=Order.RECIPROCAL, zero_point=ZeroPoint.AFTER, rounding=Rounding.HALF_UP),
@@ -357,6 +357,9 @@ def test_what_cannot_be_exported_is_refused_by_its_site(tmp_path):
     fused = replace(QTX.quantize, zero_point=ZeroPoint.FUSED, reciprocal=True)
     with pytest.raises(SpecError, match=r"site embed.image cannot be exported to ONNX: a zero point that is fused"):
         make_model(make_under("vit_plain", quantize=fused)[0], "integer")
+    fused = {"requantize": STEPS, "bias": Bias.FLOAT_BEFORE_FUSED}
+    with pytest.raises(SpecError, match=r"site embed.patch cannot be exported to ONNX: a bias in a fused multiply-add"):
+        make_model(make_under("vit_plain", **fused)[0], "integer")
     bias = {"layer.0.ffn.hidden.bias": np.full(24, 2**31 - 1, np.int32)}
     wide = replace(artifact, constants=artifact.constants | bias)
     with pytest.raises(SpecError, match=r"site layer.0.ffn.hidden cannot be exported to ONNX: accumulators up to"):
