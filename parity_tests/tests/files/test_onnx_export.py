@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -404,3 +405,11 @@ def test_the_command(tmp_path):
     assert qdq.exit_code == 0 and "q.onnx" in qdq.output and "Gemm" in qdq.output
     refused = run(source, "--form", "qdq", "--out", tmp_path / "hf")
     assert (refused.exit_code, "--form is of --format onnx" in refused.output) == (1, True)
+
+
+def test_without_onnx_the_command_says_what_to_install(tmp_path, monkeypatch):
+    save(tmp_path / "m.qtx", "vit_plain")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    words = ["export", str(tmp_path / "m.qtx"), "--format", "onnx", "--out", str(tmp_path / "m.onnx")]
+    got = CliRunner().invoke(main, words)
+    assert got.exit_code != 0 and 'pip install "qtx[engines]"' in got.output and not (tmp_path / "m.onnx").exists()
