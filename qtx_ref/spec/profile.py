@@ -283,8 +283,8 @@ class FloatProduct(Spec):
             refuse("rule rounding", "stochastic", "a requantization rounds the same each time")
         if self.dtype is Dtype.INPUT:
             refuse("rule dtype", "input", "an accumulator has no width of its own: give one")
-        if self.zero_point is ZeroPoint.FUSED:
-            refuse("rule zero_point", "fused", "no requantization is known to fuse it: give before or after")
+        if self.zero_point not in (ZeroPoint.BEFORE, ZeroPoint.AFTER):
+            refuse("rule zero_point", str(self.zero_point), "a requantization adds it before or after")
 
 
 @dataclass(frozen=True)
