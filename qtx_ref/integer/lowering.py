@@ -29,7 +29,6 @@ from ..spec import (
     HighProduct,
     ModelSpec,
     Nonlinear,
-    Order,
     Profile,
     QuantSpec,
     Range,
@@ -299,8 +298,8 @@ class Lowering(Integer):
         if spec.dynamic or a.measured or b.measured:
             return super().add(site, a, b)
         step, rule = self.constants[f"{site}.scale"], self.profile.requantize
-        if isinstance(rule, FloatProduct) and rule.order is Order.STEPS:  # an operand has one scale
-            rule = replace(rule, order=Order.RECIPROCAL)
+        if isinstance(rule, FloatProduct):
+            rule = replace(rule, order=rule.order.single)
         reals = np.broadcast_arrays(*(fixed_point.real_multiplier(x.unit, 1, step, rule) for x in (a, b)))
         with at(site):
             for real in reals:

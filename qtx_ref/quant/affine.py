@@ -219,7 +219,10 @@ def scale_zero(
     if spec.mirrored:
         return scale, np.where(low < 0, middle, 0).astype(np.int32)
     first, last = number(spec.code_min), number(spec.code_max)
-    zero = number(first - number(low / divisor))
+    start = number(low / divisor)
+    if rule.nudging is Nudging.LOW_ROUNDED:
+        start = round_integer(start, rule.zero_point_rounding)
+    zero = number(first - start)
     if rule.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
         # the two ends' rounding errors, as gemmlowp bounds them

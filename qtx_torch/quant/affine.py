@@ -212,7 +212,10 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX
     if spec.mirrored:
         return scale, (low < 0).int() * middle
     first, last = constant(spec.code_min), constant(spec.code_max)
-    zero = number(first - number(low / divisor))
+    start = number(low / divisor)
+    if rule.nudging is Nudging.LOW_ROUNDED:
+        start = round_integer(start, rule.zero_point_rounding)
+    zero = number(first - start)
     if rule.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
         # the two ends' rounding errors, as gemmlowp bounds them
