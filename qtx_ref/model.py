@@ -102,10 +102,12 @@ class Model:
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
-        passes quantize. `profile`: the rules of quantizing and dequantizing, and of dynamic scales.
+        passes quantize. `profile`: the rules of fake quantization (of quantizing and
+        dequantizing, where it has none of its own) and of dynamic scales.
 
         Raises SpecError for a static site without a range, and for a scale or zero point that no quantizer has.
         """
+        profile = profile.simulated()
         for site, spec in quants.items():
             if not spec.dynamic and site not in ranges:
                 raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
