@@ -127,6 +127,7 @@ class Products(Name):
 
     EXACT = "exact"
     PAIRS16 = "pairs16"  # neighbours along the sum in saturating int16 first: vpmaddubsw, x86 without VNNI
+    PAIRS16_SHIFTED = "pairs16_shifted"  # the same, int8 operands moved up by 128 for it: oneDNN
     RUNS16 = "runs16"  # and runs of `run` pairs in saturating int16 after that: acc16 kernels
 
 
@@ -327,7 +328,7 @@ class CastRule(Spec):
     e5m2_nan: int  # the code of NaN, without its sign: 0x7F, or 0x7E
     e2m1_nan: int | None  # of a NaN without sign in a format that has none (with one: the sign bit the other way);
     # None: ValueError
-    negative_zero: bool  # -0.0 keeps its sign, and does not become code 0
+    negative_zero: bool  # -0.0 keeps its sign in E2M1, and does not become code 0; wider formats always keep it
     e4m3_saturates: bool  # beyond the largest value, infinity too, that value; False: NaN
     e5m2_saturates: bool  # False: infinity
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qtx.audit.certificate import certify
 from qtx.engines.process import EngineRefusal
 from qtx.graphs.operators import OPERATORS
 from qtx.graphs.reading import read_graph
@@ -302,6 +303,7 @@ def test_torch_writes_what_is_walked(tmp_path: Path) -> None:
     assert {one.by for one in results} == {"qtx_ref"}
     codes = [(v, engine[n]) for one in results for n, v in one.outputs.items() if n in engine and v.dtype.kind in "iu"]
     assert len(codes) == 5 and all(np.array_equal(ours, theirs) for ours, theirs in codes)
+    assert [(line.depth, line.columns) for line in certify(path).lines] == [(16, 8), (8, 4)]  # quantized in the file
 
 
 # --- a whole file in an engine ----------------------------------------------------------------------------------------
@@ -366,6 +368,15 @@ def test_a_node_that_no_engine_takes_is_named(model: Path, tmp_path: Path) -> No
     onnx.save(graph.model, str(tmp_path / "odd.onnx"))
     with pytest.raises(EngineRefusal, match=r"node p \(Softmaxx\)"):
         list(walk(tmp_path / "odd.onnx", draw()))
+
+
+def test_a_node_that_lacks_an_input_is_named(model: Path, tmp_path: Path) -> None:
+    proto = onnx.load(str(quantize(model, "qdq")))
+    node = next(one for one in proto.graph.node if one.op_type == "QuantizeLinear")
+    del node.input[:]
+    onnx.save(proto, str(tmp_path / "short.onnx"))
+    with pytest.raises(SpecError, match=rf"node {node.name} \(QuantizeLinear\) is not as ONNX has it"):
+        list(walk(tmp_path / "short.onnx", draw()))
 
 
 def test_a_scale_of_zero_is_refused_with_its_node(model: Path, tmp_path: Path) -> None:
