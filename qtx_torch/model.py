@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qtx_ref.spec import (
+    QTX,
     Gate,
     Gradients,
     InputTransform,
@@ -106,10 +107,11 @@ class Model:
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
         gradients: Gradients | None = None,
+        profile: Profile = QTX,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
-        passes quantize.
+        passes quantize. `profile`: the rules of quantizing and dequantizing, and of dynamic scales.
 
         Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a
         site that the model does not have.
@@ -120,8 +122,8 @@ class Model:
                 raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
             tensors = None if spec.dynamic else Range(*(torch.tensor(np.asarray(part)) for part in ranges[site]))
             if tensors is not None:
-                check_bound(site, tensors, spec)
-            hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores).to(self.device)
+                check_bound(site, tensors, spec, profile)
+            hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores, profile=profile).to(self.device)
         attach(self.net, hooks)
         transform(self.net, self._transforms(transforms))
         self.quants, self.fixed, self.gradient_quants = dict(quants), dict(ranges), gradients
@@ -442,10 +444,10 @@ class IntegerModel:
         return Output(to_numpy(out.value), np.asarray(scale, np.float64), to_numpy(out.zero_point))
 
 
-def check_bound(site: str, range: Range, spec: Quant) -> None:
+def check_bound(site: str, range: Range, spec: Quant, profile: Profile) -> None:
     """Raises SpecError naming a site whose static scale or zero point no quantizer has."""
     try:
-        quantizer.check_quantizer(range.scale.shape, range.scale, range.zero_point, spec)
+        quantizer.check_quantizer(range.scale.shape, range.scale, range.zero_point, spec, profile)
     except ValueError as error:
         raise SpecError(f"site {site}: {error}") from None
 

@@ -7,6 +7,7 @@ import click
 from .audit_bisect import bisect_command
 from .audit_certificate import certificate_command
 from .audit_conformance import conformance_command
+from .audit_engines import engines_command
 from .audit_findings import findings_command
 from .audit_fingerprint import fingerprint_command
 
@@ -19,5 +20,6 @@ def audit_command() -> None:
 audit_command.add_command(bisect_command)
 audit_command.add_command(certificate_command)
 audit_command.add_command(conformance_command)
+audit_command.add_command(engines_command)
 audit_command.add_command(findings_command)
 audit_command.add_command(fingerprint_command)

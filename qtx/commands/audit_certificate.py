@@ -89,6 +89,7 @@ def describe(certificate: Certificate, targets: tuple[str, ...]) -> str:
     tallied = any(line.tally for line in certificate.lines)
     header = [
         "product",
+        "codes",
         "K x N",
         *targets,
         "accumulator",
@@ -100,7 +101,10 @@ def describe(certificate: Certificate, targets: tuple[str, ...]) -> str:
     for line in certificate.lines:
         size = f"{line.depth or '?'} x {line.columns or '-'}"
         cells = [describe_verdict(pick(line, name)) for name in (*targets, "accumulator", "left shift")]
-        rows.append([line.name, size, *cells, *([describe_tally(line)] if tallied else []), describe_cures(line)])
+        cells[-2] += " (64 bits)" if line.accumulator == 64 else ""
+        rows.append(
+            [line.name, line.codes, size, *cells, *([describe_tally(line)] if tallied else []), describe_cures(line)]
+        )
     text = [format_table(header, rows), "", summarize(certificate, targets)]
     return "\n".join([*text, *map(describe_witness, certificate.lines)]).rstrip()
 
@@ -171,9 +175,11 @@ def to_json(certificate: Certificate) -> dict[str, Any]:
         lines.append(
             {
                 "product": line.name,
+                "codes": line.codes,
                 "constant": line.constant,
                 "depth": line.depth,
                 "columns": line.columns,
+                "accumulator_bits": line.accumulator,
                 "proved": line.holds,
                 "verdicts": {name: None if one is None else plain(asdict(one)) for name, one in verdicts.items()},
                 "cures": [{"name": cure.name, "error": cure.error, "note": cure.note} for cure in line.cures],

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .backend import need
 from .litert_models import Tensor, make_model, settle
-from .paths import Path
+from .paths import Path, check_granularity
 
 PACKAGES = {"ai_edge_litert": "engines", "flatbuffers": "engines"}
 NAME = "litert"
 RESOLVERS = {"reference": "BUILTIN_REF", "optimized": "BUILTIN_WITHOUT_DEFAULT_DELEGATES", "xnnpack": "BUILTIN"}
-CODES = ("int8", "uint8", "int16")
+BYTES = ("int8", "uint8")
+LANES, TAIL = 8, "litert-2.3-optimized-tail"  # of the optimised kernels, which take what XNNPACK does not, int16
 
 
 def list_kernels(kernels: str) -> tuple[Path, ...]:
     """The paths of one resolver."""
     name, profile = f"{NAME}-{kernels}", f"{NAME}-2.3-{kernels}"
-    return (
-        Path(name, NAME, "quantize", profile, CODES),
-        Path(name, NAME, "dequantize", profile, CODES),
+    wide = Path(f"{name}-16x8", NAME, "quantize", f"{profile}-16x8", ("int16",))
+    paths = (
+        Path(name, NAME, "quantize", profile, BYTES),
+        Path(name, NAME, "dequantize", profile, BYTES),
         Path(name, NAME, "linear", profile, ("int8",)),
-        Path(f"{name}-16x8", NAME, "linear", f"{profile}-16x8", ("int16",)),
+        Path(f"{name}-channel", NAME, "linear", f"{profile}-channel" if kernels == "optimized" else profile, ("int8",)),
+        wide,
+        replace(wide, op="dequantize"),
+        replace(wide, op="linear"),
+    )
+    split = {"reference": (), "optimized": (name, wide.name), "xnnpack": (wide.name,)}[kernels]
+    return tuple(
+        replace(path, lanes=LANES, tail=TAIL) if path.op == "quantize" and path.name in split else path
+        for path in paths
     )
 
 
@@ -44,8 +55,9 @@ def make_interpreter(model: bytes, kernels: str) -> Any:
 
 def run(path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What the kernels give. Tensors are rows: an axis of channels is the last."""
-    kernels = path.name.removeprefix(f"{NAME}-").removesuffix("-16x8")
+    kernels = path.name.split("-")[1]
     if path.op == "linear":
+        check_granularity(path, values)
         return {"y": run_linear(kernels, values)}
     name = "x" if path.op == "quantize" else "code"
     given = np.ascontiguousarray(values[name])

@@ -55,9 +55,10 @@ class Model(Runnable, Protocol):
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
         gradients: Gradients | None = None,
+        profile: Profile = ...,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `gradients`: what backward passes
-        quantize. Raises SpecError."""
+        quantize. `profile`: the rules of quantizing. Raises SpecError."""
 
     def forward(self, batch: Batch) -> np.ndarray:
         """The output: logits, or hidden states without a head."""

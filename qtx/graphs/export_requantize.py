@@ -123,7 +123,7 @@ def round_product(g: Graph, a: str, target: Target, rule: FloatProduct) -> str:
     if target.bias is not None and target.place is Bias.FLOAT_AFTER:
         x = g.node("Add", x, target.bias.astype(kind))
     for factor in factors[2:]:
-        x = g.node("Mul", x, factor.astype(kind))
+        x = g.node("Div" if rule.order.divides else "Mul", x, factor.astype(kind))
     return round_float(g, x, rule.dtype, rule.rounding, target.zero, rule.zero_point)
 
 

@@ -51,6 +51,10 @@ class Wiring(Numerics[Value]):
         batch = {"tokens": one, "types": one, "mask": one == 0, "images": np.zeros(size, np.float32)}
         return models.forward(self, self.spec, batch)
 
+    def session(self) -> dict[str, str]:
+        """The entries that an onnxruntime session needs for what the profile says; none by default."""
+        return {}
+
     def make_mask(self, rows: str) -> str:
         """Which key each query may attend to, broadcasting to (B, H, T, T)."""
         g = self.graph

@@ -211,7 +211,7 @@ def test_golden_vectors_come_back_and_hold_a_profile_to_them(toy: str, tmp_path:
 # --- ONNX's node cases ------------------------------------------------------------------------------------------------
 
 
-ONNX = replace(profile("onnx"), cast=CastRule(e5m2_nan=0x7E, e2m1_nan=8, negative_zero=True))
+ONNX = replace(profile("onnx"), cast=CastRule(0x7E, 8, negative_zero=True, e4m3_saturates=True, e5m2_saturates=True))
 
 
 def test_every_node_case_passes_or_says_why_not() -> None:

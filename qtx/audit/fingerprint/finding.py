@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+
+from qtx_ref.spec import QuantSpec
 
 from .boxes import CODES, Observed, observe
 from .linear import Linear
@@ -25,13 +28,16 @@ def find_rules(
     if observed.unexplained is not None:
         calls = box.calls
         return Fingerprint(op, (), (), (), calls, calls, box.inputs, 0, (), (), observed.unexplained), observed
-    return Search(make_operation(op, observed), box, seed, advance).run(), observed
+    operation = make_operation(op, tuple(observed.specs.items()), observed.stochastic)
+    return Search(operation, box, seed, advance).run(), observed
 
 
-def make_operation(op: str, observed: Observed) -> Operation:
-    """The operation that a search asks for, with the codes that were seen."""
+@lru_cache(maxsize=4)
+def make_operation(op: str, specs: tuple[tuple[str, QuantSpec], ...], stochastic: bool) -> Operation:
+    """The operation that a search asks for, with the codes that were seen. It is kept: what rules say to its questions
+    serves the next box."""
     if op == "quantize":
-        return Quantize(observed.specs, observed.stochastic)
+        return Quantize(dict(specs), stochastic)
     if op == "dequantize":
-        return Dequantize(tuple(observed.specs))
-    return FakeQuantize(observed.specs) if op == "fake_quantize" else Linear(observed.specs)
+        return Dequantize(tuple(dict(specs)))
+    return FakeQuantize(dict(specs)) if op == "fake_quantize" else Linear(dict(specs))

@@ -55,7 +55,7 @@ FIXED, FLOAT = "fixed", "float"  # of the axis requantize: which record it is; t
 RUNS = (2, 4, 8, 16, 32)  # pairs that an acc16 kernel may add at once
 ROUNDINGS = tuple(one for one in Rounding if one is not Rounding.STOCHASTIC)
 COUNT, FRESH_COUNT = 192, 2048  # accumulators of a question of the pool, and of a fresh one
-LONG = 140_000  # products of one sign that int32 does not hold, in pairs of 16 bits neither
+BLOCK, BLOCKS = 64, 2200  # of products of one sign: int32 does not hold their sum, in pairs of 16 bits neither
 W_SPEC = QuantSpec(bits=8, symmetric=True)
 
 
@@ -84,7 +84,7 @@ def make_requantize(values: Values) -> Fixed | FloatProduct:
     """The record of a candidate."""
     _, _, _, _, kind, dtype, bits, high, order, zero_point, rounding, left = values
     if kind == FIXED:
-        return Fixed(dtype, bits, high, rounding, left)
+        return Fixed(dtype, bits, high, rounding, left, dtype)
     return FloatProduct(dtype, order, zero_point, rounding)
 
 
@@ -106,24 +106,22 @@ class Linear(Operation):
         memo = question.settings["accumulators"]
         key = (kind, run, overflow, inside)
         if key not in memo:
-            arrays, codes = question.arrays, str(question.arrays["x_codes"].dtype)
-            wide = np.int64 if codes == "int16" else np.int32
             try:
-                sums = products.linear(
-                    arrays["x_codes"],
-                    arrays["w_codes"],
-                    operand_spec(codes),
-                    W_SPEC,
-                    arrays["x_zero"].astype(np.int32),
-                    None,
-                    arrays["bias"].astype(wide) if inside else None,
-                    64 if codes == "int16" else 32,
-                    MatmulRule(kind, run, overflow),
-                )
+                sums = self.add_products(MatmulRule(kind, run, overflow), question, inside)
                 memo[key] = sums.tobytes(), sums
             except ValueError:
                 memo[key] = b"", None
         return memo[key]
+
+    def add_products(self, rule: MatmulRule, question: Question, inside: bool) -> np.ndarray:
+        """Accumulators (1, N); of equal blocks, each some whole runs of pairs, one is worked out. Raises ValueError."""
+        arrays, codes, blocks = question.arrays, str(question.arrays["x_codes"].dtype), question.settings["blocks"]
+        x, w = (arrays[name][:, : arrays[name].shape[1] // blocks] for name in ("x_codes", "w_codes"))
+        wide = codes == "int16"
+        bias = arrays["bias"].astype(np.int64 if wide else np.int32) if inside else None
+        zero, bits = arrays["x_zero"].astype(np.int32), 64 if wide else 32
+        sums = products.linear(x, w, operand_spec(codes), W_SPEC, zero, None, bias, bits, rule)
+        return sums if blocks == 1 else products.fit(sums.astype(np.int64) * blocks, bits, rule)
 
     def key(self, values: Values, question: Question) -> Hashable:
         name, sums = self.accumulate(values, question)
@@ -165,9 +163,9 @@ class Linear(Operation):
         zeros: tuple[int, int],
         codes: str,
         bias: np.ndarray | None = None,
-        costly: bool = False,
+        blocks: int = 1,
     ) -> Question:
-        """One call."""
+        """One call. `blocks`: equal ones that its operands are made of."""
         x, w = operands
         arrays: dict[str, Any] = {
             "x_codes": x,
@@ -182,8 +180,8 @@ class Linear(Operation):
         asked = {f"{codes} codes", *(["a zero point"] if any(zeros) else [])}
         asked |= set() if bias is None else {f"a bias of {bias.dtype}"}
         asked |= {"a multiplier above 1"} if scales.ratio > 1 else set()
-        settings = {"spec": self.specs[codes], "ratio": scales.ratio, "accumulators": {}}
-        return Question(kind, arrays, len(w), frozenset(asked), settings, costly)
+        settings = {"spec": self.specs[codes], "ratio": scales.ratio, "blocks": blocks, "accumulators": {}}
+        return Question(kind, arrays, len(w), frozenset(asked), settings)
 
     def draw_question(
         self, rng: np.random.Generator, codes: str, kind: str, exponent: int, plain: bool, bias: str, count: int
@@ -203,7 +201,7 @@ class Linear(Operation):
         targets = draw_targets(rng, scales, levels, limit, count, offset)
         return self.question("ties", make_operands(targets, codes, zeros[0]), scales, zeros, codes, added)
 
-    def pool(self) -> Sequence[Question]:
+    def make_pool(self) -> Sequence[Question]:
         rng = np.random.default_rng(11)
         asked = []
         for codes in self.specs:
@@ -230,10 +228,11 @@ class Linear(Operation):
         targets = make_operands(np.array([90_000, -90_000, 2**19, -1]), codes, 0)
         yield self.question("accumulators beyond int32", targets, small, (0, 0), codes, bias)
         if codes != "int16":
-            rows = np.full((4, LONG), 127, np.int8) * np.int8([[1], [-1], [1], [-1]])
-            rows[2:, : LONG // 8] = 0
-            x = np.full((1, LONG), np.iinfo(codes).max, codes)
-            yield self.question("accumulators beyond int32", (x, rows), small, (0, 0), codes, None, costly=True)
+            rows = np.full((4, BLOCK), 127, np.int8) * np.int8([[1], [-1], [1], [-1]])
+            rows[2:, : BLOCK // 8] = 0
+            x = np.full((1, BLOCK * BLOCKS), np.iinfo(codes).max, codes)
+            operands = x, np.tile(rows, BLOCKS)
+            yield self.question("accumulators beyond int32", operands, small, (0, 0), codes, blocks=BLOCKS)
         large = Scales(*(np.asarray(one, np.float32) for one in (2.0**10, 1.5 * 2.0**5, 2.0**-5)))
         targets = make_operands(np.array([300, -300, 1500, -1500, 2500, -2500, 4000, -4000]), codes, 0)
         yield self.question("levels beyond int32", targets, large, (0, 0), codes)

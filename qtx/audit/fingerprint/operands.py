@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-COARSE = 64  # numbers of x that make up the most of an accumulator
+COARSE = 32  # numbers of x that make up the most of an accumulator
 WEIGHT = 127
 
 

@@ -82,7 +82,7 @@ class Quantizer(Operation):
         arrays = {"x": x, "scale": scale, "zero_point": np.asarray(zero, codes), **self.more(self.specs[codes])}
         return Question(kind, arrays, x.size, frozenset(needs), settings)
 
-    def pool(self) -> Sequence[Question]:
+    def make_pool(self) -> Sequence[Question]:
         """Ordinary inputs first, the widest net."""
         rng = np.random.default_rng(11)
         asked = []
@@ -230,7 +230,7 @@ class Dequantize(Operation):
         arrays = {"code": code, "scale": scale, "zero_point": zero}
         return Question("codes", arrays, count, frozenset(needs))
 
-    def pool(self) -> Sequence[Question]:
+    def make_pool(self) -> Sequence[Question]:
         rng = np.random.default_rng(11)
         return [
             self.question(rng, codes, dtype, COUNT)

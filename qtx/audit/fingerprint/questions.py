@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -35,15 +36,13 @@ class Raised:
 
 @dataclass(eq=False)
 class Question:
-    """One call. `needs`: what of it a box may refuse whatever its rules are, such as "float16 x". `costly`: working out
-    what rules say takes a while."""
+    """One call. `needs`: what of it a box may refuse whatever its rules are, such as "float16 x"."""
 
     kind: str
     arrays: Arrays
     size: int  # numbers that are answered
     needs: frozenset[str] = frozenset()
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the reference is told beside the arrays
-    costly: bool = False
     outcomes: list[np.ndarray] = field(default_factory=list)  # int32 (1, N) or (2, N): lowest and highest answer
     numbers: dict[Hashable, int] = field(default_factory=dict)
     places: dict[bytes, int] = field(default_factory=dict)  # of an outcome, by its hash: thousands are kept
@@ -76,9 +75,14 @@ class Operation(ABC):
     def key(self, values: Values, question: Question) -> Hashable:
         """What of the values the answer can depend on."""
 
-    @abstractmethod
-    def pool(self) -> Sequence[Question]:
+    @cached_property
+    def pool(self) -> tuple[Question, ...]:
         """Where to look, the same each time; the first one parts the most candidates."""
+        return tuple(self.make_pool())
+
+    @abstractmethod
+    def make_pool(self) -> Sequence[Question]:
+        """The questions of `pool`."""
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> Question:

@@ -19,6 +19,7 @@ from qtx_ref.spec import (
 
 from .boxes import Observed
 from .linear import make_requantize
+from .questions import Values
 from .search import Fingerprint, Verdict, Witness
 
 SEEN = {  # operations of a profile that an operation of a box shows
@@ -29,9 +30,10 @@ SEEN = {  # operations of a profile that an operation of a box shows
 }
 
 
-def make_profile(found: Fingerprint, engine: str, path: str) -> Profile:
-    """The profile that reproduces a box: the project's own rules but for what was seen."""
-    values = found.values
+def make_profile(found: Fingerprint, engine: str, path: str, values: Values | None = None) -> Profile:
+    """The profile that reproduces a box: the project's own rules but for what was seen. `values`: another of those that
+    are alike."""
+    values = values or found.values
     rules: dict[str, Any]
     if found.operation == "quantize":
         rules = {"quantize": QuantizeRule(*values)}
@@ -86,9 +88,8 @@ def tell_verdict(verdict: Verdict) -> str:
     """What decided an axis, and what could not."""
     parts = [tell_witness(witness) for witness in verdict.witnesses]
     if verdict.equal:
-        others = ", ".join(str(value) for value in verdict.equal)
-        parts.append(f"undetermined, {others} would do as well: {verdict.reason}")
-    return "; ".join(parts) or "it has one value beside the others"
+        parts.append(f"undetermined: {verdict.reason}")
+    return "; ".join(parts) or "no other value goes with the others"
 
 
 def tell(found: Fingerprint, observed: Observed, name: str) -> str:
@@ -109,8 +110,7 @@ def tell(found: Fingerprint, observed: Observed, name: str) -> str:
         lines.append(f"  {verdict.axis}: {verdict.value}{mark}")
         lines += [f"      {tell_witness(witness)}" for witness in verdict.witnesses]
         if verdict.equal:
-            others = ", ".join(str(value) for value in verdict.equal)
-            lines.append(f"      {others} would do as well: {verdict.reason}")
+            lines += [f"      {reason}" for reason in verdict.reason.split("; ")]
     lines += [f"  refused: {line}" for line in found.refusals]
     lines += [f"  of {line} the rules say nothing" for line in found.uncovered]
     lines.append(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import ne
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Search:
 
     def run(self) -> Fingerprint:
         """The whole search."""
-        pool = list(self.operation.pool())
+        pool = list(self.operation.pool)
         question: Question | None = pool[0]
         while question is not None and self.unexplained is None:
             if question in pool:
@@ -141,17 +142,17 @@ class Search:
     def choose(self, pool: Sequence[Question]) -> Question | None:
         """The question of the pool that leaves the fewest candidates, by the mean; None where none parts them. Where a
         rule would raise, the box must have answered its like before: else one that no rule refuses comes first."""
-        for costly in (False, True):
-            parting = [(self.cost(one), i) for i, one in enumerate(pool) if one.costly == costly]
-            if not parting or min(parting)[0] >= len(self.alive) ** 2:
-                continue
-            best = pool[min(parting)[1]]
-            unknown = best.needs - self.known
-            if unknown and self.may_raise(best):
-                plain = (one for one in pool if unknown <= one.needs and not self.may_raise(one))
-                return next(plain, best)
-            return best
-        return None
+        least, best = float(len(self.alive) ** 2), None
+        for question in pool:
+            if least > len(self.alive):  # not yet one that parts all of them
+                cost = self.cost(question)
+                least, best = (cost, question) if cost < least else (least, best)
+        if best is None:
+            return None
+        unknown = best.needs - self.known
+        if unknown and self.may_raise(best):
+            return next((one for one in pool if unknown <= one.needs and not self.may_raise(one)), best)
+        return best
 
     def may_raise(self, question: Question) -> bool:
         """Whether a candidate that is left would."""
@@ -189,11 +190,12 @@ class Search:
         """What the search has found."""
         chosen = self.alive[0]
         explained = self.unexplained is None
+        by_distance = sorted(self.operation.candidates, key=lambda one: distance(one, chosen))
         return Fingerprint(
             self.operation.name,
             self.operation.axes,
             tuple(self.alive) if explained else (),
-            tuple(self.judge(i, chosen) for i in range(len(chosen))) if explained else (),
+            tuple(self.judge(i, by_distance) for i in range(len(chosen))) if explained else (),
             deciding,
             self.box.calls,
             self.box.inputs,
@@ -211,10 +213,10 @@ class Search:
             {} if explained else self.find_nearest(),
         )
 
-    def judge(self, i: int, chosen: Values) -> Verdict:
-        """One axis of the chosen candidate."""
-        rivals: dict[Any, Values] = {}
-        for one in sorted(self.operation.candidates, key=lambda one: distance(one, chosen)):
+    def judge(self, i: int, by_distance: Sequence[Values]) -> Verdict:
+        """One axis of the chosen candidate, the first of all by their distance from it."""
+        chosen, rivals = by_distance[0], {}
+        for one in by_distance:
             rivals.setdefault(one[i], one)
         equal = {one[i]: one for one in sorted(self.alive, key=lambda one: -distance(one, chosen))}
         del rivals[chosen[i]], equal[chosen[i]]
@@ -236,7 +238,7 @@ class Search:
                 )
                 masks = {value: mask for value, mask in masks.items() if value not in said}
                 left = {value: one for value, one in left.items() if value not in said}
-        reasons = dict.fromkeys(self.excuse(chosen, one) for one in equal.values())
+        reasons = dict.fromkeys(self.excuse(chosen, one, i) for one in equal.values())
         return Verdict(self.operation.axes[i], chosen[i], tuple(witnesses), tuple(equal), "; ".join(reasons))
 
     def contradicts(self, values: Values, question: Question, answer: np.ndarray | Raised) -> np.ndarray:
@@ -252,12 +254,15 @@ class Search:
         label = self.operation.label(values, question)
         return "raises" if label == RAISES else self.operation.show(int(question.outcomes[label][0, index]))
 
-    def excuse(self, chosen: Values, other: Values) -> str:
-        """Why two candidates are not told apart."""
+    def excuse(self, chosen: Values, other: Values, i: int) -> str:
+        """Why two candidates are not told apart, which differ in axis i and perhaps others."""
+        named = zip(self.operation.axes, chosen, other, strict=True)
+        beside = [f"{axis} {b}" for j, (axis, a, b) in enumerate(named) if j != i and a != b and b is not None]
+        which = f"{other[i]} with {' and '.join(beside)}" if beside else str(other[i])
         for question, reason in self.refused:
             if self.operation.label(chosen, question) != self.operation.label(other, question):
-                return f"the box refuses {tell(question)} ({reason})"
-        return f"equal on every input that was asked and on {self.compared} fresh ones"
+                return f"{which} differs only where the box refuses {tell(question)} ({reason})"
+        return f"{which} is equal on every input that was asked and on {self.compared:,} fresh ones"
 
     def find_nearest(self) -> dict[str, str]:
         """The candidate that misses the fewest answers, by axis."""
@@ -274,7 +279,7 @@ class Search:
 
 def distance(a: Values, b: Values) -> int:
     """Axes in which two candidates differ."""
-    return sum(x != y for x, y in zip(a, b, strict=True))
+    return sum(map(ne, a, b))
 
 
 def tell(question: Question) -> str:
