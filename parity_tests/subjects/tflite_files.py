@@ -13,17 +13,19 @@ from qtx_ref.random import stream
 WIDTHS = (32, 48, 24, 10)
 
 
-def write_layers(path: Path, rows: int = 8, seed: int = 0, widths: tuple[int, ...] = WIDTHS) -> Path:
-    """Floats quantized to int8, fully connected layers with a ReLU behind all but the last, floats again."""
-    s, flatbuffers, rng = schema(), need("flatbuffers", "dev", "a .tflite file"), stream(seed, "tflite")
-    tensors = [Tensor("x", "float32", (rows, widths[0])), Tensor("q", "int8", (rows, widths[0]), (0.03,), (5,))]
+def write_layers(path: Path, rows: int = 8, *, ties: bool = False, widths: tuple[int, ...] = WIDTHS) -> Path:
+    """Floats quantized to int8, fully connected layers with a ReLU behind all but the last, floats again. ties: scales
+    are powers of two, so that accumulators are half-way between two codes."""
+    s, flatbuffers, rng = schema(), need("flatbuffers", "dev", "a .tflite file"), stream(0, "tflite")
+    scale, last = 2.0**-5 if ties else 0.03, 1
+    tensors = [Tensor("x", "float32", (rows, widths[0])), Tensor("q", "int8", (rows, widths[0]), (scale,), (5,))]
     ops = [("QUANTIZE", [0], 1, 0)]
-    scale, last = 0.03, 1
     for layer, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
         w = rng.integers(-127, 128, (outer, inner)).astype(np.int8)
         bias = rng.integers(-4000, 4000, outer).astype(np.int32)
         steps = tuple(float(step) for step in np.float32(rng.uniform(0.002, 0.006, outer)))
-        made = float(np.float32(0.05 + 0.013 * layer))
+        steps = (2.0**-8,) * outer if ties else steps
+        made = 2.0**-4 if ties else float(np.float32(0.05 + 0.013 * layer))
         first = len(tensors)
         sums = tuple(float(np.float32(scale) * np.float32(step)) for step in steps)
         tensors += [

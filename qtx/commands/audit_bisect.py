@@ -16,6 +16,7 @@ from ..audit.bisect.executions import Execution, parse_execution
 from ..audit.bisect.inputs import make_inputs
 from ..audit.bisect.search import Axis, Bisection, bisect
 from ..audit.findings import FINDINGS
+from ..engines.paths import EngineCrash, EngineRefusal
 from ..report.tables import format_table
 from .options import JSON, options, say, write_json
 
@@ -26,6 +27,7 @@ CAUSES = {  # the finding of an axis
     "quantize.nan": "QTX-NAN-001",
     "quantize.beyond": "QTX-QUA-004",
     "dequantize": "QTX-DEQ-001",
+    "fake_quantize": "QTX-QUA-003",
     "matmul": "QTX-ACC-001",
     "bias": "QTX-BIA-001",
     "requantize.zero_point": "QTX-REQ-001",
@@ -50,7 +52,10 @@ def bisect_command(a: str, b: str, data: str | None, seed: int, json_path: str |
     optimized, xnnpack, qtx_ref. profile=NAME|FILE where qtx computes. Exit status 1 where they differ.
     """
     executions = parse_execution(a), parse_execution(b)
-    found = bisect(*executions, read_inputs(executions, data, seed))
+    try:
+        found = bisect(*executions, read_inputs(executions, data, seed))
+    except (EngineCrash, EngineRefusal) as error:
+        raise click.ClickException(str(error)) from None
     say(describe(found), json_path)
     write_json(json_path, {"bisection": to_json(found)})
     if found.first is not None:

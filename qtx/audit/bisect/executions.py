@@ -22,8 +22,11 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from qtx_ref.integer.model import Code, Integer
-from qtx_ref.model import IntegerModel
+from qtx_ref.model import IntegerModel, Model
+from qtx_ref.numerics import FakeQuant
+from qtx_ref.quant import affine
 from qtx_ref.spec import QTX, Profile, SpecError
+from qtx_ref.tape import Var, const
 
 from ...engines.backend import backend
 from ...engines.machine import Machine
@@ -59,6 +62,7 @@ class Execution(Protocol):
 
     label: str
     profile: Profile | None  # whose rules it computes by; None: an engine's own
+    simulated: bool  # whether codes are those of floats that were quantized, instead of integers all along
 
     def run(self, inputs: Arrays) -> Trace:
         """All tensors of one pass."""
@@ -136,6 +140,34 @@ class Fed(Integer):
         return self.meet(f"{site}.accumulator", acc)
 
 
+class FedSimulation(FakeQuant):
+    """Fake quantization in which every operation is fed the codes that are given; what each quantizer makes of it is
+    kept."""
+
+    def __init__(self, execution: ArtifactExecution, profile: Profile, given: Arrays) -> None:
+        artifact = execution.artifact
+        masked = artifact.recipe.masked_scores
+        super().__init__(artifact.quants, artifact.ranges(), masked_scores=masked, profile=profile)
+        self.execution, self.given = execution, given
+        self.made: dict[str, np.ndarray] = {}
+
+    def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        y = self.quantize(site, x, where)
+        if not self.execution.has_codes(site):
+            return y
+        self.made[site] = self.execution.encode(site, y.value)
+        if site not in self.given:
+            return y
+        scale, zero = (self.execution.artifact.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
+        return const(affine.dequantize(self.given[site], np.asarray(scale), np.asarray(zero), self.profile.dequantize))
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """The codes that each quantizer makes."""
+        model = Model(self.execution.artifact.spec, self.execution.artifact.float_params())
+        model.compute(self, model.accept(inputs))
+        return self.made
+
+
 class ArtifactExecution:
     """A .qtx in a backend's integers, or under its fake quantization."""
 
@@ -146,11 +178,14 @@ class ArtifactExecution:
         if "profile" in self.words:
             self.artifact = self.artifact.under(read_profile(self.words["profile"]))
         self.profile: Profile | None = self.artifact.profile
+        self.simulated = self.words["numerics"] == "fake"
         self.label = f"{path} ({self.words['backend']}, {self.words['numerics']}, profile {self.artifact.profile.name})"
 
     def run(self, inputs: Arrays) -> Trace:
-        """Every site's codes and accumulators, and the output."""
+        """Every site's codes, of integers the accumulators too, and the output."""
         Machine(backend=self.words["backend"]).check()
+        if self.simulated:
+            return self.run_fake(inputs)
         make = backend(self.words["backend"]).IntegerModel
         model: AnyIntegerModel = make(
             self.artifact.spec, self.artifact.constants, self.artifact.quants, self.artifact.profile
@@ -159,10 +194,35 @@ class ArtifactExecution:
         output = model.run(dict(inputs), lambda site, value: tensors.__setitem__(site, np.array(value)))
         return Trace(tensors | {"output": np.asarray(output.value)}, ("output",))
 
+    def run_fake(self, inputs: Arrays) -> Trace:
+        """The codes that the simulated tensors stand for."""
+        model = backend(self.words["backend"]).Model(self.artifact.spec, self.artifact.float_params())
+        model.bind(
+            self.artifact.quants,
+            self.artifact.ranges(),
+            masked_scores=self.artifact.recipe.masked_scores,
+            profile=self.artifact.profile,
+        )
+        made = model.simulate(inputs)
+        codes = {name: self.encode(name, y) for name, y in made.items() if self.has_codes(name)}
+        return Trace(codes | {"output": model.forward(inputs)}, ("output",))
+
+    def has_codes(self, site: str) -> bool:
+        """Whether a site's simulated values are those of codes with a scale that stays: a weight's stay as well, and
+        differ nowhere."""
+        return not site.endswith(".weight") and f"{site}.scale" in self.artifact.constants
+
+    def encode(self, site: str, y: np.ndarray) -> np.ndarray:
+        """The codes of simulated values. A value is within an ulp of a whole number of scales; NaN is no code."""
+        scale, zero = (self.artifact.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
+        return (np.rint(y / np.asarray(scale, np.float64)) + zero).astype(np.int32)
+
     def replay(
         self, profile: Profile, inputs: Arrays, given: Arrays, target: str | None = None
     ) -> dict[str, np.ndarray]:
         """As `Execution.replay`."""
+        if self.simulated:
+            return FedSimulation(self, profile, given).run(inputs)
         artifact = self.artifact if profile == self.artifact.profile else self.artifact.under(profile)
         model = IntegerModel(artifact.spec, artifact.constants, artifact.quants, artifact.profile)
         numerics = Fed(artifact, given, target)
@@ -191,7 +251,7 @@ class OnnxExecution:
         engines = (OURS, REFERENCE, "disable", "basic", "extended", "all")
         self.words = describe_words(words, {"engine": engines}, ("profile", "cpu"))
         self.path, self.graph = path, read_graph(path)
-        self.about = read_about(self.graph)
+        self.about, self.simulated = read_about(self.graph), False
         self.engine = self.words["engine"]
         self.profile: Profile | None = None
         if self.engine == OURS:
@@ -321,6 +381,7 @@ class TfliteExecution:
     def __init__(self, path: Path, words: list[str]) -> None:
         self.words = describe_words(words, {"engine": (*tflite.KERNELS, OURS)}, ("profile",))
         self.path, self.graph, self.engine = path, tflite.read_graph(path), self.words["engine"]
+        self.simulated = False
         self.profile: Profile | None = None
         if self.engine == OURS:
             self.profile = read_profile(self.words.get("profile", "tflite"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from itertools import combinations
@@ -14,16 +14,26 @@ from qtx_ref.spec.base import field_types
 
 __all__ = ["EXECUTED", "differing_fields", "list_levels", "take_fields"]
 
-EXECUTED = ("quantize", "dequantize", "matmul", "bias", "requantize", "add")  # operations of a model in integers
+EXECUTED = (
+    "quantize",
+    "dequantize",
+    "fake_quantize",
+    "matmul",
+    "bias",
+    "requantize",
+    "add",
+)  # operations of a model in integers
 NUMBERS = {"bits": (15, 31), "run": (1, 2, 4, 8)}
 
 
 def flatten(record: Any, name: str) -> dict[str, Any]:
     """A record's fields by path."""
     if not is_dataclass(record):
-        return {name: str(record)}
-    kind = {name: type(record).__name__} if name == "requantize" else {}
-    return kind | {f"{name}.{key}": value for key, value in to_dict(record).items()}
+        return {name: to_dict(record)}
+    made = {name: type(record).__name__} if name == "requantize" else {}
+    for field in fields(record):
+        made |= flatten(getattr(record, field.name), f"{name}.{field.name}")
+    return made
 
 
 def differing_fields(a: Profile, b: Profile) -> dict[str, tuple[Any, Any]]:
@@ -49,7 +59,7 @@ def take_fields(base: Profile, other: Profile, keys: Sequence[str]) -> Profile |
         if not is_dataclass(record) or type(record) is not type(getattr(base, name)):
             made = put(made, name, record)
         else:
-            made = change(made, name, {key: getattr(record, key) for key in some})
+            made = change(made, name, {key: read_path(record, key) for key in some})
     return made
 
 
@@ -65,9 +75,10 @@ def list_changes(record: Any) -> Iterator[tuple[str, Any]]:
     kind: Any = type(record)
     hints = field_types(kind)
     for field in fields(record):
-        for value in list_values(hints[field.name], field.name):
-            if value != getattr(record, field.name):
-                yield field.name, value
+        old = getattr(record, field.name)
+        if is_dataclass(old):
+            yield from ((f"{field.name}.{key}", value) for key, value in list_changes(old))
+        yield from ((field.name, value) for value in list_values(hints[field.name], field.name) if value != old)
 
 
 def change(base: Profile, name: str, changes: dict[str, Any]) -> Profile | None:
@@ -76,9 +87,25 @@ def change(base: Profile, name: str, changes: dict[str, Any]) -> Profile | None:
     if name == "matmul" and "products" in changes:  # a run belongs to runs alone
         changes = {"run": 2 if changes["products"] is Products.RUNS16 else 1} | changes
     try:
-        return replace(base, **{name: replace(record, **changes)})
+        return replace(base, **{name: alter(record, changes)})
     except SpecError:
         return None
+
+
+def alter(record: Any, changes: Mapping[str, Any]) -> Any:
+    """A record with other values in some fields, by path. Raises SpecError where no record has them together."""
+    own = {key: value for key, value in changes.items() if "." not in key}
+    for outer in {key.partition(".")[0] for key in changes if "." in key}:
+        inner = {key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{outer}.")}
+        own[outer] = alter(getattr(record, outer), inner)
+    return replace(record, **own)
+
+
+def read_path(record: Any, path: str) -> Any:
+    """A field of a record, by path."""
+    for key in path.split("."):
+        record = getattr(record, key)
+    return record
 
 
 def put(base: Profile, name: str, record: Any) -> Profile | None:

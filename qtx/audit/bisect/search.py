@@ -11,6 +11,7 @@ import numpy as np
 
 from qtx_ref.spec import QTX, Profile
 
+from ...engines.process import EngineCrash, EngineRefusal
 from .executions import ArtifactExecution, Execution, Trace
 from .rules import differing_fields, list_levels, take_fields
 
@@ -73,7 +74,7 @@ class Bisection:
 
 def bisect(a: Execution, b: Execution, inputs: Arrays) -> Bisection:
     """Runs both and compares what both have, in the order of the first. Raises what they raise."""
-    one, other = a.run(inputs), b.run(inputs)
+    one, other = (run(execution, inputs) for execution in (a, b))
     names = [name for name in one.tensors if name in other.tensors and is_alike(one.tensors[name], other.tensors[name])]
     found = Bisection(a.label, b.label, len(names))
     for label, trace in (("a", one), ("b", other)):
@@ -93,6 +94,14 @@ def bisect(a: Execution, b: Execution, inputs: Arrays) -> Bisection:
     found.example = take_example(one.tensors[target], other.tensors[target])
     explain(found, a, b, one, other, inputs)
     return found
+
+
+def run(execution: Execution, inputs: Arrays) -> Trace:
+    """The tensors of one execution. Raises what it raises; an engine's end with its name."""
+    try:
+        return execution.run(inputs)
+    except (EngineCrash, EngineRefusal) as error:
+        raise type(error)(f"{execution.label}: {error}") from None
 
 
 def is_alike(a: np.ndarray, b: np.ndarray) -> bool:
@@ -143,6 +152,9 @@ def explain(found: Bisection, a: Execution, b: Execution, one: Trace, other: Tra
     kernels = sorted({*a.list_kernels(target), *b.list_kernels(target)})
     if one.tensors[target].dtype.kind == "f":
         found.unexplained = "floats differ, and no code does"
+        return
+    if a.simulated is not b.simulated:
+        found.unexplained = "one is in integers, the other rounds the float result of the same operation"
         return
     if kernels:
         found.unexplained = f"it is made by float kernels of an engine: {', '.join(kernels)}"
