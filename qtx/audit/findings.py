@@ -530,7 +530,44 @@ print([run(f"torch-{engine}", "linear", values)["y"].item() for engine in ("qnnp
         remedy="Keep scales at 2^-126 or above, as qtx does.",
     ),
     Finding(
+        id="QTX-REQ-006",
+        title="onednn multiplies by other factors on a CPU without AVX-512",
+        cause="With AVX-512 the accumulator is multiplied by x, by w and by 1 / y in turn; the kernels for AVX2 "
+        "multiply by the product of x and w first.",
+        consequence="One code of difference near ties between two machines with the same torch.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[71]]), "w": np.int8([[93]]), "bias": None, "x_zero": np.uint8(0), "w_zero": np.int8(0)}
+scales = {"x_scale": 0.06028441, "w_scale": 0.021628225, "y_scale": 0.048503026}
+values |= {"y_zero": np.uint8(8)} | {name: np.float32(scale) for name, scale in scales.items()}
+print(run("torch-onednn", "linear", values, "avx2")["y"].item())  # 186
+unit, product = np.float32(0.06028441) * np.float32(0.021628225), np.float32(71 * 93)
+print(np.rint((product * unit) * (1 / np.float32(0.048503026)) + np.float32(8)))  # 186.0
+""",
+        remedy="Compare results of machines of one kind; torch-onednn-avx2 states the products, not this order.",
+    ),
+    Finding(
         id="QTX-ACC-003",
+        title="onednn moves int8 activations to uint8, and their pairs saturate on x86 without VNNI",
+        cause="The kernels for AVX2 add 128 to int8 codes, multiply uint8 by int8 with vpmaddubsw, whose pairs "
+        "saturate in int16, and take 128 times the sums of the columns away again.",
+        consequence="Small int8 activations saturate too: 0 is 128 there.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.integer.products import matmul_pairs16
+values = {"x": np.int8([[127, 127]]), "w": np.int8([[127], [127]]), "bias": None}
+values |= {"x_zero": np.int8(0), "w_zero": np.int8(0)}
+values |= {"x_scale": np.float32(1), "w_scale": np.float32(1), "y_scale": np.float32(256), "y_zero": np.int8(0)}
+moved = (values["x"].astype(np.int16) + 128).astype(np.uint8)
+print((matmul_pairs16(moved, values["w"]).item() - 128 * 254) / 256)  # 0.99609375
+print(run("torch-onednn-s8", "linear", values, "avx2")["y"].item())  # 1
+""",
+        remedy="uint8 activations with weights of 7 bits, or a machine with VNNI.",
+    ),
+    Finding(
+        id="QTX-ACC-005",
         title="A kernel of 16-bit accumulators saturates on ordinary sums",
         cause="It adds the pairs of vpmaddubsw in saturating int16 (vpaddsw) for a run, of up to 128 pairs, before it "
         "widens them: codes of 20 and weights of 100 fill int16 after 8 pairs.",
@@ -559,7 +596,7 @@ print(255 * 255 * 33030, run("onnxruntime-all", "matmul", values)["accumulator"]
         "scales.",
     ),
     Finding(
-        id="QTX-REQ-006",
+        id="QTX-REQ-007",
         title="Where M is 1 or more, two roundings shift an accumulator left in int32",
         cause="M = 40 is 0.625 * 2^6: the accumulator is shifted by 6 before the high product, and beyond 2^25 leaves "
         "int32, though the result would fit.",

@@ -15,10 +15,11 @@ import numpy as np
 from qtx_ref.profiles import profile as load_profile
 from qtx_ref.spec import Bias, Profile, SpecError
 
-from ..engines.paths import EngineCrash, EngineRefusal, Path, name_profile
+from ..engines.paths import EngineCrash, EngineRefusal, Path, multiplies_bytes, name_profile
 from .known import Known
 from .reference import EVALUATED, evaluate
 from .vectors import Batch
+from .vectors_numbers import step
 
 __all__ = ["Run", "Tally", "check_path", "compare", "prepare"]
 
@@ -84,11 +85,21 @@ def compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tu
 
 
 def prepare(batch: Batch, path: Path, profile: Profile) -> dict[str, Any]:
-    """What a batch gives to a path: its bias, whole numbers in units of the accumulator, in the path's own kind; the
-    rule for scales of blocks, which the path's name ends with."""
+    """What a batch gives to a path: its bias, whole numbers in units of the accumulator, in the path's own kind; scales
+    of w for each column, where the path's name says so; the rule for scales of blocks, with which it ends."""
     values = dict(batch.values)
     if path.op == "mx":
         values["shared"] = path.name.rpartition("-")[2]
+    channels = path.name.endswith("-channel")
+    if channels and path.op in ("quantize", "dequantize") and "axis" not in values:  # one channel
+        name = "x" if path.op == "quantize" else "code"
+        values |= {key: np.reshape(values[key], 1) for key in ("scale", "zero_point")} | {"axis": 0}
+        values[name] = values[name][None]
+    if channels and path.op == "linear" and np.ndim(values["w_scale"]) == 0:
+        columns = np.arange(values["w"].shape[1])
+        ulps = columns % 5 - 2 if batch.family == "near ties" else 0 * columns
+        values["w_scale"] = step(np.full(columns.size, values["w_scale"], np.float32), ulps)
+        values["w_zero"] = np.full(columns.size, values["w_zero"])
     if values.get("bias") is not None and profile.bias is not Bias.INT32:
         unit = np.float64(values["x_scale"]) * np.float64(values["w_scale"])
         values["bias"] = (values["bias"] * unit).astype(np.float32)
@@ -213,10 +224,11 @@ def check_path(
     if path.op not in EVALUATED:
         raise SpecError(f"operation is {path.op!r}: known operations are {', '.join(EVALUATED)}")
     profile = profile or load_profile(name_profile(path, cpu))
+    here = [one for one in known if one.cpu is None or not multiplies_bytes(cpu)]
     rows: dict[str, Tally] = {}
     for batch in batches:
         row = rows.setdefault(batch.family, Tally(path.name, path.op, profile.name, batch.family))
-        judge(row, batch, path, profile, run, known)
+        judge(row, batch, path, profile, run, here)
         if tell is not None:
             tell(1)
     return list(rows.values())
