@@ -596,7 +596,7 @@ print(255 * 255 * 33030, run("onnxruntime-all", "matmul", values)["accumulator"]
         "scales.",
     ),
     Finding(
-        id="QTX-REQ-006",
+        id="QTX-REQ-007",
         title="Where M is 1 or more, two roundings shift an accumulator left in int32",
         cause="M = 40 is 0.625 * 2^6: the accumulator is shifted by 6 before the high product, and beyond 2^25 leaves "
         "int32, though the result would fit.",

@@ -23,9 +23,9 @@ from .options import JSON, options, say, write_json
 
 FINDING = {  # by column
     "avx2": "QTX-ACC-001",
-    "acc16": "QTX-ACC-003",
+    "acc16": "QTX-ACC-005",
     "accumulator": "QTX-ACC-004",
-    "left shift": "QTX-REQ-006",
+    "left shift": "QTX-REQ-007",
 }
 SIZE = 2  # sequences or images of a batch
 
