@@ -568,5 +568,53 @@ except EngineCrash as crash:
 """,
         remedy="Do not run a batch of nothing.",
     ),
+    Finding(
+        id="QTX-ACC-005",
+        title="A kernel of 16-bit accumulators saturates on ordinary sums",
+        cause="It adds the pairs of vpmaddubsw in saturating int16 (vpaddsw) for a run, of up to 128 pairs, before it "
+        "widens them: codes of 20 and weights of 100 fill int16 after 8 pairs.",
+        consequence="Sums are cut at 32767 where int32 would hold them many times over.",
+        reproduce="""
+import numpy as np
+from qtx_ref.integer.products import matmul_pairs16
+x, w = np.full((1, 64), 20, np.uint8), np.full((64, 1), 100, np.int8)
+print([matmul_pairs16(x, w, pairs).item() for pairs in (1, 8, 32)])  # [128000, 128000, 32767]
+""",
+        remedy="`qtx audit certificate` says which run is proved; else a kernel that adds in int32.",
+    ),
+    Finding(
+        id="QTX-ACC-004",
+        title="An int32 accumulator that overflows wraps, and no engine says so",
+        cause="255 * 255 * 33030 is beyond 2^31; so is a bias of a scale far above its product's.",
+        consequence="A large positive sum comes out negative.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+x, w = np.full((1, 33030), 255, np.uint8), np.full((33030, 1), 255, np.uint8)
+values = {"x": x, "x_zero": np.uint8(0), "w": w, "w_zero": np.uint8(0)}
+print(255 * 255 * 33030, run("onnxruntime-all", "matmul", values)["accumulator"].item())  # 2147775750 -2147191546
+""",
+        remedy="`qtx audit certificate` proves from codes that it cannot, or gives operands; a sum in parts, or larger "
+        "scales.",
+    ),
+    Finding(
+        id="QTX-REQ-007",
+        title="Where M is 1 or more, two roundings shift an accumulator left in int32",
+        cause="M = 40 is 0.625 * 2^6: the accumulator is shifted by 6 before the high product, and beyond 2^25 leaves "
+        "int32, though the result would fit.",
+        consequence="What engines then have is undefined in C: it wraps, or saturates.",
+        reproduce="""
+from dataclasses import replace
+import numpy as np
+from qtx_ref.integer.fixed_point import multiply, quantize_multiplier
+from qtx_ref.spec import QTX, HighProduct, LeftShift
+a, M = np.int32([50_000_000]), quantize_multiplier(np.float64(40))
+high = replace(QTX.requantize, product=HighProduct.HALF_UP)
+ways = [replace(high, left=left) for left in (LeftShift.SATURATE, LeftShift.WRAP)]
+print([multiply(a, *M, rule).item() for rule in ways])  # [1342177279, -684354560]
+print(50_000_000 * 40)  # 2000000000
+""",
+        remedy="A larger scale of the result, so that M is below 1; `qtx audit certificate` says where it matters.",
+    ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}
