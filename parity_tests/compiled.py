@@ -7,10 +7,12 @@ quantizers alone.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -27,6 +29,7 @@ from qtx_ref import backend as ref_backend
 from qtx_ref import random as ref_random
 from qtx_ref.spec import FloatFormat, FloatQuantSpec, Granularity, QuantSpec, StepSpec
 from qtx_torch import backend, random
+from qtx_torch.numerics import Float
 from qtx_torch.quant import quantizer
 from qtx_torch.step import compile_forward
 
@@ -112,12 +115,52 @@ def check_step(
     yield equal("graphs of the forward pass", counters["stats"]["unique_graphs"], 1)
 
 
+def spoil_free_memory(device: str, size: int = 2**28) -> None:
+    """Fills memory that is free and will be used again with NaN, in blocks of all sizes: who reads what nobody wrote
+    shows it."""
+    for log in range(9, 25):
+        blocks = [torch.full((2**log // 4,), math.nan, device=device) for _ in range(min(size // 2**log, 512))]
+        del blocks
+
+
+def check_after_events(name: str, recipe: str, *, device: str = "cpu") -> Iterator[Verdict]:
+    """The loss and the gradients' norm of one batch, again and again, each time after what must not matter to them: a
+    wrong one names its cause."""
+    small = small_models.build(name)
+    batch = next(iter(make_batches(small.spec, 1)))
+    compiled, eager = (backend.Model(small.spec, small.params, device=device, dtype="bfloat16") for _ in range(2))
+    for model in (compiled, eager):
+        bind(model, training_recipe(recipe, small.spec), {})
+    trainer = backend.Trainer(compiled, OPTIM, seed=1, step=StepSpec(compiled=True))
+
+    def measure(model: backend.Model, make: Callable[..., Float]) -> tuple[float, float]:
+        loss, grads = model.backward(model.accept(batch), make)
+        return loss.item(), math.sqrt(sum(grad.double().square().sum().item() for grad in grads.values()))
+
+    want = measure(eager, partial(Float, training=True, seed=1))
+    events: dict[str, Callable[[], object]] = {
+        "nothing": lambda: None,
+        "free memory was spoiled": lambda: spoil_free_memory(device),
+        "statistics": lambda: compiled.statistics(batch, {"embed.sum": "sequence"}, ("inf_norm",)),
+        "an evaluation": lambda: compiled.evaluate(batch),
+        "an evaluation, and free memory was spoiled": lambda: (compiled.evaluate(batch), spoil_free_memory(device)),
+    }
+    for what, happen in events.items():
+        happen()
+        for part, got, known in zip(("loss", "norm"), measure(compiled, trainer._numerics), want, strict=True):
+            reason = "bfloat16, and a code near a tie may flip"
+            yield holds(f"{part} after {what}, beside eager", abs(got / known - 1), 2e-2, reason)
+
+
 def list_checks(device: str) -> dict[str, Callable[[], Iterator[Verdict]]]:
     """The checks by name."""
     checks = {"operations": lambda: check_operations(device)}
     for name, rate in product(NAMES, (0.0, 0.1)):
         checks[f"{name}, dropout {rate}"] = lambda n=name, r=rate: check_step(n, r, device=device)
     checks["bert_plain under w8a8"] = lambda: check_step("bert_plain", 0.1, "w8a8", device=device)
+    for name, recipe in product(("opt_plain", "bert_clipped_alpha"), ("w8a8", "w4a4")):
+        after = f"{name} under {recipe}, after other things"
+        checks[after] = lambda n=name, r=recipe: check_after_events(n, r, device=device)
     checks["opt_plain, recomputed"] = lambda: check_step("opt_plain", 0.1, recompute=True, device=device)
     return checks
 

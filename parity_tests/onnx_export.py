@@ -94,7 +94,7 @@ def main() -> None:
     print(
         "| model | form | MB | engine | exact codes | differ | near a tie | float codes | flip | flip, free | seconds |"
     )
-    print("|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         for name in models:
             for form in options.form:

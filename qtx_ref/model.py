@@ -20,6 +20,7 @@ from .numerics import Calibrate, FakeQuant, Float, Record
 from .quant import quantizer
 from .quant.straight_through import learned_scale_zero
 from .spec import (
+    QTX,
     READ,
     Gate,
     Gradients,
@@ -79,6 +80,7 @@ class Model:
         self.masked_scores = False
         self.transforms: dict[str, InputTransform] = {}
         self.gradient_quants: Gradients | None = None
+        self.profile = QTX
 
     def params(self) -> Arrays:
         """Parameters by name, copied."""
@@ -96,20 +98,23 @@ class Model:
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
         gradients: Gradients | None = None,
+        profile: Profile = QTX,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
-        passes quantize.
+        passes quantize. `profile`: the rules of fake quantization (of quantizing and
+        dequantizing, where it has none of its own) and of dynamic scales.
 
         Raises SpecError for a static site without a range, and for a scale or zero point that no quantizer has.
         """
+        profile = profile.simulated()
         for site, spec in quants.items():
             if not spec.dynamic and site not in ranges:
                 raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
             if not spec.dynamic:
-                check_bound(site, ranges[site], spec)
+                check_bound(site, ranges[site], spec, profile)
         self.quants, self.fixed, self.masked_scores = dict(quants), dict(ranges), masked_scores
-        self.transforms, self.gradient_quants = dict(transforms or {}), gradients
+        self.transforms, self.gradient_quants, self.profile = dict(transforms or {}), gradients, profile
         self.learned = {}
         for site, spec in quants.items():
             if spec.learned:
@@ -179,6 +184,14 @@ class Model:
         tensors: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._show(batch, sites, lambda site, x, where: tensors.__setitem__(site, (x, where)))
         return tensors
+
+    def simulate(self, batch: Batch) -> Arrays:
+        """What the quantizer of each site makes of its tensor in a forward pass as `bind` says, in the tensor's
+        dtype and shape."""
+        made: Arrays = {}
+        if self.quants:
+            self.compute(self._numerics(show=made.__setitem__), self.accept(batch))
+        return made
 
     def statistics(
         self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS
@@ -298,7 +311,8 @@ class Model:
         if not self.quants:
             return Float(**context)
         learned = leaves or {name: const(value) for name, value in self.learned.items()}
-        return FakeQuant(self.quants, self.fixed, learned, masked_scores=self.masked_scores, **context)
+        context |= {"masked_scores": self.masked_scores, "profile": self.profile}
+        return FakeQuant(self.quants, self.fixed, learned, **context)
 
     def _show(
         self,
@@ -391,10 +405,10 @@ def to_arrays(batch: Batch, dtype: np.dtype) -> Arrays:
     return arrays
 
 
-def check_bound(site: str, range: Range, spec: Quant) -> None:
+def check_bound(site: str, range: Range, spec: Quant, profile: Profile) -> None:
     """Raises SpecError naming a site whose static scale or zero point no quantizer has."""
     try:
-        quantizer.check_quantizer(np.shape(range.scale), range.scale, range.zero_point, spec)
+        quantizer.check_quantizer(np.shape(range.scale), range.scale, range.zero_point, spec, profile)
     except ValueError as error:
         raise SpecError(f"site {site}: {error}") from None
 

@@ -22,7 +22,7 @@ from .attention import probabilities
 from .quant import gradients
 from .quant.observers import Observer
 from .quant.straight_through import dynamic_quantize, fake_quantize, learned_quantize
-from .spec import AttentionSpec, Gradients, InputTransform, Quant, QuantSpec, Range
+from .spec import QTX, AttentionSpec, Gradients, InputTransform, Profile, Quant, QuantSpec, Range
 from .tape import V, Var, const
 
 __all__ = [
@@ -365,7 +365,8 @@ class Calibrate(Quantizers):
 class FakeQuant(Quantizers):
     """Quantize-dequantize at every site of `specs`: static sites by `ranges`, dynamic ones by the tensor itself.
 
-    `learned` holds `<site>.scale` and `<site>.zero_point` of learned ranges as leaves of the tape.
+    `learned` holds `<site>.scale` and `<site>.zero_point` of learned ranges as leaves of the tape; `profile` has the
+    rules of an engine; `show` is given each site and what its quantizer made.
     """
 
     def __init__(
@@ -375,19 +376,31 @@ class FakeQuant(Quantizers):
         learned: Mapping[str, Var] | None = None,
         *,
         masked_scores: bool = False,
+        profile: Profile = QTX,
+        show: Callable[[str, np.ndarray], None] | None = None,
         **context: Any,
     ) -> None:
         super().__init__(specs, masked_scores=masked_scores, **context)
+        self.profile = profile
+        self.show = show
         self.ranges = ranges
         self.learned = learned or {}
 
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        y = self.quantize(site, x, where)
+        if self.show is not None:
+            self.show(site, y.value)
+        return y
+
+    def quantize(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        """x through the site's quantizer."""
         spec = self.specs[site]
         if spec.dynamic:
-            return dynamic_quantize(x, spec, where, is_weight(site))
+            return dynamic_quantize(x, spec, where, is_weight(site), self.profile)
         if isinstance(spec, QuantSpec) and spec.learned and f"{site}.scale" in self.learned:
-            return learned_quantize(x, self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"], spec)
-        return fake_quantize(x, self.ranges[site].scale, self.ranges[site].zero_point, spec)
+            learned = self.learned[f"{site}.scale"], self.learned[f"{site}.zero_point"]
+            return learned_quantize(x, *learned, spec, self.profile)
+        return fake_quantize(x, self.ranges[site].scale, self.ranges[site].zero_point, spec, self.profile)
 
 
 def transform_input(x: Var, how: InputTransform) -> Var:

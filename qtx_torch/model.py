@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qtx_ref.spec import (
+    QTX,
     Gate,
     Gradients,
     InputTransform,
@@ -106,22 +107,25 @@ class Model:
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
         gradients: Gradients | None = None,
+        profile: Profile = QTX,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
-        passes quantize.
+        passes quantize. `profile`: the rules of fake quantization (of quantizing and
+        dequantizing, where it has none of its own) and of dynamic scales.
 
         Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a
         site that the model does not have.
         """
+        profile = profile.simulated()
         hooks = {}
         for site, spec in quants.items():
             if not spec.dynamic and site not in ranges:
                 raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
             tensors = None if spec.dynamic else Range(*(torch.tensor(np.asarray(part)) for part in ranges[site]))
             if tensors is not None:
-                check_bound(site, tensors, spec)
-            hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores).to(self.device)
+                check_bound(site, tensors, spec, profile)
+            hooks[site] = FakeQuant(site, spec, tensors, masked_scores=masked_scores, profile=profile).to(self.device)
         attach(self.net, hooks)
         transform(self.net, self._transforms(transforms))
         self.quants, self.fixed, self.gradient_quants = dict(quants), dict(ranges), gradients
@@ -220,6 +224,23 @@ class Model:
 
         self._show(batch, self._results() if sites is None else sites, show)
         return tensors
+
+    @torch.no_grad()
+    def simulate(self, batch: Batch) -> Arrays:
+        """What the quantizer of each site makes of its tensor in a forward pass as `bind` says, in the tensor's
+        dtype and shape."""
+        made: Arrays = {}
+        hooks = [
+            module.register_forward_hook(lambda quantizer, _, y: made.__setitem__(quantizer.site, to_numpy(y)))
+            for module in self.net.modules()
+            if isinstance(module, FakeQuant)
+        ]
+        try:
+            self.forward(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return made
 
     def statistics(
         self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS
@@ -442,10 +463,10 @@ class IntegerModel:
         return Output(to_numpy(out.value), np.asarray(scale, np.float64), to_numpy(out.zero_point))
 
 
-def check_bound(site: str, range: Range, spec: Quant) -> None:
+def check_bound(site: str, range: Range, spec: Quant, profile: Profile) -> None:
     """Raises SpecError naming a site whose static scale or zero point no quantizer has."""
     try:
-        quantizer.check_quantizer(range.scale.shape, range.scale, range.zero_point, spec)
+        quantizer.check_quantizer(range.scale.shape, range.scale, range.zero_point, spec, profile)
     except ValueError as error:
         raise SpecError(f"site {site}: {error}") from None
 

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from qtx_ref.spec import (
+    QTX,
     AttentionSpec,
     Gradients,
     InputTransform,
+    Profile,
     Quant,
     Range,
     Softmax,
@@ -262,10 +264,11 @@ class Quantizer(nn.Module):
     """What `Calibrate` and `FakeQuant` share: a slot's key, `site`, and its spec. Their `apply_to` is what happens
     there, but to the rows of spared tokens."""
 
-    def __init__(self, site: str, spec: Quant, *, masked_scores: bool = False) -> None:
+    def __init__(self, site: str, spec: Quant, *, masked_scores: bool = False, profile: Profile = QTX) -> None:
         super().__init__()
         self.site = site
         self.spec = spec
+        self.profile = QTX if profile == QTX else profile  # itself: its kernels are shorter
         self.is_weight = site.endswith(".weight")
         self.everywhere = masked_scores and site.endswith(".scores")
 
@@ -277,14 +280,14 @@ class Quantizer(nn.Module):
         """By the tensor's own range. One that is not finite becomes NaN throughout: a run that diverges shows it in its
         loss."""
         try:
-            scale, zero_point = quantizer.dynamic_scale(x.detach(), self.spec, where, self.is_weight)
+            scale, zero_point = quantizer.dynamic_scale(x.detach(), self.spec, where, self.is_weight, self.profile)
         except ValueError:
             if x.detach().abs().max() < BEYOND:  # something else is wrong
                 raise
             return x * math.nan
-        if quantizer.holds_all(self.spec, where):
+        if self.profile is QTX and quantizer.holds_all(self.spec, where):
             return Unclamped.apply(x, scale, zero_point)
-        return fake_quantize(x, scale, zero_point, self.spec)
+        return fake_quantize(x, scale, zero_point, self.spec, self.profile)
 
 
 class Calibrate(Quantizer):
@@ -321,11 +324,13 @@ class Calibrate(Quantizer):
 
 class FakeQuant(Quantizer):
     """Quantize-dequantize: a static site by its range, a dynamic one by the tensor itself, a learned one by
-    parameters."""
+    parameters; by the rules of a profile."""
 
-    def __init__(self, site: str, spec: Quant, range: Range | None, *, masked_scores: bool = False) -> None:
+    def __init__(
+        self, site: str, spec: Quant, range: Range | None, *, masked_scores: bool = False, profile: Profile = QTX
+    ) -> None:
         """range: tensors; None where the spec is dynamic."""
-        super().__init__(site, spec, masked_scores=masked_scores)
+        super().__init__(site, spec, masked_scores=masked_scores, profile=profile)
         if spec.learned:
             self.scale = nn.Parameter(range.scale.float())
             self.zero_point = nn.Parameter(range.zero_point.float())
@@ -337,4 +342,4 @@ class FakeQuant(Quantizer):
         if self.spec.dynamic:
             return self.dynamic(x, where)
         quantize = learned_quantize if self.spec.learned else fake_quantize
-        return quantize(x, self.scale, self.zero_point, self.spec)
+        return quantize(x, self.scale, self.zero_point, self.spec, self.profile)

@@ -20,18 +20,24 @@ from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
     Beyond,
+    Bias,
     CastRule,
     DequantizeForm,
     DequantizeRule,
     Dtype,
     FakeQuantizeRule,
+    Fixed,
     FloatFormat,
+    FloatProduct,
     FloatQuantSpec,
     Granularity,
+    HighProduct,
     InfinityPolicy,
+    LeftShift,
     MatmulRule,
     NanPolicy,
     Nudging,
+    Order,
     Overflow,
     Products,
     QuantizeRule,
@@ -101,6 +107,7 @@ AFFINE = {
     "signed": BOTH,
     "narrow": BOTH,
     "granularity": (*Granularity, "permuted"),
+    "axis": (None, None, 0, 1, -1, -2),  # of channels and blocks
     "weight": BOTH,
     "size": (1e-3, 1.0, 30.0),  # standard deviation
     "broken": (False,) * 9 + (True,),  # NaN and infinity even where the profile raises
@@ -155,7 +162,7 @@ def draw_affine(index: int, codes: int) -> Configuration:
     profile = replace(QTX, name="drawn", scale=made, quantize=quantize, fake_quantize=fake, dequantize=dequantize)
     permuted = axes["granularity"] == "permuted"
     kind = Granularity.GROUP if permuted else axes["granularity"]
-    groups, block = (4 if kind is Granularity.GROUP else None), (8 if kind is Granularity.BLOCK else None)
+    groups, block = (4 if kind is Granularity.GROUP else None), (4 if kind is Granularity.BLOCK else None)
     spec = QuantSpec(
         axes["bits"],
         axes["symmetric"],
@@ -166,6 +173,7 @@ def draw_affine(index: int, codes: int) -> Configuration:
         permute=permuted,
         block=block,
         signed=True if axes["symmetric"] else axes["signed"],
+        axis=axes["axis"] if kind in (Granularity.CHANNEL, Granularity.BLOCK) else None,
     )
     width = 64
     x = (rng.standard_normal((max(8, codes // 8 // width // 4 * 4), width)) * axes["size"]).astype(F32)
@@ -191,7 +199,17 @@ def draw_affine(index: int, codes: int) -> Configuration:
 
 
 FIXED = {
-    "rule": tuple(rules.REQUANTIZE.values()),
+    "kind": ("fixed", "fixed", "float"),
+    "dtype": (Dtype.FLOAT32, Dtype.FLOAT64, Dtype.BFLOAT16, Dtype.FLOAT16),  # of fixed: the first two
+    "rounding": rules.ROUNDINGS,
+    "multiplier_bits": (31, 15),
+    "product": tuple(HighProduct),
+    "left": tuple(LeftShift),
+    "scales": (Dtype.FLOAT64, Dtype.FLOAT32),
+    "order": tuple(Order),
+    "zero_point": (ZeroPoint.AFTER, ZeroPoint.BEFORE),
+    "place": tuple(Bias),
+    "add": rules.ROUNDINGS,
     "accumulator": (np.int32, np.int32, np.int64),
     "multiplier": ("tiny", "below one", "above one", "power of two", "zero"),
     "bits": tuple(range(2, 17)),
@@ -201,23 +219,32 @@ FIXED = {
 }
 
 
-def fixed_chain(m, a, b, real, zero, exponent, scales, spec, rule):
+def make_rule(axes: dict[str, Any]) -> Fixed | FloatProduct:
+    """The rule of requantization that the axes draw."""
+    if axes["kind"] == "float":
+        return FloatProduct(axes["dtype"], axes["order"], axes["zero_point"], axes["rounding"])
+    dtype = Dtype.FLOAT32 if axes["dtype"] is Dtype.FLOAT32 else Dtype.FLOAT64
+    return Fixed(dtype, axes["multiplier_bits"], axes["product"], axes["rounding"], axes["left"], axes["scales"])
+
+
+def fixed_chain(m, a, b, real, factors, zero, bias, exponent, scales, spec, rule, place, rounding):
     return {
-        "codes": m.requantize(a, real, zero, spec, rule),
-        "rounded": m.round_by(a, real, rule),
+        "codes": m.requantize(a, factors, zero, spec, rule, bias, place),
+        "rounded": m.round_by(a, factors, rule),
         "multiplier, shift": m.quantize_multiplier(real),
         "combined": m.real_multiplier(scales[0], scales[1], scales[2], rule),
         "rounding high": m.rounding_doubling_high_multiply(b[0], b[1]),
         "high": m.doubling_high_multiply(b[0], b[1]),
-        "divided": m.shift_right(b[0], exponent, Rounding.HALF_AWAY),
+        "divided": m.shift_right(b[0], exponent, rounding),
         "shifted": m.rounding_shift_right(b[1], exponent),
     }
 
 
 def draw_fixed(index: int, codes: int) -> Configuration:
     rng, axes = stream(0, "fixed_point", index), pick(FIXED, index)
-    rule = axes["rule"]
-    wide = axes["accumulator"] is np.int64 and rule not in (rules.TWO, rules.TRUNCATED)
+    rule = make_rule(axes)
+    floats, half = isinstance(rule, FloatProduct), rule.dtype is Dtype.FLOAT16
+    wide = axes["accumulator"] is np.int64 and (floats or rule.product is HighProduct.EXACT)
     columns = 16 if axes["per_channel"] else 1
     exponent = {
         "tiny": (-45, -30),
@@ -230,13 +257,22 @@ def draw_fixed(index: int, codes: int) -> Configuration:
     if axes["multiplier"] == "power of two":
         real = np.exp2(np.rint(np.log2(real)))
     real *= axes["multiplier"] != "zero"
-    magnitude = 2 ** rng.integers(4, 48 if wide else 32, (max(4, codes // 6 // 16), 1)) - 1
+    magnitude = 2 ** rng.integers(4, 16 if half else 48 if wide else 32, (max(4, codes // 6 // 16), 1)) - 1
     if not axes["too_large"]:
         magnitude = np.minimum(magnitude, int(2.0**31 / max(1.0, 2 * real.max())) - 1 if not wide else 2**47 - 1)
     a = rng.integers(-magnitude, magnitude + 1, (len(magnitude), 16))
     a[0] = magnitude[0]
     a[1] = -magnitude[1] - 1
     a[2] = rng.integers(-64, 64, 16)  # ties of powers of two
+    a = np.clip(a, -65504, 65504) if half else a
+    factors = real
+    if floats and rule.order.in_steps:
+        steps = np.ldexp(rng.uniform(0.5, 1, (2, columns)), rng.integers(-8, 9, (2, columns)))
+        last = real / steps[0] / steps[1]
+        factors = np.stack([*steps, 1 / np.maximum(last, 1e-30) if rule.order.divides else last])
+    bias = (rng.standard_normal(16) * 1000).astype(np.float32) if floats and axes["place"] is not Bias.INT32 else None
+    if bias is not None and axes["place"] is Bias.FLOAT_BEFORE_FUSED:
+        bias = np.stack([bias, rng.uniform(0.1, 9, 16).astype(np.float32)])  # and 1 / unit
     spec = QuantSpec(axes["bits"], axes["symmetric"])
     b = rng.integers(-(2**31), 2**31, (2, codes // 6))
     b[:, :9] = np.int64([-(2**31), -(2**31), 0, 2**31 - 1, 1, -1, 2**30, -(2**30), 3])
@@ -244,22 +280,26 @@ def draw_fixed(index: int, codes: int) -> Configuration:
     arrays = {
         "a": a.astype(np.int64 if wide else np.int32),
         "b": b.astype(np.int32),
-        "real": real.astype(np.float32) if rule == rules.TRUNCATED else real,
+        "real": real,
+        "factors": factors.astype(np.float64 if rule.dtype is Dtype.FLOAT64 else np.float32),
+        "bias": bias,
         "zero": np.array(rng.integers(spec.code_min, spec.code_max + 1), np.int32),
         "exponent": rng.integers(0, 32, b.shape[1]).astype(np.int32),
         "scales": rng.uniform(1e-4, 1, (3, 64)).astype(F32),
     }
-    return Configuration(fixed_chain, arrays, {"spec": spec, "rule": rule}, axes)
+    settings = {"spec": spec, "rule": rule, "place": axes["place"], "rounding": axes["add"]}
+    return Configuration(fixed_chain, arrays, settings, axes)
 
 
 INTEGER = {
-    "bits_a": (4, 8, 8, 9, 16),
-    "bits_b": (2, 4, 8, 8, 16),
+    "bits_a": (4, 8, 8, 8, 9, 16),
+    "bits_b": (2, 4, 8, 8, 8, 16),
     "signed_a": BOTH,
     "signed_b": BOTH,
     "depth": (1, 2, 7, 64, 255, 259, 768, 1024, 1025, 2500),  # K: either side of a block's end
     "values": ("random", "random", "lowest", "highest"),
     "accumulator": (32, 64),
+    "products": tuple(Products),
     "overflow": tuple(Overflow),
     "zero_a": ("none", "one", "row"),
     "zero_b": ("none", "one", "column"),
@@ -317,12 +357,13 @@ def draw_integer(index: int, codes: int) -> Configuration:
         "bytes_a": rng.integers(0, 256, (8, depth)).astype(np.uint8),
         "bytes_b": rng.integers(-128, 128, (depth, 16)).astype(np.int8),
     }
+    run = axes["pairs"] + 1 if axes["products"] is Products.RUNS16 else 1
     settings = {
         "a_spec": a_spec,
         "b_spec": b_spec,
         "pairs": axes["pairs"],
         "accumulator": axes["accumulator"],
-        "rule": MatmulRule(Products.EXACT, 1, axes["overflow"]),
+        "rule": MatmulRule(axes["products"], run, axes["overflow"]),
         "integers": axes["integers"],
     }
     return Configuration(integer_chain, arrays, settings, axes)

@@ -1,7 +1,8 @@
 """A certificate: for every integer product of a model, on every target, a proof that nothing overflows or a witness.
 
-`certify` reads an artifact or an ONNX file, bounds each product by its codes (`certificate_bounds`), runs the model on
-data where there are any, and lists what would mend what can overflow (`certificate_cures`).
+`certify` reads an artifact or an ONNX file, bounds each product by its codes (`certificate_bounds`,
+`certificate_overflow`), runs the model on data where there are any, and lists what would mend what can overflow
+(`certificate_cures`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from ..files.artifact import SUFFIX, load_artifact
 from ..graphs.reading import read_graph
 from ..progress import Progress
 from .certificate_artifact import Show, read_artifact_products, run_artifact
-from .certificate_bounds import CENTRE, TARGETS, Product, Target, Verdict, check_overflow, check_shift, check_sums
+from .certificate_bounds import CENTRE, TARGETS, Operand, Product, Target, Verdict, Witness, check_sums
 from .certificate_cures import Cure, Tally, list_cures
 from .certificate_onnx import read_onnx_products, run_onnx
+from .certificate_overflow import check_overflow, check_shift
 
 __all__ = ["Certificate", "Line", "certify", "confirm", "list_engines", "open_products"]
 
@@ -32,12 +34,15 @@ Runner = Callable[[Batch, Show], None]
 
 @dataclass(frozen=True)
 class Line:
-    """What holds of one product. `targets`: by name; without those that do not take its codes."""
+    """What holds of one product. `targets`: by name; without those that do not take its codes. `codes`: of both
+    operands, as the file has them."""
 
     name: str
+    codes: str  # u8 x s8
     constant: bool  # weights, or activations times activations
     depth: int | None
     columns: int | None
+    accumulator: int  # bits
     targets: dict[str, Verdict]
     overflow: Verdict
     shift: Verdict | None
@@ -141,7 +146,14 @@ def judge(product: Product, targets: Sequence[str], engines: Sequence[str]) -> L
             elif target.run and not verdicts[name].holds:
                 verdicts[name] = replace(verdicts[name], note=find_run(product, target))
     constant = product.right.codes is not None
-    return Line(product.name, constant, product.depth, product.columns, verdicts, overflow, shift, cures)
+    codes = f"{describe_codes(product.left)} x {describe_codes(product.right)}"
+    size = product.depth, product.columns, product.accumulator
+    return Line(product.name, codes, constant, *size, verdicts, overflow, shift, cures)
+
+
+def describe_codes(operand: Operand) -> str:
+    """The dtype of codes, in short."""
+    return f"{'s' if operand.signed else 'u'}{8 if operand.is_byte else 16}"
 
 
 def find_run(product: Product, target: Target) -> str:
@@ -179,30 +191,41 @@ def list_engines() -> list[str]:
 
 def confirm(product: Product, verdict: Verdict, engines: Sequence[str]) -> Verdict:
     """A verdict with what engines make of its witness: a number, to a 240th of it where the engine gives codes, or in
-    words that it refused or crashed. Raises SpecError for an unknown engine, MissingExtra."""
+    words that it refused or crashed. Raises SpecError for an unknown engine, MissingExtra.
+
+    torch's engines take uint8 x int8 alone; onnxruntime is given the codes as the file has them, and what it misses by
+    is what it would miss after they are moved: of uint8 x uint8 nothing.
+    """
     witness = verdict.witness
     if witness is None:
         return verdict
-    x = (witness.left + CENTRE * product.left.signed).astype(np.uint8)[None]
-    w = (witness.right - CENTRE * (not product.right.signed)).astype(np.int8)[:, None]
     seen: dict[str, int | str] = {}
     for name in engines:
         if name not in ENGINES:
             raise SpecError(f"engine is {name!r}: known engines are {', '.join(ENGINES)}")
         path, op, cpu = ENGINES[name]
         try:
-            seen[name] = run_witness(path, op, cpu, x, w, witness.exact)
+            run = run_linear if op == "linear" else run_matmul
+            seen[name] = run(path, cpu, product, witness)
         except (paths.EngineCrash, paths.EngineRefusal) as error:
             seen[name] = str(error)
     return replace(verdict, witness=replace(witness, engines=seen))
 
 
-def run_witness(path: str, op: str, cpu: str, x: np.ndarray, w: np.ndarray, exact: int) -> int:
-    """What an engine's path makes of x (1, K) times w (K, 1)."""
-    given = {"x": x, "x_zero": np.uint8(0), "w": w, "w_zero": np.int8(0)}
-    if op == "matmul":
-        return int(paths.run(path, op, given, cpu)["accumulator"][0, 0])
-    step, middle = abs(exact) / STEPS, np.uint8(128)
-    more = {"x_scale": 1.0, "w_scale": np.ones(1, np.float32), "bias": None, "y_scale": step, "y_zero": middle}
-    code = paths.run(path, op, given | more, cpu)["y"][0, 0]
-    return round((int(code) - int(middle)) * step)
+def run_linear(path: str, cpu: str, product: Product, witness: Witness) -> int:
+    """What a path of uint8 times int8, whose result is codes, makes of a witness."""
+    x = (witness.left + CENTRE * product.left.signed).astype(np.uint8)[None]
+    w = (witness.right - CENTRE * (not product.right.signed)).astype(np.int8)[:, None]
+    step, middle = abs(witness.exact) / STEPS, np.uint8(128)
+    given = {"x": x, "x_scale": 1.0, "x_zero": 0, "w": w, "w_scale": np.ones(1, np.float32), "w_zero": 0}
+    y = paths.run(path, "linear", given | {"bias": None, "y_scale": step, "y_zero": middle}, cpu)["y"]
+    return round((int(y[0, 0]) - int(middle)) * step)
+
+
+def run_matmul(path: str, cpu: str, product: Product, witness: Witness) -> int:
+    """What a path of bytes of either sign, whose result is accumulators, makes of a witness."""
+    kinds = [np.int8 if side.signed else np.uint8 for side in (product.left, product.right)]
+    x, w = witness.left.astype(kinds[0])[None], witness.right.astype(kinds[1])[:, None]
+    given = {"x": x, "x_zero": kinds[0](0), "w": w, "w_zero": kinds[1](0)}
+    acc = int(paths.run(path, "matmul", given, cpu)["accumulator"][0, 0])
+    return witness.exact + acc - int(witness.left @ witness.right)

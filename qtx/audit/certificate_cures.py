@@ -12,7 +12,8 @@ from math import ceil, log2
 
 import numpy as np
 
-from .certificate_bounds import INT32, TARGETS, Operand, Product, Verdict, check_sums
+from .certificate_bounds import TARGETS, Operand, Product, Verdict, check_sums
+from .certificate_overflow import INT32
 
 __all__ = ["Cure", "Tally", "list_cures"]
 

@@ -70,16 +70,25 @@ def read_onnx_products(graph: Graph) -> tuple[list[Product], list[str]]:
     constants = Constants(graph)
     products, unread = [], []
     for node in graph.nodes:
-        if node.op in UNREAD:
-            unread.append(f"{node.name} ({node.op})")
         product = None
         if (node.domain, node.op) in INTEGER:
             product = read_integer(constants, node)
         elif node.domain == "" and node.op in FLOATS:
             product = read_float(constants, node)
-        if product is not None:
+            if product is None:  # not of two dequantized tensors
+                continue
+        elif node.op not in UNREAD and not is_quantized_conv(constants, node):
+            continue
+        if product is None:
+            unread.append(f"{node.name} ({node.op})")
+        else:
             products.append(product)
     return products, unread
+
+
+def is_quantized_conv(constants: Constants, node: Node) -> bool:
+    """Whether a node is a Conv of two dequantized tensors."""
+    return node.op == "Conv" and all(trace(constants, name, 0) is not None for name in node.inputs[:2])
 
 
 def place(node: Node, index: int | None) -> str:
@@ -180,7 +189,7 @@ def read_float(constants: Constants, node: Node) -> Product | None:
     """A MatMul or Gemm of two dequantized tensors; None for others."""
     turns = [node.attributes.get(key, 0) for key in ("transA", "transB")]
     left, right = (trace(constants, node.inputs[i], turns[i]) for i in (0, 1))
-    if left is None or right is None or node.attributes.get("alpha", 1.0) != 1:
+    if left is None or right is None:
         return None
     depth = right.depth or left.depth
     for index in (0, 1):
@@ -189,7 +198,8 @@ def read_float(constants: Constants, node: Node) -> Product | None:
         if depth is None and shape is not None and len(shape) >= 2:
             depth = shape[axis]
     unit = None
-    if left.scale is not None and right.scale is not None and left.scale.size == 1:
+    scaled = any(node.attributes.get(key, 1.0) != 1 for key in ("alpha", "beta"))
+    if left.scale is not None and right.scale is not None and left.scale.size == 1 and not scaled:
         unit = left.scale.astype(np.float64) * right.scale.astype(np.float64)
     bias, shift = follow(constants, node, unit)
     return arrange(node.name, left.operand, right.operand, depth, bias, shift, right.scale)

@@ -318,5 +318,301 @@ print(run("onnxruntime-all", "scale", values)["scale"].item())  # 0.0
 """,
         remedy="A floor for scales: the smallest normal number, as the default profile has it.",
     ),
+    Finding(
+        id="QTX-SCA-002",
+        title="torchao divides a block by 2^-126 where its scale says 2^-127",
+        cause="The scale code 0 stands for 2^-127, which is subnormal in float32; the elements are divided by the "
+        "smallest normal number instead.",
+        consequence="Blocks whose largest element is that small are read back at half their value.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.quant.formats import mx_quantize
+from qtx_ref.spec import FloatFormat
+x = np.zeros((1, 32), np.float32)
+x[0, 0] = 2.0**-126
+made = run("torchao-mx-floor", "mx", {"x": x, "format": "e5m2"})
+print(made["scale"].item(), made["code"][0, 0], mx_quantize(x, FloatFormat.E5M2)[1][0, 0])  # 0 60 64
+""",
+        remedy="Scale such a tensor up before it is cast; it is below anything that is trained.",
+    ),
+    Finding(
+        id="QTX-SCA-003",
+        title="torchao's RCEIL takes a logarithm in float32 and misses powers of two by an ulp",
+        cause="ceil(log2(absmax / largest)): for large |k| the logarithm of what is just above 2^k is rounded to k.",
+        consequence="The block's scale is half of what hardware gives, and its largest element saturates.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.quant.formats import mx_quantize
+from qtx_ref.spec import FloatFormat, SharedScale
+x = np.zeros((1, 32), np.float32)
+x[0, 0] = np.nextafter(np.float32(448 * 2.0**-30), np.float32(1))
+made = run("torchao-mx-rceil", "mx", {"x": x, "format": "e4m3"})
+print(made["scale"].item() - 127, int(mx_quantize(x, FloatFormat.E4M3, SharedScale.RCEIL)[0].item()) - 127)  # -30 -29
+""",
+        remedy="Take the exponent from the bits of the quotient, as qtx_ref does.",
+    ),
+    Finding(
+        id="QTX-NAN-002",
+        title="MX blocks with infinity get a finite scale in torchao, and those with NaN elements of NaN",
+        cause="The exponent of infinity is taken as 128, and the infinity saturates. With NaN the scale is NaN, and "
+        "so is every quotient with it.",
+        consequence="An infinity upstream turns into the largest finite element of a block whose others are lost. "
+        "The codes of a block of NaN differ between engines, its values do not.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.quant.formats import mx_quantize
+from qtx_ref.spec import FloatFormat
+x = np.ones((1, 32), np.float32)
+x[0, 0] = np.inf
+made = run("torchao-mx-floor", "mx", {"x": x, "format": "e4m3"})
+print(made["scale"].item(), made["code"][0, :2].tolist())  # 247 [126, 0]
+print(mx_quantize(x, FloatFormat.E4M3)[0].item())  # 255
+""",
+        remedy="Look for infinity before the cast; qtx_ref gives the block the scale NaN.",
+    ),
+    Finding(
+        id="QTX-QUA-005",
+        title="LiteRT's optimised quantizer rounds the last elements of a tensor by another rule",
+        cause="Full vectors are x (1 / s) in float32, half to even; what does not fill a vector is x / s in "
+        "float64, half away from zero. With a scale per channel it is x / s in float32, half away, throughout.",
+        consequence="Equal numbers in one tensor get different codes, by their place in it.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.full(33, 2.5, np.float32), "scale": np.float32(1), "zero_point": np.int32(0), "dtype": "int8"}
+print(run("litert-optimized", "quantize", values)["code"][30:].tolist())  # [2, 2, 3]
+""",
+        remedy="Compare tensors whose length is a multiple of 16, or each part under its own profile: "
+        "litert-2.3-optimized and litert-2.3-optimized-tail.",
+    ),
+    Finding(
+        id="QTX-QUA-006",
+        title="XNNPACK quantizes float16 by a reciprocal that is rounded to float16",
+        cause="The kernel keeps 1 / s in float16, and multiplies in float32.",
+        consequence="Levels are off by up to one in 2,000: near ties the code differs from that of the same numbers in "
+        "float32.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.float16([5.9960938]), "scale": np.float32(0.06774902), "zero_point": np.int32(22), "dtype": "int8"}
+print(run("litert-xnnpack", "quantize", values)["code"].item())  # 110
+print(run("litert-xnnpack", "quantize", {**values, "x": values["x"].astype(np.float32)})["code"].item())  # 111
+""",
+        remedy="Cast to float32 before the quantizer.",
+    ),
+    Finding(
+        id="QTX-GRA-002",
+        title="onnxruntime rounds 16-bit activations to 8 bits before a product with 8-bit weights",
+        cause="At the extended level DequantizeLinear of constant 8-bit weights and the MatMul or Gemm behind it "
+        "become MatMulNBits, whose default accuracy level, 4, quantizes the other operand to int8 on its way.",
+        consequence="Results are off by hundreds of 16-bit codes; at the basic level the file is right to float32.",
+        reproduce="""
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import helper, numpy_helper
+K = 32
+x = np.arange(K, dtype=np.uint16)[None] ** 2 * 57
+held = {"s": np.float32(2.0**-16), "zx": np.uint16(0), "t": np.float32(1), "zw": np.int8(0)}
+held["w"] = np.ones((K, K), np.int8)
+nodes = [helper.make_node("DequantizeLinear", ["x", "s", "zx"], ["a"]),
+         helper.make_node("DequantizeLinear", ["w", "t", "zw"], ["b"]), helper.make_node("MatMul", ["a", "b"], ["y"])]
+graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", 4, [1, K])],
+                          [helper.make_tensor_value_info("y", 1, [1, K])],
+                          [numpy_helper.from_array(np.asarray(value), name) for name, value in held.items()])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+errors = []
+for level in ("4", "1"):  # 4 is the default
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    y = session.run(None, {"x": x})[0][0, 0]
+    errors.append(abs(round(float(y) * 2**16) - int(x.sum())))
+print(errors[0] > 100, errors[1])  # True 0
+""",
+        remedy="Set the session's entry session.qdq_matmulnbits_accuracy_level to 1; `qtx export --form qdq` says so.",
+    ),
+    Finding(
+        id="QTX-GRA-003",
+        title="onnxruntime cannot make weights unsigned where two share a zero point",
+        cause="Under session.x64quantprecision, which keeps u8 x s8 products from saturating on x86 without VNNI, the "
+        "optimizer replaces each weight's zero point by name, and the second time it is there already.",
+        consequence="The session is not made: Attempt to replace the existing tensor.",
+        reproduce="""
+import numpy as np
+import onnxruntime
+from onnx import helper, numpy_helper
+held = {"s": np.float32(1), "zx": np.uint8(0), "z": np.int8(0)}
+held |= {"w": np.full((4, 4), 127, np.int8), "v": np.full((4, 4), -127, np.int8)}
+nodes = []
+for i, (x, w) in enumerate((("x", "w"), ("q0", "v"))):
+    nodes += [helper.make_node("DequantizeLinear", [x, "s", "zx"], [f"a{i}"]),
+              helper.make_node("DequantizeLinear", [w, "s", "z"], [f"b{i}"]),
+              helper.make_node("MatMul", [f"a{i}", f"b{i}"], [f"y{i}"]),
+              helper.make_node("QuantizeLinear", [f"y{i}", "s", "zx"], [f"q{i}"])]
+graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", 2, [1, 4])],
+                          [helper.make_tensor_value_info("q1", 2, [1, 4])],
+                          [numpy_helper.from_array(np.asarray(value), name) for name, value in held.items()])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+options.add_session_config_entry("session.x64quantprecision", "1")
+try:
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+except Exception as error:
+    print("Attempt to replace the existing tensor" in str(error))  # True
+""",
+        remedy="Give each weight's DequantizeLinear a zero point of its own, as `qtx export --form qdq` does.",
+    ),
+    Finding(
+        id="QTX-ACC-002",
+        title="onnxruntime saturates pairs of uint8 x int8 on x86 without VNNI, not of uint8 x uint8",
+        cause="Its kernel of uint8 x int8 there is vpmaddubsw, which adds two neighbouring products in saturating "
+        "int16; its kernel of uint8 x uint8 widens both factors first. quantize_dynamic writes uint8 x int8.",
+        consequence="A file gives other integers on such a machine wherever two neighbours are large at once: `qtx "
+        "audit certificate` says whether they can be, and how often they are on data.",
+        reproduce="""
+import numpy as np
+from qtx_ref.integer.products import matmul_pairs16
+x, w = np.uint8([[255, 255]]), np.int8([[127], [127]])
+print((x.astype(int) @ w).item(), matmul_pairs16(x, w).item())  # 64770 32767
+""",
+        remedy="Weights of type QUInt8, or reduce_range (7 bits). `qtx audit certificate FILE --engine onnxruntime` "
+        "gives the operands to onnxruntime on an emulated CPU, where qemu-user is installed.",
+    ),
+    Finding(
+        id="QTX-BIA-002",
+        title="A float bias behind a QDQ product is added as a float, by integer kernels as a multiple of their unit",
+        cause="torch's exporter leaves the bias of a layer in float beside two DequantizeLinear. Read as it stands it "
+        "is added to the real result; fused into an integer product it is rounded to x_scale * w_scale first.",
+        consequence="One code of difference where the rounding reaches a tie.",
+        reproduce="""
+accumulator, unit, bias, scale = 21, 0.02 * 0.002, 0.31415, 0.01
+print(round((accumulator * unit + bias) / scale))  # 31
+print(round((accumulator + round(bias / unit)) * unit / scale))  # 32
+""",
+        remedy="Walk the file under the profile that its runtime has: `bias` float_after as it stands, int32 as fused.",
+    ),
+    Finding(
+        id="QTX-REQ-004",
+        title="Levels beyond int32 become the lowest code in fbgemm, qnnpack and LiteRT's reference kernels",
+        cause="They convert the scaled accumulator to int32 before they clamp; what an int32 does not hold becomes "
+        "INT_MIN. onnxruntime, onednn and XNNPACK clamp first.",
+        consequence="A result far above the range is the lowest code instead of the highest. It takes scales that "
+        "do not fit the layer.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[100], [1]]), "w": np.int8([[127]]), "bias": None, "x_zero": np.uint8(0), "w_zero": np.int8(0)}
+values |= {"x_scale": np.float32(1), "w_scale": np.float32(1), "y_scale": np.float32(2**-20), "y_zero": np.uint8(5)}
+print(run("torch-fbgemm", "linear", values)["y"].ravel().tolist())  # [0, 255]
+print(run("onnxruntime-all", "linear", values)["y"].ravel().tolist())  # [255, 255]
+""",
+        remedy="Calibrate: with a y_scale that belongs to the layer no level is near 2^31. The profiles saturate.",
+    ),
+    Finding(
+        id="QTX-REQ-005",
+        title="Integer layers of torch with a subnormal scale are their own",
+        cause="1 / s of a subnormal scale is near the end of float32 or beyond it; qnnpack's product of scales "
+        "vanishes. The reference refuses a factor beyond 2^64, with which an accumulator may overflow.",
+        consequence="qnnpack gives ends of the range where onednn gives the zero point.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[251]]), "w": np.int8([[100]]), "bias": None, "x_zero": np.uint8(0), "w_zero": np.int8(0)}
+scales = {"x_scale": 6.092734e-39, "w_scale": 1.6641461e-06, "y_scale": 1.1754944e-38}
+values |= {"y_zero": np.uint8(247)} | {name: np.float32(scale) for name, scale in scales.items()}
+print([run(f"torch-{engine}", "linear", values)["y"].item() for engine in ("qnnpack", "onednn")])  # [0, 247]
+""",
+        remedy="Keep scales at 2^-126 or above, as qtx does.",
+    ),
+    Finding(
+        id="QTX-REQ-006",
+        title="onednn multiplies by other factors on a CPU without AVX-512",
+        cause="With AVX-512 the accumulator is multiplied by x, by w and by 1 / y in turn; the kernels for AVX2 "
+        "multiply by the product of x and w first.",
+        consequence="One code of difference near ties between two machines with the same torch.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[71]]), "w": np.int8([[93]]), "bias": None, "x_zero": np.uint8(0), "w_zero": np.int8(0)}
+scales = {"x_scale": 0.06028441, "w_scale": 0.021628225, "y_scale": 0.048503026}
+values |= {"y_zero": np.uint8(8)} | {name: np.float32(scale) for name, scale in scales.items()}
+print(run("torch-onednn", "linear", values, "avx2")["y"].item())  # 186
+unit, product = np.float32(0.06028441) * np.float32(0.021628225), np.float32(71 * 93)
+print(np.rint((product * unit) * (1 / np.float32(0.048503026)) + np.float32(8)))  # 186.0
+""",
+        remedy="Compare results of machines of one kind; torch-onednn-avx2 states the products, not this order.",
+    ),
+    Finding(
+        id="QTX-ACC-003",
+        title="onednn moves int8 activations to uint8, and their pairs saturate on x86 without VNNI",
+        cause="The kernels for AVX2 add 128 to int8 codes, multiply uint8 by int8 with vpmaddubsw, whose pairs "
+        "saturate in int16, and take 128 times the sums of the columns away again.",
+        consequence="Small int8 activations saturate too: 0 is 128 there.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.integer.products import matmul_pairs16
+values = {"x": np.int8([[127, 127]]), "w": np.int8([[127], [127]]), "bias": None}
+values |= {"x_zero": np.int8(0), "w_zero": np.int8(0)}
+values |= {"x_scale": np.float32(1), "w_scale": np.float32(1), "y_scale": np.float32(256), "y_zero": np.int8(0)}
+moved = (values["x"].astype(np.int16) + 128).astype(np.uint8)
+print((matmul_pairs16(moved, values["w"]).item() - 128 * 254) / 256)  # 0.99609375
+print(run("torch-onednn-s8", "linear", values, "avx2")["y"].item())  # 1
+""",
+        remedy="uint8 activations with weights of 7 bits, or a machine with VNNI.",
+    ),
+    Finding(
+        id="QTX-ACC-005",
+        title="A kernel of 16-bit accumulators saturates on ordinary sums",
+        cause="It adds the pairs of vpmaddubsw in saturating int16 (vpaddsw) for a run, of up to 128 pairs, before it "
+        "widens them: codes of 20 and weights of 100 fill int16 after 8 pairs.",
+        consequence="Sums are cut at 32767 where int32 would hold them many times over.",
+        reproduce="""
+import numpy as np
+from qtx_ref.integer.products import matmul_pairs16
+x, w = np.full((1, 64), 20, np.uint8), np.full((64, 1), 100, np.int8)
+print([matmul_pairs16(x, w, pairs).item() for pairs in (1, 8, 32)])  # [128000, 128000, 32767]
+""",
+        remedy="`qtx audit certificate` says which run is proved; else a kernel that adds in int32.",
+    ),
+    Finding(
+        id="QTX-ACC-004",
+        title="An int32 accumulator that overflows wraps, and no engine says so",
+        cause="255 * 255 * 33030 is beyond 2^31; so is a bias of a scale far above its product's.",
+        consequence="A large positive sum comes out negative.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+x, w = np.full((1, 33030), 255, np.uint8), np.full((33030, 1), 255, np.uint8)
+values = {"x": x, "x_zero": np.uint8(0), "w": w, "w_zero": np.uint8(0)}
+print(255 * 255 * 33030, run("onnxruntime-all", "matmul", values)["accumulator"].item())  # 2147775750 -2147191546
+""",
+        remedy="`qtx audit certificate` proves from codes that it cannot, or gives operands; a sum in parts, or larger "
+        "scales.",
+    ),
+    Finding(
+        id="QTX-REQ-007",
+        title="Where M is 1 or more, two roundings shift an accumulator left in int32",
+        cause="M = 40 is 0.625 * 2^6: the accumulator is shifted by 6 before the high product, and beyond 2^25 leaves "
+        "int32, though the result would fit.",
+        consequence="What engines then have is undefined in C: it wraps, or saturates.",
+        reproduce="""
+from dataclasses import replace
+import numpy as np
+from qtx_ref.integer.fixed_point import multiply, quantize_multiplier
+from qtx_ref.spec import QTX, HighProduct, LeftShift
+a, M = np.int32([50_000_000]), quantize_multiplier(np.float64(40))
+high = replace(QTX.requantize, product=HighProduct.HALF_UP)
+ways = [replace(high, left=left) for left in (LeftShift.SATURATE, LeftShift.WRAP)]
+print([multiply(a, *M, rule).item() for rule in ways])  # [1342177279, -684354560]
+print(50_000_000 * 40)  # 2000000000
+""",
+        remedy="A larger scale of the result, so that M is below 1; `qtx audit certificate` says where it matters.",
+    ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}

@@ -139,12 +139,10 @@ def quantize(case: Case, profile: Profile) -> list[np.ndarray]:
     x, scale, zero = [*case.inputs, None][:3]
     assert x is not None and scale is not None  # neither can be left out
     kind = case.outputs[0].kind
-    if kind in FORMATS:  # a zero point of 0 makes -0 a 0
-        level = x.array / spread(case, x, scale) + np.float32(0)
-        return [formats.encode(level, FORMATS[kind], bool(case.attributes.get("saturate", 1)), cast=profile.cast)]
     zero = zero or Given(kind, np.zeros_like(scale.array, np.int32))
+    dtype = str(FORMATS[kind]) if kind in FORMATS else kind.lower()
     shaped = {"scale": spread(case, x, scale), "zero_point": spread(case, x, zero).astype(np.int32)}
-    return [evaluate(profile, "quantize", {"x": x.array, **shaped, "dtype": kind.lower()})["code"]]
+    return [evaluate(profile, "quantize", {"x": x.array, **shaped, "dtype": dtype})["code"]]
 
 
 def dequantize(case: Case, profile: Profile) -> list[np.ndarray]:
@@ -187,7 +185,7 @@ def cast(case: Case, profile: Profile) -> list[np.ndarray]:
     x = real(given)
     if kind in FORMATS:
         saturate = bool(case.attributes.get("saturate", 1))
-        return [formats.encode(x.astype(np.float32), FORMATS[kind], saturate, cast=profile.cast)]
+        return [formats.encode(x.astype(np.float32), FORMATS[kind], saturate, rule=profile.cast)]
     if kind in WIDTHS:
         narrow = round_dtype(x, Dtype.BFLOAT16) if kind == "BFLOAT16" else x.astype(WIDTHS[kind])
         return [narrow.astype(WIDTHS[kind])]

@@ -19,7 +19,7 @@ from .options import DATA, EITHER, JSON, LIMIT, MACHINE, RECIPE, say, tabulate_r
 @RECIPE
 @click.option("--numerics", type=click.Choice(["integer", "fake"]), help=f"Of a MODEL{SUFFIX}; default: integer.")
 @click.option("--strict", is_flag=True, help=f"Of a MODEL{SUFFIX}: integer dtypes only, in every op; slow.")
-@click.option("--profile", "profile_name", help=f"Of a MODEL{SUFFIX}: a name, or a FILE.json; default: its own.")
+@click.option("--profile", "profile_name", help=f"A name, or a FILE.json; default: a MODEL{SUFFIX}'s own, else qtx.")
 @LIMIT
 @MACHINE
 @JSON

@@ -127,6 +127,9 @@ def export_as_onnx(
     files = ", ".join(f"{name} ({size:,} bytes)" for name, size in written.files.items())
     operators = ", ".join(f"{name} {count}" for name, count in written.operators.items())
     say(f"{files}\n{form} form, profile {written.profile}, {len(written.sites)} sites\n{operators}", json_path)
+    if written.session:
+        entries = ", ".join(f"{key} {value}" for key, value in written.session.items())
+        say(f"an onnxruntime session needs the entries {entries}", json_path)
     result: dict[str, Any] = asdict(written)
     checks = list(check_graph(path, out)) if verify else []
     if verify:
@@ -146,6 +149,6 @@ def format_checks(checks: Sequence[EngineCheck]) -> str:
         rows.append([one.engine, *numbers, "yes" if one.exposing else "no"])
         flips = ", ".join(f"{site.site} {site.free:,} of {site.codes:,}" for site in one.sites if site.free)
         flipped.setdefault(flips, []).append(one.engine)
-    head = ["engine", "exact codes", "differ", "near a tie", "float codes", "flip", "flip, free", "same when exposed"]
+    head = ["engine", "exact codes", "differ", "near", "float codes", "flip", "by", "flip, free", "same when exposed"]
     lines = [f"{', '.join(engines)}, run freely: {flips}" for flips, engines in flipped.items() if flips]
     return "\n".join([format_table(head, rows), *lines])

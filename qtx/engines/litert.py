@@ -10,21 +10,31 @@ import numpy as np
 
 from .backend import need
 from .litert_models import Tensor, make_model, settle
-from .paths import Path
+from .paths import Path, check_granularity
 
 PACKAGES = {"ai_edge_litert": "engines", "flatbuffers": "engines"}
 NAME = "litert"
 RESOLVERS = {"reference": "BUILTIN_REF", "optimized": "BUILTIN_WITHOUT_DEFAULT_DELEGATES", "xnnpack": "BUILTIN"}
-CODES = ("int8", "uint8", "int16")
+BYTES = ("int8", "uint8")
+LANES, TAIL = 8, "litert-2.3-optimized-tail"  # of the optimised kernels, which take what XNNPACK does not, int16
 
 
 def list_kernels(kernels: str) -> tuple[Path, ...]:
     """The paths of one resolver."""
-    name, profile = f"{NAME}-{kernels}", f"{NAME}-2.3-{kernels}"
+    name, profile, reference = f"{NAME}-{kernels}", f"{NAME}-2.3-{kernels}", f"{NAME}-2.3-reference"
+    split = (LANES, TAIL)
+    narrow = split if kernels == "optimized" else (1, "")
+    wide = (1, "") if kernels == "reference" else split
+    channel = f"{profile}-channel" if kernels == "optimized" else profile
     return (
-        Path(name, NAME, "quantize", profile, CODES),
-        Path(name, NAME, "dequantize", profile, CODES),
+        Path(name, NAME, "quantize", profile, BYTES, *narrow),
+        Path(name, NAME, "dequantize", profile, BYTES, *narrow),
         Path(name, NAME, "linear", profile, ("int8",)),
+        Path(f"{name}-channel", NAME, "quantize", reference, BYTES),
+        Path(f"{name}-channel", NAME, "dequantize", reference, BYTES),
+        Path(f"{name}-channel", NAME, "linear", channel, ("int8",)),
+        Path(f"{name}-16x8", NAME, "quantize", f"{profile}-16x8", ("int16",), *wide),
+        Path(f"{name}-16x8", NAME, "dequantize", f"{profile}-16x8", ("int16",)),
         Path(f"{name}-16x8", NAME, "linear", f"{profile}-16x8", ("int16",)),
     )
 
@@ -44,15 +54,18 @@ def make_interpreter(model: bytes, kernels: str) -> Any:
 
 def run(path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What the kernels give. Tensors are rows: an axis of channels is the last."""
-    kernels = path.name.removeprefix(f"{NAME}-").removesuffix("-16x8")
+    kernels = path.name.split("-")[1]
+    check_granularity(path, values)
     if path.op == "linear":
         return {"y": run_linear(kernels, values)}
     name = "x" if path.op == "quantize" else "code"
     given = np.ascontiguousarray(values[name])
     dtype = values.get("dtype", str(given.dtype))
+    if path.op == "quantize" and given.dtype != np.float32:
+        raise ValueError(f"QUANTIZE takes x of float32 here, not of {given.dtype}")
     scales, zeros = settle(values["scale"], values["zero_point"])
     codes = Tensor("code", dtype, given.shape, scales, zeros, values.get("axis", 0))
-    real = Tensor("real", str(given.dtype) if path.op == "quantize" else "float32", given.shape)
+    real = Tensor("real", "float32", given.shape)
     if path.op == "quantize":
         return {"code": call(make_model("QUANTIZE", (real,), codes), kernels, given)}
     return {"y": call(make_model("DEQUANTIZE", (codes,), real), kernels, given)}

@@ -20,6 +20,7 @@ CARRIED = {  # dtypes that NumPy lacks, and which one of its own carries them to
     "uint2": "uint8",
     "uint4": "uint8",
 }
+FED = CARRIED | dict.fromkeys(("e4m3", "e5m2", "e2m1"), "float32")  # the same of inputs: +0 is a zero point of floats
 Model = tuple[bytes, dict[str, np.ndarray]]  # and what is fed to it
 
 
@@ -44,8 +45,8 @@ def make_model(
         names.append(name)
         if not name:
             continue
-        given.append(helper.make_tensor_value_info(name, element(CARRIED.get(dtype, dtype)), None))
-        if dtype in CARRIED:
+        given.append(helper.make_tensor_value_info(name, element(FED.get(dtype, dtype)), None))
+        if dtype in FED:
             names[-1] = f"{name}.narrow"
             nodes.append(helper.make_node("Cast", [name], [names[-1]], to=element(dtype)))
     made = [f"{i}.narrow" if dtype in CARRIED else f"{i}" for i, dtype in enumerate(outputs)]
@@ -71,7 +72,7 @@ def build(
     """A model of one node and its feeds. inputs: value and dtype by name; None for one that is left out."""
     signature = tuple(("" if value is None else name, dtype) for name, (value, dtype) in inputs.items())
     feeds = {
-        name: np.asarray(value).astype(CARRIED.get(dtype, dtype), copy=False)
+        name: np.asarray(value).astype(FED.get(dtype, dtype), copy=False)
         for name, (value, dtype) in inputs.items()
         if value is not None
     }
@@ -81,16 +82,14 @@ def build(
 
 
 def build_quantize(values: Mapping[str, Any]) -> Model:
-    """QuantizeLinear; its zero point is left out where the codes are floats."""
+    """QuantizeLinear; where the codes are floats, their zero point is +0."""
     kind, dtype = values.get("x_dtype", str(values["x"].dtype)), values["dtype"]
-    floats = dtype in FORMATS
     inputs = {
         "x": (values["x"], kind),
         "scale": (values["scale"], kind),
-        "zero_point": (None if floats else values["zero_point"], dtype),
+        "zero_point": (values["zero_point"], dtype),
     }
-    more = {"output_dtype": element(dtype)} if floats else {}
-    return build("QuantizeLinear", inputs, dtype, more | blocks(values))
+    return build("QuantizeLinear", inputs, dtype, blocks(values))
 
 
 def build_dequantize(values: Mapping[str, Any]) -> Model:

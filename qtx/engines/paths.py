@@ -10,6 +10,8 @@ import atexit
 import functools
 import importlib
 import importlib.util
+import pathlib
+import platform
 import shutil
 import sys
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from qtx_ref.profiles import NAMES
 from qtx_ref.spec import SpecError
 
 from .backend import MissingExtra
@@ -29,11 +32,15 @@ __all__ = [
     "EngineRefusal",
     "OPERATIONS",
     "Path",
+    "check_granularity",
     "engine_names",
+    "find_narrow",
     "find_path",
     "list_paths",
     "load_engine",
     "missing",
+    "multiplies_bytes",
+    "name_profile",
     "run",
 ]
 
@@ -56,13 +63,15 @@ OPERATIONS = {  # what each takes, and what it gives; what is in brackets may be
     "cast": ("x format", "code"),
     "mx": ("x format", "scale code"),
 }
-SWITCHES = {  # CPUs that engines imitate by switches of their own
+SWITCHES = {  # CPUs that torch's kernels imitate by switches of their own
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
         "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     },
 }
+SWITCHED = ("torch", "torchao")  # engines that have these switches
+WITHOUT_BYTES = "-avx2"  # ends the names of profiles of x86 CPUs without VNNI
 LIMIT = 600.0  # seconds that one call may take
 
 
@@ -75,6 +84,9 @@ class Path:
     op: str  # of OPERATIONS
     profile: str  # name of the profile that states it
     codes: tuple[str, ...]  # dtypes of codes, or names of float formats, that it takes
+    # Of a tensor's elements, the last size mod `lanes` go another way, which the profile `tail` states.
+    lanes: int = 1
+    tail: str = ""
 
 
 class Engine(Protocol):
@@ -91,6 +103,16 @@ class Engine(Protocol):
 def find_plugins() -> dict[str, str]:
     """The module of each engine of another package. Looked for once: every call of a path asks."""
     return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def check_granularity(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises ValueError where a path whose name ends in -channel has one scale (of weights, in a linear), or another
+    has several: engines have rules of their own for each."""
+    channels = path.name.endswith("-channel")
+    several = np.size(values["w_scale"]) > 1 if path.op == "linear" else "axis" in values
+    if channels != several:
+        other = path.name.removesuffix("-channel") if channels else f"{path.name}-channel"
+        raise ValueError(f"{path.name} takes {'several scales' if channels else 'one scale'}; see {other}")
 
 
 def engine_names() -> dict[str, str]:
@@ -134,14 +156,42 @@ def find_path(name: str, op: str) -> Path:
     raise SpecError(f"operation of {name} is {op!r}: it has {', '.join(path.op for path in paths)}")
 
 
+def multiplies_bytes(cpu: str | None = None) -> bool:
+    """Whether a CPU sums products of bytes in int32 at once, as x86 does with VNNI, instead of pairs in int16. Of those
+    that are imitated none does: qemu has no AVX-512, nor AVX-VNNI."""
+    if cpu is not None:
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    try:
+        return "vnni" in pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:  # another system: as CPUs of these years
+        return True
+
+
+def find_narrow(path: Path) -> str | None:
+    """The profile that states a path on x86 CPUs without VNNI, where it is another than its own."""
+    name = f"{path.profile}{WITHOUT_BYTES}"
+    return name if path.op in ("matmul", "linear") and name in NAMES else None
+
+
+def name_profile(path: Path, cpu: str | None = None) -> str:
+    """The profile that states a path on a CPU."""
+    narrow = find_narrow(path)
+    return path.profile if narrow is None or multiplies_bytes(cpu) else narrow
+
+
 # --- workers ----------------------------------------------------------------------------------------------------------
 
 workers: dict[tuple[str, str | None], Worker] = {}
 
 
 def make_worker(engine: str, cpu: str | None) -> Worker:
-    """A worker of an engine, on an imitated CPU where one is named. Raises MissingExtra without qemu-user."""
+    """A worker of an engine, on an imitated CPU where one is named. Raises SpecError where the engine has no switch for
+    it, MissingExtra without qemu-user."""
     command = [sys.executable, "-m", "qtx.engines.worker", engine]
+    if cpu in SWITCHES and engine not in SWITCHED:
+        raise SpecError(f"CPU {cpu} is a switch of {', '.join(SWITCHED)}: name one of qemu-user's, such as Haswell")
     if cpu is not None and cpu not in SWITCHES:
         emulator = shutil.which("qemu-x86_64")
         if emulator is None:

@@ -55,9 +55,10 @@ class Model(Runnable, Protocol):
         masked_scores: bool = False,
         transforms: Mapping[str, InputTransform] | None = None,
         gradients: Gradients | None = None,
+        profile: Profile = ...,
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `gradients`: what backward passes
-        quantize. Raises SpecError."""
+        quantize. `profile`: the rules of quantizing. Raises SpecError."""
 
     def forward(self, batch: Batch) -> np.ndarray:
         """The output: logits, or hidden states without a head."""
@@ -66,6 +67,9 @@ class Model(Runnable, Protocol):
         self, batch: Batch, sites: Iterable[str] | None = None
     ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
+
+    def simulate(self, batch: Batch) -> Arrays:
+        """What the quantizer of each site makes of its tensor in a forward pass as `bind` says."""
 
     def statistics(self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = ...) -> dict[str, Arrays]:
         """Statistics of each site of `units` (site -> "sequence" or "token") in a float forward pass."""

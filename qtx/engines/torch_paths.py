@@ -13,7 +13,7 @@ from .torch_linear import LINEAR_PATHS, multiply, run_linear
 
 PACKAGES = {"torch": "torch"}
 NAME = "torch"
-SIGNED, NARROW = ("int8", "uint8", "int32"), ("int8", "uint8", "int16", "uint16", "int4", "uint4", "int32")
+SIGNED, NARROW = ("int8", "uint8"), ("int8", "uint8", "int16", "uint16", "int4", "uint4")
 PER_CHANNEL, DECOMPOSED = "torch-quantize_per_channel", "torch-decomposed"
 FAKE = "torch-fake_quantize"
 PATHS = (
@@ -25,9 +25,9 @@ PATHS = (
     Path(DECOMPOSED, NAME, "dequantize", DECOMPOSED, NARROW),
     Path(FAKE, NAME, "fake_quantize", FAKE, NARROW),
     Path("torch-fake_quantize-tensor", NAME, "fake_quantize", FAKE, NARROW),
-    Path("torch-fake_quantize-channel", NAME, "fake_quantize", FAKE, NARROW),
+    Path("torch-fake_quantize-channel", NAME, "fake_quantize", f"{FAKE}-channel", NARROW),
     Path("torch-fake_quantize-learnable", NAME, "fake_quantize", FAKE, NARROW),
-    Path("torch-fake_quantize-learnable_channel", NAME, "fake_quantize", FAKE, NARROW),
+    Path("torch-fake_quantize-learnable_channel", NAME, "fake_quantize", f"{FAKE}-channel", NARROW),
     Path("torch-observer", NAME, "scale", "torch-quantize_per_tensor", SIGNED),
     Path(DECOMPOSED, NAME, "scale", DECOMPOSED, SIGNED),
     Path("torch-cast", NAME, "cast", "torch-quantize_per_tensor", ("e4m3", "e5m2")),

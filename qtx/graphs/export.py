@@ -41,6 +41,7 @@ class Exported:
     operators: dict[str, int]
     sites: tuple[str, ...]
     profile: str
+    session: dict[str, str]  # entries that an onnxruntime session needs
 
 
 def export_artifact(
@@ -80,6 +81,7 @@ def export_artifact(
         dict(sorted(operators.items())),
         tuple(wiring.sites),
         wiring.profile.name,
+        wiring.session(),
     )
 
 
@@ -117,6 +119,7 @@ def describe(artifact: Artifact, wiring: Wiring, form: str, sha: str, result: Va
         "artifact": sha,
         "profile": to_dict(wiring.profile),
         "nonlinear": str(artifact.nonlinear),
+        "session": wiring.session(),
         "placed": PLACED if form == "qdq" else {},
         "output": {
             "scale": to_list(artifact.constants.get("output.scale", result.unit)),

@@ -10,7 +10,6 @@ counted as near.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,26 +19,20 @@ from typing import Any
 import numpy as np
 
 from qtx_ref.backend import IntegerModel
-from qtx_ref.integer.lowering import make_constants
 from qtx_ref.quant import affine
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, ModelSpec, QuantizeRule, SpecError
 
-from ..engines.backend import need
-from ..engines.ort import RUNTIME
 from ..files.artifact import Artifact, load_artifact
 from ..files.container import FileError, sha_of
 from .export import SUFFIX, make_model
-from .export_graph import Graph, Value, need_onnx
+from .export_graph import Value, need_onnx
 from .export_qdq import QdqGraph
+from .export_run import GIVEN, Arrays, expose, force, list_engines, run_engine
 from .export_wiring import Wiring
 
-LEVELS = ("disable_all", "enable_basic", "enable_extended", "enable_all")  # of onnxruntime
-EVALUATOR = "onnx reference"
 ROWS, TOKENS = 2, 32  # of the batch that a check runs on
-GIVEN = "given:"
 INPUT = "embed.image"  # quantized from what the model is given
-Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -52,6 +45,7 @@ class SiteCheck:
     free: int  # codes that differ
     forced: int | None
     near: int | None  # of those that differ when forced
+    worst: int  # the largest difference: when forced, or in the integer form
 
 
 @dataclass(frozen=True)
@@ -67,16 +61,16 @@ class EngineCheck:
         """Whether everything is as it must be."""
         return self.exposing and not self.count()[1]
 
-    def count(self) -> tuple[int, int, int, int, int, int]:
-        """Codes that must be equal, how many are not, and how many differ near a tie; codes of float kernels, and how
-        many they flip when fed the reference's; all that flip when the file runs freely."""
+    def count(self) -> tuple[int, int, int, int, int, int, int]:
+        """Codes that must be equal, how many are not, and how many differ near a tie; codes of float kernels, how many
+        they flip when fed the reference's, and by how much at most; all that flip when the file runs freely."""
         exact = [site for site in self.sites if site.exact]
         others = [site for site in self.sites if not site.exact]
         near = sum(site.near or 0 for site in exact)
         differ = sum(site.free if site.forced is None else site.forced for site in exact) - near
-        flips = sum(site.forced or 0 for site in others)
+        flips, worst = sum(site.forced or 0 for site in others), max((site.worst for site in others), default=0)
         codes = (sum(site.codes for site in part) for part in (exact, others))
-        return next(codes), differ, near, next(codes), flips, sum(site.free for site in self.sites)
+        return next(codes), differ, near, next(codes), flips, worst, sum(s.free for s in self.sites)
 
 
 def check_export(
@@ -107,11 +101,6 @@ def read_about(file: Path, model: Any) -> dict[str, Any]:
     raise FileError(f"{file}: its metadata has no entry qtx: only files of qtx export can be checked")
 
 
-def list_engines() -> tuple[str, ...]:
-    """onnxruntime at each level, and ONNX's evaluator."""
-    return (*(f"onnxruntime {level}" for level in LEVELS), EVALUATOR)
-
-
 def check_model(
     artifact: Artifact, model: Any, form: str, batch: Arrays | None = None, engines: tuple[str, ...] = ()
 ) -> Iterator[EngineCheck]:
@@ -125,14 +114,16 @@ def check_model(
     sites = {site: value for site, value in wiring.sites.items() if site in want}
     inputs = {name: np.ascontiguousarray(batch[name]) for name in wiring.inputs}
     exposed = expose(wiring.graph, model, sites.values())
+    entries = wiring.session()
     for engine in engines or list_engines():
-        plain = run_engine(engine, model, inputs)["output"]
-        free = run_engine(engine, exposed, inputs)
-        flips = {site: count_different(free[value.name], want[site]) for site, value in sites.items()}
+        plain = run_engine(engine, model, inputs, entries)["output"]
+        free = run_engine(engine, exposed, inputs, entries)
+        flips = {site: count_different(free[value.name], want[site])[0] for site, value in sites.items()}
         if isinstance(wiring, QdqGraph):
             rows = check_forced(engine, wiring, exposed, inputs, sites, want, flips)
         else:
-            rows = [SiteCheck(site, want[site].size, True, count, None, None) for site, count in flips.items()]
+            counts = {site: count_different(free[value.name], want[site]) for site, value in sites.items()}
+            rows = [SiteCheck(site, want[site].size, True, n, None, None, by) for site, (n, by) in counts.items()]
         yield EngineCheck(engine, tuple(rows), bool(np.array_equal(plain, free["output"])))
 
 
@@ -149,15 +140,15 @@ def check_forced(
     given = force(wiring.graph, exposed, sites.values())
     fed = dict(inputs) | {GIVEN + value.name: want[site].astype(value.dtype) for site, value in sites.items()}
     read = {value.name for value in given.graph.input}
-    forced = run_engine(engine, given, {name: x for name, x in fed.items() if name in read})
+    forced = run_engine(engine, given, {name: x for name, x in fed.items() if name in read}, wiring.session())
     pairs = expect_pairs(wiring, want)
     rows = []
     for site, value in sites.items():
         got, product = forced[value.name], site in wiring.multipliers
-        wrong = count_different(got, pairs.get(site, want[site]))
+        wrong, worst = count_different(got, pairs.get(site, want[site]))
         near = count_near(wiring, site, got, want) if wrong and product else 0
         exact = product or site in pairs or site == INPUT
-        rows.append(SiteCheck(site, want[site].size, exact, flips[site], wrong, near))
+        rows.append(SiteCheck(site, want[site].size, exact, flips[site], wrong, near, worst))
     return rows
 
 
@@ -174,29 +165,15 @@ def random_batch(spec: ModelSpec) -> dict[str, np.ndarray]:
 
 
 def run_reference(artifact: Artifact, wiring: Wiring, batch: Arrays) -> dict[str, np.ndarray]:
-    """The codes of every site, and the accumulators, in the reference's integers under the file's profile."""
-    constants = artifact.constants
+    """The codes of every site, and the accumulators, in the reference's integers under the file's profile; products
+    requantized by the file's own scales."""
+    constants = dict(wiring.constants)
     if isinstance(wiring, QdqGraph):
-        constants = derive_constants(artifact, wiring)
+        constants |= {f"{site}.multiplier": np.asarray(real) for site, real in wiring.multipliers.items()}
     model = IntegerModel(artifact.spec, constants, artifact.quants, wiring.profile)
     record: dict[str, np.ndarray] = {}
     model.run(batch, lambda site, value: record.__setitem__(site, value))
     return record
-
-
-def derive_constants(artifact: Artifact, wiring: QdqGraph) -> dict[str, np.ndarray]:
-    """The artifact's constants with the multipliers of the form: the file's own of products, others as lowering makes
-    them. Codes and biases stay."""
-    made = make_constants(
-        artifact.spec, artifact.float_params(), artifact.quants, artifact.ranges(), wiring.profile, artifact.nonlinear
-    )
-    constants = {
-        name: value for name, value in artifact.constants.items() if not name.endswith((".multiplier", ".shift"))
-    }
-    constants |= {name: value for name, value in made.items() if name.endswith(".multiplier")}
-    for site, real in wiring.multipliers.items():
-        constants[f"{site}.multiplier"] = np.asarray(real)
-    return constants
 
 
 def expect_pairs(wiring: QdqGraph, want: Arrays) -> dict[str, np.ndarray]:
@@ -214,16 +191,20 @@ def expect_pairs(wiring: QdqGraph, want: Arrays) -> dict[str, np.ndarray]:
     return codes
 
 
-def count_different(got: np.ndarray, want: np.ndarray) -> int:
-    """Codes that differ; all of them where the shapes do."""
-    return want.size if got.shape != want.shape else int((got != want).sum())
+def count_different(got: np.ndarray, want: np.ndarray) -> tuple[int, int]:
+    """How many codes differ, and by how much at most; all of them where the shapes do."""
+    if got.shape != want.shape:
+        return want.size, int(np.abs(want.astype(np.int64)).max(initial=0))
+    apart = np.abs(got.astype(np.int64) - want.astype(np.int64))
+    return int((apart > 0).sum()), int(apart.max(initial=0))
 
 
 def count_near(wiring: QdqGraph, site: str, got: np.ndarray, want: Arrays) -> int:
     """Of the codes of a product that differ, those by 1 whose exact value is as near to a tie as a float32 sum may err.
 
-    The sum of n products of float32 numbers is off by at most (n + 4) 2^-24 times the sum of magnitudes, the four for
-    the two scales, the bias and the quantizer's division.
+    The sum of n products is off by at most (n + 8) 2^-24 times the sum of magnitudes: n roundings of the sum with its
+    bias, one of each operand, of their product and of the bias as they are dequantized, one of the quantizer's
+    division, two of the factor that the exact value is scaled with, and one for what is of second order.
     """
     a, b = (load_operand(wiring, value, want) for value in wiring.operands[site])
     if wiring.operands[site][1].name.endswith("embed.token.weight"):
@@ -237,7 +218,7 @@ def count_near(wiring: QdqGraph, site: str, got: np.ndarray, want: Arrays) -> in
     exact, size = exact * real, size * real
     if site.endswith(".context"):  # (B, H, T, K) -> (B, T, H K)
         exact, size = (x.transpose(0, 2, 1, 3).reshape(got.shape) for x in (exact, size))
-    reach = (a.shape[-1] + 4) * 2.0**-24 * size
+    reach = (a.shape[-1] + 8) * 2.0**-24 * size
     low, high = (np.clip(np.rint(exact + way * reach) + zero, spec.code_min, spec.code_max) for way in (-1, 1))
     return int(((got != want[site]) & (got >= low) & (got <= high)).sum())
 
@@ -264,57 +245,3 @@ def trace_back(wiring: QdqGraph, name: str, want: Arrays) -> np.ndarray:
         return x[:, 0]
     sizes = wiring.graph.constants[node.input[1]]
     return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(sizes)])
-
-
-# --- models and engines -----------------------------------------------------------------------------------------------
-
-
-def expose(graph: Graph, model: Any, values: Any) -> Any:
-    """The model with values as outputs too."""
-    helper = graph.onnx.helper
-    changed = copy.deepcopy(model)
-    known = {value.name for value in changed.graph.output}
-    for value in {value.name: value for value in values}.values():
-        if value.name not in known:
-            changed.graph.output.append(
-                helper.make_tensor_value_info(value.name, graph.kind(value.dtype), list(value.axes))
-            )
-    return changed
-
-
-def force(graph: Graph, model: Any, values: Any) -> Any:
-    """The model in which every node that reads one of the values is given it from outside."""
-    helper = graph.onnx.helper
-    changed = copy.deepcopy(model)
-    held = {value.name: value for value in values}
-    constant = {tensor.name for tensor in changed.graph.initializer}
-    read = set()
-    for node in changed.graph.node:
-        for i, name in enumerate(node.input):
-            if name in held and name not in constant:
-                node.input[i] = GIVEN + name
-                read.add(name)
-    for name in sorted(read):
-        axes = [None] * len(held[name].axes)
-        changed.graph.input.append(helper.make_tensor_value_info(GIVEN + name, graph.kind(held[name].dtype), axes))
-    return changed
-
-
-def run_engine(engine: str, model: Any, inputs: Arrays) -> dict[str, np.ndarray]:
-    """Every output of a model, by name."""
-    names = [value.name for value in model.graph.output]
-    if engine == EVALUATOR:
-        reference = need("onnx.reference", "engines", f"engine {EVALUATOR}")
-        results = reference.ReferenceEvaluator(model).run(names, dict(inputs))
-    else:
-        runtime = need(*RUNTIME)
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3  # errors
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # by default activations of 16 bits become 8 in the kernel that weights of 8 bits are then given
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        level = getattr(runtime.GraphOptimizationLevel, f"ORT_{engine.partition(' ')[2].upper()}")
-        options.graph_optimization_level = level
-        session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        results = session.run(names, dict(inputs))
-    return dict(zip(names, map(np.asarray, results), strict=True))

@@ -26,6 +26,8 @@ from .export_graph import BATCH, Graph, Value
 from .export_wiring import Wiring, broadcast, refuse_export
 
 BASE = "onnx"
+SIGNED = {"session.x64quantprecision": "1"}  # products of uint8 by int8 saturate in pairs on x86 without VNNI
+WIDE = {"session.qdq_matmulnbits_accuracy_level": "1"}  # else activations of 16 bits are rounded to 8 before a product
 LOWEST = np.finfo(np.float32).min  # of a masked score; its probability is made 0
 OPERATORS = {"gelu": "Gelu", "relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
@@ -43,13 +45,17 @@ class QdqGraph(Wiring):
     """
 
     def __init__(self, graph: Graph, artifact: Artifact) -> None:
-        super().__init__(graph, artifact)
-        self.profile = qdq_profile(artifact.profile)
+        super().__init__(graph, artifact.under(qdq_profile(artifact.profile)))
         self.multipliers: dict[str, np.ndarray] = {}
         self.operands: dict[str, tuple[Value, Value]] = {}
         self.pairs: dict[str, Value] = {}
 
     # between codes and real numbers -----------------------------------------------------------------------------------
+
+    def session(self) -> dict[str, str]:
+        """The entries of an onnxruntime session under which products are exact."""
+        wide = any(spec.bits > 8 for site, spec in self.quants.items() if not site.endswith(".weight"))
+        return SIGNED | (WIDE if wide else {})
 
     def kind(self, site: str, spec: QuantSpec) -> str:
         """The dtype that QuantizeLinear gives of a site."""
@@ -171,9 +177,11 @@ class QdqGraph(Wiring):
 
     def dequantize(self, name: str, scale: Any, zero: Any, dtype: str, axis: int) -> str:
         """Constant codes as float32, with one scale, or one for each place along an axis."""
-        zeros = np.broadcast_to(zero, np.shape(scale)).astype(dtype)
+        g, zeros = self.graph, np.broadcast_to(zero, np.shape(scale)).astype(dtype)
         along: dict[str, Any] = {"axis": axis} if np.ndim(scale) else {}
-        return self.graph.node("DequantizeLinear", name, scale, zeros, **along)
+        # onnxruntime, when it makes weights unsigned, changes a zero point in place: each has its own
+        own = [g.constant(np.asarray(part), f"{name}.{key}") for key, part in (("scale", scale), ("zero_point", zeros))]
+        return g.node("DequantizeLinear", name, *own, **along)
 
     def restore(self, rows: str, x: Value, axes: Any, name: str | None = None) -> str:
         """Rows of all tokens back in the shape of x but for the last axis."""
@@ -187,14 +195,17 @@ class QdqGraph(Wiring):
         g, name = self.graph, f"{site}.weight"
         g.place = site
         rows, axes = self.index(site)
-        code, spec = self.constants[name], self.quants[name]
+        table, spec = self.constants[name], self.quants[name]
         scale, zero = self.scale_zero(name)
-        axes = (*axes, code.shape[1])
+        axes = (*axes, table.shape[1])
         if name not in g.constants:
-            g.constant(code.astype(self.kind(name, spec)), name)
-        if np.ndim(scale) or np.ndim(zero):
-            real = self.dequantize(name, scale, zero, self.kind(name, spec), 0)
-            return self.named(site, self.floats(g.node("Gather", real, rows, axis=0), axes))
+            g.constant(table.astype(self.kind(name, spec)), name)
+        if np.ndim(scale):  # each row has its own, which is looked up with it
+            if np.any(zero):
+                refuse_export(site, "its rows have zero points of their own: use symmetric codes")
+            code = g.cast(g.node("Gather", name, rows, axis=0), "float32")
+            own = g.node("Gather", g.constant(scale.reshape(-1, 1), f"{name}.row_scale"), rows, axis=0)
+            return self.named(site, self.floats(g.node("Mul", code, own), axes))
         y = Value(g, g.node("Gather", name, rows, axis=0), axes, self.kind(name, spec), scale, zero, spec)
         return self.named(site, y) if site in self.quants else self.record(site, y)
 

@@ -51,6 +51,10 @@ class Wiring(Numerics[Value]):
         batch = {"tokens": one, "types": one, "mask": one == 0, "images": np.zeros(size, np.float32)}
         return models.forward(self, self.spec, batch)
 
+    def session(self) -> dict[str, str]:
+        """The entries that an onnxruntime session needs for what the profile says; none by default."""
+        return {}
+
     def make_mask(self, rows: str) -> str:
         """Which key each query may attend to, broadcasting to (B, H, T, T)."""
         g = self.graph
@@ -96,10 +100,6 @@ class Wiring(Numerics[Value]):
         """The value is what the reference shows under that name."""
         self.sites[site] = value
         return value
-
-    def constant(self, name: str) -> np.ndarray:
-        """A constant of the artifact."""
-        return self.constants[name]
 
     def weight(self, name: str) -> tuple[np.ndarray, QuantSpec]:
         """The codes of a weight and their quantizer."""

@@ -5,7 +5,7 @@ Whatever wrote it: functions are put in place, external data are read, opset and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -116,7 +116,17 @@ def read_graph(path: Path) -> Graph:
     types = {one.name: describe(one) for one in (*known.value_info, *known.input, *known.output)}
     types |= {one.name: (name_dtype(one.data_type), tuple(one.dims)) for one in graph.initializer}
     inputs = {one.name: describe(one) for one in graph.input if one.name not in constants}
+    check_order(path, nodes, {*constants, *inputs})
     return Graph(path, model, nodes, constants, inputs, [one.name for one in graph.output], types)
+
+
+def check_order(path: Path, nodes: Iterable[Node], known: set[str]) -> None:
+    """Raises FileError naming the first node that takes what nothing before it makes."""
+    for node in nodes:
+        for name in (*node.inputs, *list_captured(node.proto)):
+            if name and name not in known:
+                raise FileError(f"{path}: node {node.name} ({node.op}) takes {name}, which nothing before it makes")
+        known.update(node.outputs)
 
 
 def to_array(tensor: Any) -> np.ndarray:

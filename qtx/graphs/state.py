@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from qtx_ref.spec import Profile, QuantSpec, SpecError, accumulator_bits
 
 from .reading import Graph, Node, spec_of
 
-__all__ = ["Codes", "State", "Sum"]
+__all__ = ["Codes", "Operator", "Outputs", "State", "Sum", "take", "zero_of"]
 
 
 class Codes(NamedTuple):
@@ -90,3 +90,19 @@ class State:
         return products.matmul(
             a.value, b.value, a.spec, b.spec, a_zero, b_zero, accumulator=bits, rule=self.profile.matmul
         )
+
+
+Outputs = tuple[np.ndarray, ...] | None  # of a node; None where an engine is to run it
+Operator = Callable[[State, Node], Outputs]
+
+
+def take(state: State, node: Node, index: int) -> Any:
+    """An input's value; None where it is left out."""
+    name = node.inputs[index] if index < len(node.inputs) else ""
+    return state.values[name] if name else None
+
+
+def zero_of(state: State, node: Node, index: int) -> np.ndarray:
+    """A zero point, int32; 0 where it is left out."""
+    value = take(state, node, index)
+    return np.zeros((), np.int32) if value is None else np.asarray(value).astype(np.int32)

@@ -44,6 +44,8 @@ def compute(state: State, node: Node) -> NodeResult:
             made = operator(state, node)
         except ValueError as error:
             raise SpecError(f"node {node.name} ({node.op}): {error}") from None
+        except (AttributeError, IndexError, KeyError, TypeError) as error:  # of a node that lacks what it must have
+            raise SpecError(f"node {node.name} ({node.op}) is not as ONNX has it: {error!r}") from None
     outputs = run_node(state.graph, node, state.values, state.level) if made is None else made
     named = {name: value for name, value in zip(node.outputs, outputs, strict=False) if name}
     state.values |= named

@@ -29,7 +29,7 @@ class EvaluateRequest:
     data: str | None = None  # None: the model's own
     tokenizer: Path | None = None
     machine: Machine = Machine()
-    profile: str | None = None  # of an artifact: a name, or a .json file; None: its own
+    profile: str | None = None  # a name, or a .json file; None: an artifact's own, qtx for a checkpoint
 
 
 @dataclass(frozen=True)

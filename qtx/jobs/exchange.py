@@ -10,7 +10,8 @@ from qtx_ref.spec import SpecError
 from ..files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..files.container import FileError, check_writable
 from ..graphs.export import EXTERNAL, Exported, export_artifact
-from ..graphs.export_check import EngineCheck, check_export, list_engines
+from ..graphs.export_check import EngineCheck, check_export
+from ..graphs.export_run import list_engines
 from ..hub import import_model
 from ..hub.export import Written, export_model
 from ..progress import Progress

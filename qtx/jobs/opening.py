@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qtx_ref.integer.model import accumulator_bits
-from qtx_ref.spec import Family, Head, ModelSpec, Recipe, SpecError
+from qtx_ref.spec import QTX, Family, Head, ModelSpec, Profile, Recipe, SpecError
 
 from ..data import DataSpec, load, splits
 from ..data.documents import is_there
@@ -135,14 +135,20 @@ def open_model(
         data = open_split(path, artifact, data_name, tokenizer, split)
         words = f"{kind}{', strict' if strict else ''}, {artifact.recipe.name}, profile {artifact.profile.name}"
         return Opened(artifact, runner, data, words, kind == "integer", describe_head(artifact))
-    if numerics or strict or profile_name is not None:
-        raise SpecError(f"--numerics, --strict and --profile belong to a MODEL{SUFFIX}; make one with qtx quantize")
+    if numerics or strict:
+        raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
     stored = open_checkpoint(path)
     chosen = find_recipe(stored, recipe_name)
     check(stored)
+    if profile_name is not None and chosen is None:
+        raise SpecError(f"--profile {profile_name}: {path} runs in float; give a --recipe, or a MODEL{SUFFIX}")
+    profile = QTX if profile_name is None else read_profile(profile_name)
     data = open_split(path, stored, data_name, tokenizer, split)
-    model = make_model(stored, machine, data, chosen)
-    return Opened(stored, model, data, "float" if chosen is None else chosen.name)
+    model = make_model(stored, machine, data, chosen, profile)
+    words = (
+        "float" if chosen is None else chosen.name if profile_name is None else f"{chosen.name}, profile {profile.name}"
+    )
+    return Opened(stored, model, data, words)
 
 
 def open_split(
@@ -169,7 +175,8 @@ def make_artifact_model(
         if strict:
             raise SpecError("--strict belongs to --numerics integer: fake quantization is floats")
         model = machine.model(artifact.spec, artifact.float_params())
-        model.bind(artifact.quants, artifact.ranges(), masked_scores=artifact.recipe.masked_scores)
+        masked = artifact.recipe.masked_scores
+        model.bind(artifact.quants, artifact.ranges(), masked_scores=masked, profile=artifact.profile)
         return model
     if machine.dtype != "float32":
         raise SpecError(f"--dtype {machine.dtype}: an integer model has no float dtype; leave it out")
@@ -209,13 +216,16 @@ def find_recipe(checkpoint: Checkpoint, recipe_name: str | None) -> Recipe | Non
     return chosen
 
 
-def make_model(checkpoint: Checkpoint, machine: Machine, data: Calibration, chosen: Recipe | None) -> Model:
-    """The model that a checkpoint is run as: in float, under its own recipe, or under another, calibrated here."""
+def make_model(
+    checkpoint: Checkpoint, machine: Machine, data: Calibration, chosen: Recipe | None, profile: Profile = QTX
+) -> Model:
+    """The model that a checkpoint is run as: in float, under its own recipe, or under another, calibrated here; by the
+    rules of a profile."""
     if chosen is not None and chosen is not checkpoint.recipe:
-        return prepare_anew(checkpoint, machine, data, chosen).model(machine, checkpoint.spec, chosen)
+        return prepare_anew(checkpoint, machine, data, chosen).model(machine, checkpoint.spec, chosen, profile)
     model = make_float_model(checkpoint, machine)
     if chosen is not None:
-        calibration.bind(model, chosen, checkpoint.ranges, checkpoint.transforms)
+        calibration.bind(model, chosen, checkpoint.ranges, checkpoint.transforms, profile)
     return model
 
 

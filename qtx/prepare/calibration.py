@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from qtx_ref.spec import InputTransform, ModelSpec, Range, Recipe, SpecError
+from qtx_ref.quant.quantizer import rescale
+from qtx_ref.spec import QTX, InputTransform, ModelSpec, Profile, Range, Recipe, SpecError
 
 from ..data.splits import BATCH
 from ..engines.protocols import Arrays, Batch, Batches, Calibration, Model
@@ -43,11 +44,29 @@ def find_ranges(
 
 
 def bind(
-    model: Model, recipe: Recipe, ranges: Mapping[str, Range], transforms: Mapping[str, InputTransform] | None = None
+    model: Model,
+    recipe: Recipe,
+    ranges: Mapping[str, Range],
+    transforms: Mapping[str, InputTransform] | None = None,
+    profile: Profile = QTX,
 ) -> None:
-    """Puts a model under a recipe's fake quantization. Raises SpecError for a static site without a range."""
+    """Puts a model under a recipe's fake quantization by the rules of a profile, its scales included. Raises SpecError
+    for a static site without a range."""
     quants = resolve(recipe, model.spec)
-    model.bind(quants, ranges, masked_scores=recipe.masked_scores, transforms=transforms, gradients=recipe.gradients)
+    try:
+        ranges = {
+            site: rescale(ends, quants[site], profile) if site in quants else ends for site, ends in ranges.items()
+        }
+    except ValueError as error:
+        raise SpecError(f"profile {profile.name}: {error}") from None
+    model.bind(
+        quants,
+        ranges,
+        masked_scores=recipe.masked_scores,
+        transforms=transforms,
+        gradients=recipe.gradients,
+        profile=profile,
+    )
 
 
 def measure_input_moments(

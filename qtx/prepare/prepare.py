@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qtx_ref.spec import InputTransform, ModelSpec, Range, Recipe
+from qtx_ref.spec import QTX, InputTransform, ModelSpec, Profile, Range, Recipe
 
 from ..engines.machine import Machine
 from ..engines.protocols import Batches, Model
@@ -27,11 +27,11 @@ class Prepared:
     transforms: dict[str, InputTransform]
     before: Mapping[str, np.ndarray] | None = None
 
-    def model(self, machine: Machine, spec: ModelSpec, recipe: Recipe) -> Model:
-        """The model under the recipe's fake quantization, on a machine. Raises SpecError where that is not to be
-        had."""
+    def model(self, machine: Machine, spec: ModelSpec, recipe: Recipe, profile: Profile = QTX) -> Model:
+        """The model under the recipe's fake quantization by a profile, on a machine. Raises SpecError where that is not
+        to be had."""
         model = machine.model(spec, self.params)
-        bind(model, recipe, self.ranges, self.transforms)
+        bind(model, recipe, self.ranges, self.transforms, profile)
         return model
 
 

@@ -43,4 +43,4 @@ def identify_ends(quant: Quant) -> object:
     if quant.observer.kind in (ObserverKind.MSE_GRID, ObserverKind.MSE_GOLDEN) or isinstance(quant, FloatQuantSpec):
         return quant
     grouped = quant.granularity is Granularity.GROUP  # united from the ends of its channels
-    return quant.observer, Granularity.CHANNEL if grouped else quant.granularity
+    return quant.observer, quant.axis, Granularity.CHANNEL if grouped else quant.granularity

@@ -3,15 +3,16 @@
     order RATIO        a M,  M = (x w) / y
     order RATIO32      the same, M in float32
     order RECIPROCAL   a M,  M = (x w) (1 / y)
-    order STEPS        ((a x') w') (1 / y),  s' = 1 / (1 / s)
+    order STEPS        ((a x') w') (1 / y),  s' = 1 / (1 / s); STEPS_DIVIDED ((a x') w') / y'
+    order SCALES       ((a x) w) (1 / y);  SCALES_DIVIDED ((a x) w) / y
 
-x, w, y are the scales of the operands and of the result; every operation is rounded to the rule's dtype. A bias in
-float32 is added to the accumulator in its unit x w (FLOAT_BEFORE), or after it is scaled to real numbers (FLOAT_AFTER:
-in STEPS after w', and otherwise, where no real number occurs, in units of y). The zero point is added to the rounded
-level, or before rounding.
+x, w, y are the scales of the operands and of the result; every operation is rounded to the rule's dtype. A bias b in
+float32 is added to the accumulator in its unit x w (FLOAT_BEFORE, a + b / (x w); FUSED, b (1 / (x w)) + a rounded
+once), or after it is scaled to real numbers (FLOAT_AFTER: before the last of three factors, and otherwise, where no
+real number occurs, in units of y). The zero point is added to the rounded level, or before rounding.
 
-Arrays: accumulators int32 or int64 in any shape; factors float32 or float64 (under STEPS three, on an axis before),
-biases and zero points broadcast against them. What comes out is int64, a level with its zero point.
+Arrays: accumulators int32 or int64 in any shape; factors float32 or float64 (of an order in steps three, on an axis
+before), biases and zero points broadcast against them. What comes out is int64, a level with its zero point.
 
     >>> from dataclasses import replace
     >>> from qtx_ref.spec import Rounding
@@ -29,19 +30,19 @@ from functools import partial
 import numpy as np
 
 from ..quant.checks import check_integers, check_range, check_shape
-from ..quant.rounding import round_dtype, round_integer
+from ..quant.rounding import fused_multiply_add, round_dtype, round_integer
 from ..spec import QTX, Bias, Dtype, FloatProduct, Order, ZeroPoint
 
 __all__ = ["FACTORS", "add", "check_factors", "list_factors", "make_factors", "multiply", "round_level", "scale_bias"]
 
-FACTORS = 3  # of STEPS; before the last, the accumulator is scaled to real numbers
+FACTORS = 3  # of an order in steps; before the last, the accumulator is scaled to real numbers
 REACH = 2.0**64  # of one factor: its product with an accumulator stays finite in float32
 LARGEST_HALF = 65504  # of float16
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 
 def make_factors(x: np.ndarray, w: np.ndarray, y: np.ndarray, order: Order, dtype: Dtype) -> np.ndarray:
-    """M, or under STEPS its three factors on an axis before, of scales in the shapes that broadcast against the
+    """M, or of an order in steps its three factors on an axis before, of scales in shapes that broadcast against the
     accumulator; float32, or float64 where the dtype is that."""
     to = partial(round_dtype, dtype=Dtype.FLOAT32 if order is Order.RATIO32 else dtype)
     x, w, y = to(x), to(w), to(y)
@@ -50,15 +51,17 @@ def make_factors(x: np.ndarray, w: np.ndarray, y: np.ndarray, order: Order, dtyp
             return to(to(x * w) / y)
         if order is Order.RECIPROCAL:
             return to(to(x * w) * to(1 / y))
-        again = [to(1 / to(1 / scale)) for scale in (x, w)]
-        return np.stack(np.broadcast_arrays(*again, to(1 / y)))
+        if order in (Order.STEPS, Order.STEPS_DIVIDED):
+            x, w = to(1 / to(1 / x)), to(1 / to(1 / w))
+        last = y if order is Order.SCALES_DIVIDED else to(1 / y)
+        return np.stack(np.broadcast_arrays(x, w, to(1 / last) if order is Order.STEPS_DIVIDED else last))
 
 
 def list_factors(real: np.ndarray, rule: FloatProduct) -> list[np.ndarray]:
     """The factors that an accumulator is multiplied by, in turn: float32 or float64, each in the shape of M. Raises
-    ValueError where STEPS has not three."""
+    ValueError where an order in steps has not three."""
     real = np.asanyarray(real)
-    if rule.order is not Order.STEPS:
+    if not rule.order.in_steps:
         return [real]
     if real.ndim == 0 or len(real) != FACTORS:
         raise ValueError(f"factors of shape {real.shape}: order {rule.order} has {FACTORS}, on the first axis")
@@ -72,21 +75,23 @@ def check_factors(real: np.ndarray, rule: FloatProduct) -> None:
     for factor in steps:
         if len(steps) > 1 and not ((factor > 0) & (factor < REACH)).all():
             raise ValueError(f"factor {factor.min()} to {factor.max()} is outside 0 to 2^64: look at the scales")
-        total = total * factor
+        total = total / factor if rule.order.divides and factor is steps[-1] else total * factor
     if not ((total >= 0) & (total < 2**30)).all():
         raise ValueError(f"multiplier {total.min()} to {total.max()} is outside 0 to 2^30: look at the scales")
 
 
 def scale_bias(bias: np.ndarray, unit: np.ndarray, y_scale: np.ndarray, rule: FloatProduct, place: Bias) -> np.ndarray:
     """A float32 bias in real numbers as `multiply` adds it: in the accumulator's `unit`, x w, or the result's, y_scale;
-    it, unit and y_scale broadcast against each other. Raises ValueError for a bias of integers, which `products.matmul`
-    adds."""
+    it, unit and y_scale broadcast against each other. FLOAT_BEFORE_FUSED: it and 1 / unit, on an axis before. Raises
+    ValueError for a bias of integers, which `products.matmul` adds."""
     if place is Bias.INT32:
         raise ValueError(f"bias is {place}: it is added to the accumulator, in integers")
     to = partial(round_dtype, dtype=rule.dtype)
     if place is Bias.FLOAT_BEFORE:
         return to(to(bias) / to(unit))
-    if rule.order is Order.STEPS:
+    if place is Bias.FLOAT_BEFORE_FUSED:
+        return np.stack(np.broadcast_arrays(to(bias), to(1 / to(unit))))
+    if rule.order.in_steps:
         return to(bias)
     return to(to(bias) * to(1 / to(y_scale))) if rule.order is Order.RECIPROCAL else to(to(bias) / to(y_scale))
 
@@ -102,30 +107,37 @@ def multiply(
     """Accumulators of any shape, int32 or int64 -> level plus zero point, int64, shaped alike.
 
     The level is saturated to int32. real: of `make_factors`. bias: of `scale_bias`, (O,) or as it broadcasts. Raises
-    ValueError for what is no integer or does not fit the shape of a, for an accumulator that float16 has not, and for a
-    bias whose place is among the integers.
+    ValueError for what is no integer or does not fit the shape of a, for what float16 has not, and for a bias that is
+    placed among the integers.
     """
     a = np.asanyarray(a)
     check_integers("accumulator", a.dtype)
     if bias is not None and place is Bias.INT32:
         raise ValueError(f"bias is {place}: it is added to the accumulator, in integers")
-    for what, value in (("zero point", zero_point), ("bias", 0 if bias is None else bias)):
+    fused = bias is not None and place is Bias.FLOAT_BEFORE_FUSED
+    biases = [] if bias is None else list(bias) if fused else [bias]
+    for what, value in (("zero point", zero_point), *(("bias", part) for part in biases)):
         check_shape(what, value, a.shape, "give one, or one per column or row")
     if rule.dtype is Dtype.FLOAT16:
         check_range("accumulator", a, -LARGEST_HALF, LARGEST_HALF, "float16 ends there")
     to = partial(round_dtype, dtype=rule.dtype)
+    carried = partial(round_dtype, dtype=Dtype.FLOAT64 if rule.dtype is Dtype.FLOAT64 else Dtype.FLOAT32)
     x, factors = to(a), list_factors(real, rule)
     for factor in factors:
         check_shape("multiplier", factor, a.shape, "give one, or one per column or row")
-    if bias is not None and place is Bias.FLOAT_BEFORE:
+    if fused:
+        x = fused_multiply_add(biases[0], biases[1], x)
+    elif bias is not None and place is Bias.FLOAT_BEFORE:
         x = to(x + bias)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for factor in factors[:2]:
-            x = to(x * to(factor))
+            x = to(x * carried(factor))
         if bias is not None and place is Bias.FLOAT_AFTER:
             x = to(x + bias)
         for factor in factors[2:]:
-            x = to(x * to(factor))
+            x = to(x / carried(factor) if rule.order.divides else x * carried(factor))
+    if rule.dtype is Dtype.FLOAT16 and np.isnan(x).any():  # others have the range
+        raise ValueError("infinity times 0, in float16: look at the scales, or take float32")
     return round_level(x, rule, zero_point)
 
 
@@ -146,7 +158,7 @@ def add(
     """The sum of two operands, codes less their zero points or accumulators, int32 or int64, each times its multiplier,
     as levels with the zero point; int64, in the shape they broadcast to.
 
-    The multiplier, float32 or float64, is x / y, or x (1 / y) where the order is RECIPROCAL or STEPS.
+    The multiplier, float32 or float64, is M in the `single` of the order, of one scale x.
     """
     to = partial(round_dtype, dtype=rule.dtype)
     first, second = (to(to(part) * to(multiplier)) for part, multiplier in zip(parts, multipliers, strict=True))

@@ -29,7 +29,6 @@ from ..spec import (
     HighProduct,
     ModelSpec,
     Nonlinear,
-    Order,
     Profile,
     QuantSpec,
     Range,
@@ -150,12 +149,9 @@ class Lowering(Integer):
         return spec
 
     def scale_zero(self, calibrated: Range, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
-        """As calibrated, which was by QTX, or learned; anew where the profile makes scales in another way."""
-        if spec.learned or self.profile.scale == QTX.scale:
-            return calibrated.scale, calibrated.zero_point
-        scale, zero = affine.scale_zero(calibrated.low, calibrated.high, spec, self.profile.scale)
-        silent = np.reshape(quantizer.was_silent(calibrated), np.shape(scale))
-        return np.where(silent, quantizer.SILENT_SCALE, scale), zero
+        """Of a static range under the profile."""
+        made = quantizer.rescale(calibrated, spec, self.profile)
+        return made.scale, made.zero_point
 
     def put_scale(self, site: str, scale: np.ndarray, zero: np.ndarray) -> None:
         """Scale and zero point of a site or weight, as constants."""
@@ -302,8 +298,8 @@ class Lowering(Integer):
         if spec.dynamic or a.measured or b.measured:
             return super().add(site, a, b)
         step, rule = self.constants[f"{site}.scale"], self.profile.requantize
-        if isinstance(rule, FloatProduct) and rule.order is Order.STEPS:  # an operand has one scale
-            rule = replace(rule, order=Order.RECIPROCAL)
+        if isinstance(rule, FloatProduct):
+            rule = replace(rule, order=rule.order.single)
         reals = np.broadcast_arrays(*(fixed_point.real_multiplier(x.unit, 1, step, rule) for x in (a, b)))
         with at(site):
             for real in reals:

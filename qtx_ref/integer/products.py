@@ -13,7 +13,8 @@ instead of wider operands. So za may differ by row of a (shape (M, 1)) and zb by
 **Overflow** is that of the exact sum: an accumulator that wraps and returns holds the right bits. So is saturation.
 
 **Pairs.** PAIRS16 and RUNS16 are of products of uint8 by int8, by codes as they are, not recentred; the zero points are
-subtracted afterwards, as above. Products of other operands are exact under them too, as the same engines have them.
+subtracted afterwards, as above. Products of other operands are exact under them too, as the same engines have them;
+but PAIRS16_SHIFTED multiplies int8 by int8 as uint8 by int8, and takes 128 colsum(B) away again.
 
 Arrays: codes a (..., M, K) and b (..., K, N) of any integer dtype, zero points and biases (int32 or int64) in the
 shapes that `matmul` states, accumulators (..., M, N), int32 or int64. A carrier is the dtype that holds codes while
@@ -150,11 +151,12 @@ def matmul(
         largest_bias = max(-int(ends[0]), int(ends[1]))  # Python's integers: -2^63 has no magnitude in int64
     wide = np.int32 if accumulator == 32 and 4 * bound + largest_bias < 2**31 else np.int64
     length, carrier = (max(depth, 1), wide) if integers else block_length(a_spec, b_spec)
-    bytes_a, bytes_b = (a.astype(np.uint8), b.astype(np.int8)) if pairs else (a, b)
+    shift = 128 if a_spec.has_sign else 0  # of bytes: uint8 is what pairs are made of
+    bytes_a, bytes_b = ((a.astype(np.int32) + shift).astype(np.uint8), b.astype(np.int8)) if pairs else (a, b)
     a, b = recentre(a, a_spec, carrier), recentre(b, b_spec, carrier)
     if pairs:  # a b = A B + c colsum(B)
         columns = block_product(np.ones((1, depth), carrier), b, length, wide)
-        total = matmul_pairs16(bytes_a, bytes_b, rule.run).astype(wide) - centre(a_spec) * columns
+        total = matmul_pairs16(bytes_a, bytes_b, rule.run).astype(wide) - (centre(a_spec) + shift) * columns
     else:
         total = block_product(a, b, length, wide)
     for what, value in (("zero point", a_zero), ("zero point", b_zero), ("bias", bias)):
@@ -170,9 +172,10 @@ def matmul(
 
 
 def saturates(a_spec: QuantSpec, b_spec: QuantSpec, rule: MatmulRule) -> bool:
-    """Whether the rule multiplies these operands in pairs: uint8 by int8."""
+    """Whether the rule multiplies these operands in pairs: uint8 by int8, or int8 moved up."""
     narrow = max(a_spec.bits, b_spec.bits) <= 8
-    return rule.products is not Products.EXACT and narrow and not a_spec.has_sign and b_spec.has_sign
+    taken = not a_spec.has_sign or rule.products is Products.PAIRS16_SHIFTED
+    return rule.products is not Products.EXACT and narrow and taken and b_spec.has_sign
 
 
 def check_bias(bias: np.ndarray, columns: int) -> None:

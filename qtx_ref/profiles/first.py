@@ -29,7 +29,7 @@ SMALLEST = {"float32": 2.0**-126, "float64": 2.0**-1022, "bfloat16": 2.0**-126, 
 
 def fixed(product: str, rounding: str, *, dtype: str = "float64", bits: int = 31, left: str = "saturate") -> dict:
     """A `Fixed` as JSON."""
-    return {"dtype": dtype, "bits": bits, "product": product, "rounding": rounding, "left": left}
+    return {"dtype": dtype, "bits": bits, "product": product, "rounding": rounding, "left": left, "scales": dtype}
 
 
 REQUANTIZATIONS = {

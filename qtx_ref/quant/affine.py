@@ -119,18 +119,23 @@ def ranges(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape).
 
-    Raises ValueError as `min_max` and `range_axes`, and where blocks do not divide the last axis.
+    Raises ValueError as `min_max` and `range_axes`, and where blocks do not divide their axis.
     """
     if spec.granularity is not Granularity.BLOCK:
         return min_max(x, range_axes(spec, x.ndim, weight), where)
     check_axes(spec, x.ndim)
     assert spec.block is not None  # BLOCK has one
-    if x.shape[-1] % spec.block:
-        raise ValueError(f"block {spec.block} does not divide the last axis, {x.shape[-1]}; choose one that does")
+    axis = -1 if spec.axis is None else spec.axis
+    if x.shape[axis] % spec.block:
+        named = "the last axis" if spec.axis is None else f"axis {axis}"
+        raise ValueError(f"block {spec.block} does not divide {named}, {x.shape[axis]}; choose one that does")
+    keep = None if where is None else np.moveaxis(np.broadcast_to(where, x.shape), axis, -1)
+    x = np.moveaxis(x, axis, -1)
     blocks = (*x.shape[:-1], x.shape[-1] // spec.block, spec.block)
-    keep = None if where is None else np.broadcast_to(where, x.shape).reshape(blocks)
+    keep = None if keep is None else keep.reshape(blocks)
     low, high = min_max(x.reshape(blocks), (x.ndim,), keep)  # (..., blocks, 1)
-    return np.repeat(low[..., 0], spec.block, -1), np.repeat(high[..., 0], spec.block, -1)
+    low, high = np.repeat(low[..., 0], spec.block, -1), np.repeat(high[..., 0], spec.block, -1)
+    return np.moveaxis(low, -1, axis), np.moveaxis(high, -1, axis)
 
 
 def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
@@ -214,7 +219,10 @@ def scale_zero(
     if spec.mirrored:
         return scale, np.where(low < 0, middle, 0).astype(np.int32)
     first, last = number(spec.code_min), number(spec.code_max)
-    zero = number(first - number(low / divisor))
+    start = number(low / divisor)
+    if rule.nudging is Nudging.LOW_ROUNDED:
+        start = round_integer(start, rule.zero_point_rounding)
+    zero = number(first - start)
     if rule.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
         # the two ends' rounding errors, as gemmlowp bounds them

@@ -119,7 +119,8 @@ def encode(
     saturate = saturates(kind, rule) if saturate is None else saturate
     code = np.where(code > f.largest, f.largest if saturate else f.overflow, code)
     code = np.where(nan, nan_code(kind, rule), code)
-    minus = np.signbit(x) if rule.negative_zero else np.signbit(x) & (x != 0)
+    keeps = rule.negative_zero or kind is not FloatFormat.E2M1
+    minus = np.signbit(x) if keeps else np.signbit(x) & (x != 0)
     return np.where(minus, code ^ f.sign, code).astype(np.uint8)
 
 

@@ -27,6 +27,11 @@ def groups(x: np.ndarray, spec: Quant, weight: bool, where: np.ndarray | None) -
     if spec.granularity is Granularity.TENSOR:
         picked = x if where is None else x[np.broadcast_to(where, x.shape)]
         return picked.reshape(1, -1)
+    if spec.axis is not None:  # as the last, which is that of an activation's channels
+        if where is not None:
+            where = np.moveaxis(np.broadcast_to(where, x.shape), spec.axis, -1)
+            where = where[..., :1] if (where == where[..., :1]).all() else where
+        x, weight = np.moveaxis(x, spec.axis, -1), False
     if weight:
         return x.reshape(-1, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1])

@@ -35,6 +35,8 @@ def check_grid(quant: Quant, site: str) -> None:
     if isinstance(quant, FloatQuantSpec) or quant.dynamic:
         kind = "a small float" if isinstance(quant, FloatQuantSpec) else "dynamic"
         raise SpecError(f"the quantizer of {site} is {kind}: gptq and adaround choose codes of a static uniform grid")
+    if quant.axis is not None:
+        raise SpecError(f"the quantizer of {site} names axis {quant.axis}: gptq and adaround have one grid per row")
 
 
 def per_matrix(

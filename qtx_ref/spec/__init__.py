@@ -73,6 +73,7 @@ from .quant import (
     QuantSpec,
     Range,
     check_axes,
+    is_local,
     range_axes,
 )
 from .recipe import InputTransform, Recipe, Rewrite, Rule, Transform, TransformKind
@@ -117,6 +118,7 @@ __all__ = [
     "HighProduct",
     "InfinityPolicy",
     "InputTransform",
+    "is_local",
     "LeftShift",
     "MASKS",
     "MatmulRule",

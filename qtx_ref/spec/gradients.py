@@ -26,8 +26,15 @@ class Operand(Spec):
         quant = self.quant
         if not quant.dynamic:
             refuse("gradient operand dynamic", False, "its range is taken from the tensor itself; set dynamic")
-        if not quant.symmetric or quant.outliers is not None or getattr(quant, "narrow", False):
-            refuse("gradient operand", quant, "give a symmetric quantizer with all its codes and no channel apart")
+        if (
+            not quant.symmetric
+            or quant.outliers is not None
+            or getattr(quant, "narrow", False)
+            or quant.axis is not None
+        ):
+            refuse(
+                "gradient operand", quant, "give a symmetric quantizer with all its codes, no channel apart and no axis"
+            )
         known = (Granularity.TOKEN, Granularity.TENSOR)
         if quant.granularity not in known and not (
             isinstance(quant, FloatQuantSpec) and quant.granularity is Granularity.BLOCK

@@ -11,7 +11,7 @@ from typing import Any
 
 from .base import SpecError
 from .model import Family, Head, ModelSpec
-from .quant import Granularity, Quant
+from .quant import Quant, is_local
 
 __all__ = [
     "MASKS",
@@ -24,7 +24,6 @@ __all__ = [
     "check_whole",
 ]
 
-LOCAL = (Granularity.TOKEN, Granularity.BLOCK)  # dynamic ranges that stay within a token
 KEYS = {
     Family.BERT: ("tokens", "types", "mask"),
     Family.OPT: ("tokens", "mask"),
@@ -129,7 +128,7 @@ def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) 
     if length > spec.length:
         raise SpecError(f"text of {length} tokens: the model's length is {spec.length}; ask for fewer tokens")
     for site, quant in quants.items():
-        local = quant.granularity in LOCAL and quant.outliers is None  # a channel of outliers is one for all tokens
+        local = is_local(quant) and quant.outliers is None  # a channel of outliers is one for all tokens
         if quant.dynamic and not local and not site.endswith(".weight"):
             raise SpecError(
                 f"site {site} has a dynamic range over more than one token, so it would see the future: "

@@ -46,6 +46,8 @@ def check_integer(
             refuse_integer(site, f"{spec.format} is a float format")
         if spec.outliers is not None:
             refuse_integer(site, "its outlier channels stay in float")
+        if spec.axis is not None:
+            refuse_integer(site, f"its channels are named by axis, {spec.axis}: leave it out for the operand's own")
         if spec.granularity in (Granularity.GROUP, Granularity.BLOCK):
             refuse_integer(site, f"a scale per {spec.granularity} varies along the axis that is summed over")
         if spec.granularity is Granularity.CHANNEL and not weight and not site.endswith((".value", ".context.rhs")):

@@ -6,7 +6,7 @@ no field can be ignored. No field has a default: engines differ in every one of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .base import Name, Spec, refuse
 
@@ -76,6 +76,7 @@ class Nudging(Name):
     """Which real zero point is rounded to a code; the rounding moves the range so that 0 stays exact."""
 
     FROM_LOW = "from_low"  # code_min - low / scale
+    LOW_ROUNDED = "low_rounded"  # code_min - round(low / scale): the same but for ties
     CLOSER_END = "closer_end"  # that, or code_max - high / scale where |code_max| + |high / scale| is not larger
 
 
@@ -126,6 +127,7 @@ class Products(Name):
 
     EXACT = "exact"
     PAIRS16 = "pairs16"  # neighbours along the sum in saturating int16 first: vpmaddubsw, x86 without VNNI
+    PAIRS16_SHIFTED = "pairs16_shifted"  # the same, int8 operands moved up by 128 for it: oneDNN
     RUNS16 = "runs16"  # and runs of `run` pairs in saturating int16 after that: acc16 kernels
 
 
@@ -143,6 +145,7 @@ class Bias(Name):
 
     INT32 = "int32"  # codes in units of the accumulator, added to it
     FLOAT_BEFORE = "float_before"  # float32, divided by the accumulator's unit and added to it before it is scaled
+    FLOAT_BEFORE_FUSED = "float_before_fused"  # times 1 / unit instead, product and sum one fused multiply-add, float32
     FLOAT_AFTER = "float_after"  # float32, added to real numbers (Order.STEPS), or where M is one factor in units of y
 
 
@@ -164,13 +167,31 @@ class LeftShift(Name):
 
 
 class Order(Name):
-    """The factors that a float requantization multiplies an accumulator by, in turn. x, w, y: scales of the operands
-    and of the result."""
+    """The factors that a float requantization multiplies an accumulator by, in turn; of the last, it may be divided. x,
+    w, y: scales of the operands and of the result."""
 
     RATIO = "ratio"  # M = x w / y
     RATIO32 = "ratio32"  # the same, M itself rounded to float32 whatever the dtype of the product
     RECIPROCAL = "reciprocal"  # M = (x w) (1 / y)
     STEPS = "steps"  # x', w', then 1 / y, where s' = 1 / (1 / s)
+    STEPS_DIVIDED = "steps_divided"  # x', w', then divided by y'
+    SCALES = "scales"  # x, w, then 1 / y
+    SCALES_DIVIDED = "scales_divided"  # x, w, then divided by y
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether there are three factors, and real numbers before the last."""
+        return self in (Order.STEPS, Order.STEPS_DIVIDED, Order.SCALES, Order.SCALES_DIVIDED)
+
+    @property
+    def divides(self) -> bool:
+        """Whether the last of the three divides."""
+        return self in (Order.STEPS_DIVIDED, Order.SCALES_DIVIDED)
+
+    @property
+    def single(self) -> Order:
+        """That of a sum's operands, each of which has one scale and one factor."""
+        return self if not self.in_steps else Order.RATIO if self.divides else Order.RECIPROCAL
 
 
 class Nonlinear(Name):
@@ -254,15 +275,17 @@ class MatmulRule(Spec):
 class Fixed(Spec):
     """Requantization in integers: a times M = 2^shift * multiplier / 2^31."""
 
-    dtype: Dtype  # of M = x w / y at each step, before it becomes multiplier and shift: float64 or float32
+    dtype: Dtype  # of M = (x w) / y, before it becomes multiplier and shift: float64 or float32
     bits: int  # of the multiplier of a 64-bit accumulator: 31 or 15; of a 32-bit one it has 31
     product: HighProduct
     rounding: Rounding  # of the last shift
     left: LeftShift
+    scales: Dtype  # of the product x w: float64 or float32
 
     def check(self) -> None:
-        if self.dtype not in (Dtype.FLOAT64, Dtype.FLOAT32):
-            refuse("rule dtype", str(self.dtype), "M is computed in float64 or float32")
+        for name in ("dtype", "scales"):
+            if (dtype := getattr(self, name)) not in (Dtype.FLOAT64, Dtype.FLOAT32):
+                refuse(f"rule {name}", str(dtype), "M is computed in float64 or float32")
         if self.bits not in (15, 31):
             refuse("rule bits", self.bits, "a multiplier has 31 bits, or 15")
         if self.rounding is Rounding.STOCHASTIC:
@@ -283,8 +306,8 @@ class FloatProduct(Spec):
             refuse("rule rounding", "stochastic", "a requantization rounds the same each time")
         if self.dtype is Dtype.INPUT:
             refuse("rule dtype", "input", "an accumulator has no width of its own: give one")
-        if self.zero_point is ZeroPoint.FUSED:
-            refuse("rule zero_point", "fused", "no requantization is known to fuse it: give before or after")
+        if self.zero_point not in (ZeroPoint.AFTER, ZeroPoint.BEFORE):
+            refuse("rule zero_point", str(self.zero_point), "of a requantization give before or after")
 
 
 @dataclass(frozen=True)
@@ -305,7 +328,7 @@ class CastRule(Spec):
     e5m2_nan: int  # the code of NaN, without its sign: 0x7F, or 0x7E
     e2m1_nan: int | None  # of a NaN without sign in a format that has none (with one: the sign bit the other way);
     # None: ValueError
-    negative_zero: bool  # -0.0 keeps its sign, and does not become code 0
+    negative_zero: bool  # -0.0 keeps its sign in E2M1, and does not become code 0; wider formats always keep it
     e4m3_saturates: bool  # beyond the largest value, infinity too, that value; False: NaN
     e5m2_saturates: bool  # False: infinity
 
@@ -343,6 +366,16 @@ class Profile(Spec):
                 refuse("profile unseen", name, f"known operations are {', '.join(OPERATIONS)}")
         if self.bias is not Bias.INT32 and isinstance(self.requantize, Fixed):
             refuse("profile bias", str(self.bias), "a requantization in integers takes a bias of int32")
+        if self.bias is Bias.FLOAT_BEFORE_FUSED and self.requantize.dtype is not Dtype.FLOAT32:
+            refuse("profile bias", str(self.bias), "a fused multiply-add is in float32, and so is its requantization")
+
+    def simulated(self) -> Profile:
+        """The same, fake quantizing as it quantizes and dequantizes where nobody has seen a kernel of the engine's for
+        it."""
+        if "fake_quantize" not in self.unseen:
+            return self
+        unseen = tuple(name for name in self.unseen if name != "fake_quantize")
+        return replace(self, fake_quantize=FakeQuantizeRule(self.quantize, self.dequantize), unseen=unseen)
 
 
 OPERATIONS = ("scale", "quantize", "fake_quantize", "dequantize", "matmul", "bias", "requantize", "add", "cast")
@@ -356,7 +389,12 @@ QUANTIZE = QuantizeRule(
     beyond=Beyond.SATURATE,
 )
 ONE_ROUNDING = Fixed(
-    dtype=Dtype.FLOAT64, bits=31, product=HighProduct.EXACT, rounding=Rounding.HALF_UP, left=LeftShift.SATURATE
+    dtype=Dtype.FLOAT64,
+    bits=31,
+    product=HighProduct.EXACT,
+    rounding=Rounding.HALF_UP,
+    left=LeftShift.SATURATE,
+    scales=Dtype.FLOAT64,
 )
 DEQUANTIZE = DequantizeRule(form=DequantizeForm.DIFFERENCE, arithmetic=Dtype.FLOAT32)
 QTX = Profile(

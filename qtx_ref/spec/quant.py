@@ -18,6 +18,8 @@ __all__ = [
     "QuantSpec",
     "Range",
     "check_axes",
+    "check_axis",
+    "is_local",
     "range_axes",
     "refuse_static",
 ]
@@ -27,10 +29,10 @@ class Granularity(Name):
     """Which elements of a tensor share a scale and a zero point."""
 
     TENSOR = "tensor"  # one scale
-    CHANNEL = "channel"  # one per channel: the last axis of an activation, the output axis of a weight
+    CHANNEL = "channel"  # one per channel: the last axis of an activation, the output axis of a weight, or `axis`
     TOKEN = "token"  # one per row: every axis but the last
     GROUP = "group"  # `groups` groups of channels (per-embedding-group, Bondarenko et al. 2021), each of one scale
-    BLOCK = "block"  # one per `block` neighbours along the last axis
+    BLOCK = "block"  # one per `block` neighbours along the last axis, or `axis`
 
 
 class ObserverKind(Name):
@@ -71,6 +73,12 @@ def refuse_static(granularity: Granularity, dynamic: bool) -> None:
         refuse("quantizer granularity", str(granularity), f"a range per {granularity} is dynamic; set dynamic")
 
 
+def check_axis(what: str, axis: int | None, granularity: Granularity) -> None:
+    """Raises SpecError for an axis of a granularity that has none of its own."""
+    if axis is not None and granularity not in (Granularity.CHANNEL, Granularity.BLOCK):
+        refuse(f"{what} axis", axis, "it belongs to granularity channel or block")
+
+
 @dataclass(frozen=True)
 class QuantSpec(Spec):
     """A uniform quantizer: `real = scale * (code - zero_point)`.
@@ -96,6 +104,7 @@ class QuantSpec(Spec):
     outliers: float | None = None  # TOKEN: channels (last axis) with an element of this magnitude or more stay in float
     # asymmetric codes for the published simulator's symmetric quantizer, which turns unsigned where nothing is negative
     mirrored: bool = False
+    axis: int | None = None  # of CHANNEL: the channels' own; of BLOCK: along which they lie; from the end if negative
     # codes from -2^(bits-1); None: those of a symmetric quantizer alone. int8 with a zero point: asymmetric and True
     signed: bool | None = None
 
@@ -109,6 +118,7 @@ class QuantSpec(Spec):
                 refuse(f"quantizer {key}", value, f"granularity {owner} needs a whole number, at least 1")
             if not needed and value is not None:
                 refuse(f"quantizer {key}", value, f"it belongs to granularity {owner}")
+        check_axis("quantizer", self.axis, self.granularity)
         if self.permute and self.granularity is not Granularity.GROUP:
             refuse("quantizer permute", True, "it belongs to granularity group")
         if self.learned and self.granularity is Granularity.GROUP:
@@ -159,12 +169,14 @@ class FloatQuantSpec(Spec):
     observer: ObserverSpec = ObserverSpec()
     block: int | None = None  # elements per block of BLOCK, 32 unless said otherwise; it divides the last axis
     shared: SharedScale | None = None  # of BLOCK, FLOOR unless said otherwise
+    axis: int | None = None  # as in QuantSpec
 
     def check(self) -> None:
         blocks = self.granularity is Granularity.BLOCK
         if self.granularity is Granularity.GROUP:
             refuse("float quantizer granularity", "group", "a small float has tensor, channel, token or block")
         refuse_static(self.granularity, self.dynamic)
+        check_axis("float quantizer", self.axis, self.granularity)
         if blocks and self.block is None:
             object.__setattr__(self, "block", 32)
         if blocks and self.shared is None:
@@ -212,14 +224,23 @@ Quant = QuantSpec | FloatQuantSpec
 
 
 def check_axes(spec: Quant, ndim: int) -> None:
-    """Raises ValueError where a range per part of a tensor is asked of a number, which has no axis."""
+    """Raises ValueError where a range per part of a tensor is asked of a number, which has no axis, and for an axis
+    that the tensor has not."""
+    if spec.axis is not None and not -ndim <= spec.axis < ndim:
+        raise ValueError(f"axis {spec.axis} of a tensor of {ndim} axes: give one from {-ndim} to {ndim - 1}")
     if ndim == 0 and spec.granularity is not Granularity.TENSOR:
         raise ValueError(f"a range per {spec.granularity} needs an axis, and the tensor is one number")
 
 
+def is_local(spec: Quant) -> bool:
+    """Whether no range reaches beyond a row across the last axis: per token, or per block along that axis."""
+    return spec.granularity is Granularity.TOKEN or (spec.granularity is Granularity.BLOCK and spec.axis in (None, -1))
+
+
 def range_axes(spec: Quant, ndim: int, weight: bool) -> tuple[int, ...]:
     """The axes that one range spans: all (tensor), all but the last (channel of an activation), the last (channel of a
-    weight (..., O, I), token). A group starts from its channels' ranges; `affine.scale_zero` unites them.
+    weight (..., O, I), token), or all but the spec's own. A group starts from its channels' ranges;
+    `affine.scale_zero` unites them.
 
     Raises ValueError for blocks, and as `check_axes`.
     """
@@ -228,6 +249,8 @@ def range_axes(spec: Quant, ndim: int, weight: bool) -> tuple[int, ...]:
     check_axes(spec, ndim)
     if spec.granularity is Granularity.TENSOR:
         return tuple(range(ndim))
+    if spec.axis is not None:
+        return tuple(i for i in range(ndim) if i != spec.axis % ndim)
     if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not weight:
         return tuple(range(ndim - 1))
     return (ndim - 1,)

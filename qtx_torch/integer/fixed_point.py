@@ -27,9 +27,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import QTX, Bias, Fixed, FloatProduct, HighProduct, LeftShift, Order, QuantSpec, Rounding
+from qtx_ref.spec import QTX, Bias, Fixed, FloatProduct, HighProduct, LeftShift, QuantSpec, Rounding
 
 from ..quant.checks import check_range, check_shape
+from ..quant.rounding import round_dtype
 from . import float_product
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
@@ -68,11 +69,12 @@ def real_multiplier(
     y_scale: Tensor | float,
     rule: Fixed | FloatProduct = QTX.requantize,
 ) -> Tensor:
-    """M = x_scale * w_scale / y_scale: in the dtype and the order of the rule, rounded at each step.
+    """M = x_scale * w_scale / y_scale: in the dtypes and the order of the rule, rounded at each step.
 
     x_scale: one, or one per row of the accumulator, (..., N, 1). y_scale: one, or (O,). w_scale: one, (O,), or (O, 1)
     as `affine.ranges` gives them for a weight (O, I): they belong to the accumulator's columns, so M has their shape
-    (O,). Order STEPS gives its three factors on an axis before, (3, O). Raises ValueError for scales of another shape.
+    (O,). An order in steps gives its three factors on an axis before, (3, O). Raises ValueError for scales of another
+    shape.
     """
     x, w, y = (
         scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
@@ -80,8 +82,11 @@ def real_multiplier(
     )
     if y.ndim > 1 and y.numel() > 1 and y.shape[-1] == 1:
         raise ValueError(f"result scales of shape {tuple(y.shape)}: give one, or (O,)")
-    order = rule.order if isinstance(rule, FloatProduct) else Order.RATIO
-    return float_product.make_factors(one_or_all(x), per_column(w), one_or_all(y), order, rule.dtype)
+    x, w, y = one_or_all(x), per_column(w), one_or_all(y)
+    if isinstance(rule, FloatProduct):
+        return float_product.make_factors(x, w, y, rule.order, rule.dtype)
+    unit = round_dtype(round_dtype(x, rule.scales) * round_dtype(w, rule.scales), rule.dtype)
+    return round_dtype(unit / round_dtype(y, rule.dtype), rule.dtype)
 
 
 def one_or_all(scale: Tensor) -> Tensor:

@@ -187,11 +187,12 @@ def matmul(
         kind = carrier(a, b, a_spec, b_spec)
         if kind is torch.int8:
             product = functools.partial(byte_product, wide=wide)
-    bytes_a, bytes_b = (a.to(torch.uint8), b.to(torch.int8)) if pairs else (a, b)
+    shift = 128 if a_spec.has_sign else 0  # of bytes: uint8 is what pairs are made of
+    bytes_a, bytes_b = ((a.int() + shift).to(torch.uint8), b.to(torch.int8)) if pairs else (a, b)
     a, b = recentre(a, a_spec, kind), recentre(b, b_spec, kind)
     if pairs:  # a b = A B + c colsum(B)
         columns = product(torch.ones(1, depth, dtype=kind, device=b.device), b)
-        total = matmul_pairs16(bytes_a, bytes_b, rule.run).to(wide) - centre(a_spec) * columns
+        total = matmul_pairs16(bytes_a, bytes_b, rule.run).to(wide) - (centre(a_spec) + shift) * columns
     else:
         total = product(a, b)
     for what, value in (("zero point", a_zero), ("zero point", b_zero), ("bias", bias)):
@@ -208,9 +209,10 @@ def matmul(
 
 
 def saturates(a_spec: QuantSpec, b_spec: QuantSpec, rule: MatmulRule) -> bool:
-    """Whether the rule multiplies these operands in pairs: uint8 by int8."""
+    """Whether the rule multiplies these operands in pairs: uint8 by int8, or int8 moved up."""
     narrow = max(a_spec.bits, b_spec.bits) <= 8
-    return rule.products is not Products.EXACT and narrow and not a_spec.has_sign and b_spec.has_sign
+    taken = not a_spec.has_sign or rule.products is Products.PAIRS16_SHIFTED
+    return rule.products is not Products.EXACT and narrow and taken and b_spec.has_sign
 
 
 def check_bias(bias: Tensor, columns: int) -> None:

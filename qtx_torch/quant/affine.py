@@ -111,17 +111,22 @@ def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tu
 def ranges(x: Tensor, spec: QuantSpec, weight: bool = False, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`min_max` of whatever shares a range, ready for `scale_zero`; it broadcasts against x (BLOCK: has its shape).
 
-    Raises ValueError as `min_max` and `range_axes`, and where blocks do not divide the last axis.
+    Raises ValueError as `min_max` and `range_axes`, and where blocks do not divide their axis.
     """
     if spec.granularity is not Granularity.BLOCK:
         return min_max(x, range_axes(spec, x.ndim, weight), where)
     check_axes(spec, x.ndim)
-    if x.shape[-1] % spec.block:
-        raise ValueError(f"block {spec.block} does not divide the last axis, {x.shape[-1]}; choose one that does")
+    axis = -1 if spec.axis is None else spec.axis
+    if x.shape[axis] % spec.block:
+        named = "the last axis" if spec.axis is None else f"axis {axis}"
+        raise ValueError(f"block {spec.block} does not divide {named}, {x.shape[axis]}; choose one that does")
+    keep = None if where is None else torch.movedim(where.broadcast_to(x.shape), axis, -1)
+    x = torch.movedim(x, axis, -1)
     blocks = (*x.shape[:-1], x.shape[-1] // spec.block, spec.block)
-    keep = None if where is None else where.broadcast_to(x.shape).reshape(blocks)
+    keep = None if keep is None else keep.reshape(blocks)
     low, high = min_max(x.reshape(blocks), (x.ndim,), keep)  # (..., blocks, 1)
-    return low[..., 0].repeat_interleave(spec.block, -1), high[..., 0].repeat_interleave(spec.block, -1)
+    low, high = low[..., 0].repeat_interleave(spec.block, -1), high[..., 0].repeat_interleave(spec.block, -1)
+    return torch.movedim(low, -1, axis), torch.movedim(high, -1, axis)
 
 
 def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -207,7 +212,10 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX
     if spec.mirrored:
         return scale, (low < 0).int() * middle
     first, last = constant(spec.code_min), constant(spec.code_max)
-    zero = number(first - number(low / divisor))
+    start = number(low / divisor)
+    if rule.nudging is Nudging.LOW_ROUNDED:
+        start = round_integer(start, rule.zero_point_rounding)
+    zero = number(first - start)
     if rule.nudging is Nudging.CLOSER_END:
         up = number(high / divisor)
         # the two ends' rounding errors, as gemmlowp bounds them

@@ -94,7 +94,8 @@ def encode(
     saturate = saturates(kind, rule) if saturate is None else saturate
     code = code.masked_fill(code > f.largest, f.largest if saturate else f.overflow)
     code = code.masked_fill(nan, nan_code(kind, rule))
-    minus = torch.signbit(x) if rule.negative_zero else torch.signbit(x) & (x != 0)
+    keeps = rule.negative_zero or kind is not FloatFormat.E2M1
+    minus = torch.signbit(x) if keeps else torch.signbit(x) & (x != 0)
     return torch.where(minus, code ^ f.sign, code).to(torch.uint8)
 
 

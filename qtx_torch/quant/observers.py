@@ -26,6 +26,11 @@ def groups(x: Tensor, spec: Quant, weight: bool, where: Tensor | None) -> Tensor
     if spec.granularity is Granularity.TENSOR:
         picked = x if where is None else x[where.expand(x.shape)]
         return picked.reshape(1, -1)
+    if spec.axis is not None:  # as the last, which is that of an activation's channels
+        if where is not None:
+            where = torch.movedim(where.expand(x.shape), spec.axis, -1)
+            where = where[..., :1] if (where == where[..., :1]).all() else where
+        x, weight = torch.movedim(x, spec.axis, -1), False
     rows = x.reshape(-1, x.shape[-1])
     if weight:
         return rows

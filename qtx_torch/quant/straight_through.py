@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qtx_ref.spec import FloatQuantSpec, Quant, QuantSpec
+from qtx_ref.spec import QTX, FakeQuantizeRule, FloatQuantSpec, Profile, Quant, QuantSpec
 
 from ..ops import own
 from . import affine, quantizer
@@ -53,25 +53,25 @@ class Unclamped(torch.autograd.Function):
 
 
 class Selected(torch.autograd.Function):
-    """The same for a small float, and beside outliers: keeps where the gradient passes."""
+    """The same for a small float, beside outliers, and under another profile: keeps where the gradient passes."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
-        y, inside = quantizer.simulate(x, scale, zero_point, spec)
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant, profile: Profile) -> Tensor:
+        y, inside = quantizer.simulate(x, scale, zero_point, spec, None, profile)
         ctx.save_for_backward(inside)
         return own(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         (inside,) = ctx.saved_tensors
-        return g * inside, None, None, None
+        return g * inside, None, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant, profile: Profile = QTX) -> Tensor:
     """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
-    if isinstance(spec, FloatQuantSpec) or spec.outliers is not None:
-        return Selected.apply(x, scale, zero_point, spec)
+    if profile is not QTX or isinstance(spec, FloatQuantSpec) or spec.outliers is not None:
+        return Selected.apply(x, scale, zero_point, spec, profile)
     return StraightThrough.apply(x, scale, zero_point, spec)
 
 
@@ -83,19 +83,19 @@ def learned_scale_zero(scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tu
 
 class LearnedStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, rule: FakeQuantizeRule) -> Tensor:
         s, z = learned_scale_zero(scale, zero_point, spec)
-        y, inside = affine.simulate(x, s, z, spec)
+        y, inside = affine.simulate(x, s, z, spec, rule)
         ctx.save_for_backward(x, scale, s, z, inside)
-        ctx.spec = spec
+        ctx.spec, ctx.rule = spec, rule.quantize
         return own(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         x, scale, s, z, inside = ctx.saved_tensors
         spec = ctx.spec
-        level = affine.round_level(x, s, z)
+        level = affine.round_level(x, s, z, ctx.rule)
         slope = torch.where(inside, level - z - x / s, level.clamp(spec.code_min, spec.code_max) - z)
         axes = [i for i in range(x.ndim) if scale.shape[i] == 1]
         factor = 1 / math.sqrt(x.numel() / scale.numel() * spec.code_max)
@@ -105,13 +105,13 @@ class LearnedStep(torch.autograd.Function):
 
         ds = torch.where(scale < 0, -1, 1) * gather(g * slope)
         dz = None if spec.symmetric else gather(torch.where(inside, 0, -g * s))
-        return g * inside, ds, dz, None
+        return g * inside, ds, dz, None, None
 
 
-def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+def learned_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, profile: Profile = QTX) -> Tensor:
     """Learned step size (Esser et al. 2020, eq. 3 and 5) with a learned zero point (Bhalgat et al. 2020).
 
     With v = x / s and z the rounded zero point: dx = g inside; ds = g (round(v) - v) inside and g (limit - z) outside;
     dz = -g s outside and 0 inside. ds and dz are multiplied by 1 / sqrt(elements per range * code_max).
     """
-    return LearnedStep.apply(x, scale, zero_point, spec)
+    return LearnedStep.apply(x, scale, zero_point, spec, profile.fake_quantize)

@@ -103,6 +103,10 @@ def test_zero_points_are_nudged_from_an_end(call):
     away = replace(QTX.scale, zero_point_rounding=Rounding.HALF_AWAY, nudging=Nudging.CLOSER_END)
     assert call("quant.affine.scale_zero", low, high, U8, away)[1].tolist() == [1]
     narrow = QuantSpec(narrow=True)  # 1 to 255, 254 steps
+    tied = F32([-0.5]), F32([253.5])  # 1 + 0.5 is a tie, and so is -0.5 alone
+    assert call("quant.affine.scale_zero", *tied, narrow)[1].tolist() == [2]
+    alone = replace(QTX.scale, nudging=Nudging.LOW_ROUNDED)
+    assert call("quant.affine.scale_zero", *tied, narrow, alone)[1].tolist() == [1]
     assert call("quant.affine.scale_zero", F32([0]), F32([254]), narrow)[1].tolist() == [1]
     assert call("quant.affine.quantize", F32([-9, 0, 254, 300]), F32(1), I32(1), narrow).tolist() == [1, 1, 255, 255]
 

@@ -34,7 +34,9 @@ CORE = {
     "affine": lambda m, x, scale, zero, words, spec, profile, **rest: {
         "fake": m.fake_quantize(x, scale, zero, spec, profile.fake_quantize, words)
     },
-    "fixed_point": lambda m, a, real, zero, spec, rule, **rest: {"codes": m.requantize(a, real, zero, spec, rule)},
+    "fixed_point": lambda m, a, factors, zero, bias, spec, rule, place, **rest: {
+        "codes": m.requantize(a, factors, zero, spec, rule, bias, place)
+    },
     "integer": lambda m, a, b, zero_a, zero_b, bias, a_spec, b_spec, accumulator, rule, integers, **rest: {
         "matmul": m.matmul(a, b, a_spec, b_spec, zero_a, zero_b, bias, accumulator, rule, integers)
     },

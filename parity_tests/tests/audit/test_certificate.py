@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from qtx.audit import certificate_bounds as bounds
-from qtx.audit.certificate_bounds import TARGETS, Operand, Product, check_overflow, check_shift, check_sums
+from qtx.audit.certificate_bounds import TARGETS, Operand, Product, check_sums
 from qtx.audit.certificate_cures import Tally, list_cures
-from qtx_ref.integer.products import matmul_pairs16
+from qtx.audit.certificate_overflow import check_overflow, check_shift
+from qtx_ref.integer.products import matmul, matmul_pairs16
+from qtx_ref.spec import QTX, Overflow, QuantSpec
 
+WRAP = replace(QTX.matmul, overflow=Overflow.WRAP)
 AVX2, ZERO = TARGETS["avx2"], np.zeros((), np.int64)
 
 
@@ -189,7 +192,12 @@ def test_every_accumulator_of_small_products() -> None:
                 for a, w in zip(witness.left, witness.right, strict=True)
             )
             assert exact == witness.exact == verdict.worst and witness.right.tolist() == codes[:, column].tolist()
-            assert witness.computed == np.int64(exact).astype(np.int32)
+            given = witness.left[None].astype(np.uint8), witness.right[:, None].astype(np.uint8)
+            points = np.int32(witness.left_zero), np.int32(witness.right_zero)
+            acc = matmul(*given, QuantSpec(8), QuantSpec(8), *points, bias[[column]], rule=WRAP)
+            assert acc.item() == witness.computed == np.int64(exact).astype(np.int32)
+            with pytest.raises(ValueError, match="beyond int32"):
+                matmul(*given, QuantSpec(8), QuantSpec(8), *points, bias[[column]])
         verdicts.append(verdict.holds)
     assert verdicts.count(False) > 20 and verdicts.count(True) > 20
 

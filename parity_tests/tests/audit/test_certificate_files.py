@@ -12,7 +12,7 @@ import pytest
 from parity_tests.tests.shell import call
 from qtx.audit.certificate import certify, confirm, list_engines, open_products
 from qtx.audit.certificate_artifact import read_artifact_products, run_artifact
-from qtx.audit.certificate_bounds import TARGETS, check_sums
+from qtx.audit.certificate_bounds import TARGETS, Operand, Product, check_sums
 from qtx.engines import paths
 from qtx.files.artifact import load_artifact, save_artifact
 from qtx_ref.integer.products import matmul_pairs16
@@ -50,6 +50,18 @@ def test_the_operands_that_are_shown_give_the_accumulators() -> None:
         acc = (a - za) @ (b - zb) + (0 if one.bias is None else one.bias.reshape(len(b), 1, -1))
         want = recorded[f"{one.name}.accumulator"].astype(np.int64)
         assert np.array_equal(np.sort(acc.ravel()), np.sort(want.ravel())), one.name
+
+
+@pytest.mark.parametrize("name", ["bert-int4", "opt", "opt-int4", "vit", "vit-int4"])
+def test_every_family_and_width(name: str) -> None:
+    certificate = certify(FIXTURE / f"{name}.qtx")
+    artifact = load_artifact(FIXTURE / f"{name}.qtx")
+    assert {"layer.0.attn.scores", "layer.0.ffn.output"} <= {line.name for line in certificate.lines}
+    weights = [one for one in read_artifact_products(artifact) if one.right.codes is not None]
+    for one in weights:
+        if abs(one.right.codes).max() <= 8:  # 255 * 8 * 2: four bits never saturate a pair
+            line = next(line for line in certificate.lines if line.name == one.name)
+            assert line.targets["avx2"].holds and line.cures == []
 
 
 def plant(path: Path, **changes: np.ndarray) -> Path:
@@ -198,6 +210,16 @@ def test_an_engine_does_what_the_emulator_does(engine: str, workers: None) -> No
     assert abs(seen - witness.computed) <= abs(witness.exact) / 240 < abs(seen - witness.exact)  # half a step of codes
 
 
+def test_onnxruntime_widens_unsigned_weights(workers: None) -> None:
+    """uint8 x uint8 is exact there on the same CPU."""
+    if "onnxruntime" not in list_engines():
+        pytest.skip("onnxruntime is not installed, or its CPU cannot be had here")
+    codes = np.full((4, 1), 255, np.int32)
+    one = Product("p", Operand(0, 255, np.int64(0)), Operand(0, 255, np.int64(128), codes), 4)
+    witness = confirm(one, check_sums(one, TARGETS["avx2"]), ["onnxruntime"]).witness
+    assert witness is not None and witness.engines == {"onnxruntime": witness.exact} and witness.exact == 64770
+
+
 def test_the_command_says_it_in_text_and_json(tmp_path: Path) -> None:
     weight = np.zeros((8, 3), np.int8)
     good = make_onnx(tmp_path / "good.onnx", "qdq", weight)
@@ -206,8 +228,9 @@ def test_the_command_says_it_in_text_and_json(tmp_path: Path) -> None:
     weight[2:4, 1] = 127
     bad = make_onnx(tmp_path / "bad.onnx", "qdq", weight)
     done = call("audit", "certificate", bad, "--engine", "none", "--json", tmp_path / "c.json")
-    assert done.exit_code == 1 and "64,770" in done.stdout
+    assert done.exit_code == 1 and "64,770" in done.stdout and "QTX-ACC-001" in done.stdout
     (line,) = json.loads((tmp_path / "c.json").read_text())["certificate"]["products"]
+    assert line["findings"] == ["QTX-ACC-001", "QTX-ACC-005"]
     assert line["verdicts"]["avx2"]["witness"]["right"] == [0, 0, 127, 127, 0, 0, 0, 0]
     assert line["verdicts"]["avx2"]["witness"]["left"] == [0, 0, 255, 255, 0, 0, 0, 0]
 
@@ -226,6 +249,43 @@ def test_what_is_no_model_is_refused(name: str, content: bytes | None, said: str
         (tmp_path / name).write_bytes(content)
     done = call("audit", "certificate", tmp_path / name, "--engine", "none")
     assert done.exit_code != 0 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = make_onnx(tmp_path / "m.onnx", "qdq", np.zeros((8, 3), np.int8))
+    np.savez(tmp_path / "x.npz", z=np.zeros((4, 8), np.float32))
+    np.savez(tmp_path / "o.npz", x=np.array([{}], object))
+    for options, said in (
+        (("--batches", "2"), "belong to --data"),
+        (("--data", "books"), ".npz"),
+        (("--data", tmp_path / "x.npz"), "input x of"),
+        (("--data", tmp_path / "o.npz"), "o.npz"),
+        (("--data", tmp_path / "none.npz"), "none.npz"),
+        (("--engine", "none", "--engine", "fbgemm"), "leave out fbgemm"),
+    ):
+        done = call("audit", "certificate", model, "--engine", "none", *options)
+        assert done.exit_code == 1 and said in done.stderr, done.stderr
+
+
+def test_a_graph_out_of_order_is_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(str(make_onnx(tmp_path / "m.onnx", "qdq", np.zeros((8, 3), np.int8))))
+    first = model.graph.node[0]
+    model.graph.node.append(first)
+    del model.graph.node[0]
+    onnx.save(model, str(tmp_path / "o.onnx"))
+    done = call("audit", "certificate", tmp_path / "o.onnx", "--engine", "none")
+    assert done.exit_code == 1 and "takes xq, which nothing before it makes" in done.stderr
+
+
+def test_external_data_that_are_gone_are_named(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(str(make_onnx(tmp_path / "m.onnx", "qdq", np.zeros((8, 3), np.int8))))
+    onnx.save(model, str(tmp_path / "e.onnx"), save_as_external_data=True, location="e.bin", size_threshold=0)
+    assert certify(tmp_path / "e.onnx", ["avx2"]).holds
+    (tmp_path / "e.bin").unlink()
+    done = call("audit", "certificate", tmp_path / "e.onnx", "--engine", "none")
+    assert done.exit_code == 1 and "e.onnx" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_float_model_is_refused(tmp_path: Path) -> None:

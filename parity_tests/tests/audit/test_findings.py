@@ -18,7 +18,12 @@ import qtx_ref
 from qtx.audit.findings import FINDINGS, LIST, list_printed
 from qtx.cli import main
 
-NEEDS = {"torch": "torch", "onnxruntime": "onnxruntime", "litert": "ai_edge_litert"}  # packages of engines
+NEEDS = {
+    "torch": "torch",
+    "onnxruntime": "onnxruntime",
+    "litert": "ai_edge_litert",
+    "torchao": "torchao",
+}  # packages of engines
 ROOT = Path(qtx_ref.__file__).parent.parent
 
 

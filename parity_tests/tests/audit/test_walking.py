@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qtx.audit.certificate import certify
 from qtx.engines.process import EngineRefusal
 from qtx.graphs.operators import OPERATORS
 from qtx.graphs.reading import read_graph
@@ -115,6 +116,26 @@ def test_every_code_of_a_quantized_file_is_onnxruntimes(model: Path, form: str) 
     for op, by, ours, theirs in codes:
         assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), op
         assert by == "qtx_ref" or op in ("QLinearSoftmax", "Softmax")
+
+
+def test_a_file_that_onnxruntime_has_fused(model: Path, tmp_path: Path) -> None:
+    """DynamicQuantizeMatMul and what else its optimiser writes, QGemm and QLinearAdd from its operator form."""
+    for form, wanted in (("dynamic", "DynamicQuantizeMatMul"), ("operators", "QGemm"), ("qdq", "QLinearMatMul")):
+        options = runtime.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(tmp_path / f"{form}.onnx")
+        runtime.InferenceSession(str(quantize(model, form)), options, providers=["CPUExecutionProvider"])
+        engine = run_file(tmp_path / f"{form}.onnx", draw(), "disable", True).values
+        results = list(walk(tmp_path / f"{form}.onnx", draw(), profile("float32")))
+        assert wanted in {one.op for one in results}
+        assert {one.op for one in results if one.by == "engine"} <= {"Softmax", "QLinearSoftmax", "Gather"}
+        for one in results:
+            for name, value in one.outputs.items():
+                if name in engine and value.dtype.kind in "iu":
+                    assert np.array_equal(value, engine[name]), (form, one.op)
+        last = results[-1].outputs["y"]
+        assert np.abs(last - engine["y"]).max() <= 1e-6 * np.abs(last).max()  # the order of three float32 factors
 
 
 def test_16_bit_codes_are_within_one_of_the_engines_floats(model: Path) -> None:
@@ -282,6 +303,7 @@ def test_torch_writes_what_is_walked(tmp_path: Path) -> None:
     assert {one.by for one in results} == {"qtx_ref"}
     codes = [(v, engine[n]) for one in results for n, v in one.outputs.items() if n in engine and v.dtype.kind in "iu"]
     assert len(codes) == 5 and all(np.array_equal(ours, theirs) for ours, theirs in codes)
+    assert [(line.depth, line.columns) for line in certify(path).lines] == [(16, 8), (8, 4)]  # quantized in the file
 
 
 # --- a whole file in an engine ----------------------------------------------------------------------------------------
@@ -346,6 +368,15 @@ def test_a_node_that_no_engine_takes_is_named(model: Path, tmp_path: Path) -> No
     onnx.save(graph.model, str(tmp_path / "odd.onnx"))
     with pytest.raises(EngineRefusal, match=r"node p \(Softmaxx\)"):
         list(walk(tmp_path / "odd.onnx", draw()))
+
+
+def test_a_node_that_lacks_an_input_is_named(model: Path, tmp_path: Path) -> None:
+    proto = onnx.load(str(quantize(model, "qdq")))
+    node = next(one for one in proto.graph.node if one.op_type == "QuantizeLinear")
+    del node.input[:]
+    onnx.save(proto, str(tmp_path / "short.onnx"))
+    with pytest.raises(SpecError, match=rf"node {node.name} \(QuantizeLinear\) is not as ONNX has it"):
+        list(walk(tmp_path / "short.onnx", draw()))
 
 
 def test_a_scale_of_zero_is_refused_with_its_node(model: Path, tmp_path: Path) -> None:

@@ -271,7 +271,13 @@ def test_the_table_of_runs(tmp_path):
     blank = {name: np.zeros_like(value) for name, value in known.params.items()}
     path.unlink()
     save_checkpoint(path, replace(known, params=blank))
-    run = runpy.run_path(str(ROOT / "tools" / "tabulate_backcopy.py"))["measure_run"](tmp_path)
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("model.safetensors", "log.jsonl"):
+        (tmp_path / name).rename(out / name)
+    collect = runpy.run_path(str(ROOT / "tools" / "effect"))["collect"]
+    assert "chains" not in collect(tmp_path, [])["run"]
+    run = collect(tmp_path, [], chains=True)["run"]["chains"]
     batches = list(open_one("backcopy").split_batches("evaluation", replace(OPT, length=16), 16, 0, limit=4))
     fires = np.concatenate([open_one("backcopy").chain.trigger[batch["tokens"]] for batch in batches])
     even = np.broadcast_to(1 / np.arange(1, 17), fires.shape)

@@ -23,8 +23,10 @@ from qtx_ref.spec import (
     QTX,
     Bias,
     Fixed,
+    MatmulRule,
     Nonlinear,
     Order,
+    Products,
     Profile,
     QuantSpec,
     Recipe,
@@ -43,6 +45,7 @@ STEPS = replace(QTX, name="steps", bias=Bias.FLOAT_AFTER, requantize=replace(rul
 BEFORE = replace(
     QTX, name="before", bias=Bias.FLOAT_BEFORE, requantize=replace(rules.RINT, zero_point=ZeroPoint.BEFORE)
 )
+FUSED = replace(QTX, name="fused", bias=Bias.FLOAT_BEFORE_FUSED, requantize=rules.RINT)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -199,7 +202,7 @@ def test_codes_and_scales_are_kept_and_the_rest_is_as_if_lowered_under_it(name: 
         assert [key for key in codes if not np.array_equal(got[key], low.constants[key])] == []
 
 
-@pytest.mark.parametrize("rules_of", [STEPS, BEFORE], ids=lambda p: p.name)
+@pytest.mark.parametrize("rules_of", [STEPS, BEFORE, FUSED], ids=lambda p: p.name)
 @pytest.mark.parametrize("name", ["bert_gate_mlp", "opt_gate_linear", "vit_clipped_row"])
 def test_floats_in_steps_and_float_biases_run_alike_in_both_backends(name: str, rules_of: Profile) -> None:
     for recipe in ("w8a8", "channels", "rows"):
@@ -220,6 +223,33 @@ def test_floats_in_steps_and_float_biases_run_alike_in_both_backends(name: str, 
         back = convert(low.spec, made.constants, low.quants, low.profile, Nonlinear.TABLE)
         far = [n for n in unequal(back, dict(low.constants)) if np.abs(back[n] - low.constants[n]).max() > 64]
         assert far == []  # a bias of 2^30 steps has no more than 24 bits in float32
+
+
+@pytest.mark.parametrize("products", [rules.PAIRS16, replace(rules.PAIRS16, products=Products.RUNS16, run=2)])
+@pytest.mark.parametrize("name", ["bert_gate_mlp", "opt_gate_linear", "vit_clipped_row"])
+def test_a_model_under_pairs_saturates_alike_in_both_backends(name: str, products: MatmulRule) -> None:
+    """Weights of 8 bits, each at an end of its codes, and inputs of 8: pairs reach 255 * 127 * 2. Of 7 bits none do."""
+    low = integer_models.small(name)
+    ends = dict(low.constants)
+    for key, value in low.constants.items():
+        if key.endswith(("query.weight", "ffn.hidden.weight")):
+            ends[key] = np.where(value < 0, -128, 127).astype(np.int8)
+    runs = {}
+    for kind in (low.profile.matmul, products):
+        made = replace(low, profile=replace(low.profile, matmul=kind), constants=ends)
+        runs[kind] = record_run(made.model(IntegerModel), made.batch)
+        assert all(verdict.ok for verdict in same(record_run(made.model(TorchModel), made.batch), runs[kind]))
+        strict = record_run(made.model(IntegerModel, strict=True), made.batch)
+        assert all(verdict.ok for verdict in same(strict, runs[kind]))
+    accumulators = [dict(run.sites)["layer.0.attn.query.accumulator"] for run in runs.values()]
+    assert (accumulators[0] != accumulators[1]).any()  # and what they do is seen
+    bytes_of = dict(runs[products].sites)
+    scores = "layer.0.attn.scores.accumulator"  # uint8 by uint8: exact, of the codes that then are
+    q, k = (bytes_of[f"layer.0.attn.{part}"].astype(int) for part in ("query", "key"))
+    q, k = (x - low.constants[f"layer.0.attn.{part}.zero_point"] for x, part in ((q, "query"), (k, "key")))
+    heads = low.spec.heads
+    q, k = (x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2) for x in (q, k))
+    np.testing.assert_array_equal(bytes_of[scores], q @ k.swapaxes(-1, -2))
 
 
 def test_a_profile_that_cannot_have_the_codes_is_refused() -> None:
@@ -248,11 +278,45 @@ def test_commands_take_a_profile_of_integers(tmp_path: Path, monkeypatch: pytest
         (("quantize", source, "--out", "x.safetensors"), "integers already"),
         (("quantize", source, "--out", "x.qtx", "--profile", "none.json"), "no such file"),
         (("evaluate", "floor.qtx", *REF, "--profile", "nnapi"), "known profiles are"),
-        (("evaluate", WRITTEN / "half.safetensors", *REF, "--profile", "onnx"), "belong to a MODEL.qtx"),
+        (("evaluate", WRITTEN / "half.safetensors", *REF, "--profile", "onnx"), "runs in float"),
     ):
         result = call(*arguments)
         assert result.exit_code == 1 and message in result.output
         assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.mark.parametrize("rules_of", [STEPS, BEFORE, FUSED], ids=lambda p: p.name)
+@pytest.mark.parametrize("name", ["opt", "bert-int4", "vit"])
+def test_an_artifact_with_floats_is_written_and_read_back(name: str, rules_of: Profile, tmp_path: Path) -> None:
+    made = load_artifact(WRITTEN / f"{name}.qtx").under(rules_of)
+    save_artifact(tmp_path / "m.qtx", made)
+    assert list_differences(load_artifact(tmp_path / "m.qtx"), made) == []
+    header, tensors = read_sealed(tmp_path / "m.qtx", ARTIFACT)
+    key = next(key for key in tensors if key.endswith("query.multiplier"))
+    assert (tensors[key].shape[:1] == (3,)) == rules_of.requantize.order.in_steps
+    write_sealed(tmp_path / "m.qtx", header, tensors | {key: np.ones((2, 2), np.float32)})
+    with pytest.raises(FileError, match=f"{key} has shape"):
+        load_artifact(tmp_path / "m.qtx")
+
+
+def test_fake_quantization_takes_a_profile_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's ranges, and an artifact's codes, in floats under other rules: both backends tell them apart."""
+    monkeypatch.chdir(tmp_path)
+    down = replace(QTX.quantize, rounding=Rounding.FLOOR)
+    floor = replace(QTX, name="floor", quantize=down, fake_quantize=replace(QTX.fake_quantize, quantize=down))
+    write_profile(Path("floor.json"), floor, OWN)
+    fake = ("--numerics", "fake")
+    for source, kind in (
+        (WRITTEN / "half.safetensors", ("--recipe", "w8a8", "--data", WRITTEN / "words.txt")),
+        (WRITTEN / "vit.qtx", fake),
+    ):
+        losses = []
+        for backend in ("ref", "torch"):
+            run = ("evaluate", source, *kind, "--backend", backend, "--batches", "1", "--json", "-")
+            own, other = (json.loads(good(*run, *more).stdout) for more in ((), ("--profile", "floor.json")))
+            assert other["numerics"].endswith("profile floor") and other["loss"] != own["loss"]
+            losses.append(other["loss"])
+        assert abs(losses[0] - losses[1]) < 0.1 * abs(other["loss"] - own["loss"])
 
 
 def test_quants_and_recipes_are_those_of_the_artifact() -> None:

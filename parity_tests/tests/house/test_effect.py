@@ -6,6 +6,7 @@ import json
 import math
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_the_index_names_every_file():
 
 # --- the tool that tabulates what came out ----------------------------------------------------------------------------
 
-TOOL = runpy.run_path(str(FOLDER.parents[2] / "tools" / "tabulate_effect.py"))
+TOOL = runpy.run_path(str(FOLDER.parents[2] / "tools" / "effect")) | vars(sys.modules["effect_tables"])
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
 
 
@@ -149,6 +150,21 @@ def test_a_study_has_integers_where_it_can_and_counts_what_diverged(tmp_path):
     rows = cells(TOOL["tabulate_studies"](TOOL["collect"](tmp_path, ["c"])))
     numbers = ["1.500", "1.000", "1.000", "0.50", "1", "4.0", "3.0", "0.2500", "1.0000"]
     assert rows == [["a", "2", "1", *numbers], ["b", "1", "1", *[""] * len(numbers)]]
+
+
+def test_a_head_that_rests_and_what_it_costs(tmp_path):
+    evaluation = {"float.loss": 2.0, "kurtosis": 4.0} | dict(
+        zip(("integer.w8a8.loss", "integer.w6a6.loss", "integer.w4a8.loss"), (2.5, 3.0, 1.75), strict=True)
+    )
+    run = {
+        "run": "gated", "layers": 2, "step": 9, "least_loss": 1.5, "evaluation": evaluation,
+        "mass_idle": [[0.25, 0.75], [1.0, 1.0]], "mass_trigger": [[0.5, 0.125], [1.0, 1.0]],
+        "peak_first": {"embed.sum": 9.0, "layer.1.ffn.residual": 3.0},
+        "peak_elsewhere": {"embed.sum": 9.0, "layer.1.ffn.residual": 4.0},
+    }  # fmt: skip
+    row = cells(TOOL["tabulate_chains"]({"a": {"chains": run}, "b": {}}))
+    costs = ["+0.5000", "+1.0000", "-0.2500"]
+    assert row == [["gated", "2", "9", "0.5000", "0.75 / 0.12", "3.0 / 4.0", "4.0", *costs]]
 
 
 def test_an_empty_folder_is_one_line(tmp_path):

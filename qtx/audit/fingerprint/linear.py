@@ -85,7 +85,7 @@ def make_requantize(values: Values) -> Fixed | FloatProduct:
     """The record of a candidate."""
     _, _, _, _, kind, dtype, bits, high, order, zero_point, rounding, left = values
     if kind == FIXED:
-        return Fixed(dtype, bits, high, rounding, left)
+        return Fixed(dtype, bits, high, rounding, left, dtype)
     return FloatProduct(dtype, order, zero_point, rounding)
 
 

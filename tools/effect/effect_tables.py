@@ -1,108 +1,17 @@
-"""The tables of docs/studies/effect: what runs were while they trained, what `qtx analyze` and `qtx ptq` say then.
-
-python tools/tabulate_effect.py collect FOLDER --json FILE [--skip PATTERN ...]    keep the figures of a folder
-python tools/tabulate_effect.py show FILE [--step N] [--picture FILE.png]          print them as tables
-
-FOLDER holds what there is of: study.json and ROW/log.jsonl (the OUT of `qtx study`), ROW/ptq.json (an OUT of
-`qtx ptq`), ROW.analyze.json and ROW.ptq.json (their --json). ROW-seedN and ROW-N are one row of several seeds.
-"""
+"""The tables of what was kept: see `__main__`."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatch
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from qtx.report.sinks import draw_growth
+from effect_figures import MARKS
+
 from qtx.report.tables import format_range, format_table
 
 BITS = ("w8a8", "w6a6", "w4a8")
-DIGITS = 6  # of what is kept
-MARKS = ("[CLS]", "[SEP]")
-
-
-def shorten(value: object) -> object:
-    """JSON values with fewer digits."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    if isinstance(value, dict):
-        return {key: shorten(each) for key, each in value.items()}
-    return [shorten(each) for each in value] if isinstance(value, list) else value
-
-
-def read_curves(path: Path) -> list[dict]:
-    """Of each step that was evaluated what the log has, without speed."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    keep = ("step", "evaluation", "heads")
-    return [{key: line[key] for key in keep if key in line} for line in lines if line.get("evaluation")]
-
-
-def read_analysis(path: Path) -> dict:
-    """Of an analysis the heads' masses and why they are idle, and peak and kurtosis of the sites that every attention
-    has, so that their means are of the same."""
-    analysis = json.loads(path.read_text(encoding="utf-8"))
-    heads = [(head["reason"], [head["mass"].get(mark, 0.0) for mark in MARKS]) for head in analysis["heads"]]
-    sites = {
-        site["site"]: {key: site[key] for key in ("inf_norm", "kurtosis")}
-        for site in analysis["sites"]
-        if site["site"].startswith(("embed", "layer")) and ".attn.gate" not in site["site"]
-    }
-    return {"heads": [{"reason": reason, "mass": mass} for reason, mass in heads], "sites": sites}
-
-
-def read_rows(path: Path) -> dict:
-    """Of a comparison each recipe's row, without what depends on the machine."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    keep = ("value", "loss", "low", "high", "runs_as", "damage")
-    return {name: {key: row[key] for key in keep if key in row} for name, row in rows.items()}
-
-
-def read_study(path: Path) -> dict[str, dict]:
-    """By run what a study says of its trained model."""
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-    keep = ("diverged", "mean_loss", "outliers", "sinks")
-    losses = ("float", "trained", "recipes", "integers")
-    return {
-        name: {key: run[key] for key in keep} | {key: strip_scores(run[key]) for key in losses if run.get(key)}
-        for name, run in runs.items()
-    }
-
-
-def strip_scores(scores: dict) -> dict:
-    """Losses, of one score or by recipe; where there is none, why."""
-    if "loss" in scores or not all(isinstance(each, dict) for each in scores.values()):
-        return {key: scores[key] for key in ("loss", "failed") if key in scores}
-    return {name: strip_scores(each) for name, each in scores.items()}
-
-
-PARTS: tuple[tuple[str, str, Callable[[Path], list | dict]], ...] = (
-    ("curves", "/log.jsonl", read_curves),
-    ("recipes", "/ptq.json", read_rows),
-    ("recipes", ".ptq.json", read_rows),
-    ("analysis", ".analyze.json", read_analysis),
-)
-
-
-def collect(folder: Path, skip: Sequence[str]) -> dict[str, dict]:
-    """By row what there is of it in a folder."""
-    found: dict[str, dict] = defaultdict(dict)
-    for part, suffix, read in PARTS:
-        for path in sorted(folder.glob(f"*{suffix}")):
-            name = path.relative_to(folder).as_posix().removesuffix(suffix)
-            if not any(fnmatch(name, pattern) for pattern in skip) and (values := read(path)):
-                found[name][part] = shorten(values)
-    if (path := folder / "study.json").exists():
-        for name, run in read_study(path).items():
-            if not any(fnmatch(name, pattern) for pattern in skip):
-                found[name]["study"] = shorten(run)
-    if not found:
-        raise SystemExit(f"{folder}: no row there has {', '.join(suffix for _, suffix, _ in PARTS)}")
-    return dict(found)
 
 
 def group(found: dict[str, dict], part: str) -> Iterator[tuple[str, list]]:
@@ -241,50 +150,28 @@ def tabulate_studies(found: dict[str, dict]) -> str:
     return format_table(header, [line + [""] * (len(header) - len(line)) for line in cells])
 
 
+def tabulate_chains(found: dict[str, dict]) -> str:
+    """A line for each run on a chain: what the first layer's heads do, of several the one that rests most."""
+    header = ["run", "layers", "step", "above the least", "[BOS] idle / trigger", "peak [BOS] / elsewhere", "kurtosis"]
+    cells = []
+    for run in (parts["chains"] for parts in found.values() if "chains" in parts):
+        values, last = run["evaluation"], list(run["peak_first"])[-1]
+        head = max(range(len(run["mass_idle"][0])), key=lambda h: run["mass_idle"][0][h])
+        cells.append([
+            run["run"], str(run["layers"]), str(run["step"]),
+            f"{values['float.loss'] - run['least_loss']:.4f}",
+            f"{run['mass_idle'][0][head]:.2f} / {run['mass_trigger'][0][head]:.2f}",
+            f"{run['peak_first'][last]:.1f} / {run['peak_elsewhere'][last]:.1f}",
+            f"{values['kurtosis']:.1f}",
+            *(f"{values[f'integer.{bits}.loss'] - values['float.loss']:+.4f}" for bits in BITS),
+        ])  # fmt: skip
+    return format_table([*header, *BITS], cells)
+
+
 TABLES = {
+    "chains": (tabulate_chains,),
     "study": (tabulate_studies,),
     "curves": (tabulate_curves, tabulate_heads),
     "analysis": (tabulate_analysis,),
     "recipes": (tabulate_recipes,),
 }
-
-
-def draw(found: dict[str, dict], path: Path) -> None:
-    """Draws every curve, of recipes those in integers."""
-    runs = {}
-    for name, curves in ((name, parts["curves"]) for name, parts in found.items() if parts.get("curves")):
-        kept = [key for key in curves[-1]["evaluation"] if not any(key.startswith(f"{bits}.") for bits in BITS)]
-        runs[name] = {key: [(line["step"], line["evaluation"][key]) for line in curves] for key in kept}
-    draw_growth(path, runs, path.stem)
-
-
-def main() -> None:
-    """Keeps figures, or prints them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    keep = verbs.add_parser("collect")
-    keep.add_argument("folder", type=Path)
-    keep.add_argument("--json", type=Path, required=True)
-    keep.add_argument("--skip", nargs="*", default=[])
-    show = verbs.add_parser("show")
-    show.add_argument("file", type=Path)
-    show.add_argument("--step", type=int, help="print what runs were at this one")
-    show.add_argument("--picture", type=Path)
-    given = parser.parse_args()
-    if given.verb == "collect":
-        found = collect(given.folder, given.skip)
-        text = json.dumps(found, separators=(",", ":"), sort_keys=False).replace("},{", "},\n{").replace('},"', '},\n"')
-        given.json.write_text(text + "\n", encoding="utf-8")
-        return
-    found = json.loads(given.file.read_text(encoding="utf-8"))
-    parts = [part for part in TABLES if any(part in each for each in found.values())]
-    if given.step is not None:
-        print(tabulate_curves(found, given.step))
-    else:
-        print("\n\n".join(table(found) for part in parts for table in TABLES[part]))
-    if given.picture:
-        draw(found, given.picture)
-
-
-if __name__ == "__main__":
-    main()
