@@ -102,10 +102,12 @@ class Model:
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
-        passes quantize. `profile`: the rules of quantizing and dequantizing, and of dynamic scales.
+        passes quantize. `profile`: the rules of fake quantization (of quantizing and
+        dequantizing, where it has none of its own) and of dynamic scales.
 
         Raises SpecError for a static site without a range, and for a scale or zero point that no quantizer has.
         """
+        profile = profile.simulated()
         for site, spec in quants.items():
             if not spec.dynamic and site not in ranges:
                 raise SpecError(f"site {site} has a static quantizer but no range: calibrate first")
@@ -182,6 +184,14 @@ class Model:
         tensors: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._show(batch, sites, lambda site, x, where: tensors.__setitem__(site, (x, where)))
         return tensors
+
+    def simulate(self, batch: Batch) -> Arrays:
+        """What the quantizer of each site makes of its tensor in a forward pass as `bind` says, in the tensor's
+        dtype and shape."""
+        made: Arrays = {}
+        if self.quants:
+            self.compute(self._numerics(show=made.__setitem__), self.accept(batch))
+        return made
 
     def statistics(
         self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS

@@ -111,11 +111,13 @@ class Model:
     ) -> None:
         """From now on quantize-dequantize the sites of `quants`; none: plain float. `transforms` by linear site, whose
         weights are made for them: float passes (`record`, `statistics`, ...) have them too. `gradients`: what backward
-        passes quantize. `profile`: the rules of quantizing and dequantizing, and of dynamic scales.
+        passes quantize. `profile`: the rules of fake quantization (of quantizing and
+        dequantizing, where it has none of its own) and of dynamic scales.
 
         Raises SpecError for a static site without a range, for a scale or zero point that no quantizer has, and for a
         site that the model does not have.
         """
+        profile = profile.simulated()
         hooks = {}
         for site, spec in quants.items():
             if not spec.dynamic and site not in ranges:
@@ -222,6 +224,23 @@ class Model:
 
         self._show(batch, self._results() if sites is None else sites, show)
         return tensors
+
+    @torch.no_grad()
+    def simulate(self, batch: Batch) -> Arrays:
+        """What the quantizer of each site makes of its tensor in a forward pass as `bind` says, in the tensor's
+        dtype and shape."""
+        made: Arrays = {}
+        hooks = [
+            module.register_forward_hook(lambda quantizer, _, y: made.__setitem__(quantizer.site, to_numpy(y)))
+            for module in self.net.modules()
+            if isinstance(module, FakeQuant)
+        ]
+        try:
+            self.forward(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return made
 
     def statistics(
         self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS

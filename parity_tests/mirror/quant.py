@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from parity_tests.proof.case import Case, Context
 from parity_tests.proof.evaluate_torch import array, tensor
 from parity_tests.proof.verdict import Verdict, equal, exact
+from qtx_ref.profiles import NAMES, profile
 from qtx_ref.quant import affine as ref_affine
 from qtx_ref.quant import observers as ref_observers
 from qtx_ref.quant import quantizer as ref_quantizer
@@ -21,6 +23,8 @@ from qtx_ref.spec import (
     FloatFormat,
     FloatQuantSpec,
     Granularity,
+    InfinityPolicy,
+    NanPolicy,
     ObserverKind,
     ObserverSpec,
     Quant,
@@ -107,6 +111,58 @@ def check_affine(data: str, reach: str, context: Context) -> list[Verdict]:
         names = tuple(f"{bits} bits, symmetric {symmetric}, {kind}: {name}" for name in CHAIN)
         got = chain(affine, given[0], given[1] if masked else None, spec, weight)
         verdicts += compare_twins(names, got, chain(ref_affine, x, where if masked else None, spec, weight))
+    return verdicts
+
+
+def check_profile(name: str, context: Context) -> list[Verdict]:
+    """Scales, codes, values and gradient masks under an engine's rules, of float32 and float16; where its rules have a
+    code for it, NaN, infinities and what lies beyond 2^31 and 2^63 too."""
+    rules, verdicts = profile(name), []
+    beyond = np.float32([np.nan, np.inf, -np.inf, 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), 1e30])
+    refuses = rules.quantize.nan is NanPolicy.RAISE or rules.quantize.infinity is InfinityPolicy.RAISE
+    specs = (QuantSpec(), QuantSpec(signed=True), QuantSpec(symmetric=True), QuantSpec(12, signed=True))
+    for spec, data, half in product(specs, ("normal", "tails", "ties"), (False, True)):
+        x = DATA[data](stream(0, "profile", name, data)).astype(np.float16 if half else np.float32).ravel()
+        ends = np.float32(x.min()), np.float32(x.max())
+        scale, zero = ref_affine.scale_zero(*ends, spec, rules.scale)
+        pair = affine.scale_zero(*(tensor(end, context) for end in ends), spec, rules.scale)
+        x = x if refuses or half else np.concatenate([x, beyond])
+        given, moved = (x, scale, zero), (torch.tensor(x, device=context.device), *pair)  # float16 as such
+        want = ref_affine.quantize(*given, spec, rules.quantize)
+        got = affine.quantize(*moved, spec, rules.quantize)
+        more = (
+            ref_affine.dequantize(want, scale, zero, rules.dequantize),
+            *ref_affine.fake_quantize(*given, spec, rules.simulated().fake_quantize),
+        )
+        ours = (
+            affine.dequantize(got, *pair, rules.dequantize),
+            *affine.fake_quantize(*moved, spec, rules.simulated().fake_quantize),
+        )
+        names = tuple(f"{data}, {x.dtype}, {spec}: {what}" for what in CHAIN[2:])
+        verdicts += compare_twins(
+            names, (*pair, got, *map(mark_nans, ours)), (scale, zero, want, *map(mark_nans, more))
+        )
+    return verdicts
+
+
+def check_axes(context: Context) -> list[Verdict]:
+    """Channels and blocks along each axis, masked and not; blocks of small floats too."""
+    verdicts: list[Verdict] = []
+    specs: list[Quant] = [QuantSpec(dynamic=True, **REACH[reach]) for reach in ("channel", "block")]
+    specs.append(FloatQuantSpec(FloatFormat.E4M3, granularity=Granularity.BLOCK, dynamic=True, block=2))
+    rng = stream(0, "axes")
+    x = rng.standard_normal((4, 6, 8)).astype(np.float32)
+    for spec, axis, masked in product(specs, (0, 1, 2, -2), (False, True)):
+        where = rng.uniform(size=(4, 6, 1)) < 0.7 if masked else None
+        one = replace(spec, axis=axis)
+        kept = None if where is None else tensor(where, context)
+        given, moved = (x, one, where, False), (tensor(x, context), one, kept, False)
+        scale, zero = ref_quantizer.dynamic_scale(*given)
+        pair = quantizer.dynamic_scale(*moved)
+        want = ref_quantizer.fake_quantize(x, scale, zero, one)
+        got = quantizer.fake_quantize(moved[0], *pair, one)
+        names = tuple(f"{one}, masked {masked}: {what}" for what in (*CHAIN[2:4], *CHAIN[6:]))
+        verdicts += compare_twins(names, (*pair, *got), (scale, zero, *want))
     return verdicts
 
 
@@ -244,7 +300,9 @@ def list_cases() -> list[Case]:
     rows += [Case("quant", f"float_{form}", "torch", partial(check_float, form)) for form in FloatFormat]
     rows += [
         Case("quant", "outliers", "torch", check_outliers),
+        Case("quant", "axes", "torch", check_axes),
         Case("quant", "ties", "torch", check_ties),
         Case("quant", "refusals", "torch", check_refusals),
     ]
+    rows += [Case("quant", f"profile_{name}", "torch", partial(check_profile, name)) for name in NAMES]
     return rows + [Case("quant", f"observer_{kind}", "torch", partial(check_observer, kind)) for kind in ObserverKind]

@@ -12,7 +12,7 @@ from parity_tests.proof.verdict import Verdict, equal, exact, holds, relative
 from qtx_ref import numerics, ops, random
 from qtx_ref.quant import affine, quantizer
 from qtx_ref.quant.observers import Observer, squared_error
-from qtx_ref.spec import Granularity, ObserverKind, ObserverSpec, QuantSpec
+from qtx_ref.spec import QTX, Beyond, Dtype, Granularity, ObserverKind, ObserverSpec, QuantSpec, ZeroPoint
 from qtx_ref.tape import backward, const, leaf
 
 SIGNED, UNSIGNED = QuantSpec(symmetric=True), QuantSpec()
@@ -56,6 +56,26 @@ def check_scales(context: Context) -> list[Verdict]:
             np.array([F32(3), F32(4), F32(4), F32(127), 0], F32) / F32(127) + F32([0, 0, 0, 0, 2.0**-126]),
         ),
         exact("symmetric zero point", none, np.zeros(5, I32)),
+    ]
+
+
+def check_rules(context: Context) -> list[Verdict]:
+    """What engines answer where the rules of QTX answer otherwise: `docs/semantics.md` derives each."""
+    half = replace(QTX.quantize, arithmetic=Dtype.INPUT)
+    fused = replace(QTX.quantize, reciprocal=True, zero_point=ZeroPoint.FUSED)
+    x, scale = np.float16([-67.9]), np.float16(0.006042)
+    cast = replace(QTX.dequantize, arithmetic=Dtype.INPUT)
+    back = affine.dequantize(I32([-32768]), np.float16(0.001838), I32(-15379), cast)
+    signed = QuantSpec(16, signed=True)
+    codes = affine.quantize(x, scale, I32(21253), signed, half)
+    beside = F32([92.19264221191406]), F32(184.38247680664062), I32(128)
+    wrap = replace(QTX.quantize, beyond=Beyond.WRAP32)
+    beyond = affine.quantize(F32([2.0**31, 5]), F32(1), I32(7), replace(signed, bits=8), wrap)
+    return [
+        exact("float16 divided as such (ONNX)", codes, I32([10021])),
+        exact("dequantized in float32, then cast (ONNX)", back, np.float16([-31.953125])),
+        exact("one fused multiply-add (torch)", affine.quantize(*beside, UNSIGNED, fused), I32([129])),
+        exact("converted to int32, then the zero point (ONNX)", beyond, I32([-128, 12])),
     ]
 
 
@@ -221,6 +241,7 @@ RUNS = (
     check_zero_point,
     check_scales,
     check_limits,
+    check_rules,
     check_granularities,
     check_outliers,
     check_learned_symmetric,

@@ -126,7 +126,7 @@ def multiply(
     for factor in factors:
         check_shape("multiplier", factor, a.shape, "give one, or one per column or row")
     if fused:
-        x = fused_multiply_add(*biases, x)
+        x = fused_multiply_add(biases[0], biases[1], x)
     elif bias is not None and place is Bias.FLOAT_BEFORE:
         x = to(x + bias)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):

@@ -6,7 +6,7 @@ no field can be ignored. No field has a default: engines differ in every one of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .base import Name, Spec, refuse
 
@@ -368,6 +368,14 @@ class Profile(Spec):
             refuse("profile bias", str(self.bias), "a requantization in integers takes a bias of int32")
         if self.bias is Bias.FLOAT_BEFORE_FUSED and self.requantize.dtype is not Dtype.FLOAT32:
             refuse("profile bias", str(self.bias), "a fused multiply-add is in float32, and so is its requantization")
+
+    def simulated(self) -> Profile:
+        """The same, fake quantizing as it quantizes and dequantizes where nobody has seen a kernel of the engine's for
+        it."""
+        if "fake_quantize" not in self.unseen:
+            return self
+        unseen = tuple(name for name in self.unseen if name != "fake_quantize")
+        return replace(self, fake_quantize=FakeQuantizeRule(self.quantize, self.dequantize), unseen=unseen)
 
 
 OPERATIONS = ("scale", "quantize", "fake_quantize", "dequantize", "matmul", "bias", "requantize", "add", "cast")

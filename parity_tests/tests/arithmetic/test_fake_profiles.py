@@ -111,6 +111,13 @@ def test_small_floats_take_the_cast_rule():
         assert not np.isnan(run(spec, range, X, ENGINE)[0]).any()
 
 
+def test_an_engine_without_a_kernel_for_it_quantizes_and_dequantizes():
+    seen = replace(ENGINE, fake_quantize=QTX.fake_quantize)
+    assert seen.simulated() is seen
+    made = replace(seen, unseen=("fake_quantize", "add")).simulated()
+    assert made.fake_quantize == FakeQuantizeRule(QUANTIZE, seen.dequantize) and made.unseen == ("add",)
+
+
 def test_the_default_takes_the_short_kernels():
     """A profile equal to QTX is QTX: no pass is added to a training step."""
     with mock.patch.object(straight_through.Selected, "apply", side_effect=AssertionError):
