@@ -13,7 +13,6 @@ import numpy as np
 
 from .questions import OUTSIDE, RAISES, Box, Operation, Question, Raised, Values, fits
 
-FRESH = 100_000  # fresh inputs on which combinations are compared before they count as equal
 VERIFIED = 6  # calls with fresh inputs that the last combination must explain
 Advance = Callable[[str], None]
 
@@ -169,9 +168,9 @@ class Search:
         return sum(count * (count + silent) for count in groups.values()) + silent * len(self.alive)
 
     def hunt(self) -> Question | None:
-        """Fresh inputs that still part the candidates; None where FRESH of them do not."""
+        """Fresh inputs that still part the candidates; None where `fresh` of them do not."""
         self.compared = 0
-        while len(self.alive) > 1 and self.compared < FRESH:
+        while len(self.alive) > 1 and self.compared < self.operation.fresh:
             question = self.draw()
             self.compared += question.size
             if self.cost(question) < len(self.alive) ** 2:
