@@ -389,21 +389,6 @@ print(run("litert-optimized", "quantize", values)["code"][30:].tolist())  # [2, 
         "litert-2.3-optimized and litert-2.3-optimized-tail.",
     ),
     Finding(
-        id="QTX-QUA-006",
-        title="XNNPACK quantizes float16 by a reciprocal that is rounded to float16",
-        cause="The kernel keeps 1 / s in float16, and multiplies in float32.",
-        consequence="Levels are off by up to one in 2,000: near ties the code differs from that of the same numbers in "
-        "float32.",
-        reproduce="""
-import numpy as np
-from qtx.engines.paths import run
-values = {"x": np.float16([5.9960938]), "scale": np.float32(0.06774902), "zero_point": np.int32(22), "dtype": "int8"}
-print(run("litert-xnnpack", "quantize", values)["code"].item())  # 110
-print(run("litert-xnnpack", "quantize", {**values, "x": values["x"].astype(np.float32)})["code"].item())  # 111
-""",
-        remedy="Cast to float32 before the quantizer.",
-    ),
-    Finding(
         id="QTX-GRA-002",
         title="onnxruntime rounds 16-bit activations to 8 bits before a product with 8-bit weights",
         cause="At the extended level DequantizeLinear of constant 8-bit weights and the MatMul or Gemm behind it "
@@ -477,6 +462,7 @@ except Exception as error:
         reproduce="""
 import numpy as np
 from qtx_ref.integer.products import matmul_pairs16
+
 x, w = np.uint8([[255, 255]]), np.int8([[127], [127]])
 print((x.astype(int) @ w).item(), matmul_pairs16(x, w).item())  # 64770 32767
 """,
@@ -565,6 +551,22 @@ print((matmul_pairs16(moved, values["w"]).item() - 128 * 254) / 256)  # 0.996093
 print(run("torch-onednn-s8", "linear", values, "avx2")["y"].item())  # 1
 """,
         remedy="uint8 activations with weights of 7 bits, or a machine with VNNI.",
+    ),
+    Finding(
+        id="QTX-GRA-004",
+        title="LiteRT crashes on an empty tensor with a scale per channel",
+        cause="Not known: the kernels for one scale give an empty tensor; those for a scale per channel crash.",
+        consequence="The process ends with a signal.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import EngineCrash, run
+values = {"x": np.zeros((2, 0), np.float32), "scale": np.ones(2, np.float32), "zero_point": np.zeros(2, np.int32)}
+try:
+    run("litert-reference-channel", "quantize", {**values, "dtype": "int8", "axis": 0})
+except EngineCrash as crash:
+    print("crashed" in str(crash))  # True
+""",
+        remedy="Do not run a batch of nothing.",
     ),
     Finding(
         id="QTX-ACC-005",
