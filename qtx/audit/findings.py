@@ -462,7 +462,6 @@ except Exception as error:
         reproduce="""
 import numpy as np
 from qtx_ref.integer.products import matmul_pairs16
-
 x, w = np.uint8([[255, 255]]), np.int8([[127], [127]])
 print((x.astype(int) @ w).item(), matmul_pairs16(x, w).item())  # 64770 32767
 """,
