@@ -615,5 +615,20 @@ print(50_000_000 * 40)  # 2000000000
 """,
         remedy="A larger scale of the result, so that M is below 1; `qtx audit certificate` says where it matters.",
     ),
+    Finding(
+        id="QTX-QUA-007",
+        title="XNNPACK takes subnormal numbers for 0",
+        cause="It computes with subnormals flushed to zero. Where a product of scales is one, a layer's multiplier "
+        "loses bits as well.",
+        consequence="Codes of tensors whose numbers are near 1e-38 are the zero point. Nothing ordinary is that small.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.float32([1.1097027e-38]), "scale": np.float32(1.5017549e-38), "zero_point": np.int32(90)}
+values["dtype"] = "int8"
+print([run(f"litert-{kernels}", "quantize", values)["code"].item() for kernels in ("reference", "xnnpack")])  # [91, 90]
+""",
+        remedy="Scale such a tensor up before it is quantized.",
+    ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}
