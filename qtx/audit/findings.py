@@ -389,21 +389,6 @@ print(run("litert-optimized", "quantize", values)["code"][30:].tolist())  # [2, 
         "litert-2.3-optimized and litert-2.3-optimized-tail.",
     ),
     Finding(
-        id="QTX-QUA-006",
-        title="XNNPACK quantizes float16 by a reciprocal that is rounded to float16",
-        cause="The kernel keeps 1 / s in float16, and multiplies in float32.",
-        consequence="Levels are off by up to one in 2,000: near ties the code differs from that of the same numbers in "
-        "float32.",
-        reproduce="""
-import numpy as np
-from qtx.engines.paths import run
-values = {"x": np.float16([5.9960938]), "scale": np.float32(0.06774902), "zero_point": np.int32(22), "dtype": "int8"}
-print(run("litert-xnnpack", "quantize", values)["code"].item())  # 110
-print(run("litert-xnnpack", "quantize", {**values, "x": values["x"].astype(np.float32)})["code"].item())  # 111
-""",
-        remedy="Cast to float32 before the quantizer.",
-    ),
-    Finding(
         id="QTX-GRA-002",
         title="onnxruntime rounds 16-bit activations to 8 bits before a product with 8-bit weights",
         cause="At the extended level DequantizeLinear of constant 8-bit weights and the MatMul or Gemm behind it "
@@ -567,6 +552,22 @@ print(run("torch-onednn-s8", "linear", values, "avx2")["y"].item())  # 1
         remedy="uint8 activations with weights of 7 bits, or a machine with VNNI.",
     ),
     Finding(
+        id="QTX-GRA-004",
+        title="LiteRT crashes on an empty tensor with a scale per channel",
+        cause="Not known: the kernels for one scale give an empty tensor; those for a scale per channel crash.",
+        consequence="The process ends with a signal.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import EngineCrash, run
+values = {"x": np.zeros((2, 0), np.float32), "scale": np.ones(2, np.float32), "zero_point": np.zeros(2, np.int32)}
+try:
+    run("litert-reference-channel", "quantize", {**values, "dtype": "int8", "axis": 0})
+except EngineCrash as crash:
+    print("crashed" in str(crash))  # True
+""",
+        remedy="Do not run a batch of nothing.",
+    ),
+    Finding(
         id="QTX-ACC-005",
         title="A kernel of 16-bit accumulators saturates on ordinary sums",
         cause="It adds the pairs of vpmaddubsw in saturating int16 (vpaddsw) for a run, of up to 128 pairs, before it "
@@ -613,6 +614,21 @@ print([multiply(a, *M, rule).item() for rule in ways])  # [1342177279, -68435456
 print(50_000_000 * 40)  # 2000000000
 """,
         remedy="A larger scale of the result, so that M is below 1; `qtx audit certificate` says where it matters.",
+    ),
+    Finding(
+        id="QTX-QUA-007",
+        title="XNNPACK takes subnormal numbers for 0",
+        cause="It computes with subnormals flushed to zero. Where a product of scales is one, a layer's multiplier "
+        "loses bits as well.",
+        consequence="Codes of tensors whose numbers are near 1e-38 are the zero point. Nothing ordinary is that small.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.float32([1.1097027e-38]), "scale": np.float32(1.5017549e-38), "zero_point": np.int32(90)}
+values["dtype"] = "int8"
+print([run(f"litert-{kernels}", "quantize", values)["code"].item() for kernels in ("reference", "xnnpack")])  # [91, 90]
+""",
+        remedy="Scale such a tensor up before it is quantized.",
     ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}

@@ -91,10 +91,10 @@ def prepare(batch: Batch, path: Path, profile: Profile) -> dict[str, Any]:
     if path.op == "mx":
         values["shared"] = path.name.rpartition("-")[2]
     channels = path.name.endswith("-channel")
-    if channels and path.op in ("quantize", "dequantize") and "axis" not in values:  # one channel
+    if channels and path.op in ("quantize", "dequantize") and "axis" not in values:  # two equal ones
         name = "x" if path.op == "quantize" else "code"
-        values |= {key: np.reshape(values[key], 1) for key in ("scale", "zero_point")} | {"axis": 0}
-        values[name] = values[name][None]
+        values |= {key: np.repeat(values[key], 2) for key in ("scale", "zero_point")} | {"axis": 0}
+        values[name] = np.stack([values[name]] * 2)
     if channels and path.op == "linear" and np.ndim(values["w_scale"]) == 0:
         columns = np.arange(values["w"].shape[1])
         ulps = columns % 5 - 2 if batch.family == "near ties" else 0 * columns
