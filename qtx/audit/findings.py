@@ -462,7 +462,6 @@ except Exception as error:
         reproduce="""
 import numpy as np
 from qtx_ref.integer.products import matmul_pairs16
-
 x, w = np.uint8([[255, 255]]), np.int8([[127], [127]])
 print((x.astype(int) @ w).item(), matmul_pairs16(x, w).item())  # 64770 32767
 """,
@@ -615,6 +614,21 @@ print([multiply(a, *M, rule).item() for rule in ways])  # [1342177279, -68435456
 print(50_000_000 * 40)  # 2000000000
 """,
         remedy="A larger scale of the result, so that M is below 1; `qtx audit certificate` says where it matters.",
+    ),
+    Finding(
+        id="QTX-QUA-007",
+        title="XNNPACK takes subnormal numbers for 0",
+        cause="It computes with subnormals flushed to zero. Where a product of scales is one, a layer's multiplier "
+        "loses bits as well.",
+        consequence="Codes of tensors whose numbers are near 1e-38 are the zero point. Nothing ordinary is that small.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.float32([1.1097027e-38]), "scale": np.float32(1.5017549e-38), "zero_point": np.int32(90)}
+values["dtype"] = "int8"
+print([run(f"litert-{kernels}", "quantize", values)["code"].item() for kernels in ("reference", "xnnpack")])  # [91, 90]
+""",
+        remedy="Scale such a tensor up before it is quantized.",
     ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}
