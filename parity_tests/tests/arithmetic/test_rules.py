@@ -293,6 +293,7 @@ def factors_by_hand(x: np.ndarray, w: np.ndarray, y: np.ndarray, rule: FloatProd
     if rule.order.in_steps:
         again = rule.order in (Order.STEPS, Order.STEPS_DIVIDED, Order.STEPS_JOINED)
         x, w = (to(1 / to(1 / x)), to(1 / to(1 / w))) if again else (x, w)
+        x, w = (to(x * w), np.ones_like(w)) if rule.order.joins else (x, w)
         last = {Order.STEPS_DIVIDED: to(1 / to(1 / y)), Order.SCALES_DIVIDED: y}.get(rule.order, to(1 / y))
         if rule.order in (Order.STEPS_JOINED, Order.SCALES_JOINED):
             return [to(x * w), np.ones_like(w), last + 0 * w]
@@ -385,8 +386,9 @@ def test_matmuls_by_hand(rule: MatmulRule) -> None:
         a[0], b[:, 0] = a_spec.code_max, b_spec.code_max
         a_zero = None if a_spec.symmetric else rng.integers(a_spec.code_min, a_spec.code_max, (4, 1)).astype(I32)
         b_zero = None if b_spec.symmetric else rng.integers(b_spec.code_min, b_spec.code_max, 5).astype(I32)
-        paired = not a_spec.has_sign and b_spec.has_sign and rule.products is not Products.EXACT
-        sums = pairs_by_hand(a, b, rule.run) if paired else a.astype(I64) @ b
+        moved = 128 if a_spec.has_sign and rule.products is Products.PAIRS16_SHIFTED else 0
+        paired = (moved or not a_spec.has_sign) and b_spec.has_sign and rule.products is not Products.EXACT
+        sums = pairs_by_hand(a + moved, b, rule.run) - moved * b.sum(0) if paired else a.astype(I64) @ b
         za, zb = I64(0) if a_zero is None else a_zero.astype(I64), I64(0) if b_zero is None else b_zero.astype(I64)
         exact = sums - za * b.sum(0) - zb * a.sum(1, keepdims=True) + 11 * za * zb
         for bias in (None, I32([INT_MAX, INT_MIN, 5, 0, -5])):
