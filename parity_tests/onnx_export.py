@@ -91,9 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     models = list(small_models.specs()) if options.small else options.model
     failed = False
-    print(
-        "| model | form | MB | engine | exact codes | differ | near a tie | float codes | flip | flip, free | seconds |"
-    )
+    print("| model | form | MB | engine | exact codes | differ | near | float codes | flip | by | free | seconds |")
     print("|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         for name in models:

@@ -185,6 +185,14 @@ class Model:
         self._show(batch, sites, lambda site, x, where: tensors.__setitem__(site, (x, where)))
         return tensors
 
+    def simulate(self, batch: Batch) -> Arrays:
+        """What the quantizer of each site makes of its tensor in a forward pass as `bind` says, in the tensor's
+        dtype and shape."""
+        made: Arrays = {}
+        if self.quants:
+            self.compute(self._numerics(show=made.__setitem__), self.accept(batch))
+        return made
+
     def statistics(
         self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS
     ) -> dict[str, Arrays]:

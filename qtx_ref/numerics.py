@@ -366,7 +366,7 @@ class FakeQuant(Quantizers):
     """Quantize-dequantize at every site of `specs`: static sites by `ranges`, dynamic ones by the tensor itself.
 
     `learned` holds `<site>.scale` and `<site>.zero_point` of learned ranges as leaves of the tape; `profile` has the
-    rules of an engine.
+    rules of an engine; `show` is given each site and what its quantizer made.
     """
 
     def __init__(
@@ -377,14 +377,23 @@ class FakeQuant(Quantizers):
         *,
         masked_scores: bool = False,
         profile: Profile = QTX,
+        show: Callable[[str, np.ndarray], None] | None = None,
         **context: Any,
     ) -> None:
         super().__init__(specs, masked_scores=masked_scores, **context)
         self.profile = profile
+        self.show = show
         self.ranges = ranges
         self.learned = learned or {}
 
     def apply(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        y = self.quantize(site, x, where)
+        if self.show is not None:
+            self.show(site, y.value)
+        return y
+
+    def quantize(self, site: str, x: Var, where: np.ndarray | None) -> Var:
+        """x through the site's quantizer."""
         spec = self.specs[site]
         if spec.dynamic:
             return dynamic_quantize(x, spec, where, is_weight(site), self.profile)

@@ -225,6 +225,23 @@ class Model:
         self._show(batch, self._results() if sites is None else sites, show)
         return tensors
 
+    @torch.no_grad()
+    def simulate(self, batch: Batch) -> Arrays:
+        """What the quantizer of each site makes of its tensor in a forward pass as `bind` says, in the tensor's
+        dtype and shape."""
+        made: Arrays = {}
+        hooks = [
+            module.register_forward_hook(lambda quantizer, _, y: made.__setitem__(quantizer.site, to_numpy(y)))
+            for module in self.net.modules()
+            if isinstance(module, FakeQuant)
+        ]
+        try:
+            self.forward(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return made
+
     def statistics(
         self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = stats.STATISTICS
     ) -> dict[str, Arrays]:

@@ -12,10 +12,12 @@ from parity_tests.subjects import integer_models
 from parity_tests.subjects.integer_models import Lowered, record_run, same
 from qtx_ref import backend as ref_backend
 from qtx_ref.integer.lifting import real
+from qtx_ref.profiles import NAMES
 from qtx_ref.spec import Nonlinear
 from qtx_torch.backend import IntegerModel
 
-PROFILES = ("float32", "gemmlowp", "tflite", "onnx")
+PROFILES = ("float32", "gemmlowp", "tflite", "onnx")  # of all small models; the engines' others of one
+ANY = "bert_gate_mlp"
 RECIPES = ("w4a8", "w6a6", "w8a16", "channels", "rows", "operands", "values")
 SMALL = ("bert_gate_mlp", "opt_post_norm_projected", "vit_clipped_row")
 STRICT = ("bert_sink_and_mlp", "bert_gate_head_conditional", "bert_classify", "opt_gate_linear", "vit_clipped_row")
@@ -99,6 +101,11 @@ def list_cases() -> list[Case]:
         for name in SMALL
         for choice in chosen
         for recipe, profile, kind in [choice]
+    ]
+    rows += [
+        Case("integer", f"{ANY}_w8a8_{profile}", "torch", partial(check_small, ANY, "w8a8", profile, table))
+        for profile in NAMES[1:]
+        if profile not in PROFILES
     ]
     rows += [
         Case("integer", f"generate_{kind}", "torch", partial(check_generate, kind)) for kind in ("vanilla", "sink")

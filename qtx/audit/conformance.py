@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from qtx_ref.spec import SpecError
 
@@ -92,7 +93,7 @@ def conform(
         if path.engine in absent:
             continue
         batches = draw_batches(path.op, path.codes, count, seed)
-        report.rows += check_path(path, batches, lambda path, op, values: run(path, op, values, cpu), known, tell=tell)
+        report.rows += check_path(path, batches, partial(run, cpu=cpu), known, cpu=cpu, tell=tell)
     for name in absent:
         if (golden := read_golden(name)) is not None:
             report.golden[name] = golden.provenance

@@ -389,21 +389,6 @@ print(run("litert-optimized", "quantize", values)["code"][30:].tolist())  # [2, 
         "litert-2.3-optimized and litert-2.3-optimized-tail.",
     ),
     Finding(
-        id="QTX-QUA-006",
-        title="XNNPACK quantizes float16 by a reciprocal that is rounded to float16",
-        cause="The kernel keeps 1 / s in float16, and multiplies in float32.",
-        consequence="Levels are off by up to one in 2,000: near ties the code differs from that of the same numbers in "
-        "float32.",
-        reproduce="""
-import numpy as np
-from qtx.engines.paths import run
-values = {"x": np.float16([5.9960938]), "scale": np.float32(0.06774902), "zero_point": np.int32(22), "dtype": "int8"}
-print(run("litert-xnnpack", "quantize", values)["code"].item())  # 110
-print(run("litert-xnnpack", "quantize", {**values, "x": values["x"].astype(np.float32)})["code"].item())  # 111
-""",
-        remedy="Cast to float32 before the quantizer.",
-    ),
-    Finding(
         id="QTX-GRA-002",
         title="onnxruntime rounds 16-bit activations to 8 bits before a product with 8-bit weights",
         cause="At the extended level DequantizeLinear of constant 8-bit weights and the MatMul or Gemm behind it "
@@ -477,7 +462,6 @@ except Exception as error:
         reproduce="""
 import numpy as np
 from qtx_ref.integer.products import matmul_pairs16
-
 x, w = np.uint8([[255, 255]]), np.int8([[127], [127]])
 print((x.astype(int) @ w).item(), matmul_pairs16(x, w).item())  # 64770 32767
 """,
@@ -496,6 +480,155 @@ print(round((accumulator * unit + bias) / scale))  # 31
 print(round((accumulator + round(bias / unit)) * unit / scale))  # 32
 """,
         remedy="Walk the file under the profile that its runtime has: `bias` float_after as it stands, int32 as fused.",
+    ),
+    Finding(
+        id="QTX-REQ-004",
+        title="Levels beyond int32 become the lowest code in fbgemm, qnnpack and LiteRT's reference kernels",
+        cause="They convert the scaled accumulator to int32 before they clamp; what an int32 does not hold becomes "
+        "INT_MIN. onnxruntime, onednn and XNNPACK clamp first.",
+        consequence="A result far above the range is the lowest code instead of the highest. It takes scales that "
+        "do not fit the layer.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[100], [1]]), "w": np.int8([[127]]), "bias": None, "x_zero": np.uint8(0), "w_zero": np.int8(0)}
+values |= {"x_scale": np.float32(1), "w_scale": np.float32(1), "y_scale": np.float32(2**-20), "y_zero": np.uint8(5)}
+print(run("torch-fbgemm", "linear", values)["y"].ravel().tolist())  # [0, 255]
+print(run("onnxruntime-all", "linear", values)["y"].ravel().tolist())  # [255, 255]
+""",
+        remedy="Calibrate: with a y_scale that belongs to the layer no level is near 2^31. The profiles saturate.",
+    ),
+    Finding(
+        id="QTX-REQ-005",
+        title="Integer layers of torch with a subnormal scale are their own",
+        cause="1 / s of a subnormal scale is near the end of float32 or beyond it; qnnpack's product of scales "
+        "vanishes. The reference refuses a factor beyond 2^64, with which an accumulator may overflow.",
+        consequence="qnnpack gives ends of the range where onednn gives the zero point.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[251]]), "w": np.int8([[100]]), "bias": None, "x_zero": np.uint8(0), "w_zero": np.int8(0)}
+scales = {"x_scale": 6.092734e-39, "w_scale": 1.6641461e-06, "y_scale": 1.1754944e-38}
+values |= {"y_zero": np.uint8(247)} | {name: np.float32(scale) for name, scale in scales.items()}
+print([run(f"torch-{engine}", "linear", values)["y"].item() for engine in ("qnnpack", "onednn")])  # [0, 247]
+""",
+        remedy="Keep scales at 2^-126 or above, as qtx does.",
+    ),
+    Finding(
+        id="QTX-REQ-006",
+        title="onednn multiplies by other factors on a CPU without AVX-512",
+        cause="With AVX-512 the accumulator is multiplied by x, by w and by 1 / y in turn; the kernels for AVX2 "
+        "multiply by the product of x and w first.",
+        consequence="One code of difference near ties between two machines with the same torch.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.uint8([[71]]), "w": np.int8([[93]]), "bias": None, "x_zero": np.uint8(0), "w_zero": np.int8(0)}
+scales = {"x_scale": 0.06028441, "w_scale": 0.021628225, "y_scale": 0.048503026}
+values |= {"y_zero": np.uint8(8)} | {name: np.float32(scale) for name, scale in scales.items()}
+print(run("torch-onednn", "linear", values, "avx2")["y"].item())  # 186
+unit, product = np.float32(0.06028441) * np.float32(0.021628225), np.float32(71 * 93)
+print(np.rint((product * unit) * (1 / np.float32(0.048503026)) + np.float32(8)))  # 186.0
+""",
+        remedy="Compare results of machines of one kind; torch-onednn-avx2 states the products, not this order.",
+    ),
+    Finding(
+        id="QTX-ACC-003",
+        title="onednn moves int8 activations to uint8, and their pairs saturate on x86 without VNNI",
+        cause="The kernels for AVX2 add 128 to int8 codes, multiply uint8 by int8 with vpmaddubsw, whose pairs "
+        "saturate in int16, and take 128 times the sums of the columns away again.",
+        consequence="Small int8 activations saturate too: 0 is 128 there.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+from qtx_ref.integer.products import matmul_pairs16
+values = {"x": np.int8([[127, 127]]), "w": np.int8([[127], [127]]), "bias": None}
+values |= {"x_zero": np.int8(0), "w_zero": np.int8(0)}
+values |= {"x_scale": np.float32(1), "w_scale": np.float32(1), "y_scale": np.float32(256), "y_zero": np.int8(0)}
+moved = (values["x"].astype(np.int16) + 128).astype(np.uint8)
+print((matmul_pairs16(moved, values["w"]).item() - 128 * 254) / 256)  # 0.99609375
+print(run("torch-onednn-s8", "linear", values, "avx2")["y"].item())  # 1
+""",
+        remedy="uint8 activations with weights of 7 bits, or a machine with VNNI.",
+    ),
+    Finding(
+        id="QTX-GRA-004",
+        title="LiteRT crashes on an empty tensor with a scale per channel",
+        cause="Not known: the kernels for one scale give an empty tensor; those for a scale per channel crash.",
+        consequence="The process ends with a signal.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import EngineCrash, run
+values = {"x": np.zeros((2, 0), np.float32), "scale": np.ones(2, np.float32), "zero_point": np.zeros(2, np.int32)}
+try:
+    run("litert-reference-channel", "quantize", {**values, "dtype": "int8", "axis": 0})
+except EngineCrash as crash:
+    print("crashed" in str(crash))  # True
+""",
+        remedy="Do not run a batch of nothing.",
+    ),
+    Finding(
+        id="QTX-ACC-005",
+        title="A kernel of 16-bit accumulators saturates on ordinary sums",
+        cause="It adds the pairs of vpmaddubsw in saturating int16 (vpaddsw) for a run, of up to 128 pairs, before it "
+        "widens them: codes of 20 and weights of 100 fill int16 after 8 pairs.",
+        consequence="Sums are cut at 32767 where int32 would hold them many times over.",
+        reproduce="""
+import numpy as np
+from qtx_ref.integer.products import matmul_pairs16
+x, w = np.full((1, 64), 20, np.uint8), np.full((64, 1), 100, np.int8)
+print([matmul_pairs16(x, w, pairs).item() for pairs in (1, 8, 32)])  # [128000, 128000, 32767]
+""",
+        remedy="`qtx audit certificate` says which run is proved; else a kernel that adds in int32.",
+    ),
+    Finding(
+        id="QTX-ACC-004",
+        title="An int32 accumulator that overflows wraps, and no engine says so",
+        cause="255 * 255 * 33030 is beyond 2^31; so is a bias of a scale far above its product's.",
+        consequence="A large positive sum comes out negative.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+x, w = np.full((1, 33030), 255, np.uint8), np.full((33030, 1), 255, np.uint8)
+values = {"x": x, "x_zero": np.uint8(0), "w": w, "w_zero": np.uint8(0)}
+print(255 * 255 * 33030, run("onnxruntime-all", "matmul", values)["accumulator"].item())  # 2147775750 -2147191546
+""",
+        remedy="`qtx audit certificate` proves from codes that it cannot, or gives operands; a sum in parts, or larger "
+        "scales.",
+    ),
+    Finding(
+        id="QTX-REQ-007",
+        title="Where M is 1 or more, two roundings shift an accumulator left in int32",
+        cause="M = 40 is 0.625 * 2^6: the accumulator is shifted by 6 before the high product, and beyond 2^25 leaves "
+        "int32, though the result would fit.",
+        consequence="What engines then have is undefined in C: it wraps, or saturates.",
+        reproduce="""
+from dataclasses import replace
+import numpy as np
+from qtx_ref.integer.fixed_point import multiply, quantize_multiplier
+from qtx_ref.spec import QTX, HighProduct, LeftShift
+a, M = np.int32([50_000_000]), quantize_multiplier(np.float64(40))
+high = replace(QTX.requantize, product=HighProduct.HALF_UP)
+ways = [replace(high, left=left) for left in (LeftShift.SATURATE, LeftShift.WRAP)]
+print([multiply(a, *M, rule).item() for rule in ways])  # [1342177279, -684354560]
+print(50_000_000 * 40)  # 2000000000
+""",
+        remedy="A larger scale of the result, so that M is below 1; `qtx audit certificate` says where it matters.",
+    ),
+    Finding(
+        id="QTX-QUA-007",
+        title="XNNPACK takes subnormal numbers for 0",
+        cause="It computes with subnormals flushed to zero. Where a product of scales is one, a layer's multiplier "
+        "loses bits as well.",
+        consequence="Codes of tensors whose numbers are near 1e-38 are the zero point. Nothing ordinary is that small.",
+        reproduce="""
+import numpy as np
+from qtx.engines.paths import run
+values = {"x": np.float32([1.1097027e-38]), "scale": np.float32(1.5017549e-38), "zero_point": np.int32(90)}
+values["dtype"] = "int8"
+print([run(f"litert-{kernels}", "quantize", values)["code"].item() for kernels in ("reference", "xnnpack")])  # [91, 90]
+""",
+        remedy="Scale such a tensor up before it is quantized.",
     ),
 )
 FINDINGS = {finding.id: finding for finding in LIST}

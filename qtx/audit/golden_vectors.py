@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from qtx_ref.profiles import profile as load_profile
 from qtx_ref.spec import Profile
 
-from ..engines.paths import EngineCrash, EngineRefusal, Path, load_engine, run
+from ..engines.paths import EngineCrash, EngineRefusal, Path, load_engine, name_profile, run
 from ..files.container import FileError, read_sealed, write_sealed
 from ..files.formats import GOLDEN, VERSIONS
 from .known import Known
@@ -135,11 +136,13 @@ def read_golden(engine: str, folder: File | None = None) -> Golden | None:
 
 
 def replay(golden: Golden, path: Path, known: Sequence[Known] = (), profile: Profile | None = None) -> list[Tally]:
-    """A path's rows, its results those that were kept."""
+    """A path's rows, its results those that were kept, beside the profile of the CPU that gave them."""
     records = [record for record in golden.records if (record.path, record.op) == (path.name, path.op)]
     kept = iter(records)
 
     def give(path: Path, op: str, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return next(kept).results
 
-    return check_path(path, [record.batch for record in records], give, known, profile)
+    narrow = "x86" in golden.provenance and "vnni" not in golden.provenance
+    stated = profile or load_profile(name_profile(path, "avx2") if narrow else path.profile)
+    return check_path(path, [record.batch for record in records], give, known, stated)

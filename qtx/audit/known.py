@@ -13,7 +13,8 @@ from .findings import FINDINGS
 
 __all__ = ["Known", "read_known"]
 
-KEYS = {"path", "op", "family", "dtype", "profile"}
+KEYS = {"path", "op", "family", "dtype", "profile", "cpu"}
+NARROW = "without VNNI"  # of x86, on which products of bytes are pairs in int16
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Known:
     family: str = "*"
     dtype: str = "*"
     profile: str | None = None
+    cpu: str | None = None  # NARROW: on such a CPU alone
 
     def explains(self, path: str, op: str, family: str, dtype: str = "") -> bool:
         """Whether it is about this."""
@@ -52,5 +54,7 @@ def read_known(file: File | None = None) -> list[Known]:
         for row in rows if isinstance(rows, list) else [rows]:
             if not isinstance(row, dict) or not row.keys() <= KEYS or not all(isinstance(v, str) for v in row.values()):
                 raise FileError(f"{where}, {finding}: {row!r} is no object of {', '.join(sorted(KEYS))}, each a text")
+            if row.get("cpu", NARROW) != NARROW:
+                raise FileError(f"{where}, {finding}: cpu is {row['cpu']!r}: it can be {NARROW!r}")
             known.append(Known(finding, **row))
     return known

@@ -53,7 +53,8 @@ def quantize(profile: Profile, values: Values) -> Results:
         x = values["x"]
         with np.errstate(all="ignore"):
             level = round_dtype(x.astype(np.float32) / scale, affine.working_dtype(rule.arithmetic, x))
-        level = level + np.float32(0)  # the zero point: -0 becomes 0
+        if values["dtype"] == FloatFormat.E2M1:  # here ONNX adds the zero point, +0, which makes -0 a 0
+            level = level + np.float32(0)
         return {"code": formats.encode(level, FloatFormat(values["dtype"]), rule=profile.cast)}
     spec = make_spec(*limits(values["dtype"]))
     return {"code": affine.quantize(values["x"], scale, spread(values, "zero_point", "x"), spec, rule)}

@@ -15,10 +15,11 @@ import numpy as np
 from qtx_ref.profiles import profile as load_profile
 from qtx_ref.spec import Bias, Profile, SpecError
 
-from ..engines.paths import EngineCrash, EngineRefusal, Path
+from ..engines.paths import EngineCrash, EngineRefusal, Path, multiplies_bytes, name_profile
 from .known import Known
 from .reference import EVALUATED, evaluate
 from .vectors import Batch
+from .vectors_numbers import step
 
 __all__ = ["Run", "Tally", "check_path", "compare", "prepare"]
 
@@ -84,11 +85,21 @@ def compare(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> tu
 
 
 def prepare(batch: Batch, path: Path, profile: Profile) -> dict[str, Any]:
-    """What a batch gives to a path: its bias, whole numbers in units of the accumulator, in the path's own kind; the
-    rule for scales of blocks, which the path's name ends with."""
+    """What a batch gives to a path: its bias, whole numbers in units of the accumulator, in the path's own kind; scales
+    of w for each column, where the path's name says so; the rule for scales of blocks, with which it ends."""
     values = dict(batch.values)
     if path.op == "mx":
         values["shared"] = path.name.rpartition("-")[2]
+    channels = path.name.endswith("-channel")
+    if channels and path.op in ("quantize", "dequantize") and "axis" not in values:  # two equal ones
+        name = "x" if path.op == "quantize" else "code"
+        values |= {key: np.repeat(values[key], 2) for key in ("scale", "zero_point")} | {"axis": 0}
+        values[name] = np.stack([values[name]] * 2)
+    if channels and path.op == "linear" and np.ndim(values["w_scale"]) == 0:
+        columns = np.arange(values["w"].shape[1])
+        ulps = columns % 5 - 2 if batch.family == "near ties" else 0 * columns
+        values["w_scale"] = step(np.full(columns.size, values["w_scale"], np.float32), ulps)
+        values["w_zero"] = np.full(columns.size, values["w_zero"])
     if values.get("bias") is not None and profile.bias is not Bias.INT32:
         unit = np.float64(values["x_scale"]) * np.float64(values["w_scale"])
         values["bias"] = (values["bias"] * unit).astype(np.float32)
@@ -129,6 +140,19 @@ def make_witness(
     return witness
 
 
+def expect(path: Path, profile: Profile, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the profile says, and of the elements that do not fill the path's vectors another. Raises ValueError for
+    what a profile refuses."""
+    want = evaluate(profile, path.op, values)
+    if not path.tail or "axis" in values:
+        return want
+    rest = evaluate(load_profile(path.tail), path.op, values)
+    for name, array in want.items():
+        start = array.size - array.size % path.lanes
+        want[name] = np.concatenate([array.reshape(-1)[:start], rest[name].reshape(-1)[start:]]).reshape(array.shape)
+    return want
+
+
 def judge(tally: Tally, batch: Batch, path: Path, profile: Profile, run: Run, known: Sequence[Known]) -> None:
     """Runs one batch on both sides, counts it and explains it."""
     values, op = prepare(batch, path, profile), path.op
@@ -147,7 +171,7 @@ def judge(tally: Tally, batch: Batch, path: Path, profile: Profile, run: Run, kn
         note(tally, 1, {name: show(value) for name, value in values.items() if np.ndim(value) == 0}, whole)
         return
     try:
-        want = evaluate(profile, op, values)
+        want = expect(path, profile, values)
     except ValueError as refusal:
         tally.mismatches += max(batch.count, 1)
         said = {"dtype": batch.dtype, "profile refuses": str(refusal)[:300]}
@@ -192,17 +216,19 @@ def check_path(
     run: Run,
     known: Sequence[Known] = (),
     profile: Profile | None = None,
+    cpu: str | None = None,
     tell: Callable[[int], None] | None = None,
 ) -> list[Tally]:
-    """A path's rows, a family each. `tell`: is told of every batch. Raises SpecError for a profile or an operation that
-    there is none of."""
+    """A path's rows, a family each, on a CPU. `tell`: is told of every batch. Raises SpecError for a profile or an
+    operation that there is none of."""
     if path.op not in EVALUATED:
         raise SpecError(f"operation is {path.op!r}: known operations are {', '.join(EVALUATED)}")
-    profile = profile or load_profile(path.profile)
+    profile = profile or load_profile(name_profile(path, cpu))
+    here = [one for one in known if one.cpu is None or not multiplies_bytes(cpu)]
     rows: dict[str, Tally] = {}
     for batch in batches:
         row = rows.setdefault(batch.family, Tally(path.name, path.op, profile.name, batch.family))
-        judge(row, batch, path, profile, run, known)
+        judge(row, batch, path, profile, run, here)
         if tell is not None:
             tell(1)
     return list(rows.values())

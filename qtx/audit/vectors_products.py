@@ -50,7 +50,8 @@ def scale_to(values: Values, multiplier: float) -> Values:
 def fit(values: Values, dtype: str, share: float = 3.0) -> Values:
     """The same with a y_scale by which accumulators spread over the codes, `share` deviations to either side."""
     x = values["x"].astype(np.float64) - values["x_zero"]
-    deviation = max(float(np.std(x @ values["w"].astype(np.float64))), 1.0) if x.size else 1.0
+    total = x @ values["w"].astype(np.float64)
+    deviation = max(float(np.sqrt(np.mean(total**2))), 1.0) if total.size else 1.0
     low, high = limits(dtype)
     return scale_to(values, (high - low) / 2 / share / deviation)
 

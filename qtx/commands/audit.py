@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .audit_bisect import bisect_command
 from .audit_certificate import certificate_command
 from .audit_conformance import conformance_command
 from .audit_engines import engines_command
@@ -16,6 +17,7 @@ def audit_command() -> None:
     """Hold engines to their rules, find the rules of a black box, and the cause of a differing integer."""
 
 
+audit_command.add_command(bisect_command)
 audit_command.add_command(certificate_command)
 audit_command.add_command(conformance_command)
 audit_command.add_command(engines_command)

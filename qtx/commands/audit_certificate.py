@@ -15,11 +15,18 @@ from qtx_ref.spec import SpecError
 
 from ..audit.certificate import ENGINES, Certificate, Line, certify, list_engines
 from ..audit.certificate_bounds import TARGETS, Verdict
+from ..audit.findings import FINDINGS
 from ..files.artifact import SUFFIX, load_artifact
 from ..jobs.opening import open_data
 from ..report.tables import format_table
 from .options import JSON, options, say, write_json
 
+FINDING = {  # by column
+    "avx2": "QTX-ACC-001",
+    "acc16": "QTX-ACC-005",
+    "accumulator": "QTX-ACC-004",
+    "left shift": "QTX-REQ-007",
+}
 SIZE = 2  # sequences or images of a batch
 
 
@@ -105,7 +112,7 @@ def describe(certificate: Certificate, targets: tuple[str, ...]) -> str:
         rows.append(
             [line.name, line.codes, size, *cells, *([describe_tally(line)] if tallied else []), describe_cures(line)]
         )
-    text = [format_table(header, rows), "", summarize(certificate, targets)]
+    text = [format_table(header, rows), "", summarize(certificate, targets), *list_findings(certificate)]
     return "\n".join([*text, *map(describe_witness, certificate.lines)]).rstrip()
 
 
@@ -144,9 +151,21 @@ def summarize(certificate: Certificate, targets: tuple[str, ...]) -> str:
     for name in (*targets, "accumulator", "left shift"):
         verdicts = [pick(line, name) for line in certificate.lines]
         judged = [one for one in verdicts if one is not None]
-        counts.append(f"{name} {sum(one.holds for one in judged)} of {len(judged)}")
+        if judged:
+            counts.append(f"{name} {sum(one.holds for one in judged)} of {len(judged)}")
     text = f"{certificate.model}: proved {', '.join(counts)}"
     return text + (f"; not read: {', '.join(certificate.unread)}" if certificate.unread else "")
+
+
+def list_findings(certificate: Certificate) -> list[str]:
+    """What is known of that which is not proved, a line each."""
+    columns = [name for name in FINDING if any(is_open(pick(line, name)) for line in certificate.lines)]
+    return [f"{name}: {FINDING[name]}, {FINDINGS[FINDING[name]].title}" for name in columns]
+
+
+def is_open(verdict: Verdict | None) -> bool:
+    """Whether there is a witness."""
+    return verdict is not None and not verdict.holds
 
 
 def pick(line: Line, name: str) -> Verdict | None:
@@ -182,6 +201,7 @@ def to_json(certificate: Certificate) -> dict[str, Any]:
                 "accumulator_bits": line.accumulator,
                 "proved": line.holds,
                 "verdicts": {name: None if one is None else plain(asdict(one)) for name, one in verdicts.items()},
+                "findings": [FINDING[name] for name in FINDING if is_open(pick(line, name))],
                 "cures": [{"name": cure.name, "error": cure.error, "note": cure.note} for cure in line.cures],
                 "data": None if line.tally is None else plain(asdict(line.tally)),
             }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,21 +21,21 @@ LANES, TAIL = 8, "litert-2.3-optimized-tail"  # of the optimised kernels, which 
 
 def list_kernels(kernels: str) -> tuple[Path, ...]:
     """The paths of one resolver."""
-    name, profile = f"{NAME}-{kernels}", f"{NAME}-2.3-{kernels}"
-    wide = Path(f"{name}-16x8", NAME, "quantize", f"{profile}-16x8", ("int16",))
-    paths = (
-        Path(name, NAME, "quantize", profile, BYTES),
-        Path(name, NAME, "dequantize", profile, BYTES),
+    name, profile, reference = f"{NAME}-{kernels}", f"{NAME}-2.3-{kernels}", f"{NAME}-2.3-reference"
+    split = (LANES, TAIL)
+    narrow = split if kernels == "optimized" else (1, "")
+    wide = (1, "") if kernels == "reference" else split
+    channel = f"{profile}-channel" if kernels == "optimized" else profile
+    return (
+        Path(name, NAME, "quantize", profile, BYTES, *narrow),
+        Path(name, NAME, "dequantize", profile, BYTES, *narrow),
         Path(name, NAME, "linear", profile, ("int8",)),
-        Path(f"{name}-channel", NAME, "linear", f"{profile}-channel" if kernels == "optimized" else profile, ("int8",)),
-        wide,
-        replace(wide, op="dequantize"),
-        replace(wide, op="linear"),
-    )
-    split = {"reference": (), "optimized": (name, wide.name), "xnnpack": (wide.name,)}[kernels]
-    return tuple(
-        replace(path, lanes=LANES, tail=TAIL) if path.op == "quantize" and path.name in split else path
-        for path in paths
+        Path(f"{name}-channel", NAME, "quantize", reference, BYTES),
+        Path(f"{name}-channel", NAME, "dequantize", reference, BYTES),
+        Path(f"{name}-channel", NAME, "linear", channel, ("int8",)),
+        Path(f"{name}-16x8", NAME, "quantize", f"{profile}-16x8", ("int16",), *wide),
+        Path(f"{name}-16x8", NAME, "dequantize", f"{profile}-16x8", ("int16",)),
+        Path(f"{name}-16x8", NAME, "linear", f"{profile}-16x8", ("int16",)),
     )
 
 
@@ -56,15 +55,17 @@ def make_interpreter(model: bytes, kernels: str) -> Any:
 def run(path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What the kernels give. Tensors are rows: an axis of channels is the last."""
     kernels = path.name.split("-")[1]
+    check_granularity(path, values)
     if path.op == "linear":
-        check_granularity(path, values)
         return {"y": run_linear(kernels, values)}
     name = "x" if path.op == "quantize" else "code"
     given = np.ascontiguousarray(values[name])
     dtype = values.get("dtype", str(given.dtype))
+    if path.op == "quantize" and given.dtype != np.float32:
+        raise ValueError(f"QUANTIZE takes x of float32 here, not of {given.dtype}")
     scales, zeros = settle(values["scale"], values["zero_point"])
     codes = Tensor("code", dtype, given.shape, scales, zeros, values.get("axis", 0))
-    real = Tensor("real", str(given.dtype) if path.op == "quantize" else "float32", given.shape)
+    real = Tensor("real", "float32", given.shape)
     if path.op == "quantize":
         return {"code": call(make_model("QUANTIZE", (real,), codes), kernels, given)}
     return {"y": call(make_model("DEQUANTIZE", (codes,), real), kernels, given)}

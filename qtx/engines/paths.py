@@ -106,12 +106,13 @@ def find_plugins() -> dict[str, str]:
 
 
 def check_granularity(path: Path, values: Mapping[str, Any]) -> None:
-    """Raises ValueError where a linear whose name ends in -channel has one scale of weights, or another has several:
-    engines have rules of their own for each."""
-    channels, several = path.name.endswith("-channel"), np.size(values["w_scale"]) > 1
+    """Raises ValueError where a path whose name ends in -channel has one scale (of weights, in a linear), or another
+    has several: engines have rules of their own for each."""
+    channels = path.name.endswith("-channel")
+    several = np.size(values["w_scale"]) > 1 if path.op == "linear" else "axis" in values
     if channels != several:
         other = path.name.removesuffix("-channel") if channels else f"{path.name}-channel"
-        raise ValueError(f"{path.name} takes {'several scales' if channels else 'one scale'} of weights; see {other}")
+        raise ValueError(f"{path.name} takes {'several scales' if channels else 'one scale'}; see {other}")
 
 
 def engine_names() -> dict[str, str]:

@@ -24,7 +24,7 @@ from typing import IO, Any
 import numpy as np
 from safetensors.numpy import load, save
 
-__all__ = ["EngineCrash", "EngineRefusal", "Worker", "end_with_parent", "make_environment", "serve"]
+__all__ = ["EngineCrash", "EngineRefusal", "Worker", "end_with_parent", "make_environment", "serve", "tell_end"]
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal this process gets when its parent ends
 Values = dict[str, Any]  # arrays, and JSON values beside them
@@ -150,7 +150,7 @@ class Worker:
         try:
             if limit is not None:
                 timer.start()
-            assert process.stdin is not None and process.stdout is not None  # pipes, as asked for
+            assert process.stdin is not None and process.stdout is not None and self.errors is not None
             with contextlib.suppress(BrokenPipeError):  # it ended before it had read its task
                 write(process.stdin, task, values)
             while (message := read(process.stdout)) is not None:
@@ -166,20 +166,20 @@ class Worker:
             code = process.wait()
             if late.is_set():
                 raise EngineCrash(f"did not end within {limit} s", seconds=limit)
-            raise EngineCrash(self.tell_end(code), signal=-code if code < 0 else None)
+            raise EngineCrash(tell_end(code, self.errors), signal=-code if code < 0 else None)
         finally:
             timer.cancel()
             if not answered:  # nor will it of what comes next
                 self.close()
 
-    def tell_end(self, code: int) -> str:
-        """How the process ended that said nothing itself."""
-        if code < 0:
-            return f"crashed (signal {-code})"
-        assert self.errors is not None
-        self.errors.seek(0)
-        last = self.errors.read().decode(errors="replace").strip().splitlines()
-        return f"ended with status {code}" + (f": {last[-1][:200]}" if last else "")
+
+def tell_end(code: int, errors: IO[bytes]) -> str:
+    """How a process ended that said nothing itself."""
+    if code < 0:
+        return f"crashed (signal {-code})"
+    errors.seek(0)
+    last = errors.read().decode(errors="replace").strip().splitlines()
+    return f"ended with status {code}" + (f": {last[-1][:200]}" if last else "")
 
 
 # --- the worker's side ------------------------------------------------------------------------------------------------
@@ -201,8 +201,9 @@ def serve(do: Callable[[dict[str, Any], Values, Tell], tuple[Any, Values]]) -> N
         tasks: queue.Queue[tuple[dict[str, Any], Values]] = queue.Queue()
 
         def listen() -> None:
-            while (message := read(sys.stdin.buffer)) is not None:
-                tasks.put(message)
+            with os.fdopen(os.dup(0), "rb") as given:  # Python's own stdin would be locked where the process ends
+                while (message := read(given)) is not None:
+                    tasks.put(message)
             os._exit(1)
 
         threading.Thread(target=listen, daemon=True).start()

@@ -68,6 +68,9 @@ class Model(Runnable, Protocol):
     ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """Each named tensor of a float forward pass with the mask of elements that count (None: all)."""
 
+    def simulate(self, batch: Batch) -> Arrays:
+        """What the quantizer of each site makes of its tensor in a forward pass as `bind` says."""
+
     def statistics(self, batch: Batch, units: Mapping[str, str], names: tuple[str, ...] = ...) -> dict[str, Arrays]:
         """Statistics of each site of `units` (site -> "sequence" or "token") in a float forward pass."""
 

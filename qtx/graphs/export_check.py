@@ -202,8 +202,9 @@ def count_different(got: np.ndarray, want: np.ndarray) -> tuple[int, int]:
 def count_near(wiring: QdqGraph, site: str, got: np.ndarray, want: Arrays) -> int:
     """Of the codes of a product that differ, those by 1 whose exact value is as near to a tie as a float32 sum may err.
 
-    The sum of n products of float32 numbers is off by at most (n + 4) 2^-24 times the sum of magnitudes, the four for
-    the two scales, the bias and the quantizer's division.
+    The sum of n products is off by at most (n + 8) 2^-24 times the sum of magnitudes: n roundings of the sum with its
+    bias, one of each operand, of their product and of the bias as they are dequantized, one of the quantizer's
+    division, two of the factor that the exact value is scaled with, and one for what is of second order.
     """
     a, b = (load_operand(wiring, value, want) for value in wiring.operands[site])
     if wiring.operands[site][1].name.endswith("embed.token.weight"):
@@ -217,7 +218,7 @@ def count_near(wiring: QdqGraph, site: str, got: np.ndarray, want: Arrays) -> in
     exact, size = exact * real, size * real
     if site.endswith(".context"):  # (B, H, T, K) -> (B, T, H K)
         exact, size = (x.transpose(0, 2, 1, 3).reshape(got.shape) for x in (exact, size))
-    reach = (a.shape[-1] + 4) * 2.0**-24 * size
+    reach = (a.shape[-1] + 8) * 2.0**-24 * size
     low, high = (np.clip(np.rint(exact + way * reach) + zero, spec.code_min, spec.code_max) for way in (-1, 1))
     return int(((got != want[site]) & (got >= low) & (got <= high)).sum())
 

@@ -79,8 +79,7 @@ class Codes(Wiring):
         with self.at(site):
             multiplier, shift = self.constants[f"{site}.multiplier"], self.constants.get(f"{site}.shift")
             (scale, zero), bias = self.scale_zero(site), x.offset
-            if bias is not None:
-                assert isinstance(rule, FloatProduct)  # lowering has no other bias of floats
+            if bias is not None and isinstance(rule, FloatProduct):  # lowering has no other bias of floats
                 bias = float_product.scale_bias(bias, x.unit, scale, rule, self.profile.bias)
             target = Target(multiplier, shift, zero, bias, self.profile.bias)
             level = round_level(self.graph, self.subtract_zero(x, INT64), x.bound, target, rule, wide)

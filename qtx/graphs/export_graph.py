@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qtx_ref.spec import ModelSpec, QuantSpec, SpecError
-from qtx_ref.spec.model import Family
+from qtx_ref.spec import Family, ModelSpec, QuantSpec, SpecError
 from qtx_ref.tape import Var
 
 from ..engines.backend import need
@@ -23,7 +22,6 @@ OPSET = 21  # int16 codes in QuantizeLinear, GELU, LayerNormalization
 IR_VERSION = 10
 BATCH, LENGTH = "batch", "length"
 Shape = tuple[Any, ...]  # of whole numbers and of the names of free axes
-INTEGERS = "engines"
 
 
 def need_onnx() -> Any:

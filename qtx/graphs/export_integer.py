@@ -78,8 +78,8 @@ class IntegerGraph(Codes):
     def product(self, site: str, x: Value, tied: str | None) -> Value:
         """The accumulators of a linear layer, bias added."""
         g = self.graph
-        if x.spec is None:
-            refuse_export(site, "an accumulator reaches it")
+        if x.spec is None or x.measured is not None:
+            refuse_export(site, "its input has no one scale: give the tensor before it a quantizer")
         w, reach = self.weight_value(site, tied)
         bias = self.constants.get(f"{site}.bias")
         wide = bias is not None and bias.dtype == np.int64

@@ -114,6 +114,8 @@ def shift_left(g: Graph, a: str, left: np.ndarray, bound: int, rule: LeftShift) 
 def round_product(g: Graph, a: str, target: Target, rule: FloatProduct) -> str:
     """`float_product.multiply`: int64 times each factor in turn, in the floats of the rule, with its bias."""
     check_float(rule)
+    if target.bias is not None and target.place is Bias.FLOAT_BEFORE_FUSED:
+        raise ValueError("a bias in a fused multiply-add is not exported: ONNX has no such operator")
     kind, factors = str(rule.dtype), float_product.list_factors(target.multiplier, rule)
     x = g.cast(a, kind)
     if target.bias is not None and target.place is Bias.FLOAT_BEFORE:

@@ -101,10 +101,6 @@ class Wiring(Numerics[Value]):
         self.sites[site] = value
         return value
 
-    def constant(self, name: str) -> np.ndarray:
-        """A constant of the artifact."""
-        return self.constants[name]
-
     def weight(self, name: str) -> tuple[np.ndarray, QuantSpec]:
         """The codes of a weight and their quantizer."""
         return self.constants[name], self.quants[name]

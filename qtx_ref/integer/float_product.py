@@ -3,8 +3,8 @@
     order RATIO        a M,  M = (x w) / y
     order RATIO32      the same, M in float32
     order RECIPROCAL   a M,  M = (x w) (1 / y)
-    order STEPS        ((a x') w') (1 / y),  s' = 1 / (1 / s); STEPS_DIVIDED ((a x') w') / y'
-    order SCALES       ((a x) w) (1 / y);  SCALES_DIVIDED ((a x) w) / y
+    order STEPS        ((a x') w') (1 / y),  s' = 1 / (1 / s);  _DIVIDED ((a x') w') / y';  _JOINED (a (x' w')) (1 / y)
+    order SCALES       ((a x) w) (1 / y);  _DIVIDED ((a x) w) / y;  _JOINED (a (x w)) (1 / y)
 
 x, w, y are the scales of the operands and of the result; every operation is rounded to the rule's dtype. A bias b in
 float32 is added to the accumulator in its unit x w (FLOAT_BEFORE, a + b / (x w); FUSED, b (1 / (x w)) + a rounded
@@ -51,8 +51,10 @@ def make_factors(x: np.ndarray, w: np.ndarray, y: np.ndarray, order: Order, dtyp
             return to(to(x * w) / y)
         if order is Order.RECIPROCAL:
             return to(to(x * w) * to(1 / y))
-        if order in (Order.STEPS, Order.STEPS_DIVIDED):
+        if order in (Order.STEPS, Order.STEPS_DIVIDED, Order.STEPS_JOINED):
             x, w = to(1 / to(1 / x)), to(1 / to(1 / w))
+        if order.joins:
+            x, w = to(x * w), np.ones_like(w)
         last = y if order is Order.SCALES_DIVIDED else to(1 / y)
         return np.stack(np.broadcast_arrays(x, w, to(1 / last) if order is Order.STEPS_DIVIDED else last))
 
@@ -126,7 +128,7 @@ def multiply(
     for factor in factors:
         check_shape("multiplier", factor, a.shape, "give one, or one per column or row")
     if fused:
-        x = fused_multiply_add(*biases, x)
+        x = fused_multiply_add(biases[0], biases[1], x)
     elif bias is not None and place is Bias.FLOAT_BEFORE:
         x = to(x + bias)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):

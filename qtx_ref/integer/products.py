@@ -227,11 +227,11 @@ def linear(
 
 
 def matmul_pairs16(a: np.ndarray, b: np.ndarray, pairs: int = 1) -> np.ndarray:
-    """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (..., K, N) -> int32, saturating.
+    """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (..., K, N) -> int64, saturating.
 
     `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 =
     64770 becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and
-    int32 is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K
+    is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K
     and a last, shorter run are padded with 0, as packed operands are. Raises ValueError for operands of another dtype.
     """
     if a.dtype != np.uint8 or b.dtype != np.int8:
@@ -239,7 +239,7 @@ def matmul_pairs16(a: np.ndarray, b: np.ndarray, pairs: int = 1) -> np.ndarray:
     missing = -a.shape[-1] % (2 * pairs)
     a = np.concatenate([a, np.zeros((*a.shape[:-1], missing), np.uint8)], -1).astype(np.int32)
     b = np.concatenate([b, np.zeros((*b.shape[:-2], missing, b.shape[-1]), np.int8)], -2).astype(np.int32)
-    total: np.ndarray = np.zeros((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), np.int32)
+    total: np.ndarray = np.zeros((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), np.int64)
     for start in range(0, a.shape[-1], 2 * pairs):
         run = np.int32(0)
         for k in range(start, start + 2 * pairs, 2):

@@ -175,18 +175,25 @@ class Order(Name):
     RECIPROCAL = "reciprocal"  # M = (x w) (1 / y)
     STEPS = "steps"  # x', w', then 1 / y, where s' = 1 / (1 / s)
     STEPS_DIVIDED = "steps_divided"  # x', w', then divided by y'
+    STEPS_JOINED = "steps_joined"  # x' w', then 1 / y
     SCALES = "scales"  # x, w, then 1 / y
+    SCALES_JOINED = "scales_joined"  # x w, then 1 / y
     SCALES_DIVIDED = "scales_divided"  # x, w, then divided by y
 
     @property
     def in_steps(self) -> bool:
-        """Whether there are three factors, and real numbers before the last."""
-        return self in (Order.STEPS, Order.STEPS_DIVIDED, Order.SCALES, Order.SCALES_DIVIDED)
+        """Whether there are real numbers before the last of three factors, of which the second of two joined is 1."""
+        return self.value.startswith(("steps", "scales"))
 
     @property
     def divides(self) -> bool:
         """Whether the last of the three divides."""
         return self in (Order.STEPS_DIVIDED, Order.SCALES_DIVIDED)
+
+    @property
+    def joins(self) -> bool:
+        """Whether the scales of the operands are one factor."""
+        return self in (Order.STEPS_JOINED, Order.SCALES_JOINED)
 
     @property
     def single(self) -> Order:

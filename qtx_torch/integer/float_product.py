@@ -3,8 +3,8 @@
     order RATIO        a M,  M = (x w) / y
     order RATIO32      the same, M in float32
     order RECIPROCAL   a M,  M = (x w) (1 / y)
-    order STEPS        ((a x') w') (1 / y),  s' = 1 / (1 / s); STEPS_DIVIDED ((a x') w') / y'
-    order SCALES       ((a x) w) (1 / y);  SCALES_DIVIDED ((a x) w) / y
+    order STEPS        ((a x') w') (1 / y),  s' = 1 / (1 / s);  _DIVIDED ((a x') w') / y';  _JOINED (a (x' w')) (1 / y)
+    order SCALES       ((a x) w) (1 / y);  _DIVIDED ((a x) w) / y;  _JOINED (a (x w)) (1 / y)
 
 x, w, y are the scales of the operands and of the result; every operation is rounded to the rule's dtype. A bias b in
 float32 is added to the accumulator in its unit x w (FLOAT_BEFORE, a + b / (x w); FUSED, b (1 / (x w)) + a rounded
@@ -48,8 +48,10 @@ def make_factors(x: Tensor, w: Tensor, y: Tensor, order: Order, dtype: Dtype) ->
     one = torch.ones_like(y)  # a host's number divided is not always rounded the same way on a device
     if order is Order.RECIPROCAL:
         return to(to(x * w) * to(one / y))
-    if order in (Order.STEPS, Order.STEPS_DIVIDED):
+    if order in (Order.STEPS, Order.STEPS_DIVIDED, Order.STEPS_JOINED):
         x, w = (to(torch.ones_like(scale) / to(torch.ones_like(scale) / scale)) for scale in (x, w))
+    if order.joins:
+        x, w = to(x * w), torch.ones_like(w)
     last = y if order is Order.SCALES_DIVIDED else to(one / y)
     return torch.stack(torch.broadcast_tensors(x, w, to(one / last) if order is Order.STEPS_DIVIDED else last))
 
@@ -129,7 +131,7 @@ def multiply(
     for factor in factors:
         check_shape("multiplier", factor, a.shape, "give one, or one per column or row")
     if fused:
-        x = fused_multiply_add(*biases, x)
+        x = fused_multiply_add(biases[0], biases[1], x)
     elif bias is not None and place is Bias.FLOAT_BEFORE:
         x = to(x + bias)
     for factor in factors[:2]:

@@ -265,11 +265,11 @@ def linear(
 
 
 def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
-    """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (..., K, N) -> int32, saturating.
+    """a @ b as x86 without VNNI computes it: uint8 a (..., M, K) times int8 b (..., K, N) -> int64, saturating.
 
     `vpmaddubsw` adds the products of neighbours k = 2 j, 2 j + 1 into int16 and saturates: 255 * 127 + 255 * 127 =
     64770 becomes 32767. With `pairs` = 1 (acc32 kernels: fbgemm, oneDNN, MLAS) `vpmaddwd` widens each pair at once and
-    int32 is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K
+    is exact; acc16 kernels first add `pairs` of them, in order of k, in saturating int16 (`vpaddsw`). An odd K
     and a last, shorter run are padded with 0, as packed operands are. Raises ValueError for operands of another dtype.
     """
     if a.dtype != torch.uint8 or b.dtype != torch.int8:
@@ -278,7 +278,7 @@ def matmul_pairs16(a: Tensor, b: Tensor, pairs: int = 1) -> Tensor:
     a = torch.nn.functional.pad(a.int(), (0, missing))
     b = torch.nn.functional.pad(b.int(), (0, 0, 0, missing))
     shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
-    total = torch.zeros(shape, dtype=torch.int32, device=a.device)
+    total = torch.zeros(shape, dtype=torch.int64, device=a.device)
     for start in range(0, a.shape[-1], 2 * pairs):
         run = torch.zeros((), dtype=torch.int32, device=a.device)
         for k in range(start, start + 2 * pairs, 2):

@@ -228,8 +228,9 @@ def test_the_command_says_it_in_text_and_json(tmp_path: Path) -> None:
     weight[2:4, 1] = 127
     bad = make_onnx(tmp_path / "bad.onnx", "qdq", weight)
     done = call("audit", "certificate", bad, "--engine", "none", "--json", tmp_path / "c.json")
-    assert done.exit_code == 1 and "64,770" in done.stdout
+    assert done.exit_code == 1 and "64,770" in done.stdout and "QTX-ACC-001" in done.stdout
     (line,) = json.loads((tmp_path / "c.json").read_text())["certificate"]["products"]
+    assert line["findings"] == ["QTX-ACC-001", "QTX-ACC-005"]
     assert line["verdicts"]["avx2"]["witness"]["right"] == [0, 0, 127, 127, 0, 0, 0, 0]
     assert line["verdicts"]["avx2"]["witness"]["left"] == [0, 0, 255, 255, 0, 0, 0, 0]
 

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from qtx.audit import golden_vectors, node_cases
-from qtx.audit.conformance import choose_paths
+from qtx.audit import conformance, golden_vectors, node_cases
+from qtx.audit.conformance import choose_paths, conform
 from qtx.audit.findings import FINDINGS
 from qtx.audit.golden_vectors import read_golden, replay, write_golden
 from qtx.audit.known import Known, read_known
 from qtx.audit.node_cases import run_cases
 from qtx.audit.reference import evaluate
-from qtx.audit.tallies import Tally, check_path, compare
+from qtx.audit.tallies import Tally, check_path, compare, expect, prepare
 from qtx.audit.vectors import DRAWN, draw_batches
 from qtx.cli import main
-from qtx.engines.paths import EngineCrash, EngineRefusal, Path
+from qtx.engines.paths import EngineCrash, EngineRefusal, Path, engine_names, load_engine
 from qtx.files.container import FileError
 from qtx_ref.profiles import profile
-from qtx_ref.spec import QTX, Bias, CastRule, NanPolicy, Profile, Rounding, SpecError, ZeroPoint
+from qtx_ref.spec import QTX, Bias, DequantizeForm, NanPolicy, Profile, Rounding, SpecError, ZeroPoint
 
 SATURATING = replace(QTX, quantize=replace(QTX.quantize, nan=NanPolicy.CODE_MIN))
 Run = Callable[[Path, str, Mapping[str, Any]], dict[str, np.ndarray]]
@@ -211,7 +211,7 @@ def test_golden_vectors_come_back_and_hold_a_profile_to_them(toy: str, tmp_path:
 # --- ONNX's node cases ------------------------------------------------------------------------------------------------
 
 
-ONNX = replace(profile("onnx"), cast=CastRule(0x7E, 8, negative_zero=True, e4m3_saturates=True, e5m2_saturates=True))
+ONNX = profile(node_cases.PROFILE)
 
 
 def test_every_node_case_passes_or_says_why_not() -> None:
@@ -229,10 +229,71 @@ def test_a_wrong_profile_fails_node_cases() -> None:
     assert {"test_quantizelinear", "test_dynamicquantizelinear"} <= wrong
 
 
-def test_the_command_counts_node_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_counts_node_cases() -> None:
     pytest.importorskip("onnx", reason="onnx is not installed")
-    monkeypatch.setattr(node_cases, "load_profile", lambda name: ONNX)
     result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "onnx-node-cases", "--json", "-"])
     content = json.loads(result.stdout)
+    assert result.exit_code == 0
     assert len(content["cases"]) > 190 and content["rows"] == []
     assert "ONNX's node cases:" in result.stderr
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", engine_names())
+def test_golden_vectors_of_the_package_are_explained(name: str) -> None:
+    golden = read_golden(name)
+    assert golden is not None and " on " in golden.provenance
+    known, paths = read_known(), load_engine(name).PATHS
+    rows = [row for path in paths for row in replay(golden, path, known)]
+    assert sum(row.vectors for row in rows) > 500
+    assert [row for row in rows if row.unexplained] == []
+    assert {(row.path, row.op) for row in rows} == {(path.name, path.op) for path in paths}
+
+
+def test_a_slice_of_an_installed_engine_keeps_its_profile() -> None:
+    pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+    report = conform(["ml_dtypes"], count=500)
+    assert not report.failed and sum(row.vectors for row in report.rows) > 500
+
+
+def test_an_absent_engine_is_held_to_by_its_golden_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conformance, "missing", lambda name: f"engine {name} needs a package")
+    report = conform(["litert"], ["linear"], known=read_known())
+    assert not report.failed and report.rows and "ai-edge-litert" in report.golden["litert"]
+    result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "litert", "--op", "linear"])
+    assert result.exit_code == 0 and "litert is absent: golden vectors of ai-edge-litert" in result.stdout
+    monkeypatch.setattr(conformance, "read_golden", lambda name: None)
+    result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "litert"])
+    assert "engine litert needs a package" in result.stdout
+
+
+def test_the_status_is_1_where_nothing_explains_a_row(tmp_path: File) -> None:
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    (tmp_path / "none.json").write_text("{}")
+    line = ["audit", "conformance", "--engine", "onnx-reference", "--op", "scale", "--vectors", "300"]
+    assert CliRunner().invoke(main, line).exit_code == 0
+    result = CliRunner().invoke(main, [*line, "--known", str(tmp_path / "none.json"), "--json", "-"])
+    assert result.exit_code == 1 and "1 unexplained" in result.stderr
+    (row,) = [row for row in json.loads(result.stdout)["rows"] if row["unexplained"]]
+    assert row["family"] == "vanishing" and row["witness"]["got"]["scale"] == 0
+
+
+def test_paths_with_a_scale_per_channel_are_given_one() -> None:
+    path = Path("engine-channel", "engine", "linear", "qtx", ("int8",))
+    for batch in draw_batches("linear", path.codes, 2000, 0, ["near ties"]):
+        values = prepare(batch, path, QTX)
+        assert values["w_scale"].shape == (8,) and len(set(values["w_scale"].tolist())) == 5
+
+
+def test_the_last_elements_go_by_the_profile_of_the_tail() -> None:
+    path = Path("engine-path", "engine", "dequantize", "qtx", ("int8",), lanes=8, tail="litert-2.3-optimized-tail")
+    stated = replace(QTX, dequantize=replace(QTX.dequantize, form=DequantizeForm.EXPANDED))
+    values = {
+        "code": np.full(17, -18, np.int8),
+        "scale": np.float32(3.1255352951120585e-05),
+        "zero_point": np.int32(-20),
+    }
+    y = expect(path, stated, values)["y"]
+    assert len(set(y[:16].tolist())) == 1 and y[16] == values["scale"] * 2 != y[15]

@@ -102,7 +102,7 @@ def test_quantize_and_evaluate(vit: Path, integers: Path) -> None:
     assert ranges.size is None and ranges.ranges.keys() == load_checkpoint(ranges.path).ranges.keys()
     opened = open_model(integers, HERE)
     assert opened.integer and opened.stored.recipe.name == "w8a8"
-    with pytest.raises(SpecError, match="--numerics, --strict and --profile belong to"):
+    with pytest.raises(SpecError, match="--numerics and --strict belong to"):
         evaluate(EvaluateRequest(vit, strict=True, machine=HERE))
     with pytest.raises(SpecError, match="nonlinear is 'none'"):
         quantize(QuantizeRequest(vit, vit.with_name("other.qtx"), nonlinear="none", machine=HERE))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,10 +17,11 @@ from qtx.cli import main
 from qtx.files.artifact import Artifact, load_artifact, save_artifact
 from qtx.files.container import FileError, sha_of
 from qtx.graphs.export import export_artifact, make_model
-from qtx.graphs.export_check import check_export, check_model
+from qtx.graphs.export_check import check_export, check_model, random_batch, run_reference
 from qtx.graphs.export_graph import OPSET, Graph, Value
 from qtx.graphs.export_requantize import round_float, shift_rounded
 from qtx.graphs.export_run import expose, list_engines, run_engine
+from qtx.graphs.walking import walk
 from qtx_ref.integer.lowering import lower
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
@@ -29,7 +31,6 @@ from qtx_ref.spec import (
     AddRule,
     Bias,
     Dtype,
-    Fixed,
     FloatProduct,
     HighProduct,
     LeftShift,
@@ -110,12 +111,13 @@ RULES = {
     "even": {"requantize": replace(FIXED, rounding=Rounding.HALF_EVEN), "add": AddRule(Rounding.TOWARD_ZERO)},
     "high": {"requantize": replace(FIXED, product=HighProduct.HALF_UP, rounding=Rounding.HALF_UP)},
     "truncated": {
-        "requantize": Fixed(
-            Dtype.FLOAT64, 31, HighProduct.TRUNCATED, Rounding.HALF_AWAY, LeftShift.SATURATE, Dtype.FLOAT64
+        "requantize": replace(
+            FIXED, product=HighProduct.TRUNCATED, rounding=Rounding.HALF_AWAY, left=LeftShift.SATURATE
         ),
         "add": AddRule(Rounding.HALF_EVEN),
     },
     "steps": {"requantize": STEPS, "bias": Bias.FLOAT_AFTER},
+    "divided": {"requantize": replace(STEPS, order=Order.SCALES_DIVIDED), "bias": Bias.FLOAT_AFTER},
     "before": {"requantize": replace(STEPS, dtype=Dtype.FLOAT64, order=Order.RATIO32), "bias": Bias.FLOAT_BEFORE},
     "away": {
         "requantize": replace(STEPS, order=Order.RECIPROCAL, zero_point=ZeroPoint.AFTER, rounding=Rounding.HALF_UP),
@@ -172,6 +174,34 @@ def test_artifacts_of_before_in_both_forms(name):
     for form in ("integer", "qdq"):
         for one in check_model(artifact, make_model(artifact, form)[0], form, None, (EXTENDED,)):
             assert one.equal and one.count()[5] <= 1  # a float kernel that differs is next to a tie
+
+
+@pytest.mark.parametrize("form", ["integer", "qdq"])
+@pytest.mark.parametrize(
+    "mask", [[[1], [1]], [[0, 0, 1, 1, 1], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]]], ids=["one token", "gaps"]
+)
+def test_any_length_and_mask(mask, form):
+    artifact = load_artifact(FIXTURES / "opt.qtx")
+    mask = np.array(mask, bool)
+    batch = {"tokens": np.arange(mask.size).reshape(mask.shape), "mask": mask}
+    for one in check_model(artifact, make_model(artifact, form)[0], form, batch, FEW):
+        assert one.equal and one.count()[5] <= 1
+
+
+@pytest.mark.parametrize("form", ["integer", "qdq"])
+def test_a_walk_in_the_references_arithmetic_gives_the_same_codes(form, tmp_path):
+    """The walker reads a file as anyone's, node by node: products and requantization in qtx_ref's functions."""
+    artifact = load_artifact(FIXTURES / "vit.qtx")
+    model, wiring = make_model(artifact, form)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    inputs = random_batch(artifact.spec)
+    want = run_reference(artifact, wiring, inputs)
+    values = {}
+    for result in walk(tmp_path / "m.onnx", inputs, wiring.profile, "disable"):
+        values |= result.outputs
+    for site, value in wiring.sites.items():
+        if value.name in values:  # a constant is no result
+            assert np.array_equal(values[value.name], want[site]), site
 
 
 def test_onnxruntime_makes_one_integer_kernel_of_each_product(tmp_path):
@@ -278,7 +308,8 @@ def test_the_file_says_what_it_is(tmp_path):
 
 
 def test_operators_are_those_of_the_page():
-    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    part = PAGE.read_text(encoding="utf-8").partition("## Operators")[2].partition("\n## ")[0]
+    rows = [line for line in part.splitlines() if line.startswith("| `")]
     listed = {word for row in rows for word in row.split("`")[1::2]}
     used = set()
     for form in ("integer", "qdq"):
@@ -327,6 +358,9 @@ def test_what_cannot_be_exported_is_refused_by_its_site(tmp_path):
     fused = replace(QTX.quantize, zero_point=ZeroPoint.FUSED, reciprocal=True)
     with pytest.raises(SpecError, match=r"site embed.image cannot be exported to ONNX: a zero point that is fused"):
         make_model(make_under("vit_plain", quantize=fused)[0], "integer")
+    fused = {"requantize": STEPS, "bias": Bias.FLOAT_BEFORE_FUSED}
+    with pytest.raises(SpecError, match=r"site embed.patch cannot be exported to ONNX: a bias in a fused multiply-add"):
+        make_model(make_under("vit_plain", **fused)[0], "integer")
     bias = {"layer.0.ffn.hidden.bias": np.full(24, 2**31 - 1, np.int32)}
     wide = replace(artifact, constants=artifact.constants | bias)
     with pytest.raises(SpecError, match=r"site layer.0.ffn.hidden cannot be exported to ONNX: accumulators up to"):
@@ -371,3 +405,11 @@ def test_the_command(tmp_path):
     assert qdq.exit_code == 0 and "q.onnx" in qdq.output and "Gemm" in qdq.output
     refused = run(source, "--form", "qdq", "--out", tmp_path / "hf")
     assert (refused.exit_code, "--form is of --format onnx" in refused.output) == (1, True)
+
+
+def test_without_onnx_the_command_says_what_to_install(tmp_path, monkeypatch):
+    save(tmp_path / "m.qtx", "vit_plain")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    words = ["export", str(tmp_path / "m.qtx"), "--format", "onnx", "--out", str(tmp_path / "m.onnx")]
+    got = CliRunner().invoke(main, words)
+    assert got.exit_code != 0 and 'pip install "qtx[engines]"' in got.output and not (tmp_path / "m.onnx").exists()

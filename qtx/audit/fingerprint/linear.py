@@ -52,6 +52,7 @@ AXES = (
     "requantize.left",
 )
 FIXED, FLOAT = "fixed", "float"  # of the axis requantize: which record it is; the other one's axes are None
+FAR = "accumulators beyond int32"
 RUNS = (2, 4, 8, 16, 32)  # pairs that an acc16 kernel may add at once
 ROUNDINGS = tuple(one for one in Rounding if one is not Rounding.STOCHASTIC)
 COUNT, FRESH_COUNT = 192, 2048  # accumulators of a question of the pool, and of a fresh one
@@ -102,6 +103,10 @@ class Linear(Operation):
     def accumulate(self, values: Values, question: Question) -> tuple[Hashable, np.ndarray | None]:
         """Accumulators (1, N) by a name that equal ones share; None where the rule refuses them."""
         kind, run, overflow, bias = values[:4]
+        if question.arrays["x_codes"].dtype != np.uint8:  # which alone is multiplied in pairs
+            kind, run = Products.EXACT, 1
+        if not question.settings["far"]:
+            overflow = Overflow.WRAP
         inside = question.arrays["bias"] is not None and bias is Bias.INT32
         memo = question.settings["accumulators"]
         key = (kind, run, overflow, inside)
@@ -180,7 +185,8 @@ class Linear(Operation):
         asked = {f"{codes} codes", *(["a zero point"] if any(zeros) else [])}
         asked |= set() if bias is None else {f"a bias of {bias.dtype}"}
         asked |= {"a multiplier above 1"} if scales.ratio > 1 else set()
-        settings = {"spec": self.specs[codes], "ratio": scales.ratio, "blocks": blocks, "accumulators": {}}
+        far = kind == FAR and codes != "int16"
+        settings = {"spec": self.specs[codes], "ratio": scales.ratio, "blocks": blocks, "far": far, "accumulators": {}}
         return Question(kind, arrays, len(w), frozenset(asked), settings)
 
     def draw_question(
@@ -226,13 +232,13 @@ class Linear(Operation):
         small = Scales(*(np.asarray(one, np.float32) for one in (2.0**-12, 2.0**-13, 1)))
         bias = np.int32([2**31 - 1, -(2**31), 2**31 - 2**20, 2**31 - 1])
         targets = make_operands(np.array([90_000, -90_000, 2**19, -1]), codes, 0)
-        yield self.question("accumulators beyond int32", targets, small, (0, 0), codes, bias)
+        yield self.question(FAR, targets, small, (0, 0), codes, bias)
         if codes != "int16":
             rows = np.full((4, BLOCK), 127, np.int8) * np.int8([[1], [-1], [1], [-1]])
             rows[2:, : BLOCK // 8] = 0
             x = np.full((1, BLOCK * BLOCKS), np.iinfo(codes).max, codes)
             operands = x, np.tile(rows, BLOCKS)
-            yield self.question("accumulators beyond int32", operands, small, (0, 0), codes, blocks=BLOCKS)
+            yield self.question(FAR, operands, small, (0, 0), codes, blocks=BLOCKS)
         large = Scales(*(np.asarray(one, np.float32) for one in (2.0**10, 1.5 * 2.0**5, 2.0**-5)))
         targets = make_operands(np.array([300, -300, 1500, -1500, 2500, -2500, 4000, -4000]), codes, 0)
         yield self.question("levels beyond int32", targets, large, (0, 0), codes)

@@ -146,6 +146,8 @@ class Quantize(Quantizer):
     def __init__(self, specs: dict[str, QuantSpec], stochastic: bool) -> None:
         super().__init__(specs)
         self.candidates = quantize_values(stochastic)
+        if stochastic:  # chance hides most of the rest, and hundreds of candidates stay
+            self.fresh = FRESH_COUNT
 
     def key(self, values: Values, question: Question) -> Hashable:
         return reduce(values, question)

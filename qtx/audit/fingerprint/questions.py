@@ -62,6 +62,7 @@ class Operation(ABC):
     name: str
     axes: tuple[str, ...]
     candidates: Sequence[Values]
+    fresh = 100_000  # inputs on which candidates are compared before they count as equal
 
     @abstractmethod
     def evaluate(self, values: Values, question: Question) -> np.ndarray:

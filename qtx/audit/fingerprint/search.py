@@ -13,7 +13,6 @@ import numpy as np
 
 from .questions import OUTSIDE, RAISES, Box, Operation, Question, Raised, Values, fits
 
-FRESH = 100_000  # fresh inputs on which combinations are compared before they count as equal
 VERIFIED = 6  # calls with fresh inputs that the last combination must explain
 Advance = Callable[[str], None]
 
@@ -85,7 +84,10 @@ class Search:
                 pool.remove(question)
             self.ask(question)
             pool = [one for one in pool if not self.is_refused(one)]
-            question = self.choose(pool) or self.hunt()
+            question = self.choose(pool)
+            if question is None:
+                self.drop_silent()
+                question = self.choose(pool) or self.hunt()
         deciding, before = self.box.calls, len(self.asked)
         for _ in range(VERIFIED):
             if self.unexplained is None:
@@ -128,12 +130,13 @@ class Search:
         others = {"every combination left": [self.operation.show(code) for code, _ in told.most_common(3)]}
         return Witness(self.operation.describe(question, index), self.operation.show(int(answer[index])), others)
 
-    def refuse(self, question: Question, reason: str, by_rule: bool) -> None:
-        """Keeps in mind what the box does not take: that of a question which it never answered, unless some rule says
-        nothing of the question either."""
-        self.refused.append((question, reason))
-        if (guilty := question.needs - self.known) and not by_rule:
+    def refuse(self, question: Question, reason: str, silent: bool) -> None:
+        """Keeps in mind what the box does not take: that of a question which it never answered. Where some rules are
+        silent, it may refuse for their reason: the second time it counts."""
+        guilty = question.needs - self.known
+        if guilty and (not silent or any(one.needs - self.known == guilty for one, _ in self.refused)):
             self.barred.append(guilty)
+        self.refused.append((question, reason))
 
     def is_refused(self, question: Question) -> bool:
         """Whether it has all that the box refuses together."""
@@ -154,6 +157,13 @@ class Search:
             return next((one for one in pool if unknown <= one.needs and not self.may_raise(one)), best)
         return best
 
+    def drop_silent(self) -> None:
+        """Of candidates that contradict no answer, those that say something to the most of them."""
+        answered = [question for question, answer in self.asked if isinstance(answer, np.ndarray)]
+        silences = [sum(self.operation.label(one, question) == OUTSIDE for question in answered) for one in self.alive]
+        least = min(silences)
+        self.alive = [one for one, count in zip(self.alive, silences, strict=True) if count == least]
+
     def may_raise(self, question: Question) -> bool:
         """Whether a candidate that is left would."""
         return any(self.operation.label(one, question) == RAISES for one in self.alive)
@@ -169,9 +179,9 @@ class Search:
         return sum(count * (count + silent) for count in groups.values()) + silent * len(self.alive)
 
     def hunt(self) -> Question | None:
-        """Fresh inputs that still part the candidates; None where FRESH of them do not."""
+        """Fresh inputs that still part the candidates; None where `fresh` of them do not."""
         self.compared = 0
-        while len(self.alive) > 1 and self.compared < FRESH:
+        while len(self.alive) > 1 and self.compared < self.operation.fresh:
             question = self.draw()
             self.compared += question.size
             if self.cost(question) < len(self.alive) ** 2:

@@ -1,0 +1,263 @@
+"""Fingerprints: every value of every axis is planted in a box and comes back; boxes of no rules are called so."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from parity_tests import fingerprints
+from parity_tests.fingerprints import list_candidates, plant
+from qtx.audit.fingerprint.finding import find_rules
+from qtx.audit.fingerprint.questions import Arrays, Function, Values
+from qtx.audit.fingerprint.report import list_sources, make_profile, tell
+from qtx.cli import main
+from qtx.files.profiles import read_profile
+from qtx_ref.quant import affine
+from qtx_ref.spec import QTX, QuantSpec, SpecError
+
+EIGHT = ("uint8", "int8")  # dtypes that quick boxes take
+UINT8 = QuantSpec(8, symmetric=False)
+CANDIDATES = {op: list_candidates(op) for op in ("quantize", "dequantize", "fake_quantize", "linear")}
+
+
+def cover(op: str) -> list[Values]:
+    """A few combinations that have every value of every axis between them, the first ones in a fixed random order."""
+    candidates = CANDIDATES[op]
+    order = np.random.default_rng(5).permutation(len(candidates))
+    left = {(i, value) for one in candidates for i, value in enumerate(one)}
+    chosen = []
+    for place in order:
+        if fresh := left & set(enumerate(candidates[place])):
+            chosen.append(candidates[place])
+            left -= fresh
+    assert not left
+    return chosen
+
+
+def name_of(values: Any) -> str:
+    return "-".join(str(value) for value in values if value is not None)
+
+
+def take(op: str, function: Function, dtypes: tuple[str, ...] = EIGHT) -> Any:
+    """The fingerprint of a box."""
+    return find_rules(function, op, dtypes)[0]
+
+
+# --- planted rules ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", cover("quantize"), ids=name_of)
+def test_every_value_of_quantize_comes_back(values: Values) -> None:
+    found = take("quantize", plant("quantize", values))
+    assert values in found.alike, found
+
+
+@pytest.mark.parametrize("values", CANDIDATES["dequantize"], ids=name_of)
+def test_every_value_of_dequantize_comes_back(values: Values) -> None:
+    assert values in take("dequantize", plant("dequantize", values), ("int8", "int16")).alike
+
+
+@pytest.mark.parametrize("values", cover("fake_quantize")[:4], ids=name_of)
+def test_fake_quantize_comes_back(values: Values) -> None:
+    assert values in take("fake_quantize", plant("fake_quantize", values)).alike
+
+
+@pytest.mark.parametrize("values", cover("linear"), ids=name_of)
+def test_every_value_of_a_linear_layer_comes_back(values: Values) -> None:
+    found = take("linear", plant("linear", values), ("uint8", "int16"))
+    assert values in found.alike, found
+
+
+def test_a_slice_of_the_thousand() -> None:
+    results = fingerprints.plant_all(fingerprints.draw_combinations(12, seed=3))
+    assert [one.tell() for one in results if not one.returned] == []
+
+
+def test_a_verdict_names_what_decides_it_and_what_nothing_does() -> None:
+    rule = next(one for one in CANDIDATES["quantize"])  # half_even, after, False, float32, raise, saturate, saturate
+    found, observed = find_rules(plant("quantize", rule), "quantize", ("uint8",))
+    by_axis = {verdict.axis: verdict for verdict in found.verdicts}
+    told = {name for witness in by_axis["rounding"].witnesses for name in witness.others}
+    assert told == {"half_away", "half_up", "toward_zero", "floor"}
+    witness = by_axis["nan"].witnesses[0]
+    assert np.isnan(witness.input["x"]) and witness.answer == "raises"
+    assert found.deciding < 15 and found.verified > 5000
+    text = tell(found, observed, "box")
+    assert "codes uint8: 0 to 255" in text and f"{found.deciding} calls to decide" in text
+
+
+def test_what_a_box_refuses_is_undetermined_and_why() -> None:
+    rule = CANDIDATES["quantize"][0]
+    inner = plant("quantize", rule)
+
+    def box(arrays: Arrays) -> np.ndarray:
+        if arrays["x"].dtype == np.float16:
+            raise TypeError("no halves here")
+        return inner(arrays)
+
+    arithmetic = next(one for one in take("quantize", box).verdicts if one.axis == "arithmetic")
+    assert [str(one) for one in arithmetic.equal] == ["input"]
+    assert "no halves here" in arithmetic.reason
+
+
+def test_codes_of_four_bits_and_narrow_ones_are_seen() -> None:
+    for spec, shown in (
+        (QuantSpec(4, symmetric=False), "0 to 15"),
+        (QuantSpec(8, symmetric=False, narrow=True), "1 to"),
+    ):
+
+        def box(a: Arrays, spec: QuantSpec = spec) -> np.ndarray:
+            zero = np.clip(a["zero_point"].astype(np.int32), spec.code_min, spec.code_max)
+            return affine.quantize(a["x"], a["scale"], zero, spec)
+
+        found, observed = find_rules(box, "quantize", ("uint8",))
+        assert shown in observed.lines[0] and found.unexplained is None
+
+
+# --- boxes of no rules ------------------------------------------------------------------------------------------------
+
+
+def alter(change: Callable[[Arrays, np.ndarray], np.ndarray]) -> Function:
+    """The project's quantizer, its codes changed."""
+    inner = plant("quantize", CANDIDATES["quantize"][0])
+    return lambda arrays: change(arrays, inner(arrays))
+
+
+def add_noise(arrays: Arrays, code: np.ndarray) -> np.ndarray:
+    return np.clip(code + NOISE.integers(-1, 2, code.shape) * (NOISE.random(code.shape) < 0.05), 0, 255)
+
+
+NOISE = np.random.default_rng(1)
+STRANGERS = {
+    "noise": add_noise,
+    "another clamp": lambda arrays, code: np.minimum(code, 254),
+    "off by one": lambda arrays, code: np.minimum(code + 1, 255),
+    "one tie the wrong way": lambda a, code: code + ((a["x"] == 36.5 * a["scale"]) & (a["zero_point"] == 0)),
+    "one code": lambda arrays, code: np.where(code == 77, 78, code),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_box_of_no_rules_is_called_so(name: str) -> None:
+    found, observed = find_rules(alter(STRANGERS[name]), "quantize", ("uint8",))
+    assert found.unexplained is not None and not found.alike
+    assert "no combination of rules explains" in tell(found, observed, "box")
+    if name == "one code":
+        level = found.unexplained.input["x"] / found.unexplained.input["scale"] + found.unexplained.input["zero_point"]
+        assert round(level) == 77 and found.unexplained.answer == 78
+    if name == "one tie the wrong way":
+        assert found.unexplained.input["x"] == 36.5 * found.unexplained.input["scale"]
+
+
+def test_a_linear_layer_of_no_rules_is_called_so() -> None:
+    inner = plant("linear", CANDIDATES["linear"][0])
+    found = take("linear", lambda a: inner(a) + (inner(a) == 100), ("uint8",))
+    assert found.unexplained is not None and found.unexplained.answer == 101
+
+
+def test_chance_of_other_odds_is_no_stochastic_rounding() -> None:
+    def box(arrays: Arrays) -> np.ndarray:
+        level = np.float64(arrays["x"]) / arrays["scale"] + arrays["zero_point"]
+        return np.clip(np.floor(level) + NOISE.integers(0, 2, level.shape) * (level % 1 > 0), 0, 255).astype(int)
+
+    found = take("quantize", box)
+    assert found.unexplained is not None and found.unexplained.input["x"] == 0.25
+
+
+def test_what_is_no_box_is_refused() -> None:
+    with pytest.raises(SpecError, match="takes no codes of uint8"):
+        find_rules(lambda arrays: 1 // 0, "quantize", ("uint8",))
+    with pytest.raises(SpecError, match="with the shape"):
+        find_rules(lambda arrays: arrays["x"][:3].astype(int), "quantize", ("uint8",))
+
+
+# --- the profile and the command --------------------------------------------------------------------------------------
+
+
+def test_the_profile_reproduces_the_box_and_says_where_it_was_seen() -> None:
+    values = CANDIDATES["linear"][777]
+    found = take("linear", plant("linear", values), ("uint8",))
+    rules = make_profile(found, "a function", "box:f")
+    assert rules.name == "box-f" and rules.quantize == QTX.quantize and "quantize" in rules.unseen
+    sources = list_sources(found)
+    assert "accumulator" in sources["requantize.rounding"] and sources["quantize"].startswith("not seen")
+
+
+MODULE = """
+import numpy as np
+
+def quantize(x, scale, zero_point):
+    ends = np.iinfo(zero_point.dtype)
+    if np.isnan(x).any():
+        raise ValueError("NaN")
+    level = np.floor(np.float32(x) / np.float32(scale) + np.float32(0.5)) + np.float32(zero_point)
+    return np.clip(level, ends.min, ends.max).astype(zero_point.dtype)
+
+def broken(x, scale, zero_point):
+    code = quantize(x, scale, zero_point)
+    return np.where(code == 42, 43, code)
+"""
+
+
+def test_the_command_names_the_rules_of_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stranger_box.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    run = CliRunner().invoke
+    line = ["audit", "fingerprint", "--callable", "stranger_box:quantize"]
+    result = run(main, [*line, "--out", "box.json", "--json", "result.json"])
+    # floor(x + 1/2) in float32 is half_up but where x + 1/2 is rounded up to the next whole number
+    assert result.exit_code == 1 and "no combination of rules explains" in result.output
+    assert not (tmp_path / "box.json").exists()
+    (tmp_path / "stranger_box.py").write_text(
+        MODULE.replace("np.float32(x) /", "np.float64(x) /").replace("np.float32(0.5)", "0.5")
+    )
+    sys.modules.pop("stranger_box")
+    result = run(main, [*line, "--out", "box.json", "--json", "result.json"])
+    assert result.exit_code == 0, result.output
+    written = read_profile(str(tmp_path / "box.json"))
+    assert (str(written.quantize.rounding), str(written.quantize.arithmetic)) == ("half_up", "float64")
+    rules = {one["axis"]: one for one in json.loads((tmp_path / "result.json").read_text())["rules"]}
+    assert rules["nan"]["value"] == "raise" and rules["rounding"]["inputs"]
+    result = run(main, ["audit", "fingerprint", "--callable", "stranger_box:broken"])
+    assert result.exit_code == 1 and "gives 43" in result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ([], "one of them"),
+        (["--callable", "nothing"], "package.module:function"),
+        (["--callable", "no_such_module:f"], "no_such_module"),
+        (["--engine", "nobody"], "known paths"),
+        (["--callable", "math:sqrt", "--cpu", "avx2"], "belongs to --engine"),
+    ],
+)
+def test_what_the_command_refuses(line: list[str], said: str) -> None:
+    result = CliRunner().invoke(main, ["audit", "fingerprint", *line])
+    assert result.exit_code == 2 and said in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "rules"),
+    [
+        ("onnx-reference", "quantize", "half_even after False input converted saturate wrap32"),
+        ("onnx-reference", "dequantize", "difference input"),
+        ("torch-quantize_per_tensor", "quantize", "half_even fused True float32 code_max saturate saturate"),
+    ],
+)
+def test_an_engine_is_named(name: str, op: str, rules: str) -> None:
+    package = "torch" if name.startswith("torch") else "onnx"
+    pytest.importorskip(package)
+    line, _ = fingerprints.ask_engine(fingerprints.choose_path(name, op))
+    seen = line.rpartition(": ")[2].replace(",", "")
+    if package == "torch":  # NaN is what the CPU's conversion leaves
+        seen, rules = (" ".join(text.split()[:4]) for text in (seen, rules))
+    assert rules in f"{seen} {line}".replace(",", "")

@@ -1,0 +1,1 @@
+"""Where two executions of one quantized model part, and by which rule."""
