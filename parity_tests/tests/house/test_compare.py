@@ -188,11 +188,11 @@ def turn_gradients_after_a_few_steps(patch: pytest.MonkeyPatch) -> None:
 
 
 def unclamped_zero_point(sound: Callable) -> Callable:
-    def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: object) -> torch.Tensor:
+    def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: object, *rest) -> torch.Tensor:
         wide = replace(spec, bits=16)  # its clamp lets more zero points through
         s, z = scale.abs(), zero_point.round().clamp(wide.code_min - 9, wide.code_max)
         y, _ = qtx_torch.quant.affine.simulate(x, s, z, spec)
-        good = sound(x, scale, zero_point, spec)
+        good = sound(x, scale, zero_point, spec, *rest)
         return good + (y - good).detach()
 
     return quantize
@@ -249,7 +249,7 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         replaced(
             qtx_torch.quant.affine,
             "quantize",
-            lambda q: lambda x, s, z, spec: qtx_torch.quant.affine.round_level(x, s, z).int(),
+            lambda q: lambda x, s, z, spec: qtx_torch.quant.levels.round_level(x, s, z).int(),
         ),
     ),
     "codes off by one": (
