@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qtx.audit.fingerprint.boxes import ARGUMENTS, CODES, choose_path, open_path
+from qtx.audit.fingerprint.boxes import ARGUMENTS, CODES, open_path
 from qtx.audit.fingerprint.finding import find_rules
 from qtx.audit.fingerprint.linear import Linear, make_requantize, operand_spec
 from qtx.audit.fingerprint.quantizers import Dequantize, FakeQuantize, quantize_values

@@ -82,7 +82,7 @@ def requantizations() -> Iterator[Values]:
 
 def matmuls() -> Iterator[Values]:
     """Every MatmulRule."""
-    runs = [(kind, 1) for kind in Products if kind is not Products.RUNS16]
+    runs: list[tuple[Products, int]] = [(kind, 1) for kind in Products if kind is not Products.RUNS16]
     runs += [(Products.RUNS16, run) for run in RUNS]
     for (kind, run), overflow in product(runs, Overflow):
         yield kind, run, overflow
