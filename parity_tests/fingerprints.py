@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qtx.audit.fingerprint.boxes import ARGUMENTS, CODES, choose_path, open_path
+from qtx.audit.fingerprint.boxes import ARGUMENTS, CODES, open_path
 from qtx.audit.fingerprint.finding import find_rules
 from qtx.audit.fingerprint.linear import Linear, make_requantize, operand_spec
 from qtx.audit.fingerprint.quantizers import Dequantize, FakeQuantize, quantize_values
@@ -186,9 +186,17 @@ def list_rules(rules: Profile, op: str) -> tuple[Any, ...]:
 
 def ask_engine(path: Path) -> tuple[str, bool]:
     """A line on the path, and whether its rules are explained and its profile's among them."""
-    codes = [one for one in path.codes if one in CODES[path.op]]
-    found, _ = find_rules(open_path(choose_path(path.name, path.op), None), path.op, codes)
-    head = f"{path.name} {path.op}: {found.deciding} calls, {found.calls} in all"
+    codes = tuple(one for one in CODES[path.op] if one in path.codes)
+    lines = [ask_codes(path, codes)]
+    if not lines[0][1] and len(codes) > 1:  # kernels of one path may differ by the dtype of codes
+        lines += [ask_codes(path, (one,)) for one in codes]
+    return "\n  ".join(line for line, _ in lines), any(good for _, good in lines)
+
+
+def ask_codes(path: Path, codes: tuple[str, ...]) -> tuple[str, bool]:
+    """The same of some of its dtypes of codes."""
+    found, _ = find_rules(open_path(path, None), path.op, codes)
+    head = f"{path.name} {path.op} ({', '.join(codes)}): {found.deciding} calls, {found.calls} in all"
     if found.unexplained is not None:
         return f"{head}: no combination explains {found.unexplained}", False
     alike = [list_rules(make_profile(found, path.engine, path.name, values), path.op) for values in found.alike]

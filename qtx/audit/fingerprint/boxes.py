@@ -164,7 +164,7 @@ def judge_chance(copies: np.ndarray) -> tuple[bool, Witness | None]:
 def ask_ends(codes: str) -> Question:
     """x far below and above every code, within float16 where codes are, and fractions many times over."""
     end = 1000 if bits_of_dtype(codes) == 8 else 40_000 if codes == "int16" else 70_000
-    x = np.float32([-end, end, *np.repeat(FRACTIONS, COPIES)])
+    x = np.array([-end, end, *np.repeat(FRACTIONS, COPIES)], np.float32)
     arrays = {"x": x, "scale": np.asarray(1, np.float32), "zero_point": np.asarray(0, codes)}
     return Question("limits", arrays, x.size, frozenset({f"{codes} codes"}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from qtx_ref.integer import fixed_point, float_product, products
 from qtx_ref.spec import (
+    QTX,
     Bias,
     Dtype,
     Fixed,
@@ -22,6 +24,7 @@ from qtx_ref.spec import (
     Products,
     QuantSpec,
     Rounding,
+    SpecError,
     ZeroPoint,
 )
 
@@ -67,16 +70,20 @@ def requantizations() -> Iterator[Values]:
     ):
         if bits == 31 or high is HighProduct.EXACT:  # a high product is of 32-bit accumulators
             yield Bias.INT32, FIXED, dtype, bits, high, None, None, rounding, left
-    for bias, dtype, order, zero_point, rounding in product(
-        Bias, Dtype, Order, (ZeroPoint.AFTER, ZeroPoint.BEFORE), ROUNDINGS
-    ):
-        if dtype is not Dtype.INPUT:
-            yield bias, FLOAT, dtype, None, None, order, zero_point, rounding, None
+    # of one zero point added after there are two names here
+    places = (ZeroPoint.AFTER, ZeroPoint.BEFORE)
+    for bias, dtype, order, zero_point, rounding in product(Bias, Dtype, Order, places, ROUNDINGS):
+        try:
+            replace(QTX, bias=bias, requantize=FloatProduct(dtype, order, zero_point, rounding))
+        except SpecError:
+            continue
+        yield bias, FLOAT, dtype, None, None, order, zero_point, rounding, None
 
 
 def matmuls() -> Iterator[Values]:
     """Every MatmulRule."""
-    runs = [(Products.EXACT, 1), (Products.PAIRS16, 1), *((Products.RUNS16, run) for run in RUNS)]
+    runs: list[tuple[Products, int]] = [(kind, 1) for kind in Products if kind is not Products.RUNS16]
+    runs += [(Products.RUNS16, run) for run in RUNS]
     for (kind, run), overflow in product(runs, Overflow):
         yield kind, run, overflow
 
@@ -103,7 +110,8 @@ class Linear(Operation):
     def accumulate(self, values: Values, question: Question) -> tuple[Hashable, np.ndarray | None]:
         """Accumulators (1, N) by a name that equal ones share; None where the rule refuses them."""
         kind, run, overflow, bias = values[:4]
-        if question.arrays["x_codes"].dtype != np.uint8:  # which alone is multiplied in pairs
+        spec = operand_spec(str(question.arrays["x_codes"].dtype))
+        if not products.saturates(spec, W_SPEC, MatmulRule(kind, run, overflow)):  # others are multiplied in pairs
             kind, run = Products.EXACT, 1
         if not question.settings["far"]:
             overflow = Overflow.WRAP
@@ -230,11 +238,11 @@ class Linear(Operation):
     def ask_limits(self, codes: str) -> Iterator[Question]:
         """Accumulators that int32 does not hold, by a bias and without; levels that it does not hold."""
         small = Scales(*(np.asarray(one, np.float32) for one in (2.0**-12, 2.0**-13, 1)))
-        bias = np.int32([2**31 - 1, -(2**31), 2**31 - 2**20, 2**31 - 1])
+        bias = np.array([2**31 - 1, -(2**31), 2**31 - 2**20, 2**31 - 1], np.int32)
         targets = make_operands(np.array([90_000, -90_000, 2**19, -1]), codes, 0)
         yield self.question(FAR, targets, small, (0, 0), codes, bias)
         if codes != "int16":
-            rows = np.full((4, BLOCK), 127, np.int8) * np.int8([[1], [-1], [1], [-1]])
+            rows = np.full((4, BLOCK), 127, np.int8) * np.array([[1], [-1], [1], [-1]], np.int8)
             rows[2:, : BLOCK // 8] = 0
             x = np.full((1, BLOCK * BLOCKS), np.iinfo(codes).max, codes)
             operands = x, np.tile(rows, BLOCKS)

@@ -10,6 +10,7 @@ import numpy as np
 
 from qtx_ref.quant import affine
 from qtx_ref.spec import (
+    Beyond,
     DequantizeForm,
     DequantizeRule,
     Dtype,
@@ -21,7 +22,6 @@ from qtx_ref.spec import (
     Rounding,
     SpecError,
     ZeroPoint,
-    Beyond,
 )
 
 from .inputs import SCALES, all_ties, draw_scale, near_ties, odd_zeros
@@ -95,13 +95,13 @@ class Quantizer(Operation):
                 scale = draw_scale(rng, kind, np.float16)
                 x = near_ties(rng, spec, scale, zero, COUNT, np.float16)
                 asked.append(self.question("near ties in float16", x, scale, zero, codes))
-            one, few = np.float32(1), np.float32([1e-30, -1e-30, 1e-45, -1e-45, 0.0, -0.0])
+            one, few = np.float32(1), np.array([1e-30, -1e-30, 1e-45, -1e-45, 0.0, -0.0], np.float32)
             for zero in zeros:
                 asked += [
                     self.question("beside 0", few, np.asarray(one), zero, codes),
                     self.question("beyond 2^31 and 2^63", far_inputs(), np.asarray(one), zero, codes),
-                    self.question("NaN", np.float32([np.nan]), np.asarray(one), zero, codes),
-                    self.question("infinities", np.float32([np.inf, -np.inf]), np.asarray(one), zero, codes),
+                    self.question("NaN", np.array([np.nan], np.float32), np.asarray(one), zero, codes),
+                    self.question("infinities", np.array([np.inf, -np.inf], np.float32), np.asarray(one), zero, codes),
                 ]
         return asked
 
@@ -135,7 +135,7 @@ class Quantizer(Operation):
 def far_inputs() -> np.ndarray:
     """What int32 and int64 do not hold, and their ends."""
     ends = [2.0**15, 2.0**24 + 2, 2.0**31 - 128, 2.0**31, 3e9, 2.0**32, 2.0**63 - 2.0**39, 2.0**63, 1e19, 3e38]
-    return np.float32([*ends, *(-end for end in ends)])
+    return np.array([*ends, *(-end for end in ends)], np.float32)
 
 
 class Quantize(Quantizer):

@@ -111,9 +111,7 @@ class Search:
         if not any(kept):
             self.unexplained = self.find_first(question, answer)
             again = self.box.ask(question)
-            if isinstance(again, Raised) != isinstance(answer, Raised) or (
-                isinstance(again, np.ndarray) and not np.array_equal(again, answer)
-            ):
+            if isinstance(again, Raised) or isinstance(answer, Raised) or not np.array_equal(again, answer):
                 self.note = "the box answers the same input differently from one call to the next"
         self.asked.append((question, answer))
         self.alive = [one for one, keep in zip(self.alive, kept, strict=True) if keep] or self.alive
@@ -225,7 +223,8 @@ class Search:
 
     def judge(self, i: int, by_distance: Sequence[Values]) -> Verdict:
         """One axis of the chosen candidate, the first of all by their distance from it."""
-        chosen, rivals = by_distance[0], {}
+        chosen = by_distance[0]
+        rivals: dict[Any, Values] = {}
         for one in by_distance:
             rivals.setdefault(one[i], one)
         equal = {one[i]: one for one in sorted(self.alive, key=lambda one: -distance(one, chosen))}
@@ -254,7 +253,7 @@ class Search:
     def contradicts(self, values: Values, question: Question, answer: np.ndarray | Raised) -> np.ndarray:
         """Where the box answered otherwise than a candidate."""
         label = self.operation.label(values, question)
-        if label == OUTSIDE or isinstance(answer, Raised) or label == RAISES:
+        if label in (OUTSIDE, RAISES) or isinstance(answer, Raised):
             differs = label != OUTSIDE and isinstance(answer, Raised) != (label == RAISES)
             return np.full(question.size, differs)
         return ~fits(question.outcomes[label], answer)
@@ -275,13 +274,13 @@ class Search:
         return f"{which} is equal on every input that was asked and on {self.compared:,} fresh ones"
 
     def find_nearest(self) -> dict[str, str]:
-        """The candidate that misses the fewest answers, by axis."""
+        """Of those that explain all before it, the candidate that misses the fewest answers, by axis."""
         answered = [(question, answer) for question, answer in self.asked if isinstance(answer, np.ndarray)]
 
         def misses(values: Values) -> int:
             return sum(int(self.contradicts(values, question, answer).sum()) for question, answer in answered)
 
-        best = min(self.operation.candidates, key=misses)
+        best = min(self.alive, key=misses)
         named = {axis: str(value) for axis, value in zip(self.operation.axes, best, strict=True)}
         total = sum(question.size for question, _ in answered)
         return {**named, "misses": f"{misses(best)} of {total}"}
