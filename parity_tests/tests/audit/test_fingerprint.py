@@ -108,7 +108,10 @@ def test_what_a_box_refuses_is_undetermined_and_why() -> None:
 
 
 def test_codes_of_four_bits_and_narrow_ones_are_seen() -> None:
-    for spec, shown in ((QuantSpec(4, symmetric=False), "0 to 15"), (QuantSpec(8, symmetric=False, narrow=True), "1 to")):
+    for spec, shown in (
+        (QuantSpec(4, symmetric=False), "0 to 15"),
+        (QuantSpec(8, symmetric=False, narrow=True), "1 to"),
+    ):
 
         def box(a: Arrays, spec: QuantSpec = spec) -> np.ndarray:
             zero = np.clip(a["zero_point"].astype(np.int32), spec.code_min, spec.code_max)
@@ -213,9 +216,9 @@ def test_the_command_names_the_rules_of_a_function(tmp_path: Path, monkeypatch: 
     # floor(x + 1/2) in float32 is half_up but where x + 1/2 is rounded up to the next whole number
     assert result.exit_code == 1 and "no combination of rules explains" in result.output
     assert not (tmp_path / "box.json").exists()
-    (tmp_path / "stranger_box.py").write_text(MODULE.replace("np.float32(x) /", "np.float64(x) /").replace(
-        "np.float32(0.5)", "0.5"
-    ))
+    (tmp_path / "stranger_box.py").write_text(
+        MODULE.replace("np.float32(x) /", "np.float64(x) /").replace("np.float32(0.5)", "0.5")
+    )
     sys.modules.pop("stranger_box")
     result = run(main, [*line, "--out", "box.json", "--json", "result.json"])
     assert result.exit_code == 0, result.output
