@@ -291,9 +291,11 @@ def factors_by_hand(x: np.ndarray, w: np.ndarray, y: np.ndarray, rule: FloatProd
 
     x, w, y = to(x), to(w), to(y)
     if rule.order.in_steps:
-        again = rule.order in (Order.STEPS, Order.STEPS_DIVIDED)
+        again = rule.order in (Order.STEPS, Order.STEPS_DIVIDED, Order.STEPS_JOINED)
         x, w = (to(1 / to(1 / x)), to(1 / to(1 / w))) if again else (x, w)
         last = {Order.STEPS_DIVIDED: to(1 / to(1 / y)), Order.SCALES_DIVIDED: y}.get(rule.order, to(1 / y))
+        if rule.order in (Order.STEPS_JOINED, Order.SCALES_JOINED):
+            return [to(x * w), np.ones_like(w), last + 0 * w]
         return [x + 0 * w, w, last + 0 * w]
     return [to(to(x * w) * to(1 / y))] if rule.order is Order.RECIPROCAL else [to(to(x * w) / y)]
 
