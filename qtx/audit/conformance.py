@@ -11,6 +11,7 @@ from functools import partial
 
 from qtx_ref.spec import SpecError
 
+from ..engines.backend import MissingExtra
 from ..engines.paths import Path, engine_names, load_engine, missing, run
 from .golden_vectors import read_golden, replay
 from .known import Known
@@ -98,7 +99,9 @@ def conform(
         if (golden := read_golden(name)) is not None:
             report.golden[name] = golden.provenance
             report.rows += [row for path in paths if path.engine == name for row in replay(golden, path, known)]
-    if (NODE_CASES in engines or not engines) and not ops and missing("onnx-reference") is None:
+        elif name in engines:
+            raise MissingExtra(report.absent[name])
+    if NODE_CASES in engines or not (engines or ops or missing("onnx-reference")):
         report.cases = run_cases()
     for case in report.cases:
         if case.verdict == "differs":

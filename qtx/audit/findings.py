@@ -530,7 +530,7 @@ print(run("torch-onednn", "linear", values, "avx2")["y"].item())  # 186
 unit, product = np.float32(0.06028441) * np.float32(0.021628225), np.float32(71 * 93)
 print(np.rint((product * unit) * (1 / np.float32(0.048503026)) + np.float32(8)))  # 186.0
 """,
-        remedy="Compare results of machines of one kind; torch-onednn-avx2 states the products, not this order.",
+        remedy="Compare results of machines of one kind: torch-onednn states the one, torch-onednn-avx2 the other.",
     ),
     Finding(
         id="QTX-ACC-003",
