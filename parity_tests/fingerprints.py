@@ -37,6 +37,7 @@ from qtx_ref.spec import (
     Profile,
     QuantizeRule,
     QuantSpec,
+    SpecError,
 )
 
 SHARES = {"quantize": 0.5, "linear": 0.4, "fake_quantize": 0.08, "dequantize": 0.02}  # of the combinations
@@ -195,7 +196,10 @@ def ask_engine(path: Path) -> tuple[str, bool]:
 
 def ask_codes(path: Path, codes: tuple[str, ...]) -> tuple[str, bool]:
     """The same of some of its dtypes of codes."""
-    found, _ = find_rules(open_path(path, None), path.op, codes)
+    try:
+        found, _ = find_rules(open_path(path, None), path.op, codes)
+    except SpecError as error:
+        return f"{path.name} {path.op} ({', '.join(codes)}): {error}", False
     head = f"{path.name} {path.op} ({', '.join(codes)}): {found.deciding} calls, {found.calls} in all"
     if found.unexplained is not None:
         return f"{head}: no combination explains {found.unexplained}", False

@@ -83,6 +83,8 @@ def open_path(path: Path, cpu: str | None) -> Function:
         if path.op == "linear":
             given = {name.removesuffix("_codes"): value for name, value in arrays.items() if value is not None}
             given["w"], given["w_zero"] = np.ascontiguousarray(arrays["w_codes"].T), np.int8(0)
+            if path.name.endswith(PER_CHANNEL):
+                given["w_scale"] = np.full(len(arrays["w_codes"]), arrays["w_scale"])
         elif path.op != "fake_quantize":
             given["dtype"] = str(arrays["zero_point"].dtype)
         else:
