@@ -28,6 +28,7 @@ CAUSES = {  # the finding of an axis
     "quantize.beyond": "QTX-QUA-004",
     "dequantize": "QTX-DEQ-001",
     "fake_quantize": "QTX-QUA-003",
+    "matmul.overflow": "QTX-ACC-004",
     "matmul": "QTX-ACC-001",
     "bias": "QTX-BIA-001",
     "requantize.zero_point": "QTX-REQ-001",

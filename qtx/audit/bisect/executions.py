@@ -24,12 +24,14 @@ import numpy as np
 from qtx_ref.integer.model import Code, Integer
 from qtx_ref.model import IntegerModel, Model
 from qtx_ref.numerics import FakeQuant
+from qtx_ref.profiles import profile
 from qtx_ref.quant import affine
 from qtx_ref.spec import QTX, Profile, SpecError
 from qtx_ref.tape import Var, const
 
 from ...engines.backend import backend
 from ...engines.machine import Machine
+from ...engines.paths import find_path, name_profile
 from ...engines.protocols import IntegerModel as AnyIntegerModel
 from ...files.artifact import SUFFIX, Artifact, load_artifact
 from ...files.profiles import read_profile
@@ -64,6 +66,13 @@ class Execution(Protocol):
     profile: Profile | None  # whose rules it computes by; None: an engine's own
     simulated: bool  # whether codes are those of floats that were quantized, instead of integers all along
 
+    @property
+    def constants(self) -> Arrays:
+        """What the file holds, by name."""
+
+    def find_stated(self) -> Profile | None:
+        """The profile that states an engine's rules; None where qtx computes, or nobody stated them."""
+
     def run(self, inputs: Arrays) -> Trace:
         """All tensors of one pass."""
 
@@ -78,6 +87,9 @@ class Execution(Protocol):
 
     def list_kernels(self, target: str) -> list[str]:
         """What only an engine has between a tensor and the codes that it is made of."""
+
+    def list_constants(self, target: str, given: Arrays) -> list[str]:
+        """The constants that a tensor is made with, of the tensors `given`."""
 
 
 def parse_execution(text: str) -> Execution:
@@ -236,6 +248,20 @@ class ArtifactExecution:
         """None: all is in integers."""
         return []
 
+    @property
+    def constants(self) -> Arrays:
+        """As `Execution.constants`."""
+        return self.artifact.constants
+
+    def find_stated(self) -> Profile | None:
+        """None: qtx computes."""
+        return None
+
+    def list_constants(self, target: str, given: Arrays) -> list[str]:
+        """Those of the site."""
+        site = target.removesuffix(".accumulator")
+        return [name for name in self.constants if name.startswith(f"{site}.")]
+
     def operation(self, target: str) -> str:
         """The site's kind, as its name says."""
         return "integer product" if target.endswith(".accumulator") else f"operation of site {target}"
@@ -357,6 +383,25 @@ class OnnxExecution:
                 stack += [name for name, dtype in types if not dtype.startswith(("int", "uint", "bool"))]
         return found
 
+    @property
+    def constants(self) -> Arrays:
+        """As `Execution.constants`."""
+        return self.graph.constants
+
+    def find_stated(self) -> Profile | None:
+        """That of the engine's products."""
+        if self.profile is not None:
+            return None
+        name = "onnx-reference" if self.engine == REFERENCE else f"onnxruntime-{self.engine}"
+        return profile(name_profile(find_path(name, "linear"), self.words.get("cpu")))
+
+    def list_constants(self, target: str, given: Arrays) -> list[str]:
+        """Those of the nodes that a replay of the tensor runs."""
+        name = self.back({target: np.zeros(0)}).popitem()[0]
+        earlier = {key: value for key, value in self.back(given).items() if key != name}
+        used = [n for node in self.list_needed(name, earlier) for n in node.inputs]
+        return [n for n in dict.fromkeys(used) if n in self.constants]
+
     def operation(self, target: str) -> str:
         """The node."""
         name = self.back({target: np.zeros(0)}).popitem()[0]
@@ -424,9 +469,26 @@ class TfliteExecution:
         return [op.kind for op in self.graph.operators if op.output == target and not tflite.is_known(self.graph, op)]
 
     @cached_property
-    def constants(self) -> frozenset[str]:
-        """Tensors that are in the file."""
-        return frozenset(name for name, tensor in self.graph.tensors.items() if tensor.data is not None)
+    def constants(self) -> dict[str, np.ndarray]:
+        """Tensors that are in the file, and the scales and zero points of all tensors."""
+        made = {name: one.data for name, one in self.graph.tensors.items() if one.data is not None}
+        for name, one in self.graph.tensors.items():
+            made |= {f"{name} scale": one.scale, f"{name} zero point": one.zero_point}
+        return made
+
+    def find_stated(self) -> Profile | None:
+        """That of the kernels' products, of int16 where the file has them, or of weights with several scales."""
+        if self.profile is not None:
+            return None
+        weights = [self.graph.tensors[op.inputs[1]] for op in self.graph.operators if op.kind == "FULLY_CONNECTED"]
+        wide = any(one.dtype == "int16" for one in self.graph.tensors.values())
+        end = "-16x8" if wide else "-channel" if any(one.scale.size > 1 for one in weights) else ""
+        return profile(name_profile(find_path(f"litert-{self.engine}{end}", "linear")))
+
+    def list_constants(self, target: str, given: Arrays) -> list[str]:
+        """Those of the operator, its result's scale and zero point among them."""
+        names = {name for op in self.graph.operators if op.output == target for name in (*op.inputs, op.output)}
+        return [name for name in self.constants if name.removesuffix(" scale").removesuffix(" zero point") in names]
 
     def operation(self, target: str) -> str:
         """The operator."""
