@@ -19,6 +19,7 @@ from ..audit.findings import FINDINGS
 from ..engines.paths import EngineCrash, EngineRefusal
 from ..report.tables import format_table
 from .options import JSON, options, say, write_json
+from .parity import Refused, Verdicts
 
 SHOWN = 12  # tensors of the growth
 CAUSES = {  # the finding of an axis
@@ -37,7 +38,7 @@ CAUSES = {  # the finding of an axis
 }
 
 
-@click.command("bisect")
+@click.command("bisect", cls=Verdicts)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @options(
@@ -56,7 +57,7 @@ def bisect_command(a: str, b: str, data: str | None, seed: int, json_path: str |
     try:
         found = bisect(*executions, read_inputs(executions, data, seed))
     except (EngineCrash, EngineRefusal) as error:
-        raise click.ClickException(str(error)) from None
+        raise Refused(str(error)) from None
     say(describe(found), json_path)
     write_json(json_path, {"bisection": to_json(found)})
     if found.first is not None:

@@ -220,4 +220,4 @@ def test_the_command(artifact, tmp_path) -> None:
 def test_what_cannot_be_run_is_refused(artifact, words, said, tmp_path) -> None:
     name = words.replace("m.qtx", str(artifact)).replace("m.onnx", str(tmp_path / "m.onnx"))
     result = call("audit", "bisect", artifact, name)
-    assert result.exit_code == 1 and said in result.output and "Traceback" not in result.output
+    assert result.exit_code == 2 and said in result.output and "Traceback" not in result.output
