@@ -50,7 +50,7 @@ def bisect_command(a: str, b: str, data: str | None, seed: int, json_path: str |
     """The first tensor in which two executions of one quantized model differ, and the rule that does it.
 
     A and B are MODEL@WORDS, WORDS with commas between them. MODEL.qtx: ref or torch, integer or fake. MODEL.onnx:
-    reference, disable, basic, extended, all (onnxruntime's levels), qtx_ref, cpu=avx2. MODEL.tflite: reference,
+    reference, disable, basic, extended, all (onnxruntime's levels), qtx_ref, cpu=Haswell. MODEL.tflite: reference,
     optimized, xnnpack, qtx_ref. profile=NAME|FILE where qtx computes. Exit status 1 where they differ.
     """
     executions = parse_execution(a), parse_execution(b)

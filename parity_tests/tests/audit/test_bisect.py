@@ -215,9 +215,32 @@ def test_the_command(artifact, tmp_path) -> None:
         ("m.onnx@all,profile=qtx", "no such file"),
         ("m.bin", "is none of"),
         ("m.qtx@profile=nosuch", "known profiles are"),
+        ("m.qtx@torch,ref", "'ref' after 'torch'"),
     ],
 )
 def test_what_cannot_be_run_is_refused(artifact, words, said, tmp_path) -> None:
     name = words.replace("m.qtx", str(artifact)).replace("m.onnx", str(tmp_path / "m.onnx"))
     result = call("audit", "bisect", artifact, name)
     assert result.exit_code == 2 and said in result.output and "Traceback" not in result.output
+
+
+def test_inputs_that_do_not_fit_are_refused_in_a_line(tmp_path) -> None:
+    """Of another dtype they are converted, as an ONNX file's are."""
+    pytest.importorskip("ai_edge_litert")
+    file, data = write_layers(tmp_path / "t.tflite", rows=3), tmp_path / "x.npz"
+    for x, status, said in (
+        (np.zeros((3, 32)), 0, "5 tensors, all equal"),
+        (np.zeros((3, 31), np.float32), 2, "operator FULLY_CONNECTED that makes y0"),
+        (np.array(["a"]), 2, "input x is <U1: the file takes float32"),
+    ):
+        np.savez(data, x=x)
+        profile = "qtx_ref,profile=litert-2.3-reference"
+        result = call("audit", "bisect", f"{file}@{profile}", f"{file}@reference", "--data", data)
+        assert result.exit_code == status and said in result.output, result.output
+
+
+def test_an_onnx_engine_has_no_switches_of_torch(tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    file = write_product(tmp_path / "p.onnx")
+    result = call("audit", "bisect", f"{file}@all", f"{file}@all,cpu=avx2")
+    assert result.exit_code == 2 and "CPU avx2 is a switch of torch, torchao" in result.output

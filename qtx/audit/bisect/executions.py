@@ -105,19 +105,29 @@ def parse_execution(text: str) -> Execution:
 
 def describe_words(words: list[str], allowed: Mapping[str, tuple[str, ...]], keys: tuple[str, ...]) -> dict[str, str]:
     """Which of the `allowed` words of each kind was given (else the first), and the values of `keys`. Raises SpecError
-    naming a word that is neither."""
-    chosen = {kind: values[0] for kind, values in allowed.items()}
+    naming a word that is neither, or the second of its kind."""
+    chosen, given = {kind: values[0] for kind, values in allowed.items()}, dict[str, str]()
     for word in words:
         key, equals, value = word.partition("=")
         kind = next((kind for kind, values in allowed.items() if word in values), None)
-        if kind is not None:
-            chosen[kind] = word
-        elif equals and key in keys:
-            chosen[key] = value
+        if kind is not None and kind not in given:
+            chosen[kind] = given[kind] = word
+        elif equals and key in keys and key not in given:
+            chosen[key] = given[key] = value
+        elif (earlier := given.get(kind or key)) is not None:
+            raise SpecError(f"{word!r} after {earlier!r}: give one of them")
         else:
             known = [*(value for values in allowed.values() for value in values), *(f"{key}=..." for key in keys)]
             raise SpecError(f"{word!r} says nothing of this file: give {', '.join(known)}")
     return chosen
+
+
+def convert(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+    """An input in the dtype that a file takes. Raises SpecError for one that is no number."""
+    try:
+        return value.astype(dtype)
+    except (TypeError, ValueError):
+        raise SpecError(f"input {name} is {value.dtype}: the file takes {dtype}") from None
 
 
 # --- artifacts --------------------------------------------------------------------------------------------------------
@@ -313,8 +323,8 @@ class OnnxExecution:
         taken = {}
         for name, (dtype, _) in self.graph.inputs.items():
             if name not in inputs:
-                raise SpecError(f"input {name} of {self.path} is missing: --data has {', '.join(inputs)}")
-            taken[name] = np.ascontiguousarray(inputs[name].astype(dtype) if dtype else inputs[name])
+                raise SpecError(f"input {name} of {self.path} is missing: the inputs are {', '.join(inputs)}")
+            taken[name] = np.ascontiguousarray(convert(name, inputs[name], dtype) if dtype else inputs[name])
         return taken
 
     def run(self, inputs: Arrays) -> Trace:
@@ -434,18 +444,26 @@ class TfliteExecution:
             raise SpecError(f"profile={self.words['profile']} belongs to {OURS}: {self.engine} has rules of its own")
         self.label = f"{path} ({'qtx_ref, profile ' + self.profile.name if self.profile else 'LiteRT ' + self.engine})"
 
+    def feed(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """The file's inputs, of the dtypes that it takes."""
+        tensors = self.graph.tensors
+        return {name: convert(name, inputs[name], tensors[name].dtype) for name in self.graph.inputs}
+
     def run(self, inputs: Arrays) -> Trace:
         """Every tensor that an operator makes."""
         for name in self.graph.inputs:
             if name not in inputs:
-                raise SpecError(f"input {name} of {self.path} is missing: --data has {', '.join(inputs)}")
-        fed = {name: inputs[name] for name in self.graph.inputs}
+                raise SpecError(f"input {name} of {self.path} is missing: the inputs are {', '.join(inputs)}")
+        fed = self.feed(inputs)
         if self.profile is None:
             made, changed = tflite.run_engine(self.path, fed, self.engine)
             return Trace(made, self.graph.outputs, changed)
         values = dict(fed)
         for op in self.graph.operators:
-            made_here = tflite.compute(self.graph, op, values, self.profile)
+            try:
+                made_here = tflite.compute(self.graph, op, values, self.profile)
+            except ValueError as error:  # SpecError is one; shapes that do not go together are others
+                raise SpecError(f"operator {op.kind} that makes {op.output} of {self.path}: {error}") from None
             if made_here is None:
                 raise SpecError(f"operator {op.kind} of {self.path} is none that qtx_ref has: run it in LiteRT")
             values[op.output] = made_here
@@ -455,7 +473,7 @@ class TfliteExecution:
         self, profile: Profile, inputs: Arrays, given: Arrays, target: str | None = None
     ) -> dict[str, np.ndarray]:
         """As `Execution.replay`."""
-        values = dict(inputs) | dict(given)
+        values = self.feed(inputs) | dict(given)
         made = {}
         for op in self.graph.operators:
             if target in (None, op.output) and all(n in values or n in self.constants for n in op.inputs if n):
