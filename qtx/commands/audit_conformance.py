@@ -58,6 +58,8 @@ def conformance_command(
         if ops or cpu or known:
             raise SpecError("--op, --cpu and --known do not go with --write-golden, which takes all of an engine here")
         names = dict.fromkeys(path.engine for path in paths if path.engine not in absent)
+        if not names:
+            raise SpecError(f"--write-golden {folder}: none of {', '.join(engines) or 'the engines'} runs here")
         files = [str(write_golden(folder, name, profile, seed)) for name in names]
         say("\n".join(files), json_path)
         write_json(json_path, {"golden": files})

@@ -65,8 +65,7 @@ def run_engine(
     """What an engine makes of a file and its inputs, in a worker process.
 
     cpu: None is this machine's own, else one of qemu-user's. Raises SpecError for a level or a CPU that is not known,
-    MissingExtra, EngineRefusal
-    for what the engine refuses, EngineCrash.
+    MissingExtra, EngineRefusal for what the engine refuses, EngineCrash.
     """
     check_level(level)
     command = [sys.executable, "-m", "qtx.graphs.running"]
