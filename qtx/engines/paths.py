@@ -13,6 +13,7 @@ import importlib.util
 import pathlib
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "OPERATIONS",
     "Path",
     "check_granularity",
+    "emulate",
     "engine_names",
     "find_narrow",
     "find_path",
@@ -206,6 +208,23 @@ def name_profile(path: Path, cpu: str | None = None) -> str:
 workers: dict[tuple[str, str | None], Worker] = {}
 
 
+def emulate(cpu: str) -> tuple[str, ...]:
+    """The beginning of a command that runs on one of qemu-user's CPUs. Raises MissingExtra without qemu-user, SpecError
+    for a CPU that it does not have."""
+    emulator = shutil.which("qemu-x86_64")
+    if emulator is None:
+        others = ", ".join(SWITCHES)
+        raise MissingExtra(
+            f"CPU {cpu} needs qemu-x86_64, of qemu-user, which is not installed; torch's {others} needs none"
+        )
+    listed = subprocess.run([emulator, "-cpu", "help"], capture_output=True, text=True).stdout  # its status is 1
+    if cpu.split(",")[0] not in listed.split():
+        raise SpecError(
+            f"CPU {cpu} is none that qemu-x86_64 has, nor of {', '.join(SWITCHES)}: see qemu-x86_64 -cpu help"
+        )
+    return emulator, "-cpu", cpu
+
+
 def make_worker(engine: str, cpu: str | None) -> Worker:
     """A worker of an engine, on an imitated CPU where one is named. Raises SpecError where the engine has no switch for
     it, MissingExtra without qemu-user."""
@@ -213,11 +232,7 @@ def make_worker(engine: str, cpu: str | None) -> Worker:
     if cpu in SWITCHES and engine not in SWITCHED:
         raise SpecError(f"CPU {cpu} is a switch of {', '.join(SWITCHED)}: name one of qemu-user's, such as Haswell")
     if cpu is not None and cpu not in SWITCHES:
-        emulator = shutil.which("qemu-x86_64")
-        if emulator is None:
-            others = ", ".join(SWITCHES)
-            raise MissingExtra(f"CPU {cpu} needs qemu-x86_64, of qemu-user, which is not installed; {others} need none")
-        command = [emulator, "-cpu", cpu, *command]
+        command = [*emulate(cpu), *command]
     return Worker(command, make_environment(**SWITCHES.get(cpu or "", {})))
 
 

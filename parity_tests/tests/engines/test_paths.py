@@ -260,6 +260,13 @@ print(run(path, "quantize", values)["code"].tolist())
     assert done.stdout == "[1, 2, 0]\n"
 
 
+def test_a_cpu_that_the_emulator_does_not_have_is_refused() -> None:
+    if shutil.which("qemu-x86_64") is None:
+        pytest.skip("qemu-x86_64, of qemu-user, is not installed")
+    with pytest.raises(SpecError, match="CPU nosuch is none that qemu-x86_64 has"):
+        run("ml_dtypes", "cast", {}, "nosuch")
+
+
 def test_a_plug_in_that_cannot_be_imported_is_told_and_ends_nothing(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "theirs.py").write_text("import no_such_driver")
     monkeypatch.syspath_prepend(tmp_path)
