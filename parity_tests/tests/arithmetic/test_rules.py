@@ -18,6 +18,7 @@ from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
     AddRule,
+    Beyond,
     Bias,
     Dtype,
     Fixed,
@@ -43,8 +44,8 @@ S8, U8, I8 = QuantSpec(symmetric=True), QuantSpec(), QuantSpec(symmetric=False, 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 AWAY = replace(rules.ONE, rounding=Rounding.HALF_AWAY)
 OPTIMISED = replace(rules.TWO, rounding=Rounding.HALF_UP)
-REFERENCE = FloatProduct(Dtype.FLOAT64, Order.RATIO, ZeroPoint.BEFORE, Rounding.HALF_EVEN)
-ONEDNN = FloatProduct(Dtype.FLOAT32, Order.STEPS, ZeroPoint.BEFORE, Rounding.HALF_EVEN)
+REFERENCE = FloatProduct(Dtype.FLOAT64, Order.RATIO, ZeroPoint.BEFORE, Rounding.HALF_EVEN, Beyond.SATURATE)
+ONEDNN = FloatProduct(Dtype.FLOAT32, Order.STEPS, ZeroPoint.BEFORE, Rounding.HALF_EVEN, Beyond.SATURATE)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -198,7 +199,7 @@ def test_a_bias_of_floats_before_and_after_scaling(call) -> None:
     a, unit, y = I32([[1596, 1596]]), F64(0.0625), F32(1)
     bias = F32([0.25, 0.21875])
     for order in Order:
-        rule = FloatProduct(Dtype.FLOAT32, order, ZeroPoint.AFTER, Rounding.FLOOR)
+        rule = FloatProduct(Dtype.FLOAT32, order, ZeroPoint.AFTER, Rounding.FLOOR, Beyond.SATURATE)
         real = call("integer.fixed_point.real_multiplier", F32(0.5), F32(0.125), y, rule)
         for place in (Bias.FLOAT_BEFORE, Bias.FLOAT_AFTER):
             units = call("integer.float_product.scale_bias", bias, unit, y, rule, place)
@@ -207,7 +208,7 @@ def test_a_bias_of_floats_before_and_after_scaling(call) -> None:
             got = call("integer.fixed_point.requantize", a, real, I32(0), S8, rule, units, place)
             assert got.tolist() == [[100, 99]]
         assert call("integer.fixed_point.requantize", a + I32([4, 4]), real, I32(0), S8, rule).tolist() == [[100, 100]]
-    fused = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.FLOOR)
+    fused = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.FLOOR, Beyond.SATURATE)
     third = F32(1 / 3)
     parts = call("integer.float_product.scale_bias", F32([0.33333334]), third, y, fused, Bias.FLOAT_BEFORE_FUSED)
     assert parts.tolist() == [[F32(0.33333334)], [3.0]]
@@ -221,7 +222,7 @@ def test_a_bias_of_floats_before_and_after_scaling(call) -> None:
 def test_float_biases_after_one_factor_are_in_units_of_the_result(call) -> None:
     bias, y = F32([3]), F32(0.7)
     for order, want in ((Order.RATIO, bias / y), (Order.RECIPROCAL, bias * (F32(1) / y)), (Order.STEPS, bias)):
-        rule = FloatProduct(Dtype.FLOAT32, order, ZeroPoint.AFTER, Rounding.HALF_EVEN)
+        rule = FloatProduct(Dtype.FLOAT32, order, ZeroPoint.AFTER, Rounding.HALF_EVEN, Beyond.SATURATE)
         got = call("integer.float_product.scale_bias", bias, F64(0.1), y, rule, Bias.FLOAT_AFTER)
         assert got.tolist() == want.tolist()
 

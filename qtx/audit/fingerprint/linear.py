@@ -12,6 +12,7 @@ import numpy as np
 from qtx_ref.integer import fixed_point, float_product, products
 from qtx_ref.spec import (
     QTX,
+    Beyond,
     Bias,
     Dtype,
     Fixed,
@@ -74,7 +75,7 @@ def requantizations() -> Iterator[Values]:
     places = (ZeroPoint.AFTER, ZeroPoint.BEFORE)
     for bias, dtype, order, zero_point, rounding in product(Bias, Dtype, Order, places, ROUNDINGS):
         try:
-            replace(QTX, bias=bias, requantize=FloatProduct(dtype, order, zero_point, rounding))
+            replace(QTX, bias=bias, requantize=FloatProduct(dtype, order, zero_point, rounding, Beyond.SATURATE))
         except SpecError:
             continue
         yield bias, FLOAT, dtype, None, None, order, zero_point, rounding, None
@@ -93,7 +94,7 @@ def make_requantize(values: Values) -> Fixed | FloatProduct:
     _, _, _, _, kind, dtype, bits, high, order, zero_point, rounding, left = values
     if kind == FIXED:
         return Fixed(dtype, bits, high, rounding, left, dtype)
-    return FloatProduct(dtype, order, zero_point, rounding)
+    return FloatProduct(dtype, order, zero_point, rounding, Beyond.SATURATE)
 
 
 class Linear(Operation):
