@@ -160,6 +160,8 @@ class Linear(Operation):
         bias = None
         if arrays["bias"] is not None and place is not Bias.INT32:
             assert isinstance(rule, FloatProduct)  # a fixed one has integers
+            if arrays["bias"].dtype != np.float32:
+                raise ValueError("a bias of integers, which a rule of floats says nothing of")
             unit = x.astype(np.float64) * w
             bias = float_product.scale_bias(arrays["bias"].astype(np.float32), unit, y, rule, place)
         real = fixed_point.real_multiplier(x, w, y, rule)
