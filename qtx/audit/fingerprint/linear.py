@@ -157,11 +157,11 @@ class Linear(Operation):
         if sums is None:
             raise ValueError("accumulators that the rule refuses")
         x, w, y = arrays["x_scale"], arrays["w_scale"], arrays["y_scale"]
+        if arrays["bias"] is not None and (arrays["bias"].dtype == np.int32) != (place is Bias.INT32):
+            raise ValueError("a bias of another kind, which a box converts in its own way")
         bias = None
         if arrays["bias"] is not None and place is not Bias.INT32:
             assert isinstance(rule, FloatProduct)  # a fixed one has integers
-            if arrays["bias"].dtype != np.float32:
-                raise ValueError("a bias of integers, which a rule of floats says nothing of")
             unit = x.astype(np.float64) * w
             bias = float_product.scale_bias(arrays["bias"].astype(np.float32), unit, y, rule, place)
         real = fixed_point.real_multiplier(x, w, y, rule)
