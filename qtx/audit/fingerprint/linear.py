@@ -158,6 +158,8 @@ class Linear(Operation):
         if sums is None:
             raise ValueError("accumulators that the rule refuses")
         x, w, y = arrays["x_scale"], arrays["w_scale"], arrays["y_scale"]
+        if arrays["bias"] is not None and (arrays["bias"].dtype == np.int32) != (place is Bias.INT32):
+            raise ValueError("a bias of another kind, which a box converts in its own way")
         bias = None
         if arrays["bias"] is not None and place is not Bias.INT32:
             assert isinstance(rule, FloatProduct)  # a fixed one has integers
