@@ -302,6 +302,16 @@ def factors_by_hand(x: np.ndarray, w: np.ndarray, y: np.ndarray, rule: FloatProd
     return [to(to(x * w) * to(1 / y))] if rule.order is Order.RECIPROCAL else [to(to(x * w) / y)]
 
 
+def convert_by_hand(level: int, zero: int, beyond: Beyond) -> int:
+    """A level plus a zero point: as it is, or in the integers that it is converted to first, which wrap."""
+    if beyond is Beyond.SATURATE:
+        return min(max(level, INT_MIN), -INT_MIN - 1) + zero
+    bits = 32 if beyond is Beyond.WRAP32 else 64
+    half = 2 ** (bits - 1)
+    held = level if -half <= level < half else -half
+    return (held + zero + half) % (2 * half) - half
+
+
 @pytest.mark.parametrize("rule", rules.list_floats(), ids=lambda rule: "-".join(map(str, vars(rule).values())))
 def test_floats_are_rounded_at_each_step(rule: FloatProduct) -> None:
     """In float64, each result rounded by hand to the rule's dtype; every place of a bias."""
@@ -343,8 +353,12 @@ def test_floats_are_rounded_at_each_step(rule: FloatProduct) -> None:
             level = to(level / factor if rule.order.divides else level * factor)
         before = rule.zero_point is ZeroPoint.BEFORE
         level = to(level + int(zero)) if before else level
-        top = [whole(Fraction(v), rule.rounding) if math.isfinite(v) else math.copysign(1e9, v) for v in level.ravel()]
-        code = np.clip(np.array(top) + (0 if before else int(zero)), 0, 255).reshape(a.shape)
+        top = [
+            whole(Fraction(v), rule.rounding) if math.isfinite(v) else int(math.copysign(2**70, v))
+            for v in level.ravel().tolist()
+        ]
+        code = [convert_by_hand(v, 0 if before else int(zero), rule.beyond) for v in top]
+        code = np.clip(np.array(code, F64), 0, 255).reshape(a.shape)
         got = both("fixed", "requantize", a, real, zero, U8, rule, beside, place)
         np.testing.assert_array_equal(got, code)
 
