@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
+from hashlib import blake2b
 from itertools import product
 from typing import Any
 
@@ -47,6 +49,7 @@ AXES = (
     "bias",
     "requantize",
     "requantize.dtype",
+    "requantize.scales",
     "requantize.bits",
     "requantize.product",
     "requantize.order",
@@ -54,6 +57,7 @@ AXES = (
     "requantize.rounding",
     "requantize.left",
 )
+BITS, LEFT = AXES.index("requantize.bits"), AXES.index("requantize.left")
 FIXED, FLOAT = "fixed", "float"  # of the axis requantize: which record it is; the other one's axes are None
 FAR = "accumulators beyond int32"
 RUNS = (2, 4, 8, 16, 32)  # pairs that an acc16 kernel may add at once
@@ -65,11 +69,11 @@ W_SPEC = QuantSpec(bits=8, symmetric=True)
 
 def requantizations() -> Iterator[Values]:
     """Every requantization with the biases that go with it, those that are one by definition once."""
-    for dtype, bits, high, rounding, left in product(
-        (Dtype.FLOAT64, Dtype.FLOAT32), (31, 15), HighProduct, ROUNDINGS, LeftShift
-    ):
+    # the float64 product of two float32, rounded to float32, is the float32 product
+    widths = ((Dtype.FLOAT64, Dtype.FLOAT64), (Dtype.FLOAT64, Dtype.FLOAT32), (Dtype.FLOAT32, Dtype.FLOAT32))
+    for (dtype, scales), bits, high, rounding, left in product(widths, (31, 15), HighProduct, ROUNDINGS, LeftShift):
         if bits == 31 or high is HighProduct.EXACT:  # a high product is of 32-bit accumulators
-            yield Bias.INT32, FIXED, dtype, bits, high, None, None, rounding, left
+            yield Bias.INT32, FIXED, dtype, scales, bits, high, None, None, rounding, left
     # of one zero point added after there are two names here
     places = (ZeroPoint.AFTER, ZeroPoint.BEFORE)
     for bias, dtype, order, zero_point, rounding in product(Bias, Dtype, Order, places, ROUNDINGS):
@@ -77,7 +81,7 @@ def requantizations() -> Iterator[Values]:
             replace(QTX, bias=bias, requantize=FloatProduct(dtype, order, zero_point, rounding))
         except SpecError:
             continue
-        yield bias, FLOAT, dtype, None, None, order, zero_point, rounding, None
+        yield bias, FLOAT, dtype, None, None, None, order, zero_point, rounding, None
 
 
 def matmuls() -> Iterator[Values]:
@@ -88,12 +92,20 @@ def matmuls() -> Iterator[Values]:
         yield kind, run, overflow
 
 
+@cache
 def make_requantize(values: Values) -> Fixed | FloatProduct:
-    """The record of a candidate."""
-    _, _, _, _, kind, dtype, bits, high, order, zero_point, rounding, left = values
+    """The record of a candidate, from its kind on."""
+    kind, dtype, scales, bits, high, order, zero_point, rounding, left = values
     if kind == FIXED:
-        return Fixed(dtype, bits, high, rounding, left, dtype)
+        return Fixed(dtype, bits, high, rounding, left, scales)
     return FloatProduct(dtype, order, zero_point, rounding)
+
+
+@cache
+def make_matmul(codes: str, kind: Products, run: int, overflow: Overflow) -> MatmulRule:
+    """The record of products, as it multiplies x of `codes`: exactly where they are none of those that it pairs."""
+    rule = MatmulRule(kind, run, overflow)
+    return rule if products.saturates(operand_spec(codes), W_SPEC, rule) else MatmulRule(Products.EXACT, 1, overflow)
 
 
 class Linear(Operation):
@@ -103,25 +115,21 @@ class Linear(Operation):
 
     def __init__(self, specs: dict[str, QuantSpec]) -> None:
         self.specs = specs
-        self.candidates = [(*a, *b) for a in matmuls() for b in requantizations()]
+        requantized = list(requantizations())
+        self.candidates = [(*a, *b) for a in matmuls() for b in requantized]
 
     # --- what a candidate says ---
 
     def accumulate(self, values: Values, question: Question) -> tuple[Hashable, np.ndarray | None]:
         """Accumulators (1, N) by a name that equal ones share; None where the rule refuses them."""
         kind, run, overflow, bias = values[:4]
-        spec = operand_spec(str(question.arrays["x_codes"].dtype))
-        if not products.saturates(spec, W_SPEC, MatmulRule(kind, run, overflow)):  # others are multiplied in pairs
-            kind, run = Products.EXACT, 1
-        if not question.settings["far"]:
-            overflow = Overflow.WRAP
         inside = question.arrays["bias"] is not None and bias is Bias.INT32
         memo = question.settings["accumulators"]
-        key = (kind, run, overflow, inside)
-        if key not in memo:
+        rule = make_matmul(question.settings["codes"], kind, run, overflow if question.settings["far"] else Overflow.WRAP)
+        if (key := (id(rule), inside)) not in memo:
             try:
-                sums = self.add_products(MatmulRule(kind, run, overflow), question, inside)
-                memo[key] = sums.tobytes(), sums
+                sums = self.add_products(rule, question, inside)
+                memo[key] = blake2b(sums.tobytes(), digest_size=16).digest(), sums
             except ValueError:
                 memo[key] = b"", None
         return memo[key]
@@ -139,20 +147,20 @@ class Linear(Operation):
     def key(self, values: Values, question: Question) -> Hashable:
         name, sums = self.accumulate(values, question)
         if sums is None:
-            return (values[2], values[-1])
+            return (values[2], values[LEFT])
         place = None if question.arrays["bias"] is None else values[3]
         # a left shift matters where M > 1, and bits where accumulators have 64
-        left = values[-1] if question.settings["ratio"] > 1 or values[-1] is None else LeftShift.SATURATE
-        bits = values[6] if sums.dtype == np.int64 or values[6] is None else 31
-        return (hash(name), place, *values[4:6], bits, *values[7:-1], left)
+        left = values[LEFT] if question.settings["ratio"] > 1 or values[LEFT] is None else LeftShift.SATURATE
+        bits = values[BITS] if sums.dtype == np.int64 or values[BITS] is None else 31
+        return (name, place, *values[4:BITS], bits, *values[BITS + 1 : LEFT], left)
 
     def allow(self, values: Values) -> Values:
         overflow = Overflow.SATURATE if values[2] is Overflow.REPORT else values[2]
-        left = LeftShift.SATURATE if values[-1] is LeftShift.REPORT else values[-1]
-        return (*values[:2], overflow, *values[3:-1], left)
+        left = LeftShift.SATURATE if values[LEFT] is LeftShift.REPORT else values[LEFT]
+        return (*values[:2], overflow, *values[3:LEFT], left)
 
     def evaluate(self, values: Values, question: Question) -> np.ndarray:
-        arrays, rule, place = question.arrays, make_requantize(values), values[3]
+        arrays, rule, place = question.arrays, make_requantize(values[4:]), values[3]
         sums = self.accumulate(values, question)[1]
         if sums is None:
             raise ValueError("accumulators that the rule refuses")
@@ -196,7 +204,7 @@ class Linear(Operation):
         asked |= set() if bias is None else {f"a bias of {bias.dtype}"}
         asked |= {"a multiplier above 1"} if scales.ratio > 1 else set()
         far = kind == FAR and codes != "int16"
-        settings = {"spec": self.specs[codes], "ratio": scales.ratio, "blocks": blocks, "far": far, "accumulators": {}}
+        settings = {"spec": self.specs[codes], "codes": codes, "ratio": scales.ratio, "blocks": blocks, "far": far, "accumulators": {}}
         return Question(kind, arrays, len(w), frozenset(asked), settings)
 
     def draw_question(
@@ -274,6 +282,7 @@ class Linear(Operation):
         return describe(question.arrays, index)
 
 
+@cache
 def operand_spec(codes: str) -> QuantSpec:
     """The quantizer of x: all codes of a dtype."""
     return QuantSpec(bits=16 if codes == "int16" else 8, symmetric=False, signed=codes != "uint8")
