@@ -153,8 +153,8 @@ class Box:
 
 
 def bits_of(x: np.ndarray) -> np.ndarray:
-    """Floats as whole numbers: the bits of a float32, every NaN the same one."""
-    x = np.asarray(x, np.float32)
+    """Floats as whole numbers: the bits of a float32, every NaN the same one, and both zeros: codes have one."""
+    x = np.asarray(x, np.float32) + np.float32(0)
     return np.where(np.isnan(x), np.float32(np.nan), x).view(np.int32).astype(np.int64)
 
 
