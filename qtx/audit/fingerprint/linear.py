@@ -14,6 +14,7 @@ import numpy as np
 from qtx_ref.integer import fixed_point, float_product, products
 from qtx_ref.spec import (
     QTX,
+    Beyond,
     Bias,
     Dtype,
     Fixed,
@@ -56,6 +57,7 @@ AXES = (
     "requantize.zero_point",
     "requantize.rounding",
     "requantize.left",
+    "requantize.beyond",
 )
 BITS, LEFT = AXES.index("requantize.bits"), AXES.index("requantize.left")
 FIXED, FLOAT = "fixed", "float"  # of the axis requantize: which record it is; the other one's axes are None
@@ -73,15 +75,16 @@ def requantizations() -> Iterator[Values]:
     widths = ((Dtype.FLOAT64, Dtype.FLOAT64), (Dtype.FLOAT64, Dtype.FLOAT32), (Dtype.FLOAT32, Dtype.FLOAT32))
     for (dtype, scales), bits, high, rounding, left in product(widths, (31, 15), HighProduct, ROUNDINGS, LeftShift):
         if bits == 31 or high is HighProduct.EXACT:  # a high product is of 32-bit accumulators
-            yield Bias.INT32, FIXED, dtype, scales, bits, high, None, None, rounding, left
+            yield Bias.INT32, FIXED, dtype, scales, bits, high, None, None, rounding, left, None
     # of one zero point added after there are two names here
     places = (ZeroPoint.AFTER, ZeroPoint.BEFORE)
-    for bias, dtype, order, zero_point, rounding in product(Bias, Dtype, Order, places, ROUNDINGS):
+    for bias, *fields in product(Bias, Dtype, Order, places, ROUNDINGS, Beyond):
         try:
-            replace(QTX, bias=bias, requantize=FloatProduct(dtype, order, zero_point, rounding))
+            replace(QTX, bias=bias, requantize=FloatProduct(*fields))
         except SpecError:
             continue
-        yield bias, FLOAT, dtype, None, None, None, order, zero_point, rounding, None
+        dtype, order, zero_point, rounding, beyond = fields
+        yield bias, FLOAT, dtype, None, None, None, order, zero_point, rounding, None, beyond
 
 
 def matmuls() -> Iterator[Values]:
@@ -95,17 +98,19 @@ def matmuls() -> Iterator[Values]:
 @cache
 def make_requantize(values: Values) -> Fixed | FloatProduct:
     """The record of a candidate, from its kind on."""
-    kind, dtype, scales, bits, high, order, zero_point, rounding, left = values
+    kind, dtype, scales, bits, high, order, zero_point, rounding, left, beyond = values
     if kind == FIXED:
         return Fixed(dtype, bits, high, rounding, left, scales)
-    return FloatProduct(dtype, order, zero_point, rounding)
+    return FloatProduct(dtype, order, zero_point, rounding, beyond)
 
 
 @cache
 def make_matmul(codes: str, kind: Products, run: int, overflow: Overflow) -> MatmulRule:
     """The record of products, as it multiplies x of `codes`: exactly where they are none of those that it pairs."""
     rule = MatmulRule(kind, run, overflow)
-    return rule if products.saturates(operand_spec(codes), W_SPEC, rule) else MatmulRule(Products.EXACT, 1, overflow)
+    if kind is Products.EXACT or products.saturates(operand_spec(codes), W_SPEC, rule):
+        return rule
+    return make_matmul(codes, Products.EXACT, 1, overflow)
 
 
 class Linear(Operation):
@@ -125,7 +130,9 @@ class Linear(Operation):
         kind, run, overflow, bias = values[:4]
         inside = question.arrays["bias"] is not None and bias is Bias.INT32
         memo = question.settings["accumulators"]
-        rule = make_matmul(question.settings["codes"], kind, run, overflow if question.settings["far"] else Overflow.WRAP)
+        rule = make_matmul(
+            question.settings["codes"], kind, run, overflow if question.settings["far"] else Overflow.WRAP
+        )
         if (key := (id(rule), inside)) not in memo:
             try:
                 sums = self.add_products(rule, question, inside)
@@ -149,15 +156,15 @@ class Linear(Operation):
         if sums is None:
             return (values[2], values[LEFT])
         place = None if question.arrays["bias"] is None else values[3]
-        # a left shift matters where M > 1, and bits where accumulators have 64
-        left = values[LEFT] if question.settings["ratio"] > 1 or values[LEFT] is None else LeftShift.SATURATE
+        # what int32 does not hold matters where M > 1, and bits where accumulators have 64
+        ends = values[LEFT:] if question.settings["ratio"] > 1 else ()
         bits = values[BITS] if sums.dtype == np.int64 or values[BITS] is None else 31
-        return (name, place, *values[4:BITS], bits, *values[BITS + 1 : LEFT], left)
+        return (name, place, *values[4:BITS], bits, *values[BITS + 1 : LEFT], *ends)
 
     def allow(self, values: Values) -> Values:
         overflow = Overflow.SATURATE if values[2] is Overflow.REPORT else values[2]
         left = LeftShift.SATURATE if values[LEFT] is LeftShift.REPORT else values[LEFT]
-        return (*values[:2], overflow, *values[3:LEFT], left)
+        return (*values[:2], overflow, *values[3:LEFT], left, *values[LEFT + 1 :])
 
     def evaluate(self, values: Values, question: Question) -> np.ndarray:
         arrays, rule, place = question.arrays, make_requantize(values[4:]), values[3]
@@ -204,7 +211,14 @@ class Linear(Operation):
         asked |= set() if bias is None else {f"a bias of {bias.dtype}"}
         asked |= {"a multiplier above 1"} if scales.ratio > 1 else set()
         far = kind == FAR and codes != "int16"
-        settings = {"spec": self.specs[codes], "codes": codes, "ratio": scales.ratio, "blocks": blocks, "far": far, "accumulators": {}}
+        settings = {
+            "spec": self.specs[codes],
+            "codes": codes,
+            "ratio": scales.ratio,
+            "blocks": blocks,
+            "far": far,
+            "accumulators": {},
+        }
         return Question(kind, arrays, len(w), frozenset(asked), settings)
 
     def draw_question(
@@ -251,13 +265,15 @@ class Linear(Operation):
         bias = np.array([2**31 - 1, -(2**31), 2**31 - 2**20, 2**31 - 1], np.int32)
         targets = make_operands(np.array([90_000, -90_000, 2**19, -1]), codes, 0)
         yield self.question(FAR, targets, small, (0, 0), codes, bias)
-        if codes != "int16":
-            rows = np.full((4, BLOCK), 127, np.int8) * np.array([[1], [-1], [1], [-1]], np.int8)
-            rows[2:, : BLOCK // 8] = 0
-            x = np.full((1, BLOCK * BLOCKS), np.iinfo(codes).max, codes)
-            operands = x, np.tile(rows, BLOCKS)
-            yield self.question(FAR, operands, small, (0, 0), codes, blocks=BLOCKS)
+        rows = np.full((4, BLOCK), 127, np.int8) * np.array([[1], [-1], [1], [-1]], np.int8)
+        rows[2:, : BLOCK // 8] = 0
+        x = np.full((1, BLOCK * BLOCKS), np.iinfo(codes).max, codes)
         large = Scales(*(np.asarray(one, np.float32) for one in (2.0**10, 1.5 * 2.0**5, 2.0**-5)))
+        if codes != "int16":
+            yield self.question(FAR, (x, np.tile(rows, BLOCKS)), small, (0, 0), codes, blocks=BLOCKS)
+        else:
+            vast = replace(large, y=np.asarray(2.0**-13, np.float32))
+            yield self.question("levels beyond int64", (x, np.tile(rows, BLOCKS)), vast, (0, 0), codes, blocks=BLOCKS)
         targets = make_operands(np.array([300, -300, 1500, -1500, 2500, -2500, 4000, -4000]), codes, 0)
         yield self.question("levels beyond int32", targets, large, (0, 0), codes)
 
