@@ -239,6 +239,18 @@ class Linear(Operation):
         targets = draw_targets(rng, scales, levels, limit, count, offset)
         return self.question("ties", make_operands(targets, codes, zeros[0]), scales, zeros, codes, added)
 
+    def draw_large(self, rng: np.random.Generator, codes: str, kind: str, count: int) -> Question:
+        """Accumulators of 30 bits, made by a bias, between the tie under M in float64 and that under M in float32: what
+        M has lost is seen there, and what a high product rounds."""
+        spec = self.specs[codes]
+        scales = draw_scales(rng, kind, -14 if codes == "int16" else -22)
+        tie = rng.integers(spec.code_min - 1, spec.code_max + 1, count) + 0.5
+        rounded = float(np.float32(np.float32(scales.x * scales.w) / scales.y))
+        part = rng.choice([-0.1, 0.0, 0.0, 0.3, 0.7, 1.0, 1.1], count)
+        bias = np.rint(tie / scales.ratio * (1 - part) + tie / rounded * part).astype(np.int32)
+        operands = make_operands(np.zeros(count), codes, 0)
+        return self.question("ties of 30 bits", operands, scales, (0, 0), codes, bias)
+
     def make_pool(self) -> Sequence[Question]:
         rng = np.random.default_rng(11)
         asked = []
@@ -250,6 +262,7 @@ class Linear(Operation):
             for bias, kind in product(("int32", "float32"), ("short", "any")):
                 for exponent in exponents[:2]:
                     asked.append(self.draw_question(rng, codes, kind, exponent, True, bias, COUNT))
+            asked += [self.draw_large(rng, codes, kind, COUNT) for kind in ("any", "short", "any")]
             asked += [*self.ask_products(rng, codes), *self.ask_limits(codes)]
         return asked
 
@@ -289,8 +302,10 @@ class Linear(Operation):
             targets = every_tie(scales, (spec.code_min - zeros[1], spec.code_max - zeros[1]), limit)
             targets = targets[:: max(1, len(targets) // FRESH_COUNT)]
             return self.question("every tie", make_operands(targets, codes, zeros[0]), scales, zeros, codes)
-        if rng.random() < 0.15:
+        if (chance := rng.random()) < 0.15:
             return next(self.ask_products(rng, codes))
+        if chance < 0.3:
+            return self.draw_large(rng, codes, kind, FRESH_COUNT)
         bias = str(rng.choice(["", "", "int32", "float32"]))
         return self.draw_question(rng, codes, kind, exponent, plain, bias, FRESH_COUNT)
 
