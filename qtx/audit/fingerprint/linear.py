@@ -78,13 +78,12 @@ def requantizations() -> Iterator[Values]:
             yield Bias.INT32, FIXED, dtype, scales, bits, high, None, None, rounding, left, None
     # of one zero point added after there are two names here
     places = (ZeroPoint.AFTER, ZeroPoint.BEFORE)
-    for bias, *fields in product(Bias, Dtype, Order, places, ROUNDINGS, Beyond):
+    for bias, (width, order, place, nearest, beyond) in product(Bias, product(Dtype, Order, places, ROUNDINGS, Beyond)):
         try:
-            replace(QTX, bias=bias, requantize=FloatProduct(*fields))
+            replace(QTX, bias=bias, requantize=FloatProduct(width, order, place, nearest, beyond))
         except SpecError:
             continue
-        dtype, order, zero_point, rounding, beyond = fields
-        yield bias, FLOAT, dtype, None, None, None, order, zero_point, rounding, None, beyond
+        yield bias, FLOAT, width, None, None, None, order, place, nearest, None, beyond
 
 
 def matmuls() -> Iterator[Values]:
