@@ -98,6 +98,7 @@ class Product:
     shift: np.ndarray | None = None  # of the requantization, 2^shift; one or one per column
     accumulator: int = 32
     right_scale: np.ndarray | None = None  # one, or one per column
+    turned: bool = False  # whether the file has the right operand first, and both transposed
 
     @property
     def columns(self) -> int | None:

@@ -239,12 +239,14 @@ def arrange(
     scale: np.ndarray | None,
 ) -> Product:
     """The product with its constant on the right: (A B)^T = B^T A^T."""
+    turned = left.codes is not None and right.codes is None
     if (codes := left.codes) is not None:
-        if right.codes is None:
+        if turned:
             left, right = right, replace(left, codes=codes.T)
             bias = shift = scale = None  # they belong to the columns of what was on the right
         left = replace(left, codes=None)
-    return Product(name, left, right, depth, bias, shift, 32 if left.is_byte and right.is_byte else 64, scale)
+    bits = 32 if left.is_byte and right.is_byte else 64
+    return Product(name, left, right, depth, bias, shift, bits, scale, turned)
 
 
 # --- products of dequantized tensors ----------------------------------------------------------------------------------

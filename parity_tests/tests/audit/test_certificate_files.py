@@ -245,6 +245,22 @@ def test_the_witness_of_activations_has_the_zero_point_that_does_it(tmp_path: Pa
     assert rows == witness.exact and witness.computed == rows - 2**32
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_data_of_a_product_whose_constant_comes_first(dtype: type, tmp_path: Path) -> None:
+    """Both uint8, the constant is what is moved by 128: 255 (255 - 128) 2 is beyond int16, 255 (128 - 128) is not."""
+    weight = np.array([[255, 128], [255, 128], [0, 0]]).T  # (2, 3)
+    weight = (weight - 128 * (dtype is np.int8)).astype(dtype)
+    node = make_node("MatMulInteger", "w x wz xz")
+    given = {"w": weight, "wz": np.array([1, 2], dtype), "xz": np.arange(4, dtype=np.uint8)}
+    path = write_onnx(tmp_path / "m.onnx", [node], {"x": [3, 4]}, **given)
+    x = np.array([[255, 255, 0, 1], [255, 0, 255, 1], [9, 9, 9, 9]], np.uint8)
+    tally = certify(path, ["avx2"], [{"x": x}]).lines[0].tally
+    assert tally is not None and (tally.saturated, tally.pairs, tally.wrong, tally.results) == (1, 16, 1, 8)
+    empty = write_onnx(tmp_path / "e.onnx", [make_node("MatMulInteger", "x w")], {"x": [0, 2]}, w=weight)
+    tally = certify(empty, ["avx2"], [{"x": np.zeros((0, 2), np.uint8)}]).lines[0].tally
+    assert tally is not None and tally.results == tally.saturated == 0
+
+
 def test_an_integer_bias_behind_a_product_is_in_its_accumulator(tmp_path: Path) -> None:
     nodes = [make_node("MatMulInteger", "x w", out="t"), make_node("Add", "b t", "add")]
     for bias, holds in ((2**31 - 1 - 255, True), (2**31 - 255, False)):
