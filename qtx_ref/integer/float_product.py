@@ -47,7 +47,7 @@ def make_factors(x: np.ndarray, w: np.ndarray, y: np.ndarray, order: Order, dtyp
     accumulator; float32, or float64 where the dtype is that."""
     to = partial(round_dtype, dtype=Dtype.FLOAT32 if order is Order.RATIO32 else dtype)
     x, w, y = to(x), to(w), to(y)
-    with np.errstate(over="ignore", divide="ignore"):  # `check_factors` refuses what is infinite
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # `check_factors` refuses what is infinite
         if order in (Order.RATIO, Order.RATIO32):
             return to(to(x * w) / y)
         if order is Order.RECIPROCAL:
@@ -90,13 +90,14 @@ def scale_bias(bias: np.ndarray, unit: np.ndarray, y_scale: np.ndarray, rule: Fl
     if place is Bias.INT32:
         raise ValueError(f"bias is {place}: it is added to the accumulator, in integers")
     to = partial(round_dtype, dtype=rule.dtype)
-    if place is Bias.FLOAT_BEFORE:
-        return to(to(bias) / to(unit))
-    if place is Bias.FLOAT_BEFORE_FUSED:
-        return np.stack(np.broadcast_arrays(to(bias), to(1 / to(unit))))
-    if rule.order.in_steps:
-        return to(bias)
-    return to(to(bias) * to(1 / to(y_scale))) if rule.order is Order.RECIPROCAL else to(to(bias) / to(y_scale))
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        if place is Bias.FLOAT_BEFORE:
+            return to(to(bias) / to(unit))
+        if place is Bias.FLOAT_BEFORE_FUSED:
+            return np.stack(np.broadcast_arrays(to(bias), to(1 / to(unit))))
+        if rule.order.in_steps:
+            return to(bias)
+        return to(to(bias) * to(1 / to(y_scale))) if rule.order is Order.RECIPROCAL else to(to(bias) / to(y_scale))
 
 
 def multiply(

@@ -102,7 +102,7 @@ def decode(code: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, rule: De
         return round_dtype(value, arithmetic)
 
     scale = number(scale)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # where both parts of the expanded form are infinite, NaN
         if rule.form is DequantizeForm.EXPANDED:
             return number(number(scale * number(code)) + number(-number(zero_point) * scale))
         return number(scale * number(code - np.asarray(zero_point, np.float32 if code.dtype.kind == "f" else None)))
