@@ -167,9 +167,10 @@ def list_paths() -> list[Path]:
 def find_path(name: str, op: str) -> Path:
     """The path of that name and operation. Raises SpecError where there is none, MissingExtra where its engine is not
     installed."""
-    paths = [path for engine in engine_names() for path in paths_of(engine) if path.name == name]
+    known = [path for engine in engine_names() for path in paths_of(engine)]
+    paths = [path for path in known if path.name == name]
     if not paths:
-        raise SpecError(f"path is {name!r}: known paths are {', '.join(dict.fromkeys(p.name for p in list_paths()))}")
+        raise SpecError(f"path is {name!r}: known paths are {', '.join(dict.fromkeys(path.name for path in known))}")
     for path in paths:
         if path.op == op:
             if line := missing(path.engine):

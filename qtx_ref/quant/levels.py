@@ -26,7 +26,7 @@ from ..spec import (
 )
 from .rounding import SATURATED, fused_multiply_add, round_dtype, round_integer, working_dtype
 
-__all__ = ["convert", "decode", "nan_code", "round_level"]
+__all__ = ["convert", "decode", "nan_code", "round_level", "to_integer"]
 
 
 def round_level(
@@ -63,17 +63,22 @@ def round_level(
 
 
 def convert(level: np.ndarray, zero_point: np.ndarray, beyond: Beyond) -> np.ndarray:
-    """Whole numbers in floats to int32 or int64 as x86 converts them, what these do not hold to the least of them, plus
-    a zero point, which wraps; in the dtype of level, clamped to what it holds. NaN stays NaN."""
+    """`to_integer` in the dtype of level, clamped to what it holds. NaN stays NaN."""
+    total = to_integer(level, zero_point, beyond)
+    clamped = np.clip(total, -int(SATURATED), int(SATURATED)).astype(level.dtype)
+    return np.where(np.isnan(level), level, clamped)
+
+
+def to_integer(level: np.ndarray, zero_point: np.ndarray | int, beyond: Beyond) -> np.ndarray:
+    """Whole numbers in floats to int32 or int64 as x86 converts them, what these do not hold, and NaN, to the least of
+    them, plus a zero point, which wraps; int64, in the shape that level and zero point broadcast to."""
     bits = 32 if beyond is Beyond.WRAP32 else 64
     least = -(2 ** (bits - 1))
     held = (level >= float(least)) & (level < -float(least))
     with np.errstate(over="ignore"):
         total = np.where(held, level, 0).astype(np.int64) + np.where(held, 0, np.int64(least))
         total = total + np.asarray(zero_point, np.int64)  # wraps at 64 bits by itself
-    total = total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
-    clamped = np.clip(total, -int(SATURATED), int(SATURATED)).astype(level.dtype)
-    return np.where(np.isnan(level), level, clamped)
+    return total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
 
 
 def nan_code(zero_point: np.ndarray, spec: QuantSpec, rule: QuantizeRule) -> np.ndarray:
@@ -97,7 +102,7 @@ def decode(code: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, rule: De
         return round_dtype(value, arithmetic)
 
     scale = number(scale)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # where both parts of the expanded form are infinite, NaN
         if rule.form is DequantizeForm.EXPANDED:
             return number(number(scale * number(code)) + number(-number(zero_point) * scale))
         return number(scale * number(code - np.asarray(zero_point, np.float32 if code.dtype.kind == "f" else None)))

@@ -63,16 +63,20 @@ def multiply(x: Tensor, y: Tensor) -> Tensor:
 
 
 def convert(level: Tensor, zero_point: Tensor, beyond: Beyond) -> Tensor:
-    """Whole numbers in floats to int32 or int64 as x86 converts them, what these do not hold to the least of them, plus
-    a zero point, which wraps; in the dtype of level, clamped to what it holds. NaN stays NaN."""
+    """`to_integer` in the dtype of level, clamped to what it holds. NaN stays NaN."""
+    clamped = to_integer(level, zero_point, beyond).clamp(-int(SATURATED), int(SATURATED)).to(level.dtype)
+    return torch.where(torch.isnan(level), level, clamped)
+
+
+def to_integer(level: Tensor, zero_point: Tensor | int, beyond: Beyond) -> Tensor:
+    """Whole numbers in floats to int32 or int64 as x86 converts them, what these do not hold, and NaN, to the least of
+    them, plus a zero point, which wraps; int64, in the shape that level and zero point broadcast to."""
     bits = 32 if beyond is Beyond.WRAP32 else 64
     least = -(2 ** (bits - 1))
     held = (level >= float(least)) & (level < -float(least))
     total = torch.where(held, level, 0).long().masked_fill(~held, least)
-    total = total + zero_point.long()  # wraps at 64 bits by itself
-    total = total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
-    clamped = total.clamp(-int(SATURATED), int(SATURATED)).to(level.dtype)
-    return torch.where(torch.isnan(level), level, clamped)
+    total = total + (zero_point.long() if isinstance(zero_point, Tensor) else zero_point)  # wraps at 64 bits by itself
+    return total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
 
 
 def nan_code(zero_point: Tensor, spec: QuantSpec, rule: QuantizeRule) -> Tensor:

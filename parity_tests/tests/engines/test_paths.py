@@ -293,3 +293,9 @@ def test_the_tables_of_the_page_are_what_the_command_prints() -> None:
     assert page.partition("<!-- qtx audit engines -->\n")[2].strip() == show_tables().strip()
     for op, (takes, gives) in paths.OPERATIONS.items():
         assert f"| {op} | {takes} | {gives} |" in page
+
+
+def test_paths_are_known_whose_engine_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "missing", lambda name: f"engine {name} needs more")
+    with pytest.raises(SpecError, match="known paths are .*torch-fbgemm"):
+        paths.find_path("nobody", "quantize")

@@ -77,10 +77,13 @@ def choose_path(name: str, op: str | None) -> Path:
 
 
 def open_path(path: Path, cpu: str | None) -> Function:
-    """A path of an engine as a box."""
+    """A path of an engine as a box. Of a path in lanes it is the way of whole ones, which its `profile` states."""
 
     def call(arrays: Arrays) -> np.ndarray:
         given: dict[str, Any] = dict(arrays)
+        name = "code" if path.op == "dequantize" else "x"
+        if path.lanes > 1:  # the last elements of a tensor go another way: there are none
+            given[name] = np.concatenate([arrays[name], np.repeat(arrays[name][-1:], -arrays[name].size % path.lanes)])
         if path.op == "linear":
             given = {name.removesuffix("_codes"): value for name, value in arrays.items() if value is not None}
             given["w"], given["w_zero"] = np.ascontiguousarray(arrays["w_codes"].T), np.int8(0)
@@ -92,9 +95,9 @@ def open_path(path: Path, cpu: str | None) -> Function:
             given |= {name: int(arrays[name]) for name in ("code_min", "code_max")}
         if path.op != "linear" and path.name.endswith(PER_CHANNEL):
             given |= {name: arrays[name].reshape(1) for name in ("scale", "zero_point")}
-            name = "code" if path.op == "dequantize" else "x"
-            given |= {"axis": 0, name: arrays[name].reshape(1, -1)}
-        return run(path, path.op, given, cpu)[RESULTS[path.op]]
+            given |= {"axis": 0, name: given[name].reshape(1, -1)}
+        answer = run(path, path.op, given, cpu)[RESULTS[path.op]]
+        return answer if path.op == "linear" else answer.reshape(-1)[: arrays[name].size]
 
     return call
 

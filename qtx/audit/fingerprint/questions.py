@@ -21,6 +21,7 @@ from qtx_ref.spec import SpecError
 from ...engines.process import EngineCrash
 
 RAISES, OUTSIDE = -1, -2  # in place of a number: the rule refuses the input; the rule says nothing of it
+UNKNOWN = -3  # not yet worked out
 Values = tuple[Any, ...]
 Arrays = dict[str, np.ndarray]
 Function = Callable[[Arrays], np.ndarray]
@@ -45,6 +46,7 @@ class Question:
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the reference is told beside the arrays
     outcomes: list[np.ndarray] = field(default_factory=list)  # int32 (1, N) or (2, N): lowest and highest answer
     numbers: dict[Hashable, int] = field(default_factory=dict)
+    labels: np.ndarray | None = None  # of every candidate
     places: dict[bytes, int] = field(default_factory=dict)  # of an outcome, by its hash: thousands are kept
 
     def number(self, outcome: np.ndarray) -> int:
@@ -96,6 +98,14 @@ class Operation(ABC):
     def show(self, answer: int) -> Any:
         """A number of the answer as people read it."""
         return answer
+
+    def labels(self, places: np.ndarray, question: Question) -> np.ndarray:
+        """`label` of the candidates at these places, (n,)."""
+        if question.labels is None:
+            question.labels = np.full(len(self.candidates), UNKNOWN, np.int32)
+        for place in places[question.labels[places] == UNKNOWN].tolist():
+            question.labels[place] = self.label(self.candidates[place], question)
+        return question.labels[places]
 
     def label(self, values: Values, question: Question) -> int:
         """The number of what a candidate says; RAISES or OUTSIDE."""
@@ -154,8 +164,8 @@ class Box:
 
 
 def bits_of(x: np.ndarray) -> np.ndarray:
-    """Floats as whole numbers: the bits of a float32, every NaN the same one."""
-    x = np.asarray(x, np.float32)
+    """Floats as whole numbers: the bits of a float32, every NaN the same one, and both zeros: codes have one."""
+    x = np.asarray(x, np.float32) + np.float32(0)
     return np.where(np.isnan(x), np.float32(np.nan), x).view(np.int32).astype(np.int64)
 
 
