@@ -29,9 +29,8 @@ from functools import partial
 
 import numpy as np
 
-from ..quant import levels
 from ..quant.checks import check_integers, check_range, check_shape
-from ..quant.rounding import fused_multiply_add, round_dtype, round_integer
+from ..quant.rounding import fused_multiply_add, round_dtype, round_integer, to_integer
 from ..spec import QTX, Beyond, Bias, Dtype, FloatProduct, Order, ZeroPoint
 
 __all__ = ["FACTORS", "add", "check_factors", "list_factors", "make_factors", "multiply", "round_level", "scale_bias"]
@@ -153,7 +152,7 @@ def round_level(x: np.ndarray, rule: FloatProduct, zero_point: np.ndarray | int)
         x = round_dtype(x + round_dtype(zero_point, rule.dtype), rule.dtype)
     level = round_integer(x, rule.rounding).astype(np.float64)  # float32 has no 2^31 - 1
     if rule.beyond is not Beyond.SATURATE:
-        return levels.to_integer(level, 0 if before else zero_point, rule.beyond)
+        return to_integer(level, 0 if before else zero_point, rule.beyond)
     level = np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
     return level if before else level + zero_point
 
