@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ def operand_spec_of(codes: str) -> QuantSpec:
 
 def multiply(arrays: Arrays, values: Values) -> np.ndarray:
     """A linear layer. Raises TypeError for a bias of the other kind."""
-    rule, place, bias = make_requantize(values), values[3], arrays["bias"]
+    rule, place, bias = make_requantize(values[4:]), values[3], arrays["bias"]
     if bias is not None and (bias.dtype == np.int32) != (place is Bias.INT32):
         raise TypeError(f"a bias of {bias.dtype}")
     x, w, y = arrays["x_scale"], arrays["w_scale"], arrays["y_scale"]
@@ -150,13 +151,17 @@ def draw_combinations(count: int, seed: int) -> list[tuple[str, Values]]:
     return drawn[:count]
 
 
-def plant_all(drawn: list[tuple[str, Values]], label: str = "fingerprints") -> list[Planted]:
-    """The fingerprint of each."""
+def plant_all(drawn: list[tuple[str, Values]], tell: Callable[[str], None] = lambda line: None) -> list[Planted]:
+    """The fingerprint of each; those that do not come back are told of at once."""
     results = []
-    with Progress(label, len(drawn)) as bar:
+    with Progress("fingerprints", len(drawn)) as bar:
         for i, (op, values) in enumerate(drawn):
             results.append(Planted(op, values, find_rules(plant(op, values, i), op, seed=i)[0]))
             bar.advance(note=op)
+            if not results[-1].returned:
+                tell(f"{i}: {results[-1].tell()}")
+            elif i % 50 == 49:
+                tell(f"{i + 1} of {len(drawn)} boxes, {sum(not one.returned for one in results)} did not come back")
     return results
 
 
@@ -217,7 +222,7 @@ def main() -> int:
     parser.add_argument("--combinations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engines", action="store_true", help="ask the installed engines instead")
-    parser.add_argument("--only", default="", help="of engines, the paths whose name has this")
+    parser.add_argument("--only", default="", help="the operations, or of engines the paths, whose name has this")
     options = parser.parse_args()
     if options.engines:
         results = []
@@ -229,10 +234,9 @@ def main() -> int:
         print(f"{sum(results)} of {len(results)} paths are as their profiles say")
         return int(not all(results))
     start = time.perf_counter()
-    planted = plant_all(draw_combinations(options.combinations, options.seed))
+    drawn = [one for one in draw_combinations(options.combinations, options.seed) if options.only in one[0]]
+    planted = plant_all(drawn, lambda line: print(line, flush=True))
     lost = [one for one in planted if not one.returned]
-    for one in lost[:20]:
-        print(one.tell())
     print(summarize(planted))
     undetermined = Counter(
         f"{one.op} {verdict.axis}" for one in planted for verdict in one.found.verdicts if verdict.equal

@@ -8,6 +8,7 @@ from itertools import product
 from qtx_ref.spec import (
     ONE_ROUNDING,
     AddRule,
+    Beyond,
     Dtype,
     Fixed,
     FloatProduct,
@@ -26,8 +27,8 @@ NARROW = replace(ONE, bits=15)
 TWO = replace(ONE, product=HighProduct.HALF_UP, rounding=Rounding.HALF_AWAY, left=LeftShift.REPORT)  # gemmlowp
 # XNNPACK's rndnu
 TRUNCATED = Fixed(Dtype.FLOAT32, 31, HighProduct.TRUNCATED, Rounding.HALF_UP, LeftShift.SATURATE, Dtype.FLOAT32)
-RINT = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN)
-AWAY = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_AWAY)
+RINT = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN, Beyond.SATURATE)
+AWAY = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_AWAY, Beyond.SATURATE)
 REQUANTIZE = {"one": ONE, "narrow": NARROW, "two": TWO, "truncated": TRUNCATED, "rint": RINT, "away": AWAY}
 ADD_UP, ADD_AWAY = AddRule(Rounding.HALF_UP), AddRule(Rounding.HALF_AWAY)
 ROUNDINGS = tuple(rounding for rounding in Rounding if rounding is not Rounding.STOCHASTIC)
@@ -48,7 +49,7 @@ def list_floats() -> list[FloatProduct]:
     """Every rule of requantization in floats."""
     dtypes = (Dtype.FLOAT32, Dtype.FLOAT64, Dtype.BFLOAT16, Dtype.FLOAT16)
     places = (ZeroPoint.AFTER, ZeroPoint.BEFORE)
-    return [FloatProduct(*one) for one in product(dtypes, Order, places, ROUNDINGS)]
+    return [FloatProduct(*one) for one in product(dtypes, Order, places, ROUNDINGS, Beyond)]
 
 
 def list_matmuls() -> list[MatmulRule]:

@@ -208,6 +208,7 @@ FIXED = {
     "scales": (Dtype.FLOAT64, Dtype.FLOAT32),
     "order": tuple(Order),
     "zero_point": (ZeroPoint.AFTER, ZeroPoint.BEFORE),
+    "beyond": tuple(Beyond),
     "place": tuple(Bias),
     "add": rules.ROUNDINGS,
     "accumulator": (np.int32, np.int32, np.int64),
@@ -222,7 +223,7 @@ FIXED = {
 def make_rule(axes: dict[str, Any]) -> Fixed | FloatProduct:
     """The rule of requantization that the axes draw."""
     if axes["kind"] == "float":
-        return FloatProduct(axes["dtype"], axes["order"], axes["zero_point"], axes["rounding"])
+        return FloatProduct(axes["dtype"], axes["order"], axes["zero_point"], axes["rounding"], axes["beyond"])
     dtype = Dtype.FLOAT32 if axes["dtype"] is Dtype.FLOAT32 else Dtype.FLOAT64
     return Fixed(dtype, axes["multiplier_bits"], axes["product"], axes["rounding"], axes["left"], axes["scales"])
 

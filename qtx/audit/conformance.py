@@ -12,7 +12,7 @@ from functools import partial
 from qtx_ref.spec import SpecError
 
 from ..engines.backend import MissingExtra
-from ..engines.paths import Path, engine_names, load_engine, missing, run
+from ..engines.paths import Path, engine_names, missing, paths_of, run
 from .golden_vectors import read_golden, replay
 from .known import Known
 from .node_cases import CaseResult, run_cases
@@ -65,7 +65,7 @@ def choose_paths(engines: Sequence[str] = (), ops: Sequence[str] = ()) -> tuple[
             raise SpecError(f"engine is {name!r}: known engines are {', '.join(known)}")
     chosen = [name for name in engine_names() if name in engines or not engines]
     absent = [name for name in chosen if missing(name) is not None]
-    paths = [path for name in chosen for path in load_engine(name).PATHS]
+    paths = [path for name in chosen for path in paths_of(name)]
     return [path for path in paths if path.op in DRAWN and (path.op in ops or not ops)], absent
 
 

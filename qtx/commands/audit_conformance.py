@@ -20,11 +20,12 @@ from ..audit.tallies import Tally
 from ..progress import Progress
 from ..report.tables import format_table
 from .options import JSON, say, write_json
+from .parity import Verdicts
 
 HEADER = ("path", "profile", "vectors", "mismatches", "gaussian", "near ties", "worst", "refused", "crashes")
 
 
-@click.command(name="conformance")
+@click.command(name="conformance", cls=Verdicts)
 @click.option("--engine", "engines", multiple=True, help=f"An engine, or {NODE_CASES}; all by default; several times.")
 @click.option("--op", "ops", multiple=True, help="An operation; all by default; several times.")
 @click.option("--cpu", help="A CPU to imitate: avx2, or one of qemu-user's.")

@@ -41,6 +41,7 @@ __all__ = [
     "missing",
     "multiplies_bytes",
     "name_profile",
+    "paths_of",
     "run",
 ]
 
@@ -121,16 +122,35 @@ def engine_names() -> dict[str, str]:
 
 
 def load_engine(name: str) -> Engine:
-    """The module of an engine, installed or not. Raises SpecError for a name that no engine has."""
+    """The module of an engine, installed or not. Raises SpecError for a name that no engine has, MissingExtra for one
+    of another package that cannot be imported."""
     names = engine_names()
     if name not in names:
         raise SpecError(f"engine is {name!r}: known engines are {', '.join(names)}")
-    return cast(Engine, importlib.import_module(names[name]))
+    try:
+        return cast(Engine, importlib.import_module(names[name]))
+    except Exception as error:
+        if name in BUILT_IN:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise MissingExtra(f"engine {name}: its module {names[name]} cannot be imported: {reason}") from None
+
+
+def paths_of(name: str) -> tuple[Path, ...]:
+    """The paths of an engine, installed or not; none of one that cannot be imported."""
+    try:
+        return load_engine(name).PATHS
+    except MissingExtra:
+        return ()
 
 
 def missing(name: str) -> str | None:
     """The line that says what to install for an engine; None where all of it is."""
-    for package, extra in load_engine(name).PACKAGES.items():
+    try:
+        packages = load_engine(name).PACKAGES
+    except MissingExtra as error:
+        return str(error)
+    for package, extra in packages.items():
         if importlib.util.find_spec(package) is None:
             what = f'"qtx[{extra}]", or ".[{extra}]" in a checkout' if name in BUILT_IN else extra
             return f"engine {name} needs {package}, which is not installed: pip install {what}"
@@ -145,7 +165,7 @@ def list_paths() -> list[Path]:
 def find_path(name: str, op: str) -> Path:
     """The path of that name and operation. Raises SpecError where there is none, MissingExtra where its engine is not
     installed."""
-    known = [path for engine in engine_names() for path in load_engine(engine).PATHS]
+    known = [path for engine in engine_names() for path in paths_of(engine)]
     paths = [path for path in known if path.name == name]
     if not paths:
         raise SpecError(f"path is {name!r}: known paths are {', '.join(dict.fromkeys(path.name for path in known))}")

@@ -133,6 +133,8 @@ def check_float(rule: FloatProduct) -> None:
     """Raises ValueError for floats that are not written down here."""
     if rule.dtype not in (Dtype.FLOAT32, Dtype.FLOAT64):
         raise ValueError(f"requantization in {rule.dtype} is not exported: float32 and float64 are")
+    if rule.beyond is not Beyond.SATURATE:
+        raise ValueError(f"levels beyond int32 are {rule.beyond}: exported they saturate, take a profile that says so")
 
 
 def check_quantize(rule: QuantizeRule) -> None:

@@ -16,7 +16,7 @@ before), biases and zero points broadcast against them. What comes out is int64,
 
     >>> from dataclasses import replace
     >>> from qtx_ref.spec import Rounding
-    >>> rint = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN)
+    >>> rint = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN, Beyond.SATURATE)
     >>> before = replace(rint, zero_point=ZeroPoint.BEFORE)
     >>> a, half = np.int32([-1, 1, 3]), np.float32(0.5)  # levels -0.5, 0.5, 1.5
     >>> multiply(a, half, rint, np.int32(3)).tolist(), multiply(a, half, before, np.int32(3)).tolist()
@@ -30,8 +30,8 @@ from functools import partial
 import numpy as np
 
 from ..quant.checks import check_integers, check_range, check_shape
-from ..quant.rounding import fused_multiply_add, round_dtype, round_integer
-from ..spec import QTX, Bias, Dtype, FloatProduct, Order, ZeroPoint
+from ..quant.rounding import fused_multiply_add, round_dtype, round_integer, to_integer
+from ..spec import QTX, Beyond, Bias, Dtype, FloatProduct, Order, ZeroPoint
 
 __all__ = ["FACTORS", "add", "check_factors", "list_factors", "make_factors", "multiply", "round_level", "scale_bias"]
 
@@ -109,7 +109,7 @@ def multiply(
 ) -> np.ndarray:
     """Accumulators of any shape, int32 or int64 -> level plus zero point, int64, shaped alike.
 
-    The level is saturated to int32. real: of `make_factors`. bias: of `scale_bias`, (O,) or as it broadcasts. Raises
+    real: of `make_factors`. bias: of `scale_bias`, (O,) or as it broadcasts. Raises
     ValueError for what is no integer or does not fit the shape of a, for what float16 has not, and for a bias that is
     placed among the integers.
     """
@@ -145,12 +145,14 @@ def multiply(
 
 
 def round_level(x: np.ndarray, rule: FloatProduct, zero_point: np.ndarray | int) -> np.ndarray:
-    """Real levels, float32 or float64, as integers with the zero point, int64, in the shape of x; saturated to int32
-    before a zero point that is added after."""
+    """Real levels, float32 or float64, as integers with the zero point, int64, in the shape of x; what int32 does not
+    hold is saturated before a zero point that is added after, or converted as the rule says."""
     before = rule.zero_point is ZeroPoint.BEFORE
     if before:
         x = round_dtype(x + round_dtype(zero_point, rule.dtype), rule.dtype)
     level = round_integer(x, rule.rounding).astype(np.float64)  # float32 has no 2^31 - 1
+    if rule.beyond is not Beyond.SATURATE:
+        return to_integer(level, 0 if before else zero_point, rule.beyond)
     level = np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
     return level if before else level + zero_point
 

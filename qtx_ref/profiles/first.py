@@ -32,9 +32,10 @@ def fixed(product: str, rounding: str, *, dtype: str = "float64", bits: int = 31
     return {"dtype": dtype, "bits": bits, "product": product, "rounding": rounding, "left": left, "scales": dtype}
 
 
+FLOAT = {"dtype": "float32", "order": "ratio", "zero_point": "after", "beyond": "saturate"}
 REQUANTIZATIONS = {
-    "float32": {"dtype": "float32", "order": "ratio", "zero_point": "after", "rounding": "half_even"},
-    "float_half_away": {"dtype": "float32", "order": "ratio", "zero_point": "after", "rounding": "half_away"},
+    "float32": FLOAT | {"rounding": "half_even"},
+    "float_half_away": FLOAT | {"rounding": "half_away"},
     "fixed_one": fixed("exact", "half_up"),
     "fixed_two": fixed("half_up", "half_away", left="report"),
     "high_half_up": fixed("truncated", "half_up", dtype="float32"),

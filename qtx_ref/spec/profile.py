@@ -307,6 +307,7 @@ class FloatProduct(Spec):
     order: Order
     zero_point: ZeroPoint
     rounding: Rounding
+    beyond: Beyond  # of a level that int32 does not hold
 
     def check(self) -> None:
         if self.rounding is Rounding.STOCHASTIC:

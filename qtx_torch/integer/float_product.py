@@ -13,7 +13,7 @@ real number occurs, in units of y). The zero point is added to the rounded level
 
     >>> from dataclasses import replace
     >>> from qtx_ref.spec import Rounding
-    >>> rint = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN)
+    >>> rint = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN, Beyond.SATURATE)
     >>> before = replace(rint, zero_point=ZeroPoint.BEFORE)
     >>> a, half, zero = torch.tensor([-1, 1, 3]), torch.tensor(0.5), torch.tensor(3)  # levels -0.5, 0.5, 1.5
     >>> multiply(a, half, rint, zero).tolist(), multiply(a, half, before, zero).tolist()
@@ -27,10 +27,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import QTX, Bias, Dtype, FloatProduct, Order, ZeroPoint
+from qtx_ref.spec import QTX, Beyond, Bias, Dtype, FloatProduct, Order, ZeroPoint
 
 from ..quant.checks import check_integers, check_range, check_shape
-from ..quant.rounding import fused_multiply_add, round_dtype, round_integer
+from ..quant.rounding import fused_multiply_add, round_dtype, round_integer, to_integer
 
 FACTORS = 3  # of an order in steps; before the last, the accumulator is scaled to real numbers
 REACH = 2.0**64  # of one factor: its product with an accumulator stays finite in float32
@@ -146,12 +146,15 @@ def multiply(
 
 
 def round_level(x: Tensor, rule: FloatProduct, zero_point: Tensor | int) -> Tensor:
-    """Real levels, float32 or float64, as integers with the zero point, int64, in the shape of x; saturated to int32
-    before a zero point that is added after. It may round x in place."""
+    """Real levels, float32 or float64, as integers with the zero point, int64, in the shape of x; what int32 does not
+    hold is saturated before a zero point that is added after, or converted as the rule says. It may round x in
+    place."""
     before = rule.zero_point is ZeroPoint.BEFORE
     if before:
         x = round_dtype(x + round_dtype(torch.as_tensor(zero_point, device=x.device), rule.dtype), rule.dtype)
     level = round_integer(x, rule.rounding).double()  # float32 has no 2^31 - 1
+    if rule.beyond is not Beyond.SATURATE:
+        return to_integer(level, 0 if before else zero_point, rule.beyond)
     level = level.clamp(INT32_MIN, INT32_MAX).long()
     return level if before else level + zero_point
 

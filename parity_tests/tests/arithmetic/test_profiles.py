@@ -16,6 +16,7 @@ from qtx_ref.quant.observers import Observer
 from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
+    Beyond,
     Dtype,
     FloatProduct,
     Granularity,
@@ -206,7 +207,9 @@ def test_profiles_name_their_sources():
     same = {key: getattr(QTX, key) for key in ("name", "engine", "path", "requantize")}
     assert replace(profiles.profile("float32"), **same) == QTX
     kinds = {name: profiles.profile(name).requantize for name in profiles.NAMES}
-    assert kinds["float32"] == FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN)
+    assert kinds["float32"] == FloatProduct(
+        Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN, Beyond.SATURATE
+    )
     assert kinds["gemmlowp"].product is HighProduct.HALF_UP and kinds["tflite"].bits == 15
     for name in profiles.NAMES:
         assert profiles.profile(name).name == name and all(profiles.sources(name).values())

@@ -18,6 +18,7 @@ from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
     AddRule,
+    Beyond,
     Bias,
     Dtype,
     Fixed,
@@ -43,8 +44,8 @@ S8, U8, I8 = QuantSpec(symmetric=True), QuantSpec(), QuantSpec(symmetric=False, 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 AWAY = replace(rules.ONE, rounding=Rounding.HALF_AWAY)
 OPTIMISED = replace(rules.TWO, rounding=Rounding.HALF_UP)
-REFERENCE = FloatProduct(Dtype.FLOAT64, Order.RATIO, ZeroPoint.BEFORE, Rounding.HALF_EVEN)
-ONEDNN = FloatProduct(Dtype.FLOAT32, Order.STEPS, ZeroPoint.BEFORE, Rounding.HALF_EVEN)
+REFERENCE = FloatProduct(Dtype.FLOAT64, Order.RATIO, ZeroPoint.BEFORE, Rounding.HALF_EVEN, Beyond.SATURATE)
+ONEDNN = FloatProduct(Dtype.FLOAT32, Order.STEPS, ZeroPoint.BEFORE, Rounding.HALF_EVEN, Beyond.SATURATE)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -198,7 +199,7 @@ def test_a_bias_of_floats_before_and_after_scaling(call) -> None:
     a, unit, y = I32([[1596, 1596]]), F64(0.0625), F32(1)
     bias = F32([0.25, 0.21875])
     for order in Order:
-        rule = FloatProduct(Dtype.FLOAT32, order, ZeroPoint.AFTER, Rounding.FLOOR)
+        rule = FloatProduct(Dtype.FLOAT32, order, ZeroPoint.AFTER, Rounding.FLOOR, Beyond.SATURATE)
         real = call("integer.fixed_point.real_multiplier", F32(0.5), F32(0.125), y, rule)
         for place in (Bias.FLOAT_BEFORE, Bias.FLOAT_AFTER):
             units = call("integer.float_product.scale_bias", bias, unit, y, rule, place)
@@ -207,7 +208,7 @@ def test_a_bias_of_floats_before_and_after_scaling(call) -> None:
             got = call("integer.fixed_point.requantize", a, real, I32(0), S8, rule, units, place)
             assert got.tolist() == [[100, 99]]
         assert call("integer.fixed_point.requantize", a + I32([4, 4]), real, I32(0), S8, rule).tolist() == [[100, 100]]
-    fused = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.FLOOR)
+    fused = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.FLOOR, Beyond.SATURATE)
     third = F32(1 / 3)
     parts = call("integer.float_product.scale_bias", F32([0.33333334]), third, y, fused, Bias.FLOAT_BEFORE_FUSED)
     assert parts.tolist() == [[F32(0.33333334)], [3.0]]
@@ -221,7 +222,7 @@ def test_a_bias_of_floats_before_and_after_scaling(call) -> None:
 def test_float_biases_after_one_factor_are_in_units_of_the_result(call) -> None:
     bias, y = F32([3]), F32(0.7)
     for order, want in ((Order.RATIO, bias / y), (Order.RECIPROCAL, bias * (F32(1) / y)), (Order.STEPS, bias)):
-        rule = FloatProduct(Dtype.FLOAT32, order, ZeroPoint.AFTER, Rounding.HALF_EVEN)
+        rule = FloatProduct(Dtype.FLOAT32, order, ZeroPoint.AFTER, Rounding.HALF_EVEN, Beyond.SATURATE)
         got = call("integer.float_product.scale_bias", bias, F64(0.1), y, rule, Bias.FLOAT_AFTER)
         assert got.tolist() == want.tolist()
 
@@ -301,6 +302,16 @@ def factors_by_hand(x: np.ndarray, w: np.ndarray, y: np.ndarray, rule: FloatProd
     return [to(to(x * w) * to(1 / y))] if rule.order is Order.RECIPROCAL else [to(to(x * w) / y)]
 
 
+def convert_by_hand(level: int, zero: int, beyond: Beyond) -> int:
+    """A level plus a zero point: as it is, or in the integers that it is converted to first, which wrap."""
+    if beyond is Beyond.SATURATE:
+        return min(max(level, INT_MIN), -INT_MIN - 1) + zero
+    bits = 32 if beyond is Beyond.WRAP32 else 64
+    half = 2 ** (bits - 1)
+    held = level if -half <= level < half else -half
+    return (held + zero + half) % (2 * half) - half
+
+
 @pytest.mark.parametrize("rule", rules.list_floats(), ids=lambda rule: "-".join(map(str, vars(rule).values())))
 def test_floats_are_rounded_at_each_step(rule: FloatProduct) -> None:
     """In float64, each result rounded by hand to the rule's dtype; every place of a bias."""
@@ -342,8 +353,12 @@ def test_floats_are_rounded_at_each_step(rule: FloatProduct) -> None:
             level = to(level / factor if rule.order.divides else level * factor)
         before = rule.zero_point is ZeroPoint.BEFORE
         level = to(level + int(zero)) if before else level
-        top = [whole(Fraction(v), rule.rounding) if math.isfinite(v) else math.copysign(1e9, v) for v in level.ravel()]
-        code = np.clip(np.array(top) + (0 if before else int(zero)), 0, 255).reshape(a.shape)
+        top = [
+            whole(Fraction(v), rule.rounding) if math.isfinite(v) else int(math.copysign(2**70, v))
+            for v in level.ravel().tolist()
+        ]
+        code = [convert_by_hand(v, 0 if before else int(zero), rule.beyond) for v in top]
+        code = np.clip(np.array(code, F64), 0, 255).reshape(a.shape)
         got = both("fixed", "requantize", a, real, zero, U8, rule, beside, place)
         np.testing.assert_array_equal(got, code)
 

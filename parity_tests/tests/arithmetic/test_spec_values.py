@@ -71,7 +71,7 @@ SPECS = [
     QTX.dequantize,
     QTX.matmul,
     ONE_ROUNDING,
-    FloatProduct("float32", "ratio", "after", "half_even"),
+    FloatProduct("float32", "ratio", "after", "half_even", "saturate"),
     QTX.add,
     QTX.cast,
 ]

@@ -170,7 +170,7 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(SpecError, match="choose from quantize"):
         choose_paths([], ["convolve"])
     result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "tensorrt"])
-    assert result.exit_code == 1 and "engine is 'tensorrt'" in result.stderr
+    assert result.exit_code == 2 and "engine is 'tensorrt'" in result.stderr
 
 
 # --- golden vectors ---------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_an_absent_engine_is_held_to_by_its_golden_vectors(monkeypatch: pytest.M
     assert result.exit_code == 0 and "litert is absent: golden vectors of ai-edge-litert" in result.stdout
     monkeypatch.setattr(conformance, "read_golden", lambda name: None)
     result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "litert"])
-    assert result.exit_code == 1 and "engine litert needs a package" in result.stderr
+    assert result.exit_code == 3 and "engine litert needs a package" in result.stderr
 
 
 def test_the_status_is_1_where_nothing_explains_a_row(tmp_path: File) -> None:

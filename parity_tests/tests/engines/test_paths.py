@@ -260,6 +260,18 @@ print(run(path, "quantize", values)["code"].tolist())
     assert done.stdout == "[1, 2, 0]\n"
 
 
+def test_a_plug_in_that_cannot_be_imported_is_told_and_ends_nothing(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "theirs.py").write_text("import no_such_driver")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(paths, "find_plugins", lambda: {"theirs": "theirs"})
+    said = "engine theirs: its module theirs cannot be imported: ModuleNotFoundError: No module named 'no_such_driver'"
+    assert paths.missing("theirs") == said
+    with pytest.raises(MissingExtra, match="no_such_driver"):
+        load_engine("theirs")
+    assert find_path("ml_dtypes", "cast").engine == "ml_dtypes"
+    assert "theirs" not in show_tables() and all(path.engine != "theirs" for path in list_paths())
+
+
 def test_the_example_of_the_page_prints_what_it_says(capsys: pytest.CaptureFixture) -> None:
     for engine in ("onnxruntime", "torch"):
         if line := paths.missing(engine):

@@ -29,6 +29,7 @@ from qtx_ref.quant.rounding import round_integer
 from qtx_ref.spec import (
     QTX,
     AddRule,
+    Beyond,
     Bias,
     Dtype,
     FloatProduct,
@@ -106,7 +107,7 @@ def test_integer_form_gives_every_code_and_accumulator_in_every_engine(choice):
 
 
 FIXED = QTX.requantize
-STEPS = FloatProduct(Dtype.FLOAT32, Order.STEPS, ZeroPoint.BEFORE, Rounding.HALF_EVEN)
+STEPS = FloatProduct(Dtype.FLOAT32, Order.STEPS, ZeroPoint.BEFORE, Rounding.HALF_EVEN, Beyond.SATURATE)
 RULES = {
     "even": {"requantize": replace(FIXED, rounding=Rounding.HALF_EVEN), "add": AddRule(Rounding.TOWARD_ZERO)},
     "high": {"requantize": replace(FIXED, product=HighProduct.HALF_UP, rounding=Rounding.HALF_UP)},

@@ -25,6 +25,7 @@ ARGUMENTS = {  # of a function, in its order
     "linear": ("x_codes", "x_scale", "x_zero", "w_codes", "w_scale", "y_scale", "y_zero", "bias"),
 }
 RESULTS = {"quantize": "code", "dequantize": "y", "fake_quantize": "y", "linear": "y"}
+FLOATS = ("dequantize", "fake_quantize")  # operations that answer with floats
 CODES = {  # dtypes of codes that are tried
     "quantize": ("uint8", "int8", "uint16", "int16"),
     "dequantize": ("uint8", "int8", "uint16", "int16"),
@@ -46,8 +47,8 @@ def load_function(target: str, op: str) -> Function:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"--callable {target}: {error}") from None
+    except Exception as error:  # a stranger's module fails as it likes
+        raise SpecError(f"--callable {target}: {type(error).__name__}: {error}") from None
     if not callable(found):
         raise SpecError(f"--callable {target} is no function")
     return take_positions(found, op)
@@ -76,10 +77,13 @@ def choose_path(name: str, op: str | None) -> Path:
 
 
 def open_path(path: Path, cpu: str | None) -> Function:
-    """A path of an engine as a box."""
+    """A path of an engine as a box. Of a path in lanes it is the way of whole ones, which its `profile` states."""
 
     def call(arrays: Arrays) -> np.ndarray:
         given: dict[str, Any] = dict(arrays)
+        name = "code" if path.op == "dequantize" else "x"
+        if path.lanes > 1:  # the last elements of a tensor go another way: there are none
+            given[name] = np.concatenate([arrays[name], np.repeat(arrays[name][-1:], -arrays[name].size % path.lanes)])
         if path.op == "linear":
             given = {name.removesuffix("_codes"): value for name, value in arrays.items() if value is not None}
             given["w"], given["w_zero"] = np.ascontiguousarray(arrays["w_codes"].T), np.int8(0)
@@ -91,9 +95,9 @@ def open_path(path: Path, cpu: str | None) -> Function:
             given |= {name: int(arrays[name]) for name in ("code_min", "code_max")}
         if path.op != "linear" and path.name.endswith(PER_CHANNEL):
             given |= {name: arrays[name].reshape(1) for name in ("scale", "zero_point")}
-            name = "code" if path.op == "dequantize" else "x"
-            given |= {"axis": 0, name: arrays[name].reshape(1, -1)}
-        return run(path, path.op, given, cpu)[RESULTS[path.op]]
+            given |= {"axis": 0, name: given[name].reshape(1, -1)}
+        answer = run(path, path.op, given, cpu)[RESULTS[path.op]]
+        return answer if path.op == "linear" else answer.reshape(-1)[: arrays[name].size]
 
     return call
 
@@ -111,7 +115,7 @@ class Observed:
 def observe(box: Box, op: str, codes: Sequence[str]) -> Observed:
     """Asks for codes of each dtype far beyond both ends: the limits that come out are the quantizer's. Raises SpecError
     for a box that takes none."""
-    if op in ("dequantize", "fake_quantize"):
+    if op in FLOATS:
         return Observed(
             {one: QuantSpec(bits_of_dtype(one), symmetric=False, signed=one[0] != "u") for one in codes}, ()
         )

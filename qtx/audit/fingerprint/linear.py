@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
+from hashlib import blake2b
 from itertools import product
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 from qtx_ref.integer import fixed_point, float_product, products
 from qtx_ref.spec import (
     QTX,
+    Beyond,
     Bias,
     Dtype,
     Fixed,
@@ -47,13 +50,16 @@ AXES = (
     "bias",
     "requantize",
     "requantize.dtype",
+    "requantize.scales",
     "requantize.bits",
     "requantize.product",
     "requantize.order",
     "requantize.zero_point",
     "requantize.rounding",
     "requantize.left",
+    "requantize.beyond",
 )
+BITS, LEFT = AXES.index("requantize.bits"), AXES.index("requantize.left")
 FIXED, FLOAT = "fixed", "float"  # of the axis requantize: which record it is; the other one's axes are None
 FAR = "accumulators beyond int32"
 RUNS = (2, 4, 8, 16, 32)  # pairs that an acc16 kernel may add at once
@@ -65,19 +71,19 @@ W_SPEC = QuantSpec(bits=8, symmetric=True)
 
 def requantizations() -> Iterator[Values]:
     """Every requantization with the biases that go with it, those that are one by definition once."""
-    for dtype, bits, high, rounding, left in product(
-        (Dtype.FLOAT64, Dtype.FLOAT32), (31, 15), HighProduct, ROUNDINGS, LeftShift
-    ):
+    # the float64 product of two float32, rounded to float32, is the float32 product
+    widths = ((Dtype.FLOAT64, Dtype.FLOAT64), (Dtype.FLOAT64, Dtype.FLOAT32), (Dtype.FLOAT32, Dtype.FLOAT32))
+    for (dtype, scales), bits, high, rounding, left in product(widths, (31, 15), HighProduct, ROUNDINGS, LeftShift):
         if bits == 31 or high is HighProduct.EXACT:  # a high product is of 32-bit accumulators
-            yield Bias.INT32, FIXED, dtype, bits, high, None, None, rounding, left
+            yield Bias.INT32, FIXED, dtype, scales, bits, high, None, None, rounding, left, None
     # of one zero point added after there are two names here
     places = (ZeroPoint.AFTER, ZeroPoint.BEFORE)
-    for bias, dtype, order, zero_point, rounding in product(Bias, Dtype, Order, places, ROUNDINGS):
+    for bias, (width, order, place, nearest, beyond) in product(Bias, product(Dtype, Order, places, ROUNDINGS, Beyond)):
         try:
-            replace(QTX, bias=bias, requantize=FloatProduct(dtype, order, zero_point, rounding))
+            replace(QTX, bias=bias, requantize=FloatProduct(width, order, place, nearest, beyond))
         except SpecError:
             continue
-        yield bias, FLOAT, dtype, None, None, order, zero_point, rounding, None
+        yield bias, FLOAT, width, None, None, None, order, place, nearest, None, beyond
 
 
 def matmuls() -> Iterator[Values]:
@@ -88,12 +94,22 @@ def matmuls() -> Iterator[Values]:
         yield kind, run, overflow
 
 
+@cache
 def make_requantize(values: Values) -> Fixed | FloatProduct:
-    """The record of a candidate."""
-    _, _, _, _, kind, dtype, bits, high, order, zero_point, rounding, left = values
+    """The record of a candidate, from its kind on."""
+    kind, dtype, scales, bits, high, order, zero_point, rounding, left, beyond = values
     if kind == FIXED:
-        return Fixed(dtype, bits, high, rounding, left, dtype)
-    return FloatProduct(dtype, order, zero_point, rounding)
+        return Fixed(dtype, bits, high, rounding, left, scales)
+    return FloatProduct(dtype, order, zero_point, rounding, beyond)
+
+
+@cache
+def make_matmul(codes: str, kind: Products, run: int, overflow: Overflow) -> MatmulRule:
+    """The record of products, as it multiplies x of `codes`: exactly where they are none of those that it pairs."""
+    rule = MatmulRule(kind, run, overflow)
+    if kind is Products.EXACT or products.saturates(operand_spec(codes), W_SPEC, rule):
+        return rule
+    return make_matmul(codes, Products.EXACT, 1, overflow)
 
 
 class Linear(Operation):
@@ -103,25 +119,23 @@ class Linear(Operation):
 
     def __init__(self, specs: dict[str, QuantSpec]) -> None:
         self.specs = specs
-        self.candidates = [(*a, *b) for a in matmuls() for b in requantizations()]
+        requantized = list(requantizations())
+        self.candidates = [(*a, *b) for a in matmuls() for b in requantized]
 
     # --- what a candidate says ---
 
     def accumulate(self, values: Values, question: Question) -> tuple[Hashable, np.ndarray | None]:
         """Accumulators (1, N) by a name that equal ones share; None where the rule refuses them."""
         kind, run, overflow, bias = values[:4]
-        spec = operand_spec(str(question.arrays["x_codes"].dtype))
-        if not products.saturates(spec, W_SPEC, MatmulRule(kind, run, overflow)):  # others are multiplied in pairs
-            kind, run = Products.EXACT, 1
-        if not question.settings["far"]:
-            overflow = Overflow.WRAP
         inside = question.arrays["bias"] is not None and bias is Bias.INT32
         memo = question.settings["accumulators"]
-        key = (kind, run, overflow, inside)
-        if key not in memo:
+        rule = make_matmul(
+            question.settings["codes"], kind, run, overflow if question.settings["far"] else Overflow.WRAP
+        )
+        if (key := (id(rule), inside)) not in memo:
             try:
-                sums = self.add_products(MatmulRule(kind, run, overflow), question, inside)
-                memo[key] = sums.tobytes(), sums
+                sums = self.add_products(rule, question, inside)
+                memo[key] = blake2b(sums.tobytes(), digest_size=16).digest(), sums
             except ValueError:
                 memo[key] = b"", None
         return memo[key]
@@ -139,24 +153,26 @@ class Linear(Operation):
     def key(self, values: Values, question: Question) -> Hashable:
         name, sums = self.accumulate(values, question)
         if sums is None:
-            return (values[2], values[-1])
+            return (values[2], values[LEFT])
         place = None if question.arrays["bias"] is None else values[3]
-        # a left shift matters where M > 1, and bits where accumulators have 64
-        left = values[-1] if question.settings["ratio"] > 1 or values[-1] is None else LeftShift.SATURATE
-        bits = values[6] if sums.dtype == np.int64 or values[6] is None else 31
-        return (hash(name), place, *values[4:6], bits, *values[7:-1], left)
+        # what int32 does not hold matters where M > 1, and bits where accumulators have 64
+        ends = values[LEFT:] if question.settings["ratio"] > 1 else ()
+        bits = values[BITS] if sums.dtype == np.int64 or values[BITS] is None else 31
+        return (name, place, *values[4:BITS], bits, *values[BITS + 1 : LEFT], *ends)
 
     def allow(self, values: Values) -> Values:
         overflow = Overflow.SATURATE if values[2] is Overflow.REPORT else values[2]
-        left = LeftShift.SATURATE if values[-1] is LeftShift.REPORT else values[-1]
-        return (*values[:2], overflow, *values[3:-1], left)
+        left = LeftShift.SATURATE if values[LEFT] is LeftShift.REPORT else values[LEFT]
+        return (*values[:2], overflow, *values[3:LEFT], left, *values[LEFT + 1 :])
 
     def evaluate(self, values: Values, question: Question) -> np.ndarray:
-        arrays, rule, place = question.arrays, make_requantize(values), values[3]
+        arrays, rule, place = question.arrays, make_requantize(values[4:]), values[3]
         sums = self.accumulate(values, question)[1]
         if sums is None:
             raise ValueError("accumulators that the rule refuses")
         x, w, y = arrays["x_scale"], arrays["w_scale"], arrays["y_scale"]
+        if arrays["bias"] is not None and (arrays["bias"].dtype == np.int32) != (place is Bias.INT32):
+            raise ValueError("a bias of another kind, which a box converts in its own way")
         bias = None
         if arrays["bias"] is not None and place is not Bias.INT32:
             assert isinstance(rule, FloatProduct)  # a fixed one has integers
@@ -194,7 +210,14 @@ class Linear(Operation):
         asked |= set() if bias is None else {f"a bias of {bias.dtype}"}
         asked |= {"a multiplier above 1"} if scales.ratio > 1 else set()
         far = kind == FAR and codes != "int16"
-        settings = {"spec": self.specs[codes], "ratio": scales.ratio, "blocks": blocks, "far": far, "accumulators": {}}
+        settings = {
+            "spec": self.specs[codes],
+            "codes": codes,
+            "ratio": scales.ratio,
+            "blocks": blocks,
+            "far": far,
+            "accumulators": {},
+        }
         return Question(kind, arrays, len(w), frozenset(asked), settings)
 
     def draw_question(
@@ -215,6 +238,18 @@ class Linear(Operation):
         targets = draw_targets(rng, scales, levels, limit, count, offset)
         return self.question("ties", make_operands(targets, codes, zeros[0]), scales, zeros, codes, added)
 
+    def draw_large(self, rng: np.random.Generator, codes: str, kind: str, count: int) -> Question:
+        """Accumulators of 30 bits, made by a bias, between the tie under M in float64 and that under M in float32: what
+        M has lost is seen there, and what a high product rounds."""
+        spec = self.specs[codes]
+        scales = draw_scales(rng, kind, -14 if codes == "int16" else -22)
+        tie = rng.integers(spec.code_min - 1, spec.code_max + 1, count) + 0.5
+        rounded = float(np.float32(np.float32(scales.x * scales.w) / scales.y))
+        part = rng.choice([-0.1, 0.0, 0.0, 0.3, 0.7, 1.0, 1.1], count)
+        bias = np.rint(tie / scales.ratio * (1 - part) + tie / rounded * part).astype(np.int32)
+        operands = make_operands(np.zeros(count), codes, 0)
+        return self.question("ties of 30 bits", operands, scales, (0, 0), codes, bias)
+
     def make_pool(self) -> Sequence[Question]:
         rng = np.random.default_rng(11)
         asked = []
@@ -226,6 +261,7 @@ class Linear(Operation):
             for bias, kind in product(("int32", "float32"), ("short", "any")):
                 for exponent in exponents[:2]:
                     asked.append(self.draw_question(rng, codes, kind, exponent, True, bias, COUNT))
+            asked += [self.draw_large(rng, codes, kind, COUNT) for kind in ("any", "short", "any")]
             asked += [*self.ask_products(rng, codes), *self.ask_limits(codes)]
         return asked
 
@@ -241,13 +277,15 @@ class Linear(Operation):
         bias = np.array([2**31 - 1, -(2**31), 2**31 - 2**20, 2**31 - 1], np.int32)
         targets = make_operands(np.array([90_000, -90_000, 2**19, -1]), codes, 0)
         yield self.question(FAR, targets, small, (0, 0), codes, bias)
-        if codes != "int16":
-            rows = np.full((4, BLOCK), 127, np.int8) * np.array([[1], [-1], [1], [-1]], np.int8)
-            rows[2:, : BLOCK // 8] = 0
-            x = np.full((1, BLOCK * BLOCKS), np.iinfo(codes).max, codes)
-            operands = x, np.tile(rows, BLOCKS)
-            yield self.question(FAR, operands, small, (0, 0), codes, blocks=BLOCKS)
+        rows = np.full((4, BLOCK), 127, np.int8) * np.array([[1], [-1], [1], [-1]], np.int8)
+        rows[2:, : BLOCK // 8] = 0
+        x = np.full((1, BLOCK * BLOCKS), np.iinfo(codes).max, codes)
         large = Scales(*(np.asarray(one, np.float32) for one in (2.0**10, 1.5 * 2.0**5, 2.0**-5)))
+        if codes != "int16":
+            yield self.question(FAR, (x, np.tile(rows, BLOCKS)), small, (0, 0), codes, blocks=BLOCKS)
+        else:
+            vast = replace(large, y=np.asarray(2.0**-13, np.float32))
+            yield self.question("levels beyond int64", (x, np.tile(rows, BLOCKS)), vast, (0, 0), codes, blocks=BLOCKS)
         targets = make_operands(np.array([300, -300, 1500, -1500, 2500, -2500, 4000, -4000]), codes, 0)
         yield self.question("levels beyond int32", targets, large, (0, 0), codes)
 
@@ -263,8 +301,10 @@ class Linear(Operation):
             targets = every_tie(scales, (spec.code_min - zeros[1], spec.code_max - zeros[1]), limit)
             targets = targets[:: max(1, len(targets) // FRESH_COUNT)]
             return self.question("every tie", make_operands(targets, codes, zeros[0]), scales, zeros, codes)
-        if rng.random() < 0.15:
+        if (chance := rng.random()) < 0.15:
             return next(self.ask_products(rng, codes))
+        if chance < 0.3:
+            return self.draw_large(rng, codes, kind, FRESH_COUNT)
         bias = str(rng.choice(["", "", "int32", "float32"]))
         return self.draw_question(rng, codes, kind, exponent, plain, bias, FRESH_COUNT)
 
@@ -272,6 +312,7 @@ class Linear(Operation):
         return describe(question.arrays, index)
 
 
+@cache
 def operand_spec(codes: str) -> QuantSpec:
     """The quantizer of x: all codes of a dtype."""
     return QuantSpec(bits=16 if codes == "int16" else 8, symmetric=False, signed=codes != "uint8")

@@ -21,6 +21,7 @@ from qtx_ref.spec import SpecError
 from ...engines.process import EngineCrash
 
 RAISES, OUTSIDE = -1, -2  # in place of a number: the rule refuses the input; the rule says nothing of it
+UNKNOWN = -3  # not yet worked out
 Values = tuple[Any, ...]
 Arrays = dict[str, np.ndarray]
 Function = Callable[[Arrays], np.ndarray]
@@ -45,6 +46,7 @@ class Question:
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the reference is told beside the arrays
     outcomes: list[np.ndarray] = field(default_factory=list)  # int32 (1, N) or (2, N): lowest and highest answer
     numbers: dict[Hashable, int] = field(default_factory=dict)
+    labels: np.ndarray | None = None  # of every candidate
     places: dict[bytes, int] = field(default_factory=dict)  # of an outcome, by its hash: thousands are kept
 
     def number(self, outcome: np.ndarray) -> int:
@@ -97,6 +99,14 @@ class Operation(ABC):
         """A number of the answer as people read it."""
         return answer
 
+    def labels(self, places: np.ndarray, question: Question) -> np.ndarray:
+        """`label` of the candidates at these places, (n,)."""
+        if question.labels is None:
+            question.labels = np.full(len(self.candidates), UNKNOWN, np.int32)
+        for place in places[question.labels[places] == UNKNOWN].tolist():
+            question.labels[place] = self.label(self.candidates[place], question)
+        return question.labels[places]
+
     def label(self, values: Values, question: Question) -> int:
         """The number of what a candidate says; RAISES or OUTSIDE."""
         key = self.key(values, question)
@@ -126,10 +136,10 @@ def fits(outcome: np.ndarray, answer: np.ndarray) -> np.ndarray:
 
 
 class Box:
-    """A black box, its calls counted."""
+    """A black box, its calls counted. `floats`: whether it answers with floats, else with codes."""
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
+    def __init__(self, function: Function, floats: bool) -> None:
+        self.function, self.floats = function, floats
         self.calls = self.inputs = 0
 
     def ask(self, question: Question) -> np.ndarray | Raised:
@@ -137,24 +147,25 @@ class Box:
         self.calls += 1
         self.inputs += question.size
         try:
-            answer = np.asarray(self.function(dict(question.arrays)))
-        except Exception as error:  # whatever a stranger's code raises is its answer
+            # copies: a box may write into its arguments, and a question is asked again
+            given = {name: None if value is None else value.copy() for name, value in question.arrays.items()}
+            answer = np.asarray(self.function(given))
+        except (Exception, SystemExit) as error:  # whatever a stranger's code raises is its answer
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             return Raised(reason if len(reason) <= 200 else f"{reason[:200]}...", isinstance(error, EngineCrash))
         if answer.size != question.size:
             shapes = ", ".join(f"{name} {value.shape}" for name, value in question.arrays.items())
             raise SpecError(f"the box answers {shapes} with the shape {answer.shape}: give {question.size} numbers")
         answer = answer.reshape(-1)
-        if answer.dtype.kind == "f":
-            return bits_of(answer)
-        if answer.dtype.kind not in "iu":
-            raise SpecError(f"the box answers with {answer.dtype}: give integers, or floats where it dequantizes")
-        return answer.astype(np.int64)
+        if answer.dtype.kind not in ("f" if self.floats else "iu"):
+            wanted = "floats" if self.floats else "codes as integers"
+            raise SpecError(f"the box answers with {answer.dtype}: give {wanted}")
+        return bits_of(answer) if self.floats else answer.astype(np.int64)
 
 
 def bits_of(x: np.ndarray) -> np.ndarray:
-    """Floats as whole numbers: the bits of a float32, every NaN the same one."""
-    x = np.asarray(x, np.float32)
+    """Floats as whole numbers: the bits of a float32, every NaN the same one, and both zeros: codes have one."""
+    x = np.asarray(x, np.float32) + np.float32(0)
     return np.where(np.isnan(x), np.float32(np.nan), x).view(np.int32).astype(np.int64)
 
 

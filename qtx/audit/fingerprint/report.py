@@ -42,7 +42,7 @@ def make_profile(found: Fingerprint, engine: str, path: str, values: Values | No
     elif found.operation == "fake_quantize":
         rules = {"fake_quantize": FakeQuantizeRule(QuantizeRule(*values[:7]), DequantizeRule(*values[7:]))}
     else:
-        rules = {"matmul": MatmulRule(*values[:3]), "bias": values[3], "requantize": make_requantize(values)}
+        rules = {"matmul": MatmulRule(*values[:3]), "bias": values[3], "requantize": make_requantize(values[4:])}
     unseen = tuple(name for name in OPERATIONS if name not in SEEN[found.operation])
     name = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in path)
     return replace(QTX, name=name, version=1, engine=engine, path=path, **rules, unseen=unseen)

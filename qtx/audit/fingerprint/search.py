@@ -66,7 +66,7 @@ class Search:
     def __init__(self, operation: Operation, box: Box, seed: int = 0, advance: Advance = lambda kind: None) -> None:
         self.operation, self.box, self.advance = operation, box, advance
         self.rng = np.random.default_rng(seed)
-        self.alive = list(operation.candidates)
+        self.places = np.arange(len(operation.candidates))  # of the candidates that are left
         self.asked: list[tuple[Question, np.ndarray | Raised]] = []
         self.refused: list[tuple[Question, str]] = []
         self.known: set[str] = set()  # what the box has answered before
@@ -74,6 +74,11 @@ class Search:
         self.unexplained: Witness | None = None
         self.note = ""
         self.compared = 0
+
+    @property
+    def alive(self) -> list[Values]:
+        """The candidates that are left."""
+        return [self.operation.candidates[place] for place in self.places.tolist()]
 
     def run(self) -> Fingerprint:
         """The whole search."""
@@ -98,29 +103,30 @@ class Search:
         """Asks, and keeps the candidates that said so. A box that raises where none would has refused."""
         self.advance(question.kind)
         answer = self.box.ask(question)
-        labels = [self.operation.label(one, question) for one in self.alive]
+        labels = self.operation.labels(self.places, question)
+        kept = labels == OUTSIDE
         if isinstance(answer, Raised):
-            if RAISES not in labels or answer.crashed:
-                self.refuse(question, answer.reason, OUTSIDE in labels)
+            if not (labels == RAISES).any() or answer.crashed:
+                self.refuse(question, answer.reason, bool(kept.any()))
                 return
-            kept = [label in (RAISES, OUTSIDE) for label in labels]
+            kept |= labels == RAISES
         else:
-            good = [fits(outcome, answer).all() for outcome in question.outcomes]
-            kept = [label == OUTSIDE or (label != RAISES and bool(good[label])) for label in labels]
+            good = [label for label in np.unique(labels[labels >= 0]) if fits(question.outcomes[label], answer).all()]
+            kept |= np.isin(labels, good)
             self.known |= question.needs
-        if not any(kept):
+        if not kept.any():
             self.unexplained = self.find_first(question, answer)
             again = self.box.ask(question)
             if isinstance(again, Raised) or isinstance(answer, Raised) or not np.array_equal(again, answer):
                 self.note = "the box answers the same input differently from one call to the next"
         self.asked.append((question, answer))
-        self.alive = [one for one, keep in zip(self.alive, kept, strict=True) if keep] or self.alive
+        self.places = self.places[kept] if kept.any() else self.places
 
     def find_first(self, question: Question, answer: np.ndarray | Raised) -> Witness:
         """The first input of an answer that none of those left explains with all before it."""
         assert isinstance(answer, np.ndarray)  # an answer that is none always has an explanation
-        labels = {label for one in self.alive if (label := self.operation.label(one, question)) != RAISES}
-        if not labels:
+        labels = np.unique(self.operation.labels(self.places, question))
+        if not (labels := labels[labels != RAISES]).size:
             return Witness(self.operation.describe(question, 0), self.operation.show(int(answer[0])), {"all": "raises"})
         until = np.array([np.argmin(fits(question.outcomes[label], answer)) for label in labels])
         index = int(until.max())  # the longest that one of them explains
@@ -143,9 +149,9 @@ class Search:
     def choose(self, pool: Sequence[Question]) -> Question | None:
         """The question of the pool that leaves the fewest candidates, by the mean; None where none parts them. Where a
         rule would raise, the box must have answered its like before: else one that no rule refuses comes first."""
-        least, best = float(len(self.alive) ** 2), None
+        least, best = float(len(self.places) ** 2), None
         for question in pool:
-            if least > len(self.alive):  # not yet one that parts all of them
+            if least > len(self.places):  # not yet one that parts all of them
                 cost = self.cost(question)
                 least, best = (cost, question) if cost < least else (least, best)
         if best is None:
@@ -158,31 +164,34 @@ class Search:
     def drop_silent(self) -> None:
         """Of candidates that contradict no answer, those that say something to the most of them."""
         answered = [question for question, answer in self.asked if isinstance(answer, np.ndarray)]
-        silences = [sum(self.operation.label(one, question) == OUTSIDE for question in answered) for one in self.alive]
-        least = min(silences)
-        self.alive = [one for one, count in zip(self.alive, silences, strict=True) if count == least]
+        silences = np.zeros(len(self.places), int)
+        for question in answered:
+            silences += self.operation.labels(self.places, question) == OUTSIDE
+        self.places = self.places[silences == silences.min()]
 
     def may_raise(self, question: Question) -> bool:
         """Whether a candidate that is left would."""
-        return any(self.operation.label(one, question) == RAISES for one in self.alive)
+        return bool((self.operation.labels(self.places, question) == RAISES).any())
 
     def cost(self, question: Question) -> float:
         """The sum of squares of the groups that it makes; what says nothing stays in each."""
-        if len(self.alive) < 2:
-            return float(len(self.alive) ** 2)
-        groups = Counter(self.operation.label(one, question) for one in self.alive)
-        silent = groups.pop(OUTSIDE, 0)
-        if not groups:
-            return float(len(self.alive) ** 2)
-        return sum(count * (count + silent) for count in groups.values()) + silent * len(self.alive)
+        total = len(self.places)
+        if total < 2:
+            return float(total**2)
+        labels, counts = np.unique(self.operation.labels(self.places, question), return_counts=True)
+        silent = int(counts[labels == OUTSIDE].sum())
+        if silent == total:
+            return float(total**2)
+        counts = counts[labels != OUTSIDE].astype(float)
+        return float((counts * (counts + silent)).sum()) + silent * total
 
     def hunt(self) -> Question | None:
         """Fresh inputs that still part the candidates; None where `fresh` of them do not."""
         self.compared = 0
-        while len(self.alive) > 1 and self.compared < self.operation.fresh:
+        while len(self.places) > 1 and self.compared < self.operation.fresh:
             question = self.draw()
             self.compared += question.size
-            if self.cost(question) < len(self.alive) ** 2:
+            if self.cost(question) < len(self.places) ** 2:
                 return question
         return None
 
@@ -196,13 +205,14 @@ class Search:
 
     def report(self, deciding: int, verified: int) -> Fingerprint:
         """What the search has found."""
-        chosen = self.alive[0]
+        alive = self.alive
+        chosen = alive[0]
         explained = self.unexplained is None
         by_distance = sorted(self.operation.candidates, key=lambda one: distance(one, chosen))
         return Fingerprint(
             self.operation.name,
             self.operation.axes,
-            tuple(self.alive) if explained else (),
+            tuple(alive) if explained else (),
             tuple(self.judge(i, by_distance) for i in range(len(chosen))) if explained else (),
             deciding,
             self.box.calls,
