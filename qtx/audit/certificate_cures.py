@@ -161,11 +161,8 @@ class Tally:
         value = np.asarray(value, np.float32)
         if value.size == 1:
             return value.reshape(())
-        return (
-            value.reshape(b.shape[0], 1, -1)
-            if b.ndim == 3 and value.size == b.shape[0] * b.shape[-1]
-            else value.reshape(-1)
-        )
+        heads = b.ndim >= 3 and value.size == b.shape[-3] * b.shape[-1]
+        return value.reshape(b.shape[-3], 1, -1) if heads else value.reshape(-1)
 
     def error(self, cure: Cure) -> float | None:
         """The cure's error on these data, its own where they have nothing to say."""

@@ -88,8 +88,8 @@ def read_onnx_products(graph: Graph) -> tuple[list[Product], list[str]]:
                 product = read_integer(constants, node)
             elif node.domain == "" and node.op in FLOATS:
                 product = read_float(constants, node)
-                if product is None:  # not of two dequantized tensors
-                    continue
+                if product is None and "int" not in constants.graph.types.get(node.inputs[0], ("", None))[0]:
+                    continue  # not of two dequantized tensors, nor of integers
             elif node.op not in UNREAD and not is_quantized_conv(constants, node):
                 continue
         except ValueError as error:

@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity_tests.subjects.integer_models import lower_model, make_recipe
+from parity_tests.subjects.small_models import build
 from parity_tests.tests.shell import call
 from qtx.audit.certificate import certify, confirm, list_engines, open_products
 from qtx.audit.certificate_artifact import read_artifact_products, run_artifact
 from qtx.audit.certificate_bounds import TARGETS, Operand, Product, check_sums
 from qtx.engines import paths
-from qtx.files.artifact import load_artifact, save_artifact
+from qtx.files.artifact import Artifact, load_artifact, save_artifact
 from qtx_ref.integer.products import matmul_pairs16
 from qtx_ref.model import IntegerModel
-from qtx_ref.spec import SpecError
+from qtx_ref.spec import Nonlinear, SpecError
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "v0.1"
 TOKENS = {"tokens": np.arange(12).reshape(2, 6) % 7, "types": np.zeros((2, 6), np.int64), "mask": np.ones((2, 6), bool)}
@@ -341,6 +343,31 @@ def test_products_without_an_element_are_named(tmp_path: Path) -> None:
         assert certify(path).unread == ["product (MatMulInteger)"]
 
 
+def test_products_of_wide_integers_are_named(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    nodes = [make_node("Cast", "x", "cast", "a", to=onnx.TensorProto.INT64), make_node("MatMul", "a w")]
+    path = write_onnx(tmp_path / "m.onnx", nodes, {"x": [2, 3]}, w=np.ones((3, 2), np.int64))
+    assert certify(path).unread == ["product (MatMul)"]
+
+
+def test_data_of_an_artifact_whose_values_have_zero_points_by_channel(tmp_path: Path) -> None:
+    model = build("opt_headless", batch_size=2)
+    low = lower_model(model.spec, model.params, [model.batch], model.batch, "values")
+    recipe = make_recipe("values", model.spec)
+    artifact = Artifact(model.spec, recipe, low.profile, Nonlinear.TABLE, dict(low.constants), {})
+    save_artifact(tmp_path / "m.qtx", artifact)
+    lines = certify(tmp_path / "m.qtx", ["avx2"], [model.batch]).lines
+    tally = next(one for one in lines if one.name == "layer.0.attn.context").tally
+    recorded: dict[str, np.ndarray] = {}
+    IntegerModel(artifact.spec, artifact.constants, artifact.quants, artifact.profile).run(
+        model.batch, lambda name, value: recorded.setdefault(name, value)
+    )
+    acc = recorded["layer.0.attn.context.accumulator"].astype(np.float64)
+    product = next(one for one in read_artifact_products(artifact) if one.name == "layer.0.attn.context")
+    scale = 1.0 if product.right_scale is None else product.right_scale.reshape(acc.shape[-3], 1, acc.shape[-1])
+    assert tally is not None and tally.size == pytest.approx(np.square(acc * scale).sum(), rel=1e-5)  # float32
+
+
 def test_products_inside_a_branch_and_convolutions_by_channel_are_named(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     h, t = onnx.helper, onnx.TensorProto
@@ -419,6 +446,8 @@ def test_the_command_says_it_in_text_and_json(tmp_path: Path) -> None:
         ("none.onnx", None, "no such"),
         ("text.onnx", b"hello, this is no protobuf", "text.onnx"),
         ("empty.onnx", b"", "empty.onnx"),
+        ("profile.json", b'{"format": "qtx-profile"}', "profile.json"),
+        ("graph.onnxtxt", b"hello", "graph.onnxtxt"),
     ],
 )
 def test_what_is_no_model_is_refused(name: str, content: bytes | None, said: str, tmp_path: Path) -> None:
