@@ -160,7 +160,7 @@ def plant_all(drawn: list[tuple[str, Values]], tell: Callable[[str], None] = lam
             bar.advance(note=op)
             if not results[-1].returned:
                 tell(f"{i}: {results[-1].tell()}")
-            elif i % 50 == 49:
+            elif i % 20 == 19:
                 tell(f"{i + 1} of {len(drawn)} boxes, {sum(not one.returned for one in results)} did not come back")
     return results
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import product as product_of
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,21 @@ from qtx.audit.fingerprint.report import list_sources, make_profile, tell
 from qtx.cli import main
 from qtx.files.profiles import read_profile
 from qtx_ref.quant import affine
-from qtx_ref.spec import QTX, QuantSpec, SpecError
+from qtx_ref.spec import (
+    QTX,
+    Beyond,
+    Bias,
+    Dtype,
+    HighProduct,
+    LeftShift,
+    Order,
+    Overflow,
+    Products,
+    QuantSpec,
+    Rounding,
+    SpecError,
+    ZeroPoint,
+)
 
 EIGHT = ("uint8", "int8")  # dtypes that quick boxes take
 UINT8 = QuantSpec(8, symmetric=False)
@@ -29,16 +44,16 @@ CANDIDATES = {op: list_candidates(op) for op in ("quantize", "dequantize", "fake
 
 
 def cover(op: str) -> list[Values]:
-    """A few combinations that have every value of every axis between them, the first ones in a fixed random order."""
+    """A few combinations that have every value of every axis between them: of some drawn at random, again and again the
+    one that has the most values which are still missing."""
     candidates = CANDIDATES[op]
-    order = np.random.default_rng(5).permutation(len(candidates))
+    rng = np.random.default_rng(5)
     left = {(i, value) for one in candidates for i, value in enumerate(one)}
     chosen = []
-    for place in order:
-        if fresh := left & set(enumerate(candidates[place])):
-            chosen.append(candidates[place])
-            left -= fresh
-    assert not left
+    while left:
+        drawn = [candidates[place] for place in rng.integers(0, len(candidates), 500)]
+        chosen.append(max(drawn, key=lambda one: len(left & set(enumerate(one)))))
+        left -= set(enumerate(chosen[-1]))
     return chosen
 
 
@@ -72,12 +87,32 @@ def test_fake_quantize_comes_back(values: Values) -> None:
 
 @pytest.mark.parametrize("values", cover("linear"), ids=name_of)
 def test_every_value_of_a_linear_layer_comes_back(values: Values) -> None:
-    found = take("linear", plant("linear", values), ("int16",) if 15 in values else ("uint8",))
+    wide = 15 in values or Beyond.INT64 in values  # of accumulators of 64 bits
+    found = take("linear", plant("linear", values), ("int16",) if wide else ("uint8",))
     assert values in found.alike, found
 
 
+def test_where_the_scales_are_multiplied_and_what_a_level_becomes_are_decided() -> None:
+    single, double, half = Dtype.FLOAT32, Dtype.FLOAT64, HighProduct.HALF_UP
+    exact = (Products.EXACT, 1, Overflow.WRAP, Bias.INT32)
+    for scales in (single, double):  # LiteRT's optimised kernels, of one scale of weights and of several
+        values = (*exact, "fixed", double, scales, 31, half, None, None, Rounding.HALF_UP, LeftShift.WRAP, None)
+        found = take("linear", plant("linear", values), ("int8",))
+        decided = next(one for one in found.verdicts if one.axis == "requantize.scales")
+        assert decided.value is scales and not decided.equal
+        assert {one[4:] for one in found.alike} == {values[4:]}
+    product = ("float", single, None, None, None, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN, None)
+    for beyond, codes in product_of(Beyond, ("uint8", "int16")):
+        found = take("linear", plant("linear", (*exact, *product, beyond)), (codes,))
+        decided = next(one for one in found.verdicts if one.axis == "requantize.beyond")
+        if codes == "int16" or beyond is Beyond.WRAP32:
+            assert decided.value is beyond and not decided.equal
+        else:  # no accumulator of 32 bits times an M below 2^30 leaves int64
+            assert {decided.value, *decided.equal} == {Beyond.SATURATE, Beyond.INT64}
+
+
 def test_a_slice_of_the_thousand() -> None:
-    results = fingerprints.plant_all(fingerprints.draw_combinations(6, seed=3))
+    results = fingerprints.plant_all(fingerprints.draw_combinations(20, seed=3)[:5])
     assert [one.tell() for one in results if not one.returned] == []
 
 
@@ -230,7 +265,7 @@ def test_the_command_names_the_rules_of_a_function(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     run = CliRunner().invoke
-    line = ["audit", "fingerprint", "--callable", "stranger_box:quantize"]
+    line = ["audit", "fingerprint", "--callable", "stranger_box:quantize", "--codes", "uint8,int8"]
     result = run(main, [*line, "--out", "box.json", "--json", "result.json"])
     # floor(x + 1/2) in float32 is half_up but where x + 1/2 is rounded up to the next whole number
     assert result.exit_code == 1 and "no combination of rules explains" in result.output
@@ -245,7 +280,7 @@ def test_the_command_names_the_rules_of_a_function(tmp_path: Path, monkeypatch: 
     assert (str(written.quantize.rounding), str(written.quantize.arithmetic)) == ("half_up", "float64")
     rules = {one["axis"]: one for one in json.loads((tmp_path / "result.json").read_text())["rules"]}
     assert rules["nan"]["value"] == "raise" and rules["rounding"]["inputs"]
-    result = run(main, ["audit", "fingerprint", "--callable", "stranger_box:broken"])
+    result = run(main, ["audit", "fingerprint", "--callable", "stranger_box:broken", "--codes", "int8,uint8"])
     assert result.exit_code == 1 and "gives 43" in result.output
     (tmp_path / "broken_box.py").write_text("raise RuntimeError('no device')")
     result = run(main, ["audit", "fingerprint", "--callable", "broken_box:quantize"])

@@ -77,27 +77,30 @@ def choose_path(name: str, op: str | None) -> Path:
 
 
 def open_path(path: Path, cpu: str | None) -> Function:
-    """A path of an engine as a box. Of a path in lanes it is the way of whole ones, which its `profile` states."""
+    """A path of an engine as a box. One in lanes is asked for whole ones alone, whose way its `profile` states; one of
+    several channels for two that are alike: of one, engines make a tensor without."""
+    channels = 2 if path.name.endswith(PER_CHANNEL) else 1
 
     def call(arrays: Arrays) -> np.ndarray:
-        given: dict[str, Any] = dict(arrays)
-        name = "code" if path.op == "dequantize" else "x"
-        if path.lanes > 1:  # the last elements of a tensor go another way: there are none
-            given[name] = np.concatenate([arrays[name], np.repeat(arrays[name][-1:], -arrays[name].size % path.lanes)])
+        given: dict[str, Any]
         if path.op == "linear":
             given = {name.removesuffix("_codes"): value for name, value in arrays.items() if value is not None}
             given["w"], given["w_zero"] = np.ascontiguousarray(arrays["w_codes"].T), np.int8(0)
-            if path.name.endswith(PER_CHANNEL):
+            if channels > 1:
                 given["w_scale"] = np.full(len(arrays["w_codes"]), arrays["w_scale"])
-        elif path.op != "fake_quantize":
-            given["dtype"] = str(arrays["zero_point"].dtype)
+            return run(path, path.op, given, cpu)["y"]
+        given = dict(arrays)
+        if path.op == "fake_quantize":
+            given |= {end: int(arrays[end]) for end in ("code_min", "code_max")}
         else:
-            given |= {name: int(arrays[name]) for name in ("code_min", "code_max")}
-        if path.op != "linear" and path.name.endswith(PER_CHANNEL):
-            given |= {name: arrays[name].reshape(1) for name in ("scale", "zero_point")}
-            given |= {"axis": 0, name: given[name].reshape(1, -1)}
-        answer = run(path, path.op, given, cpu)[RESULTS[path.op]]
-        return answer if path.op == "linear" else answer.reshape(-1)[: arrays[name].size]
+            given["dtype"] = str(arrays["zero_point"].dtype)
+        name = "code" if path.op == "dequantize" else "x"
+        x = arrays[name]
+        given[name] = np.concatenate([x, np.repeat(x[-1:], -x.size % (channels * path.lanes))])
+        if channels > 1:
+            given |= {one: arrays[one].repeat(channels) for one in ("scale", "zero_point")}
+            given |= {"axis": 0, name: given[name].reshape(channels, -1)}
+        return run(path, path.op, given, cpu)[RESULTS[path.op]].reshape(-1)[: x.size]
 
     return call
 

@@ -32,7 +32,7 @@ def find_rules(
     return Search(operation, box, seed, advance).run(), observed
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def make_operation(op: str, specs: tuple[tuple[str, QuantSpec], ...], stochastic: bool) -> Operation:
     """The operation that a search asks for, with the codes that were seen. It is kept: what rules say to its questions
     serves the next box."""

@@ -95,6 +95,13 @@ def matmuls() -> Iterator[Values]:
 
 
 @cache
+def list_candidates() -> list[Values]:
+    """Every combination."""
+    requantized = list(requantizations())
+    return [(*a, *b) for a in matmuls() for b in requantized]
+
+
+@cache
 def make_requantize(values: Values) -> Fixed | FloatProduct:
     """The record of a candidate, from its kind on."""
     kind, dtype, scales, bits, high, order, zero_point, rounding, left, beyond = values
@@ -119,8 +126,7 @@ class Linear(Operation):
 
     def __init__(self, specs: dict[str, QuantSpec]) -> None:
         self.specs = specs
-        requantized = list(requantizations())
-        self.candidates = [(*a, *b) for a in matmuls() for b in requantized]
+        self.candidates = list_candidates()
 
     # --- what a candidate says ---
 

@@ -222,27 +222,28 @@ class Dequantize(Operation):
     def show(self, answer: int) -> Any:
         return floats_of(answer)
 
-    def question(self, rng: np.random.Generator, codes: str, dtype: type, count: int) -> Question:
-        """Any codes under any scale."""
+    def question(self, rng: np.random.Generator, codes: str, dtype: type, count: int, moved: bool) -> Question:
+        """Any codes under any scale, with any zero point or with 0."""
         ends = np.iinfo(codes)
         code = rng.integers(ends.min, ends.max, count, endpoint=True).astype(codes)
-        zero = np.asarray(rng.integers(ends.min, ends.max, endpoint=True), codes)
+        zero = np.asarray(rng.integers(ends.min, ends.max, endpoint=True) if moved else 0, codes)
         scale = draw_scale(rng, "any", dtype)
-        needs = {f"{codes} codes", *([f"{np.dtype(dtype)} scale"] if dtype is not np.float32 else [])}
+        needs = [f"{codes} codes"]
+        needs += [f"{np.dtype(dtype)} scale"] if dtype is not np.float32 else []
+        needs += ["a zero point"] if zero else []
         arrays = {"code": code, "scale": scale, "zero_point": zero}
         return Question("codes", arrays, count, frozenset(needs))
 
     def make_pool(self) -> Sequence[Question]:
         rng = np.random.default_rng(11)
         return [
-            self.question(rng, codes, dtype, COUNT)
-            for codes, dtype in product(self.codes, (np.float32, np.float16))
-            for _ in range(2)
+            self.question(rng, codes, dtype, COUNT, moved)
+            for codes, dtype, moved in product(self.codes, (np.float32, np.float16), (True, True, False))
         ]
 
     def draw(self, rng: np.random.Generator) -> Question:
         dtype = np.float16 if rng.random() < 0.2 else np.float32
-        return self.question(rng, str(rng.choice(list(self.codes))), dtype, FRESH_COUNT)
+        return self.question(rng, str(rng.choice(list(self.codes))), dtype, FRESH_COUNT, bool(rng.random() < 0.8))
 
     def describe(self, question: Question, index: int) -> dict[str, Any]:
         arrays = question.arrays

@@ -73,7 +73,7 @@ class Search:
         self.barred: list[frozenset[str]] = []  # what it refuses together
         self.unexplained: Witness | None = None
         self.note = ""
-        self.compared = 0
+        self.compared = self.hunted = 0  # fresh inputs, and of how many candidates
 
     @property
     def alive(self) -> list[Values]:
@@ -186,8 +186,9 @@ class Search:
         return float((counts * (counts + silent)).sum()) + silent * total
 
     def hunt(self) -> Question | None:
-        """Fresh inputs that still part the candidates; None where `fresh` of them do not."""
-        self.compared = 0
+        """Fresh inputs that still part the candidates; None where `fresh` of them do not, or the box refuses them."""
+        if self.hunted != len(self.places):
+            self.hunted, self.compared = len(self.places), 0
         while len(self.places) > 1 and self.compared < self.operation.fresh:
             question = self.draw()
             self.compared += question.size
