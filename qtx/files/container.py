@@ -30,6 +30,7 @@ from .formats import (
     CHECKPOINT,
     COMPARISON,
     COST,
+    KEYS,
     MARKED_BYTES,
     RESULT,
     STUDY,
@@ -167,6 +168,9 @@ def read_header(path: Path, form: str, metadata: Mapping[str, str] | None) -> Js
         raise FileError(f"{path}: format is not {form} version {VERSIONS[form]}; use the qtx that wrote it")
     if version > VERSIONS[form]:
         raise FileError(f"{path}: {form} version {version}, and this qtx reads up to {VERSIONS[form]}: use a later qtx")
+    for key in header:
+        if form in KEYS and key not in (*KEYS[form], "format", "version", "sha256"):
+            raise FileError(f"{path}: its metadata has a key {key!r} that no {form} has: use the qtx that wrote it")
     check_meta(path, header.get("meta", {}))
     return header
 

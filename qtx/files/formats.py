@@ -22,6 +22,11 @@ EARLIER = {  # and of results from before they had a format
     b'{\n "of": {\n  "spec": {\n   "recipes": [': COMPARISON,
     b'{\n "spec": {\n  "model": "': STUDY,
 }
+KEYS = {  # of a header, beside format, version and sha256
+    CHECKPOINT: ("spec", "recipe", "meta"),
+    ARTIFACT: ("spec", "recipe", "profile", "nonlinear", "meta"),
+    VECTORS: ("model", "order"),
+}
 MARKED_BYTES = 512
 JsonObject = dict[str, Any]  # whose values are JSON's
 USES = {

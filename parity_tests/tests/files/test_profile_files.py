@@ -150,6 +150,13 @@ def test_a_version_that_is_none_of_ours_is_refused(version: object, written: Pat
         load_artifact(written)
 
 
+def test_a_key_of_the_metadata_that_nobody_reads_is_refused(written: Path) -> None:
+    header, tensors = read_sealed(written, ARTIFACT)
+    write_sealed(written, header | {"saturate": True}, tensors)
+    with pytest.raises(FileError, match="a key 'saturate' that no qtx-artifact has"):
+        load_artifact(written)
+
+
 def test_the_seal_is_compared_before_a_profile_is_upgraded(tmp_path: Path) -> None:
     header, tensors = read_sealed(WRITTEN / "opt.qtx", ARTIFACT)
     sealed = digest(header, tensors)
