@@ -53,8 +53,8 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Operand:
-    """The codes of one factor: from `low` to `high`, or, of a constant (K, N), which they are. `zero_point`: one, one
-    per column, or None where any code may be it."""
+    """The codes of one factor: from `low` to `high`, or, of a constant (K, N), which they are. `zero_point`: one;
+    several, of a constant one per column, else one for each that has its own; or None where any code may be it."""
 
     low: int
     high: int
@@ -78,8 +78,12 @@ class Operand:
         return Operand(self.low + by, self.high + by, zero, None if self.codes is None else self.codes + by)
 
     def zeros(self) -> list[np.ndarray]:
-        """The zero point, or the two that bound what any other does."""
-        return [np.int64(self.low), np.int64(self.high)] if self.zero_point is None else [self.zero_point]
+        """The zero point, or the two that bound what any other does: a result is linear in it."""
+        if self.zero_point is None:
+            return [np.int64(self.low), np.int64(self.high)]
+        if self.codes is None and self.zero_point.size > 1:  # which row it is of does not matter
+            return [self.zero_point.min(), self.zero_point.max()]
+        return [self.zero_point]
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Product:
     shift: np.ndarray | None = None  # of the requantization, 2^shift; one or one per column
     accumulator: int = 32
     right_scale: np.ndarray | None = None  # one, or one per column
+    turned: bool = False  # whether the file has the right operand first, and both transposed
 
     @property
     def columns(self) -> int | None:

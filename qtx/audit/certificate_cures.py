@@ -122,14 +122,16 @@ class Tally:
     def see(
         self, product: Product, cures: list[Cure], a: np.ndarray, za: np.ndarray, b: np.ndarray, zb: np.ndarray
     ) -> None:
-        """Adds operands (..., M, K) and (..., K, N) with their zero points."""
+        """Adds operands (..., M, K) and (..., K, N) with their zero points, as the file has them."""
+        if product.turned:
+            a, za, b, zb = b.swapaxes(-1, -2), zb, a.swapaxes(-1, -2), za
         left, right = (
             move_codes(x, side, signed) for x, side, signed in ((a, product.left, False), (b, product.right, True))
         )
         results = int(np.prod(np.broadcast_shapes(a.shape[:-2], b.shape[:-2]))) * a.shape[-2] * b.shape[-1]
         self.results += results
         self.pairs += results * -(-a.shape[-1] // 2)
-        if not cures:  # proved: no pair can
+        if not cures or not results:  # proved: no pair can
             return
         saturated, wrong = count_saturated(left, right)
         self.saturated += saturated
@@ -159,11 +161,8 @@ class Tally:
         value = np.asarray(value, np.float32)
         if value.size == 1:
             return value.reshape(())
-        return (
-            value.reshape(b.shape[0], 1, -1)
-            if b.ndim == 3 and value.size == b.shape[0] * b.shape[-1]
-            else value.reshape(-1)
-        )
+        heads = b.ndim >= 3 and value.size == b.shape[-3] * b.shape[-1]
+        return value.reshape(b.shape[-3], 1, -1) if heads else value.reshape(-1)
 
     def error(self, cure: Cure) -> float | None:
         """The cure's error on these data, its own where they have nothing to say."""

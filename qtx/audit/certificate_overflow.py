@@ -94,7 +94,10 @@ def witness_acc(product: Product, upward: bool, limits: tuple[int, int]) -> Witn
             ends = combinations((left.low, left.high), (right.low, right.high))
             a, b = max(ends, key=lambda ab: sign * (ab[0] - a_zero) * (ab[1] - b_zero))
             x, w = (np.full(product.depth or 1, one, np.int64) for one in (a, b))
-        bias = 0 if product.bias is None else int(np.ravel(product.bias)[column or 0])
+        bias = 0
+        if product.bias is not None:
+            which = np.argmax(sign * product.bias) if column is None else min(column, product.bias.size - 1)
+            bias = int(np.ravel(product.bias)[which])
         exact = sum((int(p) - a_zero) * (int(q) - b_zero) for p, q in zip(x, w, strict=True)) + bias
         span = limits[1] - limits[0] + 1
         wrapped = (exact - limits[0]) % span + limits[0]

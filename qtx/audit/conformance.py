@@ -12,7 +12,7 @@ from functools import partial
 from qtx_ref.spec import SpecError
 
 from ..engines.backend import MissingExtra
-from ..engines.paths import Path, engine_names, load_engine, missing, run
+from ..engines.paths import Path, engine_names, missing, paths_of, run
 from .golden_vectors import read_golden, replay
 from .known import Known
 from .node_cases import CaseResult, run_cases
@@ -65,8 +65,12 @@ def choose_paths(engines: Sequence[str] = (), ops: Sequence[str] = ()) -> tuple[
             raise SpecError(f"engine is {name!r}: known engines are {', '.join(known)}")
     chosen = [name for name in engine_names() if name in engines or not engines]
     absent = [name for name in chosen if missing(name) is not None]
-    paths = [path for name in chosen for path in load_engine(name).PATHS]
-    return [path for path in paths if path.op in DRAWN and (path.op in ops or not ops)], absent
+    paths = [path for name in chosen for path in paths_of(name) if path.op in DRAWN]
+    some = [path for path in paths if path.op in ops or not ops]
+    if paths and not some:
+        has = ", ".join(dict.fromkeys(path.op for path in paths))
+        raise SpecError(f"{', '.join(chosen)} has no {' or '.join(ops)}: it has {has}")
+    return some, absent
 
 
 def count_work(paths: Sequence[Path], count: int) -> int:
@@ -88,6 +92,8 @@ def conform(
     Raises SpecError for an engine, an operation or a profile that there is none of, MissingExtra for a `cpu` that is
     missing.
     """
+    if NODE_CASES in engines and (ops or cpu):
+        raise SpecError(f"{NODE_CASES} are run as they are: leave out {'the operation' if ops else f'CPU {cpu}'}")
     paths, absent = choose_paths(engines, ops)
     report = Report(absent={name: str(missing(name)) for name in absent})
     for path in paths:

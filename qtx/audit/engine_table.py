@@ -7,7 +7,7 @@ from typing import Any
 from qtx_ref.profiles import profile
 from qtx_ref.spec import Fixed, to_dict
 
-from ..engines.paths import OPERATIONS, engine_names, find_narrow, load_engine
+from ..engines.paths import OPERATIONS, engine_names, find_narrow, paths_of
 
 __all__ = ["list_rows", "show_tables"]
 
@@ -20,7 +20,7 @@ def list_rows(op: str) -> list[Row]:
     """One row for the paths of one profile: their names, and the value of each axis by `record.axis`."""
     rows: dict[tuple[str, str], Row] = {}
     for engine in engine_names():
-        for path in load_engine(engine).PATHS:
+        for path in paths_of(engine):
             if path.op != op:
                 continue
             note = f"the last size mod {path.lanes} elements: {path.tail}" if path.tail else ""

@@ -496,8 +496,8 @@ values |= {"x_scale": np.float32(1), "w_scale": np.float32(1), "y_scale": np.flo
 print(run("torch-fbgemm", "linear", values)["y"].ravel().tolist())  # [0, 255]
 print(run("onnxruntime-all", "linear", values)["y"].ravel().tolist())  # [255, 255]
 """,
-        remedy="Calibrate: with a y_scale that belongs to the layer no level is near 2^31. `requantize.beyond` of a profile "
-        "says which engine does what.",
+        remedy="Calibrate: with a y_scale that belongs to the layer no level is near 2^31. `requantize.beyond` of a "
+        "profile says which engine does what.",
     ),
     Finding(
         id="QTX-REQ-005",

@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path as File
 
+from qtx_ref.profiles import NAMES
+
 from ..files.container import FileError, read_json
 from .findings import FINDINGS
 
@@ -56,5 +58,7 @@ def read_known(file: File | None = None) -> list[Known]:
                 raise FileError(f"{where}, {finding}: {row!r} is no object of {', '.join(sorted(KEYS))}, each a text")
             if row.get("cpu", NARROW) != NARROW:
                 raise FileError(f"{where}, {finding}: cpu is {row['cpu']!r}: it can be {NARROW!r}")
+            if row.get("profile", NAMES[0]) not in NAMES:
+                raise FileError(f"{where}, {finding}: profile is {row['profile']!r}: known are {', '.join(NAMES)}")
             known.append(Known(finding, **row))
     return known

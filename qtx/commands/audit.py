@@ -14,7 +14,7 @@ from .audit_fingerprint import fingerprint_command
 
 @click.group("audit")
 def audit_command() -> None:
-    """Hold engines to their rules, find the rules of a black box, and the cause of a differing integer."""
+    """Why engines give different integers, and what each computes."""
 
 
 audit_command.add_command(bisect_command)

@@ -19,6 +19,7 @@ from ..audit.findings import FINDINGS
 from ..engines.paths import EngineCrash, EngineRefusal
 from ..report.tables import format_table
 from .options import JSON, options, say, write_json
+from .parity import Refused, Verdicts
 
 SHOWN = 12  # tensors of the growth
 CAUSES = {  # the finding of an axis
@@ -28,6 +29,7 @@ CAUSES = {  # the finding of an axis
     "quantize.beyond": "QTX-QUA-004",
     "dequantize": "QTX-DEQ-001",
     "fake_quantize": "QTX-QUA-003",
+    "matmul.overflow": "QTX-ACC-004",
     "matmul": "QTX-ACC-001",
     "bias": "QTX-BIA-001",
     "requantize.zero_point": "QTX-REQ-001",
@@ -36,7 +38,7 @@ CAUSES = {  # the finding of an axis
 }
 
 
-@click.command("bisect")
+@click.command("bisect", cls=Verdicts)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @options(
@@ -48,14 +50,14 @@ def bisect_command(a: str, b: str, data: str | None, seed: int, json_path: str |
     """The first tensor in which two executions of one quantized model differ, and the rule that does it.
 
     A and B are MODEL@WORDS, WORDS with commas between them. MODEL.qtx: ref or torch, integer or fake. MODEL.onnx:
-    reference, disable, basic, extended, all (onnxruntime's levels), qtx_ref, cpu=avx2. MODEL.tflite: reference,
+    reference, disable, basic, extended, all (onnxruntime's levels), qtx_ref, cpu=Haswell. MODEL.tflite: reference,
     optimized, xnnpack, qtx_ref. profile=NAME|FILE where qtx computes. Exit status 1 where they differ.
     """
     executions = parse_execution(a), parse_execution(b)
     try:
         found = bisect(*executions, read_inputs(executions, data, seed))
     except (EngineCrash, EngineRefusal) as error:
-        raise click.ClickException(str(error)) from None
+        raise Refused(str(error)) from None
     say(describe(found), json_path)
     write_json(json_path, {"bisection": to_json(found)})
     if found.first is not None:

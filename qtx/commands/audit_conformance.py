@@ -20,11 +20,12 @@ from ..audit.tallies import Tally
 from ..progress import Progress
 from ..report.tables import format_table
 from .options import JSON, say, write_json
+from .parity import Verdicts
 
 HEADER = ("path", "profile", "vectors", "mismatches", "gaussian", "near ties", "worst", "refused", "crashes")
 
 
-@click.command(name="conformance")
+@click.command(name="conformance", cls=Verdicts)
 @click.option("--engine", "engines", multiple=True, help=f"An engine, or {NODE_CASES}; all by default; several times.")
 @click.option("--op", "ops", multiple=True, help="An operation; all by default; several times.")
 @click.option("--cpu", help="A CPU to imitate: avx2, or one of qemu-user's.")
@@ -57,6 +58,8 @@ def conformance_command(
         if ops or cpu or known:
             raise SpecError("--op, --cpu and --known do not go with --write-golden, which takes all of an engine here")
         names = dict.fromkeys(path.engine for path in paths if path.engine not in absent)
+        if not names:
+            raise SpecError(f"--write-golden {folder}: none of {', '.join(engines) or 'the engines'} runs here")
         files = [str(write_golden(folder, name, profile, seed)) for name in names]
         say("\n".join(files), json_path)
         write_json(json_path, {"golden": files})

@@ -13,6 +13,7 @@ import importlib.util
 import pathlib
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "OPERATIONS",
     "Path",
     "check_granularity",
+    "emulate",
     "engine_names",
     "find_narrow",
     "find_path",
@@ -41,6 +43,7 @@ __all__ = [
     "missing",
     "multiplies_bytes",
     "name_profile",
+    "paths_of",
     "run",
 ]
 
@@ -121,16 +124,35 @@ def engine_names() -> dict[str, str]:
 
 
 def load_engine(name: str) -> Engine:
-    """The module of an engine, installed or not. Raises SpecError for a name that no engine has."""
+    """The module of an engine, installed or not. Raises SpecError for a name that no engine has, MissingExtra for one
+    of another package that cannot be imported."""
     names = engine_names()
     if name not in names:
         raise SpecError(f"engine is {name!r}: known engines are {', '.join(names)}")
-    return cast(Engine, importlib.import_module(names[name]))
+    try:
+        return cast(Engine, importlib.import_module(names[name]))
+    except Exception as error:
+        if name in BUILT_IN:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise MissingExtra(f"engine {name}: its module {names[name]} cannot be imported: {reason}") from None
+
+
+def paths_of(name: str) -> tuple[Path, ...]:
+    """The paths of an engine, installed or not; none of one that cannot be imported."""
+    try:
+        return load_engine(name).PATHS
+    except MissingExtra:
+        return ()
 
 
 def missing(name: str) -> str | None:
     """The line that says what to install for an engine; None where all of it is."""
-    for package, extra in load_engine(name).PACKAGES.items():
+    try:
+        packages = load_engine(name).PACKAGES
+    except MissingExtra as error:
+        return str(error)
+    for package, extra in packages.items():
         if importlib.util.find_spec(package) is None:
             what = f'"qtx[{extra}]", or ".[{extra}]" in a checkout' if name in BUILT_IN else extra
             return f"engine {name} needs {package}, which is not installed: pip install {what}"
@@ -145,9 +167,10 @@ def list_paths() -> list[Path]:
 def find_path(name: str, op: str) -> Path:
     """The path of that name and operation. Raises SpecError where there is none, MissingExtra where its engine is not
     installed."""
-    paths = [path for engine in engine_names() for path in load_engine(engine).PATHS if path.name == name]
+    known = [path for engine in engine_names() for path in paths_of(engine)]
+    paths = [path for path in known if path.name == name]
     if not paths:
-        raise SpecError(f"path is {name!r}: known paths are {', '.join(dict.fromkeys(p.name for p in list_paths()))}")
+        raise SpecError(f"path is {name!r}: known paths are {', '.join(dict.fromkeys(path.name for path in known))}")
     for path in paths:
         if path.op == op:
             if line := missing(path.engine):
@@ -186,6 +209,23 @@ def name_profile(path: Path, cpu: str | None = None) -> str:
 workers: dict[tuple[str, str | None], Worker] = {}
 
 
+def emulate(cpu: str) -> tuple[str, ...]:
+    """The beginning of a command that runs on one of qemu-user's CPUs. Raises MissingExtra without qemu-user, SpecError
+    for a CPU that it does not have."""
+    emulator = shutil.which("qemu-x86_64")
+    if emulator is None:
+        others = ", ".join(SWITCHES)
+        raise MissingExtra(
+            f"CPU {cpu} needs qemu-x86_64, of qemu-user, which is not installed; torch's {others} needs none"
+        )
+    listed = subprocess.run([emulator, "-cpu", "help"], capture_output=True, text=True).stdout  # its status is 1
+    if cpu.split(",")[0] not in listed.split():
+        raise SpecError(
+            f"CPU {cpu} is none that qemu-x86_64 has, nor of {', '.join(SWITCHES)}: see qemu-x86_64 -cpu help"
+        )
+    return emulator, "-cpu", cpu
+
+
 def make_worker(engine: str, cpu: str | None) -> Worker:
     """A worker of an engine, on an imitated CPU where one is named. Raises SpecError where the engine has no switch for
     it, MissingExtra without qemu-user."""
@@ -193,11 +233,7 @@ def make_worker(engine: str, cpu: str | None) -> Worker:
     if cpu in SWITCHES and engine not in SWITCHED:
         raise SpecError(f"CPU {cpu} is a switch of {', '.join(SWITCHED)}: name one of qemu-user's, such as Haswell")
     if cpu is not None and cpu not in SWITCHES:
-        emulator = shutil.which("qemu-x86_64")
-        if emulator is None:
-            others = ", ".join(SWITCHES)
-            raise MissingExtra(f"CPU {cpu} needs qemu-x86_64, of qemu-user, which is not installed; {others} need none")
-        command = [emulator, "-cpu", cpu, *command]
+        command = [*emulate(cpu), *command]
     return Worker(command, make_environment(**SWITCHES.get(cpu or "", {})))
 
 

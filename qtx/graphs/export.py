@@ -68,9 +68,13 @@ def export_artifact(
     artifact = load_artifact(path)
     model, wiring = make_model(artifact, form, sha=sha_of(path), expose=expose)
     size = sum(value.nbytes for value in wiring.graph.constants.values())
-    if size > external_above:
-        move_constants(model, data)
-    write_beside(out, model.SerializeToString())
+    try:
+        if size > external_above:
+            move_constants(model, data)
+        write_beside(out, model.SerializeToString())
+    except BaseException:  # a full disk, Ctrl-C: constants without their graph would be in the next export's way
+        data.unlink(missing_ok=True)
+        raise
     written = [target for target in (out, data) if target.exists()]
     operators: dict[str, int] = {}
     for node in model.graph.node:

@@ -97,7 +97,7 @@ def read_graph(path: Path) -> Graph:
     decode = need("google.protobuf.message", "engines", WHAT).DecodeError
     check_file(path, "no such file: give an .onnx file")
     try:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), format="protobuf")  # whatever its name ends in
         if model.functions:
             model = need("onnx.inliner", "engines", WHAT).inline_local_functions(model)
         if not model.HasField("graph") or not model.graph.node:

@@ -6,7 +6,6 @@ has: onnxruntime is given the graph that it made of the file, which it then leav
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 import warnings
@@ -21,7 +20,7 @@ from qtx_ref.spec import SpecError
 
 from ..engines.backend import MissingExtra, need
 from ..engines.onnx_runtime import LEVELS
-from ..engines.paths import SWITCHES
+from ..engines.paths import SWITCHED, SWITCHES, emulate
 from ..engines.process import EngineRefusal, Tell, Values, Worker, make_environment, serve
 from .reading import CODES, Graph, Node, list_captured
 
@@ -64,18 +63,17 @@ def run_engine(
 ) -> EngineRun:
     """What an engine makes of a file and its inputs, in a worker process.
 
-    cpu: as in `engines.paths.run`. Raises SpecError for a level or a CPU that is not known, MissingExtra, EngineRefusal
-    for what the engine refuses, EngineCrash.
+    cpu: None is this machine's own, else one of qemu-user's. Raises SpecError for a level or a CPU that is not known,
+    MissingExtra, EngineRefusal for what the engine refuses, EngineCrash.
     """
     check_level(level)
     command = [sys.executable, "-m", "qtx.graphs.running"]
-    if cpu is not None and cpu not in SWITCHES:
-        emulator = shutil.which("qemu-x86_64")
-        if emulator is None:
-            raise MissingExtra(f"CPU {cpu} needs qemu-x86_64, of qemu-user, which is not installed")
-        command = [emulator, "-cpu", cpu, *command]
+    if cpu in SWITCHES:
+        raise SpecError(f"CPU {cpu} is a switch of {', '.join(SWITCHED)}: name one of qemu-user's, such as Haswell")
+    if cpu is not None:
+        command = [*emulate(cpu), *command]
     task = {"path": str(path), "level": level, "expose": expose}
-    with Worker(command, make_environment(**SWITCHES.get(cpu or "", {}))) as worker:
+    with Worker(command, make_environment()) as worker:
         head, values = worker.call(task, dict(inputs), SECONDS)
     return EngineRun({name: values[key] for key, name in head["names"].items()}, tuple(head["changed"]))
 

@@ -104,8 +104,9 @@ def real_multiplier(
     x, w, y = one_or_all(x), per_column(w), one_or_all(y)
     if isinstance(rule, FloatProduct):
         return float_product.make_factors(x, w, y, rule.order, rule.dtype)
-    unit = round_dtype(round_dtype(x, rule.scales) * round_dtype(w, rule.scales), rule.dtype)
-    return round_dtype(unit / round_dtype(y, rule.dtype), rule.dtype)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # `check_real` refuses what is no number
+        unit = round_dtype(round_dtype(x, rule.scales) * round_dtype(w, rule.scales), rule.dtype)
+        return round_dtype(unit / round_dtype(y, rule.dtype), rule.dtype)
 
 
 def one_or_all(scale: np.ndarray) -> np.ndarray:

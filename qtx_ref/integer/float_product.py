@@ -29,9 +29,8 @@ from functools import partial
 
 import numpy as np
 
-from ..quant import levels
 from ..quant.checks import check_integers, check_range, check_shape
-from ..quant.rounding import fused_multiply_add, round_dtype, round_integer
+from ..quant.rounding import fused_multiply_add, round_dtype, round_integer, to_integer
 from ..spec import QTX, Beyond, Bias, Dtype, FloatProduct, Order, ZeroPoint
 
 __all__ = ["FACTORS", "add", "check_factors", "list_factors", "make_factors", "multiply", "round_level", "scale_bias"]
@@ -47,7 +46,7 @@ def make_factors(x: np.ndarray, w: np.ndarray, y: np.ndarray, order: Order, dtyp
     accumulator; float32, or float64 where the dtype is that."""
     to = partial(round_dtype, dtype=Dtype.FLOAT32 if order is Order.RATIO32 else dtype)
     x, w, y = to(x), to(w), to(y)
-    with np.errstate(over="ignore", divide="ignore"):  # `check_factors` refuses what is infinite
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # `check_factors` refuses what is infinite
         if order in (Order.RATIO, Order.RATIO32):
             return to(to(x * w) / y)
         if order is Order.RECIPROCAL:
@@ -90,13 +89,14 @@ def scale_bias(bias: np.ndarray, unit: np.ndarray, y_scale: np.ndarray, rule: Fl
     if place is Bias.INT32:
         raise ValueError(f"bias is {place}: it is added to the accumulator, in integers")
     to = partial(round_dtype, dtype=rule.dtype)
-    if place is Bias.FLOAT_BEFORE:
-        return to(to(bias) / to(unit))
-    if place is Bias.FLOAT_BEFORE_FUSED:
-        return np.stack(np.broadcast_arrays(to(bias), to(1 / to(unit))))
-    if rule.order.in_steps:
-        return to(bias)
-    return to(to(bias) * to(1 / to(y_scale))) if rule.order is Order.RECIPROCAL else to(to(bias) / to(y_scale))
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        if place is Bias.FLOAT_BEFORE:
+            return to(to(bias) / to(unit))
+        if place is Bias.FLOAT_BEFORE_FUSED:
+            return np.stack(np.broadcast_arrays(to(bias), to(1 / to(unit))))
+        if rule.order.in_steps:
+            return to(bias)
+        return to(to(bias) * to(1 / to(y_scale))) if rule.order is Order.RECIPROCAL else to(to(bias) / to(y_scale))
 
 
 def multiply(
@@ -152,7 +152,7 @@ def round_level(x: np.ndarray, rule: FloatProduct, zero_point: np.ndarray | int)
         x = round_dtype(x + round_dtype(zero_point, rule.dtype), rule.dtype)
     level = round_integer(x, rule.rounding).astype(np.float64)  # float32 has no 2^31 - 1
     if rule.beyond is not Beyond.SATURATE:
-        return levels.to_integer(level, 0 if before else zero_point, rule.beyond)
+        return to_integer(level, 0 if before else zero_point, rule.beyond)
     level = np.clip(level, INT32_MIN, INT32_MAX).astype(np.int64)
     return level if before else level + zero_point
 

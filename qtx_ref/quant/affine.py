@@ -37,8 +37,7 @@ from ..spec import (
     range_axes,
 )
 from .checks import check_range, check_shape
-from .levels import decode, nan_code, round_level
-from .rounding import round_dtype, round_integer, working_dtype
+from .rounding import decode, nan_code, round_dtype, round_integer, round_level, working_dtype
 
 __all__ = [
     "check_codes",

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..spec import QTX, Profile, Quant, QuantSpec
 from ..tape import Var, node
-from . import affine, levels, quantizer
+from . import affine, quantizer, rounding
 
 __all__ = ["dynamic_quantize", "fake_quantize", "learned_quantize", "learned_scale_zero"]
 
@@ -55,7 +55,7 @@ def learned_quantize(x: Var, scale: Var, zero_point: Var, spec: QuantSpec, profi
     rule = profile.fake_quantize
     y, inside = affine.simulate(x.value, s, z, spec, rule)
     v = x.value / s
-    level = levels.round_level(x.value, s, z, rule.quantize)
+    level = rounding.round_level(x.value, s, z, rule.quantize)
     outside = np.clip(level, spec.code_min, spec.code_max) - z
     slope = np.where(inside, level - z - v, outside)
     factor = 1 / np.sqrt(x.value.size / scale.value.size * spec.code_max)

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from qtx_ref.spec import QTX, Beyond, Bias, Dtype, FloatProduct, Order, ZeroPoint
 
-from ..quant import levels
 from ..quant.checks import check_integers, check_range, check_shape
-from ..quant.rounding import fused_multiply_add, round_dtype, round_integer
+from ..quant.rounding import fused_multiply_add, round_dtype, round_integer, to_integer
 
 FACTORS = 3  # of an order in steps; before the last, the accumulator is scaled to real numbers
 REACH = 2.0**64  # of one factor: its product with an accumulator stays finite in float32
@@ -155,7 +154,7 @@ def round_level(x: Tensor, rule: FloatProduct, zero_point: Tensor | int) -> Tens
         x = round_dtype(x + round_dtype(torch.as_tensor(zero_point, device=x.device), rule.dtype), rule.dtype)
     level = round_integer(x, rule.rounding).double()  # float32 has no 2^31 - 1
     if rule.beyond is not Beyond.SATURATE:
-        return levels.to_integer(level, 0 if before else zero_point, rule.beyond)
+        return to_integer(level, 0 if before else zero_point, rule.beyond)
     level = level.clamp(INT32_MIN, INT32_MAX).long()
     return level if before else level + zero_point
 

@@ -39,8 +39,7 @@ from qtx_ref.spec import (
 )
 
 from .checks import check_range, check_shape
-from .levels import decode, nan_code, round_level
-from .rounding import round_dtype, round_integer, working_dtype
+from .rounding import decode, nan_code, round_dtype, round_integer, round_level, working_dtype
 
 TINY = 2.0**-126  # the smallest normal float32; no float32 scale is below it
 

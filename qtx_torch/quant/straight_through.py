@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from qtx_ref.spec import QTX, FakeQuantizeRule, FloatQuantSpec, Profile, Quant, QuantSpec
 
 from ..ops import own
-from . import affine, levels, quantizer
+from . import affine, quantizer, rounding
 
 
 class StraightThrough(torch.autograd.Function):
@@ -24,7 +24,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-        level = levels.round_level(x, scale, zero_point)
+        level = rounding.round_level(x, scale, zero_point)
         ctx.save_for_backward(level)
         ctx.ends = (spec.code_min - 0.5, spec.code_max + 0.5)  # the kernel below excludes its limits; levels are whole
         code = level.clamp(spec.code_min, spec.code_max)  # a float: NaN stays NaN
@@ -44,7 +44,7 @@ class Unclamped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return own(levels.round_level(x, scale, zero_point).sub_(zero_point).mul_(scale).to(x.dtype))
+        return own(rounding.round_level(x, scale, zero_point).sub_(zero_point).mul_(scale).to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -95,7 +95,7 @@ class LearnedStep(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         x, scale, s, z, inside = ctx.saved_tensors
         spec = ctx.spec
-        level = levels.round_level(x, s, z, ctx.rule)
+        level = rounding.round_level(x, s, z, ctx.rule)
         slope = torch.where(inside, level - z - x / s, level.clamp(spec.code_min, spec.code_max) - z)
         axes = [i for i in range(x.ndim) if scale.shape[i] == 1]
         factor = 1 / math.sqrt(x.numel() / scale.numel() * spec.code_max)

@@ -14,7 +14,7 @@ from qtx.recipes import named as recipes
 from qtx_ref import numerics, ops
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
-from qtx_ref.quant import formats, levels, quantizer
+from qtx_ref.quant import formats, quantizer, rounding
 from qtx_ref.quant.observers import Observer
 from qtx_ref.random import stream
 from qtx_ref.spec import (
@@ -269,7 +269,7 @@ def test_what_may_need_clamping_is_clamped():
     x, where = torch.tensor([[-1.5, 253.5]]), torch.tensor([[True, False]])
     spec = QuantSpec(8, False, Granularity.TOKEN, dynamic=True)
     assert not torch_quantizer.holds_all(spec, None)
-    level = levels.round_level(x.numpy(), *quantizer.dynamic_scale(x.numpy(), spec, None, False))
+    level = rounding.round_level(x.numpy(), *quantizer.dynamic_scale(x.numpy(), spec, None, False))
     assert level.min() == spec.code_min and level.max() == spec.code_max + 1
     tensor = QuantSpec(8, True, Granularity.TENSOR, dynamic=True)
     assert not torch_quantizer.holds_all(tensor, where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from qtx_ref.random import stream
 from qtx_ref.spec import FloatFormat, SharedScale
 from qtx_torch.quant import formats as torch_formats
 
+ml_dtypes = pytest.importorskip("ml_dtypes")
 F32 = np.float32
 E4M3, E5M2, E2M1 = FloatFormat
 OUTSIDE = {E4M3: ml_dtypes.float8_e4m3fn, E5M2: ml_dtypes.float8_e5m2, E2M1: ml_dtypes.float4_e2m1fn}

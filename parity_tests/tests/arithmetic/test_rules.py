@@ -481,3 +481,22 @@ def test_both_backends_on_anything(seed: int) -> None:
 def test_rules_that_cannot_be_are_refused(make, said: str) -> None:
     with pytest.raises(SpecError, match=said):
         make()
+
+
+@pytest.mark.parametrize("rule", [replace(rules.ONE, dtype=Dtype.FLOAT32, scales=Dtype.FLOAT32), REFERENCE, ONEDNN])
+def test_scales_at_the_ends_of_float32_are_refused_without_a_warning(rule):
+    """1 / 1e-39 is no float16 and no small factor; 2^-7 / 1.4e-45 is no float32."""
+    least = F32(1e-45)
+    rule = replace(rule, dtype=Dtype.FLOAT32)
+    for module, kind in ((fixed_point, np.asarray), (torch_fixed, torch.from_numpy)):
+        given = (kind(np.array(value, F32)) for value in (2**-3, 2**-4, least))
+        real = module.real_multiplier(*given, rule)
+        with pytest.raises(ValueError, match="outside 0 to"):
+            module.round_by(kind(np.array([1], I32)), real, rule)
+
+
+def test_a_bias_beyond_its_unit_is_infinite_without_a_warning():
+    half = replace(REFERENCE, dtype=Dtype.FLOAT16)
+    for module, kind in ((float_product, np.asarray), (torch_float, torch.from_numpy)):
+        given = (kind(np.array(value, F32)) for value in (1.0, 1e-9, 1.0))
+        assert module.scale_bias(*given, half, Bias.FLOAT_BEFORE) == math.inf

@@ -157,7 +157,10 @@ def test_a_finding_with_a_profile_explains_what_that_profile_gives_and_no_more()
     assert row.findings == ["QTX-A"] and row.unexplained == 2
 
 
-@pytest.mark.parametrize("text", ["[]", '{"A": [{"colour": "red"}]}', '{"A": [{"path": 3}]}', '{"A": ["x"]}', "{"])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '{"A": [{"colour": "red"}]}', '{"A": [{"path": 3}]}', '{"A": ["x"]}', '{"A": [{"profile": "nosuch"}]}', "{"],
+)
 def test_a_damaged_list_of_findings_is_refused(tmp_path: File, text: str) -> None:
     (tmp_path / "known.json").write_text(text)
     with pytest.raises(FileError, match=r"known\.json"):
@@ -170,7 +173,21 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(SpecError, match="choose from quantize"):
         choose_paths([], ["convolve"])
     result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "tensorrt"])
-    assert result.exit_code == 1 and "engine is 'tensorrt'" in result.stderr
+    assert result.exit_code == 2 and "engine is 'tensorrt'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["ml_dtypes", "--op", "quantize"], "ml_dtypes has no quantize: it has cast"),
+        (["onnx-node-cases", "--op", "quantize"], "leave out the operation"),
+        (["onnx-node-cases", "--cpu", "Haswell"], "leave out CPU Haswell"),
+        (["onnx-node-cases", "--write-golden", "nowhere"], "none of onnx-node-cases runs here"),
+    ],
+)
+def test_a_line_that_would_do_nothing_is_refused(line: list[str], said: str) -> None:
+    result = CliRunner().invoke(main, ["audit", "conformance", "--engine", *line])
+    assert result.exit_code == 2 and said in result.stderr
 
 
 # --- golden vectors ---------------------------------------------------------------------------------------------------
@@ -266,7 +283,7 @@ def test_an_absent_engine_is_held_to_by_its_golden_vectors(monkeypatch: pytest.M
     assert result.exit_code == 0 and "litert is absent: golden vectors of ai-edge-litert" in result.stdout
     monkeypatch.setattr(conformance, "read_golden", lambda name: None)
     result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "litert"])
-    assert result.exit_code == 1 and "engine litert needs a package" in result.stderr
+    assert result.exit_code == 3 and "engine litert needs a package" in result.stderr
 
 
 def test_the_status_is_1_where_nothing_explains_a_row(tmp_path: File) -> None:

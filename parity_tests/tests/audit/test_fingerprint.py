@@ -223,6 +223,24 @@ def test_what_is_no_box_is_refused() -> None:
         find_rules(lambda arrays: 1 // 0, "quantize", ("uint8",))
     with pytest.raises(SpecError, match="with the shape"):
         find_rules(lambda arrays: arrays["x"][:3].astype(int), "quantize", ("uint8",))
+    with pytest.raises(SpecError, match="answers with float32: give codes as integers"):
+        find_rules(lambda arrays: arrays["x"], "quantize", ("uint8",))
+    with pytest.raises(SpecError, match="answers with uint8: give floats"):
+        find_rules(lambda arrays: arrays["code"], "dequantize", ("uint8",))
+    with pytest.raises(SpecError, match="SystemExit: 3"):
+        find_rules(lambda arrays: sys.exit(3), "quantize", ("uint8",))
+
+
+def test_a_box_may_write_into_its_arguments() -> None:
+    values = CANDIDATES["quantize"][0]
+    inner = plant("quantize", values)
+
+    def box(arrays: Arrays) -> np.ndarray:
+        code = inner(arrays)
+        arrays["x"][...] = 0
+        return code
+
+    assert values in take("quantize", box, ("uint8",)).alike
 
 
 # --- the profile and the command --------------------------------------------------------------------------------------
@@ -275,6 +293,9 @@ def test_the_command_names_the_rules_of_a_function(tmp_path: Path, monkeypatch: 
     assert rules["nan"]["value"] == "raise" and rules["rounding"]["inputs"]
     result = run(main, ["audit", "fingerprint", "--callable", "stranger_box:broken", "--codes", "uint8,int8"])
     assert result.exit_code == 1 and "gives 43" in result.output
+    (tmp_path / "broken_box.py").write_text("raise RuntimeError('no device')")
+    result = run(main, ["audit", "fingerprint", "--callable", "broken_box:quantize"])
+    assert result.exit_code == 2 and "--callable broken_box:quantize: RuntimeError: no device" in result.output
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,25 @@ print(run(path, "quantize", values)["code"].tolist())
     assert done.stdout == "[1, 2, 0]\n"
 
 
+def test_a_cpu_that_the_emulator_does_not_have_is_refused() -> None:
+    if shutil.which("qemu-x86_64") is None:
+        pytest.skip("qemu-x86_64, of qemu-user, is not installed")
+    with pytest.raises(SpecError, match="CPU nosuch is none that qemu-x86_64 has"):
+        run("ml_dtypes", "cast", {}, "nosuch")
+
+
+def test_a_plug_in_that_cannot_be_imported_is_told_and_ends_nothing(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "theirs.py").write_text("import no_such_driver")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(paths, "find_plugins", lambda: {"theirs": "theirs"})
+    said = "engine theirs: its module theirs cannot be imported: ModuleNotFoundError: No module named 'no_such_driver'"
+    assert paths.missing("theirs") == said
+    with pytest.raises(MissingExtra, match="no_such_driver"):
+        load_engine("theirs")
+    assert find_path("ml_dtypes", "cast").engine == "ml_dtypes"
+    assert "theirs" not in show_tables() and all(path.engine != "theirs" for path in list_paths())
+
+
 def test_the_example_of_the_page_prints_what_it_says(capsys: pytest.CaptureFixture) -> None:
     for engine in ("onnxruntime", "torch"):
         if line := paths.missing(engine):
@@ -274,3 +293,9 @@ def test_the_tables_of_the_page_are_what_the_command_prints() -> None:
     assert page.partition("<!-- qtx audit engines -->\n")[2].strip() == show_tables().strip()
     for op, (takes, gives) in paths.OPERATIONS.items():
         assert f"| {op} | {takes} | {gives} |" in page
+
+
+def test_paths_are_known_whose_engine_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "missing", lambda name: f"engine {name} needs more")
+    with pytest.raises(SpecError, match="known paths are .*torch-fbgemm"):
+        paths.find_path("nobody", "quantize")

@@ -414,3 +414,17 @@ def test_without_onnx_the_command_says_what_to_install(tmp_path, monkeypatch):
     words = ["export", str(tmp_path / "m.qtx"), "--format", "onnx", "--out", str(tmp_path / "m.onnx")]
     got = CliRunner().invoke(main, words)
     assert got.exit_code != 0 and 'pip install "qtx[engines]"' in got.output and not (tmp_path / "m.onnx").exists()
+
+
+def test_a_graph_that_cannot_be_written_leaves_no_constants_behind(tmp_path, monkeypatch):
+    save(tmp_path / "m.qtx")
+
+    def fill(path, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qtx.graphs.export.write_beside", fill)
+        with pytest.raises(OSError, match="No space"):
+            export_artifact(tmp_path / "m.qtx", tmp_path / "m.onnx", external_above=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.qtx"]
+    assert len(export_artifact(tmp_path / "m.qtx", tmp_path / "m.onnx", external_above=0).files) == 2

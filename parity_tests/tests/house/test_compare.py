@@ -249,7 +249,7 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         replaced(
             qtx_torch.quant.affine,
             "quantize",
-            lambda q: lambda x, s, z, spec: qtx_torch.quant.levels.round_level(x, s, z).int(),
+            lambda q: lambda x, s, z, spec: qtx_torch.quant.rounding.round_level(x, s, z).int(),
         ),
     ),
     "codes off by one": (

@@ -24,12 +24,14 @@ import numpy as np
 from qtx_ref.integer.model import Code, Integer
 from qtx_ref.model import IntegerModel, Model
 from qtx_ref.numerics import FakeQuant
+from qtx_ref.profiles import profile
 from qtx_ref.quant import affine
 from qtx_ref.spec import QTX, Profile, SpecError
 from qtx_ref.tape import Var, const
 
 from ...engines.backend import backend
 from ...engines.machine import Machine
+from ...engines.paths import find_path, name_profile
 from ...engines.protocols import IntegerModel as AnyIntegerModel
 from ...files.artifact import SUFFIX, Artifact, load_artifact
 from ...files.profiles import read_profile
@@ -64,6 +66,13 @@ class Execution(Protocol):
     profile: Profile | None  # whose rules it computes by; None: an engine's own
     simulated: bool  # whether codes are those of floats that were quantized, instead of integers all along
 
+    @property
+    def constants(self) -> Arrays:
+        """What the file holds, by name."""
+
+    def find_stated(self) -> Profile | None:
+        """The profile that states an engine's rules; None where qtx computes, or nobody stated them."""
+
     def run(self, inputs: Arrays) -> Trace:
         """All tensors of one pass."""
 
@@ -79,6 +88,9 @@ class Execution(Protocol):
     def list_kernels(self, target: str) -> list[str]:
         """What only an engine has between a tensor and the codes that it is made of."""
 
+    def list_constants(self, target: str, given: Arrays) -> list[str]:
+        """The constants that a tensor is made with, of the tensors `given`."""
+
 
 def parse_execution(text: str) -> Execution:
     """The execution of MODEL@WORDS. Raises SpecError for words that do not belong to the file, FileError for a file
@@ -93,19 +105,29 @@ def parse_execution(text: str) -> Execution:
 
 def describe_words(words: list[str], allowed: Mapping[str, tuple[str, ...]], keys: tuple[str, ...]) -> dict[str, str]:
     """Which of the `allowed` words of each kind was given (else the first), and the values of `keys`. Raises SpecError
-    naming a word that is neither."""
-    chosen = {kind: values[0] for kind, values in allowed.items()}
+    naming a word that is neither, or the second of its kind."""
+    chosen, given = {kind: values[0] for kind, values in allowed.items()}, dict[str, str]()
     for word in words:
         key, equals, value = word.partition("=")
         kind = next((kind for kind, values in allowed.items() if word in values), None)
-        if kind is not None:
-            chosen[kind] = word
-        elif equals and key in keys:
-            chosen[key] = value
+        if kind is not None and kind not in given:
+            chosen[kind] = given[kind] = word
+        elif equals and key in keys and key not in given:
+            chosen[key] = given[key] = value
+        elif (earlier := given.get(kind or key)) is not None:
+            raise SpecError(f"{word!r} after {earlier!r}: give one of them")
         else:
             known = [*(value for values in allowed.values() for value in values), *(f"{key}=..." for key in keys)]
             raise SpecError(f"{word!r} says nothing of this file: give {', '.join(known)}")
     return chosen
+
+
+def convert(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+    """An input in the dtype that a file takes. Raises SpecError for one that is no number."""
+    try:
+        return value.astype(dtype)
+    except (TypeError, ValueError):
+        raise SpecError(f"input {name} is {value.dtype}: the file takes {dtype}") from None
 
 
 # --- artifacts --------------------------------------------------------------------------------------------------------
@@ -236,6 +258,20 @@ class ArtifactExecution:
         """None: all is in integers."""
         return []
 
+    @property
+    def constants(self) -> Arrays:
+        """As `Execution.constants`."""
+        return self.artifact.constants
+
+    def find_stated(self) -> Profile | None:
+        """None: qtx computes."""
+        return None
+
+    def list_constants(self, target: str, given: Arrays) -> list[str]:
+        """Those of the site."""
+        site = target.removesuffix(".accumulator")
+        return [name for name in self.constants if name.startswith(f"{site}.")]
+
     def operation(self, target: str) -> str:
         """The site's kind, as its name says."""
         return "integer product" if target.endswith(".accumulator") else f"operation of site {target}"
@@ -287,8 +323,8 @@ class OnnxExecution:
         taken = {}
         for name, (dtype, _) in self.graph.inputs.items():
             if name not in inputs:
-                raise SpecError(f"input {name} of {self.path} is missing: --data has {', '.join(inputs)}")
-            taken[name] = np.ascontiguousarray(inputs[name].astype(dtype) if dtype else inputs[name])
+                raise SpecError(f"input {name} of {self.path} is missing: the inputs are {', '.join(inputs)}")
+            taken[name] = np.ascontiguousarray(convert(name, inputs[name], dtype) if dtype else inputs[name])
         return taken
 
     def run(self, inputs: Arrays) -> Trace:
@@ -357,6 +393,25 @@ class OnnxExecution:
                 stack += [name for name, dtype in types if not dtype.startswith(("int", "uint", "bool"))]
         return found
 
+    @property
+    def constants(self) -> Arrays:
+        """As `Execution.constants`."""
+        return self.graph.constants
+
+    def find_stated(self) -> Profile | None:
+        """That of the engine's products."""
+        if self.profile is not None:
+            return None
+        name = "onnx-reference" if self.engine == REFERENCE else f"onnxruntime-{self.engine}"
+        return profile(name_profile(find_path(name, "linear"), self.words.get("cpu")))
+
+    def list_constants(self, target: str, given: Arrays) -> list[str]:
+        """Those of the nodes that a replay of the tensor runs."""
+        name = self.back({target: np.zeros(0)}).popitem()[0]
+        earlier = {key: value for key, value in self.back(given).items() if key != name}
+        used = [n for node in self.list_needed(name, earlier) for n in node.inputs]
+        return [n for n in dict.fromkeys(used) if n in self.constants]
+
     def operation(self, target: str) -> str:
         """The node."""
         name = self.back({target: np.zeros(0)}).popitem()[0]
@@ -389,18 +444,26 @@ class TfliteExecution:
             raise SpecError(f"profile={self.words['profile']} belongs to {OURS}: {self.engine} has rules of its own")
         self.label = f"{path} ({'qtx_ref, profile ' + self.profile.name if self.profile else 'LiteRT ' + self.engine})"
 
+    def feed(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """The file's inputs, of the dtypes that it takes."""
+        tensors = self.graph.tensors
+        return {name: convert(name, inputs[name], tensors[name].dtype) for name in self.graph.inputs}
+
     def run(self, inputs: Arrays) -> Trace:
         """Every tensor that an operator makes."""
         for name in self.graph.inputs:
             if name not in inputs:
-                raise SpecError(f"input {name} of {self.path} is missing: --data has {', '.join(inputs)}")
-        fed = {name: inputs[name] for name in self.graph.inputs}
+                raise SpecError(f"input {name} of {self.path} is missing: the inputs are {', '.join(inputs)}")
+        fed = self.feed(inputs)
         if self.profile is None:
             made, changed = tflite.run_engine(self.path, fed, self.engine)
             return Trace(made, self.graph.outputs, changed)
         values = dict(fed)
         for op in self.graph.operators:
-            made_here = tflite.compute(self.graph, op, values, self.profile)
+            try:
+                made_here = tflite.compute(self.graph, op, values, self.profile)
+            except ValueError as error:  # SpecError is one; shapes that do not go together are others
+                raise SpecError(f"operator {op.kind} that makes {op.output} of {self.path}: {error}") from None
             if made_here is None:
                 raise SpecError(f"operator {op.kind} of {self.path} is none that qtx_ref has: run it in LiteRT")
             values[op.output] = made_here
@@ -410,7 +473,7 @@ class TfliteExecution:
         self, profile: Profile, inputs: Arrays, given: Arrays, target: str | None = None
     ) -> dict[str, np.ndarray]:
         """As `Execution.replay`."""
-        values = dict(inputs) | dict(given)
+        values = self.feed(inputs) | dict(given)
         made = {}
         for op in self.graph.operators:
             if target in (None, op.output) and all(n in values or n in self.constants for n in op.inputs if n):
@@ -424,9 +487,26 @@ class TfliteExecution:
         return [op.kind for op in self.graph.operators if op.output == target and not tflite.is_known(self.graph, op)]
 
     @cached_property
-    def constants(self) -> frozenset[str]:
-        """Tensors that are in the file."""
-        return frozenset(name for name, tensor in self.graph.tensors.items() if tensor.data is not None)
+    def constants(self) -> dict[str, np.ndarray]:
+        """Tensors that are in the file, and the scales and zero points of all tensors."""
+        made = {name: one.data for name, one in self.graph.tensors.items() if one.data is not None}
+        for name, one in self.graph.tensors.items():
+            made |= {f"{name} scale": one.scale, f"{name} zero point": one.zero_point}
+        return made
+
+    def find_stated(self) -> Profile | None:
+        """That of the kernels' products, of int16 where the file has them, or of weights with several scales."""
+        if self.profile is not None:
+            return None
+        weights = [self.graph.tensors[op.inputs[1]] for op in self.graph.operators if op.kind == "FULLY_CONNECTED"]
+        wide = any(one.dtype == "int16" for one in self.graph.tensors.values())
+        end = "-16x8" if wide else "-channel" if any(one.scale.size > 1 for one in weights) else ""
+        return profile(name_profile(find_path(f"litert-{self.engine}{end}", "linear")))
+
+    def list_constants(self, target: str, given: Arrays) -> list[str]:
+        """Those of the operator, its result's scale and zero point among them."""
+        names = {name for op in self.graph.operators if op.output == target for name in (*op.inputs, op.output)}
+        return [name for name in self.constants if name.removesuffix(" scale").removesuffix(" zero point") in names]
 
     def operation(self, target: str) -> str:
         """The operator."""

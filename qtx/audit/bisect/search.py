@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -19,6 +19,7 @@ __all__ = ["Axis", "Bisection", "Part", "bisect"]
 
 Arrays = Mapping[str, np.ndarray]
 MOST = 3  # fields that together make a difference
+KIND = "requantize"  # the field that says of which kind that record is
 LIMIT = 24  # profiles that explain a tensor and are held to the others
 
 
@@ -53,7 +54,7 @@ class Fit:
 @dataclass
 class Bisection:
     """Where two executions part. `axes`: the rule, empty where none was found; `constants`: those that differ at the
-    first tensor, of two artifacts; `fits`: of either execution, how many tensors its rule reproduces, of how many."""
+    first tensor, of two files of one kind; `fits`: of either, how many tensors its rule reproduces, of how many."""
 
     a: str
     b: str
@@ -148,10 +149,14 @@ def explain(found: Bisection, a: Execution, b: Execution, one: Trace, other: Tra
     """Fills in the rules, or why there are none."""
     assert found.first is not None
     target = found.first.name
-    found.constants = list_constants(a, b, target)
+    found.constants = list_constants(a, b, target, one, other)
     kernels = sorted({*a.list_kernels(target), *b.list_kernels(target)})
-    if one.tensors[target].dtype.kind == "f":
-        found.unexplained = "floats differ, and no code does"
+    floats = one.tensors[target].dtype.kind == "f"
+    if found.constants and (floats or kernels):
+        return  # no rule is asked for; constants that differ are enough
+    if floats:
+        codes = any(one.tensors[name].dtype.kind in "iub" for name in one.tensors if name in other.tensors)
+        found.unexplained = f"floats differ, and no code does{'' if codes else ': none is in both'}"
         return
     if a.simulated is not b.simulated:
         found.unexplained = "one is in integers, the other rounds the float result of the same operation"
@@ -170,41 +175,84 @@ def explain(found: Bisection, a: Execution, b: Execution, one: Trace, other: Tra
             found.unexplained = f"{what} the {wanted.size} values of {target} in {execution.label}"
             return
     pairs = [(x, y) for x in fits["a"] for y in fits["b"]]
+    stated = [find_stated(execution, trace, inputs, target) for execution, trace in ((a, one), (b, other))]
+    if stated[0] is not None and stated[1] is not None:  # what is known of engines goes before what fits as well
+        pairs.insert(0, (stated[0], stated[1]))
     if found.constants and any(not differing_fields(x.profile, y.profile) for x, y in pairs):
         return  # the same rule on other constants
     pairs = [(x, y) for x, y in pairs if differing_fields(x.profile, y.profile)]
     if not pairs:
-        found.unexplained = f"one rule makes {target} in both: their inputs differ in a tensor that is not compared"
+        found.unexplained = (
+            f"one rule makes {target} in both: what it is made of differs in a tensor that is not compared"
+        )
         return
-    pairs.sort(
-        key=lambda pair: (-pair[0].equal - pair[1].equal, len(differing_fields(pair[0].profile, pair[1].profile)))
-    )
-    best = pairs[0]
-    found.fits = {label: (fit.equal, fit.count) for label, fit in zip("ab", best, strict=True)}
-    score = best[0].equal + best[1].equal
-    rules: list[list[Axis]] = []
+    pairs = [pair for pair in pairs if is_cause(a, one, inputs, pair[1].profile, target, other.tensors[target])]
+    if not pairs:  # B's rules do not make in A what they make in B
+        if not found.constants:
+            found.unexplained = f"no rule alone: what {target} is made of differs in a tensor that is not compared"
+        return
+    score = max(x.equal + y.equal for x, y in pairs)
+    rules: list[tuple[int, list[Axis]]] = []
     for x, y in pairs:
         if x.equal + y.equal == score:
+            found.fits = found.fits or {"a": (x.equal, x.count), "b": (y.equal, y.count)}
             rules += shrink(a, one, inputs, x.profile, y.profile, target, other.tensors[target])
-    rules = sorted((rule for i, rule in enumerate(rules) if rule not in rules[:i]), key=len)
-    found.axes, found.rivals = rules[0], [rule for rule in rules[1:] if len(rule) == len(rules[0])]
+    fewest = min(size for size, _ in rules)
+    axes = [axes for size, axes in rules if size == fewest]
+    found.axes, *found.rivals = [some for i, some in enumerate(axes) if some not in axes[:i]]
 
 
 def shrink(
     execution: Execution, trace: Trace, inputs: Arrays, x: Profile, y: Profile, target: str, wanted: np.ndarray
-) -> list[list[Axis]]:
-    """The fewest fields of y that, in x, make what y makes of the target; all of them where none do so by fewer."""
+) -> list[tuple[int, list[Axis]]]:
+    """The fewest fields of y that, in x, make what y makes of the target, and how many they are; all of them where none
+    do so by fewer. A requantization of another kind is one change of many fields."""
     differing = differing_fields(x, y)
-    for size in range(1, len(differing)):
+    kind = [key for key in differing if key.partition(".")[0] == KIND] if KIND in differing else []
+    units = [[key] for key in differing if key not in kind] + ([kind] if kind else [])
+    for size in range(1, min(MOST, len(units) - 1) + 1):
         enough = []
-        for keys in combinations(differing, size):
-            candidate = take_fields(x, y, keys)
+        for some in combinations(units, size):
+            candidate = take_fields(x, y, sum(some, []))
             made = None if candidate is None else replay(execution, candidate, inputs, trace.tensors, target)
             if made is not None and same(made, wanted):
-                enough.append([Axis(key, *differing[key]) for key in keys])
-        if enough or size == MOST:
-            return enough or [[Axis(key, *values) for key, values in differing.items()]]
-    return [[Axis(key, *values) for key, values in differing.items()]]
+                enough.append(name_axes(some, differing))
+        if enough:
+            return enough
+    return [name_axes(units, differing)]
+
+
+def name_axes(units: Sequence[list[str]], differing: Mapping[str, tuple[Any, Any]]) -> tuple[int, list[Axis]]:
+    """How many fields units are, and each unit as an axis; that of another kind of requantization with its fields."""
+    axes = [Axis(unit[0], *differing[unit[0]]) for unit in units if unit[0] != KIND]
+    for unit in units:
+        if unit[0] == KIND:
+            axes.append(Axis(KIND, *(spell_kind([(key, differing[key][side]) for key in unit]) for side in (0, 1))))
+    return sum(map(len, units)), axes
+
+
+def spell_kind(fields: Sequence[tuple[str, Any]]) -> str:
+    """`Fixed (bits 31, product exact, ...)`."""
+    (_, kind), *rest = fields
+    return f"{kind} ({', '.join(f'{key[len(KIND) + 1 :]} {value}' for key, value in rest if value is not None)})"
+
+
+def is_cause(
+    execution: Execution, trace: Trace, inputs: Arrays, other: Profile, target: str, wanted: np.ndarray
+) -> bool:
+    """Whether the other's rules make the other's target of this execution's tensors too; so they do where this
+    execution cannot be had under them."""
+    made = replay(execution, other, inputs, trace.tensors, target)
+    return made is None or same(made, wanted)
+
+
+def find_stated(execution: Execution, trace: Trace, inputs: Arrays, target: str) -> Fit | None:
+    """The profile by which an execution computes, or which states its engine's rules, where it makes the target."""
+    stated = execution.profile or execution.find_stated()
+    made = None if stated is None else replay(execution, stated, inputs, trace.tensors, target)
+    if stated is None or made is None or not same(made, trace.tensors[target]):
+        return None
+    return score(execution, stated, inputs, trace)
 
 
 def find_fits(execution: Execution, trace: Trace, inputs: Arrays, target: str, base: Profile) -> Iterator[Fit]:
@@ -244,13 +292,13 @@ def score(execution: Execution, profile: Profile, inputs: Arrays, trace: Trace) 
     return Fit(profile, sum(same(made[name], trace.tensors[name]) for name in names), len(names))
 
 
-def list_constants(a: Execution, b: Execution, target: str) -> list[str]:
-    """The constants of a site that two artifacts have in different values."""
-    if not (isinstance(a, ArtifactExecution) and isinstance(b, ArtifactExecution)):
+def list_constants(a: Execution, b: Execution, target: str, one: Trace, other: Trace) -> list[str]:
+    """The constants behind a tensor that two files of one kind have in different values."""
+    if type(a) is not type(b):
         return []
-    site = target.removesuffix(".accumulator")
-    ones, others = a.artifact.constants, b.artifact.constants
-    names = [name for name in dict.fromkeys((*ones, *others)) if name.rpartition(".")[0].startswith(site)]
-    if a.artifact.profile != b.artifact.profile:  # which make multipliers, shifts and biases of their own
+    behind = (*a.list_constants(target, one.tensors), *b.list_constants(target, other.tensors))
+    names = list(dict.fromkeys(behind))
+    if isinstance(a, ArtifactExecution) and a.profile != b.profile:  # which make these of their own
         names = [name for name in names if not name.endswith((".multiplier", ".shift", ".bias", ".bias.scale"))]
+    ones, others = a.constants, b.constants
     return [n for n in names if n not in ones or n not in others or not np.array_equal(ones[n], others[n])]

@@ -25,6 +25,7 @@ ARGUMENTS = {  # of a function, in its order
     "linear": ("x_codes", "x_scale", "x_zero", "w_codes", "w_scale", "y_scale", "y_zero", "bias"),
 }
 RESULTS = {"quantize": "code", "dequantize": "y", "fake_quantize": "y", "linear": "y"}
+FLOATS = ("dequantize", "fake_quantize")  # operations that answer with floats
 CODES = {  # dtypes of codes that are tried
     "quantize": ("uint8", "int8", "uint16", "int16"),
     "dequantize": ("uint8", "int8", "uint16", "int16"),
@@ -46,8 +47,8 @@ def load_function(target: str, op: str) -> Function:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"--callable {target}: {error}") from None
+    except Exception as error:  # a stranger's module fails as it likes
+        raise SpecError(f"--callable {target}: {type(error).__name__}: {error}") from None
     if not callable(found):
         raise SpecError(f"--callable {target} is no function")
     return take_positions(found, op)
@@ -117,7 +118,7 @@ class Observed:
 def observe(box: Box, op: str, codes: Sequence[str]) -> Observed:
     """Asks for codes of each dtype far beyond both ends: the limits that come out are the quantizer's. Raises SpecError
     for a box that takes none."""
-    if op in ("dequantize", "fake_quantize"):
+    if op in FLOATS:
         return Observed(
             {one: QuantSpec(bits_of_dtype(one), symmetric=False, signed=one[0] != "u") for one in codes}, ()
         )

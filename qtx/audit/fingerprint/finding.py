@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from qtx_ref.spec import QuantSpec
 
-from .boxes import CODES, Observed, observe
+from .boxes import CODES, FLOATS, Observed, observe
 from .linear import Linear
 from .quantizers import Dequantize, FakeQuantize, Quantize
 from .questions import Box, Function, Operation
@@ -23,7 +23,7 @@ def find_rules(
 ) -> tuple[Fingerprint, Observed]:
     """The rules of a box that takes arrays by name, and what was seen of it before. `codes`: dtypes of codes that it
     may take; None: those that are usual. Raises SpecError for a box that takes none, or does not answer in numbers."""
-    box = Box(function)
+    box = Box(function, floats=op in FLOATS)
     observed = observe(box, op, codes or CODES[op])
     if observed.unexplained is not None:
         calls = box.calls

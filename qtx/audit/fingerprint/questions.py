@@ -136,10 +136,10 @@ def fits(outcome: np.ndarray, answer: np.ndarray) -> np.ndarray:
 
 
 class Box:
-    """A black box, its calls counted."""
+    """A black box, its calls counted. `floats`: whether it answers with floats, else with codes."""
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
+    def __init__(self, function: Function, floats: bool) -> None:
+        self.function, self.floats = function, floats
         self.calls = self.inputs = 0
 
     def ask(self, question: Question) -> np.ndarray | Raised:
@@ -147,19 +147,20 @@ class Box:
         self.calls += 1
         self.inputs += question.size
         try:
-            answer = np.asarray(self.function(dict(question.arrays)))
-        except Exception as error:  # whatever a stranger's code raises is its answer
+            # copies: a box may write into its arguments, and a question is asked again
+            given = {name: None if value is None else value.copy() for name, value in question.arrays.items()}
+            answer = np.asarray(self.function(given))
+        except (Exception, SystemExit) as error:  # whatever a stranger's code raises is its answer
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             return Raised(reason if len(reason) <= 200 else f"{reason[:200]}...", isinstance(error, EngineCrash))
         if answer.size != question.size:
             shapes = ", ".join(f"{name} {value.shape}" for name, value in question.arrays.items())
             raise SpecError(f"the box answers {shapes} with the shape {answer.shape}: give {question.size} numbers")
         answer = answer.reshape(-1)
-        if answer.dtype.kind == "f":
-            return bits_of(answer)
-        if answer.dtype.kind not in "iu":
-            raise SpecError(f"the box answers with {answer.dtype}: give integers, or floats where it dequantizes")
-        return answer.astype(np.int64)
+        if answer.dtype.kind not in ("f" if self.floats else "iu"):
+            wanted = "floats" if self.floats else "codes as integers"
+            raise SpecError(f"the box answers with {answer.dtype}: give {wanted}")
+        return bits_of(answer) if self.floats else answer.astype(np.int64)
 
 
 def bits_of(x: np.ndarray) -> np.ndarray:
