@@ -143,6 +143,17 @@ def test_what_a_box_refuses_is_undetermined_and_why() -> None:
     assert "no halves here" in arithmetic.reason
 
 
+def test_a_box_that_takes_no_zero_point_is_asked_without() -> None:
+    def box(arrays: Arrays) -> np.ndarray:
+        if arrays["zero_point"].any():
+            raise ValueError("zero points are 0 here")
+        return plant("dequantize", CANDIDATES["dequantize"][0])(arrays)
+
+    found = take("dequantize", box, ("int16",))
+    assert CANDIDATES["dequantize"][0] in found.alike and found.calls < 20
+    assert any("zero points are 0 here" in line for line in found.refusals)
+
+
 def test_codes_of_four_bits_and_narrow_ones_are_seen() -> None:
     for spec, shown in (
         (QuantSpec(4, symmetric=False), "0 to 15"),
@@ -280,7 +291,7 @@ def test_the_command_names_the_rules_of_a_function(tmp_path: Path, monkeypatch: 
     assert (str(written.quantize.rounding), str(written.quantize.arithmetic)) == ("half_up", "float64")
     rules = {one["axis"]: one for one in json.loads((tmp_path / "result.json").read_text())["rules"]}
     assert rules["nan"]["value"] == "raise" and rules["rounding"]["inputs"]
-    result = run(main, ["audit", "fingerprint", "--callable", "stranger_box:broken", "--codes", "int8,uint8"])
+    result = run(main, ["audit", "fingerprint", "--callable", "stranger_box:broken", "--codes", "uint8,int8"])
     assert result.exit_code == 1 and "gives 43" in result.output
     (tmp_path / "broken_box.py").write_text("raise RuntimeError('no device')")
     result = run(main, ["audit", "fingerprint", "--callable", "broken_box:quantize"])
@@ -308,11 +319,15 @@ def test_what_the_command_refuses(line: list[str], said: str) -> None:
         ("onnx-reference", "quantize", "half_even after False input converted saturate wrap32"),
         ("onnx-reference", "dequantize", "difference input"),
         ("torch-quantize_per_tensor", "quantize", "half_even fused True float32 code_max saturate saturate"),
+        # of whole lanes; of two channels, which go by the reference's kernels
+        ("litert-optimized", "quantize", "is profile litert-2.3-optimized"),
+        ("litert-optimized-channel", "quantize", "is profile litert-2.3-reference"),
+        ("litert-optimized", "linear", "is profile litert-2.3-optimized"),
     ],
 )
 def test_an_engine_is_named(name: str, op: str, rules: str) -> None:
-    package = "torch" if name.startswith("torch") else "onnx"
-    pytest.importorskip(package)
+    package = name.split("-")[0]
+    pytest.importorskip("ai_edge_litert" if package == "litert" else package)
     line, _ = fingerprints.ask_engine(choose_path(name, op))
     seen = line.rpartition(": ")[2].replace(",", "")
     if package == "torch":  # NaN is what the CPU's conversion leaves
