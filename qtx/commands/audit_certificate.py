@@ -20,6 +20,7 @@ from ..files.artifact import SUFFIX, load_artifact
 from ..jobs.opening import open_data
 from ..report.tables import format_table
 from .options import JSON, options, say, write_json
+from .parity import Verdicts
 
 FINDING = {  # by column
     "avx2": "QTX-ACC-001",
@@ -30,7 +31,7 @@ FINDING = {  # by column
 SIZE = 2  # sequences or images of a batch
 
 
-@click.command("certificate")
+@click.command("certificate", cls=Verdicts)
 @click.argument("model", type=click.Path(path_type=Path), metavar=f"MODEL{SUFFIX}|MODEL.onnx")
 @options(
     click.option(
@@ -61,7 +62,7 @@ def certificate_command(
     """Prove that no integer product overflows, or show operands that do it.
 
     MODEL is an artifact or a quantized ONNX file. Per product and kernel: avx2 adds pairs in int16, acc16 runs of them;
-    vnni, s8s8 and u8u8 add in int32. Exit status 1 where something overflows, or a node is not read.
+    vnni, s8s8 and u8u8 add in int32. Exit status 1 where something overflows or a node is not read, 2 for a refusal.
     """
     if data is None and (tokenizer or batches):
         raise SpecError("--tokenizer and --batches belong to --data")

@@ -7,9 +7,10 @@ import click
 from ..audit.engine_table import list_rows, show_tables
 from ..engines.paths import OPERATIONS, engine_names, missing
 from .options import JSON, say, write_json
+from .parity import Verdicts
 
 
-@click.command(name="engines")
+@click.command(name="engines", cls=Verdicts)
 @JSON
 def engines_command(json_path: str | None) -> None:
     """Print what each path of each engine does, axis by axis: the tables of docs/engines.md."""

@@ -8,9 +8,10 @@ import click
 
 from ..audit.findings import FINDINGS, find, format_finding, format_page
 from .options import JSON, say, write_json
+from .parity import Verdicts
 
 
-@click.command(name="findings")
+@click.command(name="findings", cls=Verdicts)
 @click.argument("name", required=False)
 @JSON
 def findings_command(name: str | None, json_path: str | None) -> None:

@@ -471,7 +471,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (("--engine", "none", "--engine", "fbgemm"), "leave out fbgemm"),
     ):
         done = call("audit", "certificate", model, "--engine", "none", *options)
-        assert done.exit_code == 1 and said in done.stderr, done.stderr
+        assert done.exit_code == 2 and said in done.stderr, done.stderr
 
 
 def test_a_graph_out_of_order_is_refused(tmp_path: Path) -> None:
@@ -482,7 +482,7 @@ def test_a_graph_out_of_order_is_refused(tmp_path: Path) -> None:
     del model.graph.node[0]
     onnx.save(model, str(tmp_path / "o.onnx"))
     done = call("audit", "certificate", tmp_path / "o.onnx", "--engine", "none")
-    assert done.exit_code == 1 and "takes xq, which nothing before it makes" in done.stderr
+    assert done.exit_code == 2 and "takes xq, which nothing before it makes" in done.stderr
 
 
 def test_external_data_that_are_gone_are_named(tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_external_data_that_are_gone_are_named(tmp_path: Path) -> None:
     assert certify(tmp_path / "e.onnx", ["avx2"]).holds
     (tmp_path / "e.bin").unlink()
     done = call("audit", "certificate", tmp_path / "e.onnx", "--engine", "none")
-    assert done.exit_code == 1 and "e.onnx" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.exit_code == 2 and "e.onnx" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_float_model_is_refused(tmp_path: Path) -> None:
@@ -504,4 +504,4 @@ def test_a_float_model_is_refused(tmp_path: Path) -> None:
     )
     onnx.save(h.make_model(graph, ir_version=10), tmp_path / "f.onnx")
     done = call("audit", "certificate", tmp_path / "f.onnx")
-    assert done.exit_code == 1 and "no product of integer codes" in done.stderr
+    assert done.exit_code == 2 and "no product of integer codes" in done.stderr

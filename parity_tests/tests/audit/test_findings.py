@@ -72,7 +72,7 @@ def test_one_by_name_as_text_and_json() -> None:
     same = CliRunner().invoke(main, ["audit", "findings", "QTX-QUA-001", "--json", "-"])
     assert '"id": "QTX-QUA-001"' in same.stdout and same.stderr == one.stdout
     wrong = CliRunner().invoke(main, ["audit", "findings", "QTX-QUA-000"])
-    assert wrong.exit_code == 1 and "known findings are QTX-QUA-001" in wrong.stderr
+    assert wrong.exit_code == 2 and "known findings are QTX-QUA-001" in wrong.stderr
 
 
 def test_a_planted_line_is_seen() -> None:
