@@ -153,6 +153,13 @@ def test_in_float64_the_order_of_factors_is_seen_where_a_reciprocal_twice_is_ano
     assert values in found.alike and order.value is Order.STEPS_DIVIDED and not order.equal
 
 
+def test_infinities_of_float16_are_levels_beyond_int32() -> None:
+    rule = (Dtype.FLOAT16, None, None, None, Order.SCALES_DIVIDED, ZeroPoint.BEFORE, Rounding.TOWARD_ZERO, None)
+    values = (Products.RUNS16, 8, Overflow.WRAP, Bias.FLOAT_BEFORE, "float", *rule, Beyond.WRAP32)
+    # accumulator 13952 with scales .75, 12.875, 824 is infinity before it is divided
+    assert values in find_rules(plant("linear", values), "linear", seed=0)[0].alike
+
+
 def test_a_box_that_takes_no_zero_point_is_asked_without() -> None:
     def box(arrays: Arrays) -> np.ndarray:
         if arrays["zero_point"].any():
