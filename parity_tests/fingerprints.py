@@ -24,7 +24,7 @@ from qtx.audit.fingerprint.quantizers import Dequantize, FakeQuantize, quantize_
 from qtx.audit.fingerprint.questions import Arrays, Function, Values
 from qtx.audit.fingerprint.report import make_profile
 from qtx.audit.fingerprint.search import Fingerprint
-from qtx.engines.paths import Path, list_paths
+from qtx.engines.paths import Path, list_paths, name_profile
 from qtx.progress import Progress
 from qtx_ref.integer import fixed_point, float_product, products
 from qtx_ref.profiles import profile
@@ -210,11 +210,11 @@ def ask_codes(path: Path, codes: tuple[str, ...]) -> tuple[str, bool]:
         return f"{head}: no combination explains {found.unexplained}", False
     alike = [list_rules(make_profile(found, path.engine, path.name, values), path.op) for values in found.alike]
     try:
-        stated = list_rules(profile(path.profile), path.op)
+        stated = list_rules(profile(name_profile(path)), path.op)
     except ValueError as error:
         return f"{head}: {', '.join(map(str, found.values))}; {error}", False
     verdict = "is" if alike[0] == stated else "equals" if stated in alike else "is not"
-    return f"{head}: {verdict} profile {path.profile}: {', '.join(map(str, found.values))}", stated in alike
+    return f"{head}: {verdict} profile {name_profile(path)}: {', '.join(map(str, found.values))}", stated in alike
 
 
 def main() -> int:

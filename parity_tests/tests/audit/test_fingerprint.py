@@ -104,7 +104,9 @@ def test_where_the_scales_are_multiplied_and_what_a_level_becomes_are_decided() 
     product = ("float", single, None, None, None, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN, None)
     for beyond, codes in product_of(Beyond, ("uint8", "int16")):
         found = take("linear", plant("linear", (*exact, *product, beyond)), (codes,))
-        decided = next(one for one in found.verdicts if one.axis == "requantize.beyond")
+        by_axis = {one.axis: one for one in found.verdicts}
+        decided, bias = by_axis["requantize.beyond"], by_axis["bias"]
+        assert bias.value is Bias.INT32 and not bias.equal  # no rule of floats says anything of an int32 one
         if codes == "int16" or beyond is Beyond.WRAP32:
             assert decided.value is beyond and not decided.equal
         else:  # no accumulator of 32 bits times an M below 2^30 leaves int64
@@ -141,6 +143,21 @@ def test_what_a_box_refuses_is_undetermined_and_why() -> None:
     arithmetic = next(one for one in take("quantize", box).verdicts if one.axis == "arithmetic")
     assert [str(one) for one in arithmetic.equal] == ["input"]
     assert "no halves here" in arithmetic.reason
+
+
+def test_in_float64_the_order_of_factors_is_seen_where_a_reciprocal_twice_is_another_number() -> None:
+    exact = (Products.EXACT, 1, Overflow.WRAP, Bias.INT32, "float", Dtype.FLOAT64, None, None, None)
+    values = (*exact, Order.STEPS_DIVIDED, ZeroPoint.BEFORE, Rounding.HALF_UP, None, Beyond.WRAP32)
+    found = take("linear", plant("linear", values), ("uint8",))
+    order = next(one for one in found.verdicts if one.axis == "requantize.order")
+    assert values in found.alike and order.value is Order.STEPS_DIVIDED and not order.equal
+
+
+def test_infinities_of_float16_are_levels_beyond_int32() -> None:
+    rule = (Dtype.FLOAT16, None, None, None, Order.SCALES_DIVIDED, ZeroPoint.BEFORE, Rounding.TOWARD_ZERO, None)
+    values = (Products.RUNS16, 8, Overflow.WRAP, Bias.FLOAT_BEFORE, "float", *rule, Beyond.WRAP32)
+    # accumulator 13952 with scales .75, 12.875, 824 is infinity before it is divided
+    assert values in find_rules(plant("linear", values), "linear", seed=0)[0].alike
 
 
 def test_a_box_that_takes_no_zero_point_is_asked_without() -> None:

@@ -161,8 +161,8 @@ class Linear(Operation):
         if sums is None:
             return (values[2], values[LEFT])
         place = None if question.arrays["bias"] is None else values[3]
-        # what int32 does not hold matters where M > 1, and bits where accumulators have 64
-        ends = values[LEFT:] if question.settings["ratio"] > 1 else ()
+        # what int32 does not hold matters where M > 1, or float16 makes infinities; bits where accumulators have 64
+        ends = values[LEFT:] if question.settings["ratio"] > 1 or values[5] is Dtype.FLOAT16 else ()
         bits = values[BITS] if sums.dtype == np.int64 or values[BITS] is None else 31
         return (name, place, *values[4:BITS], bits, *values[BITS + 1 : LEFT], *ends)
 

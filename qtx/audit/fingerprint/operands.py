@@ -13,6 +13,7 @@ import numpy as np
 
 COARSE = 32  # numbers of x that make up the most of an accumulator
 WEIGHT = 127
+SHORT = (1, 3, 5, 7, 11, 13, 49, 103)  # factors of scales; of the last two 1 / (1 / s) is not s, in float64 either
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def draw_scales(rng: np.random.Generator, kind: str, exponent: int) -> Scales:
     if kind == "power":
         factors: list[float] = [1, 1, 1]
     elif kind == "short":
-        factors = [int(one) for one in rng.choice([1, 3, 5, 7, 11, 13], 3)]
+        factors = [int(one) for one in rng.choice(SHORT, 3)]
     else:
         factors = list(rng.uniform(1, 2, 3))
     last = sum(powers) - exponent + int(np.floor(np.log2(factors[0] * factors[1] / factors[2])))

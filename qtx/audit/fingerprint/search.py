@@ -92,7 +92,7 @@ class Search:
             question = self.choose(pool)
             if question is None:
                 self.drop_silent()
-                question = self.choose(pool) or self.hunt()
+                question = self.choose(pool) or self.break_silence(pool) or self.hunt()
         deciding, before = self.box.calls, len(self.asked)
         for _ in range(VERIFIED):
             if self.unexplained is None:
@@ -168,6 +168,15 @@ class Search:
         for question in answered:
             silences += self.operation.labels(self.places, question) == OUTSIDE
         self.places = self.places[silences == silences.min()]
+
+    def break_silence(self, pool: Sequence[Question]) -> Question | None:
+        """A question of a kind that the box has not been asked, of which some of those left say nothing."""
+        for question in pool:
+            if question.needs - self.known:
+                silent = self.operation.labels(self.places, question) == OUTSIDE
+                if silent.any() and not silent.all():
+                    return question
+        return None
 
     def may_raise(self, question: Question) -> bool:
         """Whether a candidate that is left would."""
