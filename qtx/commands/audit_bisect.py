@@ -12,7 +12,8 @@ import numpy as np
 
 from qtx_ref.spec import SpecError
 
-from ..audit.bisect.executions import Execution, parse_execution
+from ..audit.bisect.execution import Execution
+from ..audit.bisect.executions import parse_execution
 from ..audit.bisect.inputs import make_inputs
 from ..audit.bisect.search import Axis, Bisection, bisect
 from ..audit.findings import FINDINGS

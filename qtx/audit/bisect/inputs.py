@@ -9,7 +9,10 @@ import numpy as np
 from qtx_ref.random import stream
 from qtx_ref.spec import Family, ModelSpec, SpecError
 
-from .executions import ArtifactExecution, Execution, OnnxExecution, TfliteExecution
+from .artifacts import ArtifactExecution
+from .execution import Execution
+from .onnx_files import OnnxExecution
+from .tflite_files import TfliteExecution
 
 __all__ = ["make_inputs"]
 

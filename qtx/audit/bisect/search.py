@@ -12,7 +12,8 @@ import numpy as np
 from qtx_ref.spec import QTX, Profile
 
 from ...engines.process import EngineCrash, EngineRefusal
-from .executions import ArtifactExecution, Execution, Trace
+from .artifacts import ArtifactExecution
+from .execution import Execution, Trace
 from .rules import differing_fields, list_levels, take_fields
 
 __all__ = ["Axis", "Bisection", "Part", "bisect"]
