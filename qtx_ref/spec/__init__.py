@@ -8,6 +8,24 @@ value and what would be accepted.
 from __future__ import annotations
 
 from .base import Name, Spec, SpecError, from_dict, to_dict
+from .choices import (
+    Beyond,
+    Bias,
+    DequantizeForm,
+    Dtype,
+    HighProduct,
+    InfinityPolicy,
+    LeftShift,
+    NanPolicy,
+    Nonlinear,
+    Nudging,
+    Order,
+    Overflow,
+    Products,
+    Rounding,
+    SymmetricScale,
+    ZeroPoint,
+)
 from .formats import FloatFormat, SharedScale
 from .gradients import Gradients, Operand
 from .inputs import (
@@ -37,31 +55,15 @@ from .profile import (
     OPERATIONS,
     QTX,
     AddRule,
-    Beyond,
-    Bias,
     CastRule,
-    DequantizeForm,
     DequantizeRule,
-    Dtype,
     FakeQuantizeRule,
     Fixed,
     FloatProduct,
-    HighProduct,
-    InfinityPolicy,
-    LeftShift,
     MatmulRule,
-    NanPolicy,
-    Nonlinear,
-    Nudging,
-    Order,
-    Overflow,
-    Products,
     Profile,
     QuantizeRule,
-    Rounding,
     ScaleRule,
-    SymmetricScale,
-    ZeroPoint,
 )
 from .quant import (
     FloatQuantSpec,

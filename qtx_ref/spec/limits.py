@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 from .base import SpecError
-from .profile import Dtype, Fixed, FloatProduct, HighProduct, Profile
+from .choices import Dtype, HighProduct
+from .profile import Fixed, FloatProduct, Profile
 from .quant import FloatQuantSpec, Granularity, Quant, QuantSpec
 
 __all__ = ["accumulator_bits", "check_integer", "check_width", "refuse_integer"]
