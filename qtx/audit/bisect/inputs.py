@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from qtx_ref.random import stream
-from qtx_ref.spec import Family, ModelSpec, SpecError
+from qtx_ref.spec import SpecError
 
+from ...graphs.export_check import random_batch
 from .artifacts import ArtifactExecution
 from .execution import Execution
 from .onnx_files import OnnxExecution
@@ -16,7 +17,7 @@ from .tflite_files import TfliteExecution
 
 __all__ = ["make_inputs"]
 
-ROWS, TOKENS = 2, 32
+ROWS = 2
 
 
 def make_inputs(executions: Sequence[Execution], seed: int) -> dict[str, np.ndarray]:
@@ -24,7 +25,7 @@ def make_inputs(executions: Sequence[Execution], seed: int) -> dict[str, np.ndar
     not say enough."""
     for execution in executions:
         if isinstance(execution, ArtifactExecution):
-            return draw_batch(execution.artifact.spec, seed)
+            return random_batch(execution.artifact.spec, seed)
     inputs: dict[str, np.ndarray] = {}
     for execution in executions:
         if isinstance(execution, OnnxExecution):
@@ -35,18 +36,6 @@ def make_inputs(executions: Sequence[Execution], seed: int) -> dict[str, np.ndar
                 tensor = execution.graph.tensors[name]
                 inputs.setdefault(name, draw(name, tensor.dtype, tensor.shape, 2, seed))
     return inputs
-
-
-def draw_batch(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:
-    """Images, or tokens of which the last row ends early."""
-    rng = stream(seed, "bisect")
-    if spec.family is Family.VIT:
-        size = (ROWS, spec.channels, spec.image_size, spec.image_size)
-        return {"images": rng.normal(size=size).astype(np.float32)}
-    tokens = rng.integers(0, spec.vocab, (ROWS, min(TOKENS, spec.length)))
-    mask = np.ones(tokens.shape, bool)
-    mask[-1, -(tokens.shape[1] // 3) :] = False
-    return {"tokens": tokens, "mask": mask, "types": rng.integers(0, max(spec.types, 1), tokens.shape)}
 
 
 def draw(name: str, dtype: str, shape: Sequence[int | None], limit: int, seed: int) -> np.ndarray:
