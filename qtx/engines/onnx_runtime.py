@@ -41,15 +41,19 @@ TAKEN = {
 PATHS = tuple(Path(f"{NAME}-{level}", NAME, op, NAME, codes) for level in LEVELS for op, codes in TAKEN.items())
 
 
-@functools.lru_cache(maxsize=64)
-def make_session(model: bytes, level: str) -> Any:
-    """A session of a model."""
+def open_session(model: str | bytes, level: str, optimized: str | None = None) -> Any:
+    """A session of a file or a model, on one thread; `optimized`: where it writes what it made of it."""
     runtime = need(NAME, "engines", f"engine {NAME}")
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # fatal: errors are raised as well
     options.intra_op_num_threads = 1
     options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, LEVELS[level])
+    if optimized is not None:
+        options.optimized_model_filepath = optimized
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+keep_session = functools.lru_cache(maxsize=64)(open_session)  # of the models of paths, which come again
 
 
 def run(path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -70,7 +74,7 @@ def run(path: Path, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def call(built: tuple[bytes, dict[str, np.ndarray]], level: str) -> list[np.ndarray]:
     """The outputs of a model for its feeds."""
     model, feeds = built
-    session = make_session(model, level)
+    session = keep_session(model, level)
     if "float8" not in session.get_outputs()[0].type:
         return session.run(None, feeds)
     (value,) = session.run_with_ort_values(None, {name: make_value(array) for name, array in feeds.items()})

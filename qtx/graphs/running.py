@@ -19,7 +19,7 @@ import numpy as np
 from qtx_ref.spec import SpecError
 
 from ..engines.backend import MissingExtra, need
-from ..engines.onnx_runtime import LEVELS
+from ..engines.onnx_runtime import LEVELS, open_session
 from ..engines.paths import SWITCHED, SWITCHES, emulate
 from ..engines.process import EngineRefusal, Tell, Values, Worker, make_environment, serve
 from .reading import CODES, Graph, Node, list_captured
@@ -90,7 +90,7 @@ def run_file(path: Path, inputs: Mapping[str, np.ndarray], level: str, expose: b
     else:
         with tempfile.TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
-            session = open_session(str(path), level, optimized if expose else None)
+            session = open_session(str(path), level, str(optimized) if expose else None)
             names = [one.name for one in session.get_outputs()]
             outputs = dict(zip(names, session.run(None, dict(inputs)), strict=True))
             if not expose:
@@ -109,18 +109,6 @@ def run_file(path: Path, inputs: Mapping[str, np.ndarray], level: str, expose: b
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays are equal in dtype, shape and every bit."""
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def open_session(model: str | bytes, level: str, optimized: Path | None = None) -> Any:
-    """onnxruntime's session of a file or a model; `optimized`: where it writes what it made of it."""
-    runtime = need("onnxruntime", "engines", "onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4  # fatal: errors are raised as well
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, LEVELS[level])
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def run_node(graph: Graph, node: Node, values: Mapping[str, np.ndarray], level: str) -> tuple[np.ndarray, ...]:
