@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from parity_tests import fuzz
+from parity_tests.long import fuzz
 from parity_tests.subjects.mutations import flip_bit
 from parity_tests.tests.shell import call, good
 from qtx.files import artifact

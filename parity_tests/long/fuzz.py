@@ -1,4 +1,4 @@
-"""Hostile files and command lines: `python -m parity_tests.fuzz --files 3000 --commands 1000 --flips 200 --seed 0`.
+"""Hostile files and commands: `python -m parity_tests.long.fuzz --files 3000 --commands 1000 --flips 200 --seed 0`.
 
 Each case is a command in this process, in a folder that also holds files of other programs. A case fails by a
 traceback, by taking longer than a limit, or by changing a file that it was not asked to write. A flipped bit fails by
