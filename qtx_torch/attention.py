@@ -1,6 +1,7 @@
 """Attention variants: masks, and how probabilities are made from scores.
 
 Differs from the reference: Mask, make_mask, masked_probabilities, attend_fused: kernels want a mask in several forms.
+Differs from the reference: Drop, attend_tiled: it stores the probabilities.
 Differs from the reference: device: where a mask is made.
 
 Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4). The gates of eq. 5 are in `models.gate`.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from qtx_ref.spec import MASKS, AttentionSpec, Softmax
 
-from . import ops
+from . import ops, random
 
 
 def attention_mask(
@@ -146,3 +148,28 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(K)) v in one kernel: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, H, Tq, K)."""
     bias = None if mask.triangle else mask.bias
     return mask.close(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=mask.triangle))
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Dropout of probabilities: `random.keep_mask` of (seed, step, site, elements). `first` is the word of the first
+    element of (B, H, Tq, Tk); a step or a first word may be a tensor, int64 without axes."""
+
+    seed: int
+    step: int | Tensor
+    site: str
+    rate: float  # > 0
+    first: int | Tensor
+
+
+def attend_tiled(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, spec: AttentionSpec, sink: Tensor | None, drop: Drop | None
+) -> Tensor:
+    """dropout(probabilities(q k^T / sqrt(K))) v, of any softmax, without a tensor of Tq x Tk: q (B, H, Tq, K), k and v
+    (B, H, Tk, K), sink (H,) or None -> (B, H, Tq, K) in q's dtype."""
+    scores = mask.hide(ops.scores(q, k, q.shape[-1] ** -0.5))
+    probs = masked_probabilities(scores, mask, spec, sink)
+    if drop is not None:
+        keep = random.keep_mask(drop.seed, drop.step, drop.site, tuple(probs.shape), drop.rate, drop.first, q.device)
+        probs = ops.scale(ops.mul(probs, keep), 1 / (1 - drop.rate))
+    return ops.matmul(probs, v)

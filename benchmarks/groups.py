@@ -1,0 +1,30 @@
+"""The groups of benchmarks: one question each, answered by one function."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .harness import Row, Skip
+
+Rows = Callable[[str, bool], Iterable[Row | Skip]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """`place` is module:function in this folder; `threads` those of its process; `devices` where it has an answer."""
+
+    name: str
+    question: str
+    place: str
+    threads: int = 1
+    devices: tuple[str, ...] = ("cpu",)
+
+    def find(self) -> Rows:
+        """The function that yields its rows, given the device and whether it should be quick."""
+        module, _, function = self.place.partition(":")
+        return getattr(importlib.import_module(f"benchmarks.{module}"), function)
+
+
+GROUPS: tuple[Group, ...] = ()
