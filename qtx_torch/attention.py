@@ -113,7 +113,7 @@ def make_mask(rows: Tensor | None, queries: int, keys: int, causal: bool, like: 
     allowed = attention_mask(rows, queries, keys, causal, like.device)
     triangle = causal and queries == keys and rows is None
     mask = Mask(allowed, like.dtype, full=rows is None and (not causal or queries == 1), triangle=triangle)
-    if torch.compiler.is_compiling():  # now: a block that is computed again may not add to what lies outside it
+    if torch.compiler.is_compiling() and like.dtype.is_floating_point:  # now: a block that is computed again may not add to what lies outside it
         _ = mask.empty, mask.hidden, mask.bias
     return mask
 
