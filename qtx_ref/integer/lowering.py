@@ -39,7 +39,7 @@ from ..spec import (
 from . import fixed_point, float_product, groups, ops, products
 from .model import Code, Integer, accumulator_bits, at, code_dtype
 
-__all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain", "run_lowering", "takes_wide"]
+__all__ = ["Lowering", "common_shift", "lower", "make_constants", "per_channel", "plain", "run_lowering", "takes_wide"]
 
 GAMMA_LIMIT = 64  # |gamma| that ops.clip_stretch has bits for
 ZETA_LIMIT = 64
@@ -56,7 +56,7 @@ def takes_wide(rule: Fixed | FloatProduct) -> bool:
     return isinstance(rule, FloatProduct) or rule.product is HighProduct.EXACT
 
 
-def per_table(x: np.ndarray) -> np.ndarray:
+def per_channel(x: np.ndarray) -> np.ndarray:
     """One number as it is; one for each channel as they stand beside a table of codes, (F, 1)."""
     return x if np.size(x) == 1 else np.reshape(x, (-1, 1))
 
@@ -194,6 +194,7 @@ class Lowering(Integer):
         if spec.dynamic:
             refuse_integer(site, "its parameter is quantized once, which needs a static range")
         scale, zero = (self.constants[f"{site}.{k}"] for k in ("scale", "zero_point"))
+        scale, zero = (part if np.size(part) == 1 else np.reshape(part, value.shape) for part in (scale, zero))
         code = affine.quantize(value, scale, zero, spec, self.profile.quantize)
         self.constants[f"{site}.{key}"] = code.astype(code_dtype(spec))
         self.put_scale(f"{site}.{key}", scale, zero)
@@ -407,15 +408,15 @@ class Lowering(Integer):
             return super().activation(site, x, kind)
         if spec.dynamic:
             refuse_integer(site, f"{kind} is a table of codes of one scale, which needs a static range")
-        scale, zero = (per_table(self.constants[f"{site}.{key}"]) for key in ("scale", "zero_point"))
+        scale, zero = (per_channel(self.constants[f"{site}.{key}"]) for key in ("scale", "zero_point"))
         level = np.rint(ACTIVATIONS[kind](real) / scale.astype(np.float64)) + zero
         self.constants[f"{site}.table"] = np.clip(level, *affine.code_limits(zero, spec)).astype(code_dtype(spec))
         return super().activation(site, x, kind)
 
     def decode(self, x: Code) -> np.ndarray:
-        """The real value of each code, float64, from the lowest; for each channel (F, codes) where their scales vary."""
+        """The real value of each code, float64, from the lowest; (F, codes) where each channel has its own scale."""
         codes = np.arange(x.spec.code_min, x.spec.code_max + 1)
-        return (codes - per_table(x.zero_point)) * per_table(self.unit(x.unit))
+        return (codes - per_channel(x.zero_point)) * per_channel(self.unit(x.unit))
 
     def attention(
         self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, rate: float

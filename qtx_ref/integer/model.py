@@ -12,8 +12,8 @@ can take one. All constants were made by `lowering` and are stored in the artifa
                                  operand in units of 2^-shift
     <site>.channel_multiplier .channel_shift     of an op whose input has several scales along its channels: as `groups`
                                  takes them, one multiplier per channel (of scores one per head and channel)
-    <site>.table                 gelu, sigmoid, tanh: one code per code, for each channel where they have scales of their
-                                 own; softmax: exponentials, Q24
+    <site>.table                 gelu, sigmoid, tanh: one code per code, in a row for each channel where channels have
+                                 scales of their own; softmax: exponentials, Q24
     <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `ops` takes them
     <site>.input_multiplier .input_shift                  from a code to the argument of a polynomial
 
