@@ -27,4 +27,9 @@ class Group:
         return getattr(importlib.import_module(f"benchmarks.{module}"), function)
 
 
-GROUPS: tuple[Group, ...] = ()
+GROUPS = (
+    Group("training", "A training step against transformers, and of each attention", "training:rows"),
+    Group("plain", "A training step of small models against plain torch", "training:plain_rows"),
+    Group("fake_quant", "A fake-quantized training step against the float step", "fake_quant:rows"),
+    Group("gates", "A forward pass with each attention", "training:gate_rows"),
+)
