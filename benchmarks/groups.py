@@ -31,5 +31,8 @@ GROUPS = (
     Group("training", "A training step against transformers, and of each attention", "training:rows"),
     Group("plain", "A training step of small models against plain torch", "training:plain_rows"),
     Group("fake_quant", "A fake-quantized training step against the float step", "fake_quant:rows"),
+    Group("engines", "A forward pass by other engines", "engines:rows"),
+    Group("quantizers", "Fake quantization of rows by other libraries", "quantizers:rows"),
+    Group("size", "A forward pass of one layer, width 384 and 1 x 128 where not said", "size:rows"),
     Group("gates", "A forward pass with each attention", "training:gate_rows"),
 )

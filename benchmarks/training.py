@@ -145,7 +145,8 @@ def gate_rows(device: str, quick: bool) -> Iterator[Row | Skip]:
     more = {kind: f"{kind}, {counts[kind] - counts['vanilla']:+d} parameters" for kind in kinds}
     more["vanilla"] = "vanilla"
     yield from compare_each(
-        f"{size.model}, {size.batch} x {size.length}", {more[kind]: build_forward(kind, size) for kind in kinds}, "vanilla",
+        f"{size.model}, {size.batch} x {size.length}",
+        {more[kind]: build_forward(kind, size) for kind in kinds}, "vanilla",
         rounds=2 if quick else 15, checks={more[kind]: lambda kind=kind: check_attention(kind, size) for kind in kinds},
     )  # fmt: skip
 
