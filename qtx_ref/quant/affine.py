@@ -45,10 +45,10 @@ from .rounding import decode, nan_code, round_dtype, round_integer, round_level,
 
 __all__ = [
     "check_codes",
-    "code_limits",
     "check_order",
     "check_quantizer",
     "check_scale",
+    "code_limits",
     "dequantize",
     "fake_quantize",
     "group_channels",
@@ -170,8 +170,8 @@ def group_channels(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> np.nda
 
 
 def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Channel ranges (one axis longer than 1) -> the range of each channel's group, the same shape. Raises ValueError as
-    `group_channels`."""
+    """Channel ranges (one axis longer than 1) -> the range of each channel's group, in the same shape. Raises ValueError
+    as `group_channels`."""
     group = group_channels(low, high, spec)
     count = int(group.max()) + 1
     ends = np.array([[low[group == i].min(), high[group == i].max()] for i in range(count)], low.dtype)

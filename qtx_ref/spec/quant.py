@@ -9,8 +9,6 @@ from .base import Name, Spec, refuse
 from .formats import FloatFormat, SharedScale
 
 __all__ = [
-    "WIDE_BITS",
-    "WIDE_ZERO",
     "FloatQuantSpec",
     "Granularity",
     "ObserverKind",
@@ -19,6 +17,8 @@ __all__ = [
     "Quant",
     "QuantSpec",
     "Range",
+    "WIDE_BITS",
+    "WIDE_ZERO",
     "check_axes",
     "check_axis",
     "is_local",
@@ -233,7 +233,6 @@ class FloatQuantSpec(Spec):
     def code_max(self) -> int:
         """Of the zero point, which is 0."""
         return 0
-
 
     @property
     def wide(self) -> None:

@@ -160,8 +160,8 @@ def group_channels(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Channel ranges (one axis longer than 1) -> the range of each channel's group, the same shape. Raises ValueError as
-    `group_channels`."""
+    """Channel ranges (one axis longer than 1) -> the range of each channel's group, in the same shape. Raises ValueError
+    as `group_channels`."""
     group = group_channels(low, high, spec).flatten().long()
     count = 2 if spec.groups is None else spec.groups
 

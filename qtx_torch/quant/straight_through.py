@@ -53,7 +53,8 @@ class Unclamped(torch.autograd.Function):
 
 
 class Selected(torch.autograd.Function):
-    """The same for a small float, beside outliers or wide channels, and under another profile: keeps where the gradient passes."""
+    """The same for a small float, beside outliers, of wide channels, and under another profile: keeps where the gradient
+    passes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant, profile: Profile) -> Tensor:
