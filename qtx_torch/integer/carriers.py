@@ -12,8 +12,8 @@ whose bracket is made once. A scale per token that is not symmetric brings its z
 
 **Ways.** Those of `machine`, of which `prepare` takes the fastest that is exact for these weights. Codes of 9 to 16
 bits are two bytes: X = 256 high + low + 128 with low recentred, so that 256 (high W) + (low W) + 128 colsum(W) is
-exact; the last term joins the bracket. Floats go in blocks of K short enough that their sums are exact, as in `products`; the
-whole of K is one block where the weights' own magnitudes prove it.
+exact; the last term joins the bracket. Floats go in blocks of K short enough that their sums are exact, as in
+`products`; the whole of K is one block where the weights' own magnitudes prove it.
 
 **Of data by data**, the two products of attention, `batched` makes int8 products head by head where bytes are fast, and
 float products of code - zero point else.
