@@ -152,7 +152,7 @@ def groups(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
 
 
 def wide_channels(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
-    """The channels of the widest range, as many as the name says, in 16 bits beside the others. Raises SpecError where
+    """The channels of the largest magnitude, as many as the name says, in 16 bits beside the others. Raises SpecError where
     the model has no more channels."""
     count = int(name[1])
     if not 1 <= count < min(spec.width, spec.hidden):
