@@ -27,4 +27,12 @@ class Group:
         return getattr(importlib.import_module(f"benchmarks.{module}"), function)
 
 
-GROUPS: tuple[Group, ...] = ()
+GROUPS = (
+    Group("training", "A training step against transformers, and of each attention", "training:rows"),
+    Group("plain", "A training step of small models against plain torch", "training:plain_rows"),
+    Group("fake_quant", "A fake-quantized training step against the float step", "fake_quant:rows"),
+    Group("engines", "A forward pass by other engines", "engines:rows"),
+    Group("quantizers", "Fake quantization of rows by other libraries", "quantizers:rows"),
+    Group("size", "A forward pass of one layer, width 384 and 1 x 128 where not said", "size:rows"),
+    Group("gates", "A forward pass with each attention", "training:gate_rows"),
+)

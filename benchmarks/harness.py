@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,7 @@ def compare(
 
 
 def compare_each(
+    title: str,
     calls: Mapping[str, Call],
     against: str,
     *,
@@ -186,17 +187,17 @@ def compare_each(
     bounds: Mapping[str, float] | None = None,
     memory: Mapping[str, float | None] | None = None,
 ) -> list[Row]:
-    """Each of several against one of them, all in turns. All but that one have a check, and all are called first."""
+    """Each of several against one of them, all in turns: a row each, `title` before its name. All but that one have a
+    check; all checks come first."""
     bounds, memory = bounds or {}, memory or {}
     notes = {name: checks[name]() for name in calls if name != against}
     times = time_calls(calls, rounds, device)
-    return [
-        make_row(
-            name, against, times,
-            mib=memory.get(name), against_mib=memory.get(against), bound=bounds.get(name), notes=notes[name],
-        )
-        for name in notes
-    ]  # fmt: skip
+    rows = []
+    for name in notes:
+        weight = {"mib": memory.get(name), "against_mib": memory.get(against)}
+        row = make_row(name, against, times, **weight, bound=bounds.get(name), notes=notes[name])
+        rows.append(replace(row, name=", ".join(filter(None, (title, name)))))
+    return rows
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

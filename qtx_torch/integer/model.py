@@ -58,14 +58,14 @@ class Code:
         self,
         value: Tensor,
         unit: Tensor | None,
-        zero_point: Tensor = ZERO,
+        zero_point: Tensor | None = None,
         spec: QuantSpec | None = None,
         measured: bool = False,
         offset: Tensor | None = None,
     ) -> None:
         self.value = value
         self.unit = unit
-        self.zero_point = zero_point
+        self.zero_point = ZERO if zero_point is None else zero_point  # a tensor as a default does not compile
         self.spec = spec
         self.measured = measured
         self.offset = offset
