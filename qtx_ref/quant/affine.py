@@ -155,7 +155,8 @@ def group_channels(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> np.nda
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
     outlier channels share a group (Bondarenko et al. 2021, section 4). With `wide` so many of the largest
-    magnitude are group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all would be wide.
+    magnitude are group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all
+    would be wide.
     """
     count, channels = spec.groups, low.size
     if spec.wide is not None and spec.wide >= channels:

@@ -144,7 +144,8 @@ def group_channels(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
     outlier channels share a group (Bondarenko et al. 2021, section 4). With `wide` so many of the largest
-    magnitude are group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all would be wide.
+    magnitude are group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all
+    would be wide.
     """
     count, channels = spec.groups, low.numel()
     if spec.wide is not None and spec.wide >= channels:

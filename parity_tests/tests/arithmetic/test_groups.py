@@ -1,4 +1,4 @@
-"""Groups of channels and wide channels in integers: sums worked out group by group, and codes as fake quantization's."""
+"""Groups of channels and wide channels in integers: sums worked out group by group, codes as simulated."""
 
 from __future__ import annotations
 
