@@ -6,18 +6,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from parity_tests.subjects import integer_models, rules, small_models
+from parity_tests.tests.conftest import tensors
 from qtx.recipes.named import recipe, resolve_integers
 from qtx_ref.backend import IntegerModel, Model
+from qtx_ref.integer import groups
 from qtx_ref.integer.groups import channel_multiplier, reach
 from qtx_ref.integer.lifting import real
 from qtx_ref.integer.lowering import lower
-from qtx_ref.integer.model import Integer
+from qtx_ref.integer.model import Integer, code_dtype
 from qtx_ref.profiles import profile
-from qtx_ref.quant import quantizer
+from qtx_ref.quant import affine, quantizer
 from qtx_ref.random import stream
 from qtx_ref.spec import QTX, WIDE_ZERO, Granularity, QuantSpec, SpecError
+from qtx_torch.integer import groups as torch_groups
 
 I32, I64, F32 = np.int32, np.int64, np.float32
 WIDE = QuantSpec(granularity=Granularity.GROUP, wide=2)
@@ -168,3 +172,38 @@ def test_a_multiplier_that_is_off_is_caught():
         constants[f"{name}.channel_multiplier"] = multiplier - multiplier // 1000 * (multiplier == multiplier.max())
         got = integer_models.record_run(replace(low, constants=constants).model(IntegerModel), low.batch)
         assert any(not verdict.ok for verdict in integer_models.same(got, want)), name
+
+
+SPECS = {
+    "neighbours": QuantSpec(granularity=Granularity.GROUP, groups=4),
+    "permuted": QuantSpec(granularity=Granularity.GROUP, groups=2, permute=True, signed=True),
+    "small groups": QuantSpec(granularity=Granularity.GROUP, groups=16),
+    "wide": QuantSpec(granularity=Granularity.GROUP, wide=3),
+    "16 bits": QuantSpec(16, symmetric=True, granularity=Granularity.GROUP, groups=2, permute=True),
+    "channels": QuantSpec(granularity=Granularity.CHANNEL),
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("weights", [QuantSpec(symmetric=True), QuantSpec(granularity=Granularity.CHANNEL)])
+def test_groups_taken_apart_are_the_same_sum(kind, weights):
+    """Each group's own product, added by multipliers, as compiled models have it: the reference's accumulators."""
+    rng, spec = stream(0, "apart", kind), SPECS[kind]
+    low = -rng.exponential(size=(1, 64)).astype(F32)
+    high = rng.exponential(size=(1, 64)).astype(F32) * np.where(rng.random(64) < 0.1, 50, 1).astype(F32)
+    scale, zero = affine.scale_zero(low, high, spec)
+    unit, ends = scale.ravel().astype(np.float64), [np.ravel(end) for end in affine.code_limits(zero, spec)]
+    ends = [np.broadcast_to(end, 64) for end in ends]
+    x = rng.integers(ends[0], ends[1] + 1, (5, 7, 64)).astype(code_dtype(spec))
+    x[0, 0], x[0, 1] = ends
+    w = rng.integers(weights.code_min, weights.code_max + 1, (64, 24)).astype(code_dtype(weights))
+    w_zero = rng.integers(0, 256, 24).astype(I32) if not weights.symmetric else np.zeros((), I32)
+    m, shift, bias = channel_multiplier(unit), I64(30), rng.integers(-999, 999, 24).astype(I32)
+    factors = x - zero.astype(I32).ravel(), w.astype(I32) - w_zero
+    want = groups.product(*factors, m, shift, QTX.add, groups.bits_below(spec), groups.bits_below(weights)) + bias
+    given = (w, weights, spec, w_zero, zero.ravel(), m, shift, bias)
+    ready = torch_groups.prepare(*tensors(given))
+    assert bool(ready.parts) == (kind not in ("small groups", "channels"))
+    got = torch_groups.multiply(torch.from_numpy(x), ready)
+    assert got.dtype == torch.int32
+    assert np.array_equal(got.numpy(), want)
