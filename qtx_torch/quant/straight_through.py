@@ -53,7 +53,7 @@ class Unclamped(torch.autograd.Function):
 
 
 class Selected(torch.autograd.Function):
-    """The same for a small float, beside outliers, of wide channels, and under another profile: keeps where the gradient
+    """The same for a small float, beside outliers, of wide channels, under another profile: keeps where the gradient
     passes."""
 
     @staticmethod
