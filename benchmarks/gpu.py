@@ -1,7 +1,7 @@
 """All that a GPU is asked to show, in 10 minutes: parity, steps against `transformers`, memory, quantization.
 
-    python benchmarks/gpu.py --out gpu.json
-    python benchmarks/gpu.py --device cpu --model bert-tiny --batch 2 --length 16 --only random --out cpu.json
+    python -m benchmarks.gpu --out gpu.json
+    python -m benchmarks.gpu --device cpu --model bert-tiny --batch 2 --length 16 --only random --out cpu.json
 
 Steps are taken in turns under autocast to bfloat16 (`--dtype`), those of transformers with its fused attention; peak
 memory is what two steps of a model add to what was there before it. The JSON is written after every part, and as
@@ -15,7 +15,6 @@ import gc
 import importlib.metadata
 import json
 import os
-import statistics
 import sys
 import threading
 import time
@@ -25,24 +24,15 @@ from typing import Any
 
 import click
 import torch
-from steps import (
-    Arrays,
-    Step,
-    compare_logits,
-    make_theirs,
-    make_trainer,
-    random_batch,
-    ratios,
-    shape,
-    their_step,
-    time_steps,
-)
 
 from parity_tests import runner
 from qtx.engines.backend import MissingDevice
 from qtx.report.tables import format_table
 from qtx_ref.models.initial import init_params
 from qtx_ref.spec import ModelSpec
+
+from .harness import make_row, time_calls
+from .steps import Arrays, Step, compare_logits, make_trainer, make_transformers, random_batch, shape, torch_step
 
 # name: rate of dropout, the step, the one that it is held against, at most how many times its time
 PAIRS = {
@@ -62,9 +52,9 @@ def build(name: str, spec: ModelSpec, params: Arrays, batch: Arrays, dtype: str,
         quant, compiled = "w8a8" if "w8a8" in words else "", "compiled" in words
         trainer = make_trainer(spec, params, device=device, dtype=dtype, quant=quant, compiled=compiled)
         return lambda: trainer.step(batch)
-    theirs = make_theirs(spec, params, device)
+    theirs = make_transformers(spec, params, device)
     compare_logits(make_trainer(spec, params, device=device, dtype=dtype).model, theirs, batch)
-    return their_step(theirs, batch, dtype)
+    return torch_step(theirs, batch, dtype)
 
 
 def measure_peak(device: str, *given: Any) -> tuple[Step, int | None]:
@@ -98,10 +88,9 @@ def time_pair(name: str, size: tuple[str, int, int], rounds: int, device: str, d
     for step in (ours, against):
         steps[step], peak = measure_peak(device, step, spec, params, batch, dtype)
         peaks.append(peak)
-    times = time_steps(steps, rounds)
-    middle, low, high = ratios(times, ours, against)
-    ms = [1000 * statistics.median(times[step]) for step in (ours, against)]
-    found = {"step": ours, "against": against, "ms": ms, "ratio": middle, "lowest": low, "highest": high}
+    row = make_row(ours, against, time_calls(steps, rounds, device))
+    found = {"step": ours, "against": against, "ms": [row.ms, row.against_ms]}
+    found |= {"ratio": row.ratio, "lowest": row.low, "highest": row.high}
     return found | {"bound": bound, "peak_bytes": peaks}
 
 

@@ -53,7 +53,8 @@ class Unclamped(torch.autograd.Function):
 
 
 class Selected(torch.autograd.Function):
-    """The same for a small float, beside outliers, and under another profile: keeps where the gradient passes."""
+    """The same for a small float, beside outliers, of wide channels, and under another profile: keeps where the gradient
+    passes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant, profile: Profile) -> Tensor:
@@ -70,7 +71,7 @@ class Selected(torch.autograd.Function):
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant, profile: Profile = QTX) -> Tensor:
     """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
-    if profile is not QTX or isinstance(spec, FloatQuantSpec) or spec.outliers is not None:
+    if profile is not QTX or isinstance(spec, FloatQuantSpec) or spec.outliers is not None or spec.wide is not None:
         return Selected.apply(x, scale, zero_point, spec, profile)
     return StraightThrough.apply(x, scale, zero_point, spec)
 

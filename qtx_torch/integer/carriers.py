@@ -1,0 +1,270 @@
+"""Exact products as compiled models run them: weights laid out once, no branch on data.
+
+Not in the reference: which instruction multiplies is a matter of the machine; what comes out is `products.matmul`'s.
+
+`prepare` proves from the weights, the zero points and the bias what `products.matmul` looks at in every call, and picks
+the carrier; `multiply` and `batched` then only compute. With X = x - c and W = w - c recentred codes (c: see
+`products`), and the zero points moved likewise,
+
+    acc = X W - zw rowsum(X) + [bias - zx (colsum(W) - K zw)]
+
+whose bracket is made once. A scale per token that is not symmetric brings its zx with the data.
+
+**Bytes.** `torch._int_mm` of int8. Codes of 9 to 16 bits are two of them: X = 256 high + low + 128 with low recentred,
+so that 256 (high W) + (low W) + 128 colsum(W) is exact, its two products in int32; the last term joins the bracket.
+
+**Floats.** Blocks of K short enough that their sums are exact, as in `products`.
+
+Floors of a product (M, K) by (K, N), bytes: 2 M K N operations at the rate of the int8 unit (four times float32's with
+AVX512-VNNI); K N + M K + 4 M N bytes at the memory's. Without VNNI: float32's own rate, and 4 (K N + M K + M N) bytes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtx_ref.spec import QTX, MatmulRule, Overflow, QuantSpec
+
+from .products import (
+    FLOAT_BITS,
+    SHORTEST,
+    byte_instructions,
+    centre,
+    check_bias,
+    check_codes,
+    plain_float32,
+    saturates,
+)
+
+
+class Prepared(NamedTuple):
+    """The right operand of a product. Tensors differ between layers; the rest is alike in layers of one recipe."""
+
+    weight: Tensor  # (K, N) codes less their centre: int8, float32 or float64
+    bias: Tensor  # (N,), the bracket, in the dtype of the sum
+    w_zero: Tensor | None  # () or (N,), moved; None where all are 0
+    columns: Tensor | None  # (N,) colsum(W) - K zw, for zero points that come with the data
+    centre: int  # taken from x
+    pieces: int  # of x: 1, or 2 bytes
+    length: int  # of an exact block of K
+    accumulator: torch.dtype  # of the result
+    saturate: bool
+
+
+def prepare(
+    w: Tensor,
+    w_spec: QuantSpec,
+    x_spec: QuantSpec,
+    w_zero: Tensor | None = None,
+    x_zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    accumulator: int = 32,
+    rule: MatmulRule = QTX.matmul,
+    *,
+    device: torch.device | str | None = None,
+) -> Prepared:
+    """Codes w (K, N) as the right operand of `multiply`, on `device` (w's own where None).
+
+    Args:
+        w_zero: zero point of w: one, or (N,); None is 0.
+        x_zero: zero point of x, one for all rows; None is 0, or comes with each call where ranges are dynamic.
+        bias: integers, (N,).
+        accumulator: 32 or 64 bits.
+
+    Raises:
+        ValueError: codes, zero points or a bias as `products.matmul` refuses them; accumulators that these weights do
+            not prove to fit where the rule reports; pairs that these weights do not prove never to saturate.
+    """
+    check_codes("right operand", w, w_spec)
+    if accumulator not in (32, 64):
+        raise ValueError(f"accumulator is {accumulator}: give 32 or 64 bits")
+    device = w.device if device is None else torch.device(device)
+    depth, width = w.shape
+    low, high = x_spec.code_min - centre(x_spec), x_spec.code_max - centre(x_spec)
+    codes = w.long() - centre(w_spec)
+    zw = moved_zero(w_zero, w_spec, width)
+    given = x_zero is None and x_spec.dynamic and not x_spec.symmetric  # with each call
+    zx = None if given else moved_zero(x_zero, x_spec, 1)
+    offset = torch.zeros(width, dtype=torch.int64, device=w.device)
+    if bias is not None:
+        check_bias(bias, width)
+        offset = bias.reshape(-1).long()
+    columns = codes.sum(0) - depth * zw
+    if saturates(x_spec, w_spec, rule) and not pairs_fit(w, x_spec, rule.run):
+        raise ValueError("pairs of these weights may saturate: the compiled form multiplies exactly, use the eager one")
+    check_accumulators(codes - zw, offset, (low, high), (x_spec, zx), accumulator, rule)
+    sums = (codes.abs().sum(0) + depth * zw.abs()).double() * max(-low, high)  # of X W and zw rowsum(X)
+    if zx is not None:
+        offset = offset - zx * columns
+    carrier, pieces, length = choose(w_spec, x_spec, depth, device)
+    if pieces == 2:
+        offset = offset + 128 * codes.sum(0)
+    ends = sums + offset.double().abs() + (columns.double().abs() * (high - low) if given else 0)
+    narrow = accumulator == 32 and pieces == 1 and bool((ends < 2**31).all())
+    wide = torch.int32 if narrow else torch.int64
+    # rows of outputs, seen from the side: as good as (K, N), and four times as fast for a single row of x
+    laid = codes.to(carrier).mT.contiguous().to(device).mT
+    return Prepared(
+        laid,
+        offset.to(wide).to(device),
+        zw.to(wide).to(device) if zw.any() else None,
+        columns.to(wide).to(device) if given else None,
+        centre(x_spec),
+        pieces,
+        length,
+        torch.int32 if accumulator == 32 else torch.int64,
+        accumulator == 32 and rule.overflow is Overflow.SATURATE,
+    )
+
+
+def moved_zero(zero: Tensor | None, spec: QuantSpec, width: int) -> Tensor:
+    """A zero point moved with its codes, int64: (), or (N,). Raises ValueError where it is no code, or has another
+    shape."""
+    if zero is None:
+        return torch.tensor(-centre(spec))
+    check_codes("zero point", zero, spec)
+    if zero.numel() not in (1, width) or (zero.ndim > 1 and zero.shape[-1] != width):
+        raise ValueError(f"zero points of shape {tuple(zero.shape)}: give one, or ({width},)")
+    return (zero.long() - centre(spec)).reshape(() if zero.numel() == 1 else (-1,))
+
+
+def check_accumulators(
+    factors: Tensor,
+    bias: Tensor,
+    ends: tuple[int, int],
+    zero: tuple[QuantSpec, Tensor | None],
+    accumulator: int,
+    rule: MatmulRule,
+) -> None:
+    """Raises ValueError where sums over x - zx in its range, times `factors` (K, N), may leave the accumulator and the
+    rule reports it; and for sums beyond int64 whatever the rule."""
+    spec, zx = zero
+    zeros = (spec.code_min - centre(spec), spec.code_max - centre(spec)) if zx is None else (int(zx), int(zx))
+    low, high = ends[0] - zeros[1], ends[1] - zeros[0]
+    positive, negative = factors.clamp(min=0).sum(0).double(), factors.clamp(max=0).sum(0).double()
+    largest = float((high * positive + low * negative + bias.double()).amax()) if bias.numel() else 0.0
+    smallest = float((low * positive + high * negative + bias.double()).amin()) if bias.numel() else 0.0
+    if largest >= 2.0**62 or smallest < -(2.0**62):
+        raise ValueError("accumulators may reach 2^62: the compiled form proves its sums, use a smaller bias")
+    if accumulator == 32 and rule.overflow is Overflow.REPORT and (largest >= 2**31 or smallest < -(2**31)):
+        raise ValueError(
+            f"accumulators may run from {smallest:.0f} to {largest:.0f}, beyond int32, and the profile reports: "
+            "use 64 bits, smaller scales, or the eager form"
+        )
+
+
+def pairs_fit(w: Tensor, x_spec: QuantSpec, run: int) -> bool:
+    """Whether no sum of `run` pairs in int16 saturates, whatever the uint8 codes: int8 w (K, N), in order of k."""
+    largest = x_spec.code_max + (128 if x_spec.has_sign else 0)
+    depth = -(-w.shape[0] // (2 * run)) * 2 * run
+    runs = torch.nn.functional.pad(w.long(), (0, 0, 0, depth - w.shape[0])).unflatten(0, (-1, 2 * run))
+    positive, negative = runs.clamp(min=0).sum(1), runs.clamp(max=0).sum(1)
+    return bool((largest * positive < 2**15).all() and (largest * negative >= -(2**15)).all())
+
+
+def choose(w_spec: QuantSpec, x_spec: QuantSpec, depth: int, device: torch.device) -> tuple[torch.dtype, int, int]:
+    """The carrier, the pieces of x, and the length of an exact block."""
+    if w_spec.bits <= 8 and depth < 2**17 and byte_instructions(device.type):
+        return torch.int8, 1 if x_spec.bits <= 8 else 2, depth
+    kind, length = float_blocks(2 ** (x_spec.bits + w_spec.bits - 2), device.type)
+    return kind, 1, length
+
+
+def float_blocks(product: int, device: str) -> tuple[torch.dtype, int]:
+    """The float that carries products of this magnitude, and how many of them it sums exactly."""
+    kind = torch.float32 if plain_float32(device) and 2**24 // product >= SHORTEST else torch.float64
+    return kind, 2 ** FLOAT_BITS[kind] // product
+
+
+def multiply(x: Tensor, prepared: Prepared, x_zero: Tensor | None = None) -> Tensor:
+    """Codes x (..., K) by a prepared operand -> accumulators (..., N), int32 or int64.
+
+    `x_zero`: zero points that come with the data, (..., 1): of dynamic ranges that are not symmetric."""
+    rows, wide = x.reshape(-1, x.shape[-1]), prepared.bias.dtype
+    if prepared.weight.dtype is not torch.int8:
+        total = block_sums((rows.int() - prepared.centre).to(prepared.weight.dtype), prepared, wide)
+    elif prepared.pieces == 1:
+        total = byte_sums(recentre_bytes(rows, prepared.centre), prepared.weight).to(wide)
+    else:
+        code = rows.int() - prepared.centre
+        high, low = (code >> 8).to(torch.int8), ((code & 255) - 128).to(torch.int8)
+        total = 256 * byte_sums(high, prepared.weight).to(wide) + byte_sums(low, prepared.weight)
+    total = total.reshape(*x.shape[:-1], prepared.bias.shape[0])
+    if prepared.w_zero is not None:
+        total = total - prepared.w_zero * (x.int() - prepared.centre).sum(-1, keepdim=True, dtype=wide)
+    if x_zero is not None:
+        total = total - (x_zero.to(wide) - prepared.centre) * prepared.columns
+    total = total + prepared.bias
+    if prepared.saturate and wide is torch.int64:
+        total = total.clamp(-(2**31), 2**31 - 1)
+    return total.to(prepared.accumulator)
+
+
+def recentre_bytes(code: Tensor, middle: int) -> Tensor:
+    """Codes of 8 bits or fewer less their centre, int8; 128 less is the top bit flipped."""
+    if middle == 128:
+        return (code.to(torch.uint8) ^ 128).view(torch.int8)
+    return code.to(torch.int8) - middle if middle else code.to(torch.int8)
+
+
+def byte_sums(rows: Tensor, weight: Tensor) -> Tensor:
+    """int8 (M, K) by (K, N) -> int32."""
+    if rows.shape[0] == 1:  # _int_mm (torch 2.13) misreads one row whose strides are (1, 1)
+        rows = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
+    return torch._int_mm(rows, weight)
+
+
+def block_sums(rows: Tensor, prepared: Prepared, wide: torch.dtype) -> Tensor:
+    """Whole floats (M, K) by (K, N), summed in blocks that are exact."""
+    depth, length = rows.shape[1], prepared.length
+    parts = [(rows[:, at : at + length] @ prepared.weight[at : at + length]).to(wide) for at in range(0, depth, length)]
+    return sum(parts[1:], parts[0])
+
+
+def batched(
+    a: Tensor,
+    b: Tensor,
+    a_spec: QuantSpec,
+    b_spec: QuantSpec,
+    a_zero: Tensor | None = None,
+    b_zero: Tensor | None = None,
+    accumulator: int = 32,
+    rule: MatmulRule = QTX.matmul,
+) -> Tensor:
+    """Codes a (..., M, K) by b (..., K, N), both from the data -> accumulators (..., M, N), int32 or int64.
+
+    Zero points, in the shapes that `products.matmul` takes, leave the codes before they are multiplied: |a - za| is at
+    most 2^bits - 1. Raises ValueError where the specs do not prove the sums to fit, or pairs may saturate.
+    """
+    if saturates(a_spec, b_spec, rule):
+        raise ValueError(
+            "pairs of these operands may saturate: the compiled form multiplies exactly, use the eager one"
+        )
+    product, depth = magnitude(a_spec) * magnitude(b_spec), a.shape[-1]
+    if accumulator == 32 and depth * product >= 2**31:
+        raise ValueError(
+            f"sums of {depth} products of {a_spec.bits} by {b_spec.bits} bits may leave int32: use 64 bits"
+        )
+    wide = torch.int32 if accumulator == 32 else torch.int64
+    kind, length = float_blocks(product, a.device.type)
+    a, b = subtract_zero(a, a_zero, kind), subtract_zero(b, b_zero, kind)
+    if depth <= length:
+        return (a @ b).to(wide)
+    blocks = -(-depth // length)
+    missing = blocks * length - depth
+    a = torch.nn.functional.pad(a, (0, missing)).unflatten(-1, (blocks, length)).movedim(-2, 0)
+    b = torch.nn.functional.pad(b, (0, 0, 0, missing)).unflatten(-2, (blocks, length)).movedim(-3, 0)
+    return (a @ b).to(wide).sum(0, dtype=wide)
+
+
+def magnitude(spec: QuantSpec) -> int:
+    """The largest |code - zero point|."""
+    return max(-spec.code_min, spec.code_max) if spec.symmetric else spec.code_max - spec.code_min
+
+
+def subtract_zero(code: Tensor, zero: Tensor | None, kind: torch.dtype) -> Tensor:
+    """code - zero, as `kind`."""
+    return code.to(kind) if zero is None else (code.int() - zero).to(kind)
