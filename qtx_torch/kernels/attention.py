@@ -83,6 +83,7 @@ def attend(
         CAUSAL=causal and q.shape[2] > 1,
         PADDED=rows is not None,
         CLIP=by_row or spec.softmax is Softmax.CLIPPED,
+        TOP=spec.zeta > 1,
         BY_ROW=by_row,
         SINK=1 if spec.softmax is Softmax.SINK else 2 if spec.softmax is Softmax.PLUS_ONE else 0,
         DROP=drops,

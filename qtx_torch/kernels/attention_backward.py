@@ -58,8 +58,8 @@ def weigh_rows(  # type: ignore[no-untyped-def]
 def _query_tiles(  # type: ignore[no-untyped-def]
     dq, q, r, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, delta, gamma, span, weight,
     coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, begin, end,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, DROP: tl.constexpr, FOURS: tl.constexpr,
-    SCORES: tl.constexpr, PROBS: tl.constexpr, WHOLE: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, DROP: tl.constexpr,
+    FOURS: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr, WHOLE: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dQ / factor with the keys begin to end."""
@@ -73,7 +73,7 @@ def _query_tiles(  # type: ignore[no-untyped-def]
         if not WHOLE:
             s = tl.where(find_seen(i[:, None], j[None, :], later, keys, rows, CAUSAL, PADDED), s, float("-inf"))
         p = tl.exp2(s * unit - logs[:, None])
-        _, passes = shape_probability(p, gamma, span, coder, p_low, p_high, CLIP, PROBS)
+        _, passes = shape_probability(p, gamma, span, coder, p_low, p_high, CLIP, TOP, PROBS)
         if DROP:
             passes = passes & keep_tile(line, start, seed, step, place, most, FOURS, M, N)
         pull = tl.dot(r, vt, input_precision="ieee") * weight - delta[:, None]
@@ -93,9 +93,9 @@ def find_query_slopes(  # type: ignore[no-untyped-def]
     slope_batch, slope_head, slope_line, rows_batch, gate_batch, gate_line,
     heads, queries, keys, factor, unit, gamma, zeta, share, s_low, s_high, p_low, p_high,
     seed, step, place, most, first,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr, DROP: tl.constexpr,
-    FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr,
-    K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, BY_ROW: tl.constexpr,
+    DROP: tl.constexpr, FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr,
+    PROBS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dQ (B, Tq, H, K) of M queries of a head; factor is 1 / sqrt(K)."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # where causal, those with most keys begin first
@@ -135,12 +135,12 @@ def find_query_slopes(  # type: ignore[no-untyped-def]
     grad = _query_tiles(
         grad, q_tile, r, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, delta, lower, span,
         weight, coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, 0, whole,
-        CAUSAL, PADDED, CLIP, DROP, FOURS, SCORES, PROBS, True, K, BK, M, N,
+        CAUSAL, PADDED, CLIP, TOP, DROP, FOURS, SCORES, PROBS, True, K, BK, M, N,
     )  # fmt: skip
     grad = _query_tiles(
         grad, q_tile, r, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, delta, lower, span,
         weight, coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, whole, end,
-        CAUSAL, PADDED, CLIP, DROP, FOURS, SCORES, PROBS, False, K, BK, M, N,
+        CAUSAL, PADDED, CLIP, TOP, DROP, FOURS, SCORES, PROBS, False, K, BK, M, N,
     )  # fmt: skip
     at = dq + (b * queries * heads + h) * K + far * (heads * K) + column[None, :]
     tl.store(at, (grad * factor).to(dq.dtype.element_ty), mask=there[:, None] & (column < K)[None, :])
@@ -151,8 +151,8 @@ def _key_tiles(  # type: ignore[no-untyped-def]
     dk, dv, k, v, q, slope, q_line, slope_line, j, start, column, later, queries, keys, factor, unit, pair,
     logs_in, delta_in, gammas_in, gate, gate_line, gamma, zeta, share,
     coder, s_low, s_high, p_low, p_high, first, seed, step, place, most, begin, end,
-    CAUSAL: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr, DROP: tl.constexpr, FOURS: tl.constexpr,
-    GATED: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr, HIDE: tl.constexpr,
+    CAUSAL: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, BY_ROW: tl.constexpr, DROP: tl.constexpr,
+    FOURS: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr, HIDE: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dK / factor and dV (of codes, before dropout's share) with the queries begin to end; tiles are keys times
@@ -175,7 +175,7 @@ def _key_tiles(  # type: ignore[no-untyped-def]
         p = tl.exp2(s * unit - logs[None, :])  # (N, M); 0 at queries that are not there
         lower = tl.load(gammas_in + row, mask=there, other=0.0)[None, :] if BY_ROW else gamma
         span = zeta - lower
-        y, passes = shape_probability(p, lower, span, coder, p_low, p_high, CLIP, PROBS)
+        y, passes = shape_probability(p, lower, span, coder, p_low, p_high, CLIP, TOP, PROBS)
         if DROP:
             keep = tl.trans(keep_tile(row * keys + first, start, seed, step, place, most, FOURS, M, N))
             y, passes = tl.where(keep, y, 0.0), passes & keep
@@ -201,9 +201,9 @@ def find_key_slopes(  # type: ignore[no-untyped-def]
     slope_batch, slope_head, slope_line, rows_batch, gate_batch, gate_line,
     heads, queries, keys, factor, unit, gamma, zeta, share, s_low, s_high, p_low, p_high,
     seed, step, place, most, first,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr, DROP: tl.constexpr,
-    FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr,
-    K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, BY_ROW: tl.constexpr,
+    DROP: tl.constexpr, FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr,
+    PROBS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV (B, Tk, H, K) of N keys of a head. Keys that are padding are lines of the tile, set to 0 at the end."""
     start = tl.program_id(0) * N
@@ -232,13 +232,13 @@ def find_key_slopes(  # type: ignore[no-untyped-def]
             dk_tile, dv_tile, k_tile, v_tile, q, slope, q_line, slope_line, j, start, column, later, queries, keys,
             factor, unit, pair, logs_in, delta_in, gammas_in, gate, gate_line, gamma, zeta, share,
             coder, s_low, s_high, p_low, p_high, first, seed, step, place, most, begin, whole,
-            CAUSAL, CLIP, BY_ROW, DROP, FOURS, GATED, SCORES, PROBS, True, K, BK, M, N,
+            CAUSAL, CLIP, TOP, BY_ROW, DROP, FOURS, GATED, SCORES, PROBS, True, K, BK, M, N,
         )  # fmt: skip
     dk_tile, dv_tile = _key_tiles(
         dk_tile, dv_tile, k_tile, v_tile, q, slope, q_line, slope_line, j, start, column, later, queries, keys,
         factor, unit, pair, logs_in, delta_in, gammas_in, gate, gate_line, gamma, zeta, share,
         coder, s_low, s_high, p_low, p_high, first, seed, step, place, most, whole, queries,
-        CAUSAL, CLIP, BY_ROW, DROP, FOURS, GATED, SCORES, PROBS, False, K, BK, M, N,
+        CAUSAL, CLIP, TOP, BY_ROW, DROP, FOURS, GATED, SCORES, PROBS, False, K, BK, M, N,
     )  # fmt: skip
     dv_tile *= share
     if PROBS:

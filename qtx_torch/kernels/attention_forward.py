@@ -49,8 +49,8 @@ def _sum_up(  # type: ignore[no-untyped-def]
 def _gather(  # type: ignore[no-untyped-def]
     context, passed, q, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, gamma, span,
     coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, begin, end,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, DROP: tl.constexpr, FOURS: tl.constexpr,
-    SCORES: tl.constexpr, PROBS: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, DROP: tl.constexpr,
+    FOURS: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """O and, where SPLIT, E / span, with the keys begin to end."""
@@ -62,7 +62,7 @@ def _gather(  # type: ignore[no-untyped-def]
         if not WHOLE:
             s = tl.where(find_seen(i[:, None], j[None, :], later, keys, rows, CAUSAL, PADDED), s, float("-inf"))
         p = tl.exp2(s * unit - logs[:, None])
-        y, passes = shape_probability(p, gamma, span, coder, p_low, p_high, CLIP, PROBS)
+        y, passes = shape_probability(p, gamma, span, coder, p_low, p_high, CLIP, TOP, PROBS)
         if DROP:
             keep = keep_tile(line, start, seed, step, place, most, FOURS, M, N)
             y, passes = tl.where(keep, y, 0.0), passes & keep
@@ -79,10 +79,10 @@ def attend_forward(  # type: ignore[no-untyped-def]
     q_batch, q_head, q_line, k_batch, k_head, k_line, v_batch, v_head, v_line, rows_batch, gate_batch, gate_line,
     heads, queries, keys, factor, unit, gamma, zeta, share, s_low, s_high, p_low, p_high,
     seed, step, place, most, first,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr, SINK: tl.constexpr,
-    DROP: tl.constexpr, FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr,
-    PROBS: tl.constexpr, TRAIN: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, BY_ROW: tl.constexpr,
+    SINK: tl.constexpr, DROP: tl.constexpr, FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr,
+    SCORES: tl.constexpr, PROBS: tl.constexpr, TRAIN: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, ):  # fmt: skip
     """One block of M queries of a head. out, context_out, passed_out (B, Tq, H, K); logs_out, gammas_out (B, H, Tq)."""
     SPLIT: tl.constexpr = TRAIN and (CLIP or PROBS)
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # where causal, those with most keys begin first
@@ -135,12 +135,12 @@ def attend_forward(  # type: ignore[no-untyped-def]
     context, passed = _gather(
         context, passed, q_tile, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, lower, span,
         coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, 0, whole,
-        CAUSAL, PADDED, CLIP, DROP, FOURS, SCORES, PROBS, SPLIT, True, K, BK, M, N,
+        CAUSAL, PADDED, CLIP, TOP, DROP, FOURS, SCORES, PROBS, SPLIT, True, K, BK, M, N,
     )  # fmt: skip
     context, passed = _gather(
         context, passed, q_tile, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, lower, span,
         coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, whole, end,
-        CAUSAL, PADDED, CLIP, DROP, FOURS, SCORES, PROBS, SPLIT, False, K, BK, M, N,
+        CAUSAL, PADDED, CLIP, TOP, DROP, FOURS, SCORES, PROBS, SPLIT, False, K, BK, M, N,
     )  # fmt: skip
 
     there = i < queries

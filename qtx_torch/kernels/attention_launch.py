@@ -28,6 +28,7 @@ class Shape:
     CAUSAL: bool
     PADDED: bool
     CLIP: bool
+    TOP: bool  # zeta is above 1
     BY_ROW: bool
     SINK: int  # 1: a learned one by head, 2: a logit of 0
     DROP: bool

@@ -94,9 +94,12 @@ def make_scores(product, factor, quantizer, low, high, CODED: tl.constexpr):  # 
 
 @triton.jit
 def shape_probability(  # type: ignore[no-untyped-def]
-    p, gamma, span, quantizer, low, high, CLIP: tl.constexpr, CODED: tl.constexpr
+    p, gamma, span, quantizer, low, high, CLIP: tl.constexpr, TOP: tl.constexpr, CODED: tl.constexpr
 ):
     """What multiplies values, clip(span p + gamma, 0, 1) where CLIP, and where a gradient passes to p.
+
+    Without TOP zeta is 1, and 1 is passed by rounding only, as in rows of one key: there forward and backward, whose p
+    may differ in the last bit, have to agree that the gradient passes.
 
     CODED, by the second scale and zero point at `quantizer`: its code less the zero point, which 16 bits hold exactly;
     who sums it up multiplies by the scale.
@@ -105,7 +108,7 @@ def shape_probability(  # type: ignore[no-untyped-def]
     if CLIP:
         t = p * span + gamma
         y = tl.minimum(tl.maximum(t, 0.0), 1.0)
-        passes = y == t
+        passes = (y == t) if TOP else t >= 0.0
     if CODED:
         scale, zero = tl.load(quantizer + 2), tl.load(quantizer + 3)
         level = find_level(y, scale, zero)
