@@ -37,5 +37,6 @@ GROUPS = (
     Group(
         "fused", "Attention by torch's kernels and FlexAttention, 12 heads of 64", "fused:rows", devices=("cpu", "cuda")
     ),
+    Group("data", "Tokenizing into shards beside the tokenizers library", "data:rows", threads=2),
     Group("gates", "A forward pass with each attention", "training:gate_rows"),
 )

@@ -160,7 +160,7 @@ def test_the_exponent_is_the_slope_of_the_logarithms() -> None:
     rows = [Row(f"a, T {n}", f"b, T {n}", 1.0, 1.0, 1.0, 3.0 * n * n, 5.0 * n) for n in (2, 4, 8)]
     lines = report.format_exponents(rows).splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells == [["a", "T 2 to 8", "12.00", "192.00", "2.00"], ["b", "T 2 to 8", "10.00", "40.00", "1.00"]]
+    assert cells == [["a", "T 2 to 8", "12.00", "192.0", "2.00"], ["b", "T 2 to 8", "10.00", "40.00", "1.00"]]
 
 
 def test_a_table_has_only_columns_that_a_row_has() -> None:
