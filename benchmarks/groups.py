@@ -38,5 +38,6 @@ GROUPS = (
         "fused", "Attention by torch's kernels and FlexAttention, 12 heads of 64", "fused:rows", devices=("cpu", "cuda")
     ),
     Group("data", "Tokenizing into shards beside the tokenizers library", "data:rows", threads=2),
+    Group("gpu", "Training steps in bfloat16, 32 x 128", "gpu:rows", devices=("cuda",)),
     Group("gates", "A forward pass with each attention", "training:gate_rows"),
 )
