@@ -23,6 +23,7 @@ vector operations.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -260,12 +261,18 @@ class Edge:
 
 
 Flow = tuple[Tensor, Tensor, Tensor]
-DATA = ("'batch'", "'flow'", "'allowed'", "'rows'")  # arguments of a part that differ from call to call
+DATA = re.compile(r"\b(batch|flow|allowed|rows)\b")  # arguments of a part that differ from call to call
 
 
 def keep_guards(entries: list) -> list[bool]:
-    """Which conditions of a graph each call looks at: those on the data. Constants are alike by construction."""
-    return [e.guard_type == "SHAPE_ENV" or any(part in e.name for part in DATA) for e in entries]
+    """Which conditions of a graph each call looks at: those on the data, and torch's settings. Constants are alike by
+    construction, and there are a hundred of them. Where the data are not found by their names, all are kept."""
+    data = [bool(DATA.search(entry.name)) for entry in entries]
+    if not any(entry.guard_type == "TENSOR_MATCH" for entry, kept in zip(entries, data, strict=True) if kept):
+        return [True] * len(entries)
+    return [
+        kept or entry.guard_type in ("SHAPE_ENV", "GLOBAL_STATE") for entry, kept in zip(entries, data, strict=True)
+    ]
 
 
 def compile_part(part: Callable, number: int, device: torch.device, backend: str) -> Callable:
@@ -339,7 +346,8 @@ class Execution:
                 x, _ = block(proof, x, mask)
                 self.edges.append(Edge.of(x))
             self.last = Edge.of(net.top(proof, x))
-        self.parts: dict[Any, Callable] = {}
+        self.parts: dict[tuple, Callable] = {}  # of layers, by all in which they may differ
+        self.graphs = 0
         outer = {name: c for name, c in constants.items() if not name.startswith("layer.")}
         self.outer = outer, {site: p for site, p in proof.prepared.items() if not site.startswith("layer.")}
         self.layers = [
@@ -350,9 +358,8 @@ class Execution:
         self.steps = [self.find_layer(i) for i in range(spec.layers)]
 
     def compile(self, part: Callable) -> Callable:
-        number = len(self.parts)
-        self.parts[number] = compiled = compile_part(part, number, self.device, self.backend)
-        return compiled
+        self.graphs += 1
+        return compile_part(part, self.graphs, self.device, self.backend)
 
     def make_bottom(self) -> Callable:
         net, quants, profile, edge = self.net, self.quants, self.profile, self.edges[0]
