@@ -45,7 +45,7 @@ from .products import (
 )
 
 CARRIERS = {Way.FLOAT32: torch.float32, Way.FLOAT64: torch.float64}  # int8 else
-SMALL = 32  # rows; fewer are not worth a call for each head
+SMALL = 128 * 128 * 32  # multiplications; fewer are not worth a call for each head
 LONG = 256  # elements; more are summed sooner as a product by ones
 
 
@@ -256,8 +256,8 @@ def byte_sums(rows: Tensor, weight: Tensor) -> Tensor:
 @torch.library.custom_op("qtx::multiply_heads", mutates_args=(), device_types="cpu")
 def multiply_heads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """int8 a (..., M, K) by b (..., K, N), the same leading axes, matrix by matrix: torch has no such product. Also
-    the sums over K of a (..., M, 1) and of b (..., 1, N); int32, contiguous: inductor would lay the sums out as a and b,
-    heads innermost, and what is fused with them would go through memory in that order."""
+    the sums over K of a (..., M, 1) and of b (..., 1, N); int32, contiguous: inductor would lay them out as a and b
+    are, heads innermost, and what is fused with them would go through memory in that order."""
     total = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32)
     rows = torch.empty(*a.shape[:-1], 1, dtype=torch.int32)
     ones = torch.ones(a.shape[-1], 1, dtype=torch.int8) if a.shape[-1] > LONG else None
@@ -328,9 +328,10 @@ def multiplies_bytes(device: str) -> bool:
 
 
 def takes_bytes(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> bool:
-    """Whether int8 products are exact here, and quicker: a call for each head costs as much as 32 rows of floats."""
+    """Whether int8 products are exact here, and quicker: a call for each head takes 3 us however small it is."""
+    size = a.shape[-2] * a.shape[-1] * b.shape[-1]
     narrow = max(a_spec.bits, b_spec.bits) <= 8 and a.ndim == b.ndim and a.shape[:-2] == b.shape[:-2]
-    return narrow and a.device.type == "cpu" and a.shape[-2] >= SMALL and multiplies_bytes("cpu")
+    return narrow and a.device.type == "cpu" and size >= SMALL and a.shape[-2] > 1 and multiplies_bytes("cpu")
 
 
 def multiply_bytes(
