@@ -271,14 +271,15 @@ def quantize(
     Raises ValueError on NaN and on infinity where the rule says so, and for a scale or zero point that no quantizer
     has (`check_quantizer`) or that does not fit the shape of x.
     """
-    nan = torch.isnan(x)
-    if rule.nan is NanPolicy.RAISE and nan.any():
+    looking = not torch.compiler.is_compiling()  # a compiled graph has no branch on data
+    if looking and rule.nan is NanPolicy.RAISE and torch.isnan(x).any():
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
-    if rule.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
+    if looking and rule.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
     if rule.nan is NanPolicy.RAISE:
         check_codes(x, spec, rule)
-        check_quantizer(x.shape, scale, zero_point, spec, rule, x)
+        if looking:
+            check_quantizer(x.shape, scale, zero_point, spec, rule, x)
         return round_level(x, scale, zero_point, rule, words).clamp_(*code_limits(zero_point, spec)).to(torch.int32)
     return quantize_reporting(x, scale, zero_point, spec, rule, words)[0]
 
