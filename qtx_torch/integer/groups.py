@@ -1,7 +1,7 @@
 """Activations with several scales along the axis that is summed over: per-embedding-group (Bondarenko et al. 2021,
 section 4), channels coded wide, a scale per channel; all fixed at calibration.
 
-Differs from the reference: channel_multiplier, reach: constants are made once, there.
+Differs from the reference: channel_multiplier, joint_unit, reach, varies: constants are made once, there.
 Differs from the reference: Grouped, prepare, multiply: which instruction multiplies is a matter of the machine.
 
 The reference's module has the formulas: codes less their zero points are multiplied by m_c, float64 carries the
@@ -30,16 +30,6 @@ from .products import block_product
 SMALLEST = 16  # channels of a group that has an accumulator of its own; float64 carries smaller ones
 MULTIPLIER_BITS = 24  # of the largest scale's multiplier
 FLOAT_BITS = 53
-
-
-def varies(unit: Tensor | float) -> bool:
-    """Whether a unit differs from channel to channel, the last axis; a scale per token does not."""
-    return isinstance(unit, Tensor) and unit.ndim > 0 and unit.shape[-1] > 1
-
-
-def joint_unit(unit: Tensor, shift: Tensor) -> Tensor:
-    """The unit, float64, of what `product` and `join` make of channels of these units."""
-    return unit.max() * torch.exp2((shift - MULTIPLIER_BITS).double())
 
 
 def bits_below(spec: QuantSpec) -> int:
