@@ -16,7 +16,7 @@ from qtx_ref.spec import AttentionSpec, Softmax
 from .. import random
 from ..attention import Drop
 from ..ops import own
-from .attention_launch import LOG2E, Shape, run_backward, run_forward
+from .attention_launch import LOG2E, Shape, backward_op, forward_op, run_backward, run_forward
 
 WIDEST = 256  # columns of a head
 FARTHEST = 2**31  # elements that a head's lines span, which are addressed in 32 bits
@@ -93,12 +93,13 @@ def attend(
         SCORES=scores is not None,
         PROBS=probs is not None,
     )
+    flags = [int(flag) for flag in astuple(shape)]
     limits = [float(x) for codes in (scores, probs) for x in ((codes.code_min, codes.code_max) if codes else (0, 0))]
     factor = q.shape[-1] ** -0.5
     unit = LOG2E if scores is not None else factor * LOG2E
     gamma = -spec.alpha if by_row and spec.alpha is not None else spec.gamma
     numbers = [factor, unit, float(gamma), float(spec.zeta), share, *limits]
-    return Attend.apply(q, k, v, sink, gate, rows, join_codes(scores, probs), address, astuple(shape), numbers, words)
+    return Attend.apply(q, k, v, sink, gate, rows, join_codes(scores, probs), address, flags, numbers, words)
 
 
 def join_codes(*quantizers: Codes | None) -> Tensor | None:
@@ -129,7 +130,8 @@ class Attend(torch.autograd.Function):
         q, k, v, rows, gate = (align(x) for x in (q, k, v, rows, gate))
         ctx.how, ctx.split = how, Shape(*how[0]).split
         given = (q, k, v, sink, gate, rows, coder, address)
-        out, context, passed, logs, gammas = run_forward(*given, *how, any(ctx.needs_input_grad))
+        run = forward_op if torch.compiler.is_compiling() else run_forward
+        out, context, passed, logs, gammas = run(*given, *how, any(ctx.needs_input_grad))
         if not ctx.split:
             passed = out if gate is None else context
         ctx.save_for_backward(*given, context, passed, logs, gammas)
@@ -139,7 +141,8 @@ class Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:
         sink, gate = ctx.saved_tensors[3:5]
-        dq, dk, dv, d_sink, d_gate = run_backward(align(slope), *ctx.saved_tensors, *ctx.how)
+        run = backward_op if torch.compiler.is_compiling() else run_backward
+        dq, dk, dv, d_sink, d_gate = run(align(slope), *ctx.saved_tensors, *ctx.how)
         given = None if sink is None else d_sink, None if gate is None else d_gate
         return dq, dk, dv, *given, None, None, None, None, None, None
 
