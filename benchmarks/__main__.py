@@ -20,7 +20,7 @@ import torch
 from qtx.progress import Progress
 
 from .groups import GROUPS, Group
-from .harness import Row, header, read_processor, write_json
+from .harness import ROOT, Row, header, read_processor, write_json
 from .report import RESULTS, draw_results, format_results, format_row
 
 FOUND = {group.name: group for group in GROUPS}
@@ -106,13 +106,25 @@ def main(
     with Progress("benchmarks", len(chosen)) as bar:
         for group in chosen:
             bar.draw(group.name)
-            command = [sys.executable, "-m", "benchmarks", "group", group.name, "--device", device, "--out", str(path)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks",
+                "group",
+                group.name,
+                "--device",
+                device,
+                "--out",
+                str(path.resolve()),
+            ]
             environment = os.environ | {"OMP_NUM_THREADS": str(threads or group.threads)}
             if isa is not None:
                 environment["ONEDNN_MAX_CPU_ISA"] = isa
             try:
                 # what libraries say of themselves on stderr is shown only where something fails
-                done = subprocess.run(command + ["--quick"] * quick, env=environment, stderr=subprocess.PIPE, text=True)
+                done = subprocess.run(
+                    command + ["--quick"] * quick, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
+                )
             except KeyboardInterrupt:
                 raise SystemExit(f"\nstopped in {group.name}; what is done is in {path}; go on with --resume") from None
             if done.returncode:

@@ -137,7 +137,8 @@ def make_mask(rows: Tensor | None, queries: int, keys: int, causal: bool, like: 
     triangle = causal and queries == keys and rows is None
     full = rows is None and (not causal or queries == 1)
     mask = Mask(allowed, like.dtype, full=full, triangle=triangle, rows=rows, causal=causal)
-    if torch.compiler.is_compiling():  # now: a block that is computed again may not add to what lies outside it
+    # now: a block that is computed again may not add to what lies outside it
+    if torch.compiler.is_compiling() and like.dtype.is_floating_point:
         _ = mask.empty, mask.hidden, mask.bias
     return mask
 

@@ -36,9 +36,9 @@ from qtx_ref.spec import (
 
 from . import ops, random
 from .attention import Drop, Mask, attend_fused, attend_tiled, can_tile, masked_probabilities
-from .quant import gradients, quantizer
+from .quant import blocks, gradients, quantizer
 from .quant.observers import Observer
-from .quant.straight_through import Unclamped, fake_quantize, learned_quantize
+from .quant.straight_through import OwnRanges, Unclamped, fake_quantize, learned_quantize
 from .sites import SiteModule
 
 BEYOND = 1e38  # of a range whose ends lie as far apart float32 has no length
@@ -290,6 +290,8 @@ class Quantizer(nn.Module):
         """By the tensor's own range. One that is not finite becomes NaN throughout: a run that diverges shows it in its
         loss."""
         try:
+            if self.profile is QTX and blocks.has_rows(x, self.spec, self.is_weight):
+                return OwnRanges.apply(x, self.spec)
             scale, zero_point = quantizer.dynamic_scale(x.detach(), self.spec, where, self.is_weight, self.profile)
         except ValueError:
             if x.detach().abs().max() < BEYOND:  # something else is wrong
