@@ -13,13 +13,23 @@ from torch.autograd.function import once_differentiable
 
 from qtx_ref.spec import AttentionSpec, Softmax
 
-from .. import random
-from ..attention import Drop
-from ..ops import own
 from .attention_launch import LOG2E, Shape, backward_op, forward_op, run_backward, run_forward
 
 WIDEST = 256  # columns of a head
 FARTHEST = 2**31  # elements that a head's lines span, which are addressed in 32 bits
+
+
+@dataclass(frozen=True)
+class Words:
+    """Which elements of (B, H, Tq, Tk) dropout drops: those whose word, of `random.bits` and counted from `first`, is
+    below rate * 2^32, rounded. step and first may be tensors, int64 without axes; such a first begins a row of the
+    batch: it is a multiple of H Tq Tk."""
+
+    seed: int
+    step: int | Tensor
+    place: int  # the site's number
+    rate: float
+    first: int | Tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ def attend(
     causal: bool,
     spec: AttentionSpec,
     sink: Tensor | None = None,
-    drop: Drop | None = None,
+    drop: Words | None = None,
     gate: Tensor | None = None,
     scores: Codes | None = None,
     probs: Codes | None = None,
@@ -53,9 +63,8 @@ def attend(
     quantized as `FakeQuant` does it, before mask and dropout. Queries without keys give zeros, whatever the softmax.
 
     Sums, scores and probabilities are float32; the product with 16 bits rounds probabilities to them. A query whose
-    scores are all -infinity counts as one without keys. A first word of `drop` that is a tensor begins a row of the
-    batch: it is a multiple of H Tq Tk. Raises ValueError for another dtype, heads above 256, and a sink that the
-    softmax has not, or lacks.
+    scores are all -infinity counts as one without keys. Raises ValueError for another dtype, heads above 256, and a
+    sink that the softmax has not, or lacks.
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
         dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
@@ -77,7 +86,7 @@ def attend(
         else:
             fours = fours and first % 4 == 0
         signed = drop.seed - (1 << 64) if drop.seed >= 1 << 63 else drop.seed
-        words = [signed, step, random.number_site(drop.site), dropped - 1, first]
+        words = [signed, step, drop.place, dropped - 1, first]
     by_row = spec.softmax is Softmax.CLIPPED_ROW
     shape = Shape(
         CAUSAL=causal and q.shape[2] > 1,
@@ -135,7 +144,7 @@ class Attend(torch.autograd.Function):
         if not ctx.split:
             passed = out if gate is None else context
         ctx.save_for_backward(*given, context, passed, logs, gammas)
-        return own(out)
+        return out  # new, under the compiler too: `own` has nothing to copy
 
     @staticmethod
     @once_differentiable
