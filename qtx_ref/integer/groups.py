@@ -13,8 +13,8 @@ scale have one m, so a sum is that of the groups' own accumulators, each times i
 int32 for each group, and adds G of them. Here codes are multiplied by m first, and float64 carries the products, exact
 in blocks; the integers are the same.
 
-The shift is the least that keeps the sum within 30 bits (46 of an accumulator of 64 bits), for codes at their ends and
-the weights as they are, so that nothing overflows and t 2^(shift - 24) is about as fine as an int32 can have it.
+The shift is the least that keeps the sum below 2^30 for codes at their ends and the weights as they are, so that
+nothing overflows, whatever the codes' bits, and t 2^(shift - 24) is about as fine as an int32 can have it.
 
 Arrays: codes less their zero points (..., K), int32; multipliers int32, one per channel, broadcast against them; what
 comes out is int64.

@@ -243,7 +243,7 @@ class Integer(Float):
         """Accumulators of a b whose units vary along the sum, in the joint unit of `groups`. Their zero points are
         subtracted first: b's is one, or broadcasts against it."""
         multiplier, shift = (self.constants[f"{site}.channel_{key}"] for key in ("multiplier", "shift"))
-        wide = accumulator_bits(a.spec, b.spec) == 64 or (bias is not None and bias.dtype == torch.int64)
+        wide = bias is not None and bias.dtype == torch.int64
         bits = groups.bits_below(a.spec), groups.bits_below(b.spec)
         factors = a.subtract_zero(), b.subtract_zero()
         with at(site):

@@ -1,0 +1,462 @@
+"""The execution form of a model in integers: compiled by `torch.compile`, on constants made ready when it is loaded.
+
+Not in the reference: it says what comes out, not how a machine gets there fast.
+
+`Execution` runs the wiring once on one token, eagerly, under `Proof`. That makes each product's weights ready
+(`carriers.prepare`) and looks at all that the arithmetic looks at in constants; what it looks at in data, accumulators
+and levels, is proved from the constants for all data, or the model is refused, naming the site. So no graph branches
+on data, and `Ready`, under which graphs are traced, asks nothing.
+
+Three kinds of graph: what lies before the layers, a layer, what lies behind them. A layer's graph takes its constants
+as arguments, by names relative to the layer, so that layers of one recipe share it; so do batches of any size and
+length, but for a batch of one, which has a graph of its own. Inductor keeps what it has compiled
+(TORCHINDUCTOR_CACHE_DIR): a second start reads it.
+
+A scale that comes from the data (one per token) is a float32, whose sums with others no constant bounds. Each graph
+therefore gives the largest of them beside its result; where it is beyond `LARGEST_SCALE`, or NaN, the eager form runs
+the batch anew, and raises what it raises.
+
+Floors of a pass: the products' operations at the rate of the machine's int8 unit, and per code of each site some ten
+vector operations.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import cpp_builder
+from torch.utils._triton import has_triton
+
+from qtx_ref.spec import (
+    Dtype,
+    Family,
+    Fixed,
+    Granularity,
+    Head,
+    HighProduct,
+    LeftShift,
+    ModelSpec,
+    Overflow,
+    Profile,
+    QuantSpec,
+    SpecError,
+    accumulator_bits,
+)
+
+from ..attention import Mask
+from ..models.block import Block
+from ..sites import SiteModule, name_sites
+from . import carriers, fixed_point, ops
+from .carriers import Prepared
+from .model import Code, Constants, Integer, at, code_dtype
+
+LARGEST_SCALE = 2.0**40  # of the data's: times another and an accumulator of 48 bits it is a float32
+WIDE = 2**47  # what a requantization takes of 64-bit accumulators
+INT32 = 2**31
+
+
+class Ready(Integer):
+    """`Integer` with prepared products, and without a question to the data: what a graph is traced from."""
+
+    def __init__(
+        self,
+        constants: Constants,
+        prepared: Mapping[str, Prepared],
+        quants: Mapping[str, QuantSpec],
+        profile: Profile,
+    ) -> None:
+        super().__init__(constants, quants, profile)
+        self.prepared = prepared
+        self.largest: Tensor | None = None  # of the scales that came from the data
+
+    def quantize(self, site: str, spec: QuantSpec, real: Tensor) -> Code:
+        x = super().quantize(site, spec, real)
+        if spec.dynamic:
+            most = x.unit.amax()
+            self.largest = most if self.largest is None else torch.maximum(self.largest, most)
+        return x
+
+    def requantize(self, site: str, spec: QuantSpec, x: Code) -> Code:
+        """Without int32 in between, where that would saturate: what it does not hold lies beyond the codes too."""
+        rule = self.profile.requantize
+        if isinstance(rule, Fixed) and rule.product is HighProduct.EXACT and rule.left is LeftShift.SATURATE:
+            scaling = (self.constants[f"{site}.{key}"] for key in ("multiplier", "shift"))
+            level = fixed_point.multiply_exact(x.subtract_zero(), *scaling, rule)
+            return self.clamp(site, spec, level + self.constants[f"{site}.zero_point"])
+        return super().requantize(site, spec, x)
+
+    def clamp(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
+        """By way of int32, from which vectors are narrowed in one step."""
+        code = level.clamp(spec.code_min, spec.code_max).int().to(code_dtype(spec))
+        return Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], spec)
+
+    def product(self, site: str, x: Code, w: Code) -> Code:
+        bias = self.constants.get(f"{site}.bias")
+        beside = bias is not None and bias.is_floating_point()
+        if w.ndim == 3:
+            acc = self.heads_product(site, x, w, None if beside else bias)
+        else:
+            given = x.zero_point if x.spec.dynamic and not x.spec.symmetric else None
+            acc = carriers.multiply(x.value, self.prepared[site], given)
+        w_unit = w.unit if w.unit.numel() == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
+        return Code(acc, self.unit(x.unit, w_unit), measured=x.measured, offset=bias.reshape(-1) if beside else None)
+
+    def heads_product(self, site: str, x: Code, w: Code, bias: Tensor | None) -> Tensor:
+        """Accumulators of one matrix (O, I) per head, on the head's own slice of x: (..., H I) -> (..., H O)."""
+        heads = w.shape[0]
+        rows = x.value.unflatten(-1, (heads, -1)).unsqueeze(-2)  # (..., H, 1, I)
+        zero = x.zero_point if x.zero_point.numel() == 1 else x.zero_point[..., None, None]
+        w_zero = w.zero_point if w.zero_point.numel() == 1 else w.zero_point.reshape(heads, 1, -1)
+        bits = self.width(x, w, bias)
+        acc = carriers.batched(rows, w.value.mT, x.spec, w.spec, zero, w_zero, bits, self.profile.matmul)
+        acc = acc.squeeze(-2).flatten(-2)
+        return acc if bias is None else acc + bias.reshape(-1)
+
+    @staticmethod
+    def width(a: Code, b: Code, bias: Tensor | None = None) -> int:
+        """Bits of the accumulators of a b."""
+        wide = bias is not None and bias.dtype == torch.int64
+        return 64 if wide else accumulator_bits(a.spec, b.spec)
+
+    def matmul(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
+        """Of two operands from the data."""
+        bits, rule = self.width(a, b), self.profile.matmul
+        return carriers.batched(a.value, b.value, a.spec, b.spec, a.zero_point, b.zero_point, bits, rule)
+
+
+class Proof(Ready):
+    """One eager pass that makes products ready and proves of every op what `Integer` looks at in data. Raises SpecError
+    with the site that it cannot prove."""
+
+    def __init__(
+        self, spec: ModelSpec, constants: Constants, quants: Mapping[str, QuantSpec], profile: Profile
+    ) -> None:
+        super().__init__(constants, {}, quants, profile)
+        self.prepared: dict[str, Prepared] = {}
+        self.length = spec.length
+        self.reaches: dict[str, int] = {}  # the largest |accumulator| by site
+        if profile.requantize.dtype is Dtype.FLOAT16:
+            raise SpecError(f"profile {profile.name} requantizes in float16, whose overflow shows in data: {EAGER}")
+        if any(spec.dynamic for site, spec in quants.items() if not site.endswith(".weight")):
+            for name, scale in constants.items():
+                if name.endswith(".scale") and float(scale.amax()) > LARGEST_SCALE:
+                    refuse(name.removesuffix(".scale"), f"its scale is {float(scale.amax()):.3g}, beyond 2^40")
+
+    def reach(self, site: str, x: Code) -> int:
+        """The largest |value - zero point| of what `site` is made of. An accumulator that comes from elsewhere, by way
+        of ops that enlarge nothing, is none of those seen so far or smaller than the largest."""
+        if x.spec is None:
+            return self.reaches.get(site, max(self.reaches.values(), default=0))
+        if x.spec.dynamic or x.zero_point.numel() == 0:
+            return x.spec.code_max - x.spec.code_min
+        return max(x.spec.code_max - int(x.zero_point.min()), int(x.zero_point.max()) - x.spec.code_min)
+
+    def product(self, site: str, x: Code, w: Code) -> Code:
+        bias = self.constants.get(f"{site}.bias")
+        inside = None if bias is None or bias.is_floating_point() else bias
+        if x.spec.granularity not in (Granularity.TENSOR, Granularity.TOKEN):
+            refuse(site, f"its input has a scale per {x.spec.granularity}")
+        if w.ndim == 2:
+            with at(site):
+                self.prepared[site] = carriers.prepare(
+                    w.value.T,
+                    w.spec,
+                    x.spec,
+                    w.zero_point.reshape(-1) if w.zero_point.numel() > 1 else w.zero_point,
+                    None if x.spec.dynamic else x.zero_point,
+                    inside,
+                    self.width(x, w, inside),
+                    self.profile.matmul,
+                )
+        factors = int(w.subtract_zero().abs().sum(-1).max())
+        self.reaches[site] = factors * self.reach(site, x) + largest(inside)
+        if self.width(x, w, inside) == 32 and self.reaches[site] >= INT32 and w.ndim == 3:
+            refuse(site, f"its accumulators may reach {self.reaches[site]}")
+        return super().product(site, x, w)
+
+    def matmul(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
+        depth = self.length if site.endswith(".context") else a.shape[-1]
+        self.reaches[site] = depth * carriers.magnitude(a.spec) * carriers.magnitude(b.spec)
+        if self.width(a, b) == 32 and self.reaches[site] >= INT32:
+            refuse(site, f"its accumulators may reach {self.reaches[site]}")
+        with at(site):
+            return super().matmul(site, a, b, bias)
+
+    def norm(self, module: SiteModule, x: Code, eps: float) -> Code:
+        site, width = module.site, x.shape[-1]
+        if (width * (x.spec.code_max - x.spec.code_min)) ** 2 + 2**60 >= 2**62:
+            refuse(site, f"{width} codes of {x.spec.bits} bits: their variance may leave int64")
+        bias, gain = self.constants[f"{site}.bias"].long(), self.weight(f"{site}.weight").subtract_zero().long()
+        most = (math.isqrt(width) + 1) * 2**ops.NORM_BITS + 1  # |r| <= sqrt(D)
+        self.reaches[site] = int((gain.abs() * most + bias.abs()).max())
+        wide = self.constants[f"{site}.bias"].dtype == torch.int64
+        if not wide and self.profile.matmul.overflow is Overflow.REPORT and self.reaches[site] >= INT32:
+            refuse(site, f"its accumulators may reach {self.reaches[site]}")
+        return super().norm(module, x, eps)
+
+    def mul(self, module: SiteModule, a: Code, b: Code) -> Code:
+        self.reaches[module.site] = self.reach("", a) * self.reach("", b)
+        return super().mul(module, a, b)
+
+    def requantize(self, site: str, spec: QuantSpec, x: Code) -> Code:
+        rule, most = self.profile.requantize, self.reach(site, x)
+        if isinstance(rule, Fixed):
+            multiplier, shift = (self.constants[f"{site}.{key}"] for key in ("multiplier", "shift"))
+            if x.subtract_zero().dtype is torch.int64 and most >= WIDE:
+                refuse(site, f"its accumulators may reach {most}, beyond 48 bits")
+            if rule.left is LeftShift.REPORT:
+                left = 1 << max(int(shift.max()), 0)
+                level = float((multiplier.double() * 2.0 ** (shift.double() - 31)).max())
+                if max(most * left, math.ceil(most * level)) >= INT32 - 1:
+                    refuse(site, f"its accumulators may reach {most}, which the profile's shift takes beyond int32")
+        return super().requantize(site, spec, x)
+
+
+EAGER = "run it without the compiled form"
+
+
+def refuse(site: str, reason: str) -> NoReturn:
+    """Raises SpecError: the site runs in integers, but not compiled."""
+    raise SpecError(f"site {site} cannot be compiled: {reason}; {EAGER}")
+
+
+def largest(x: Tensor | None) -> int:
+    """The largest magnitude among integers; 0 without any."""
+    return 0 if x is None or not x.numel() else max(-int(x.min()), int(x.max()))
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What is known of the codes between two parts: their meaning, where it is the same in every batch."""
+
+    spec: QuantSpec | None
+    measured: bool
+    unit: Tensor | None  # None where it comes with them
+    zero_point: Tensor | None
+
+    @staticmethod
+    def of(x: Code) -> Edge:
+        own = x.unit.numel() > 1 or x.zero_point.numel() > 1 or x.measured
+        return Edge(x.spec, x.measured, None if own else x.unit, None if own else x.zero_point)
+
+    def pack(self, x: Code) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What a part gives of its result."""
+        return (x.value, None, None) if self.unit is not None else (x.value, x.unit, x.zero_point)
+
+    def complete(self, parts: tuple[Tensor, Tensor | None, Tensor | None]) -> Flow:
+        """Value, unit and zero point, those that are constants put in."""
+        value, unit, zero = parts
+        return value, self.unit if unit is None else unit, self.zero_point if zero is None else zero
+
+
+Flow = tuple[Tensor, Tensor, Tensor]
+DATA = ("'batch'", "'flow'", "'allowed'", "'rows'")  # arguments of a part that differ from call to call
+
+
+def keep_guards(entries: list) -> list[bool]:
+    """Which conditions of a graph each call looks at: those on the data. Constants are alike by construction."""
+    return [e.guard_type == "SHAPE_ENV" or any(part in e.name for part in DATA) for e in entries]
+
+
+def compile_part(part: Callable, number: int, device: torch.device, backend: str) -> Callable:
+    """A part compiled; on CUDA with graphs of launches. Each has code of its own, of which torch keeps count."""
+    part.__code__ = part.__code__.replace(co_name=f"{part.__name__}_{number}")
+    options: dict[str, Any] = {"guard_filter_fn": keep_guards}
+    if backend == "inductor":
+        options |= {"triton.cudagraphs": device.type == "cuda", "size_asserts": False}
+    return torch.compile(part, fullgraph=True, backend=backend, options=options)
+
+
+def mark(x: Tensor | None, *axes: int) -> None:
+    """Tells the compiler that these sizes, of batch and length, may be others in the next call."""
+    for axis in axes if x is not None else ():
+        torch._dynamo.maybe_mark_dynamic(x, axis)
+
+
+@cache
+def find_compiler(device: str) -> str:
+    """Why nothing can be compiled for a kind of device; empty where it can."""
+    try:
+        if device == "cpu":
+            cpp_builder.get_cpp_compiler()
+        elif not has_triton():
+            return "Triton is not installed"
+    except Exception as error:  # of inductor's own kind, which differs by version
+        return f"{error}".splitlines()[0]
+    return ""
+
+
+def make_execution(
+    net: nn.Module,
+    spec: ModelSpec,
+    constants: Constants,
+    quants: Mapping[str, QuantSpec],
+    profile: Profile,
+    device: torch.device,
+) -> Execution | None:
+    """The execution form; None, with a warning that says why, where nothing can be compiled. Raises SpecError as
+    `Execution`."""
+    if reason := find_compiler(device.type):
+        warnings.warn(f"integers run without the compiled form, which needs a compiler: {reason}", stacklevel=3)
+        return None
+    return Execution(net, spec, constants, quants, profile, device)
+
+
+class Execution:
+    """A model in integers, compiled. Called with what `IntegerModel.accept` gave, it gives what its `compute` would, or
+    None where only the eager form can: images that are not finite, scales of the data beyond `LARGEST_SCALE`."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        spec: ModelSpec,
+        constants: Constants,
+        quants: Mapping[str, QuantSpec],
+        profile: Profile,
+        device: torch.device,
+        *,
+        backend: str = "inductor",
+    ) -> None:
+        """backend: who compiles, as `torch.compile` names it. Raises SpecError for what cannot be proved of all data,
+        naming the site."""
+        self.net, self.spec, self.profile, self.device, self.backend = net, spec, profile, device, backend
+        self.quants = quants
+        proof = Proof(spec, constants, quants, profile)
+        with torch.no_grad():
+            x, mask = net.bottom(proof, smallest_batch(spec, device))
+            self.edges = [Edge.of(x)]
+            for block in net.layer:
+                x, _ = block(proof, x, mask)
+                self.edges.append(Edge.of(x))
+            self.last = Edge.of(net.top(proof, x))
+        self.parts: dict[Any, Callable] = {}
+        outer = {name: c for name, c in constants.items() if not name.startswith("layer.")}
+        self.outer = outer, {site: p for site, p in proof.prepared.items() if not site.startswith("layer.")}
+        self.layers = [
+            (select(constants, f"layer.{i}."), select(proof.prepared, f"layer.{i}.")) for i in range(spec.layers)
+        ]
+        self.bottom = self.compile(self.make_bottom())
+        self.top = self.compile(self.make_top())
+        self.steps = [self.find_layer(i) for i in range(spec.layers)]
+
+    def compile(self, part: Callable) -> Callable:
+        number = len(self.parts)
+        self.parts[number] = compiled = compile_part(part, number, self.device, self.backend)
+        return compiled
+
+    def make_bottom(self) -> Callable:
+        net, quants, profile, edge = self.net, self.quants, self.profile, self.edges[0]
+
+        def bottom(batch: dict[str, Tensor | None], constants: dict, prepared: dict) -> tuple:
+            nx = Ready(constants, prepared, quants, profile)
+            x, mask = net.bottom(nx, batch)
+            size = x.shape[0], 1, *mask.allowed.shape[-2:]
+            return edge.pack(x), mask.allowed.expand(size).contiguous(), nx.largest
+
+        return bottom
+
+    def find_layer(self, i: int) -> Callable:
+        """The part that layer i shares with those that are made alike."""
+        quants = select(self.quants, f"layer.{i}.")
+        before, after = self.edges[i], self.edges[i + 1]
+        constants, prepared = self.layers[i]
+        key = (
+            tuple(sorted(quants.items(), key=lambda item: item[0])),
+            (before.spec, before.measured, before.unit is None, after.unit is None),
+            tuple((name, c.shape, c.dtype) for name, c in constants.items()),
+            tuple((site, *(describe(part) for part in p)) for site, p in prepared.items()),
+        )
+        if key not in self.parts:
+            self.parts[key] = self.compile(self.make_layer(quants, before, after))
+        return self.parts[key]
+
+    def make_layer(self, quants: Mapping[str, QuantSpec], before: Edge, after: Edge) -> Callable:
+        profile = self.profile
+        with torch.device("meta"):
+            block = Block(self.spec)
+        name_sites(block)  # relative to the layer
+
+        def layer(flow: Flow, allowed: Tensor, rows: Tensor | None, constants: dict, prepared: dict) -> tuple:
+            nx = Ready(constants, prepared, quants, profile)
+            nx.begin(rows)
+            value, unit, zero = flow
+            x, _ = block(nx, Code(value, unit, zero, before.spec, before.measured), Mask(allowed, allowed.dtype))
+            return after.pack(x), nx.largest
+
+        return layer
+
+    def make_top(self) -> Callable:
+        net, quants, profile, before, after = self.net, self.quants, self.profile, self.edges[-1], self.last
+
+        def top(flow: Flow, rows: Tensor | None, constants: dict, prepared: dict) -> tuple:
+            nx = Ready(constants, prepared, quants, profile)
+            nx.begin(rows)
+            value, unit, zero = flow
+            x = net.top(nx, Code(value, unit, zero, before.spec, before.measured))
+            return after.pack(x), nx.largest
+
+        return top
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor | None]) -> Code | None:
+        batch = {name: inputs.get(name) for name in ("tokens", "mask", "types", "images")}
+        images, rows = batch["images"], batch["mask"]
+        if images is not None and not torch.isfinite(images).all():
+            return None
+        mark(images, 0)
+        for name in ("tokens", "mask", "types"):
+            mark(batch[name], 0, 1)
+        parts, allowed, most = self.bottom(batch, *self.outer)
+        scales = [most]
+        mark(allowed, 0, 2, 3)
+        for run, edge, made in zip(self.steps, self.edges, self.layers, strict=False):
+            parts, most = run(self.enter(edge, parts), allowed, rows, *made)
+            scales.append(most)
+        if self.has_top:
+            parts, most = self.top(self.enter(self.edges[-1], parts), rows, *self.outer)
+            scales.append(most)
+        largest = [scale for scale in scales if scale is not None]
+        if largest and not bool((torch.stack(largest) < LARGEST_SCALE).all()):
+            return None
+        value, unit, zero = self.last.complete(parts)
+        return Code(value, unit, zero, self.last.spec, self.last.measured)
+
+    @property
+    def has_top(self) -> bool:
+        """Whether anything lies behind the layers."""
+        return self.spec.head is not Head.NONE or self.spec.final_norm or self.spec.embed_width is not None
+
+    def enter(self, edge: Edge, parts: tuple[Tensor, Tensor | None, Tensor | None]) -> Flow:
+        """What a part gave, as the next one takes it."""
+        flow = edge.complete(parts)
+        for x in flow:
+            mark(x, *range(min(x.ndim - 1, 2)))
+        return flow
+
+
+def smallest_batch(spec: ModelSpec, device: torch.device) -> dict[str, Tensor | None]:
+    """One token, or one image of zeros."""
+    if spec.family is Family.VIT:
+        return {"images": torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=device)}
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    return {"tokens": token, "types": token, "mask": None}
+
+
+def select(by_name: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What is below a prefix, by the rest of its name."""
+    return {name.removeprefix(prefix): x for name, x in by_name.items() if name.startswith(prefix)}
+
+
+def describe(part: Any) -> Any:
+    """What of a prepared product is in the graph: of a tensor its shape and dtype."""
+    return (part.shape, part.stride(), part.dtype) if isinstance(part, Tensor) else part
