@@ -20,8 +20,8 @@ import torch
 from qtx.progress import Progress
 
 from .groups import GROUPS, Group
-from .harness import Row, header, read_processor, write_json
-from .report import RESULTS, draw_results, format_results, format_row
+from .harness import ROOT, Row, header, read_processor, write_json
+from .report import PAGE, RESULTS, draw_results, fill_page, format_results, format_row, read_results
 
 FOUND = {group.name: group for group in GROUPS}
 Groups = click.Choice(list(FOUND))
@@ -106,13 +106,25 @@ def main(
     with Progress("benchmarks", len(chosen)) as bar:
         for group in chosen:
             bar.draw(group.name)
-            command = [sys.executable, "-m", "benchmarks", "group", group.name, "--device", device, "--out", str(path)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks",
+                "group",
+                group.name,
+                "--device",
+                device,
+                "--out",
+                str(path.resolve()),
+            ]
             environment = os.environ | {"OMP_NUM_THREADS": str(threads or group.threads)}
             if isa is not None:
                 environment["ONEDNN_MAX_CPU_ISA"] = isa
             try:
                 # what libraries say of themselves on stderr is shown only where something fails
-                done = subprocess.run(command + ["--quick"] * quick, env=environment, stderr=subprocess.PIPE, text=True)
+                done = subprocess.run(
+                    command + ["--quick"] * quick, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
+                )
             except KeyboardInterrupt:
                 raise SystemExit(f"\nstopped in {group.name}; what is done is in {path}; go on with --resume") from None
             if done.returncode:
@@ -137,11 +149,8 @@ def group(name: str, device: str, quick: bool, out: Path) -> None:
         sys.exit(130)
 
 
-FILES = click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
-
-
 @main.command()
-@FILES
+@click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
 def show(files: tuple[Path, ...]) -> None:
     """Prints the tables of FILES, or of all results."""
     for path in files or sorted(RESULTS.glob("*.json")):
@@ -149,12 +158,13 @@ def show(files: tuple[Path, ...]) -> None:
 
 
 @main.command()
-@FILES
-def draw(files: tuple[Path, ...]) -> None:
-    """Draws FILES, or all results, into SVG files beside them."""
-    for path in files or sorted(RESULTS.glob("*.json")):
-        for drawn in draw_results(json.loads(path.read_text()), path):
-            print(drawn)
+def page() -> None:
+    """Writes the tables of docs/speed.md anew, and draws all results beside them."""
+    found = read_results()
+    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    for place, results in found.items():
+        for drawn in draw_results(results, RESULTS / place):
+            print(drawn.relative_to(ROOT))
 
 
 if __name__ == "__main__":

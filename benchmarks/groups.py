@@ -34,5 +34,10 @@ GROUPS = (
     Group("engines", "A forward pass by other engines", "engines:rows"),
     Group("quantizers", "Fake quantization of rows by other libraries", "quantizers:rows"),
     Group("size", "A forward pass of one layer, width 384 and 1 x 128 where not said", "size:rows"),
+    Group(
+        "fused", "Attention by torch's kernels and FlexAttention, 12 heads of 64", "fused:rows", devices=("cpu", "cuda")
+    ),
+    Group("data", "Tokenizing into shards beside the tokenizers library", "data:rows", threads=2),
+    Group("gpu", "Training steps in bfloat16, 32 x 128", "gpu:rows", devices=("cuda",)),
     Group("gates", "A forward pass with each attention", "training:gate_rows"),
 )

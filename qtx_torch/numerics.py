@@ -35,10 +35,10 @@ from qtx_ref.spec import (
 )
 
 from . import ops, random
-from .attention import Mask, attend_fused, masked_probabilities
-from .quant import gradients, quantizer
+from .attention import Drop, Mask, attend_fused, attend_tiled, can_tile, masked_probabilities
+from .quant import blocks, gradients, quantizer
 from .quant.observers import Observer
-from .quant.straight_through import Unclamped, fake_quantize, learned_quantize
+from .quant.straight_through import OwnRanges, Unclamped, fake_quantize, learned_quantize
 from .sites import SiteModule
 
 BEYOND = 1e38  # of a range whose ends lie as far apart float32 has no length
@@ -176,6 +176,11 @@ class Float:
         keep = random.keep_mask(self.seed, self.step, module.site, tuple(x.shape), rate, first, x.device)
         return ops.scale(ops.mul(x, keep), 1 / (1 - rate))  # of the mask a byte is kept for the gradient, of x nothing
 
+    def _drop(self, module: SiteModule, q: Tensor, k: Tensor, rate: float) -> Drop:
+        """Dropout of the probabilities, as `dropout` draws it."""
+        first = self.first_row * (q.shape[1] * q.shape[2] * k.shape[2])
+        return Drop(self.seed, self.step, module.site, rate, first)
+
     def softmax(self, module: SiteModule, scores: Tensor, mask: Mask, spec: AttentionSpec) -> Tensor:
         """Probabilities of scores whose masked keys are hidden; the site has the sink, if there is one."""
         probs = masked_probabilities(scores, mask, spec, getattr(module, "sink", None))
@@ -186,17 +191,22 @@ class Float:
     ) -> Tensor:
         """softmax(q k^T / sqrt(K)) v: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, Tq, H K).
 
-        Sites `scores` (scaled, before the mask), `probs`, `context`. Dropout follows the clip. One fused kernel where
-        nobody wants to see or change what lies between q, k, v and the context.
+        Sites `scores` (scaled, before the mask), `probs`, `context`. Dropout follows the clip. One fused kernel, or
+        tiles, where nobody wants to see or change what lies between q, k, v and the context.
 
         At a key that is masked from a query, finite v, and k of finite scores, change no bit of its result. NaN or
-        infinity in v makes it NaN, 0 times either being NaN; in k it changes nothing (in the fused kernel, which adds
-        -inf to scores, it may make NaN, never another number). Nothing passes from one sequence or head to another.
+        infinity in v makes it NaN, 0 times either being NaN (tiles pass over keys of the future); in k it changes
+        nothing (in the fused kernel, which adds -inf to scores, it may make NaN, never another number). Nothing passes
+        from one sequence or head to another.
         """
         s, p, c = attn.scores, attn.probs, attn.context
         unseen = all(slot is None for slot in (s.on_lhs, s.on_rhs, s.on_output, p.on_output, c.on_lhs, c.on_rhs))
-        if unseen and self.gradients is None and spec.softmax is Softmax.PLAIN and not (self.training and rate):
+        unseen = unseen and self.gradients is None
+        drop = self._drop(p, q, k, rate) if self.training and rate else None
+        if unseen and spec.softmax is Softmax.PLAIN and drop is None:
             context = attend_fused(q, k, v, mask)
+        elif unseen and can_tile(q, k):
+            context = attend_tiled(q, k, v, mask, spec, getattr(p, "sink", None), drop)
         else:
             probs = self._probs(attn, q, k, mask, spec, rate)
             probs = self._hand(c.on_lhs, probs, self._pairs(mask))
@@ -280,6 +290,8 @@ class Quantizer(nn.Module):
         """By the tensor's own range. One that is not finite becomes NaN throughout: a run that diverges shows it in its
         loss."""
         try:
+            if self.profile is QTX and blocks.has_rows(x, self.spec, self.is_weight):
+                return OwnRanges.apply(x, self.spec)
             scale, zero_point = quantizer.dynamic_scale(x.detach(), self.spec, where, self.is_weight, self.profile)
         except ValueError:
             if x.detach().abs().max() < BEYOND:  # something else is wrong

@@ -47,6 +47,7 @@ FACTOR_BITS = 36  # of a sink's factor: its product with an exponential stays be
 SINK_STEPS = 2**20  # codes between the scores' zero and a sink
 POLYNOMIAL_LIMIT = 1024.0  # largest argument of the GELU polynomial
 SUM_BITS = 62  # of a weighted sum over groups
+GROUP_BITS = 30  # of that sum as an accumulator, with or without a bias an int32
 NORM_SPAN_BITS = 30  # of D times the span of a norm's codes: its square beside eps stays below 2^62
 EPS_BITS = 60  # of eps in units of ops.normalize
 
@@ -211,8 +212,8 @@ class Lowering(Integer):
         self.constants[f"{site}.bias"] = code.astype(np.int32 if bits == 32 else np.int64)
         self.constants[f"{site}.bias.scale"] = step
 
-    def put_channels(self, site: str, unit: np.ndarray, bound: np.ndarray, bits: int) -> np.ndarray:
-        """Multipliers of channels whose units vary, and the shift that keeps sums below 2^30, or 2^46 of 64 bits.
+    def put_channels(self, site: str, unit: np.ndarray, bound: np.ndarray) -> np.ndarray:
+        """Multipliers of channels whose units vary, and the shift that keeps sums below 2^30.
 
         bound: the largest magnitude of what is multiplied by each channel's multiplier, float64, broadcast against unit
         and summed over the last axis. Returns the unit of the sums."""
@@ -221,13 +222,14 @@ class Lowering(Integer):
         reach = int(np.frexp(largest)[1])
         if reach > SUM_BITS:
             refuse_integer(site, f"its weighted sum over groups takes {reach} bits of {SUM_BITS}: use fewer bits")
-        return self.put_shift(site, unit, multiplier, max(reach - (30 if bits == 32 else 46), 0))
+        return self.put_shift(site, unit, multiplier, max(reach - GROUP_BITS, 0))
 
     def put_shift(self, site: str, unit: np.ndarray, multiplier: np.ndarray, shift: int) -> np.ndarray:
         """The constants of `groups`; returns the joint unit."""
         self.constants[f"{site}.channel_multiplier"] = multiplier
         self.constants[f"{site}.channel_shift"] = np.asarray(shift, np.int64)
-        return groups.joint_unit(unit, self.constants[f"{site}.channel_shift"])
+        self.constants[f"{site}.channel_unit"] = groups.joint_unit(unit, self.constants[f"{site}.channel_shift"])
+        return self.constants[f"{site}.channel_unit"]
 
     def put_linear_channels(self, site: str, x: Code, w: Code) -> np.ndarray:
         """`put_channels` of a linear layer's input; returns its unit in the accumulator."""
@@ -236,7 +238,7 @@ class Lowering(Integer):
         weights = np.abs(w.subtract_zero().astype(np.float64)).reshape(heads, -1, inputs)  # (H, O, I)
         far = groups.reach(x.spec, x.zero_point).astype(np.float64).reshape(heads, 1, inputs)
         unit = self.unit(x.unit).reshape(heads, 1, inputs)
-        return self.put_channels(site, unit, far * weights, accumulator_bits(x.spec, w.spec))
+        return self.put_channels(site, unit, far * weights)
 
     def put_norm_channels(self, site: str, x: Code) -> np.ndarray:
         """The constants that bring a norm's input to one unit, which is returned: codes that span less than 2^30 / D,
@@ -313,13 +315,14 @@ class Lowering(Integer):
 
     def product(self, site: str, x: Code, w: Code) -> Code:
         self.check_codes(site, x)
-        step = self.put_linear_channels(site, x, w) if groups.varies(x.unit) else x.unit
+        grouped, bits = groups.varies(x.unit), accumulator_bits(x.spec, w.spec)
+        step, bits = (self.put_linear_channels(site, x, w), 32) if grouped else (x.unit, bits)
         bias = self.params.get(f"{site}.bias")
         beside = self.profile.bias is not Bias.INT32 and site in self.ended
         if bias is not None and (x.measured or beside):
             self.constants[f"{site}.bias"] = bias.astype(np.float32)
         elif bias is not None:
-            self.put_bias(site, bias, self.unit(step, w.unit), accumulator_bits(x.spec, w.spec))
+            self.put_bias(site, bias, self.unit(step, w.unit), bits)
         y = super().product(site, x, w)
         several = np.size(w.unit) > 1
         self.factors[site] = step, w.unit.reshape(*(1,) * (x.ndim - 1), -1) if several else plain(w.unit)
@@ -435,7 +438,7 @@ class Lowering(Integer):
                 refuse_integer(site, "one of its factors has a scale per token, the other several along the sum")
             self.check_pairs(site, q, k)
             far = (groups.reach(x.spec, x.zero_point).astype(np.float64) for x in (q, k))
-            self.put_channels(site, self.unit(q.unit, k.unit), np.multiply(*far), accumulator_bits(q.spec, k.spec))
+            self.put_channels(site, self.unit(q.unit, k.unit), np.multiply(*far))
         return super().scores(site, q, k)
 
     def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec) -> Code:

@@ -39,7 +39,6 @@ from qtx_ref.spec import (
     Dtype,
     Family,
     Fixed,
-    Granularity,
     Head,
     HighProduct,
     LeftShift,
@@ -54,9 +53,11 @@ from qtx_ref.spec import (
 
 from ..attention import Mask
 from ..models.block import Block
+from ..quant import affine
 from ..sites import SiteModule, name_sites
-from . import carriers, ops
+from . import carriers, groups, ops
 from .carriers import Prepared
+from .groups import Grouped
 from .model import Code, Constants, Integer, at, code_dtype
 
 LARGEST_SCALE = 2.0**40  # of the data's: times another and an accumulator of 48 bits it is a float32
@@ -70,7 +71,7 @@ class Ready(Integer):
     def __init__(
         self,
         constants: Constants,
-        prepared: Mapping[str, Prepared],
+        prepared: Mapping[str, Prepared | Grouped],
         quants: Mapping[str, QuantSpec],
         profile: Profile,
     ) -> None:
@@ -104,19 +105,26 @@ class Ready(Integer):
 
     def clamp(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
         """By way of int32, from which vectors are narrowed in one step."""
-        code = level.clamp(spec.code_min, spec.code_max).int().to(code_dtype(spec))
-        return Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], spec)
+        zero = self.constants[f"{site}.zero_point"]
+        code = level.clamp(*affine.code_limits(zero, spec)).int().to(code_dtype(spec))
+        return Code(code, self.scale_of(site), zero, spec)
 
     def product(self, site: str, x: Code, w: Code) -> Code:
         bias = self.constants.get(f"{site}.bias")
         beside = bias is not None and bias.is_floating_point()
-        if w.ndim == 3:
+        grouped = self.has_groups(site)
+        if grouped and w.ndim == 3:
+            return super().product(site, x, w)
+        if grouped:
+            acc = groups.multiply(x.value, self.prepared[site])
+        elif w.ndim == 3:
             acc = self.heads_product(site, x, w, None if beside else bias)
         else:
             given = x.zero_point if x.spec.dynamic and not x.spec.symmetric else None
             acc = carriers.multiply(x.value, self.prepared[site], given)
         w_unit = w.unit if w.unit.numel() == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
-        return Code(acc, self.unit(x.unit, w_unit), measured=x.measured, offset=bias.reshape(-1) if beside else None)
+        x_unit = self.joint_unit(site) if grouped else x.unit
+        return Code(acc, self.unit(x_unit, w_unit), measured=x.measured, offset=bias.reshape(-1) if beside else None)
 
     def heads_product(self, site: str, x: Code, w: Code, bias: Tensor | None) -> Tensor:
         """Accumulators of one matrix (O, I) per head, on the head's own slice of x: (..., H I) -> (..., H O)."""
@@ -150,7 +158,7 @@ class Proof(Ready):
     ) -> None:
         super().__init__(constants, {}, quants, profile)
         self.constants: dict[str, Tensor] = dict(constants)
-        self.prepared: dict[str, Prepared] = {}
+        self.prepared: dict[str, Prepared | Grouped] = {}
         self.length = spec.length
         self.reaches: dict[str, int] = {}  # the largest |accumulator| by site
         if profile.requantize.dtype is Dtype.FLOAT16:
@@ -172,8 +180,8 @@ class Proof(Ready):
     def product(self, site: str, x: Code, w: Code) -> Code:
         bias = self.constants.get(f"{site}.bias")
         inside = None if bias is None or bias.is_floating_point() else bias
-        if x.spec.granularity not in (Granularity.TENSOR, Granularity.TOKEN):
-            refuse(site, f"its input has a scale per {x.spec.granularity}")
+        if self.has_groups(site):
+            return self.grouped_product(site, x, w, inside)
         if w.ndim == 2:
             with at(site):
                 self.prepared[site] = carriers.prepare(
@@ -192,6 +200,37 @@ class Proof(Ready):
             refuse(site, f"its accumulators may reach {self.reaches[site]}")
         return super().product(site, x, w)
 
+    def grouped_product(self, site: str, x: Code, w: Code, bias: Tensor | None) -> Code:
+        """Of an input with several scales: ready, and its sum over groups proved."""
+        multiplier, shift = (self.constants[f"{site}.channel_{key}"] for key in ("multiplier", "shift"))
+        if w.ndim == 2:
+            zero = w.zero_point.reshape(-1) if w.zero_point.numel() > 1 else w.zero_point
+            channels = x.zero_point.reshape(-1), multiplier.reshape(-1), shift
+            with at(site):
+                self.prepared[site] = groups.prepare(
+                    w.value.T, w.spec, x.spec, zero, *channels, bias, self.profile.matmul, self.profile.add
+                )
+        weights = w.subtract_zero().double().reshape(multiplier.shape[0], -1, multiplier.shape[-1])  # (H, O, I)
+        self.prove_sum(
+            site, multiplier * (groups.reach(x.spec, x.zero_point).reshape(multiplier.shape) * weights), bias
+        )
+        return super().product(site, x, w)
+
+    def prove_sum(self, site: str, terms: Tensor, bias: Tensor | None = None) -> None:
+        """That no weighted sum over groups leaves its accumulator. terms: the largest of each, float64, along the last
+        axis."""
+        most = float(terms.abs().sum(-1).max()) * (1 + 2.0**-20)  # of float64's own rounding
+        self.reaches[site] = int(most / 2.0 ** int(self.constants[f"{site}.channel_shift"])) + 2 + largest(bias)
+        wide = bias is not None and bias.dtype == torch.int64
+        if most >= 2.0**62 or self.reaches[site] >= (WIDE if wide else INT32):
+            refuse(site, f"its sum over groups may reach {most:.3g}")
+
+    def scores(self, site: str, q: Code, k: Code) -> Code:
+        if self.has_groups(site):
+            far = [groups.reach(x.spec, x.zero_point).double() for x in (q, k)]
+            self.prove_sum(site, self.constants[f"{site}.channel_multiplier"] * far[0] * far[1])
+        return super().scores(site, q, k)
+
     def matmul(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
         depth = self.length if site.endswith(".context") else a.shape[-1]
         self.reaches[site] = depth * carriers.magnitude(a.spec) * carriers.magnitude(b.spec)
@@ -202,7 +241,7 @@ class Proof(Ready):
 
     def norm(self, module: SiteModule, x: Code, eps: float) -> Code:
         site, width = module.site, x.shape[-1]
-        if (width * (x.spec.code_max - x.spec.code_min)) ** 2 + 2**60 >= 2**62:
+        if (width * self.span(site, x)) ** 2 + 2**60 >= 2**62:
             refuse(site, f"{width} codes of {x.spec.bits} bits: their variance may leave int64")
         bias, gain = self.constants[f"{site}.bias"].long(), self.weight(f"{site}.weight").subtract_zero().long()
         most = (math.isqrt(width) + 1) * 2**ops.NORM_BITS + 1  # |r| <= sqrt(D)
@@ -211,6 +250,15 @@ class Proof(Ready):
         if not wide and self.profile.matmul.overflow is Overflow.REPORT and self.reaches[site] >= INT32:
             refuse(site, f"its accumulators may reach {self.reaches[site]}")
         return super().norm(module, x, eps)
+
+    def span(self, site: str, x: Code) -> int:
+        """How far apart a norm's codes may be, brought to one unit where they have several."""
+        if not self.has_groups(site):
+            return x.spec.code_max - x.spec.code_min
+        multiplier, shift = (self.constants[f"{site}.channel_{key}"].long() for key in ("multiplier", "shift"))
+        zero = x.zero_point.reshape(-1).long()
+        low, high = affine.code_limits(zero, x.spec)
+        return (int(((high - zero) * multiplier).max() - ((low - zero) * multiplier).min()) >> int(shift)) + 2
 
     def mul(self, module: SiteModule, a: Code, b: Code) -> Code:
         self.reaches[module.site] = self.reach("", a) * self.reach("", b)
@@ -245,7 +293,8 @@ class Proof(Ready):
         half of 2^right, z 2^right, and the zero points' products; where int64 holds it all."""
         zero = self.constants[f"{site}.zero_point"].long()
         zeros = [x.zero_point.long() if x.spec is not None else x.zero_point.long() * 0 for x in parts]
-        if not 0 <= int(right.min()) <= int(right.max()) <= 60 or largest(zero) << int(right.max()) > 2**60:
+        fits = 0 <= int(right.min()) <= int(right.max()) <= 60 and largest(zero) << int(right.max()) <= 2**60
+        if not fits or any(z.numel() > 1 for z in zeros):
             return
         offset = (torch.ones_like(right) << right >> 1) + (zero << right)
         for z, factor in zip(zeros, factors, strict=True):
@@ -505,4 +554,6 @@ def select(by_name: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def describe(part: Any) -> Any:
     """What of a prepared product is in the graph: of a tensor its shape and dtype."""
+    if isinstance(part, tuple):
+        return tuple(map(describe, part))
     return (part.shape, part.stride(), part.dtype) if isinstance(part, Tensor) else part

@@ -143,24 +143,25 @@ def group_channels(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
     """The group of each channel, counted from 0, of channel ranges (one axis longer than 1), in their shape.
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
-    outlier channels share a group (Bondarenko et al. 2021, section 4). With `wide` the last so many in that order are
-    group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all would be wide.
+    outlier channels share a group (Bondarenko et al. 2021, section 4). With `wide` so many of the largest
+    magnitude are group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all
+    would be wide.
     """
     count, channels = spec.groups, low.numel()
     if spec.wide is not None and spec.wide >= channels:
         raise ValueError(f"wide {spec.wide} of {channels} channels leaves none to the others; choose fewer")
     if count is not None and channels % count:
         raise ValueError(f"groups {count} does not divide the {channels} channels; choose a number that does")
-    span = (high - low).flatten()
+    size = (high - low if count is not None else torch.maximum(-low, high)).flatten()
     ordered = spec.permute or count is None
-    order = torch.argsort(span, stable=True) if ordered else torch.arange(channels, device=span.device)
+    order = torch.argsort(size, stable=True) if ordered else torch.arange(channels, device=size.device)
     place = torch.argsort(order)  # of each channel in that order
     group = place >= channels - (spec.wide or 0) if count is None else place // (channels // count)
     return group.int().reshape(low.shape)
 
 
 def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Channel ranges (one axis longer than 1) -> the range of each channel's group, in the same shape. Raises ValueError
+    """Channel ranges (one axis longer than 1) -> its group's range for each, in the same shape. Raises ValueError
     as `group_channels`."""
     group = group_channels(low, high, spec).flatten().long()
     count = 2 if spec.groups is None else spec.groups

@@ -1,0 +1,228 @@
+"""Attention on a CPU in tiles: some query rows of some heads with all of their keys, so that no tensor of Tq x Tk is
+stored.
+
+Not in the reference: it stores the probabilities.
+
+A tile's scores stay in the cache from their product to the context's, and whole rows need no running maximum. Of a
+forward pass nothing is kept but q, k and v: backward computes each tile again.
+
+Floors, of H heads: forward 4 Tq Tk K H floating-point operations, forward and backward 14, over the rate of a float32
+product; bytes, 4 (2 Tq + 2 Tk) K H and 4 (4 Tq + 5 Tk) K H over the memory's bandwidth, are far below it for Tk > K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .ops import own
+
+BLOCK = 2**19  # scores of a tile: measured flat from here to four times as many, and slower below a quarter
+KEPT = 16  # bytes of a mask per column of a head: no more than q, k, v and their result take in float32
+
+softmax_into = torch.ops.aten._softmax.out
+softmax_backward_into = torch.ops.aten._softmax_backward_data.out
+hardtanh_backward_into = torch.ops.aten.hardtanh_backward.grad_input
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """What is done to a row of scores, beside the softmax.
+
+    hidden: true at keys hidden from a query, (B or 1, 1, Tq or 1, Tk), from one without keys none. causal: no query
+    sees a key after its own, the queries being the last of the keys' positions. gamma and span, of a clip: numbers or
+    (B or 1, 1, Tq, 1); None without one. keep(first, shape): dropout's mask of elements from `first` on.
+    """
+
+    hidden: Tensor | None
+    causal: bool
+    gamma: Tensor | float | None
+    span: Tensor | float | None
+    keep: Callable[[int, tuple[int, ...]], Tensor] | None
+    rate: float
+
+    def clip(self, p: Tensor, tile: Tile, out: Tensor) -> Tensor:
+        """span p + gamma, before it is clamped."""
+        if isinstance(self.gamma, Tensor):
+            return torch.mul(p, tile.of(self.span), out=out).add_(tile.of(self.gamma))
+        return torch.add(torch.tensor(self.gamma, dtype=p.dtype), p, alpha=self.span, out=out)
+
+
+class Tile(NamedTuple):
+    """Rows of some heads of one sequence, and how many keys they see at most."""
+
+    sequence: int
+    heads: slice
+    rows: slice
+    width: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of x (B or 1, 1, Tq or 1, n) for these rows, (Tq or 1, n)."""
+        part = x[self.sequence if x.shape[0] > 1 else 0, 0]
+        return part if part.shape[0] == 1 else part[self.rows]
+
+    def size(self) -> tuple[int, int, int]:
+        return self.heads.stop - self.heads.start, self.rows.stop - self.rows.start, self.width
+
+
+def cut(q: Tensor, k: Tensor, causal: bool, block: int) -> Iterator[Tile]:
+    """The tiles, of at most `block` scores or of one row: whole heads where they fit, else rows of one."""
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    together = max(1, min(heads, block // (queries * keys)))
+    rows = max(1, min(queries, block // keys))
+    for sequence in range(batch):
+        for head in range(0, heads, together):
+            for row in range(0, queries, rows):
+                stop = min(row + rows, queries)
+                width = keys - queries + stop if causal else keys
+                yield Tile(sequence, slice(head, min(head + together, heads)), slice(row, stop), width)
+
+
+class Space:
+    """Memory for tiles, used by one after another."""
+
+    def __init__(self, count: int, like: Tensor) -> None:
+        self.dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        self.parts: list[Tensor | None] = [None] * count
+
+    def take(self, place: int, size: tuple[int, ...]) -> Tensor:
+        needed = torch.Size(size).numel()
+        part = self.parts[place]
+        if part is None or len(part) < needed:
+            part = self.parts[place] = torch.empty(needed, dtype=self.dtype)
+        return part[:needed].view(size)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, half: torch.dtype | None, alpha: float = 1, beta: int = 0) -> Tensor:
+    """out = beta out + alpha a b, (n, M, I) by (n, I, N); half: the operands are rounded to it, and so is a b."""
+    if half is None:
+        return out.baddbmm_(a, b, beta=beta, alpha=alpha)
+    product = torch.bmm(a.to(half), b.to(half))
+    if beta:
+        return out.add_(product, alpha=alpha)
+    return out.copy_(product) if alpha == 1 else out.copy_(product).mul_(alpha)
+
+
+def find_probs(q: Tensor, k: Tensor, sink: Tensor | None, rule: RowRule, tile: Tile, p: Tensor) -> Tensor:
+    """Writes the softmax of a tile into p (n, rows, width), or with a sink (n, rows, width + 1), and gives its keys'
+    part."""
+    sequence, heads, rows, width = tile
+    scores = p[..., :width]
+    half = None if q.dtype == p.dtype else q.dtype
+    multiply(q[sequence, heads, rows], k[sequence, heads, :width].mT, scores, half, alpha=q.shape[-1] ** -0.5)
+    if sink is not None:
+        p[..., width] = sink[heads, None]
+    if rule.hidden is not None:
+        scores.masked_fill_(tile.of(rule.hidden)[:, :width], -torch.inf)
+    elif rule.causal:
+        count = p.shape[1]
+        later = torch.ones(count, count, dtype=torch.bool).triu_(1)
+        scores[..., width - count :].masked_fill_(later, -torch.inf)
+    softmax_into(p, -1, False, out=p)
+    return scores
+
+
+class Attend(torch.autograd.Function):
+    """The context of q (B, H, Tq, K), k and v (B, H, Tk, K), sink (H,) or None, in the memory of (B, Tq, H, K).
+
+    With P the softmax, C = clip(span P + gamma), D dropout's mask over 1 - rate, f the scores' factor and G the
+    context's gradient: O = (C * D) V, dV = (C * D)^T G, dC = (G V^T) * D, dP = span dC inside the clip and 0 beyond,
+    dS = P * (dP - rowsum(P * dP)), dQ = f dS K, dK = f dS^T Q.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, rule: RowRule, block: int) -> Tensor:
+        batch, heads, queries, width = q.shape
+        keys, half = k.shape[2], q.dtype if q.dtype.itemsize == 2 else None
+        kept = None
+        if rule.keep is not None and keys <= KEPT * width and any(ctx.needs_input_grad):
+            kept = rule.keep(0, (batch, heads, queries, keys))
+        ctx.save_for_backward(q, k, v, sink, kept)
+        ctx.rule, ctx.block = rule, block
+        out = empty_heads(q)
+        space = Space(2, q)
+        for tile in cut(q, k, rule.causal, block):
+            n, rows, seen = tile.size()
+            p = find_probs(q, k, sink, rule, tile, space.take(0, (n, rows, seen + (sink is not None))))
+            if rule.gamma is not None:
+                rule.clip(p, tile, p).clamp_(0, 1)
+            if rule.keep is not None:
+                p.mul_(find_kept(rule, kept, tile, q, k))
+            context = multiply(p, v[tile.sequence, tile.heads, :seen], space.take(1, (n, rows, width)), half)
+            out[tile.sequence, tile.heads, tile.rows] = context.mul_(1 / (1 - rule.rate)) if rule.rate else context
+        return own(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sink, kept = ctx.saved_tensors
+        rule, factor = ctx.rule, q.shape[-1] ** -0.5
+        keys, width, half = k.shape[2], q.shape[-1], q.dtype if q.dtype.itemsize == 2 else None
+        clips, row_span = rule.gamma is not None, isinstance(rule.span, Tensor)
+        dq, dk, dv = (empty_heads(x) for x in (q, k, v))
+        space = Space(7, q)
+        ds = torch.zeros(len(sink), dtype=torch.float64) if ctx.needs_input_grad[3] else None
+        limits = torch.finfo(space.dtype)  # hardtanh's kernel excludes its limits: they lie one step beyond [0, 1]
+        for tile in cut(q, k, rule.causal, ctx.block):
+            sequence, heads, rows, seen = tile
+            n, count, _ = size = tile.size()
+            wide = (n, count, seen + (sink is not None))
+            p, dp = (space.take(place, wide) for place in (0, 1))
+            find_probs(q, k, sink, rule, tile, p)
+            probs, dc = p[..., :seen], dp[..., :seen]
+            dy = space.take(2, (n, count, width)).copy_(g[sequence, heads, rows])
+            if rule.rate:
+                dy.mul_(1 / (1 - rule.rate))
+            # what the values are multiplied by, and its gradient
+            c = probs
+            if clips:
+                c = rule.clip(probs, tile, space.take(3, size))
+            row = dy * tile.of(rule.span) if row_span else dy
+            multiply(row, v[sequence, heads, :seen].mT, dc, half)
+            keep = None if rule.keep is None else find_kept(rule, kept, tile, q, k)
+            if keep is not None:
+                dc.mul_(keep)
+            if clips:
+                hardtanh_backward_into(dc, c, -limits.tiny, 1 + limits.eps, grad_input=dc)
+                c.clamp_(0, 1)
+            if keep is not None:
+                c = torch.mul(c, keep, out=space.take(3, size))
+            first = rows.start == 0
+            turned_v, turned_k = (space.take(place, (n, width, keys)) for place in (4, 5))
+            if first and seen < keys:
+                turned_v.zero_(), turned_k.zero_()
+            beta = 0 if first and seen == keys else 1
+            multiply(dy.mT, c, turned_v[..., :seen], half, beta=beta)
+            if sink is not None:
+                dp[..., seen] = 0
+            softmax_backward_into(dp, p, -1, dp.dtype, grad_input=dp)
+            if ds is not None:
+                ds[heads] += dp[..., seen].sum(dim=1, dtype=torch.float64)
+            alpha = factor * rule.span if clips and not row_span else factor
+            part = multiply(dc, k[sequence, heads, :seen], space.take(6, (n, count, width)), half, alpha=alpha)
+            dq[sequence, heads, rows] = part
+            multiply(q[sequence, heads, rows].mT, dc, turned_k[..., :seen], half, alpha=alpha, beta=beta)
+            if rows.stop == q.shape[2]:
+                dk[sequence, heads], dv[sequence, heads] = turned_k.mT, turned_v.mT
+        return dq, dk, dv, None if ds is None else ds.to(sink.dtype), None, None
+
+
+def empty_heads(x: Tensor) -> Tensor:
+    """Memory in x's shape (B, H, T, K), in the order of (B, T, H, K), which merging heads leaves as it is."""
+    batch, heads, tokens, width = x.shape
+    return torch.empty(batch, tokens, heads, width, dtype=x.dtype).transpose(1, 2)
+
+
+def find_kept(rule: RowRule, kept: Tensor | None, tile: Tile, q: Tensor, k: Tensor) -> Tensor:
+    """Dropout's mask of a tile: part of the whole, where that was kept, or drawn again."""
+    sequence, heads, rows, seen = tile
+    if kept is not None:
+        return kept[sequence, heads, rows, :seen]
+    n, count, _ = tile.size()
+    first = ((sequence * q.shape[1] + heads.start) * q.shape[2] + rows.start) * k.shape[2]
+    return rule.keep(first, (n, count, k.shape[2]))[..., :seen]
