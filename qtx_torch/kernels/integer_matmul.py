@@ -38,8 +38,9 @@ def _multiply(  # type: ignore[no-untyped-def]
     upper = tl.zeros((ROWS, COLUMNS), tl.int32)
     for begin in range(0, K, DEPTH):
         k = begin + tl.arange(0, DEPTH)
-        a = tl.load(x + row[:, None] * x_row + k[None, :], mask=(row < M)[:, None] & (k < K)[None, :], other=CENTRE)
-        b = tl.load(w + k[:, None] * w_k + column[None, :] * w_n, mask=(k < K)[:, None] & (column < N)[None, :], other=0)
+        a_there, b_there = (row < M)[:, None] & (k < K)[None, :], (k < K)[:, None] & (column < N)[None, :]
+        a = tl.load(x + row[:, None] * x_row + k[None, :], mask=a_there, other=CENTRE)
+        b = tl.load(w + k[:, None] * w_k + column[None, :] * w_n, mask=b_there, other=0)
         a = a.to(tl.int32) - CENTRE
         if PIECES == 2:  # beyond K the lower byte is -128, and the weight 0
             upper = tl.dot((a >> 8).to(tl.int8), b, upper, out_dtype=tl.int32)
