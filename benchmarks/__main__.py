@@ -21,7 +21,7 @@ from qtx.progress import Progress
 
 from .groups import GROUPS, Group
 from .harness import ROOT, Row, header, read_processor, write_json
-from .report import RESULTS, draw_results, format_results, format_row
+from .report import PAGE, RESULTS, draw_results, fill_page, format_results, format_row, read_results
 
 FOUND = {group.name: group for group in GROUPS}
 Groups = click.Choice(list(FOUND))
@@ -149,11 +149,8 @@ def group(name: str, device: str, quick: bool, out: Path) -> None:
         sys.exit(130)
 
 
-FILES = click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
-
-
 @main.command()
-@FILES
+@click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
 def show(files: tuple[Path, ...]) -> None:
     """Prints the tables of FILES, or of all results."""
     for path in files or sorted(RESULTS.glob("*.json")):
@@ -161,12 +158,13 @@ def show(files: tuple[Path, ...]) -> None:
 
 
 @main.command()
-@FILES
-def draw(files: tuple[Path, ...]) -> None:
-    """Draws FILES, or all results, into SVG files beside them."""
-    for path in files or sorted(RESULTS.glob("*.json")):
-        for drawn in draw_results(json.loads(path.read_text()), path):
-            print(drawn)
+def page() -> None:
+    """Writes the tables of docs/speed.md anew, and draws all results beside them."""
+    found = read_results()
+    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    for place, results in found.items():
+        for drawn in draw_results(results, RESULTS / place):
+            print(drawn.relative_to(ROOT))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ cut off, whatever it waits for, and what is missing is said. Exit status 1: some
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 import threading
@@ -28,8 +27,8 @@ from parity_tests import runner
 from qtx.engines.backend import MissingDevice
 from qtx_ref.models.initial import init_params
 
-from .harness import Row, Skip, compare, peak, write_json
-from .report import format_row
+from .harness import Row, Skip, compare, header, peak, write_json
+from .report import format_header, format_row
 from .steps import Step, compare_logits, make_trainer, make_transformers, random_batch, shape, torch_step
 
 # name: rate of dropout, the step, the one that it is held against, at most how many times its time
@@ -88,17 +87,6 @@ def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
 
 def order_pairs(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: "compiled" in name)
-
-
-def describe(device: str) -> dict[str, Any]:
-    """What the figures depend on: versions, and the device."""
-    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if device != "cpu" else None}
-    for package in ("transformers", "triton"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return runner.describe_machine("torch", device) | versions
 
 
 class Parts:
@@ -177,14 +165,11 @@ def main(
         runner.check_place("torch", device)
     except MissingDevice as error:
         raise SystemExit(str(error)) from None
-    machine = describe(device)
-    what = machine["gpu"] or "cpu"
-    found: dict[str, Any] = {"device": what, "machine": machine, "model": model, "dtype": dtype}
+    machine = header(device)
+    found: dict[str, Any] = {"machine": machine, "model": model, "dtype": dtype}
     found |= {"batch": batch, "length": length, "steps": {}}
     parts = Parts(out, found, 60 * minutes)
-    print(
-        f"torch {machine['torch']}, CUDA {machine['cuda']}, transformers {machine['transformers']}, {what}", flush=True
-    )
+    print(format_header(machine), flush=True)
 
     def show_case(done: int, count: int, row: runner.Row) -> None:
         found["parity"] = {"done": done, "of": count, "last": row.name}

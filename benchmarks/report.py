@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from qtx.report.figures import COLORS, GRAY, new_figure, new_panels, save_figure
 from qtx.report.tables import format_number, format_table
 
 from .groups import GROUPS
-from .harness import Row
+from .harness import ROOT, Row
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "speed.md"
+PART = re.compile(r"<!-- (?P<place>[\w-]+) (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
 SIZE = re.compile(r"(?P<what>.+), (?P<unit>T|D|B|bits) (?P<size>\d+)")  # the name of a row of cost against size
 
 
@@ -86,15 +90,37 @@ def format_exponents(rows: list[Row]) -> str:
     return format_table(["cost", "size", "ms, first", "ms, last", "exponent"], lines) if lines else ""
 
 
+def format_part(results: dict[str, Any], name: str) -> str:
+    """The tables of one group, or what `machine` the results are of: each that one of the groups was taken on."""
+    if name == "machine":
+        return "\n\n".join(dict.fromkeys(format_header(found["header"]) for found in results["groups"].values()))
+    found = results["groups"][name]
+    question = next(group.question for group in GROUPS if group.name == name)
+    return "\n\n".join(filter(None, [format_group(found, question), format_exponents(list_rows(found))]))
+
+
 def format_results(results: dict[str, Any]) -> str:
-    """All groups of a file in their order: the machine once, then the tables."""
-    groups = [(group, results["groups"][group.name]) for group in GROUPS if group.name in results["groups"]]
-    parts: list[str] = []
-    for group, found in groups:
-        machine = format_header(found["header"])
-        parts += [machine] * (machine not in parts)
-        parts += [format_group(found, group.question), format_exponents(list_rows(found))]
-    return "\n\n".join(filter(None, parts))
+    """The machine, and all groups in their order."""
+    names = [group.name for group in GROUPS if group.name in results["groups"]]
+    return "\n\n".join(format_part(results, name) for name in ("machine", *names))
+
+
+def fill_page(page: str, found: Mapping[str, dict[str, Any]]) -> str:
+    """The page with what stands between `<!-- PLACE NAME -->` and `<!-- end -->` written anew: the part NAME of the
+    results of PLACE, nothing where it was not measured."""
+
+    def fill(match: re.Match[str]) -> str:
+        place, name = match["place"], match["name"]
+        known = name == "machine" or name in found.get(place, {"groups": {}})["groups"]
+        text = format_part(found[place], name) if place in found and known else ""
+        return f"<!-- {place} {name} -->\n{text}\n<!-- end -->" if text else f"<!-- {place} {name} -->\n<!-- end -->"
+
+    return PART.sub(fill, page)
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    """All results by the place where they were measured."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def draw_results(results: dict[str, Any], path: Path) -> list[Path]:

@@ -170,18 +170,24 @@ def test_a_table_has_only_columns_that_a_row_has() -> None:
     assert table[2].split("|")[1].strip() == "a" and table[-1] == "Without c: not installed."
 
 
-RESULTS = sorted(report.RESULTS.glob("*.json"))
+def test_the_tables_of_the_page_are_those_of_the_results() -> None:
+    """docs/speed.md is as `python -m benchmarks page` leaves it, and has all that was measured."""
+    page, found = report.PAGE.read_text(encoding="utf-8"), report.read_results()
+    assert report.fill_page(page, found) == page
+    shown = {(match["place"], match["name"]) for match in report.PART.finditer(page)}
+    for place, results in found.items():
+        assert (report.RESULTS / f"{place}.json").stat().st_size < 100_000
+        assert shown >= {(place, name) for name in ("machine", *results["groups"])}
+    known = {group.name for group in groups.GROUPS} | {"machine"}
+    assert {name for _, name in shown} <= known
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
-def test_the_tables_of_the_page_are_those_of_the_results(path: Path) -> None:
-    """Each line that `python -m benchmarks show` prints stands on docs/speed.md."""
-    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8").splitlines()
-    results = json.loads(path.read_text())
-    assert results["groups"] and path.stat().st_size < 100_000
-    assert set(results["groups"]) <= {group.name for group in groups.GROUPS}
-    for line in report.format_results(results).splitlines():
-        assert line in page, line
+def test_a_page_is_filled_where_it_says_so() -> None:
+    found = {"cpu": {"groups": {"plain": {"header": {"threads": 1}, "rows": [asdict(ROW)], "skipped": []}}}}
+    page = "a\n<!-- cpu plain -->\nold\n<!-- end -->\nb\n<!-- cuda plain -->\nold\n<!-- end -->\n"
+    table = report.format_part(found["cpu"], "plain")
+    wanted = f"a\n<!-- cpu plain -->\n{table}\n<!-- end -->\nb\n<!-- cuda plain -->\n<!-- end -->\n"
+    assert report.fill_page(page, found) == wanted == report.fill_page(wanted, found)
 
 
 def test_results_are_drawn(tmp_path: Path) -> None:
