@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from qtx_ref.spec import MASKS, AttentionSpec, Softmax
 
 from . import ops, random, tiles
 
+WIDEST = 256  # columns of a head that the kernels take
+MANY = 2**20  # scores of a head
 LEAST = 2**15  # scores of a sequence, below which a CPU is quicker with all of them at once
 
 
@@ -185,8 +188,12 @@ class Drop:
 
 
 def can_tile(q: Tensor, k: Tensor) -> bool:
-    """Whether `attend_tiled` serves q (B, H, Tq, K) and k (B, H, Tk, K) better than what stores the scores. A compiled
-    graph fuses what it stores, and tiny tiles would be mostly calls."""
+    """Whether `attend_tiled` serves q (B, H, Tq, K) and k (B, H, Tk, K) better than what stores the scores. On a CPU a
+    compiled graph fuses what it stores, and tiny tiles would be mostly calls. On a GPU float32, whose products in
+    Triton are not the tensor cores', is served where scores are many."""
+    if q.device.type == "cuda":
+        few = q.dtype == torch.float32 and q.shape[2] * k.shape[2] < MANY
+        return q.dtype != torch.float64 and not few and q.shape[-1] <= WIDEST and random.has_kernels(q.device)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return q.device.type == "cpu" and q.shape[1] * q.shape[2] * k.shape[2] >= LEAST
@@ -219,6 +226,12 @@ def attend_tiled(
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if q.device.type == "cuda":
+        kernels = import_module("qtx_torch.kernels.attention")
+        words = None
+        if drop is not None:
+            words = kernels.Words(drop.seed, drop.step, random.number_site(drop.site), drop.rate, drop.first)
+        return kernels.attend(q, k, v, mask.rows, mask.causal, spec, sink, words)
     gamma: Tensor | float | None = None
     span: Tensor | float | None = None
     if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):

@@ -80,12 +80,12 @@ def build(kernel: Any, constants: dict[str, Any], dtype: torch.dtype, arch: int)
     return f"{registers[1]:>4} registers {spilled[1]:>5} spilled {made.metadata.shared:>7} shared  {products}"
 
 
-def kernels(shape: Shape, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Each kernel with its constants for long sequences."""
+def kernels(shape: Shape, width: int, dtype: torch.dtype, longest: int) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each kernel with its constants for sequences of that length."""
     given = asdict(shape) | {"K": width}
 
     def tile(name: str) -> dict[str, int]:
-        return asdict(choose_tile(name, width, dtype, 4096, 4096))
+        return asdict(choose_tile(name, width, dtype, longest, longest))
 
     yield "forward", attend_forward, given | tile("forward") | {"TRAIN": True}
     yield "rows", weigh_rows, given | tile("rows")
@@ -94,12 +94,13 @@ def kernels(shape: Shape, width: int, dtype: torch.dtype) -> Iterator[tuple[str,
 
 
 def report(arch: int, few: bool) -> int:
-    """Prints a line for each kernel, and compiles; what does not compile raises."""
-    widths, dtypes = ((64,), (torch.bfloat16,)) if few else ((32, 64, 80, 128), TYPES)
+    """Prints a line for each kernel, of long sequences; few: of 16 tokens, for which tiles are small. What does not
+    compile raises."""
+    widths, dtypes, longest = ((16,), (torch.bfloat16,), 16) if few else ((32, 64, 80, 128), TYPES, 4096)
     for width in widths:
         for dtype in dtypes:
             for name, shape in (VARIANTS if not few else {"everything": ALL}).items():
-                for part, kernel, constants in kernels(shape, width, dtype):
+                for part, kernel, constants in kernels(shape, width, dtype, longest):
                     said = build(kernel, constants, dtype, arch)
                     print(f"K {width:<4}{str(dtype)[6:]:<9} {part:<8} {name:<36} {said}", flush=True)
     return 0

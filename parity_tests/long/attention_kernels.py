@@ -32,7 +32,7 @@ from qtx_ref.quant import straight_through
 from qtx_ref.random import stream
 from qtx_ref.spec import AttentionSpec, QuantSpec
 from qtx_ref.tape import Var, const
-from qtx_torch.attention import Drop
+from qtx_torch import random
 
 SITE = "layer.0.attn.probs"
 BITS8 = QuantSpec(bits=8)
@@ -157,7 +157,7 @@ def compose(case: Case, x: dict[str, Tensor], rows: np.ndarray | None) -> Tensor
 
 
 def call(case: Case, x: dict[str, Tensor], rows: np.ndarray | None) -> Tensor:
-    from qtx_torch.kernels.attention import Codes, attend
+    from qtx_torch.kernels.attention import Codes, Words, attend
 
     device = x["q"].device
     step, first = (torch.tensor(n, device=device) if case.stored else n for n in (3, case.first))
@@ -171,7 +171,7 @@ def call(case: Case, x: dict[str, Tensor], rows: np.ndarray | None) -> Tensor:
         case.causal,
         case.spec,
         x.get("sink"),
-        Drop(7, step, SITE, case.rate, first) if case.rate else None,
+        Words(7, step, random.number_site(SITE), case.rate, first) if case.rate else None,
         x.get("gate"),
         coded.get("scores"),
         coded.get("probs"),

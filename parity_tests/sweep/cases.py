@@ -387,11 +387,10 @@ GROUPS = {
 }
 
 
-def groups_chain(m, a, b, unit, multiplier, shift, rule, a_bits, b_bits, integers):
+def groups_chain(m, a, b, multiplier, shift, rule, a_bits, b_bits, integers):
     return {
         "product": m.product(a, b, multiplier, shift, rule, a_bits, b_bits, integers),
         "joined": m.join(a, multiplier, shift, rule),
-        "unit": m.joint_unit(unit, shift),
     }
 
 
@@ -411,7 +410,6 @@ def draw_groups(index: int, codes: int) -> Configuration:
     arrays = {
         "a": a.astype(np.int32),
         "b": b.astype(np.int32),
-        "unit": unit,
         "multiplier": multiplier,
         "shift": np.array(axes["shift"], np.int64),
     }

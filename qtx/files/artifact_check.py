@@ -84,7 +84,7 @@ def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], 
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise ValueError(f"constant {name} holds NaN or infinity")
     site, _, kind = name.rpartition(".")
-    if kind == "scale" and not (value > 0).all():
+    if kind in ("scale", "channel_unit") and not (value > 0).all():
         raise ValueError(f"constant {name} is not positive")
     if (kind in NOT_NEGATIVE or name.endswith(".probs.table")) and not (value >= 0).all():
         raise ValueError(f"constant {name} is negative")

@@ -252,6 +252,7 @@ def list_standard(spec: ModelSpec) -> tuple[str, ...]:
         *(
             f"w8a8-peg{count}p" for count in counts if 1 < count < spec.width
         ),  # of one, or of one each, order is nothing
+        *(("w8a8-out8",) if min(spec.width, spec.hidden) > 8 else ()),
         "w8a8-bias",
         "linear-w8a8",
         "linear-w8a8-llmint8",

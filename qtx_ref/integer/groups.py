@@ -52,7 +52,7 @@ def channel_multiplier(unit: np.ndarray) -> np.ndarray:
 
 def joint_unit(unit: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """The unit, float64, of what `product` and `join` make of channels of these units."""
-    return np.float64(unit.max()) * np.exp2(np.float64(shift) - MULTIPLIER_BITS)
+    return np.asarray(np.float64(unit.max()) * np.exp2(np.float64(shift) - MULTIPLIER_BITS))
 
 
 def reach(spec: QuantSpec, zero_point: np.ndarray) -> np.ndarray:

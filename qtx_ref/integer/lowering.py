@@ -228,7 +228,8 @@ class Lowering(Integer):
         """The constants of `groups`; returns the joint unit."""
         self.constants[f"{site}.channel_multiplier"] = multiplier
         self.constants[f"{site}.channel_shift"] = np.asarray(shift, np.int64)
-        return groups.joint_unit(unit, self.constants[f"{site}.channel_shift"])
+        self.constants[f"{site}.channel_unit"] = groups.joint_unit(unit, self.constants[f"{site}.channel_shift"])
+        return self.constants[f"{site}.channel_unit"]
 
     def put_linear_channels(self, site: str, x: Code, w: Code) -> np.ndarray:
         """`put_channels` of a linear layer's input; returns its unit in the accumulator."""

@@ -233,7 +233,7 @@ def sigmoid_polynomial(x: np.ndarray) -> np.ndarray:
     x = np.clip(x.astype(np.int64), -ARGUMENT, ARGUMENT)  # beyond, the exponential is 0; -2^63 has no magnitude
     e = exp_polynomial(np.abs(x))
     top = np.where(x < 0, e, 1 << EXP_BITS)
-    return half_up(top << PROBABILITY_BITS, e + (1 << EXP_BITS))
+    return half_up_shifted(top, PROBABILITY_BITS, e + (1 << EXP_BITS))
 
 
 def tanh_polynomial(x: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ AVX512-VNNI); K N + M K + 4 M N bytes at the memory's. Without VNNI: float32's o
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,8 @@ from .products import (
 )
 
 CARRIERS = {Way.FLOAT32: torch.float32, Way.FLOAT64: torch.float64}  # int8 else
-SMALL = 32  # rows; fewer are not worth a call for each head
+SMALL = 128 * 128 * 32  # multiplications; fewer are not worth a call for each head
+LONG = 256  # elements; more are summed sooner as a product by ones
 
 
 class Prepared(NamedTuple):
@@ -252,24 +254,33 @@ def byte_sums(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("qtx::multiply_heads", mutates_args=(), device_types="cpu")
-def multiply_heads(a: Tensor, b: Tensor) -> Tensor:
-    """int8 (..., M, K) by (..., K, N), the same leading axes -> int32, matrix by matrix: torch has no such product."""
-    out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32)
+def multiply_heads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 a (..., M, K) by b (..., K, N), the same leading axes, matrix by matrix: torch has no such product. Also
+    the sums over K of a (..., M, 1) and of b (..., 1, N); int32, contiguous: inductor would lay them out as a and b
+    are, heads innermost, and what is fused with them would go through memory in that order."""
+    total = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32)
+    rows = torch.empty(*a.shape[:-1], 1, dtype=torch.int32)
+    ones = torch.ones(a.shape[-1], 1, dtype=torch.int8) if a.shape[-1] > LONG else None
 
-    def fill(a: Tensor, b: Tensor, out: Tensor) -> None:
-        if a.ndim == 2:
-            torch._int_mm(a, b, out=out)
-        else:
-            for parts in zip(a, b, out, strict=True):
+    def fill(a: Tensor, b: Tensor, total: Tensor, rows: Tensor) -> None:
+        if a.ndim > 2:
+            for parts in zip(a, b, total, rows, strict=True):
                 fill(*parts)
+            return
+        torch._int_mm(a, b, out=total)
+        if ones is not None:
+            torch._int_mm(a, ones, out=rows)
 
-    fill(a, b, out)
-    return out
+    fill(a, b, total, rows)
+    if ones is None:
+        rows.copy_(a.sum(-1, keepdim=True, dtype=torch.int32))
+    return total, rows, b.sum(-2, keepdim=True, dtype=torch.int32).contiguous()
 
 
 @multiply_heads.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32)
+def _(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape, new = a.shape[:-1], functools.partial(a.new_empty, dtype=torch.int32)
+    return new(*shape, b.shape[-1]), new(*shape, 1), new(*shape[:-1], 1, b.shape[-1])
 
 
 def batched(
@@ -317,9 +328,10 @@ def multiplies_bytes(device: str) -> bool:
 
 
 def takes_bytes(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> bool:
-    """Whether int8 products are exact here, and quicker: a call for each head costs as much as 32 rows of floats."""
+    """Whether int8 products are exact here, and quicker: a call for each head takes 3 us however small it is."""
+    size = a.shape[-2] * a.shape[-1] * b.shape[-1]
     narrow = max(a_spec.bits, b_spec.bits) <= 8 and a.ndim == b.ndim and a.shape[:-2] == b.shape[:-2]
-    return narrow and a.device.type == "cpu" and a.shape[-2] >= SMALL and multiplies_bytes("cpu")
+    return narrow and a.device.type == "cpu" and size >= SMALL and a.shape[-2] > 1 and multiplies_bytes("cpu")
 
 
 def multiply_bytes(
@@ -327,12 +339,11 @@ def multiply_bytes(
 ) -> Tensor:
     """a b - za colsum(b) - zb rowsum(a) + K za zb, all recentred: int32."""
     a, b = recentre_bytes(a, centre(a_spec)), recentre_bytes(b, centre(b_spec))
-    total = multiply_heads(a, b)
+    total, rows, columns = multiply_heads(a, b)
     za, zb = zero_less_centre(a_zero, a_spec), zero_less_centre(b_zero, b_spec)
     if za is not None:
-        total = total - za * b.sum(-2, keepdim=True, dtype=torch.int32)
+        total = total - za * columns
     if zb is not None:
-        rows = a.sum(-1, keepdim=True, dtype=torch.int32)
         total = total - zb * (rows if za is None else rows - a.shape[-1] * za)
     return total
 

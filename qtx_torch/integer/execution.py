@@ -23,6 +23,7 @@ vector operations.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,7 +39,6 @@ from qtx_ref.spec import (
     Dtype,
     Family,
     Fixed,
-    Granularity,
     Head,
     HighProduct,
     LeftShift,
@@ -52,9 +52,11 @@ from qtx_ref.spec import (
 
 from ..attention import Mask
 from ..models.block import Block
+from ..quant import affine
 from ..sites import SiteModule, name_sites
-from . import carriers, fixed_point, ops
+from . import carriers, fixed_point, groups, ops
 from .carriers import Prepared
+from .groups import Grouped
 from .model import Code, Constants, Integer, at, code_dtype
 
 LARGEST_SCALE = 2.0**40  # of the data's: times another and an accumulator of 48 bits it is a float32
@@ -68,7 +70,7 @@ class Ready(Integer):
     def __init__(
         self,
         constants: Constants,
-        prepared: Mapping[str, Prepared],
+        prepared: Mapping[str, Prepared | Grouped],
         quants: Mapping[str, QuantSpec],
         profile: Profile,
     ) -> None:
@@ -94,19 +96,26 @@ class Ready(Integer):
 
     def clamp(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
         """By way of int32, from which vectors are narrowed in one step."""
-        code = level.clamp(spec.code_min, spec.code_max).int().to(code_dtype(spec))
-        return Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], spec)
+        zero = self.constants[f"{site}.zero_point"]
+        code = level.clamp(*affine.code_limits(zero, spec)).int().to(code_dtype(spec))
+        return Code(code, self.scale_of(site), zero, spec)
 
     def product(self, site: str, x: Code, w: Code) -> Code:
         bias = self.constants.get(f"{site}.bias")
         beside = bias is not None and bias.is_floating_point()
-        if w.ndim == 3:
+        grouped = self.has_groups(site)
+        if grouped and w.ndim == 3:
+            return super().product(site, x, w)
+        if grouped:
+            acc = groups.multiply(x.value, self.prepared[site])
+        elif w.ndim == 3:
             acc = self.heads_product(site, x, w, None if beside else bias)
         else:
             given = x.zero_point if x.spec.dynamic and not x.spec.symmetric else None
             acc = carriers.multiply(x.value, self.prepared[site], given)
         w_unit = w.unit if w.unit.numel() == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
-        return Code(acc, self.unit(x.unit, w_unit), measured=x.measured, offset=bias.reshape(-1) if beside else None)
+        x_unit = self.joint_unit(site) if grouped else x.unit
+        return Code(acc, self.unit(x_unit, w_unit), measured=x.measured, offset=bias.reshape(-1) if beside else None)
 
     def heads_product(self, site: str, x: Code, w: Code, bias: Tensor | None) -> Tensor:
         """Accumulators of one matrix (O, I) per head, on the head's own slice of x: (..., H I) -> (..., H O)."""
@@ -139,7 +148,7 @@ class Proof(Ready):
         self, spec: ModelSpec, constants: Constants, quants: Mapping[str, QuantSpec], profile: Profile
     ) -> None:
         super().__init__(constants, {}, quants, profile)
-        self.prepared: dict[str, Prepared] = {}
+        self.prepared: dict[str, Prepared | Grouped] = {}
         self.length = spec.length
         self.reaches: dict[str, int] = {}  # the largest |accumulator| by site
         if profile.requantize.dtype is Dtype.FLOAT16:
@@ -161,8 +170,8 @@ class Proof(Ready):
     def product(self, site: str, x: Code, w: Code) -> Code:
         bias = self.constants.get(f"{site}.bias")
         inside = None if bias is None or bias.is_floating_point() else bias
-        if x.spec.granularity not in (Granularity.TENSOR, Granularity.TOKEN):
-            refuse(site, f"its input has a scale per {x.spec.granularity}")
+        if self.has_groups(site):
+            return self.grouped_product(site, x, w, inside)
         if w.ndim == 2:
             with at(site):
                 self.prepared[site] = carriers.prepare(
@@ -181,6 +190,37 @@ class Proof(Ready):
             refuse(site, f"its accumulators may reach {self.reaches[site]}")
         return super().product(site, x, w)
 
+    def grouped_product(self, site: str, x: Code, w: Code, bias: Tensor | None) -> Code:
+        """Of an input with several scales: ready, and its sum over groups proved."""
+        multiplier, shift = (self.constants[f"{site}.channel_{key}"] for key in ("multiplier", "shift"))
+        if w.ndim == 2:
+            zero = w.zero_point.reshape(-1) if w.zero_point.numel() > 1 else w.zero_point
+            channels = x.zero_point.reshape(-1), multiplier.reshape(-1), shift
+            with at(site):
+                self.prepared[site] = groups.prepare(
+                    w.value.T, w.spec, x.spec, zero, *channels, bias, self.profile.matmul, self.profile.add
+                )
+        weights = w.subtract_zero().double().reshape(multiplier.shape[0], -1, multiplier.shape[-1])  # (H, O, I)
+        self.prove_sum(
+            site, multiplier * (groups.reach(x.spec, x.zero_point).reshape(multiplier.shape) * weights), bias
+        )
+        return super().product(site, x, w)
+
+    def prove_sum(self, site: str, terms: Tensor, bias: Tensor | None = None) -> None:
+        """That no weighted sum over groups leaves its accumulator. terms: the largest of each, float64, along the last
+        axis."""
+        most = float(terms.abs().sum(-1).max()) * (1 + 2.0**-20)  # of float64's own rounding
+        self.reaches[site] = int(most / 2.0 ** int(self.constants[f"{site}.channel_shift"])) + 2 + largest(bias)
+        wide = bias is not None and bias.dtype == torch.int64
+        if most >= 2.0**62 or self.reaches[site] >= (WIDE if wide else INT32):
+            refuse(site, f"its sum over groups may reach {most:.3g}")
+
+    def scores(self, site: str, q: Code, k: Code) -> Code:
+        if self.has_groups(site):
+            far = [groups.reach(x.spec, x.zero_point).double() for x in (q, k)]
+            self.prove_sum(site, self.constants[f"{site}.channel_multiplier"] * far[0] * far[1])
+        return super().scores(site, q, k)
+
     def matmul(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
         depth = self.length if site.endswith(".context") else a.shape[-1]
         self.reaches[site] = depth * carriers.magnitude(a.spec) * carriers.magnitude(b.spec)
@@ -191,7 +231,7 @@ class Proof(Ready):
 
     def norm(self, module: SiteModule, x: Code, eps: float) -> Code:
         site, width = module.site, x.shape[-1]
-        if (width * (x.spec.code_max - x.spec.code_min)) ** 2 + 2**60 >= 2**62:
+        if (width * self.span(site, x)) ** 2 + 2**60 >= 2**62:
             refuse(site, f"{width} codes of {x.spec.bits} bits: their variance may leave int64")
         bias, gain = self.constants[f"{site}.bias"].long(), self.weight(f"{site}.weight").subtract_zero().long()
         most = (math.isqrt(width) + 1) * 2**ops.NORM_BITS + 1  # |r| <= sqrt(D)
@@ -200,6 +240,15 @@ class Proof(Ready):
         if not wide and self.profile.matmul.overflow is Overflow.REPORT and self.reaches[site] >= INT32:
             refuse(site, f"its accumulators may reach {self.reaches[site]}")
         return super().norm(module, x, eps)
+
+    def span(self, site: str, x: Code) -> int:
+        """How far apart a norm's codes may be, brought to one unit where they have several."""
+        if not self.has_groups(site):
+            return x.spec.code_max - x.spec.code_min
+        multiplier, shift = (self.constants[f"{site}.channel_{key}"].long() for key in ("multiplier", "shift"))
+        zero = x.zero_point.reshape(-1).long()
+        low, high = affine.code_limits(zero, x.spec)
+        return (int(((high - zero) * multiplier).max() - ((low - zero) * multiplier).min()) >> int(shift)) + 2
 
     def mul(self, module: SiteModule, a: Code, b: Code) -> Code:
         self.reaches[module.site] = self.reach("", a) * self.reach("", b)
@@ -260,12 +309,18 @@ class Edge:
 
 
 Flow = tuple[Tensor, Tensor, Tensor]
-DATA = ("'batch'", "'flow'", "'allowed'", "'rows'")  # arguments of a part that differ from call to call
+DATA = re.compile(r"\b(batch|flow|allowed|rows)\b")  # arguments of a part that differ from call to call
 
 
 def keep_guards(entries: list) -> list[bool]:
-    """Which conditions of a graph each call looks at: those on the data. Constants are alike by construction."""
-    return [e.guard_type == "SHAPE_ENV" or any(part in e.name for part in DATA) for e in entries]
+    """Which conditions of a graph each call looks at: those on the data, and torch's settings. Constants are alike by
+    construction, and there are a hundred of them. Where the data are not found by their names, all are kept."""
+    data = [bool(DATA.search(entry.name)) for entry in entries]
+    if not any(entry.guard_type == "TENSOR_MATCH" for entry, kept in zip(entries, data, strict=True) if kept):
+        return [True] * len(entries)
+    return [
+        kept or entry.guard_type in ("SHAPE_ENV", "GLOBAL_STATE") for entry, kept in zip(entries, data, strict=True)
+    ]
 
 
 def compile_part(part: Callable, number: int, device: torch.device, backend: str) -> Callable:
@@ -339,7 +394,8 @@ class Execution:
                 x, _ = block(proof, x, mask)
                 self.edges.append(Edge.of(x))
             self.last = Edge.of(net.top(proof, x))
-        self.parts: dict[Any, Callable] = {}
+        self.parts: dict[tuple, Callable] = {}  # of layers, by all in which they may differ
+        self.graphs = 0
         outer = {name: c for name, c in constants.items() if not name.startswith("layer.")}
         self.outer = outer, {site: p for site, p in proof.prepared.items() if not site.startswith("layer.")}
         self.layers = [
@@ -350,9 +406,8 @@ class Execution:
         self.steps = [self.find_layer(i) for i in range(spec.layers)]
 
     def compile(self, part: Callable) -> Callable:
-        number = len(self.parts)
-        self.parts[number] = compiled = compile_part(part, number, self.device, self.backend)
-        return compiled
+        self.graphs += 1
+        return compile_part(part, self.graphs, self.device, self.backend)
 
     def make_bottom(self) -> Callable:
         net, quants, profile, edge = self.net, self.quants, self.profile, self.edges[0]
@@ -459,4 +514,6 @@ def select(by_name: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def describe(part: Any) -> Any:
     """What of a prepared product is in the graph: of a tensor its shape and dtype."""
+    if isinstance(part, tuple):
+        return tuple(map(describe, part))
     return (part.shape, part.stride(), part.dtype) if isinstance(part, Tensor) else part

@@ -1,7 +1,7 @@
 """Activations with several scales along the axis that is summed over: per-embedding-group (Bondarenko et al. 2021,
 section 4), channels coded wide, a scale per channel; all fixed at calibration.
 
-Differs from the reference: channel_multiplier, reach: constants are made once, there.
+Differs from the reference: channel_multiplier, joint_unit, varies: constants are made once, there.
 Differs from the reference: Grouped, prepare, multiply: which instruction multiplies is a matter of the machine.
 
 The reference's module has the formulas: codes less their zero points are multiplied by m_c, float64 carries the
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qtx_ref.spec import QTX, WIDE_BITS, WIDE_ZERO, AddRule, MatmulRule, QuantSpec
 
+from ..quant.affine import code_limits
 from . import carriers
 from .carriers import Prepared
 from .fixed_point import shift_right
@@ -32,19 +33,15 @@ MULTIPLIER_BITS = 24  # of the largest scale's multiplier
 FLOAT_BITS = 53
 
 
-def varies(unit: Tensor | float) -> bool:
-    """Whether a unit differs from channel to channel, the last axis; a scale per token does not."""
-    return isinstance(unit, Tensor) and unit.ndim > 0 and unit.shape[-1] > 1
-
-
-def joint_unit(unit: Tensor, shift: Tensor) -> Tensor:
-    """The unit, float64, of what `product` and `join` make of channels of these units."""
-    return unit.max() * torch.exp2((shift - MULTIPLIER_BITS).double())
-
-
 def bits_below(spec: QuantSpec) -> int:
     """b such that no code less its zero point is beyond 2^b, wherever the zero point is."""
     return max(spec.bits - 1 if spec.symmetric else spec.bits, 0 if spec.wide is None else WIDE_BITS - 1)
+
+
+def reach(spec: QuantSpec, zero_point: Tensor) -> Tensor:
+    """The largest magnitude of code less zero point, int64, in the shape of the zero points."""
+    low, high = code_limits(zero_point, spec)
+    return torch.maximum(high - zero_point.long(), zero_point.long() - low)
 
 
 def join(x: Tensor, multiplier: Tensor, shift: Tensor, rule: AddRule = QTX.add) -> Tensor:

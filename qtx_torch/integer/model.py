@@ -250,9 +250,9 @@ class Integer(Float):
             acc = groups.product(*factors, multiplier, shift, self.profile.add, *bits, self.strict)
             return products.fit(acc if bias is None else acc + bias, 64 if wide else 32, self.profile.matmul)
 
-    def joint_unit(self, site: str, unit: Tensor | None) -> Tensor | None:
-        """The unit of `weigh` and of what goes into a norm, of channels of these units. None under strict."""
-        return None if self.strict else groups.joint_unit(self.unit(unit), self.constants[f"{site}.channel_shift"])
+    def joint_unit(self, site: str) -> Tensor | None:
+        """The unit of `weigh`, without that of weights, and of what goes into a norm. None under strict."""
+        return self.constants.get(f"{site}.channel_unit")
 
     def has_groups(self, site: str) -> bool:
         """Whether the scales of a site's input vary along the sum."""
@@ -313,7 +313,7 @@ class Integer(Float):
         if heads == 1:  # one matrix, without an axis of heads
             rows, wt, inside = rows[0], wt[0], None if inside is None else inside[0]
             w_zero, x_zero = (z[0] if z.ndim == 3 else z for z in (w_zero, x_zero))
-        multiply, x_unit = (self.weigh, self.joint_unit(site, x.unit)) if grouped else (self.matmul, x.unit)
+        multiply, x_unit = (self.weigh, self.joint_unit(site)) if grouped else (self.matmul, x.unit)
         acc = multiply(site, Code(rows, None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
         acc = acc if heads > 1 else acc[None]
         acc = self.record_accumulator(site, acc.transpose(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
@@ -415,7 +415,7 @@ class Integer(Float):
         """The accumulators of q k^T."""
         kt = arrange(lambda x: x.transpose(-1, -2), k)
         if self.has_groups(site):
-            step = self.joint_unit(site, self.unit(q.unit, k.unit))
+            step = self.joint_unit(site)
             acc = self.weigh(site, q, kt)
         else:
             acc, step = self.matmul(site, q, kt), self.unit(q.unit, kt.unit)

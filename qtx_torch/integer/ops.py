@@ -213,7 +213,7 @@ def sigmoid_polynomial(x: Tensor) -> Tensor:
     x = x.long().clamp(-ARGUMENT, ARGUMENT)  # beyond, the exponential is 0; -2^63 has no magnitude
     e = exp_polynomial(x.abs())
     top = torch.where(x < 0, e, 1 << EXP_BITS)
-    return half_up(top << PROBABILITY_BITS, e + (1 << EXP_BITS))
+    return half_up_shifted(top, PROBABILITY_BITS, e + (1 << EXP_BITS))
 
 
 def tanh_polynomial(x: Tensor) -> Tensor:

@@ -13,13 +13,23 @@ from torch.autograd.function import once_differentiable
 
 from qtx_ref.spec import AttentionSpec, Softmax
 
-from .. import random
-from ..attention import Drop
-from ..ops import own
-from .attention_launch import LOG2E, Shape, run_backward, run_forward
+from .attention_launch import LOG2E, Shape, backward_op, forward_op, run_backward, run_forward
 
 WIDEST = 256  # columns of a head
 FARTHEST = 2**31  # elements that a head's lines span, which are addressed in 32 bits
+
+
+@dataclass(frozen=True)
+class Words:
+    """Which elements of (B, H, Tq, Tk) dropout drops: those whose word, of `random.bits` and counted from `first`, is
+    below rate * 2^32, rounded. step and first may be tensors, int64 without axes; such a first begins a row of the
+    batch: it is a multiple of H Tq Tk."""
+
+    seed: int
+    step: int | Tensor
+    place: int  # the site's number
+    rate: float
+    first: int | Tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ def attend(
     causal: bool,
     spec: AttentionSpec,
     sink: Tensor | None = None,
-    drop: Drop | None = None,
+    drop: Words | None = None,
     gate: Tensor | None = None,
     scores: Codes | None = None,
     probs: Codes | None = None,
@@ -53,9 +63,8 @@ def attend(
     quantized as `FakeQuant` does it, before mask and dropout. Queries without keys give zeros, whatever the softmax.
 
     Sums, scores and probabilities are float32; the product with 16 bits rounds probabilities to them. A query whose
-    scores are all -infinity counts as one without keys. A first word of `drop` that is a tensor begins a row of the
-    batch: it is a multiple of H Tq Tk. Raises ValueError for another dtype, heads above 256, and a sink that the
-    softmax has not, or lacks.
+    scores are all -infinity counts as one without keys. Raises ValueError for another dtype, heads above 256, and a
+    sink that the softmax has not, or lacks.
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
         dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
@@ -77,7 +86,7 @@ def attend(
         else:
             fours = fours and first % 4 == 0
         signed = drop.seed - (1 << 64) if drop.seed >= 1 << 63 else drop.seed
-        words = [signed, step, random.number_site(drop.site), dropped - 1, first]
+        words = [signed, step, drop.place, dropped - 1, first]
     by_row = spec.softmax is Softmax.CLIPPED_ROW
     shape = Shape(
         CAUSAL=causal and q.shape[2] > 1,
@@ -93,12 +102,13 @@ def attend(
         SCORES=scores is not None,
         PROBS=probs is not None,
     )
+    flags = [int(flag) for flag in astuple(shape)]
     limits = [float(x) for codes in (scores, probs) for x in ((codes.code_min, codes.code_max) if codes else (0, 0))]
     factor = q.shape[-1] ** -0.5
     unit = LOG2E if scores is not None else factor * LOG2E
     gamma = -spec.alpha if by_row and spec.alpha is not None else spec.gamma
     numbers = [factor, unit, float(gamma), float(spec.zeta), share, *limits]
-    return Attend.apply(q, k, v, sink, gate, rows, join_codes(scores, probs), address, astuple(shape), numbers, words)
+    return Attend.apply(q, k, v, sink, gate, rows, join_codes(scores, probs), address, flags, numbers, words)
 
 
 def join_codes(*quantizers: Codes | None) -> Tensor | None:
@@ -129,17 +139,19 @@ class Attend(torch.autograd.Function):
         q, k, v, rows, gate = (align(x) for x in (q, k, v, rows, gate))
         ctx.how, ctx.split = how, Shape(*how[0]).split
         given = (q, k, v, sink, gate, rows, coder, address)
-        out, context, passed, logs, gammas = run_forward(*given, *how, any(ctx.needs_input_grad))
+        run = forward_op if torch.compiler.is_compiling() else run_forward
+        out, context, passed, logs, gammas = run(*given, *how, any(ctx.needs_input_grad))
         if not ctx.split:
             passed = out if gate is None else context
         ctx.save_for_backward(*given, context, passed, logs, gammas)
-        return own(out)
+        return out  # new, under the compiler too: `own` has nothing to copy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:
         sink, gate = ctx.saved_tensors[3:5]
-        dq, dk, dv, d_sink, d_gate = run_backward(align(slope), *ctx.saved_tensors, *ctx.how)
+        run = backward_op if torch.compiler.is_compiling() else run_backward
+        dq, dk, dv, d_sink, d_gate = run(align(slope), *ctx.saved_tensors, *ctx.how)
         given = None if sink is None else d_sink, None if gate is None else d_gate
         return dq, dk, dv, *given, None, None, None, None, None, None
 

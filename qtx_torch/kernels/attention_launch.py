@@ -6,7 +6,6 @@ Not in the reference: it has rows whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -116,6 +115,25 @@ def row_strides(rows: Tensor | None, gate: Tensor | None) -> list[int]:
     return [0 if rows is None else rows.stride(0), *((0, 0) if gate is None else gate.stride()[:2])]
 
 
+def make_results(q: Tensor, shape: Shape, train: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `run_forward` fills."""
+
+    def rows(wanted: bool) -> Tensor:
+        return q.new_empty(q.shape[:3] if train and wanted else (0,), dtype=torch.float32)
+
+    context, passed = (empty_heads(q) if train and kept else q.new_empty(0) for kept in (shape.GATED, shape.split))
+    return empty_heads(q), context, passed, rows(True), rows(shape.BY_ROW)
+
+
+def make_slopes(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `run_backward` fills."""
+    d_sink = q.new_empty(0) if sink is None else torch.empty_like(sink)  # (H,)
+    d_gate = q.new_empty(0) if gate is None else gate.new_empty(gate.shape)  # (B, Tq, H)
+    return empty_heads(q), empty_heads(k), empty_heads(v), d_sink, d_gate
+
+
 def run_forward(
     q: Tensor,
     k: Tensor,
@@ -125,19 +143,15 @@ def run_forward(
     rows: Tensor | None,
     coder: Tensor | None,
     address: Tensor | None,
-    flags: Sequence[int],
-    numbers: Sequence[float],
-    words: Sequence[int],
+    flags: list[int],
+    numbers: list[float],
+    words: list[int],
     train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output (B, H, Tq, K), and where `train` what the gradient needs: the rows before the gate, E, l, and gamma
     by row; empty tensors in place of what it does not. flags: a `Shape`; numbers and words: `Numbers`."""
     shape, (b, h, t, width), keys = Shape(*flags), q.shape, k.shape[2]
-    out, none = empty_heads(q), q.new_empty(0)
-    context = empty_heads(q) if train and shape.GATED else none
-    passed = empty_heads(q) if train and shape.split else none
-    logs = q.new_empty((b, h, t), dtype=torch.float32) if train else none
-    gammas = torch.empty_like(logs) if train and shape.BY_ROW else none
+    out, context, passed, logs, gammas = make_results(q, shape, train)
     tile = choose_tile("forward", width, q.dtype, t, keys)
     launch(
         attend_forward, (triton.cdiv(t, tile.M), b * h), q.device,
@@ -162,22 +176,21 @@ def run_backward(
     passed: Tensor,
     logs: Tensor,
     gammas: Tensor,
-    flags: Sequence[int],
-    numbers: Sequence[float],
-    words: Sequence[int],
+    flags: list[int],
+    numbers: list[float],
+    words: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sink and gate, of the last two an empty tensor where there is none; slope (B, H, Tq, K) is
     the output's."""
     shape, (b, h, t, width), keys = Shape(*flags), q.shape, k.shape[2]
-    delta, none = torch.empty_like(logs), q.new_empty(0)
-    d_gate = none if gate is None else torch.empty((b, t, h), dtype=gate.dtype, device=q.device)
+    delta = torch.empty_like(logs)
+    dq, dk, dv, d_sink, d_gate = make_slopes(q, k, v, sink, gate)
     tile = choose_tile("rows", width, q.dtype, t, keys)
     launch(
         weigh_rows, (triton.cdiv(t, tile.M), b * h), q.device,
         slope, passed, context, gate, delta, d_gate, *strides(slope), *row_strides(rows, gate)[1:], h, t,
         GATED=shape.GATED, K=width, BK=tile.BK, M=tile.M, num_warps=tile.num_warps,
     )  # fmt: skip
-    dq, dk, dv = (empty_heads(x) for x in (q, k, v))
     constants = asdict(shape)
     del constants["SINK"]
     given = (
@@ -190,8 +203,22 @@ def run_backward(
     tile = choose_tile("keys, dropout" if shape.DROP else "keys", width, q.dtype, t, keys)
     grid = triton.cdiv(keys, tile.N), b * h
     launch(find_key_slopes, grid, q.device, q, k, v, slope, dk, dv, *given, **constants, K=width, **asdict(tile))
-    d_sink = none
-    if sink is not None:  # (H,); of a row without keys D is 0
+    if sink is not None:  # of a row without keys D is 0
         taken = torch.exp2(sink.float()[:, None] * LOG2E - logs)
-        d_sink = -(taken * delta).sum(dim=(0, 2), dtype=torch.float64).to(sink.dtype)
+        d_sink.copy_(-(taken * delta).sum(dim=(0, 2), dtype=torch.float64))
     return dq, dk, dv, d_sink, d_gate
+
+
+# as the compiler knows them: by the shapes of what they return
+forward_op = torch.library.custom_op("qtx::attend_forward", run_forward, mutates_args=())
+backward_op = torch.library.custom_op("qtx::attend_backward", run_backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(q, k, v, sink, gate, rows, coder, address, flags, numbers, words, train):  # type: ignore[no-untyped-def]
+    return make_results(q, Shape(*flags), train)
+
+
+@backward_op.register_fake
+def _(slope, q, k, v, sink, gate, *rest):  # type: ignore[no-untyped-def]
+    return make_slopes(q, k, v, sink, gate)

@@ -72,6 +72,7 @@ def test_a_batched_product_is_the_references(
     if bytes_ and not machine.exact_bytes("cpu", 127):
         pytest.skip("torch._int_mm saturates pairs on this CPU")
     monkeypatch.setattr(carriers, "multiplies_bytes", lambda device: bytes_)
+    monkeypatch.setattr(carriers, "SMALL", 1000)
     for m, k, n in ((1, 5, 3), (3, 259, 4), (33, 40, 7), (34, 600, 2)):
         rng, specs = stream(m * k + n, "carriers"), (a_spec, b_spec)
         a, b = codes(rng, specs[0], 2, 3, m, k), codes(rng, specs[1], 2, 3, k, n)
