@@ -63,7 +63,7 @@ def load(task: Task, kind: str, file: str) -> Any:
         passes = importlib.import_module("qtx_torch.runners.passes")
     if kind in ("integer", "integer-compiled"):
         artifact = load_artifact(path)
-        options = {"compiled": True} if kind == "integer-compiled" else {}
+        options: dict[str, Any] = {"compiled": True} if kind == "integer-compiled" else {}
         meaning = artifact.spec, artifact.constants, artifact.quants, artifact.profile
         integers = module.IntegerModel(*meaning, device=device, **options)
         return passes.IntegerRunner(integers) if torch else PlainRunner(integers.run, integers)
