@@ -21,7 +21,7 @@ from qtx_ref.spec import MASKS, AttentionSpec, Softmax
 
 from . import ops, random, tiles
 
-LEAST = 2**15  # scores of a sequence, below which a CPU is quicker with all of them at once
+LEAST = 2**16  # scores of a sequence, below which a CPU is quicker with all of them at once
 
 
 def attention_mask(
