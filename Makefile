@@ -1,10 +1,12 @@
-# make demo: the main job on the bundled data.  make test: the whole suite.  Both create .venv first.
+# make demo: the main job on the bundled data.  make test: the whole suite.  make bench [DEVICE=cuda]: time and memory
+# against others, into benchmarks/results.  All create .venv first.
 PYTHON ?= python3
+DEVICE ?= cpu
 BIN := .venv/bin
 # threads that sleep while they wait, so that a busy machine is no disaster
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: .venv/all
 	$(BIN)/qtx study --out runs/demo --resume
@@ -15,12 +17,15 @@ demo: .venv/all
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
+bench: .venv/bench
+	$(BIN)/python -m benchmarks --device $(DEVICE) --resume
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/all .venv/dev: pyproject.toml
+.venv/all .venv/bench .venv/dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable ".[$(notdir $@)]"
 	touch $@

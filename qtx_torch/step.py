@@ -47,7 +47,8 @@ def compile_forward(forward: F) -> F:
 
     A numerics whose step and first row are tensors has the same graph in every step and part.
     """
-    torch.compiler.assume_constant_result(random.number_site)
+    for known in (random.number_site, random.has_kernels):
+        torch.compiler.assume_constant_result(known)
     return torch.compile(forward, fullgraph=True)
 
 

@@ -1,7 +1,7 @@
 """What training opt-1.3b takes on many GPUs: `python tools/plan_scale.py`; the tables of docs/scale.md.
 
-Counted: parameters, operations, bytes that collectives move (as `python -m parity_tests.distributed` counts them in
-small models). Measured here: what one block keeps for its gradient. Assumed, because nothing here measures it: ASSUMED.
+Counted: parameters, operations, bytes that collectives move (as `python -m parity_tests.long.distributed` counts them
+in small models). Measured here: what one block keeps for its gradient. Assumed, as nothing here measures it: ASSUMED.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Forced, each quantizer of the forward and of the backward pass is fed the reference's tensor and gives every code. Free,
 float noise flips codes near ties and the flips add up: the loss is bounded, the share of codes that differ reported.
-The full length, 20 steps of each small preset, is `python -m parity_tests.quantized_training`.
+The full length, 20 steps of each small preset, is `python -m parity_tests.long.quantized_training`.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ TWO = replace(ONE, product=HighProduct.HALF_UP, rounding=Rounding.HALF_AWAY, lef
 TRUNCATED = Fixed(Dtype.FLOAT32, 31, HighProduct.TRUNCATED, Rounding.HALF_UP, LeftShift.SATURATE, Dtype.FLOAT32)
 RINT = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_EVEN, Beyond.SATURATE)
 AWAY = FloatProduct(Dtype.FLOAT32, Order.RATIO, ZeroPoint.AFTER, Rounding.HALF_AWAY, Beyond.SATURATE)
+REFERENCE = FloatProduct(Dtype.FLOAT64, Order.RATIO, ZeroPoint.BEFORE, Rounding.HALF_EVEN, Beyond.SATURATE)
+ONEDNN = FloatProduct(Dtype.FLOAT32, Order.STEPS, ZeroPoint.BEFORE, Rounding.HALF_EVEN, Beyond.SATURATE)
 REQUANTIZE = {"one": ONE, "narrow": NARROW, "two": TWO, "truncated": TRUNCATED, "rint": RINT, "away": AWAY}
 ADD_UP, ADD_AWAY = AddRule(Rounding.HALF_UP), AddRule(Rounding.HALF_AWAY)
 ROUNDINGS = tuple(rounding for rounding in Rounding if rounding is not Rounding.STOCHASTIC)

@@ -25,6 +25,7 @@ from qtx_ref.integer.model import code_dtype
 from qtx_ref.integer.products import pack_int4, unpack_int4
 from qtx_ref.models.initial import shapes
 from qtx_ref.profiles import upgrade
+from qtx_ref.quant.affine import code_limits
 from qtx_ref.spec import (
     ModelSpec,
     Nonlinear,
@@ -79,7 +80,8 @@ class Artifact:
         for site, quant in self.quants.items():
             if not quant.dynamic and f"{site}.scale" in self.constants:
                 scale, zero = self.constants[f"{site}.scale"], self.constants[f"{site}.zero_point"]
-                ranges[site] = Range(scale * (quant.code_min - zero), scale * (quant.code_max - zero), scale, zero)
+                low, high = code_limits(zero, quant)
+                ranges[site] = Range(scale * (low - zero), scale * (high - zero), scale, zero)
         return ranges
 
     def float_params(self) -> dict[str, np.ndarray]:

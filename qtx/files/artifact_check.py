@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from math import prod
 
@@ -11,9 +12,10 @@ import numpy as np
 from qtx_ref.backend import Model
 from qtx_ref.integer.lowering import lower
 from qtx_ref.models.initial import shapes
-from qtx_ref.quant.affine import scale_zero
+from qtx_ref.quant.affine import code_limits, scale_zero
 from qtx_ref.random import stream
 from qtx_ref.spec import (
+    Granularity,
     ModelSpec,
     Nonlinear,
     Profile,
@@ -28,7 +30,7 @@ from ..recipes.sites import narrow_widths, shorten_inputs
 
 Constants = Mapping[str, np.ndarray]
 SPREADS = (1.0, 4.0, 0.1)  # of the small model's parameters: few bits refuse what is large, many what is small
-NOT_NEGATIVE = ("multiplier", "input_multiplier", "eps", "zeta", "sink_factor")
+NOT_NEGATIVE = ("multiplier", "input_multiplier", "channel_multiplier", "channel_shift", "eps", "zeta", "sink_factor")
 
 
 def check_size(spec: ModelSpec, constants: Constants) -> None:
@@ -82,7 +84,7 @@ def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], 
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise ValueError(f"constant {name} holds NaN or infinity")
     site, _, kind = name.rpartition(".")
-    if kind == "scale" and not (value > 0).all():
+    if kind in ("scale", "channel_unit") and not (value > 0).all():
         raise ValueError(f"constant {name} is not positive")
     if (kind in NOT_NEGATIVE or name.endswith(".probs.table")) and not (value >= 0).all():
         raise ValueError(f"constant {name} is negative")
@@ -91,8 +93,12 @@ def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], 
         quant = quants.get(site)
     if quant is None and f"{name}.zero_point" in constants:  # a parameter in the codes of a site's tensor
         quant = quants.get(site)
-    if quant is not None and not quant.code_min <= value.min() <= value.max() <= quant.code_max:
-        raise ValueError(f"constant {name} holds what is no code from {quant.code_min} to {quant.code_max}")
+    if quant is None:
+        return
+    zero = value if kind == "zero_point" else constants[f"{site if kind == 'table' else name}.zero_point"]
+    low, high = code_limits(np.reshape(zero, (-1, 1)) if kind == "table" and zero.size > 1 else zero, quant)
+    if not ((low <= value) & (value <= high)).all():
+        raise ValueError(f"constant {name} holds what is no code from {np.min(low)} to {np.max(high)}")
 
 
 @cache
@@ -102,7 +108,7 @@ def list_expected(
     """Dtype and shape of every constant of a small model of the same structure, lowered; and what the lengths of its
     axes may be in this one."""
     small, batch = shorten_inputs(narrow_widths(spec, 8))  # so that no axis but a single head's has length 1
-    quants = resolve_integers(recipe, spec)
+    quants = {site: make_small(quant) for site, quant in resolve_integers(recipe, spec).items()}
     for spread in SPREADS:
         params = {name: draw_parameter(name, shape, spread) for name, shape in shapes(small).items()}
         narrow = Model(small, params).calibrate([batch], quants)
@@ -118,6 +124,13 @@ def list_expected(
         for short, long in zip((*was, prod(was[:-1])), (*now, prod(now[:-1])), strict=True):  # axes, and all channels
             axes.setdefault(short, set()).add(long)
     return {name: (value.dtype, value.shape) for name, value in constants.items()}, axes
+
+
+def make_small(quant: QuantSpec) -> QuantSpec:
+    """The quantizer with as few groups or wide channels as a small model has; constants have the same shapes."""
+    if quant.granularity is not Granularity.GROUP:
+        return quant
+    return replace(quant, wide=1) if quant.wide is not None else replace(quant, groups=1, permute=False)
 
 
 def widen_to_one(narrow: Range, quant: QuantSpec) -> Range:

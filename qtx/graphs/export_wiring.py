@@ -8,7 +8,7 @@ import numpy as np
 
 from qtx_ref import models
 from qtx_ref.numerics import Numerics
-from qtx_ref.spec import Family, QuantSpec, SpecError
+from qtx_ref.spec import Family, Granularity, QuantSpec, SpecError
 
 from ..files.artifact import Artifact
 from .export_graph import BATCH, LENGTH, Graph, Value, take_inputs
@@ -38,6 +38,10 @@ class Wiring(Numerics[Value]):
         self.mask: str | None = None  # (B, 1, 1 or T, T), boolean
         self.inputs: dict[str, Value] = {}
         for site, spec in self.quants.items():
+            if spec.granularity in (Granularity.GROUP, Granularity.CHANNEL) and not site.endswith(
+                (".weight", ".value")
+            ):
+                refuse_export(site, f"its scales, one per {spec.granularity}, vary along a sum: use one per tensor")
             if spec.dynamic and not site.endswith(".weight"):
                 refuse_export(site, "its scale is taken from the data as it runs: use a static range")
 

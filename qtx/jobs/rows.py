@@ -187,7 +187,10 @@ def keep_value(value: Any) -> Any:
 
 def read_kept(kept: Mapping[str, Any], source: str) -> RunSpec:
     """The run of a study's file, those of 0.2 and before among them. Raises SpecError for one that is none."""
-    if "settings" in kept:
+    if "settings" in kept or "grids" in kept:
+        parts = [kept.get(name) for name in ("settings", "grids")]
+        if kept.keys() != {"settings", "grids"} or not all(isinstance(part, dict) for part in parts):
+            raise SpecError(f"{source} keeps no run: expected a table of settings and one of grids")
         return make_run(kept["settings"], source, kept["grids"])
     names = {
         "model": "model.preset",
@@ -201,6 +204,8 @@ def read_kept(kept: Mapping[str, Any], source: str) -> RunSpec:
     }
     if odd := kept.keys() - names.keys() - {"attention", "train_quant", "seeds", "machine", "watch_integer"}:
         raise SpecError(f"unknown key in {source} is {sorted(odd)[0]!r}")
+    if not isinstance(kept.get("machine", {}), dict):
+        raise SpecError(f"machine in {source} is {kept['machine']!r}: expected a table")
     said = {key: kept[name] for name, key in names.items() if kept.get(name) is not None}
     said |= {f"machine.{name}": value for name, value in kept.get("machine", {}).items()}
     grids = {KIND: kept.get("attention", ATTENTIONS), SEED: kept.get("seeds", (0,))}

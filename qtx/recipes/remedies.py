@@ -40,6 +40,7 @@ CHANNELS = (  # tensors whose last axis is the model's or the FFN's width
 )
 NORM_FED = tuple(f"layer.*.{name}" for name in ("attn.query", "attn.key", "attn.value", "ffn.hidden"))
 LINEARS = (*NORM_FED, "layer.*.attn.output", "layer.*.ffn.output")
+WIDENED = tuple(site for site in CHANNELS if not site.endswith(("query", "key", "value", "ffn.hidden")))
 GROUPS = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256)
 STRENGTHS = (0.25, 0.5, 0.75, 0.9)
 Remedy = Callable[[Parts, ModelSpec, "re.Match[str]"], Parts]
@@ -150,6 +151,21 @@ def groups(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     return base.add_special(change_rule(rule, change, source))
 
 
+def wide_channels(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
+    """The channels of the largest magnitude, as many as the name says, in 16 bits beside the others. Raises SpecError
+    where the model has no more channels."""
+    count = int(name[1])
+    if not 1 <= count < min(spec.width, spec.hidden):
+        raise SpecError(f"remedy out{count}: give 1 to {min(spec.width, spec.hidden) - 1} channels of this model")
+    source = "LLM.int8 (Dettmers et al. 2022), section 3: outlier channels apart; here chosen at calibration, 16 bits"
+    rule = replace(base.activations, sites=WIDENED)
+
+    def change(quant: QuantSpec) -> QuantSpec:
+        return replace(quant, granularity=Granularity.GROUP, wide=count)
+
+    return base.add_special(change_rule(rule, change, source))
+
+
 def smooth(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
     """Divisors that take outliers from the linears' inputs to their weights."""
     source = "SmoothQuant (Xiao et al. 2023), eq. 4: the linears that a norm feeds"
@@ -179,6 +195,7 @@ REMEDIES: dict[str, Remedy] = {
     r"float\[(.+)\]": float_sites,
     r"llmint8": llm_int8,
     r"peg(\d+)(p?)": groups,
+    r"out(\d+)": wide_channels,
     r"smooth(\d(?:\.\d+)?)": smooth,
     r"hadamard": hadamard,
     r"bias": rewrite_by(Rewrite.BIAS),
@@ -187,7 +204,7 @@ REMEDIES: dict[str, Remedy] = {
 }
 NAMES = (
     "r16, p99.9, mse, wmse, channel, token, ffn16, ffnfloat, float[layer.*.ffn.output+...], llmint8, peg4, "
-    "peg4p, smooth0.5, hadamard, bias, gptq, adaround"
+    "peg4p, out8, smooth0.5, hadamard, bias, gptq, adaround"
 )
 
 
@@ -235,6 +252,7 @@ def list_standard(spec: ModelSpec) -> tuple[str, ...]:
         *(
             f"w8a8-peg{count}p" for count in counts if 1 < count < spec.width
         ),  # of one, or of one each, order is nothing
+        *(("w8a8-out8",) if min(spec.width, spec.hidden) > 8 else ()),
         "w8a8-bias",
         "linear-w8a8",
         "linear-w8a8-llmint8",

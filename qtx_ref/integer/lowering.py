@@ -36,22 +36,30 @@ from ..spec import (
     check_integer,
     refuse_integer,
 )
-from . import fixed_point, float_product, ops
+from . import fixed_point, float_product, groups, ops, products
 from .model import Code, Integer, accumulator_bits, at, code_dtype
 
-__all__ = ["Lowering", "common_shift", "lower", "make_constants", "plain", "run_lowering", "takes_wide"]
+__all__ = ["Lowering", "common_shift", "lower", "make_constants", "per_channel", "plain", "run_lowering", "takes_wide"]
 
 GAMMA_LIMIT = 64  # |gamma| that ops.clip_stretch has bits for
 ZETA_LIMIT = 64
 FACTOR_BITS = 36  # of a sink's factor: its product with an exponential stays below 2^62
 SINK_STEPS = 2**20  # codes between the scores' zero and a sink
 POLYNOMIAL_LIMIT = 1024.0  # largest argument of the GELU polynomial
+SUM_BITS = 62  # of a weighted sum over groups
+GROUP_BITS = 30  # of that sum as an accumulator, with or without a bias an int32
+NORM_SPAN_BITS = 30  # of D times the span of a norm's codes: its square beside eps stays below 2^62
 EPS_BITS = 60  # of eps in units of ops.normalize
 
 
 def takes_wide(rule: Fixed | FloatProduct) -> bool:
     """Whether it is defined for 64-bit accumulators."""
     return isinstance(rule, FloatProduct) or rule.product is HighProduct.EXACT
+
+
+def per_channel(x: np.ndarray) -> np.ndarray:
+    """One number as it is; one for each channel as they stand beside a table of codes, (F, 1)."""
+    return x if np.size(x) == 1 else np.reshape(x, (-1, 1))
 
 
 def plain(x: np.ndarray) -> np.ndarray:
@@ -187,6 +195,7 @@ class Lowering(Integer):
         if spec.dynamic:
             refuse_integer(site, "its parameter is quantized once, which needs a static range")
         scale, zero = (self.constants[f"{site}.{k}"] for k in ("scale", "zero_point"))
+        scale, zero = (part if np.size(part) == 1 else np.reshape(part, value.shape) for part in (scale, zero))
         code = affine.quantize(value, scale, zero, spec, self.profile.quantize)
         self.constants[f"{site}.{key}"] = code.astype(code_dtype(spec))
         self.put_scale(f"{site}.{key}", scale, zero)
@@ -202,6 +211,51 @@ class Lowering(Integer):
             refuse_integer(site, f"its bias, {np.abs(bias).max()}, is {largest:.3g} units of a {bits}-bit accumulator")
         self.constants[f"{site}.bias"] = code.astype(np.int32 if bits == 32 else np.int64)
         self.constants[f"{site}.bias.scale"] = step
+
+    def put_channels(self, site: str, unit: np.ndarray, bound: np.ndarray) -> np.ndarray:
+        """Multipliers of channels whose units vary, and the shift that keeps sums below 2^30.
+
+        bound: the largest magnitude of what is multiplied by each channel's multiplier, float64, broadcast against unit
+        and summed over the last axis. Returns the unit of the sums."""
+        multiplier = groups.channel_multiplier(unit)
+        largest = (np.float64(multiplier) * bound).sum(axis=-1).max() * (1 + 2.0**-20)  # of float64's own rounding
+        reach = int(np.frexp(largest)[1])
+        if reach > SUM_BITS:
+            refuse_integer(site, f"its weighted sum over groups takes {reach} bits of {SUM_BITS}: use fewer bits")
+        return self.put_shift(site, unit, multiplier, max(reach - GROUP_BITS, 0))
+
+    def put_shift(self, site: str, unit: np.ndarray, multiplier: np.ndarray, shift: int) -> np.ndarray:
+        """The constants of `groups`; returns the joint unit."""
+        self.constants[f"{site}.channel_multiplier"] = multiplier
+        self.constants[f"{site}.channel_shift"] = np.asarray(shift, np.int64)
+        self.constants[f"{site}.channel_unit"] = groups.joint_unit(unit, self.constants[f"{site}.channel_shift"])
+        return self.constants[f"{site}.channel_unit"]
+
+    def put_linear_channels(self, site: str, x: Code, w: Code) -> np.ndarray:
+        """`put_channels` of a linear layer's input; returns its unit in the accumulator."""
+        self.check_pairs(site, x, w)
+        heads, inputs = (w.shape[0] if w.ndim == 3 else 1), w.shape[-1]
+        weights = np.abs(w.subtract_zero().astype(np.float64)).reshape(heads, -1, inputs)  # (H, O, I)
+        far = groups.reach(x.spec, x.zero_point).astype(np.float64).reshape(heads, 1, inputs)
+        unit = self.unit(x.unit).reshape(heads, 1, inputs)
+        return self.put_channels(site, unit, far * weights)
+
+    def put_norm_channels(self, site: str, x: Code) -> np.ndarray:
+        """The constants that bring a norm's input to one unit, which is returned: codes that span less than 2^30 / D,
+        so that `ops.normalize` holds their squares."""
+        unit = self.unit(x.unit).reshape(-1)
+        multiplier, (low, high) = groups.channel_multiplier(unit), affine.code_limits(x.zero_point, x.spec)
+        ends = [np.ravel(end - x.zero_point.astype(np.int64)) * multiplier.astype(np.int64) for end in (low, high)]
+        span, shift = int(ends[1].max() - ends[0].min()), 0
+        while x.shape[-1] * ((span >> shift) + 2) > 2**NORM_SPAN_BITS:
+            shift += 1
+        return self.put_shift(site, unit, multiplier, shift)
+
+    def check_pairs(self, site: str, *operands: Code) -> None:
+        """Refuses several scales along a sum whose products the profile adds in saturating pairs."""
+        a, b = operands
+        if products.saturates(a.spec, b.spec, self.profile.matmul):
+            refuse_integer(site, f"its scales vary along a sum that profile {self.profile.name} saturates in pairs")
 
     def check_codes(self, site: str, *operands: Code) -> None:
         """Refuses accumulators where only codes can be taken."""
@@ -261,15 +315,17 @@ class Lowering(Integer):
 
     def product(self, site: str, x: Code, w: Code) -> Code:
         self.check_codes(site, x)
+        grouped, bits = groups.varies(x.unit), accumulator_bits(x.spec, w.spec)
+        step, bits = (self.put_linear_channels(site, x, w), 32) if grouped else (x.unit, bits)
         bias = self.params.get(f"{site}.bias")
         beside = self.profile.bias is not Bias.INT32 and site in self.ended
         if bias is not None and (x.measured or beside):
             self.constants[f"{site}.bias"] = bias.astype(np.float32)
         elif bias is not None:
-            self.put_bias(site, bias, self.unit(x.unit, w.unit), accumulator_bits(x.spec, w.spec))
+            self.put_bias(site, bias, self.unit(step, w.unit), bits)
         y = super().product(site, x, w)
         several = np.size(w.unit) > 1
-        self.factors[site] = x.unit, w.unit.reshape(*(1,) * (x.ndim - 1), -1) if several else plain(w.unit)
+        self.factors[site] = step, w.unit.reshape(*(1,) * (x.ndim - 1), -1) if several else plain(w.unit)
         if y.offset is not None and site not in self.quants:
             refuse_integer(site, "its input has a scale per token, so its bias no unit: give its result a quantizer")
         return y
@@ -285,9 +341,10 @@ class Lowering(Integer):
         gain = self.weight(f"{site}.weight")
         if x.measured:
             refuse_integer(site, "its input has a scale per token, so its eps no unit: use a static range there")
-        code = np.rint(eps * np.square(x.shape[-1] / self.unit(x.unit)))
+        own = self.put_norm_channels(site, x) if groups.varies(x.unit) else self.unit(x.unit)
+        code = np.rint(eps * np.square(x.shape[-1] / own))
         if code >= 2.0**EPS_BITS:
-            refuse_integer(site, f"its eps, {eps}, dwarfs values of scale {x.unit}")
+            refuse_integer(site, f"its eps, {eps}, dwarfs values of scale {own}")
         self.constants[f"{site}.eps"] = code.astype(np.int64)
         step = self.unit(gain.unit, 2.0**-ops.NORM_BITS)
         self.put_bias(site, self.params[f"{site}.bias"], step, accumulator_bits(gain.spec))
@@ -339,6 +396,8 @@ class Lowering(Integer):
         self.check_codes(site, x)
         if x.measured:
             refuse_integer(site, f"{kind} of codes needs one static scale, and its input has one per token")
+        if x.spec.wide is not None:
+            refuse_integer(site, f"{kind} has a table or polynomial of narrow codes, and its input has wide channels")
         spec, real = self.target(site, f"{kind} is rounded to its codes"), self.decode(x)
         if self.nonlinear is Nonlinear.POLYNOMIAL:
             if np.abs(real).max() > POLYNOMIAL_LIMIT:
@@ -346,21 +405,21 @@ class Lowering(Integer):
                 refuse_integer(
                     site, f"its argument reaches {reach}, beyond {POLYNOMIAL_LIMIT} of the polynomials: use tables"
                 )
-            if not spec.dynamic and self.constants[f"{site}.scale"] < 2.0**-ops.INPUT_BITS:
+            if not spec.dynamic and (self.constants[f"{site}.scale"] < 2.0**-ops.INPUT_BITS).any():
                 refuse_integer(site, f"its scale is finer than 2^-{ops.INPUT_BITS}, the argument's: use tables")
             self.put_multiplier(site, "input_", self.unit(x.unit, 2.0**ops.INPUT_BITS))
             return super().activation(site, x, kind)
         if spec.dynamic:
             refuse_integer(site, f"{kind} is a table of codes of one scale, which needs a static range")
-        scale, zero = (self.constants[f"{site}.{key}"] for key in ("scale", "zero_point"))
-        level = np.rint(ACTIVATIONS[kind](real) / np.float64(scale)) + zero
-        self.constants[f"{site}.table"] = np.clip(level, spec.code_min, spec.code_max).astype(code_dtype(spec))
+        scale, zero = (per_channel(self.constants[f"{site}.{key}"]) for key in ("scale", "zero_point"))
+        level = np.rint(ACTIVATIONS[kind](real) / scale.astype(np.float64)) + zero
+        self.constants[f"{site}.table"] = np.clip(level, *affine.code_limits(zero, spec)).astype(code_dtype(spec))
         return super().activation(site, x, kind)
 
     def decode(self, x: Code) -> np.ndarray:
-        """The real value of each code, float64, from the lowest."""
+        """The real value of each code, float64, from the lowest; (F, codes) where each channel has its own scale."""
         codes = np.arange(x.spec.code_min, x.spec.code_max + 1)
-        return (codes - x.zero_point) * np.float64(x.unit)
+        return (codes - per_channel(x.zero_point)) * per_channel(self.unit(x.unit))
 
     def attention(
         self, site: str, q: Code, k: Code, v: Code, mask: np.ndarray, spec: AttentionSpec, rate: float
@@ -372,6 +431,15 @@ class Lowering(Integer):
                 f"{site}.context", "its values have a scale per token, which varies along the sum: use a static range"
             )
         return super().attention(site, q, k, v, mask, spec, rate)
+
+    def scores(self, site: str, q: Code, k: Code) -> Code:
+        if groups.varies(q.unit) or groups.varies(k.unit):
+            if q.measured or k.measured:
+                refuse_integer(site, "one of its factors has a scale per token, the other several along the sum")
+            self.check_pairs(site, q, k)
+            far = (groups.reach(x.spec, x.zero_point).astype(np.float64) for x in (q, k))
+            self.put_channels(site, self.unit(q.unit, k.unit), np.multiply(*far))
+        return super().scores(site, q, k)
 
     def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec) -> Code:
         self.check_codes(site, scores)

@@ -10,7 +10,10 @@ can take one. All constants were made by `lowering` and are stored in the artifa
     <site>.multiplier .shift     real multiplier 2^shift * multiplier / 2^31 of the requantization (a FloatProduct: the
                                  multiplier alone, or its three factors on an axis before); of a sum, one multiplier per
                                  operand in units of 2^-shift
-    <site>.table                 gelu, sigmoid, tanh: one code per code; softmax: exponentials, Q24
+    <site>.channel_multiplier .channel_shift .channel_unit     of an op whose input has several scales along channels:
+                                 as `groups` takes them, one multiplier per head and channel; the unit of what comes out
+    <site>.table                 gelu, sigmoid, tanh: one code per code, in a row for each channel where channels have
+                                 scales of their own; softmax: exponentials, Q24
     <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `ops` takes them
     <site>.input_multiplier .input_shift                  from a code to the argument of a polynomial
 
@@ -43,7 +46,7 @@ from ..spec import (
     accumulator_bits,
 )
 from ..tape import Var, Vjp
-from . import fixed_point, float_product, ops, products
+from . import fixed_point, float_product, groups, ops, products
 
 __all__ = ["Code", "Constants", "Integer", "Whole", "at", "code_dtype"]
 
@@ -119,9 +122,9 @@ class Whole(np.ndarray):
 
 def code_dtype(spec: QuantSpec) -> type:
     """The narrowest dtype of a spec's codes that both backends have (torch computes nothing in uint16)."""
-    if spec.bits <= 8:
+    if spec.bits <= 8 and spec.wide is None:
         return np.int8 if spec.has_sign else np.uint8
-    return np.int16 if spec.has_sign or spec.bits < 16 else np.int32
+    return np.int16 if spec.wide is None and (spec.has_sign or spec.bits < 16) else np.int32
 
 
 @contextmanager
@@ -210,8 +213,9 @@ class Integer(Numerics[Code]):
 
     def clamp(self, site: str, spec: QuantSpec, level: np.ndarray) -> Code:
         """Whole multiples of the site's scale, with its zero point, as its codes."""
-        code = np.clip(level, spec.code_min, spec.code_max).astype(code_dtype(spec))
-        return Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], spec)
+        zero = self.constants[f"{site}.zero_point"]
+        code = np.clip(level, *affine.code_limits(zero, spec)).astype(code_dtype(spec))
+        return Code(code, self.scale_of(site), zero, spec)
 
     def scale_of(self, site: str) -> np.ndarray | Any:
         """The scale of a static site; None under strict."""
@@ -229,6 +233,25 @@ class Integer(Numerics[Code]):
             return products.matmul(
                 a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile.matmul, self.strict
             )
+
+    def weigh(self, site: str, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
+        """Accumulators of a b whose units vary along the sum, in the joint unit of `groups`. Their zero points are
+        subtracted first: b's is one, or broadcasts against it."""
+        multiplier, shift = (self.constants[f"{site}.channel_{key}"] for key in ("multiplier", "shift"))
+        wide = bias is not None and bias.dtype == np.int64
+        bits = groups.bits_below(a.spec), groups.bits_below(b.spec)
+        factors = a.subtract_zero(), b.subtract_zero()
+        with at(site):
+            acc = groups.product(*factors, multiplier, shift, self.profile.add, *bits, self.strict)
+            return products.fit(acc if bias is None else acc + bias, 64 if wide else 32, self.profile.matmul)
+
+    def joint_unit(self, site: str) -> np.ndarray | Any:
+        """The unit of `weigh`, without that of weights, and of what goes into a norm. None under strict."""
+        return self.constants.get(f"{site}.channel_unit")
+
+    def has_groups(self, site: str) -> bool:
+        """Whether the scales of a site's input vary along the sum."""
+        return f"{site}.channel_multiplier" in self.constants
 
     def record_accumulator(self, site: str, acc: np.ndarray) -> np.ndarray:
         """Shows a matmul's accumulators to whoever asked."""
@@ -270,15 +293,18 @@ class Integer(Numerics[Code]):
 
         wt = w.value.reshape(heads, *w.value.shape[-2:]).swapaxes(1, 2)  # (H, I, O)
         w_zero = w.zero_point if np.size(w.zero_point) == 1 else w.zero_point.reshape(heads, 1, -1)
+        grouped = self.has_groups(site)
         x_zero = x.zero_point if np.size(x.zero_point) == 1 else x.zero_point.reshape(1, -1, 1)
+        x_zero = split(x.zero_point) if grouped else x_zero  # (H, 1, I)
         w_unit = w.unit if np.size(w.unit) == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
         bias = self.constants.get(f"{site}.bias")
         bias = None if bias is None else bias.reshape(-1)
         beside = bias is not None and bias.dtype.kind == "f"
         inside = None if bias is None or beside else split(bias)  # (H, 1, O)
-        acc = self.matmul(site, Code(split(x.value), None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
+        multiply, x_unit = (self.weigh, self.joint_unit(site)) if grouped else (self.matmul, x.unit)
+        acc = multiply(site, Code(split(x.value), None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
         acc = self.record_accumulator(site, acc.swapaxes(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
-        y_unit = self.unit(x.unit, w_unit)
+        y_unit = self.unit(x_unit, w_unit)
         return Code(acc, y_unit, measured=x.measured, offset=bias if beside else None)
 
     def embedding(self, site: str, index: np.ndarray) -> Code:
@@ -289,8 +315,11 @@ class Integer(Numerics[Code]):
 
     def norm(self, site: str, x: Code, eps: float) -> Code:
         """(x - mean) / sqrt(var + eps) over the last axis, by the gain's codes, plus the bias; eps is a constant."""
-        gain = self.weight(f"{site}.weight")
-        acc = ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.subtract_zero()
+        gain, code = self.weight(f"{site}.weight"), x.value
+        if self.has_groups(site):
+            multiplier, shift = (self.constants[f"{site}.channel_{key}"] for key in ("multiplier", "shift"))
+            code = groups.join(x.subtract_zero(), multiplier, shift, self.profile.add).astype(np.int32)
+        acc = ops.normalize(code, self.constants[f"{site}.eps"]) * gain.subtract_zero()
         bias = self.constants[f"{site}.bias"]
         with at(site):
             acc = products.fit(acc + bias, 64 if bias.dtype == np.int64 else 32, self.profile.matmul)
@@ -350,7 +379,8 @@ class Integer(Numerics[Code]):
             return self.named(site, Code(np.maximum(x.subtract_zero(), 0), x.unit))
         table = self.constants.get(f"{site}.table")
         if table is not None:
-            code = table[x.value.astype(np.int32) - x.spec.code_min]
+            place = x.value.astype(np.int32) - x.spec.code_min
+            code = table[place] if table.ndim == 1 else table[np.arange(len(table)), place]
             return self.record_codes(
                 site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
             )
@@ -366,10 +396,7 @@ class Integer(Numerics[Code]):
     ) -> Code:
         """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
         q, k = self.operand(f"{site}.scores.lhs", q), self.operand(f"{site}.scores.rhs", k)
-        kt = k.arrange(lambda x: x.swapaxes(-1, -2))
-        acc = self.record_accumulator(f"{site}.scores", self.matmul(f"{site}.scores", q, kt))
-        step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
-        scores = self.named(f"{site}.scores", Code(acc, step, measured=measured))
+        scores = self.named(f"{site}.scores", self.scores(f"{site}.scores", q, k))
         probs = self.operand(f"{site}.context.lhs", self.softmax(f"{site}.probs", scores, mask, spec))
         v = self.operand(f"{site}.context.rhs", v)
         acc, step = self.matmul(f"{site}.context", probs, v), self.unit(probs.unit, v.unit)
@@ -378,6 +405,16 @@ class Integer(Numerics[Code]):
         context = cast(Code, merge_heads(context))  # (B, H, Tq, K) -> (B, Tq, H K)
         self.record_accumulator(f"{site}.context", context.value)
         return self.named(f"{site}.context", context)
+
+    def scores(self, site: str, q: Code, k: Code) -> Code:
+        """The accumulators of q k^T."""
+        kt = k.arrange(lambda x: x.swapaxes(-1, -2))
+        if self.has_groups(site):
+            acc, step = self.weigh(site, q, kt), self.joint_unit(site)
+        else:
+            acc, step = self.matmul(site, q, kt), self.unit(q.unit, kt.unit)
+        acc = self.record_accumulator(site, acc)
+        return Code(acc, self.unit(step, q.shape[-1] ** -0.5), measured=q.measured or k.measured)
 
     def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec) -> Code:
         """Exponentials from a table, or by I-BERT's polynomial; their share of the sum; the clip."""

@@ -9,7 +9,7 @@ et al.; biases 0, or logit(pi) for the linear form.
 padding token's row 0), then puts attention of its own in place, whose new linear layers nobody draws again: weights
 and biases as torch draws them, uniform within 1 / sqrt(inputs). For BERT these are query, key and value, for OPT output
 too; for either the MLP gate and that on all features, whereas the linear forms' biases are set to logit(pi). A ViT's
-code is not published: there only the gates follow, which is assumed. `parity_tests.published_start` measures it.
+code is not published: there only the gates follow, which is assumed. `parity_tests.long.published_start` measures it.
 """
 
 from __future__ import annotations

@@ -14,10 +14,14 @@ points (int32) broadcast against it. The ends of ranges are float32 and broadcas
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ..spec import (
     QTX,
+    WIDE_BITS,
+    WIDE_ZERO,
     DequantizeRule,
     Dtype,
     FakeQuantizeRule,
@@ -44,9 +48,12 @@ __all__ = [
     "check_order",
     "check_quantizer",
     "check_scale",
+    "code_limits",
     "dequantize",
     "fake_quantize",
+    "group_channels",
     "min_max",
+    "narrow_spec",
     "quantize",
     "quantize_reporting",
     "ranges",
@@ -55,6 +62,7 @@ __all__ = [
     "unite_groups",
 ]
 
+WIDE = QuantSpec(WIDE_BITS, symmetric=True)  # of a channel that is coded wide: the scale; its codes are moved up
 TINY = np.float32(2.0**-126)  # the smallest normal float32; no float32 scale is below it
 
 
@@ -86,9 +94,19 @@ def check_quantizer(
     is the arithmetic of a rule that takes the input's (without one: float32)."""
     reciprocal = rule.reciprocal and rule.nan is NanPolicy.RAISE  # engines multiply by infinity: of 0 it makes NaN
     check_scale(scale, rule.arithmetic if x is None else working_dtype(rule.arithmetic, x), reciprocal)
-    check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
+    narrow = zero_point if spec.wide is None else zero_point[zero_point != WIDE_ZERO]
+    check_range("zero point", narrow, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
+
+
+def code_limits(zero_point: np.ndarray, spec: Quant) -> tuple[np.ndarray | int, np.ndarray | int]:
+    """The lowest and the highest code: the spec's, or one for each zero point, in its shape, where some channels are
+    coded wide."""
+    if spec.wide is None:
+        return spec.code_min, spec.code_max
+    wide = zero_point == WIDE_ZERO
+    return np.where(wide, 0, spec.code_min), np.where(wide, 2**WIDE_BITS - 1, spec.code_max)
 
 
 def min_max(x: np.ndarray, axes: tuple[int, ...], where: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -132,25 +150,39 @@ def ranges(
     return np.moveaxis(low, -1, axis), np.moveaxis(high, -1, axis)
 
 
-def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Channel ranges (one axis longer than 1) -> each channel's group's range, the same shape.
+def group_channels(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> np.ndarray:
+    """The group of each channel, counted from 0, of channel ranges (one axis longer than 1), in their shape.
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
-    outlier channels share a group (Bondarenko et al. 2021, section 4). Raises ValueError where groups do not divide
-    them.
+    outlier channels share a group (Bondarenko et al. 2021, section 4). With `wide` so many of the largest
+    magnitude are group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all
+    would be wide.
     """
-    count = spec.groups
-    assert count is not None  # GROUP has them
-    if low.size % count:
-        raise ValueError(f"groups {count} does not divide the {low.size} channels; choose a number that does")
-    order = np.argsort((high - low).ravel(), kind="stable") if spec.permute else np.arange(low.size)
-    back = np.argsort(order)
+    count, channels = spec.groups, low.size
+    if spec.wide is not None and spec.wide >= channels:
+        raise ValueError(f"wide {spec.wide} of {channels} channels leaves none to the others; choose fewer")
+    if count is not None and channels % count:
+        raise ValueError(f"groups {count} does not divide the {channels} channels; choose a number that does")
+    size = high - low if count is not None else np.maximum(-low, high)
+    ordered = spec.permute or count is None
+    order = np.argsort(size.ravel(), kind="stable") if ordered else np.arange(channels)
+    place = np.argsort(order)  # of each channel in that order
+    group = place >= channels - (spec.wide or 0) if count is None else place // (channels // count)
+    return group.astype(np.int32).reshape(low.shape)
 
-    def share(values: np.ndarray, reduce: np.ufunc) -> np.ndarray:
-        grouped = reduce.reduce(values.ravel()[order].reshape(count, -1), axis=1)
-        return np.repeat(grouped, low.size // count)[back].reshape(values.shape)
 
-    return share(low, np.minimum), share(high, np.maximum)
+def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Channel ranges (one axis longer than 1) -> its group's range for each, in the same shape. Raises ValueError
+    as `group_channels`."""
+    group = group_channels(low, high, spec)
+    count = int(group.max()) + 1
+    ends = np.array([[low[group == i].min(), high[group == i].max()] for i in range(count)], low.dtype)
+    return ends[group, 0], ends[group, 1]
+
+
+def narrow_spec(spec: QuantSpec) -> QuantSpec:
+    """That of the channels that are not coded wide."""
+    return replace(spec, granularity=Granularity.CHANNEL, wide=None)
 
 
 def check_order(low: np.ndarray, high: np.ndarray) -> None:
@@ -172,13 +204,17 @@ def scale_zero(
     real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1);
     else high / code_max and 0. An empty range (0, 0) has the scale `empty`; no scale is below the `floor`. So what
     comes out passes `check_quantizer`: scales are above 0, they and their reciprocals finite, zero points among the
-    codes. Raises ValueError where low is above high, or the range, or the
-    scale in its dtype, is not finite.
+    codes. With `wide` some channels have the scale of symmetric codes of 16 bits, and the zero point WIDE_ZERO. Raises
+    ValueError where low is above high, or the range, or the scale in its dtype, is not finite.
     """
     check_width(spec, rule.arithmetic)
     check_order(low, high)
     if spec.granularity is Granularity.GROUP and np.size(low) > 1:
+        wide = group_channels(low, high, spec) > 0
         low, high = unite_groups(low, high, spec)
+        if spec.wide is not None:
+            (scale, zero), (large, _) = (scale_zero(low, high, one, rule) for one in (narrow_spec(spec), WIDE))
+            return np.where(wide, large, scale), np.where(wide, np.int32(WIDE_ZERO), zero)
 
     def number(value: np.ndarray | float) -> np.ndarray:
         return round_dtype(value, rule.arithmetic)
@@ -261,7 +297,7 @@ def quantize_reporting(
     check_quantizer(x.shape, scale, zero_point, spec, rule, x)
     level = round_level(x, scale, zero_point, rule, words)
     level = np.where(np.isnan(level), nan_code(zero_point, spec, rule), level)
-    return np.clip(level, spec.code_min, spec.code_max).astype(np.int32), ~np.isfinite(x)
+    return np.clip(level, *code_limits(zero_point, spec)).astype(np.int32), ~np.isfinite(x)
 
 
 def check_codes(x: np.ndarray, spec: QuantSpec, rule: QuantizeRule) -> None:
@@ -323,9 +359,10 @@ def simulate(
     if quantizing.infinity is InfinityPolicy.RAISE and np.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
     level = round_level(x, scale, zero_point, quantizing, words)
-    inside = (level >= spec.code_min) & (level <= spec.code_max)  # NaN is not
+    lowest, highest = code_limits(zero_point, spec)
+    inside = (level >= lowest) & (level <= highest)  # NaN is not
     if quantizing.nan is not NanPolicy.RAISE:
         level = np.where(np.isnan(level), nan_code(zero_point, spec, quantizing), level)
-    code = np.clip(level, spec.code_min, spec.code_max)
+    code = np.clip(level, lowest, highest)
     with np.errstate(over="ignore"):
         return decode(code, scale, zero_point, rule.dequantize).astype(x.dtype), inside

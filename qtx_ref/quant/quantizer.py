@@ -35,6 +35,7 @@ __all__ = [
     "quantize",
     "rescale",
     "scale_zero",
+    "silence_groups",
     "simulate",
     "static_scale",
     "was_silent",
@@ -54,12 +55,21 @@ def scale_zero(low: np.ndarray, high: np.ndarray, spec: Quant, profile: Profile 
 def static_scale(low: np.ndarray, high: np.ndarray, silent: np.ndarray, spec: Quant) -> tuple[np.ndarray, np.ndarray]:
     """`scale_zero` of a calibrated range, in one for all numerics. Where `silent`, in the shape of low, says that the
     tensor was 0 in all of calibration, the scale of a uniform quantizer is 2^-8: in integers 1 would be a coarse unit
-    for what is added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; so do
-    groups, which no integer model has."""
+    for what is added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; of a group
+    it has 2^-8 too."""
     scale, zero = scale_zero(low, high, spec)
-    if isinstance(spec, FloatQuantSpec) or spec.granularity is Granularity.GROUP:
+    if isinstance(spec, FloatQuantSpec):
         return scale, zero
-    return np.where(silent, SILENT_SCALE, scale), zero
+    return np.where(silence_groups(low, high, silent, spec), SILENT_SCALE, scale), zero
+
+
+def silence_groups(low: np.ndarray, high: np.ndarray, silent: np.ndarray, spec: QuantSpec) -> np.ndarray:
+    """Where a tensor counts as silent, boolean, in the shape of low: as `silent` says, but a group's channels only
+    together, by the range that they share."""
+    if spec.granularity is not Granularity.GROUP or low.size == 1:
+        return silent
+    low, high = affine.unite_groups(low, high, spec)
+    return (low == 0) & (high == 0)
 
 
 def rescale(calibrated: Range, spec: Quant, profile: Profile) -> Range:
@@ -68,7 +78,8 @@ def rescale(calibrated: Range, spec: Quant, profile: Profile) -> Range:
     if isinstance(spec, FloatQuantSpec) or spec.learned or profile.scale == QTX.scale:
         return calibrated
     scale, zero = affine.scale_zero(calibrated.low, calibrated.high, spec, profile.scale)
-    silent = np.reshape(was_silent(calibrated), np.shape(scale))
+    silent = silence_groups(calibrated.low, calibrated.high, was_silent(calibrated), spec)
+    silent = np.reshape(silent, np.shape(scale))
     return calibrated._replace(scale=np.where(silent, SILENT_SCALE, scale), zero_point=zero)
 
 

@@ -66,6 +66,8 @@ from .profile import (
     ScaleRule,
 )
 from .quant import (
+    WIDE_BITS,
+    WIDE_ZERO,
     FloatQuantSpec,
     Granularity,
     ObserverKind,
@@ -171,5 +173,7 @@ __all__ = [
     "trains",
     "Transform",
     "TransformKind",
+    "WIDE_BITS",
+    "WIDE_ZERO",
     "ZeroPoint",
 ]

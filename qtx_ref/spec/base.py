@@ -89,6 +89,8 @@ def settle(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
         return int(value)
     if kind is float and isinstance(value, Real) and not isinstance(value, bool) and is_finite(value):
         return float(value)
+    if kind is str and isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        refuse(what, value, "half a surrogate pair is no character")
     if kind not in (int, float) and isinstance(value, kind) and not isinstance(value, Enum):
         return value
     accepted = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string"}

@@ -8,10 +8,12 @@ from typing import NoReturn
 from .base import SpecError
 from .choices import Dtype, HighProduct
 from .profile import Fixed, FloatProduct, Profile
-from .quant import FloatQuantSpec, Granularity, Quant, QuantSpec
+from .quant import WIDE_BITS, FloatQuantSpec, Granularity, Quant, QuantSpec
 
 __all__ = ["accumulator_bits", "check_integer", "check_width", "refuse_integer"]
 
+KEYS = (".scores", ".probs", ".context.lhs")
+HEADS = (".query", ".key", ".value", ".scores.lhs", ".scores.rhs", ".context.rhs")  # what products of activations take
 TABLES = ("embed.token.weight", "embed.type.weight", "embed.position.weight")
 
 
@@ -31,8 +33,8 @@ def check_integer(
 
     transforms: the linears at whose input a transform is left, which no norm has taken in.
 
-    Scales along the sum: activations per channel (but those of `value`, whose channels P V does not sum), group or
-    block.
+    A static scale per channel or group is one accumulator for each scale, and their weighted sum; per block there is
+    one for every tensor anew.
     """
     rule = profile.requantize
     if strict and isinstance(rule, FloatProduct):
@@ -49,10 +51,14 @@ def check_integer(
             refuse_integer(site, "its outlier channels stay in float")
         if spec.axis is not None:
             refuse_integer(site, f"its channels are named by axis, {spec.axis}: leave it out for the operand's own")
-        if spec.granularity in (Granularity.GROUP, Granularity.BLOCK):
-            refuse_integer(site, f"a scale per {spec.granularity} varies along the axis that is summed over")
-        if spec.granularity is Granularity.CHANNEL and not weight and not site.endswith((".value", ".context.rhs")):
-            refuse_integer(site, "a scale per channel varies along the axis that the next product sums over")
+        if spec.granularity is Granularity.BLOCK:
+            refuse_integer(site, "a scale per block varies along the axis that is summed over")
+        if spec.granularity is Granularity.GROUP and weight:
+            refuse_integer(site, "a weight's outputs are in groups: give each a scale of its own, channel")
+        if spec.granularity in (Granularity.GROUP, Granularity.CHANNEL) and site.endswith(KEYS):
+            refuse_integer(site, f"its last axis is the keys, which have no scale per {spec.granularity}")
+        if spec.wide is not None and site.endswith(HEADS):
+            refuse_integer(site, "a product of activations takes codes of one width: leave wide out")
         if spec.dynamic and not weight:
             if strict:
                 refuse_integer(site, "its scale is taken from the data, in floats: strict needs a static range")
@@ -69,8 +75,9 @@ def check_integer(
 
 def check_width(spec: QuantSpec, arithmetic: Dtype) -> None:
     """Raises ValueError where the arithmetic cannot hold the codes: float16 ends at 65504."""
-    if arithmetic is Dtype.FLOAT16 and spec.code_max > 65504:
-        raise ValueError(f"code {spec.code_max} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
+    largest = spec.code_max if spec.wide is None else 2**WIDE_BITS - 1
+    if arithmetic is Dtype.FLOAT16 and largest > 65504:
+        raise ValueError(f"code {largest} is infinite in float16 arithmetic; use 15 bits, or another arithmetic")
 
 
 def accumulator_bits(*specs: QuantSpec | None) -> int:

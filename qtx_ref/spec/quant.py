@@ -17,6 +17,8 @@ __all__ = [
     "Quant",
     "QuantSpec",
     "Range",
+    "WIDE_BITS",
+    "WIDE_ZERO",
     "check_axes",
     "check_axis",
     "is_local",
@@ -25,13 +27,18 @@ __all__ = [
 ]
 
 
+WIDE_BITS = 16  # of a channel that is coded wide
+WIDE_ZERO = 2 ** (WIDE_BITS - 1)  # its zero point, by which it is known
+
+
 class Granularity(Name):
     """Which elements of a tensor share a scale and a zero point."""
 
     TENSOR = "tensor"  # one scale
     CHANNEL = "channel"  # one per channel: the last axis of an activation, the output axis of a weight, or `axis`
     TOKEN = "token"  # one per row: every axis but the last
-    GROUP = "group"  # `groups` groups of channels (per-embedding-group, Bondarenko et al. 2021), each of one scale
+    # `groups` groups of channels (per-embedding-group, Bondarenko et al. 2021), each of one scale; or two, by `wide`
+    GROUP = "group"
     BLOCK = "block"  # one per `block` neighbours along the last axis, or `axis`
 
 
@@ -107,12 +114,16 @@ class QuantSpec(Spec):
     axis: int | None = None  # of CHANNEL: the channels' own; of BLOCK: along which they lie; from the end if negative
     # codes from -2^(bits-1); None: those of a symmetric quantizer alone. int8 with a zero point: asymmetric and True
     signed: bool | None = None
+    # GROUP, in place of groups: the channels of the largest magnitude, so many, have symmetric codes of 16 bits beside
+    # the others: 0 to 65535 about WIDE_ZERO, which is no code of theirs
+    wide: int | None = None
 
     def check(self) -> None:
         if not 2 <= self.bits <= 16:
             refuse("quantizer bits", self.bits, "give a whole number from 2 to 16")
         refuse_static(self.granularity, self.dynamic)
-        for key, owner in (("groups", Granularity.GROUP), ("block", Granularity.BLOCK)):
+        grouping = "groups" if self.wide is None else "wide"
+        for key, owner in ((grouping, Granularity.GROUP), ("block", Granularity.BLOCK)):
             value, needed = getattr(self, key), self.granularity is owner
             if needed and (value is None or value < 1):
                 refuse(f"quantizer {key}", value, f"granularity {owner} needs a whole number, at least 1")
@@ -121,6 +132,10 @@ class QuantSpec(Spec):
         check_axis("quantizer", self.axis, self.granularity)
         if self.permute and self.granularity is not Granularity.GROUP:
             refuse("quantizer permute", True, "it belongs to granularity group")
+        if self.wide is not None and self.groups is not None:
+            refuse("quantizer wide", self.wide, "it stands in place of groups; give one of them")
+        if self.wide is not None and (self.bits > 8 or self.permute or self.dynamic or self.mirrored):
+            refuse("quantizer wide", self.wide, "its other channels have static codes of at most 8 bits, unpermuted")
         if self.learned and self.granularity is Granularity.GROUP:
             refuse("quantizer learned", True, "the channels of a group share a scale, and learning would part them")
         if self.outliers is not None and self.outliers <= 0:
@@ -218,6 +233,11 @@ class FloatQuantSpec(Spec):
     def code_max(self) -> int:
         """Of the zero point, which is 0."""
         return 0
+
+    @property
+    def wide(self) -> None:
+        """No channel has more bits than the others."""
+        return None
 
 
 Quant = QuantSpec | FloatQuantSpec

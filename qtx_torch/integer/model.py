@@ -39,7 +39,7 @@ from ..numerics import Float
 from ..ops import arrange, merge_heads
 from ..quant import affine
 from ..sites import SiteModule
-from . import fixed_point, float_product, ops, products
+from . import fixed_point, float_product, groups, ops, products
 
 Constants = Mapping[str, Tensor]
 ZERO = torch.zeros((), dtype=torch.int32)
@@ -58,14 +58,14 @@ class Code:
         self,
         value: Tensor,
         unit: Tensor | None,
-        zero_point: Tensor = ZERO,
+        zero_point: Tensor | None = None,
         spec: QuantSpec | None = None,
         measured: bool = False,
         offset: Tensor | None = None,
     ) -> None:
         self.value = value
         self.unit = unit
-        self.zero_point = zero_point
+        self.zero_point = ZERO if zero_point is None else zero_point  # a tensor as a default does not compile
         self.spec = spec
         self.measured = measured
         self.offset = offset
@@ -126,9 +126,9 @@ class Whole(TorchDispatchMode):
 
 def code_dtype(spec: QuantSpec) -> torch.dtype:
     """The narrowest dtype of a spec's codes that both backends have (torch computes nothing in uint16)."""
-    if spec.bits <= 8:
+    if spec.bits <= 8 and spec.wide is None:
         return torch.int8 if spec.has_sign else torch.uint8
-    return torch.int16 if spec.has_sign or spec.bits < 16 else torch.int32
+    return torch.int16 if spec.wide is None and (spec.has_sign or spec.bits < 16) else torch.int32
 
 
 @contextmanager
@@ -218,8 +218,9 @@ class Integer(Float):
 
     def clamp(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
         """Whole multiples of the site's scale, with its zero point, as its codes."""
-        code = level.clamp(spec.code_min, spec.code_max).to(code_dtype(spec))
-        return Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], spec)
+        zero = self.constants[f"{site}.zero_point"]
+        code = level.clamp(*affine.code_limits(zero, spec)).to(code_dtype(spec))
+        return Code(code, self.scale_of(site), zero, spec)
 
     def scale_of(self, site: str) -> Tensor | None:
         """The scale of a static site; None under strict."""
@@ -237,6 +238,25 @@ class Integer(Float):
             return products.matmul(
                 a.value, b.value, a.spec, b.spec, *zeros, bias, bits, self.profile.matmul, self.strict
             )
+
+    def weigh(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
+        """Accumulators of a b whose units vary along the sum, in the joint unit of `groups`. Their zero points are
+        subtracted first: b's is one, or broadcasts against it."""
+        multiplier, shift = (self.constants[f"{site}.channel_{key}"] for key in ("multiplier", "shift"))
+        wide = bias is not None and bias.dtype == torch.int64
+        bits = groups.bits_below(a.spec), groups.bits_below(b.spec)
+        factors = a.subtract_zero(), b.subtract_zero()
+        with at(site):
+            acc = groups.product(*factors, multiplier, shift, self.profile.add, *bits, self.strict)
+            return products.fit(acc if bias is None else acc + bias, 64 if wide else 32, self.profile.matmul)
+
+    def joint_unit(self, site: str) -> Tensor | None:
+        """The unit of `weigh`, without that of weights, and of what goes into a norm. None under strict."""
+        return self.constants.get(f"{site}.channel_unit")
+
+    def has_groups(self, site: str) -> bool:
+        """Whether the scales of a site's input vary along the sum."""
+        return f"{site}.channel_multiplier" in self.constants
 
     def record_accumulator(self, site: str, acc: Tensor) -> Tensor:
         if self.record is not None:
@@ -281,7 +301,9 @@ class Integer(Float):
 
         wt = w.value.reshape(heads, *w.shape[-2:]).mT  # (H, I, O)
         w_zero = w.zero_point if w.zero_point.numel() == 1 else w.zero_point.reshape(heads, 1, -1)
+        grouped = self.has_groups(site)
         x_zero = x.zero_point if x.zero_point.numel() == 1 else x.zero_point.reshape(1, -1, 1)
+        x_zero = split(x.zero_point) if grouped else x_zero  # (H, 1, I)
         w_unit = w.unit if w.unit is None or w.unit.numel() == 1 else w.unit.reshape(*(1,) * (x.ndim - 1), -1)
         bias = self.constants.get(f"{site}.bias")
         bias = None if bias is None else bias.reshape(-1)
@@ -291,10 +313,11 @@ class Integer(Float):
         if heads == 1:  # one matrix, without an axis of heads
             rows, wt, inside = rows[0], wt[0], None if inside is None else inside[0]
             w_zero, x_zero = (z[0] if z.ndim == 3 else z for z in (w_zero, x_zero))
-        acc = self.matmul(site, Code(rows, None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
+        multiply, x_unit = (self.weigh, self.joint_unit(site)) if grouped else (self.matmul, x.unit)
+        acc = multiply(site, Code(rows, None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
         acc = acc if heads > 1 else acc[None]
         acc = self.record_accumulator(site, acc.transpose(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
-        y_unit = self.unit(x.unit, w_unit)
+        y_unit = self.unit(x_unit, w_unit)
         return Code(acc, y_unit, measured=x.measured, offset=bias if beside else None)
 
     def embedding(self, module: SiteModule, index: Tensor) -> Code:
@@ -306,8 +329,11 @@ class Integer(Float):
 
     def norm(self, module: SiteModule, x: Code, eps: float) -> Code:
         site = module.site
-        gain = self.weight(f"{site}.weight")
-        acc = ops.normalize(x.value, self.constants[f"{site}.eps"]) * gain.subtract_zero()
+        gain, code = self.weight(f"{site}.weight"), x.value
+        if self.has_groups(site):
+            multiplier, shift = (self.constants[f"{site}.channel_{key}"] for key in ("multiplier", "shift"))
+            code = groups.join(x.subtract_zero(), multiplier, shift, self.profile.add).int()
+        acc = ops.normalize(code, self.constants[f"{site}.eps"]) * gain.subtract_zero()
         bias = self.constants[f"{site}.bias"]
         with at(site):
             acc = products.fit(acc + bias, 64 if bias.dtype == torch.int64 else 32, self.profile.matmul)
@@ -358,7 +384,8 @@ class Integer(Float):
             return self.named(site, Code(x.subtract_zero().clamp(min=0), x.unit))
         table = self.constants.get(f"{site}.table")
         if table is not None:
-            code = table[x.value.long() - x.spec.code_min]
+            place = x.value.long() - x.spec.code_min
+            code = table[place] if table.ndim == 1 else table[torch.arange(len(table), device=table.device), place]
             zero = self.constants[f"{site}.zero_point"]
             return self.record_codes(site, Code(code, self.scale_of(site), zero, self.quants[site]))
         polynomial, bits = ops.POLYNOMIALS[kind]
@@ -374,10 +401,7 @@ class Integer(Float):
         """As `Float.attention`; the scale 1 / sqrt(K) is part of the scores' unit."""
         scores_site, context_site = attn.scores.site, attn.context.site
         q, k = self.operand(f"{scores_site}.lhs", q), self.operand(f"{scores_site}.rhs", k)
-        kt = arrange(lambda x: x.transpose(-1, -2), k)
-        acc = self.record_accumulator(scores_site, self.matmul(scores_site, q, kt))
-        step, measured = self.unit(q.unit, kt.unit, q.shape[-1] ** -0.5), q.measured or k.measured
-        scores = self.named(scores_site, Code(acc, step, measured=measured))
+        scores = self.named(scores_site, self.scores(scores_site, q, k))
         probs = self.operand(f"{context_site}.lhs", self.softmax(attn.probs, scores, mask, spec))
         v = self.operand(f"{context_site}.rhs", v)
         acc, step = self.matmul(context_site, probs, v), self.unit(probs.unit, v.unit)
@@ -386,6 +410,17 @@ class Integer(Float):
         context = merge_heads(context)  # (B, H, Tq, K) -> (B, Tq, H K)
         self.record_accumulator(context_site, context.value)
         return self.named(context_site, context)
+
+    def scores(self, site: str, q: Code, k: Code) -> Code:
+        """The accumulators of q k^T."""
+        kt = arrange(lambda x: x.transpose(-1, -2), k)
+        if self.has_groups(site):
+            step = self.joint_unit(site)
+            acc = self.weigh(site, q, kt)
+        else:
+            acc, step = self.matmul(site, q, kt), self.unit(q.unit, kt.unit)
+        acc = self.record_accumulator(site, acc)
+        return Code(acc, self.unit(step, q.shape[-1] ** -0.5), measured=q.measured or k.measured)
 
     def softmax(self, module: SiteModule, scores: Code, mask: Mask, spec: AttentionSpec) -> Code:
         site, find = module.site, self.constants.get

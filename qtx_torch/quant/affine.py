@@ -13,13 +13,15 @@ number by multiplying with its reciprocal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qtx_ref.spec import (
     QTX,
+    WIDE_BITS,
+    WIDE_ZERO,
     DequantizeRule,
     Dtype,
     FakeQuantizeRule,
@@ -27,6 +29,7 @@ from qtx_ref.spec import (
     InfinityPolicy,
     NanPolicy,
     Nudging,
+    Quant,
     QuantizeRule,
     QuantSpec,
     ScaleRule,
@@ -41,6 +44,7 @@ from qtx_ref.spec import (
 from .checks import check_range, check_shape
 from .rounding import decode, nan_code, round_dtype, round_integer, round_level, working_dtype
 
+WIDE = QuantSpec(WIDE_BITS, symmetric=True)  # of a channel that is coded wide: the scale; its codes are moved up
 TINY = 2.0**-126  # the smallest normal float32; no float32 scale is below it
 
 
@@ -70,9 +74,19 @@ def check_quantizer(
     is the arithmetic of a rule that takes the input's (without one: float32). It waits for the device."""
     reciprocal = rule.reciprocal and rule.nan is NanPolicy.RAISE  # engines multiply by infinity: of 0 it makes NaN
     check_scale(scale, rule.arithmetic if x is None else working_dtype(rule.arithmetic, x), reciprocal)
-    check_range("zero point", zero_point, spec.code_min, spec.code_max, "it is one of the codes")
+    narrow = zero_point if spec.wide is None else zero_point[zero_point != WIDE_ZERO]
+    check_range("zero point", narrow, spec.code_min, spec.code_max, "it is one of the codes")
     for what, value in (("scale", scale), ("zero point", zero_point)):
         check_shape(what, value, shape, "give one, or one for each that has its own")
+
+
+def code_limits(zero_point: Tensor, spec: Quant) -> tuple[Tensor | int, Tensor | int]:
+    """The lowest and the highest code: the spec's, or one for each zero point, in its shape, where some channels are
+    coded wide."""
+    if spec.wide is None:
+        return spec.code_min, spec.code_max
+    wide = zero_point == WIDE_ZERO
+    return torch.where(wide, 0, spec.code_min), torch.where(wide, 2**WIDE_BITS - 1, spec.code_max)
 
 
 def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -125,24 +139,43 @@ def ranges(x: Tensor, spec: QuantSpec, weight: bool = False, where: Tensor | Non
     return torch.movedim(low, -1, axis), torch.movedim(high, -1, axis)
 
 
-def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Channel ranges (one axis longer than 1) -> each channel's group's range, the same shape.
+def group_channels(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """The group of each channel, counted from 0, of channel ranges (one axis longer than 1), in their shape.
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
-    outlier channels share a group (Bondarenko et al. 2021, section 4). Raises ValueError where groups do not divide
-    them.
+    outlier channels share a group (Bondarenko et al. 2021, section 4). With `wide` so many of the largest
+    magnitude are group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all
+    would be wide.
     """
-    if low.numel() % spec.groups:
-        raise ValueError(f"groups {spec.groups} does not divide the {low.numel()} channels; choose a number that does")
-    span = (high - low).flatten()
-    order = torch.argsort(span, stable=True) if spec.permute else torch.arange(span.numel(), device=span.device)
-    back = torch.argsort(order)
+    count, channels = spec.groups, low.numel()
+    if spec.wide is not None and spec.wide >= channels:
+        raise ValueError(f"wide {spec.wide} of {channels} channels leaves none to the others; choose fewer")
+    if count is not None and channels % count:
+        raise ValueError(f"groups {count} does not divide the {channels} channels; choose a number that does")
+    size = (high - low if count is not None else torch.maximum(-low, high)).flatten()
+    ordered = spec.permute or count is None
+    order = torch.argsort(size, stable=True) if ordered else torch.arange(channels, device=size.device)
+    place = torch.argsort(order)  # of each channel in that order
+    group = place >= channels - (spec.wide or 0) if count is None else place // (channels // count)
+    return group.int().reshape(low.shape)
 
-    def share(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-        grouped = reduce(values.flatten()[order].reshape(spec.groups, -1), 1)
-        return grouped.repeat_interleave(low.numel() // spec.groups)[back].reshape(values.shape)
 
-    return share(low, torch.amin), share(high, torch.amax)
+def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Channel ranges (one axis longer than 1) -> its group's range for each, in the same shape. Raises ValueError
+    as `group_channels`."""
+    group = group_channels(low, high, spec).flatten().long()
+    count = 2 if spec.groups is None else spec.groups
+
+    def share(values: Tensor, reduce: str) -> Tensor:
+        ends = values.new_zeros(count).scatter_reduce(0, group, values.flatten(), reduce, include_self=False)
+        return ends[group].reshape(values.shape)
+
+    return share(low, "amin"), share(high, "amax")
+
+
+def narrow_spec(spec: QuantSpec) -> QuantSpec:
+    """That of the channels that are not coded wide."""
+    return replace(spec, granularity=Granularity.CHANNEL, wide=None)
 
 
 def check_order(low: Tensor, high: Tensor) -> None:
@@ -161,13 +194,17 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX
     real zero point. Mirrored: of a range with a negative end what symmetric has, under codes moved up by 2^(bits - 1);
     else high / code_max and 0. An empty range (0, 0) has the scale `empty`; no scale is below the `floor`. So what
     comes out passes `check_quantizer`: scales are above 0, they and their reciprocals finite, zero points among the
-    codes. Raises ValueError where low is above high, or the range, or the
-    scale in its dtype, is not finite.
+    codes. With `wide` some channels have the scale of symmetric codes of 16 bits, and the zero point WIDE_ZERO. Raises
+    ValueError where low is above high, or the range, or the scale in its dtype, is not finite.
     """
     check_width(spec, rule.arithmetic)
     reversed_ends, ends = low > high, (low, high)
     if spec.granularity is Granularity.GROUP and low.numel() > 1:
+        wide = group_channels(low, high, spec) > 0
         low, high = unite_groups(low, high, spec)
+        if spec.wide is not None:
+            (scale, zero), (large, _) = (scale_zero(low, high, one, rule) for one in (narrow_spec(spec), WIDE))
+            return torch.where(wide, large, scale), zero.masked_fill(wide, WIDE_ZERO)
 
     def number(value: Tensor) -> Tensor:
         return round_dtype(value, rule.arithmetic)
@@ -234,15 +271,16 @@ def quantize(
     Raises ValueError on NaN and on infinity where the rule says so, and for a scale or zero point that no quantizer
     has (`check_quantizer`) or that does not fit the shape of x.
     """
-    nan = torch.isnan(x)
-    if rule.nan is NanPolicy.RAISE and nan.any():
+    looking = not torch.compiler.is_compiling()  # a compiled graph has no branch on data
+    if looking and rule.nan is NanPolicy.RAISE and torch.isnan(x).any():
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
-    if rule.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
+    if looking and rule.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
     if rule.nan is NanPolicy.RAISE:
         check_codes(x, spec, rule)
-        check_quantizer(x.shape, scale, zero_point, spec, rule, x)
-        return round_level(x, scale, zero_point, rule, words).clamp_(spec.code_min, spec.code_max).to(torch.int32)
+        if looking:
+            check_quantizer(x.shape, scale, zero_point, spec, rule, x)
+        return round_level(x, scale, zero_point, rule, words).clamp_(*code_limits(zero_point, spec)).to(torch.int32)
     return quantize_reporting(x, scale, zero_point, spec, rule, words)[0]
 
 
@@ -261,7 +299,7 @@ def quantize_reporting(
     check_quantizer(x.shape, scale, zero_point, spec, rule, x)
     level = round_level(x, scale, zero_point, rule, words)
     level = torch.where(torch.isnan(level), nan_code(zero_point, spec, rule), level)
-    return level.clamp(spec.code_min, spec.code_max).to(torch.int32), ~torch.isfinite(x)
+    return level.clamp(*code_limits(zero_point, spec)).to(torch.int32), ~torch.isfinite(x)
 
 
 def check_codes(x: Tensor, spec: QuantSpec, rule: QuantizeRule) -> None:
@@ -320,7 +358,7 @@ def simulate(
     if quantizing.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
     level = round_level(x, scale, zero_point, quantizing, words)
-    code = level.clamp(spec.code_min, spec.code_max)
+    code = level.clamp(*code_limits(zero_point, spec))
     inside = level == code  # NaN is not
     if quantizing.nan is not NanPolicy.RAISE:
         code = torch.where(torch.isnan(level), nan_code(zero_point, spec, quantizing), code)

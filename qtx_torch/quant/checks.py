@@ -1,4 +1,8 @@
-"""What the integer arithmetic asks of its arguments: integers, within a range, in a shape that fits."""
+"""What the integer arithmetic asks of its arguments: integers, within a range, in a shape that fits.
+
+Under `torch.compile` neither range nor shape is looked at, for a graph has no branch on data: whoever compiles an
+artifact proves them of its constants before.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ def check_range(what: str, value: Tensor | int, low: int, high: int, remedy: str
     value = torch.as_tensor(value)
     check_integers(what, value.dtype)
     limits = torch.iinfo(value.dtype)
-    if limits.min >= low and limits.max <= high:
+    if torch.compiler.is_compiling() or (limits.min >= low and limits.max <= high):
         return
     wide = value.long()  # a bound beyond int32 would wrap, and of unsigned integers torch compares bytes alone
     bad = (wide < low) | (wide > high)
@@ -31,6 +35,8 @@ def check_range(what: str, value: Tensor | int, low: int, high: int, remedy: str
 
 def check_shape(what: str, value: Tensor, shape: tuple[int, ...], remedy: str) -> None:
     """Raises ValueError where `value`, broadcast against `shape`, would not leave it as it is."""
+    if torch.compiler.is_compiling():
+        return
     try:
         fits = torch.broadcast_shapes(value.shape, shape) == tuple(shape)
     except RuntimeError:

@@ -43,12 +43,21 @@ def scale_zero(low: Tensor, high: Tensor, spec: Quant, profile: Profile = QTX) -
 def static_scale(low: Tensor, high: Tensor, silent: Tensor, spec: Quant) -> tuple[Tensor, Tensor]:
     """`scale_zero` of a calibrated range, in one for all numerics. Where `silent`, in the shape of low, says that the
     tensor was 0 in all of calibration, the scale of a uniform quantizer is 2^-8: in integers 1 would be a coarse unit
-    for what is added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; so do
-    groups, which no integer model has."""
+    for what is added to it. A range of zero length of a tensor that was not (a percentile's) keeps scale 1; of a group
+    it has 2^-8 too."""
     scale, zero = scale_zero(low, high, spec)
-    if isinstance(spec, FloatQuantSpec) or spec.granularity is Granularity.GROUP:
+    if isinstance(spec, FloatQuantSpec):
         return scale, zero
-    return scale.masked_fill(silent, SILENT_SCALE), zero
+    return scale.masked_fill(silence_groups(low, high, silent, spec), SILENT_SCALE), zero
+
+
+def silence_groups(low: Tensor, high: Tensor, silent: Tensor, spec: QuantSpec) -> Tensor:
+    """Where a tensor counts as silent, boolean, in the shape of low: as `silent` says, but a group's channels only
+    together, by the range that they share."""
+    if spec.granularity is not Granularity.GROUP or low.numel() == 1:
+        return silent
+    low, high = affine.unite_groups(low, high, spec)
+    return (low == 0) & (high == 0)
 
 
 def dynamic_scale(

@@ -15,28 +15,24 @@ from torch.autograd.function import once_differentiable
 from qtx_ref.spec import QTX, FakeQuantizeRule, FloatQuantSpec, Profile, Quant, QuantSpec
 
 from ..ops import own
-from . import affine, quantizer, rounding
+from . import affine, blocks, quantizer, rounding
 
 
 class StraightThrough(torch.autograd.Function):
-    """One node where `x + (q - x).detach()` takes many; keeps the levels before the clamp. Scale and zero point are not
-    looked at, which would wait for the device: `scale_zero` made them, or `bind` has checked them."""
+    """One node where `x + (q - x).detach()` takes many. x is kept, and where it was clamped is found again: what would
+    be written for it is as large. Scale and zero point are not looked at, which would wait for the device: `scale_zero`
+    made them, or `bind` has checked them."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-        level = rounding.round_level(x, scale, zero_point)
-        ctx.save_for_backward(level)
-        ctx.ends = (spec.code_min - 0.5, spec.code_max + 0.5)  # the kernel below excludes its limits; levels are whole
-        code = level.clamp(spec.code_min, spec.code_max)  # a float: NaN stays NaN
-        return own(code.sub_(zero_point).mul_(scale).to(x.dtype))
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.spec = spec
+        return own(blocks.simulate(x, blocks.store_rows(scale), blocks.store_rows(zero_point.float()), spec))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
-        (level,) = ctx.saved_tensors
-        wide = torch.promote_types(g.dtype, level.dtype)  # bfloat16 cannot tell 32767 from 32768
-        dx = torch.ops.aten.hardtanh_backward(g.to(wide), level.to(wide), *ctx.ends)
-        return dx.to(g.dtype), None, None, None
+        return blocks.pass_gradient(g, *ctx.saved_tensors, ctx.spec), None, None, None
 
 
 class Unclamped(torch.autograd.Function):
@@ -44,7 +40,8 @@ class Unclamped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return own(rounding.round_level(x, scale, zero_point).sub_(zero_point).mul_(scale).to(x.dtype))
+        scale, zero = blocks.store_rows(scale), blocks.store_rows(zero_point.float())
+        return own(rounding.round_level(x, scale, zero).sub_(zero).mul_(scale).to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -52,8 +49,27 @@ class Unclamped(torch.autograd.Function):
         return g, None, None
 
 
+class OwnRanges(torch.autograd.Function):
+    """The same of rows by their own ranges (`blocks.has_rows`), found in the same pass: something is kept only where a
+    code was clamped, which rounding seldom makes so."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, spec: QuantSpec) -> Tensor:
+        y, scale, zero_point, ctx.clamped = blocks.simulate_rows(x, spec)
+        if ctx.clamped:
+            ctx.save_for_backward(x, scale, zero_point)
+        ctx.spec = spec
+        return own(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        return blocks.pass_gradient(g, *ctx.saved_tensors, ctx.spec) if ctx.clamped else g, None
+
+
 class Selected(torch.autograd.Function):
-    """The same for a small float, beside outliers, and under another profile: keeps where the gradient passes."""
+    """The same for a small float, beside outliers, of wide channels, under another profile: keeps where the gradient
+    passes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant, profile: Profile) -> Tensor:
@@ -70,7 +86,7 @@ class Selected(torch.autograd.Function):
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: Quant, profile: Profile = QTX) -> Tensor:
     """The straight-through estimator (Bengio et al. 2013): dx = g where the code was not clamped, else 0."""
-    if profile is not QTX or isinstance(spec, FloatQuantSpec) or spec.outliers is not None:
+    if profile is not QTX or isinstance(spec, FloatQuantSpec) or spec.outliers is not None or spec.wide is not None:
         return Selected.apply(x, scale, zero_point, spec, profile)
     return StraightThrough.apply(x, scale, zero_point, spec)
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from parity_tests import fingerprints
-from parity_tests.fingerprints import list_candidates, plant
+from parity_tests.long import fingerprints
+from parity_tests.long.fingerprints import list_candidates, plant
 from qtx.audit.fingerprint.boxes import choose_path
 from qtx.audit.fingerprint.finding import find_rules
 from qtx.audit.fingerprint.questions import Arrays, Function, Values

@@ -1,4 +1,4 @@
-"""Several processes: a slice of `python -m parity_tests.distributed`, one that is killed, and what is refused."""
+"""Several processes: a slice of `python -m parity_tests.long.distributed`, one that is killed, and what is refused."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import pytest
 import torch.distributed as dist
 from click.testing import CliRunner
 
-from parity_tests import distributed as proof
-from parity_tests.kill_test import LOST, SECONDS, find_port
+from parity_tests.long import distributed as proof
+from parity_tests.long.kill_test import LOST, SECONDS, find_port
 from qtx.cli import main
 from qtx.engines.machine import Machine
 from qtx.jobs.run import TrainSpec

@@ -1,11 +1,11 @@
-"""A slice of `python -m parity_tests.kill_test`, and faults that it must see."""
+"""A slice of `python -m parity_tests.long.kill_test`, and faults that it must see."""
 
 import copy
 
 import numpy as np
 import pytest
 
-from parity_tests.kill_test import Left, compare, stop_runs
+from parity_tests.long.kill_test import Left, compare, stop_runs
 
 WHOLE = Left(
     {"model.safetensors": {"a": np.arange(3.0)}, "model-000004.safetensors": {"a": np.arange(2.0)}},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.published_settings import RUNS, write_page
+from parity_tests.long.published_settings import RUNS, write_page
 from qtx.jobs.resolving import make_model
 from qtx.runs.keys import TABLES, count_steps, find_key
 from qtx.runs.reading import RunSpec, make_run, open_run

@@ -75,7 +75,7 @@ def save(path, name="bert_clipped", *choice):
     return artifact, batch
 
 
-CHOICES = (  # the first three in every engine; all small models: python -m parity_tests.onnx_export --small
+CHOICES = (  # the first three in every engine; all small models: python -m parity_tests.long.onnx_export --small
     ("bert_clipped_alpha",),
     ("opt_gate_linear", "w8a8", "tflite"),
     ("vit_clipped_row", "w4a6"),

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from parity_tests import fuzz
+from parity_tests.long import fuzz
+from parity_tests.subjects import hostile
 from parity_tests.subjects.mutations import flip_bit
 from parity_tests.tests.shell import call, good
 from qtx.files import artifact
@@ -105,7 +106,7 @@ def test_a_text_that_changed_and_means_the_same_is_noticed(place):
     assert "sha256 differs" in refuse("evaluate", "vit.safetensors", "--backend", "ref")
 
 
-EARLIER_STUDY = {  # `fuzz.STUDY` as studies said it before they had a format
+EARLIER_STUDY = {  # `hostile.STUDY` as studies said it before they had a format
     "model": "vit-tiny",
     "steps": 1,
     "batch": 1,
@@ -130,12 +131,12 @@ def test_a_file_without_a_seal_opens_with_a_note(place):
         if "study" in name:
             content["spec"] = EARLIER_STUDY
         (place / name).write_text(json.dumps(content, indent=1))
-    for command in (fuzz.PTQ, fuzz.STUDY):
+    for command in (hostile.PTQ, hostile.STUDY):
         assert "from before files had a sha256" in good(*command, "--backend", "ref").stderr
     assert {"format", "sha256"} <= json.loads((place / "ptq/ptq.json").read_text()).keys()  # written anew
 
 
-@pytest.mark.parametrize(("name", "command"), [("ptq/ptq.json", fuzz.PTQ), ("study/study.json", fuzz.STUDY)])
+@pytest.mark.parametrize(("name", "command"), [("ptq/ptq.json", hostile.PTQ), ("study/study.json", hostile.STUDY)])
 def test_a_changed_figure_is_not_printed(place, name, command):
     content = json.loads((place / name).read_text())
     figures = content["rows"]["w8a8"] if "rows" in content else content["runs"]["vanilla-seed0"]["float"]
@@ -153,13 +154,34 @@ def test_results_of_another_kind_of_value_are_refused_in_a_line(place):
         content = json.loads(json.dumps(known))
         content["rows"]["w8a8"][key] = value
         path.write_text(json.dumps(content | {"sha256": digest(content, {})}, indent=1))
-        assert "w8a8" in refuse(*fuzz.PTQ, "--backend", "ref") or key == "bytes"
+        assert "w8a8" in refuse(*hostile.PTQ, "--backend", "ref") or key == "bytes"
     for text in ("[" * 100_000, '{"of": ' + "[" * 100_000, '{"of": 1e999}', '{"of": ' + "9" * 5000 + "}"):
         path.write_text(text)
-        refuse(*fuzz.PTQ, "--backend", "ref")
+        refuse(*hostile.PTQ, "--backend", "ref")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"name": ' * 100_000, "9" * 5000, "NaN", '{"name": 1e999}', "\udcff"])
+def test_a_study_that_says_no_runs_is_refused_in_a_line(place):
+    """Also where it has a right seal: another kind of value, or one of its two parts alone."""
+    path = place / "study/study.json"
+    known = json.loads(path.read_text())
+    del known["sha256"]
+    settings, grids = known["spec"]["settings"], known["spec"]["grids"]
+    odd = (
+        {"settings": settings},
+        {"grids": grids},
+        {"settings": [], "grids": grids},
+        {"settings": settings, "grids": 1},
+    )
+    for said in (*odd, EARLIER_STUDY | {"machine": []}):
+        content = known | {"spec": said}
+        path.write_text(json.dumps(content | {"sha256": digest(content, {})}, indent=1))
+        assert "study.json" in refuse(*hostile.STUDY, "--backend", "ref")
+
+
+NO_RECIPES = ("[" * 100_000, '{"name": ' * 100_000, "9" * 5000, "NaN", '{"name": 1e999}', "\udcff")
+
+
+@pytest.mark.parametrize("text", [*NO_RECIPES, '{"name": "\\ud800", "rules": []}'])
 def test_a_recipe_file_that_is_none(place, text):
     Path("r.json").write_text(text, errors="surrogateescape")
     assert "recipe file r.json" in refuse("evaluate", "vit.safetensors", "--recipe", "r.json", "--backend", "ref")
@@ -169,14 +191,14 @@ def test_a_recipe_file_that_is_none(place, text):
 
 
 def test_a_model_without_a_finite_number_is_no_success(place):
-    params = init_params(fuzz.VIT, 0)
+    params = init_params(hostile.VIT, 0)
     params["head.classifier.weight"] = np.full_like(params["head.classifier.weight"], 3e38)
-    save_checkpoint(place / "wild.safetensors", Checkpoint(fuzz.VIT, params))
+    save_checkpoint(place / "wild.safetensors", Checkpoint(hostile.VIT, params))
     with np.errstate(all="ignore"):
         result = call("evaluate", "wild.safetensors", "--backend", "ref")
         assert (result.exit_code, result.stdout) == (1, "")
         assert "Error: wild.safetensors diverges: loss is" in result.stderr
-        lines = call("ptq", "wild.safetensors", *fuzz.PTQ[2:-2], "wild", "--backend", "ref").stderr
+        lines = call("ptq", "wild.safetensors", *hostile.PTQ[2:-2], "wild", "--backend", "ref").stderr
     assert "the float model diverges" in lines
 
 
@@ -191,15 +213,15 @@ def test_a_model_without_a_finite_number_is_no_success(place):
         ("evaluate", "vit.safetensors", "--json", "dangling.json"),
         ("evaluate", "vit.safetensors", "--json", "study/study.json"),
         ("analyze", "vit.safetensors", "--out", "folder"),
-        (*fuzz.PTQ[:-3], "--out", "folder", "--keep", "w8a8", "--resume"),
-        (*fuzz.PTQ, "--keep", "w8a8"),
+        (*hostile.PTQ[:-3], "--out", "folder", "--keep", "w8a8", "--resume"),
+        (*hostile.PTQ, "--keep", "w8a8"),
         ("quantize", "vit.safetensors", "--out", "dangling.qtx"),
     ],
 )
 def test_nothing_of_others_is_replaced(place, arguments):
     (place / "dangling.qtx").symlink_to("nowhere.qtx")
     save_checkpoint(
-        place / "ptq/w8a8.safetensors", Checkpoint(fuzz.VIT, init_params(fuzz.VIT, 5))
+        place / "ptq/w8a8.safetensors", Checkpoint(hostile.VIT, init_params(hostile.VIT, 5))
     )  # ours, of other work
     before = fuzz.snapshot(place)
     refuse(*arguments, "--backend", "ref")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from parity_tests.walk import WEIGHT, Follower, follow
+from parity_tests.long.walk import WEIGHT, Follower, follow
 
 ROOMS, RETURNS = 14, 18
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import special
 
-from parity_tests import integer_report
+from parity_tests.long import integer_report
 from parity_tests.subjects import small_models
 from parity_tests.subjects.integer_models import Lowered, RunRecord, record_run, same
 from qtx.measure.scores import IntegerScorer

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parity_tests import integer_report, large_integer
+from parity_tests.long import integer_report, large_integer
 from parity_tests.subjects import integer_models, rules
 from parity_tests.subjects.integer_models import RunRecord, record_run, same
 from qtx.measure.scores import IntegerScorer

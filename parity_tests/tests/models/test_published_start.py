@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the published models are built with it")
 
-from parity_tests.published_start import (
+from parity_tests.long.published_start import (
     CASES,
     OPT_YAML,
     Measured,

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import qtx_ref.backend
 import qtx_torch.backend
-from parity_tests import compiled
+from parity_tests.long import compiled
 from parity_tests.subjects import small_models
 from qtx.engines.machine import Machine
 from qtx.prepare.calibration import bind
@@ -250,7 +250,7 @@ def test_the_device_auto_is_kept_by_the_name_of_the_one_chosen(monkeypatch):
 @pytest.mark.parametrize("name", ["bert_clipped_alpha", "opt_plain"])
 def test_a_compiled_step_is_one_graph_with_the_same_draws(name, monkeypatch):
     """Traced and differentiated as for the compiler, and run op by op: what code is generated for it,
-    `python -m parity_tests.compiled` compares."""
+    `python -m parity_tests.long.compiled` compares."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()

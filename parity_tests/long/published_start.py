@@ -1,4 +1,4 @@
-"""What the published code begins training with, beside ours: `python -m parity_tests.published_start`.
+"""What the published code begins training with, beside ours: `python -m parity_tests.long.published_start`.
 
 Bondarenko et al. 2023 let transformers build BERT or OPT from a configuration and put attention of their own in place
 of each layer's. Here the same is done with the installed transformers: configurations with the published values,

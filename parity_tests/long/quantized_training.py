@@ -1,4 +1,4 @@
-"""Twenty quantized training steps, forward and backward, in both backends: `python -m parity_tests.quantized_training`.
+"""Twenty training steps quantized both ways, in both backends: `python -m parity_tests.long.quantized_training`.
 
 Forced, every quantizer of torch is fed the reference's tensor and must give each code; free, both backends run on their
 own and the loss of each step must agree within 2e-4, or within twice what torch's float32 run differs from its float64
@@ -53,7 +53,7 @@ def describe(name: str, recipe: str, steps: int, rows: int, rate: float, context
 
 def main() -> int:
     """Parses the command line and runs the presets."""
-    parser = argparse.ArgumentParser(prog="python -m parity_tests.quantized_training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m parity_tests.long.quantized_training", description=__doc__)
     parser.add_argument("--models", default=",".join(PRESETS), help="presets, with commas (default: %(default)s)")
     parser.add_argument("--recipe", default="w8a8+grad8", help="as --train-quant takes it (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="at most %(default)s")

@@ -1,4 +1,4 @@
-"""A compiled step beside the eager one: python -m parity_tests.compiled [--device DEVICE]
+"""A compiled step beside the eager one: python -m parity_tests.long.compiled [--device DEVICE]
 
 Compiling takes minutes; the suite traces the same models without generating code, and compiles the draws and the
 quantizers alone.

@@ -1,4 +1,4 @@
-"""Planted boxes come back from `qtx audit fingerprint`: `python -m parity_tests.fingerprints --combinations 1000`.
+"""Planted boxes come back from `qtx audit fingerprint`: `python -m parity_tests.long.fingerprints --combinations 1000`.
 
 A box computes with `qtx_ref` under rules drawn at random. Its fingerprint must be those rules, or ones that no question
 of the pool and none of 100,000 fresh inputs tells from them. `--engines` asks each path of the installed engines

@@ -1,4 +1,4 @@
-"""Several processes against one: `python -m parity_tests.distributed`.
+"""Several processes against one: `python -m parity_tests.long.distributed`.
 
 torchrun starts 2 and 4 processes over gloo; each case is one step, whose loss and every gradient are held to float64
 beside the error of one process with the whole batch, and 20 steps. With dropout, a batch in two parts on each process,
@@ -38,7 +38,7 @@ from qtx_ref.spec import OptimSpec, Recipe, Sharding, StepSpec
 from qtx_torch import backend, distributed, models
 from qtx_torch.numerics import Float
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPTIM = OptimSpec(lr=1e-3, warmup=5, steps=100, clip_norm=0.1)
 SECONDS = 300  # for all cases of one number of processes
 FLIPS = 2.0, "twice what one process in parts differs from itself: codes and kinks flip"
@@ -169,7 +169,16 @@ def launch(folder: Path, count: int, steps: int, subjects: Iterable[int]) -> Non
     """Starts the processes. Raises RuntimeError where they fail."""
     chosen = [str(index) for index in subjects]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command += ["-m", "parity_tests.distributed", "--work", str(folder), "--steps", str(steps), "--subjects", *chosen]
+    command += [
+        "-m",
+        "parity_tests.long.distributed",
+        "--work",
+        str(folder),
+        "--steps",
+        str(steps),
+        "--subjects",
+        *chosen,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode:

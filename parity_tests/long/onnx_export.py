@@ -1,6 +1,6 @@
 """Exported files of published sizes: every code of every site, in each engine, against the reference.
 
-    python -m parity_tests.onnx_export [--model minilm ...] [--form integer ...] [--rows 2] [--tokens 32] [--small]
+    python -m parity_tests.long.onnx_export [--model minilm ...] [--form integer ...] [--rows 2] [--tokens 32] [--small]
 
 --small: instead, every small model of the cases, each attention and gate of each family, in both forms.
 

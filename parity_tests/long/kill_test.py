@@ -1,4 +1,4 @@
-"""Training that is killed: `python -m parity_tests.kill_test --moments 20`.
+"""Training that is killed: `python -m parity_tests.long.kill_test --moments 20`.
 
 Real processes of `qtx train` get SIGKILL or SIGTERM at a random moment between their start and the time that the whole
 run takes: while they import, read data, train or save. The same command with `--resume` must then leave what the run
@@ -36,7 +36,7 @@ from qtx.files.shares import find_folders, find_state, load_shares
 from qtx.jobs.log import UNEQUAL
 from qtx.jobs.run import LOG
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SECONDS = 60  # in which a process must notice that another was killed
 SMALLEST = ("--model", "vit-tiny", "--batch", "8")
 LONG = {

@@ -1,7 +1,7 @@
 """The walk of one weight: through which files it goes from `qtx quantize` to its codes, and to their use in `qtx
 evaluate`.
 
-    python -m parity_tests.walk [--weight layer.0.ffn.hidden.weight] [CHECKPOINT] [--data TEXT]
+    python -m parity_tests.long.walk [--weight layer.0.ffn.hidden.weight] [CHECKPOINT] [--data TEXT]
 
 Runs `qtx quantize CHECKPOINT --out MODEL.qtx` and `qtx evaluate MODEL.qtx` in this process, on the reference, and
 watches every call and every return of a function of the project. Words, as they are counted:

@@ -1,6 +1,6 @@
 """The published shapes in integers: every code and accumulator of every site, torch against the reference.
 
-    python -m parity_tests.large_integer [--model vit-s16 ...] [--inputs 4] [--device cpu]
+    python -m parity_tests.long.large_integer [--model vit-s16 ...] [--inputs 4] [--device cpu]
 
 First values of the parameters, their vectors (biases, gains) moved a little; ranges from two short random batches; then
 full-length random inputs one at a time, of texts every second one with padding, and for OPT some generated tokens. Each

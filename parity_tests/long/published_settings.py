@@ -1,4 +1,4 @@
-"""Every setting of the published commands beside the key that says it here: `python -m parity_tests.published_settings`
+"""Every setting of the published commands beside its key here: `python -m parity_tests.long.published_settings`
 prints docs/published-settings.md. A test holds each key to the runs that come with qtx, and each value to theirs.
 
 Facts of the code of Bondarenko et al. 2023 (scripts/*.sh, run_mlm.py, run_clm.py, model_configs/, accelerate_configs/),
@@ -13,8 +13,8 @@ from typing import Any
 
 INTRODUCTION = """# Every published setting and its key
 
-Printed by `python -m parity_tests.published_settings`; a test compares the last column with the runs that come with
-qtx (`qtx runs NAME` prints one, `--set KEY=VALUE` changes it). Where a setting comes from: *command*, the script;
+Printed by `python -m parity_tests.long.published_settings`; a test compares the last column with the runs that come
+with qtx (`qtx runs NAME` prints one, `--set KEY=VALUE` changes it). Where a setting comes from: *command*, the script;
 *code*, `run_mlm.py` or `run_clm.py`; *config*, the model's configuration or the launcher's; *default*, that of the
 library called; *post*, the 2025 blog post; *text*, the paper; *assumed*, no source at hand says it. A setting without a
 key needs none, and the last column says why.
@@ -73,7 +73,9 @@ RUN_BY_CODE = (  # the same in every script
     Setting("first rate", "0, then t / warm-up", "default", "optim.first_rate_zero", True, "of transformers' schedule"),
     Setting("AdamW beta1", "0.9", "default", "optim.beta1", 0.9),
     Setting("AdamW eps", "1e-8", "default", "optim.eps", 1e-8),
-    code("start", "attention replaced after drawing", "model.start", "published", "`parity_tests.published_start`"),
+    code(
+        "start", "attention replaced after drawing", "model.start", "published", "`parity_tests.long.published_start`"
+    ),
     code("biases", "not decayed", note="nowhere are they"),
     code("gate of one parameter per head", "decays: a tensor named alpha", "optim.decay_head_gates", True),
     code("order", "every window once per epoch, shuffled", "data.order", "permutation"),

@@ -1,4 +1,4 @@
-"""Hostile files and command lines: `python -m parity_tests.fuzz --files 3000 --commands 1000 --flips 200 --seed 0`.
+"""Hostile files and commands: `python -m parity_tests.long.fuzz --files 3000 --commands 1000 --flips 200 --seed 0`.
 
 Each case is a command in this process, in a folder that also holds files of other programs. A case fails by a
 traceback, by taking longer than a limit, or by changing a file that it was not asked to write. A flipped bit fails by
@@ -29,97 +29,16 @@ import numpy as np
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
-from parity_tests.subjects import mutations
+from parity_tests.subjects import hostile, mutations
 from parity_tests.subjects.mutations import pick
 from qtx.cli import main as qtx
 from qtx.data.splits import digest
 from qtx.data.tokenizing import read_bundled_tokenizer
 from qtx.files.checkpoint import Checkpoint, save_checkpoint
 from qtx_ref.models.initial import init_params
-from qtx_ref.spec import Family, Head, ModelSpec
 
 LIMIT = 180  # seconds of a case, on a machine that does much else
 MEMORY = 8 * 2**30  # bytes that the script may address: a case that asks for more fails
-VIT = ModelSpec(
-    Family.VIT,
-    1,
-    16,
-    2,
-    32,
-    Head.CLASSIFY,
-    pre_norm=True,
-    final_norm=True,
-    classes=10,
-    image_size=8,
-    patch_size=4,
-    channels=1,
-)
-OPT = ModelSpec(Family.OPT, 1, 16, 2, 32, Head.CAUSAL, vocab=2048, length=24)
-BERT = ModelSpec(Family.BERT, 1, 16, 2, 32, Head.MLM, vocab=2048, length=24, types=2)
-PTQ = ("ptq", "vit.safetensors", "--recipes", "w8a8", "--sequences", 4, "--calibration", 1, "--out", "ptq", "--resume")
-STUDY = (
-    "study",
-    "--model",
-    "vit-tiny",
-    "--steps",
-    1,
-    "--batch",
-    1,
-    "--attention",
-    "vanilla",
-    "--out",
-    "study",
-    "--resume",
-)
-TUNE = ("finetune", "bert.safetensors", "--steps", 1, "--batch", 2, "--out", "tuned")
-FILES: dict[str, tuple[tuple[Any, ...], ...]] = {  # of each mutated file, the commands that read it
-    "vit.safetensors": (
-        ("evaluate", "vit.safetensors", "--batches", 1),
-        ("analyze", "vit.safetensors", "--batches", 1),
-        ("quantize", "vit.safetensors", "--out", "new.qtx"),
-        ("export", "vit.safetensors", "--out", "new"),
-    ),
-    "opt.safetensors": (("generate", "opt.safetensors", "--prompt", "It was", "--tokens", 2),),
-    "bert.safetensors": (("export", "bert.safetensors", "--out", "new"), (*TUNE, "--data", "set.csv")),
-    "ranges.safetensors": (
-        ("evaluate", "ranges.safetensors", "--batches", 1),
-        ("quantize", "ranges.safetensors", "--out", "new.qtx"),
-    ),
-    "vit.qtx": (
-        ("show", "vit.qtx"),
-        ("evaluate", "vit.qtx", "--batches", 1),
-        ("diff", "vit.qtx", "other.qtx"),
-        ("vectors", "vit.qtx", "--out", "new.safetensors", "--count", 1),
-    ),
-    "vectors.safetensors": (("vectors", "vit.qtx", "--check", "vectors.safetensors"),),
-    "ptq/ptq.json": (PTQ, PTQ, PTQ),
-    "study/study.json": (STUDY, STUDY),
-    "recipe.json": (
-        ("evaluate", "vit.safetensors", "--batches", 1, "--recipe", "recipe.json"),
-        ("quantize", "vit.safetensors", "--recipe", "recipe.json", "--out", "new.qtx"),
-    ),
-    "hub/config.json": (("import", "hub", "--out", "new.safetensors"),),
-    "hub/tokenizer.json": (("import", "hub", "--out", "new.safetensors"),),
-    "hub/model.safetensors": (("import", "hub", "--out", "new.safetensors"),),
-    "set.csv": ((*TUNE, "--data", "set.csv"),),
-    "set.jsonl": ((*TUNE, "--data", "set.jsonl"),),
-}
-PIPE = "pipe"  # a file without an end, as a device is
-RESULTS = ("ptq/ptq.json", "ptq/ptq.png", "study/study.json", "study/curves.png")  # which their commands write anew
-FOREIGN = {  # files of other programs
-    "user.json": b'{"model": {"type": "BPE"}}\n',
-    "user.png": b"\x89PNG\r\n\x1a\n and so on",
-    "user.txt": b"a text of mine\n" * 40,
-    "user.qtx": b"mine",
-    "user.safetensors": None,  # made by save_file
-    "folder/model.safetensors": b"mine too",
-    "folder/ptq.json": b'{"mine": 1}',
-    "folder/w8a8.safetensors": b"mine as well",
-    "folder/analysis.json": b"[1, 2]",
-    "folder/depth.png": b"\x89PNG\r\n\x1a\n mine",
-    "folder/cost.json": b"{}",
-    "folder/study.json": b'{"runs": 5}',
-}
 
 
 class TooLong(BaseException):
@@ -160,7 +79,7 @@ def make_folder(folder: Path) -> None:
     os.chdir(folder)
     tokenizer = read_bundled_tokenizer()
     text = {"tokenizer": tokenizer, "data": {"kind": "text", "tokenizer_sha256": digest(tokenizer.encode())}}
-    for name, spec, meta in (("vit", VIT, {}), ("opt", OPT, text), ("bert", BERT, text)):
+    for name, spec, meta in (("vit", hostile.VIT, {}), ("opt", hostile.OPT, text), ("bert", hostile.BERT, text)):
         save_checkpoint(Path(f"{name}.safetensors"), Checkpoint(spec, init_params(spec, 0), meta=meta))
     words = np.array(["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "rain", "fall", "there"])
     rng = np.random.default_rng(0)
@@ -175,13 +94,13 @@ def make_folder(folder: Path) -> None:
         ("quantize", "vit.safetensors", "--out", "other.qtx", "--recipe", "w4a8", "--backend", "ref"),
         ("quantize", "vit.safetensors", "--out", "ranges.safetensors", "--backend", "ref"),
         ("vectors", "vit.qtx", "--out", "vectors.safetensors", "--count", 1, "--backend", "ref"),
-        (*PTQ, "--backend", "ref"),
-        (*STUDY, "--backend", "ref"),
+        (*hostile.PTQ, "--backend", "ref"),
+        (*hostile.STUDY, "--backend", "ref"),
         ("recipes", "w8a8-p99.9", "--model", "vit-tiny", "--json", "recipe.json"),
     ):
         result = run_command(command)
         assert result.exit_code == 0, (command, result.output)
-    for name, content in FOREIGN.items():
+    for name, content in hostile.FOREIGN.items():
         Path(name).parent.mkdir(exist_ok=True)
         if content is None:
             save_file({"a": np.zeros(3, np.float32)}, name, {"format": "pt"})
@@ -219,7 +138,7 @@ def restore(folder: Path, whole: Path, changed: set[str]) -> None:
         if name not in known:
             shutil.rmtree(path) if is_folder(path) else path.unlink()
     for name in changed:
-        if name == PIPE:
+        if name == hostile.PIPE:
             (folder / name).unlink(missing_ok=True)
             os.mkfifo(folder / name)
         elif (whole / name).exists() or (whole / name).is_symlink():
@@ -271,20 +190,17 @@ def change_file(path: Path, rng: np.random.Generator) -> None:
     kinds.get(path.suffix, mutations.change_tensors)(path, rng)
 
 
-def with_backend(command: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The command in the reference, where it computes."""
-    return command if command[0] in ("export", "show", "diff", "import", "recipes") else (*command, "--backend", "ref")
-
-
 def fuzz_files(tally: Tally, folder: Path, whole: Path, count: int, rng: np.random.Generator) -> None:
     """Mutated files, each read by a command."""
-    names = list(FILES)
+    names = list(hostile.FILES)
     for i in range(count):
         name, seed = names[i % len(names)], int(rng.integers(2**62))
         own = np.random.default_rng(seed)
         change_file(folder / name, own)
-        command = with_backend(pick(FILES[name], own))
-        _, changed = run_case(tally, folder, "files", command, f"{name}, seed {seed}: {write(command)}", RESULTS)
+        command = hostile.with_backend(pick(hostile.FILES[name], own))
+        _, changed = run_case(
+            tally, folder, "files", command, f"{name}, seed {seed}: {write(command)}", hostile.RESULTS
+        )
         restore(folder, whole, changed | {name})
 
 
@@ -299,165 +215,21 @@ def flip_bits(tally: Tally, folder: Path, whole: Path, count: int, rng: np.rando
         name, seed = list(readers)[i % 2], int(rng.integers(2**62))
         path = folder / name
         path.write_bytes(mutations.flip_bit(path.read_bytes(), np.random.default_rng(seed)))
-        command = with_backend(readers[name])
+        command = hostile.with_backend(readers[name])
         result, changed = run_case(tally, folder, "flips", command, f"flip of {name}, seed {seed}", ())
         if result is None or result.exit_code == 0:
             tally.fail("flips unnoticed", f"{name}, seed {seed}")
         restore(folder, whole, changed | {name})
 
 
-# --- command lines ----------------------------------------------------------------------------------------------------
-
-PLACES = (
-    *FOREIGN,
-    *FILES,
-    "link.json",
-    "dangling.json",
-    "folder",
-    "ptq",
-    "study",
-    "hub",
-    "nowhere",
-    "nowhere/a/b.safetensors",
-    "new",
-    "new.json",
-    "new.qtx",
-    "new.safetensors",
-    PIPE,
-    ".",
-    "",
-    "user.txt/below",
-    "a" * 300,
-    "-",
-)
-OUTSIDE = ("..", "/", "/dev/null", "/dev/zero", "/dev/stdout", "/proc/self")  # read alone: this may run as root
-WRITTEN = ("out", "json_path", "junit_path")  # options that name what a command writes
-WHOLE = ("0", "1", "2", "-1", "70000", "9999999999", str(10**25), "x", "", "1.5", "nan", "١")
-REAL = ("0", "1e-3", "-1", "nan", "inf", "-inf", "1e-400", "1e400", "x", "", "0.5", "1e308")
-WORDS = (
-    "w8a8",
-    "w4a8",
-    "w8a8-peg4p",
-    "linear-w8a8-hadamard",
-    "mxfp8",
-    "fp8-e4m3",
-    "paper-vit",
-    "float",
-    "train-w8a8",
-    "lsq-w8a8",
-    "w99a1",
-    "recipe.json",
-    "user.json",
-    "vit-tiny",
-    "opt-tiny",
-    "vanilla",
-    "clipped:gamma=nan",
-    "gated:pi=2",
-    "clipped+gated",
-    "qtx",
-    "onnx",
-    "digits",
-    "books",
-    "*",
-    "",
-    ",",
-    "w8a8,w8a8",
-    "é",
-    "a" * 2000,
-    "It was",
-    "hf",
-    "no-such-case",
-)
-BACKENDS, DEVICES = (*["ref"] * 30, "torch", "jax", ""), (*["cpu"] * 9, "cuda", "mps", "")
-DTYPES = (*["float32"] * 4, *["float64"] * 4, "bfloat16", "int8", "")
-SHORT = {"steps": "1", "batch": "1", "batches": "1", "rounds": "1", "sequences": "2", "calibration": "1", "tokens": "2"}
-SLOW = ("parity", "cost")  # which begin a table of cases or other processes where they are not refused
-LONG = ("steps", "rounds", "batches", "epochs", "tokens", "count")  # of which many are work, not a fault
-SOUND = (
-    *dict.fromkeys(command for commands in FILES.values() for command in commands),
-    ("train", "--model", "vit-tiny", "--steps", 1, "--batch", 1, "--out", "new"),
-    ("recipes", "w8a8", "--model", "vit-tiny"),
-    ("parity", "--only", "no-such-case"),
-)
-
-
-def make_command(rng: np.random.Generator) -> tuple[str, ...]:
-    """A command that would work with one option more, or one of options drawn freely."""
-    return spoil_command(rng) if rng.random() < 0.5 else draw_command(rng)
-
-
-def spoil_command(rng: np.random.Generator) -> tuple[str, ...]:
-    """A command that works, and one option more; the last of two counts."""
-    arguments = list(with_backend(pick(SOUND, rng)))
-    options = [each for each in qtx.commands[arguments[0]].params if isinstance(each, click.Option)]
-    option = pick(options, rng)
-    arguments.append(option.opts[0])
-    if not option.is_flag:
-        value = value_of(option, rng)
-        arguments.append("1" if option.name in LONG and value in WHOLE and int_of(value) > 9 else value)
-    return tuple(map(str, arguments))
-
-
-def int_of(text: str) -> int:
-    return int(text) if text.isdecimal() else 0
-
-
-def draw_command(rng: np.random.Generator) -> tuple[str, ...]:
-    """A command with options of its own, most of them with values of their kind."""
-    name = pick(sorted(set(qtx.commands) - set(SLOW)) + list(SLOW), rng)
-    command, arguments = qtx.commands[name], [name]
-    for parameter in command.params:
-        if isinstance(parameter, click.Argument):
-            if rng.random() < 0.95:
-                models = ("vit.safetensors", "opt.safetensors", "ranges.safetensors", "vit.qtx", "hub")
-                arguments.append(pick(models if rng.random() < 0.7 else PLACES + OUTSIDE, rng))
-        elif parameter.name in SHORT:
-            arguments += [parameter.opts[0], SHORT[parameter.name] if rng.random() < 0.8 else pick(WHOLE[3:], rng)]
-        elif parameter.name == "backend_name":
-            arguments += ["--backend", pick(BACKENDS, rng)]
-        elif parameter.name == "engines":
-            arguments += ["--engines", "none"]
-        elif rng.random() < (0.7 if parameter.required else 0.25) and parameter.name != "epochs":
-            arguments.append(parameter.opts[0])
-            if not parameter.is_flag:
-                arguments.append(value_of(parameter, rng))
-    if name in SLOW:
-        arguments += ["--device", pick(DEVICES[2:], rng)] if name == "cost" else ["--only", "no-such-case"]
-    if name in ("train", "study") and "--model" not in arguments:
-        arguments += ["--model", "vit-tiny"]
-    if name == "study" and "--attention" not in arguments:
-        arguments += ["--attention", "vanilla"]
-    if rng.random() < 0.03:
-        arguments.append(pick(("--nonsense", "more", "--", "-h", "--json"), rng))
-    return tuple(arguments)
-
-
-def value_of(parameter: click.Option, rng: np.random.Generator) -> str:
-    """A value of the option's kind, or of another."""
-    places = PLACES if parameter.name in WRITTEN else PLACES + OUTSIDE
-    if rng.random() < 0.1:
-        return pick(places + WORDS + WHOLE + REAL, rng)
-    if parameter.name in ("device", "dtype"):
-        return pick(DEVICES if parameter.name == "device" else DTYPES, rng)
-    if isinstance(parameter.type, click.Choice):
-        return pick((*parameter.type.choices, "x"), rng)
-    if isinstance(parameter.type, click.types.IntParamType):
-        return pick(WHOLE, rng)
-    if isinstance(parameter.type, click.Path) or parameter.name in ("json_path", "data"):
-        return pick(places, rng)
-    if parameter.type.name in ("float", "float range", "number"):
-        return pick(REAL, rng)
-    return pick(WORDS, rng)
-
-
 def fuzz_commands(tally: Tally, folder: Path, whole: Path, count: int, rng: np.random.Generator) -> None:
     """Command lines as nobody should type them."""
     for _ in range(count):
-        command = make_command(rng)
+        command = hostile.make_command(rng)
         asked = tuple(
             str(Path(text) / name) for text in command for name in (".", "ptq.json", "study.json", "curves.png")
         )
-        free = tuple(name for name in (*RESULTS, "recipe.json") if name in asked or name in RESULTS)
+        free = tuple(name for name in (*hostile.RESULTS, "recipe.json") if name in asked or name in hostile.RESULTS)
         _, changed = run_case(tally, folder, "commands", command, write(command), free)
         restore(folder, whole, changed)
 
@@ -489,7 +261,7 @@ def fuzz(files: int, commands: int, flips: int, seed: int) -> Tally:
             make_folder(whole)
             shutil.copytree(whole, folder, symlinks=True)
             for place in (whole, folder):
-                os.mkfifo(place / PIPE)
+                os.mkfifo(place / hostile.PIPE)
             os.chdir(folder)
             for i, (run, count) in enumerate(((fuzz_files, files), (fuzz_commands, commands), (flip_bits, flips))):
                 run(tally, folder, whole, count, np.random.default_rng([seed, i]))

@@ -1,6 +1,6 @@
 """How far integers are from fake quantization: one op at a time, and as they add up through a model.
 
-    python -m parity_tests.integer_report [CHECKPOINT ...] [--recipe w8a8] [--steps 150]
+    python -m parity_tests.long.integer_report [CHECKPOINT ...] [--recipe w8a8] [--steps 150]
 
 Without a checkpoint the small presets are trained first. Printed per model: the largest difference, in codes, of one
 requantization (an accumulator by integers, and through float32) and of one op on the same input codes, with the share

@@ -1,0 +1,1 @@
+"""Long proofs and reports, each a command: python -m parity_tests.long.NAME."""

@@ -1,0 +1,137 @@
+"""Fake quantization in blocks of rows, and compiled: every value and gradient is the reference's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qtx_ref.quant import affine as ref_affine
+from qtx_ref.quant import quantizer as ref_quantizer
+from qtx_ref.spec import Granularity, QuantSpec
+from qtx_torch.numerics import FakeQuant
+from qtx_torch.quant import blocks, straight_through
+
+SPECS = [
+    QuantSpec(bits, symmetric=symmetric, granularity=granularity, dynamic=True, narrow=narrow)
+    for bits, symmetric, granularity, narrow in product(
+        (2, 4, 8, 16), (False, True), (Granularity.TOKEN, Granularity.CHANNEL, Granularity.TENSOR), (False, True)
+    )
+]
+OTHERS = [
+    QuantSpec(8, signed=True, granularity=Granularity.TOKEN, dynamic=True),
+    QuantSpec(8, mirrored=True, granularity=Granularity.TOKEN, dynamic=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 40)
+    monkeypatch.setattr(blocks, "RANGED", 130)
+
+
+def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of many sizes, one of zeros, one of positive and one of negative numbers, and zeros of both signs."""
+    x = rng.standard_t(2, shape) * 10.0 ** rng.integers(-4, 4, (*shape[:-1], 1))
+    rows = x.reshape(-1, shape[-1])
+    rows[0], rows[1], rows[2], rows[3, 0], rows[3, 1] = 0, abs(rows[1]), -abs(rows[2]), 0.0, -0.0
+    return torch.tensor(x, dtype=torch.float32).to(dtype)
+
+
+def same_bits(a: Tensor, b: np.ndarray) -> bool:
+    a = a.detach().float().numpy()
+    return np.array_equal(a.view(np.int32), b.astype(np.float32).view(np.int32))
+
+
+def expect(x: Tensor, spec: QuantSpec, weight: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    array = x.detach().float().numpy()
+    values, inside = ref_affine.simulate(array, *ref_quantizer.dynamic_scale(array, spec, None, weight), spec)
+    return values, inside
+
+
+@pytest.mark.parametrize("spec", SPECS + OTHERS, ids=str)
+def test_own_ranges_in_blocks(spec: QuantSpec) -> None:
+    rng = np.random.default_rng(1)
+    for site, shape in (("a.site", (3, 7, 12)), ("a.site.weight", (23, 9)), ("a.site", (4, 100))):
+        x = draw(rng, shape).requires_grad_()
+        y = FakeQuant(site, spec, None)(x, None)
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        y.backward(g)
+        values, inside = expect(x, spec, site.endswith("weight"))
+        assert same_bits(y, values)
+        assert np.array_equal(x.grad.numpy(), np.where(inside, g.numpy(), 0))
+
+
+def test_rows_take_the_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above are of what they say."""
+    x, token = draw(np.random.default_rng(0), (9, 12)), SPECS[0]
+    assert token.granularity is Granularity.TOKEN and blocks.has_rows(x, token, False)
+    assert not blocks.has_rows(x, replace(token, granularity=Granularity.CHANNEL), False)
+    assert blocks.has_rows(x, replace(token, granularity=Granularity.CHANNEL), True)
+    assert not blocks.has_rows(x[:3], token, False)  # as small as a block
+    monkeypatch.setattr(blocks, "simulate_rows", lambda *_: pytest.fail("one pass"))
+    with pytest.raises(pytest.fail.Exception, match="one pass"):
+        FakeQuant("a.site", token, None)(x, None)
+
+
+def test_a_row_that_rounding_clamps() -> None:
+    """-1.5 and 253.5 of scale 1: the zero point is 2, and 253.5 has level 254 + 2, one above the last code."""
+    spec = QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
+    rows = torch.full((8, 12), 1.0)
+    rows[:, 0], rows[:, 1] = -1.5, 253.5
+    rows[0] = torch.linspace(0, 255, 12)
+    x = rows.clone().requires_grad_()
+    *_, clamped = blocks.simulate_rows(x.detach(), spec)
+    FakeQuant("a.site", spec, None)(x, None).sum().backward()
+    _, inside = expect(x, spec)
+    assert clamped and (~inside).sum() == 7 and np.array_equal(x.grad.numpy(), inside.astype(np.float32))
+    *_, clamped = blocks.simulate_rows(rows[:1].repeat(8, 1), spec)
+    assert not clamped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_given_ranges_in_blocks(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(2)
+    whole = draw(rng, (2, 5, 3, 8), dtype)
+    layouts = {
+        "rows": whole,
+        "heads": whole.transpose(1, 2),
+        "columns": whole.reshape(10, 24).t(),
+        "every other": whole[..., ::2],
+    }
+    for name, x in layouts.items():
+        for spec, axes in product((SPECS[0], QuantSpec(8), QuantSpec(16, symmetric=True)), ((), (-1,), (0,), (0, 1))):
+            shape = [x.shape[i] if i - x.ndim in axes or i in axes else 1 for i in range(x.ndim)] if axes else []
+            scale = torch.tensor(rng.uniform(0.001, 1, shape), dtype=torch.float32)
+            zero = torch.tensor(rng.integers(spec.code_min, spec.code_max + 1, shape) * (not spec.symmetric)).int()
+            leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+            y = straight_through.fake_quantize(leaf, scale, zero, spec)
+            g = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            y.backward(g)
+            values, inside = ref_affine.simulate(x.float().numpy(), scale.numpy(), zero.numpy(), spec)
+            assert y.dtype == dtype and same_bits(y, torch.tensor(values).to(dtype).float().numpy()), name
+            assert np.array_equal(leaf.grad.float().numpy(), np.where(inside, g.float().numpy(), 0)), name
+
+
+def test_not_a_number_shows_everywhere() -> None:
+    spec = QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
+    for bad in (math.nan, math.inf):
+        x = torch.ones(9, 12)
+        x[4, 2] = bad
+        assert FakeQuant("a.site", spec, None)(x, None).isnan().all()
+        y = straight_through.fake_quantize(x, torch.tensor(0.5), torch.tensor(3), spec)
+        assert y.isnan().sum() == math.isnan(bad)
+
+
+def test_spared_rows_stay() -> None:
+    spec = QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
+    x = draw(np.random.default_rng(3), (3, 4, 12))
+    spared = torch.tensor([[True, False, False, False]] * 3)[:, :, None]
+    y = FakeQuant("a.site", spec, None)(x, None, spared)
+    values, _ = expect(x, spec)
+    assert same_bits(y, np.where(spared.numpy(), x.numpy(), values))

@@ -1,0 +1,396 @@
+"""Exact products as compiled models run them: weights laid out once, no branch on data.
+
+Not in the reference: which instruction multiplies is a matter of the machine; what comes out is `products.matmul`'s.
+
+`prepare` proves from the weights, the zero points and the bias what `products.matmul` looks at in every call, and picks
+the carrier; `multiply` and `batched` then only compute. With X = x - c and W = w - c recentred codes (c: see
+`products`), and the zero points moved likewise,
+
+    acc = X W - zw rowsum(X) + [bias - zx (colsum(W) - K zw)]
+
+whose bracket is made once. A scale per token that is not symmetric brings its zx with the data.
+
+**Ways.** Those of `machine`, of which `prepare` takes the fastest that is exact for these weights. Codes of 9 to 16
+bits are two bytes: X = 256 high + low + 128 with low recentred, so that 256 (high W) + (low W) + 128 colsum(W) is
+exact; the last term joins the bracket. Floats go in blocks of K short enough that their sums are exact, as in
+`products`; the whole of K is one block where the weights' own magnitudes prove it.
+
+**Of data by data**, the two products of attention, `batched` makes int8 products head by head where bytes are fast, and
+float products of code - zero point else.
+
+Floors of a product (M, K) by (K, N), bytes: 2 M K N operations at the rate of the int8 unit (four times float32's with
+AVX512-VNNI); K N + M K + 4 M N bytes at the memory's. Without VNNI: float32's own rate, and 4 (K N + M K + M N) bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtx_ref.spec import ONE_ROUNDING, QTX, Fixed, FloatProduct, MatmulRule, Overflow, QuantSpec
+
+from . import machine
+from .machine import Way
+from .products import (
+    FLOAT_BITS,
+    SHORTEST,
+    centre,
+    check_bias,
+    check_codes,
+    plain_float32,
+    saturates,
+)
+
+CARRIERS = {Way.FLOAT32: torch.float32, Way.FLOAT64: torch.float64}  # int8 else
+SMALL = 128 * 128 * 32  # multiplications; fewer are not worth a call for each head
+LONG = 256  # elements; more are summed sooner as a product by ones
+
+
+class Prepared(NamedTuple):
+    """The right operand of a product. Tensors differ between layers; the rest is alike in layers of one recipe."""
+
+    weight: Tensor  # (K, N) codes less their centre: int8, float32 or float64; (K, 2 N) in halves; padded for cuBLAS
+    bias: Tensor  # (N,), the bracket, in the dtype of the sum
+    w_zero: Tensor | None  # () or (N,), moved; None where all are 0
+    columns: Tensor | None  # (N,) colsum(W) - K zw, for zero points that come with the data
+    centre: int  # taken from x
+    pieces: int  # of x: 1, or 2 bytes
+    length: int  # of an exact block of K
+    way: Way
+    accumulator: torch.dtype  # of the result
+    saturate: bool
+
+
+def prepare(
+    w: Tensor,
+    w_spec: QuantSpec,
+    x_spec: QuantSpec,
+    w_zero: Tensor | None = None,
+    x_zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    accumulator: int = 32,
+    rule: MatmulRule = QTX.matmul,
+    *,
+    device: torch.device | str | None = None,
+) -> Prepared:
+    """Codes w (K, N) as the right operand of `multiply`, on `device` (w's own where None).
+
+    Args:
+        w_zero: zero point of w: one, or (N,); None is 0.
+        x_zero: zero point of x, one for all rows; None is 0, or comes with each call where ranges are dynamic.
+        bias: integers, (N,).
+        accumulator: 32 or 64 bits.
+
+    Raises:
+        ValueError: codes, zero points or a bias as `products.matmul` refuses them; accumulators that these weights do
+            not prove to fit where the rule reports; pairs that these weights do not prove never to saturate.
+    """
+    check_codes("right operand", w, w_spec)
+    if accumulator not in (32, 64):
+        raise ValueError(f"accumulator is {accumulator}: give 32 or 64 bits")
+    device = w.device if device is None else torch.device(device)
+    depth, width = w.shape
+    low, high = x_spec.code_min - centre(x_spec), x_spec.code_max - centre(x_spec)
+    codes = w.long() - centre(w_spec)
+    zw = moved_zero(w_zero, w_spec, width)
+    given = x_zero is None and x_spec.dynamic and not x_spec.symmetric  # with each call
+    zx = None if given else moved_zero(x_zero, x_spec, 1)
+    offset = torch.zeros(width, dtype=torch.int64, device=w.device)
+    if bias is not None:
+        check_bias(bias, width)
+        offset = bias.reshape(-1).long()
+    columns = codes.sum(0) - depth * zw
+    if saturates(x_spec, w_spec, rule) and not pairs_fit(w, x_spec, rule.run):
+        raise ValueError("pairs of these weights may saturate: the compiled form multiplies exactly, use the eager one")
+    check_accumulators(codes - zw, offset, (low, high), (x_spec, zx), accumulator, rule)
+    sums = (codes.abs().sum(0) + depth * zw.abs()).double() * max(-low, high)  # of X W and zw rowsum(X)
+    if zx is not None:
+        offset = offset - zx * columns
+    way, pieces = choose(codes, w_spec, x_spec, device)
+    if pieces == 2:
+        offset = offset + 128 * codes.sum(0)
+    ends = sums + offset.double().abs() + (columns.double().abs() * (high - low) if given else 0)
+    narrow = accumulator == 32 and pieces == 1 and bool((ends < 2**31).all())
+    wide = torch.int32 if narrow else torch.int64
+    weight = codes.to(CARRIERS.get(way, torch.int8))
+    weight = machine.split_halves(weight) if way is Way.HALVES else weight
+    if way is Way.BYTES and device.type == "cuda":
+        weight = torch.nn.functional.pad(weight, (0, -width % 8, 0, -depth % 8))
+    return Prepared(
+        # rows of outputs, seen from the side: as good as (K, N), and four times as fast for a single row of x
+        weight.mT.contiguous().to(device).mT,
+        offset.to(wide).to(device),
+        zw.to(wide).to(device) if zw.any() else None,
+        columns.to(wide).to(device) if given else None,
+        centre(x_spec),
+        pieces,
+        exact_length(codes, way, pieces, x_spec),
+        way,
+        torch.int32 if accumulator == 32 else torch.int64,
+        accumulator == 32 and rule.overflow is Overflow.SATURATE,
+    )
+
+
+def moved_zero(zero: Tensor | None, spec: QuantSpec, width: int) -> Tensor:
+    """A zero point moved with its codes, int64: (), or (N,). Raises ValueError where it is no code, or has another
+    shape."""
+    if zero is None:
+        return torch.tensor(-centre(spec))
+    check_codes("zero point", zero, spec)
+    if zero.numel() not in (1, width) or (zero.ndim > 1 and zero.shape[-1] != width):
+        raise ValueError(f"zero points of shape {tuple(zero.shape)}: give one, or ({width},)")
+    return (zero.long() - centre(spec)).reshape(() if zero.numel() == 1 else (-1,))
+
+
+def check_accumulators(
+    factors: Tensor,
+    bias: Tensor,
+    ends: tuple[int, int],
+    zero: tuple[QuantSpec, Tensor | None],
+    accumulator: int,
+    rule: MatmulRule,
+) -> None:
+    """Raises ValueError where sums over x - zx in its range, times `factors` (K, N), may leave the accumulator and the
+    rule reports it; and for sums beyond int64 whatever the rule."""
+    spec, zx = zero
+    zeros = (spec.code_min - centre(spec), spec.code_max - centre(spec)) if zx is None else (int(zx), int(zx))
+    low, high = ends[0] - zeros[1], ends[1] - zeros[0]
+    positive, negative = factors.clamp(min=0).sum(0).double(), factors.clamp(max=0).sum(0).double()
+    largest = float((high * positive + low * negative + bias.double()).amax()) if bias.numel() else 0.0
+    smallest = float((low * positive + high * negative + bias.double()).amin()) if bias.numel() else 0.0
+    if largest >= 2.0**62 or smallest < -(2.0**62):
+        raise ValueError("accumulators may reach 2^62: the compiled form proves its sums, use a smaller bias")
+    if accumulator == 32 and rule.overflow is Overflow.REPORT and (largest >= 2**31 or smallest < -(2**31)):
+        raise ValueError(
+            f"accumulators may run from {smallest:.0f} to {largest:.0f}, beyond int32, and the profile reports: "
+            "use 64 bits, smaller scales, or the eager form"
+        )
+
+
+def pairs_fit(w: Tensor, x_spec: QuantSpec, run: int) -> bool:
+    """Whether no sum of `run` pairs in int16 saturates, whatever the uint8 codes: int8 w (K, N), in order of k."""
+    largest = x_spec.code_max + (128 if x_spec.has_sign else 0)
+    depth = -(-w.shape[0] // (2 * run)) * 2 * run
+    runs = torch.nn.functional.pad(w.long(), (0, 0, 0, depth - w.shape[0])).unflatten(0, (-1, 2 * run))
+    positive, negative = runs.clamp(min=0).sum(1), runs.clamp(max=0).sum(1)
+    return bool((largest * positive < 2**15).all() and (largest * negative >= -(2**15)).all())
+
+
+def choose(codes: Tensor, w_spec: QuantSpec, x_spec: QuantSpec, device: torch.device) -> tuple[Way, int]:
+    """The way to multiply by these recentred weights (K, N), and the pieces of x."""
+    depth, width = codes.shape
+    if w_spec.bits > 8 or depth >= 2**17 or min(depth, width) == 0:
+        return Way.FLOAT64, 1
+    largest = max(-int(codes.min()), int(codes.max()))
+    way = machine.choose_way(largest, device.type, plain=plain_float32(device.type))
+    return way, 2 if x_spec.bits > 8 and way is not Way.FLOAT64 else 1
+
+
+def exact_length(codes: Tensor, way: Way, pieces: int, x_spec: QuantSpec) -> int:
+    """How many products by these weights (K, N) are summed exactly: all K, or as many as any weights allow."""
+    kind, depth = CARRIERS.get(way), max(codes.shape[0], 1)
+    if kind is None:
+        return depth
+    largest = 2 ** (7 if pieces == 2 else x_spec.bits - 1)
+    sums = largest * int(codes.abs().sum(0).max()) if codes.numel() else 0
+    return depth if sums <= 2 ** FLOAT_BITS[kind] else 2 ** FLOAT_BITS[kind] // (largest * int(codes.abs().max()))
+
+
+def multiply(x: Tensor, prepared: Prepared, x_zero: Tensor | None = None) -> Tensor:
+    """Codes x (..., K) by a prepared operand -> accumulators (..., N), int32 or int64.
+
+    `x_zero`: zero points that come with the data, (..., 1): of dynamic ranges that are not symmetric."""
+    rows, wide = x.reshape(-1, x.shape[-1]), prepared.bias.dtype
+    if prepared.way is Way.TRITON:
+        kernel = torch.ops.qtx.multiply_rows
+        total = kernel(rows, prepared.weight, prepared.bias, prepared.centre, prepared.pieces, wide)
+    elif prepared.pieces == 2:
+        code = rows.int() - prepared.centre
+        total = 256 * sums(code >> 8, prepared, wide) + sums((code & 255) - 128, prepared, wide)
+    elif prepared.weight.dtype is torch.int8:
+        total = sums(recentre_bytes(rows, prepared.centre), prepared, wide)
+    else:
+        total = sums(rows.int() - prepared.centre, prepared, wide)
+    total = total.reshape(*x.shape[:-1], prepared.bias.shape[0])
+    if prepared.w_zero is not None:
+        total = total - prepared.w_zero * (x.int() - prepared.centre).sum(-1, keepdim=True, dtype=wide)
+    if x_zero is not None:
+        total = total - (x_zero.to(wide) - prepared.centre) * prepared.columns
+    if prepared.way is not Way.TRITON:
+        total = total + prepared.bias
+    if prepared.saturate and wide is torch.int64:
+        total = total.clamp(-(2**31), 2**31 - 1)
+    return total.to(prepared.accumulator)
+
+
+def multiply_to_codes(
+    x: Tensor, prepared: Prepared, multiplier: Tensor, shift: Tensor, zero: Tensor, spec: QuantSpec, kind: torch.dtype
+) -> Tensor:
+    """`multiply`, then `fixed_point.multiply` by `ONE_ROUNDING`, `zero` added, clamped to codes of `spec`, as `kind`: in
+    one pass, where `takes_codes`."""
+    rows, ends = x.reshape(-1, x.shape[-1]), (spec.code_min, spec.code_max)
+    kernel, given = torch.ops.qtx.multiply_rows, (prepared.weight, prepared.bias, prepared.centre, prepared.pieces)
+    code = kernel(rows, *given, kind, multiplier, shift, zero, *ends)
+    return code.reshape(*x.shape[:-1], prepared.bias.shape[0])
+
+
+def takes_codes(prepared: Prepared, rule: Fixed | FloatProduct) -> bool:
+    """Whether codes may come out of the product itself: accumulators of 32 bits, rounded once, with nothing between."""
+    alone = prepared.way is Way.TRITON and prepared.w_zero is None and prepared.columns is None
+    return alone and prepared.bias.dtype is torch.int32 and rule == ONE_ROUNDING
+
+
+def recentre_bytes(code: Tensor, middle: int) -> Tensor:
+    """Codes of 8 bits or fewer less their centre, int8; 128 less is the top bit flipped."""
+    if middle == 128:
+        return (code.to(torch.uint8) ^ 128).view(torch.int8)
+    return code.to(torch.int8) - middle if middle else code.to(torch.int8)
+
+
+def sums(rows: Tensor, prepared: Prepared, wide: torch.dtype) -> Tensor:
+    """Integers (M, K), recentred, by the prepared weights -> (M, N) in `wide`."""
+    weight, depth, length = prepared.weight, rows.shape[1], prepared.length
+    rows = rows.to(weight.dtype)
+    if weight.dtype is torch.int8:
+        total, width = byte_sums(rows, weight), prepared.bias.shape[0]
+        if prepared.way is Way.HALVES:
+            total = total[:, :width] + total[:, width:]
+        return total[: rows.shape[0], :width].to(wide)
+    total = (rows[:, :length] @ weight[:length]).to(wide)
+    for at in range(length, depth, length):
+        total = total + (rows[:, at : at + length] @ weight[at : at + length]).to(wide)
+    return total
+
+
+def byte_sums(rows: Tensor, weight: Tensor) -> Tensor:
+    """int8 (M, K) by (K, N) -> int32; with more rows and columns where the weights are padded for cuBLAS."""
+    if rows.device.type == "cuda":
+        few = 32 - rows.shape[0] if rows.shape[0] <= 16 else 0
+        rows = torch.nn.functional.pad(rows, (0, weight.shape[0] - rows.shape[1], 0, few))
+    if rows.shape[0] == 1:  # _int_mm (torch 2.13) misreads one row whose strides are (1, 1)
+        rows = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
+    return torch._int_mm(rows, weight)
+
+
+# --- of data by data --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("qtx::multiply_heads", mutates_args=(), device_types="cpu")
+def multiply_heads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 a (..., M, K) by b (..., K, N), the same leading axes, matrix by matrix: torch has no such product. Also
+    the sums over K of a (..., M, 1) and of b (..., 1, N); int32, contiguous: inductor would lay them out as a and b
+    are, heads innermost, and what is fused with them would go through memory in that order."""
+    total = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32)
+    rows = torch.empty(*a.shape[:-1], 1, dtype=torch.int32)
+    ones = torch.ones(a.shape[-1], 1, dtype=torch.int8) if a.shape[-1] > LONG else None
+
+    def fill(a: Tensor, b: Tensor, total: Tensor, rows: Tensor) -> None:
+        if a.ndim > 2:
+            for parts in zip(a, b, total, rows, strict=True):
+                fill(*parts)
+            return
+        torch._int_mm(a, b, out=total)
+        if ones is not None:
+            torch._int_mm(a, ones, out=rows)
+
+    fill(a, b, total, rows)
+    if ones is None:
+        rows.copy_(a.sum(-1, keepdim=True, dtype=torch.int32))
+    return total, rows, b.sum(-2, keepdim=True, dtype=torch.int32).contiguous()
+
+
+@multiply_heads.register_fake
+def _(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape, new = a.shape[:-1], functools.partial(a.new_empty, dtype=torch.int32)
+    return new(*shape, b.shape[-1]), new(*shape, 1), new(*shape[:-1], 1, b.shape[-1])
+
+
+def batched(
+    a: Tensor,
+    b: Tensor,
+    a_spec: QuantSpec,
+    b_spec: QuantSpec,
+    a_zero: Tensor | None = None,
+    b_zero: Tensor | None = None,
+    accumulator: int = 32,
+    rule: MatmulRule = QTX.matmul,
+) -> Tensor:
+    """Codes a (..., M, K) by b (..., K, N), both from the data -> accumulators (..., M, N), int32 or int64.
+
+    Zero points, in the shapes that `products.matmul` takes, leave the codes before they are multiplied: |a - za| is at
+    most 2^bits - 1. Raises ValueError where the specs do not prove the sums to fit, or pairs may saturate.
+    """
+    if saturates(a_spec, b_spec, rule):
+        raise ValueError(
+            "pairs of these operands may saturate: the compiled form multiplies exactly, use the eager one"
+        )
+    product, depth = magnitude(a_spec) * magnitude(b_spec), a.shape[-1]
+    if accumulator == 32 and depth * product >= 2**31:
+        raise ValueError(
+            f"sums of {depth} products of {a_spec.bits} by {b_spec.bits} bits may leave int32: use 64 bits"
+        )
+    wide = torch.int32 if accumulator == 32 else torch.int64
+    if takes_bytes(a, b, a_spec, b_spec):
+        return multiply_bytes(a, b, a_spec, b_spec, a_zero, b_zero).to(wide)
+    kind, length = float_blocks(product, a.device.type)
+    a, b = subtract_zero(a, a_zero, kind), subtract_zero(b, b_zero, kind)
+    if depth <= length:
+        return (a @ b).to(wide)
+    blocks = -(-depth // length)
+    missing = blocks * length - depth
+    a = torch.nn.functional.pad(a, (0, missing)).unflatten(-1, (blocks, length)).movedim(-2, 0)
+    b = torch.nn.functional.pad(b, (0, 0, 0, missing)).unflatten(-2, (blocks, length)).movedim(-3, 0)
+    return (a @ b).to(wide).sum(0, dtype=wide)
+
+
+@torch.compiler.assume_constant_result
+def multiplies_bytes(device: str) -> bool:
+    """`machine.multiplies_bytes`, which a graph holds as a constant."""
+    return machine.multiplies_bytes(device)
+
+
+def takes_bytes(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> bool:
+    """Whether int8 products are exact here, and quicker: a call for each head takes 3 us however small it is."""
+    size = a.shape[-2] * a.shape[-1] * b.shape[-1]
+    narrow = max(a_spec.bits, b_spec.bits) <= 8 and a.ndim == b.ndim and a.shape[:-2] == b.shape[:-2]
+    return narrow and a.device.type == "cpu" and size >= SMALL and a.shape[-2] > 1 and multiplies_bytes("cpu")
+
+
+def multiply_bytes(
+    a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec, a_zero: Tensor | None, b_zero: Tensor | None
+) -> Tensor:
+    """a b - za colsum(b) - zb rowsum(a) + K za zb, all recentred: int32."""
+    a, b = recentre_bytes(a, centre(a_spec)), recentre_bytes(b, centre(b_spec))
+    total, rows, columns = multiply_heads(a, b)
+    za, zb = zero_less_centre(a_zero, a_spec), zero_less_centre(b_zero, b_spec)
+    if za is not None:
+        total = total - za * columns
+    if zb is not None:
+        total = total - zb * (rows if za is None else rows - a.shape[-1] * za)
+    return total
+
+
+def zero_less_centre(zero: Tensor | None, spec: QuantSpec) -> Tensor | int | None:
+    """The zero point of recentred codes, int32; None where the spec says that it is 0."""
+    if zero is None:
+        return -centre(spec) or None
+    return None if spec.symmetric else zero.int() - centre(spec)
+
+
+def float_blocks(product: int, device: str) -> tuple[torch.dtype, int]:
+    """The float that carries products of this magnitude, and how many of them it sums exactly."""
+    kind = torch.float32 if plain_float32(device) and 2**24 // product >= SHORTEST else torch.float64
+    return kind, 2 ** FLOAT_BITS[kind] // product
+
+
+def magnitude(spec: QuantSpec) -> int:
+    """The largest |code - zero point|."""
+    return max(-spec.code_min, spec.code_max) if spec.symmetric else spec.code_max - spec.code_min
+
+
+def subtract_zero(code: Tensor, zero: Tensor | None, kind: torch.dtype) -> Tensor:
+    """code - zero, as `kind`."""
+    return code.to(kind) if zero is None else (code.int() - zero).to(kind)
