@@ -5,6 +5,7 @@ Differs from the reference: Numerics, Float.begin: torch's integers have no nume
 Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Calibrate,
 FakeQuant, is_weight: hooks are modules in a site's slots, not methods of the numerics.
 Differs from the reference: transforms, transform_input, Transformed: so are the transforms of inputs.
+Differs from the reference: Float.takes_gate, Float.gated_attention: where a kernel does both.
 
 A model is wiring. It hands every computation to one of these objects together with the site that comes out. `Float`
 computes. What a site's slots hold sees operands, weights and results, and the model goes on with what it returns:
@@ -26,16 +27,18 @@ from torch import Tensor, nn
 from qtx_ref.spec import (
     QTX,
     AttentionSpec,
+    Gate,
     Gradients,
     InputTransform,
     Profile,
     Quant,
+    QuantSpec,
     Range,
     Softmax,
 )
 
 from . import ops, random
-from .attention import Drop, Mask, attend_fused, attend_tiled, can_tile, masked_probabilities
+from .attention import Codes, Drop, Mask, attend_fused, attend_tiled, can_tile, masked_probabilities
 from .quant import blocks, gradients, quantizer
 from .quant.observers import Observer
 from .quant.straight_through import OwnRanges, Unclamped, fake_quantize, learned_quantize
@@ -199,14 +202,13 @@ class Float:
         nothing (in the fused kernel, which adds -inf to scores, it may make NaN, never another number). Nothing passes
         from one sequence or head to another.
         """
-        s, p, c = attn.scores, attn.probs, attn.context
-        unseen = all(slot is None for slot in (s.on_lhs, s.on_rhs, s.on_output, p.on_output, c.on_lhs, c.on_rhs))
-        unseen = unseen and self.gradients is None
+        p, c = attn.probs, attn.context
+        codes = self._codes(attn, q)
         drop = self._drop(p, q, k, rate) if self.training and rate else None
-        if unseen and spec.softmax is Softmax.PLAIN and drop is None:
+        if codes == (None, None) and spec.softmax is Softmax.PLAIN and drop is None:
             context = attend_fused(q, k, v, mask)
-        elif unseen and can_tile(q, k):
-            context = attend_tiled(q, k, v, mask, spec, getattr(p, "sink", None), drop)
+        elif codes is not None and can_tile(q, k):
+            context = self._attend_tiled(attn, q, k, v, mask, spec, drop, codes)
         else:
             probs = self._probs(attn, q, k, mask, spec, rate)
             probs = self._hand(c.on_lhs, probs, self._pairs(mask))
@@ -217,6 +219,62 @@ class Float:
             else:
                 context = gradients.matmul(probs, v, how, self._pairs(mask), self._heads())
         return self._named(attn.context, ops.merge_heads(context))
+
+    def _codes(self, attn: nn.Module, q: Tensor) -> tuple[Codes | None, Codes | None] | None:
+        """The quantizers of scores and of probabilities, where nobody else wants to see or change what lies between q,
+        k, v and the context, and tiles can do it; None elsewhere."""
+        s, p, c = attn.scores, attn.probs, attn.context
+        if self.gradients is not None or any(slot is not None for slot in (s.on_lhs, s.on_rhs, c.on_lhs, c.on_rhs)):
+            return None
+        slots = (s.on_output, p.on_output)
+        if slots == (None, None):
+            return None, None
+        codes = tuple(slot.codes if isinstance(slot, FakeQuant) else None for slot in slots)
+        unknown = any(slot is not None and found is None for slot, found in zip(slots, codes, strict=True))
+        return None if unknown or self.spared is not None or not random.has_kernels(q.device) else codes
+
+    def _attend_tiled(
+        self,
+        attn: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        spec: AttentionSpec,
+        drop: Drop | None,
+        codes: tuple[Codes | None, Codes | None],
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        sink = getattr(attn.probs, "sink", None)
+        return attend_tiled(q, k, v, mask, spec, sink, drop, gate=gate, scores=codes[0], probs=codes[1])
+
+    def takes_gate(
+        self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Mask, spec: AttentionSpec, rate: float
+    ) -> bool:
+        """Whether one kernel does attention and a gate of heads: where nobody wants to see the context before the gate,
+        and attention alone would be no other kernel's."""
+        if spec.gate in (Gate.NONE, Gate.ELEMENTWISE) or not isinstance(q, Tensor) or not random.has_kernels(q.device):
+            return False
+        other = spec.softmax is Softmax.PLAIN and not (self.training and rate)
+        unseen = attn.context.on_output is None and attn.gated.on_output is None and self._codes(attn, q) is not None
+        return unseen and not other and can_tile(q, k)
+
+    def gated_attention(
+        self,
+        attn: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        spec: AttentionSpec,
+        rate: float,
+        opening: Tensor,
+    ) -> Tensor:
+        """`attention`, each head times its opening (..., H), where `takes_gate`: (B, Tq, H K)."""
+        drop = self._drop(attn.probs, q, k, rate) if self.training and rate else None
+        gate = opening.expand(q.shape[0], q.shape[2], q.shape[1])
+        context = self._attend_tiled(attn, q, k, v, mask, spec, drop, self._codes(attn, q), gate)
+        return ops.merge_heads(context)
 
     def _probs(self, attn: nn.Module, q: Tensor, k: Tensor, mask: Mask, spec: AttentionSpec, rate: float) -> Tensor:
         module = attn.scores
@@ -349,6 +407,15 @@ class FakeQuant(Quantizer):
         elif not spec.dynamic:
             self.register_buffer("scale", range.scale)
             self.register_buffer("zero_point", range.zero_point)
+
+    @property
+    def codes(self) -> Codes | None:
+        """Of uniform codes of one static range, of up to 8 bits, under QTX; else None."""
+        spec = self.spec
+        static = isinstance(spec, QuantSpec) and not (spec.dynamic or spec.learned or spec.outliers is not None)
+        if not static or spec.bits > 8 or self.profile is not QTX or self.scale.numel() != 1:
+            return None
+        return Codes(self.scale, self.zero_point, spec.code_min, spec.code_max)
 
     def apply_to(self, x: Tensor, where: Tensor | None) -> Tensor:
         if self.spec.dynamic:

@@ -61,11 +61,11 @@ def load(task: Task, kind: str, file: str) -> Any:
     if torch:
         importlib.import_module("torch").set_num_threads(threads)
         passes = importlib.import_module("qtx_torch.runners.passes")
-    if kind == "integer":
+    if kind in ("integer", "integer-compiled"):
         artifact = load_artifact(path)
-        integers = module.IntegerModel(
-            artifact.spec, artifact.constants, artifact.quants, artifact.profile, device=device
-        )
+        options = {"compiled": True} if kind == "integer-compiled" else {}
+        meaning = artifact.spec, artifact.constants, artifact.quants, artifact.profile
+        integers = module.IntegerModel(*meaning, device=device, **options)
         return passes.IntegerRunner(integers) if torch else PlainRunner(integers.run, integers)
     checkpoint = load_checkpoint(path)
     model = module.Model(checkpoint.spec, checkpoint.params, device=device)
