@@ -33,6 +33,7 @@ GROUPS = (
     Group("fake_quant", "A fake-quantized training step against the float step", "fake_quant:rows"),
     Group("engines", "A forward pass by other engines", "engines:rows"),
     Group("quantizers", "Fake quantization of rows by other libraries", "quantizers:rows"),
+    Group("integer_model", "A forward pass in integers, compiled", "integer_model:rows"),
     Group("size", "A forward pass of one layer, width 384 and 1 x 128 where not said", "size:rows"),
     Group(
         "fused", "Attention by torch's kernels and FlexAttention, 12 heads of 64", "fused:rows", devices=("cpu", "cuda")
