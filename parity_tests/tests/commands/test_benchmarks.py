@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -144,6 +145,28 @@ def test_what_is_measured_when_ctrl_c_comes_is_kept(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["unfinished"][FakeGroup.name]["rows"] == [asdict(ROW)]
 
 
+def test_a_stopped_run_goes_on_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two groups is done, the second is stopped; --resume begins with the second."""
+    out, begun = tmp_path / "cpu.json", []
+
+    def stop(words: list[str], **given: object):
+        begun.append(words[4])
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        results = json.loads(out.read_text())
+        results["groups"][words[4]] = results["unfinished"].pop(words[4])
+        out.write_text(json.dumps(results))
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(command.subprocess, "run", stop)
+    names = ["plain", "size"]
+    only = [word for name in names for word in ("--only", name)]
+    stopped = CliRunner().invoke(command.main, ["--out", str(out), *only])
+    assert stopped.exit_code == 130 and "stopped in size" in stopped.output
+    assert CliRunner().invoke(command.main, ["--out", str(out), "--resume"]).exit_code == 0
+    assert begun == [*names, "size"] and json.loads(out.read_text())["unfinished"] == {}
+
+
 def test_the_command_refuses_in_one_line() -> None:
     if harness.torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -176,6 +199,7 @@ def test_the_tables_of_the_page_are_those_of_the_results() -> None:
     assert report.fill_page(page, found) == page
     shown = {(match["place"], match["name"]) for match in report.PART.finditer(page)}
     for place, results in found.items():
+        assert results["unfinished"] == {}
         assert (report.RESULTS / f"{place}.json").stat().st_size < 100_000
         assert shown >= {(place, name) for name in ("machine", *results["groups"])}
     known = {group.name for group in groups.GROUPS} | {"machine"}
