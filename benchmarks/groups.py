@@ -43,5 +43,12 @@ GROUPS = (
     Group("attention_gpu", "Clipped attention's kernels, 16384 tokens", "attention_gpu:rows", devices=("cuda",)),
     Group("statistics", "Statistics and calibration against a float forward pass", "analyze:rows", threads=2),
     Group("reference", "A forward pass of the NumPy reference against torch", "analyze:reference_rows"),
+    Group(
+        "integer_matmul",
+        "Products of integer codes, compiled, against floats",
+        "integer_matmul:rows",
+        devices=("cpu", "cuda"),
+    ),
+    Group("probe", "Ways to multiply bytes exactly here", "integer_matmul:probe_rows", devices=("cpu", "cuda")),
     Group("gates", "A forward pass with each attention", "training:gate_rows"),
 )
