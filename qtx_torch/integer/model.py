@@ -1,6 +1,7 @@
 """`Integer`: a whole model in integer codes, as a device computes it.
 
 Differs from the reference: site, module, attn: a site's module knows its site and holds its parameters.
+Differs from the reference: Code.__init__: a tensor as a default does not compile.
 Differs from the reference: Integer.dropout, Code.arrange, Whole: there is no tape, and torch forbids floats in another
 way.
 
@@ -65,7 +66,7 @@ class Code:
     ) -> None:
         self.value = value
         self.unit = unit
-        self.zero_point = ZERO if zero_point is None else zero_point  # a tensor as a default does not compile
+        self.zero_point = ZERO if zero_point is None else zero_point
         self.spec = spec
         self.measured = measured
         self.offset = offset
