@@ -244,12 +244,12 @@ class Float:
     def _row_quantizers(self, attn: nn.Module, q: Tensor, k: Tensor) -> Quantizers | None:
         """On a CPU, the quantizers of scores, of probabilities and of the context's left operand, where each takes
         every row by itself and nobody else wants to see or change those; None elsewhere."""
+        if q.device.type != "cpu" or not can_tile(q, k) or q.shape[2] * k.shape[2] < LEAST_QUANTIZED:
+            return None
         slots = (attn.scores.on_output, attn.probs.on_output, attn.context.on_lhs)
         rows = all(slot is None or (isinstance(slot, FakeQuant) and slot.by_row) for slot in slots)
         half = q.dtype.itemsize == 2 or torch.is_autocast_enabled(q.device.type)
         if not rows or half or self.gradients is not None or self.spared is not None:
-            return None
-        if q.device.type != "cpu" or q.shape[2] * k.shape[2] < LEAST_QUANTIZED or not can_tile(q, k):
             return None
         return Quantizers(*(slot and partial(slot, where=None) for slot in slots))
 
