@@ -1,7 +1,7 @@
 """Attention variants: masks, and how probabilities are made from scores.
 
 Differs from the reference: Mask, make_mask, masked_probabilities, attend_fused: kernels want a mask in several forms.
-Differs from the reference: Drop, attend_tiled, can_tile: it stores the probabilities.
+Differs from the reference: Codes, Drop, attend_tiled, can_tile: it stores the probabilities.
 Differs from the reference: device: where a mask is made.
 
 Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4). The gates of eq. 5 are in `models.gate`.
