@@ -24,7 +24,7 @@ from . import ops, random, tiles
 
 WIDEST = 256  # columns of a head that the kernels take
 MANY = 2**20  # scores of a head
-LEAST = 2**15  # scores of a sequence, below which a CPU is quicker with all of them at once
+LEAST = 2**16  # scores of a sequence, below which a CPU is quicker with all of them at once
 
 
 def attention_mask(

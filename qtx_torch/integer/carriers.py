@@ -229,8 +229,8 @@ def multiply(x: Tensor, prepared: Prepared, x_zero: Tensor | None = None) -> Ten
 def multiply_to_codes(
     x: Tensor, prepared: Prepared, multiplier: Tensor, shift: Tensor, zero: Tensor, spec: QuantSpec, kind: torch.dtype
 ) -> Tensor:
-    """`multiply`, then `fixed_point.multiply` by `ONE_ROUNDING`, `zero` added, clamped to codes of `spec`, as `kind`: in
-    one pass, where `takes_codes`."""
+    """`multiply`, then `fixed_point.multiply` by `ONE_ROUNDING`, `zero` added, clamped to codes of `spec`, as `kind`,
+    in one pass, where `takes_codes`."""
     rows, ends = x.reshape(-1, x.shape[-1]), (spec.code_min, spec.code_max)
     kernel, given = torch.ops.qtx.multiply_rows, (prepared.weight, prepared.bias, prepared.centre, prepared.pieces)
     code = kernel(rows, *given, kind, multiplier, shift, zero, *ends)

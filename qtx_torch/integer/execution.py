@@ -39,6 +39,7 @@ from qtx_ref.spec import (
     Dtype,
     Family,
     Fixed,
+    Granularity,
     Head,
     HighProduct,
     LeftShift,
@@ -63,6 +64,7 @@ from .model import Code, Constants, Integer, at, code_dtype
 LARGEST_SCALE = 2.0**40  # of the data's: times another and an accumulator of 48 bits it is a float32
 WIDE = 2**47  # what a requantization takes of 64-bit accumulators
 INT32 = 2**31
+SCALING = ("multiplier", "shift")
 
 
 class Ready(Integer):
@@ -108,6 +110,19 @@ class Ready(Integer):
         zero = self.constants[f"{site}.zero_point"]
         code = level.clamp(*affine.code_limits(zero, spec)).int().to(code_dtype(spec))
         return Code(code, self.scale_of(site), zero, spec)
+
+    def linear(self, module: SiteModule, x: Code, *, weight: Tensor | None = None, named: bool = True) -> Code:
+        """As `Integer.linear`; codes in one pass, where the product can give them."""
+        site = module.site
+        prepared, spec = self.prepared.get(site), self.quants.get(site)
+        if not named or spec is None or spec.granularity is not Granularity.TENSOR or x.measured:
+            return super().linear(module, x, weight=weight, named=named)
+        if not isinstance(prepared, Prepared) or not carriers.takes_codes(prepared, self.profile.requantize):
+            return super().linear(module, x, weight=weight, named=named)
+        zero, scaling = self.constants[f"{site}.zero_point"], (self.constants[f"{site}.{k}"] for k in SCALING)
+        value = self.operand(f"{site}.input", x).value
+        code = carriers.multiply_to_codes(value, prepared, *scaling, zero, spec, code_dtype(spec))
+        return self.record_codes(site, Code(code, self.scale_of(site), zero, spec))
 
     def product(self, site: str, x: Code, w: Code) -> Code:
         bias = self.constants.get(f"{site}.bias")

@@ -28,11 +28,17 @@ def is_large(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > BLOCK
 
 
+def simulate_fused(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """What the codes of x stand for, in one loop of a compiled graph for a CPU, zero in float32: codes less the zero
+    point are clamped, so that it is added to none of them. 0 is added, which a -0 becomes, and is no constant."""
+    level = torch.round(x.float() / store_rows(scale)) + store_rows(zero - zero)
+    low, high = store_rows(spec.code_min - zero), store_rows(spec.code_max - zero)
+    return torch.minimum(torch.maximum(level, low), high).mul(scale).to(x.dtype)
+
+
 def store_rows(value: Tensor) -> Tensor:
-    """value; compiled for a CPU, one that is written to memory, where it would else be computed again for every vector
-    of its row: what has strides of its own lies there."""
-    if not torch.compiler.is_compiling() or value.device.type != "cpu":
-        return value
+    """value, written to memory: a graph would else compute it again for every vector of its row. What has strides of
+    its own lies there."""
     return value.as_strided(value.shape, value.stride())
 
 
@@ -87,6 +93,8 @@ def simulate(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> T
         if views := as_rows(x, scale, zero_point.float(), y):
             write_values(*views, spec)
             return y
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        return simulate_fused(x, scale, zero_point.float(), spec)
     code = rounding.round_level(x, scale, zero_point).clamp(spec.code_min, spec.code_max)  # a float: NaN stays NaN
     return code.sub_(zero_point).mul_(scale).to(x.dtype)
 
