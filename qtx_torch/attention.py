@@ -244,6 +244,8 @@ def attend_tiled(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if random.has_kernels(q.device):
+        if not mask.full and not mask.causal and mask.rows is None:
+            raise ValueError("attention mask is of no rows and not causal: kernels take what `make_mask` makes")
         kernels = import_module("qtx_torch.kernels.attention")
         words = None
         if drop is not None:
