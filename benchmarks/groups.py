@@ -40,6 +40,7 @@ GROUPS = (
     ),
     Group("data", "Tokenizing into shards beside the tokenizers library", "data:rows", threads=2),
     Group("gpu", "Training steps in bfloat16, 32 x 128", "gpu:rows", devices=("cuda",)),
+    Group("attention", "Clipped attention in tiles, 12 heads of 64", "attention:rows"),
     Group("attention_gpu", "Clipped attention's kernels, 16384 tokens", "attention_gpu:rows", devices=("cuda",)),
     Group("statistics", "Statistics and calibration against a float forward pass", "analyze:rows", threads=2),
     Group("reference", "A forward pass of the NumPy reference against torch", "analyze:reference_rows"),

@@ -1,4 +1,6 @@
-"""A compiled step beside the eager one, and compiled integers beside the reference's: python -m parity_tests.long.compiled [--device DEVICE]
+"""A compiled step beside the eager one, compiled integers beside the reference's codes.
+
+    python -m parity_tests.long.compiled [--device DEVICE] [--only "in integers"]
 
 Compiling takes minutes; the suite traces the same models without generating code, and compiles the draws and the
 quantizers alone.

@@ -201,6 +201,8 @@ def measure_variants(
 ) -> CostResult:
     """Prepares the variants' files, compares them and times them."""
     spec, source = given.stored.spec, given.data
+    for line in workers.run("ways").get("lines", ()) if given.compiled else ():
+        tell(f"exact products of bytes here, {line}")
     if source is None:
         tell(f"random inputs and calibration, so that errors are not those of data: {given.reason}")
     cells = make_cells(spec, source, sizes)

@@ -134,7 +134,8 @@ def open_model(
             artifact = artifact.under(read_profile(profile_name))
         runner = make_artifact_model(artifact, machine, kind, strict, compiled)
         data = open_split(path, artifact, data_name, tokenizer, split)
-        words = f"{kind}{', strict' if strict else ', compiled' if compiled else ''}, {artifact.recipe.name}, profile {artifact.profile.name}"
+        how = ", strict" if strict else ", compiled" if compiled else ""
+        words = f"{kind}{how}, {artifact.recipe.name}, profile {artifact.profile.name}"
         return Opened(artifact, runner, data, words, kind == "integer", describe_head(artifact))
     if numerics or strict or compiled:
         raise SpecError(f"--numerics, --strict and --compiled belong to a MODEL{SUFFIX}; make one with qtx quantize")

@@ -103,6 +103,15 @@ def probe(device: str) -> dict[tuple[Way, tuple[int, int, int]], float]:
     return seconds
 
 
+def describe(device: str) -> list[str]:
+    """What the probe found, a line for each shape: `128 x 768 x 768: int8 0.16 ms, float32 1.38 ms, ...`."""
+    lines = []
+    for shape in SHAPES:
+        times = [f"{way.value} {1000 * s:.3g} ms" for (way, one), s in probe(device).items() if one == shape]
+        lines.append(f"{' x '.join(map(str, shape))}: {', '.join(times)}")
+    return lines
+
+
 def list_ways(device: str) -> list[Way]:
     """The ways that are exact on a device, for some weights at least; float32 may be TF32 on CUDA."""
     ways = [Way.BYTES] if exact_bytes(device, HALF) else []

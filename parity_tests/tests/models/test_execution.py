@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -70,7 +71,15 @@ def test_gathered_constants_are_the_rule(bert: integer_models.Lowered, name: str
     proof = prove(bert)
     offset, right = (int(proof.constants[f"{name}.{key}"]) for key in ("offset", "right"))
     zero = int(proof.constants[f"{name}.zero_point"])
-    if "residual" in name:
+    if "residual" in name:  # of two parts, with zero points of their own
+        factors = proof.constants[f"{name}.factor"].tolist()
+        assert factors == proof.constants[f"{name}.multiplier"].tolist()
+        zeros = [int(proof.constants[f"layer.0.{part}.zero_point"]) for part in ("attn.norm", "ffn.output")]
+        for x in itertools.product((0, 1, 100, 255), (-128, -1, 3, 255)):
+            total = sum((v - z) * m for v, z, m in zip(x, zeros, factors, strict=True))
+            unit = 2 ** int(proof.constants[f"{name}.shift"])
+            codes = sum(v * m for v, m in zip(x, factors, strict=True))
+            assert (codes + offset) >> right == (2 * total + unit) // (2 * unit) + zero
         return
     factor = int(proof.constants[f"{name}.factor"])
     assert factor == int(proof.constants[f"{name}.multiplier"])
