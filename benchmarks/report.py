@@ -126,7 +126,11 @@ def read_results() -> dict[str, dict[str, Any]]:
 def draw_results(results: dict[str, Any], path: Path) -> list[Path]:
     """Two pictures beside the file: every ratio with its spread and what is asked for; cost against size."""
     groups = {name: list_rows(group) for name, group in results["groups"].items()}
-    ratios = {name: rows for name, rows in groups.items() if rows and not fit_exponents(rows)}
+    ratios = {
+        name: kept
+        for name, rows in groups.items()
+        if (kept := [row for row in rows if row.bound is not None or not SIZE.fullmatch(row.name)])
+    }
     drawn = []
     if ratios:
         lines = sum(len(rows) + 1 for rows in ratios.values())
