@@ -1,6 +1,7 @@
 """Numerics: the arithmetic that a model asks for.
 
 Differs from the reference: site, module, attn, Float.load: a site's module knows its site and holds its parameters.
+Differs from the reference: has_int8, Float.__init__: a step by int8 products is torch's.
 Differs from the reference: Numerics, Float.begin: torch's integers have no numerics of floats above them.
 Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Calibrate,
 FakeQuant, is_weight: hooks are modules in a site's slots, not methods of the numerics.
@@ -41,7 +42,7 @@ from qtx_ref.spec import (
 
 from . import ops, random
 from .attention import Codes, Drop, Mask, attend_fused, attend_tiled, can_tile, masked_probabilities
-from .quant import blocks, gradients, quantizer
+from .quant import blocks, gradients, int8, quantizer
 from .quant.observers import Observer
 from .quant.straight_through import OwnRanges, Unclamped, fake_quantize, learned_quantize
 from .sites import SiteModule
@@ -65,8 +66,10 @@ class Float:
         step: int | Tensor = 0,
         first_row: int | Tensor = 0,
         gradients: Gradients | None = None,
+        int8: bool = False,
     ) -> None:
         self.gradients = gradients
+        self.int8 = int8
         self.training = training
         self.seed = seed
         self.step = step
@@ -138,8 +141,13 @@ class Float:
         """x W^T + b with the site's weight (or the tied parameter `weight`) and its bias, if there is one."""
         if module.transform is not None:
             x = module.transform(x)
-        x = self._hand(module.on_input, x, self._where(x))
-        y = self._linear(module, x, self._weight(module, module.weight if weight is None else weight))
+        w = module.weight if weight is None else weight
+        if self.int8 and self.spared is None and has_int8(module, w):
+            specs = module.on_input.spec, module.on_weight.spec
+            y = int8.linear(x, w, module.bias, specs, self.backward(module), self._where(x))
+        else:
+            x = self._hand(module.on_input, x, self._where(x))
+            y = self._linear(module, x, self._weight(module, w))
         return self._named(module, y) if named else y
 
     def _weight(self, module: SiteModule, w: Tensor) -> Tensor:
@@ -382,6 +390,14 @@ class Quantizer(nn.Module):
         if self.profile is QTX and quantizer.holds_all(self.spec, where):
             return Unclamped.apply(x, scale, zero_point)
         return fake_quantize(x, scale, zero_point, self.spec, self.profile)
+
+
+def has_int8(module: SiteModule, weight: Tensor) -> bool:
+    """Whether a linear's input and weight are fake-quantized to codes that int8 products take."""
+    hooks = module.on_input, module.on_weight
+    if weight.ndim != 2 or not all(isinstance(hook, FakeQuant) and hook.profile is QTX for hook in hooks):
+        return False
+    return all(int8.has_codes(hook.spec) for hook in hooks)
 
 
 class Calibrate(Quantizer):
