@@ -11,14 +11,12 @@ cut off, whatever it waits for, and what is missing is said. Exit status 1: some
 
 from __future__ import annotations
 
-import gc
-import importlib.metadata
-import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,11 @@ import torch
 
 from parity_tests import runner
 from qtx.engines.backend import MissingDevice
-from qtx.report.tables import format_table
 from qtx_ref.models.initial import init_params
-from qtx_ref.spec import ModelSpec
 
-from .harness import make_row, time_calls
-from .steps import Arrays, Step, compare_logits, make_trainer, make_transformers, random_batch, shape, torch_step
+from .harness import Row, Skip, compare, header, peak, write_json
+from .report import format_header, format_row
+from .steps import Step, compare_logits, make_trainer, make_transformers, random_batch, shape, torch_step
 
 # name: rate of dropout, the step, the one that it is held against, at most how many times its time
 PAIRS = {
@@ -45,71 +42,51 @@ PAIRS = {
 }
 
 
-def build(name: str, spec: ModelSpec, params: Arrays, batch: Arrays, dtype: str, device: str) -> Step:
-    """The step of that name; logits of transformers' are compared with ours first."""
-    if name != "transformers":
-        words = name.split()
-        quant, compiled = "w8a8" if "w8a8" in words else "", "compiled" in words
-        trainer = make_trainer(spec, params, device=device, dtype=dtype, quant=quant, compiled=compiled)
-        return lambda: trainer.step(batch)
-    theirs = make_transformers(spec, params, device)
-    compare_logits(make_trainer(spec, params, device=device, dtype=dtype).model, theirs, batch)
-    return torch_step(theirs, batch, dtype)
+def build(name: str, model: str, dropout: float, batch: int, length: int, dtype: str, device: str) -> Step:
+    """The step of that name."""
+    spec = shape(model, dropout)
+    params, data = init_params(spec, 0), random_batch(spec, batch, length)
+    if name == "transformers":
+        return torch_step(make_transformers(spec, params, device), data, dtype)
+    words = name.split()
+    quant, compiled = "w8a8" if "w8a8" in words else "", "compiled" in words
+    trainer = make_trainer(spec, params, device=device, dtype=dtype, quant=quant, compiled=compiled)
+    return lambda: trainer.step(data)
 
 
-def measure_peak(device: str, *given: Any) -> tuple[Step, int | None]:
-    """A step, and how many bytes it and two of it take at most, beside what was there; None on a CPU."""
-    free()
-    cuda = device != "cpu"
-    before = torch.cuda.memory_allocated(device) if cuda else 0
-    step = build(*given, device)
-    free()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    step()
-    step()
-    return step, torch.cuda.max_memory_allocated(device) - before if cuda else None
+def check_logits(model: str, dropout: float, batch: int, length: int, dtype: str, device: str) -> str:
+    """Ours against those of transformers, in the arithmetic that is timed."""
+    spec = shape(model, dropout)
+    params, data = init_params(spec, 0), random_batch(spec, batch, length)
+    ours = make_trainer(spec, params, device=device, dtype=dtype).model
+    return compare_logits(ours, make_transformers(spec, params, device), data)
 
 
-def free() -> None:
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def time_pair(name: str, size: tuple[str, int, int], rounds: int, device: str, dtype: str) -> dict[str, Any]:
+def time_pair(name: str, size: tuple[str, int, int], rounds: int, device: str, dtype: str) -> Row:
     """Times, their ratio and both memories of a pair."""
     if "compiled" in name:
         torch._dynamo.reset()  # it compiles the same code only so many times
-    rate, ours, against, bound = PAIRS[name]
-    spec = shape(size[0], rate)
-    params, batch = init_params(spec, 0), random_batch(spec, *size[1:])
-    steps, peaks = {}, []
-    for step in (ours, against):
-        steps[step], peak = measure_peak(device, step, spec, params, batch, dtype)
-        peaks.append(peak)
-    row = make_row(ours, against, time_calls(steps, rounds, device))
-    found = {"step": ours, "against": against, "ms": [row.ms, row.against_ms]}
-    found |= {"ratio": row.ratio, "lowest": row.low, "highest": row.high}
-    return found | {"bound": bound, "peak_bytes": peaks}
+    dropout, ours, against, bound = PAIRS[name]
+    model, *shaped = size
+    given = (model, dropout, *shaped, dtype, device)
+    weights = [peak(build, step, *given, device=device) for step in (ours, against)]
+    return compare(
+        f"{name}, {ours}", build(ours, *given), against, build(against, *given),
+        rounds=rounds, device=device, bound=bound, check=lambda: check_logits(*given),
+        mib=weights[0], against_mib=weights[1],
+    )  # fmt: skip
 
 
-def format_pair(name: str, pair: dict[str, Any]) -> list[str]:
-    memory = ["-" if peak is None else f"{peak / 2**20:.0f}" for peak in pair["peak_bytes"]]
-    spread = f"{pair['lowest']:.3f} to {pair['highest']:.3f}"
-    times = [f"{ms:.2f}" for ms in pair["ms"]]
-    return [name, pair["step"], pair["against"], *times, f"{pair['ratio']:.3f}", spread, f"{pair['bound']}", *memory]
+def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
+    """Every pair in bfloat16; those that compile, which may take minutes, last."""
+    size = ("bert-tiny", 2, 32) if quick else ("bert-base", 32, 128)
+    for name in order_pairs(PAIRS):
+        if not (quick and "compiled" in name):
+            yield time_pair(name, size, 2 if quick else 21, device, "bfloat16")
 
 
-def describe(device: str) -> dict[str, Any]:
-    """What the figures depend on: versions, and the device."""
-    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if device != "cpu" else None}
-    for package in ("transformers", "triton"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return runner.describe_machine("torch", device) | versions
+def order_pairs(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: "compiled" in name)
 
 
 class Parts:
@@ -125,9 +102,7 @@ class Parts:
     def write(self) -> None:
         """The file as of now, at no moment half of it."""
         with self.lock:
-            part = self.out.with_name(f".{self.out.name}.part")
-            part.write_text(json.dumps(self.found | {"missing": self.missing, "failed": self.failed}, indent=2) + "\n")
-            part.replace(self.out)
+            write_json(self.out, self.found | {"missing": self.missing, "failed": self.failed})
 
     def take(self, parts: dict[str, Callable[[], bool]]) -> None:
         """Does the parts. One that returns False or raises has failed; one that would take, as long as the longest
@@ -190,16 +165,11 @@ def main(
         runner.check_place("torch", device)
     except MissingDevice as error:
         raise SystemExit(str(error)) from None
-    machine = describe(device)
-    what = machine["gpu"] or "cpu"
-    found: dict[str, Any] = {"device": what, "machine": machine, "model": model, "dtype": dtype}
+    machine = header(device)
+    found: dict[str, Any] = {"machine": machine, "model": model, "dtype": dtype}
     found |= {"batch": batch, "length": length, "steps": {}}
     parts = Parts(out, found, 60 * minutes)
-    title = f"{model}, {batch} x {length}, {dtype}, {what}"
-    header = [title, "step", "against", "ms", "ms", "ratio", "of rounds", "bound", "MiB", "MiB"]
-    print(
-        f"torch {machine['torch']}, CUDA {machine['cuda']}, transformers {machine['transformers']}, {what}", flush=True
-    )
+    print(format_header(machine), flush=True)
 
     def show_case(done: int, count: int, row: runner.Row) -> None:
         found["parity"] = {"done": done, "of": count, "last": row.name}
@@ -216,13 +186,13 @@ def main(
         return report.ok
 
     def compare_steps(name: str) -> bool:
-        found["steps"][name] = time_pair(name, (model, batch, length), rounds, device, dtype)
-        print(format_table(header, [format_pair(name, found["steps"][name])]), flush=True)
+        row = time_pair(name, (model, batch, length), rounds, device, dtype)
+        found["steps"][name] = asdict(row)
+        print(format_row(row), flush=True)
         return True
 
-    # compiling, which may take minutes, comes last
-    ordered = sorted(pairs, key=lambda name: "compiled" in name)
-    parts.take({"parity": check_parity} | {name: lambda name=name: compare_steps(name) for name in ordered})
+    steps = {name: lambda name=name: compare_steps(name) for name in order_pairs(pairs)}
+    parts.take({"parity": check_parity} | steps)
     sys.exit(1 if parts.failed or parts.missing else 0)
 
 

@@ -20,6 +20,7 @@ with several threads, or on a GPU, by the clock. Memory is MiB.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import importlib
@@ -32,7 +33,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +45,14 @@ import torch
 Call = Callable[[], Any]
 Check = Callable[[], str]
 
+ROOT = Path(__file__).parent.parent
 LEAST = 0.005  # seconds that one reading of the clock takes at least: a shorter call is repeated
 SHORT = 0.2  # seconds; a shorter call is made once more before its reading, so that it follows its own kind
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 PACKAGES = (
     "numpy", "scipy", "torch", "triton", "transformers", "torchao", "onnxruntime", "brevitas", "optimum-quanto",
 )  # fmt: skip
+LIBRARIES = ("transformers", "torchao", "onnxruntime", "brevitas", "optimum", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -131,20 +136,21 @@ def time_calls(calls: Mapping[str, Call], rounds: int, device: str = "cpu") -> d
     """Seconds of each call in each round, in turns, every second round backwards, after two of each that warm up."""
     clock = make_clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    numbers = {}
+    once = {}
     for name, call in calls.items():
         call()
         begin = clock()
         call()
-        numbers[name] = max(1, round(LEAST / max(clock() - begin, 1e-7)))
+        once[name] = max(clock() - begin, 1e-7)
     for turn in range(rounds):
         for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
-            if turn == 0 or seconds[name][-1] < SHORT:
+            if once[name] < SHORT:
                 call()
+            number = max(1, round(LEAST / once[name]))
             begin = clock()
-            for _ in range(numbers[name]):
+            for _ in range(number):
                 call()
-            seconds[name].append((clock() - begin) / numbers[name])
+            seconds[name].append((clock() - begin) / number)
     return seconds
 
 
@@ -252,6 +258,7 @@ def measure_cuda(build: Callable[..., Call], given: tuple[Any, ...], held: bool,
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
+@cache
 def peak(
     build: Callable[..., Call], *given: Any, device: str = "cpu", held: bool = True, compiled: bool = False
 ) -> float | None:
@@ -262,20 +269,54 @@ def peak(
     what JSON carries. `compiled`: what torch.compile loads for itself does not count."""
     if device.startswith("cuda"):
         return measure_cuda(build, given, held, device)
+    if not hasattr(os, "fork"):
+        return None
     module = sys.modules[build.__module__]
     name = module.__spec__.name if module.__spec__ else build.__module__  # of __main__ too
+    loaded = [each for each in sys.modules if each.partition(".")[0] in LIBRARIES]
     task = {"module": name, "build": build.__qualname__, "given": given, "held": held, "compiled": compiled}
-    threads = str(torch.get_num_threads())
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.harness", json.dumps(task)],
-        env=os.environ | {"OMP_NUM_THREADS": threads},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"{build.__qualname__}{given} in a process of its own: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    task["loaded"] = loaded
+    scale = start_scale(torch.get_num_threads())
+    scale.stdin.write(json.dumps(task) + "\n")
+    scale.stdin.flush()
+    answer = json.loads(scale.stdout.readline())
+    if "error" in answer:
+        raise RuntimeError(f"{build.__qualname__}{given} in a process of its own: {answer['error']}")
+    return answer["mib"]
+
+
+@cache
+def start_scale(threads: int) -> subprocess.Popen:
+    """The process that forks those that are measured: it has imported what they need, and computed nothing."""
+    command = [sys.executable, "-m", "benchmarks.harness"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    scale = subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes)
+    atexit.register(scale.kill)
+    return scale
+
+
+def serve_scale() -> None:
+    """Answers each line of stdin, a task, with a line of stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    for line in sys.stdin:
+        task = json.loads(line)
+        module = importlib.import_module(task["module"])
+        for name in task["loaded"]:  # code counts in nobody's memory
+            with suppress(Exception):
+                importlib.import_module(name)
+        if child := os.fork():
+            if status := os.waitpid(child, 0)[1]:
+                print(json.dumps({"error": f"ended with status {status}"}), file=answers, flush=True)
+            continue
+        try:
+            mib = measure_here(getattr(module, task["build"]), tuple(task["given"]), task["held"], task["compiled"])
+            answer = {"mib": mib}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+        os._exit(0)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -325,6 +366,4 @@ def write_json(path: Path, value: Any) -> None:
 
 
 if __name__ == "__main__":
-    task = json.loads(sys.argv[1])
-    made = getattr(importlib.import_module(task["module"]), task["build"])
-    print(json.dumps(measure_here(made, tuple(task["given"]), task["held"], task["compiled"])))
+    serve_scale()

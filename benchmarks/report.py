@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from qtx.report.figures import COLORS, GRAY, new_figure, new_panels, save_figure
 from qtx.report.tables import format_number, format_table
 
 from .groups import GROUPS
-from .harness import Row
+from .harness import ROOT, Row
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "speed.md"
+PART = re.compile(r"<!-- (?P<place>[\w-]+) (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
 SIZE = re.compile(r"(?P<what>.+), (?P<unit>T|D|B|bits) (?P<size>\d+)")  # the name of a row of cost against size
 
 
@@ -33,12 +37,14 @@ def list_rows(group: dict[str, Any]) -> list[Row]:
 
 
 def format_header(header: dict[str, Any]) -> str:
-    """The machine and the versions in a sentence."""
-    place = header["gpu"] or f"{header['cpu']} ({', '.join(header['flags'])})"
-    limit = f", oneDNN held to {header['isa']}" if header["isa"] else ""
-    cuda = f", CUDA {header['cuda']}" if header["cuda"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in header["packages"].items())
-    return f"{place}{limit}, {header['cores']} cores{cuda}; python {header['python']}, {versions}."
+    """The machine and the versions in a sentence; what is not known is left out."""
+    parts = [header["gpu"] or f"{header['cpu']} ({', '.join(header['flags'])})"]
+    parts += [f"oneDNN held to {header['isa']}"] * bool(header["isa"])
+    parts += [f"{header['cores']} cores"] * bool(header["cores"])
+    parts += [f"CUDA {header['cuda']}"] * bool(header["cuda"])
+    parts += [f"python {header['python']}"] * bool(header["python"])
+    parts += [f"{name} {version}" for name, version in header["packages"].items()]
+    return f"{', '.join(parts)}."
 
 
 def format_group(group: dict[str, Any], title: str) -> str:
@@ -86,21 +92,47 @@ def format_exponents(rows: list[Row]) -> str:
     return format_table(["cost", "size", "ms, first", "ms, last", "exponent"], lines) if lines else ""
 
 
+def format_part(results: dict[str, Any], name: str) -> str:
+    """The tables of one group, or what `machine` the results are of: each that one of the groups was taken on."""
+    if name == "machine":
+        return "\n\n".join(dict.fromkeys(format_header(found["header"]) for found in results["groups"].values()))
+    found = results["groups"][name]
+    question = next(group.question for group in GROUPS if group.name == name)
+    return "\n\n".join(filter(None, [format_group(found, question), format_exponents(list_rows(found))]))
+
+
 def format_results(results: dict[str, Any]) -> str:
-    """All groups of a file in their order: the machine once, then the tables."""
-    groups = [(group, results["groups"][group.name]) for group in GROUPS if group.name in results["groups"]]
-    parts: list[str] = []
-    for group, found in groups:
-        machine = format_header(found["header"])
-        parts += [machine] * (machine not in parts)
-        parts += [format_group(found, group.question), format_exponents(list_rows(found))]
-    return "\n\n".join(filter(None, parts))
+    """The machine, and all groups in their order."""
+    names = [group.name for group in GROUPS if group.name in results["groups"]]
+    return "\n\n".join(format_part(results, name) for name in ("machine", *names))
+
+
+def fill_page(page: str, found: Mapping[str, dict[str, Any]]) -> str:
+    """The page with what stands between `<!-- PLACE NAME -->` and `<!-- end -->` written anew: the part NAME of the
+    results of PLACE, nothing where it was not measured."""
+
+    def fill(match: re.Match[str]) -> str:
+        place, name = match["place"], match["name"]
+        known = name == "machine" or name in found.get(place, {"groups": {}})["groups"]
+        text = format_part(found[place], name) if place in found and known else ""
+        return f"<!-- {place} {name} -->\n{text}\n<!-- end -->" if text else f"<!-- {place} {name} -->\n<!-- end -->"
+
+    return PART.sub(fill, page)
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    """All results by the place where they were measured."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def draw_results(results: dict[str, Any], path: Path) -> list[Path]:
     """Two pictures beside the file: every ratio with its spread and what is asked for; cost against size."""
     groups = {name: list_rows(group) for name, group in results["groups"].items()}
-    ratios = {name: rows for name, rows in groups.items() if rows and not fit_exponents(rows)}
+    ratios = {
+        name: kept
+        for name, rows in groups.items()
+        if (kept := [row for row in rows if row.bound is not None or not SIZE.fullmatch(row.name)])
+    }
     drawn = []
     if ratios:
         lines = sum(len(rows) + 1 for rows in ratios.values())

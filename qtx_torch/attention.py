@@ -1,7 +1,7 @@
 """Attention variants: masks, and how probabilities are made from scores.
 
 Differs from the reference: Mask, make_mask, masked_probabilities, attend_fused: kernels want a mask in several forms.
-Differs from the reference: Drop, attend_tiled: it stores the probabilities.
+Differs from the reference: Codes, Drop, attend_tiled, can_tile: it stores the probabilities.
 Differs from the reference: device: where a mask is made.
 
 Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4). The gates of eq. 5 are in `models.gate`.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,11 @@ from torch import Tensor
 
 from qtx_ref.spec import MASKS, AttentionSpec, Softmax
 
-from . import ops, random
+from . import ops, random, tiles
+
+WIDEST = 256  # columns of a head that the kernels take
+MANY = 2**20  # scores of a head
+LEAST = 2**16  # scores of a sequence, below which a CPU is quicker with all of them at once
 
 
 def attention_mask(
@@ -56,12 +61,24 @@ def boolean_mask(mask: Tensor) -> Tensor:
 class Mask:
     """A forward pass's mask in the forms that kernels want, each made once and shared by the layers."""
 
-    def __init__(self, allowed: Tensor, dtype: torch.dtype, *, full: bool = False, triangle: bool = False) -> None:
-        """allowed as `attention_mask` gives it; full: all of it is true; triangle: it is the lower triangle."""
+    def __init__(
+        self,
+        allowed: Tensor,
+        dtype: torch.dtype,
+        *,
+        full: bool = False,
+        triangle: bool = False,
+        rows: Tensor | None = None,
+        causal: bool = False,
+    ) -> None:
+        """allowed as `attention_mask` gives it; full: all of it is true; triangle: it is the lower triangle. rows and
+        causal: what it was made of."""
         self.allowed = allowed
         self.dtype = dtype
         self.full = full
         self.triangle = triangle
+        self.rows = rows
+        self.causal = causal or triangle
         self.made: dict[str, Tensor | None] = {}
 
     @property
@@ -92,6 +109,15 @@ class Mask:
 
         return None if self.full else self._once("bias", make)
 
+    def find_gamma(self, spec: AttentionSpec) -> Tensor | float:
+        """The clipped softmax's gamma: the spec's, or each row's own, -alpha / number of keys, float64 (B or 1, 1, Tq,
+        1)."""
+
+        def count() -> Tensor:
+            return self.allowed.sum(dim=-1, keepdim=True).clamp(min=1).double()
+
+        return -spec.alpha / self._once("keys", count) if spec.softmax is Softmax.CLIPPED_ROW else spec.gamma
+
     def _once(self, name: str, make: Callable[[], Tensor | None]) -> Tensor | None:
         """What `make` gives, at the first call. Not `functools.cached_property`, whose lock (before Python 3.12)
         `torch.compile` does not trace."""
@@ -112,8 +138,10 @@ def make_mask(rows: Tensor | None, queries: int, keys: int, causal: bool, like: 
     """The mask of a forward pass, in the dtype and on the device of `like`."""
     allowed = attention_mask(rows, queries, keys, causal, like.device)
     triangle = causal and queries == keys and rows is None
-    mask = Mask(allowed, like.dtype, full=rows is None and (not causal or queries == 1), triangle=triangle)
-    if torch.compiler.is_compiling():  # now: a block that is computed again may not add to what lies outside it
+    full = rows is None and (not causal or queries == 1)
+    mask = Mask(allowed, like.dtype, full=full, triangle=triangle, rows=rows, causal=causal)
+    # now: a block that is computed again may not add to what lies outside it
+    if torch.compiler.is_compiling() and like.dtype.is_floating_point:
         _ = mask.empty, mask.hidden, mask.bias
     return mask
 
@@ -137,10 +165,7 @@ def masked_probabilities(scores: Tensor, mask: Mask, spec: AttentionSpec, sink: 
     elif spec.softmax is Softmax.PLAIN:
         p = ops.softmax(scores)
     else:
-        gamma: Tensor | float = spec.gamma
-        if spec.softmax is Softmax.CLIPPED_ROW:
-            gamma = -spec.alpha / mask.allowed.sum(dim=-1, keepdim=True).clamp(min=1).double()
-        p = ops.clipped_softmax(scores, gamma, spec.zeta)
+        p = ops.clipped_softmax(scores, mask.find_gamma(spec), spec.zeta)
     return mask.close(p)
 
 
@@ -148,6 +173,16 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(K)) v in one kernel: q (B, H, Tq, K), k and v (B, H, Tk, K) -> (B, H, Tq, K)."""
     bias = None if mask.triangle else mask.bias
     return mask.close(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=mask.triangle))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A static quantizer of one range under QTX: scale and zero point of one element, and the limits of codes."""
+
+    scale: Tensor
+    zero_point: Tensor
+    code_min: int
+    code_max: int
 
 
 @dataclass(frozen=True)
@@ -162,14 +197,77 @@ class Drop:
     first: int | Tensor
 
 
+def can_tile(q: Tensor, k: Tensor) -> bool:
+    """Whether `attend_tiled` serves q (B, H, Tq, K) and k (B, H, Tk, K) better than what stores the scores. On a CPU a
+    compiled graph fuses what it stores, and tiny tiles would be mostly calls. On a GPU float32, whose products in
+    Triton are not the tensor cores', is served where scores are many."""
+    if random.has_kernels(q.device):
+        few = q.dtype == torch.float32 and q.shape[2] * k.shape[2] < MANY
+        return q.dtype != torch.float64 and not few and q.shape[-1] <= WIDEST
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return q.device.type == "cpu" and q.shape[1] * q.shape[2] * k.shape[2] >= LEAST
+
+
 def attend_tiled(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, spec: AttentionSpec, sink: Tensor | None, drop: Drop | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    spec: AttentionSpec,
+    sink: Tensor | None,
+    drop: Drop | None,
+    *,
+    gate: Tensor | None = None,
+    scores: Codes | None = None,
+    probs: Codes | None = None,
+    quantizers: tiles.Quantizers | None = None,
+    block: int = tiles.BLOCK,
 ) -> Tensor:
     """dropout(probabilities(q k^T / sqrt(K))) v, of any softmax, without a tensor of Tq x Tk: q (B, H, Tq, K), k and v
-    (B, H, Tk, K), sink (H,) or None -> (B, H, Tq, K) in q's dtype."""
-    scores = mask.hide(ops.scores(q, k, q.shape[-1] ** -0.5))
-    probs = masked_probabilities(scores, mask, spec, sink)
+    (B, H, Tk, K), sink (H,) or None -> (B, H, Tq, K) in q's dtype. block: scores that a tile holds on the CPU.
+
+    Where `random.has_kernels`: times gate (B, Tq, H), and of scores and probabilities that are quantized. On a CPU:
+    `quantizers` of rows of scores and probabilities.
+
+    Gradients of the clipped softmax, by row: with c_j = clip(z p_j + gamma), z = zeta - gamma, o = sum_j c_j v_j and
+    g the gradient of o, dc_j = g . v_j and dp_j = z dc_j where 0 <= c_j <= 1 was not clamped, else 0. The softmax needs
+    sum_j p_j dp_j. Inside the clip z p_j = c_j - gamma, beyond its top c_j = 1, below its bottom c_j = 0, so
+
+        sum_j p_j dp_j = sum_inside (c_j - gamma) g . v_j = g . (o - w1 - gamma u),
+
+    u being the sum of v over keys inside the clip and w1 over those beyond its top. Who cannot hold a row, as a GPU,
+    stores o - w1 - gamma u in the forward pass, a vector of K a row, and reads p once in the backward pass; with
+    dropout each v_j there is multiplied by the mask's element over 1 - rate. A tile on the CPU holds whole rows and
+    sums p_j dp_j while they are in the cache.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if random.has_kernels(q.device):
+        if not mask.full and not mask.causal and mask.rows is None:
+            raise ValueError("attention mask is of no rows and not causal: kernels take what `make_mask` makes")
+        kernels = import_module("qtx_torch.kernels.attention")
+        words = None
+        if drop is not None:
+            words = kernels.Words(drop.seed, drop.step, random.number_site(drop.site), drop.rate, drop.first)
+        coded = (codes and (codes.scale, codes.zero_point, codes.code_min, codes.code_max) for codes in (scores, probs))
+        return kernels.attend(q, k, v, mask.rows, mask.causal, spec, sink, words, gate, *coded)
+    gamma: Tensor | float | None = None
+    span: Tensor | float | None = None
+    if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
+        gamma, span = ops.stretch(mask.find_gamma(spec), spec.zeta, torch.promote_types(q.dtype, torch.float32))
+    elif spec.softmax is Softmax.PLUS_ONE:
+        sink = q.new_zeros(1).expand(q.shape[1])
+    keep = None
     if drop is not None:
-        keep = random.keep_mask(drop.seed, drop.step, drop.site, tuple(probs.shape), drop.rate, drop.first, q.device)
-        probs = ops.scale(ops.mul(probs, keep), 1 / (1 - drop.rate))
-    return ops.matmul(probs, v)
+
+        def keep(first: int, shape: tuple[int, ...]) -> Tensor:
+            return random.keep_mask(
+                drop.seed, drop.step, drop.site, shape, drop.rate, drop.first + first, torch.device("cpu")
+            )
+
+    quantizers = quantizers or tiles.Quantizers()
+    causal = mask.causal and not any(quantizers)  # a range is that of all keys, zeros in the future among them
+    hidden = None if mask.full or (mask.triangle and causal) else mask.hidden
+    rule = tiles.RowRule(hidden, causal, gamma, span, keep, 0.0 if drop is None else drop.rate, quantizers)
+    return mask.close(tiles.Attend.apply(q, k, v, sink, rule, block))

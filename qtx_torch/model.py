@@ -2,6 +2,7 @@
 
 Differs from the reference: check_device, to_arrays: `arrays` finds the device and takes a batch there.
 Differs from the reference: Model.leaves, Model.backward: the optimizer works on tensors, and the results are arrays.
+Differs from the reference: IntegerModel: it can be compiled.
 Differs from the reference: Model.loss, Model.spread: a step may be compiled, and processes may share a model.
 
 Batches and results are NumPy arrays; see `qtx.data` for a batch's keys.
@@ -40,6 +41,7 @@ from qtx_ref.spec import (
 
 from . import distributed, models, stats
 from .arrays import find_device, to_numpy, to_tensors
+from .integer.execution import Execution, make_execution
 from .integer.model import Code, Integer, Whole
 from .numerics import (
     Calibrate,
@@ -400,13 +402,15 @@ class IntegerModel:
         *,
         device: str = "cpu",
         strict: bool = False,
+        compiled: bool = False,
     ):
         """constants: what the reference's `lowering.lower` made. strict: no float anywhere, at the price of slow
-        matmuls.
+        matmuls. compiled: whole passes that nobody watches by `integer.execution`, the same codes; where nothing can be
+        compiled a warning says why, and they are eager. Text is generated eagerly: each token makes it longer.
 
         Raises:
             SpecError: a device that is not there; under strict, one that is not the cpu, and a profile or a quantizer
-                that needs a float.
+                that needs a float; compiled: together with strict, and what cannot be proved of all data.
         """
         self.device = find_device(device)
         if strict and self.device.type != "cpu":
@@ -419,6 +423,11 @@ class IntegerModel:
         self.strict = strict
         with torch.device("meta"):  # wiring; the numbers are the constants
             self.net = models.build(spec)
+        self.execution: Execution | None = None
+        if compiled:
+            if strict:
+                raise SpecError("compiled is True, and strict: a compiled graph has floats; leave one of them out")
+            self.execution = make_execution(self.net, spec, self.constants, self.quants, profile, self.device)
 
     def run(self, batch: Batch, record: Callable[[str, np.ndarray], None] | None = None) -> Output:
         """The model's output. `record(name, value)` is shown every site's codes, and `<site>.accumulator`s."""
@@ -452,6 +461,10 @@ class IntegerModel:
     @torch.no_grad()
     def compute(self, nx: Integer, inputs: Mapping[str, Tensor | None], cache: list | None = None) -> Code:
         """A forward pass of what `accept` gave; cache as `models.opt` takes it."""
+        if self.execution is not None and cache is None and nx.record is None:
+            out = self.execution(inputs)
+            if out is not None:
+                return out
         if self.strict:
             nx.whole = Whole(on="images" not in inputs)
         with nx.whole or nullcontext():

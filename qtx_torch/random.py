@@ -3,6 +3,7 @@
 Differs from the reference: stream: weights, masking and batch order are drawn in NumPy whichever the backend.
 Differs from the reference: number_site: so that the compiler can be told of it.
 Differs from the reference: device: where words are drawn; None: torch's default device.
+Differs from the reference: has_kernels: one pass of Triton.
 
 Words are addressed by (seed, step, site, element), the same as in the reference. A step or a first word that is a
 tensor, int64 without axes, is no constant of a compiled graph, which then holds for all of them. torch has no unsigned
@@ -90,6 +91,12 @@ def _find_kernel(step: int | Tensor, first: int | Tensor, device: torch.device) 
     if tensors or torch.compiler.is_compiling() or device.type != "cuda":
         return None
     return _load_kernel(device)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton compiles and runs here: on a GPU where it is installed and a C compiler is. `step.compile_forward`
+    tells the compiler that it is a constant."""
+    return device.type == "cuda" and _load_kernel(device) is not None
 
 
 @cache

@@ -20,6 +20,10 @@ from . import random
 
 F = TypeVar("F", bound=Callable)
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when it starts, and sums in one order under these values
+DIVISION = (
+    "eager_numerics.division_rounding",
+    "emulate_divison_rounding",
+)  # inductor's names for it, of now and before
 FIRST, LEAST, PATIENCE = 2.0**16, 1.0, 2000
 
 
@@ -47,7 +51,8 @@ def compile_forward(forward: F) -> F:
 
     A numerics whose step and first row are tensors has the same graph in every step and part.
     """
-    torch.compiler.assume_constant_result(random.number_site)
+    for known in (random.number_site, random.has_kernels):
+        torch.compiler.assume_constant_result(known)
     return torch.compile(forward, fullgraph=True)
 
 

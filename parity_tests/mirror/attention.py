@@ -1,8 +1,9 @@
-"""torch's softmax variants and gates against the reference in float64, value and gradient, fused kernel and
+"""torch's softmax variants and gates against the reference in float64, value and gradient, fused kernel, tiles and
 decomposed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -23,7 +24,10 @@ from parity_tests.subjects.attentions import (
     gate_inputs,
 )
 from qtx_ref import attention as ref_attention
+from qtx_ref import random
+from qtx_ref.numerics import Float as RefFloat
 from qtx_ref.spec import AttentionSpec, Family, Gate, Head, ModelSpec
+from qtx_ref.tape import Var
 from qtx_torch import attention
 from qtx_torch.models.block import Attention
 from qtx_torch.models.gate import gate
@@ -74,6 +78,45 @@ def check_attention(softmax: str, situation: str, decomposed: bool, context: Con
 
     verdicts = errors(call, plain, inputs.reference, inputs.leaves, BOUND, context)
     return [*verdicts, equal("probabilities were shown", bool(seen), True)] if decomposed else verdicts
+
+
+def check_tiles(softmax: str, situation: str, rate: float, context: Context) -> list[Verdict]:
+    """Attention without a tensor of T x T: tiles of 7 rows of one head, and of two of three heads; with dropout, of
+    rows that are not the first of their batch."""
+    inputs = attention_inputs(softmax, situation, 8)
+    batch, heads, tokens, _ = inputs.leaves["q"].shape
+    rows = None if inputs.rows is None else tensor(inputs.rows, context)
+    seed, step, first_row, share = 3, 5, 2, 1 / (1 - rate)
+    first = first_row * heads * tokens * tokens
+    drop = attention.Drop(seed, step, "a.probs", rate, first) if rate else None
+    keep = random.keep_mask(seed, step, "a.probs", (batch, heads, tokens, tokens), rate, first)
+
+    def call(block: int, x: dict[str, Tensor]) -> Tensor:
+        made = attention.make_mask(rows, tokens, tokens, situation == "causal", x["q"])
+        return (
+            attention.attend_tiled(x["q"], x["k"], x["v"], made, inputs.spec, x.get("sink"), drop, block=block)
+            .transpose(1, 2)
+            .flatten(2)
+        )
+
+    def plain(x: dict[str, Tensor]) -> Tensor:
+        wide = tensor(inputs.mask, context).expand(batch, 1, tokens, tokens)
+        scores = x["q"] @ x["k"].mT / x["q"].shape[-1] ** 0.5
+        probs = plain_torch.probabilities(scores, wide, inputs.spec, x.get("sink"))
+        return (probs * tensor(keep, context) * share @ x["v"]).transpose(1, 2).flatten(2)
+
+    def reference(x: dict[str, Var]) -> Var:
+        nx = RefFloat(training=True, seed=seed, step=step, first_row=first_row)
+        nx.load({"a.probs.sink": x["sink"]} if "sink" in x else {})
+        return nx.attention("a", x["q"], x["k"], x["v"], inputs.mask, inputs.spec, rate)
+
+    blocks = {"rows": 7 * tokens, "heads": 2 * tokens * tokens}
+    return [
+        replace(verdict, what=f"{verdict.what}, tiles of {name}")
+        for name, block in blocks.items()
+        for verdict in errors(partial(call, block), plain, reference, inputs.leaves, BOUND, context)
+        if name == "rows" or verdict.what.startswith("torch")
+    ]
 
 
 def check_gate(kind: Gate, context: Context) -> list[Verdict]:
@@ -131,6 +174,10 @@ def list_cases() -> list[Case]:
     rows += [
         Case("attention", f"plain_{at}_decomposed", "torch", partial(check_attention, "plain", at, True), both)
         for at in SITUATIONS
+    ]
+    rows += [
+        Case("attention", f"tiles_{softmax}_{at}_{rate}", "torch", partial(check_tiles, softmax, at, rate), both)
+        for softmax, at, rate in product(SOFTMAXES, SITUATIONS, (0.0, 0.25))
     ]
     rows += [Case("attention", f"gate_{kind}", "torch", partial(check_gate, kind), both) for kind in GATES]
     return [*rows, Case("attention", "masks", "torch", check_masks)]

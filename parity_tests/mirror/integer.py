@@ -18,7 +18,8 @@ from qtx_torch.backend import IntegerModel
 
 PROFILES = ("float32", "gemmlowp", "tflite", "onnx")  # of all small models; the engines' others of one
 ANY = "bert_gate_mlp"
-RECIPES = ("w4a8", "w6a6", "w8a16", "channels", "rows", "operands", "values")
+GROUPED = ("w8a8-peg4p", "w8a8-out3", "w8a16-peg2", "w4a8-channel-peg8", "wide rows", "channels along sums")
+RECIPES = ("w4a8", "w6a6", "w8a16", "channels", "rows", "operands", "values", *GROUPED)
 SMALL = ("bert_gate_mlp", "opt_post_norm_projected", "vit_clipped_row")
 STRICT = ("bert_sink_and_mlp", "bert_gate_head_conditional", "bert_classify", "opt_gate_linear", "vit_clipped_row")
 
@@ -43,11 +44,11 @@ def check_small(name: str, recipe: str, profile: str, nonlinear: Nonlinear, cont
     return compare_backends(integer_models.small(name, recipe, profile, nonlinear), context)
 
 
-def check_strict(nonlinear: Nonlinear, context: Context) -> list[Verdict]:
+def check_strict(nonlinear: Nonlinear, recipe: str, context: Context) -> list[Verdict]:
     """Without a float: the same codes, in both backends. Strict runs on the cpu alone."""
     verdicts = []
     for name in STRICT:
-        low = integer_models.small(name, "w8a8", "qtx", nonlinear)
+        low = integer_models.small(name, recipe, "qtx", nonlinear)
         want = record_run(low.model(ref_backend.IntegerModel), low.batch)
         for model in (ref_backend.IntegerModel, IntegerModel):
             verdicts += same(record_run(low.model(model, strict=True), low.batch), want)
@@ -95,6 +96,7 @@ def list_cases() -> list[Case]:
     ]
     chosen = [("w8a8", profile, table) for profile in PROFILES]
     chosen += [(recipe, "qtx", table) for recipe in RECIPES]
+    chosen += [("w8a8-peg4p", profile, table) for profile in PROFILES] + [("w8a8-out3", "onnx", polynomial)]
     chosen += [("w8a8", "qtx", polynomial), ("rows", "qtx", polynomial), ("rows", "float32", polynomial)]
     rows += [
         Case("integer", "_".join((name, recipe, profile, str(kind))), "torch", partial(check_small, name, *choice))
@@ -110,4 +112,9 @@ def list_cases() -> list[Case]:
     rows += [
         Case("integer", f"generate_{kind}", "torch", partial(check_generate, kind)) for kind in ("vanilla", "sink")
     ]
-    return rows + [Case("integer", f"strict_{kind}", "torch", partial(check_strict, kind)) for kind in Nonlinear]
+    strict = [("w8a8", table), ("w8a8", polynomial), ("w8a8-peg4p", polynomial), ("w8a8-out3", table)]
+    return rows + [
+        Case("integer", "_".join(("strict", *map(str, choice))), "torch", partial(check_strict, kind, recipe))
+        for recipe, kind in strict
+        for choice in [(kind,) if recipe == "w8a8" else (recipe, kind)]
+    ]

@@ -40,6 +40,7 @@ STEPS = 50
 OPTIM = OptimSpec(lr=1e-3, weight_decay=0.01, clip_norm=1.0, warmup=30, steps=300)
 ROWS = QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
 CHANNELS = QuantSpec(symmetric=True, granularity=Granularity.CHANNEL)
+WIDE = QuantSpec(granularity=Granularity.GROUP, wide=2)
 VALUES = QuantSpec(granularity=Granularity.CHANNEL)
 Batch = dict[str, np.ndarray]
 Arrays = Mapping[str, np.ndarray]
@@ -114,6 +115,11 @@ def make_recipe(name: str, spec: ModelSpec, nonlinear: Nonlinear = Nonlinear.TAB
     changes = {
         "rows": [Rule(tuple(rows), ROWS, "a scale per token of what enters a linear")],
         "operands": [Rule(("*.scores.lhs", "*.scores.rhs", "*.context.lhs"), ROWS, "a scale per token")],
+        "wide rows": [  # codes of 16 bits beside scales per token, and where the result of a norm is wide
+            Rule(tuple(rows), ROWS, "a scale per token of what enters a linear"),
+            Rule(("embed.sum", "*.residual", "*.ffn.output", "*.attn.norm"), WIDE, "two channels in 16 bits"),
+        ],
+        "channels along sums": [Rule(("embed.sum", "*norm", "*.query", "*.residual"), VALUES, "a scale per channel")],
         "values": [Rule(("*.attn.value",), VALUES, "a scale per channel, which P V does not sum over")],
     }
     if name == "channels":

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from parity_tests.subjects import rules
+from qtx_ref.integer import groups
 from qtx_ref.quant.formats import values
 from qtx_ref.quant.rounding import SMALLEST
 from qtx_ref.random import stream
 from qtx_ref.spec import (
     QTX,
+    AddRule,
     Beyond,
     Bias,
     CastRule,
@@ -106,7 +108,7 @@ AFFINE = {
     "symmetric": BOTH,
     "signed": BOTH,
     "narrow": BOTH,
-    "granularity": (*Granularity, "permuted"),
+    "granularity": (*Granularity, "permuted", "wide"),
     "axis": (None, None, 0, 1, -1, -2),  # of channels and blocks
     "weight": BOTH,
     "size": (1e-3, 1.0, 30.0),  # standard deviation
@@ -160,11 +162,11 @@ def draw_affine(index: int, codes: int) -> Configuration:
     )
     fake = FakeQuantizeRule(quantize, dequantize)
     profile = replace(QTX, name="drawn", scale=made, quantize=quantize, fake_quantize=fake, dequantize=dequantize)
-    permuted = axes["granularity"] == "permuted"
-    kind = Granularity.GROUP if permuted else axes["granularity"]
-    groups, block = (4 if kind is Granularity.GROUP else None), (4 if kind is Granularity.BLOCK else None)
+    permuted, wide = (axes["granularity"] == name for name in ("permuted", "wide"))
+    kind = Granularity.GROUP if permuted or wide else axes["granularity"]
+    groups, block = (4 if kind is Granularity.GROUP and not wide else None), (4 if kind is Granularity.BLOCK else None)
     spec = QuantSpec(
-        axes["bits"],
+        min(axes["bits"], 8) if wide else axes["bits"],
         axes["symmetric"],
         kind,
         dynamic=kind in (Granularity.TOKEN, Granularity.BLOCK),
@@ -174,6 +176,7 @@ def draw_affine(index: int, codes: int) -> Configuration:
         block=block,
         signed=True if axes["symmetric"] else axes["signed"],
         axis=axes["axis"] if kind in (Granularity.CHANNEL, Granularity.BLOCK) else None,
+        wide=3 if wide else None,
     )
     width = 64
     x = (rng.standard_normal((max(8, codes // 8 // width // 4 * 4), width)) * axes["size"]).astype(F32)
@@ -370,6 +373,50 @@ def draw_integer(index: int, codes: int) -> Configuration:
     return Configuration(integer_chain, arrays, settings, axes)
 
 
+GROUPS = {
+    "a_bits": (2, 8, 8, 15, 16),
+    "b_bits": (4, 8, 8, 16),
+    "depth": (1, 7, 64, 255, 768, 1500),  # K
+    "groups": (1, 2, 4, "all"),
+    "spread": (1, 1000, 2**26),  # of the largest scale over the smallest
+    "heads": ((), (3,)),
+    "shift": (0, 1, 12, 24, 40),
+    "rounding": rules.ROUNDINGS,
+    "integers": (False,) * 3 + (True,),
+    "too_large": (False,) * 5 + (True,),
+}
+
+
+def groups_chain(m, a, b, multiplier, shift, rule, a_bits, b_bits, integers):
+    return {
+        "product": m.product(a, b, multiplier, shift, rule, a_bits, b_bits, integers),
+        "joined": m.join(a, multiplier, shift, rule),
+    }
+
+
+def draw_groups(index: int, codes: int) -> Configuration:
+    rng, axes = stream(0, "groups", index), pick(GROUPS, index)
+    depth, a_bits, b_bits = axes["depth"], axes["a_bits"], axes["b_bits"]
+    rows = max(2, min(64, codes // 3 // depth))
+    count = depth if axes["groups"] == "all" else min(axes["groups"], depth)
+    scales = np.exp(rng.uniform(0, np.log(axes["spread"]), count))
+    unit = rng.permuted(scales[np.arange(depth) * count // depth])
+    a = rng.integers(-(2**a_bits), 2**a_bits + 1, (*axes["heads"], rows, depth))
+    b = rng.integers(-(2**b_bits), 2**b_bits + 1, (*axes["heads"], depth, 16))
+    a[..., 0, :], b[..., 0] = 2**a_bits, 2**b_bits
+    multiplier = groups.channel_multiplier(unit)
+    if axes["too_large"]:
+        multiplier = np.full_like(multiplier, 2**30)
+    arrays = {
+        "a": a.astype(np.int32),
+        "b": b.astype(np.int32),
+        "multiplier": multiplier,
+        "shift": np.array(axes["shift"], np.int64),
+    }
+    settings = {"rule": AddRule(axes["rounding"]), "a_bits": a_bits, "b_bits": b_bits, "integers": axes["integers"]}
+    return Configuration(groups_chain, arrays, settings, axes)
+
+
 FORMATS = {
     "kind": tuple(FloatFormat),
     "saturate": BOTH,
@@ -434,6 +481,13 @@ MODULES = {
     "fixed_point": "integer.fixed_point",
     "integer": "integer.products",
     "formats": "quant.formats",
+    "groups": "integer.groups",
     "rounding": "quant.rounding",
 }
-DRAWS = {"affine": draw_affine, "fixed_point": draw_fixed, "integer": draw_integer, "formats": draw_formats}
+DRAWS = {
+    "affine": draw_affine,
+    "fixed_point": draw_fixed,
+    "integer": draw_integer,
+    "formats": draw_formats,
+    "groups": draw_groups,
+}

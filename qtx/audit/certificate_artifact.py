@@ -1,4 +1,8 @@
-"""The integer products of an artifact, found by running it, and their operands on real data."""
+"""The integer products of an artifact, found by running it, and their operands on real data.
+
+Where scales vary along a sum there is a product for each of them, `<site>[0]`, `<site>[1]`, ...: a group's channels and
+its own accumulator. The sum over groups is bounded where it is made, in lowering.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from qtx_ref.spec import Family, MatmulRule, Overflow, Products, accumulator_bit
 
 from ..files.artifact import Artifact
 from .certificate_bounds import Operand, Product
+from .certificate_groups import split_groups
 
 __all__ = ["Show", "read_artifact_products", "run_artifact"]
 
@@ -33,6 +38,11 @@ class Watched(Integer):
     def matmul(self, site: str, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
         self.see(site, a, b, bias)
         return super().matmul(site, a, b, bias)
+
+    def weigh(self, site: str, a: Code, b: Code, bias: np.ndarray | None = None) -> np.ndarray:
+        for number, pair in enumerate(split_groups(a, b, self.constants[f"{site}.channel_multiplier"])):
+            self.see(f"{site}[{number}]", *pair, None)
+        return super().weigh(site, a, b, bias)
 
 
 class WatchedModel(IntegerModel):
@@ -60,19 +70,20 @@ def read_artifact_products(artifact: Artifact) -> list[Product]:
     spec, found = artifact.spec, dict[str, Product]()
 
     def see(site: str, a: Code, b: Code, bias: np.ndarray | None) -> None:
-        shift = artifact.constants.get(f"{site}.shift")
+        base, group, _ = site.partition("[")
+        shift = artifact.constants.get(f"{site}.shift")  # a group's is that of the sum over all
         left = make_operand(a)
         wide = bias is not None and bias.dtype == np.int64
         accumulator = 64 if wide else accumulator_bits(a.spec, b.spec)
-        if site not in model.weights:  # scores: q and k; context: probabilities and v
-            depth = spec.head_width if site.endswith(".scores") else spec.length
+        if base not in model.weights:  # scores: q and k; context: probabilities and v
+            depth = a.shape[-1] if group else spec.head_width if site.endswith(".scores") else spec.length
             found[site] = Product(site, left, make_operand(b), depth, None, shift, accumulator)
             return
         heads, depth, columns = b.value.shape  # one matrix, or one per head on its own slice of x
         codes = np.asarray(b.value).transpose(1, 0, 2).reshape(depth, heads * columns)
         right = replace(make_operand(b), codes=codes.astype(np.int32))
         right = right if right.zero_point is None else replace(right, zero_point=flat(right.zero_point))
-        scale = flat(artifact.constants[f"{model.weights[site]}.scale"])
+        scale = flat(artifact.constants[f"{model.weights[base]}.scale"])
         own = None if bias is None else np.ravel(bias)
         shift = None if shift is None else flat(shift)
         found[site] = Product(site, left, right, depth, own, shift, accumulator, scale)

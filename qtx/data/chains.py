@@ -24,7 +24,7 @@ from qtx_ref.spec import ModelSpec
 
 from ..engines.protocols import Batch
 from .spec import Begin, DataSpec
-from .splits import SPLITS, DataError, check_batch, check_split, digest, fingerprint
+from .splits import DataError, check_batch, check_split, describe_splits, digest, fingerprint
 from .text import Specials, window_length
 from .tokenizing import BUNDLED, map_bytes
 
@@ -157,8 +157,7 @@ class ChainData:
             "source": self.source,
             "vocab": self.vocab,
             "tokenizer_sha256": digest(self.tokenizer_json.encode()),
-            "hashes": {split: self.hashes(split) for split in SPLITS},
-            "fingerprints": {split: self.fingerprint(split) for split in SPLITS},
+            **describe_splits(self),
             **self.settings.describe(),
         }
 

@@ -29,6 +29,7 @@ from .splits import (
     DataError,
     check_batch,
     check_split,
+    describe_splits,
     digest,
     fingerprint,
     iterate_passes,
@@ -99,8 +100,7 @@ class ImageData(ClassifiedItems):
             "classes": self.classes,
             **({} if self.names is None else {"names": list(self.names)}),
             "seed": self.seed,
-            "hashes": {split: self.hashes(split) for split in SPLITS},
-            "fingerprints": {split: self.fingerprint(split) for split in SPLITS},
+            **describe_splits(self),
             **DataSpec(augment=self.augment).describe(),
         }
 

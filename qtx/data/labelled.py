@@ -32,6 +32,7 @@ from .splits import (
     DataError,
     check_batch,
     check_split,
+    describe_splits,
     digest,
     fingerprint,
     iterate_passes,
@@ -96,8 +97,7 @@ class LabelledText(ClassifiedItems):
             "seed": self.seed,
             "vocab": self.vocab,
             "tokenizer_sha256": digest(self.tokenizer_json.encode()),
-            "hashes": {split: self.hashes(split) for split in SPLITS},
-            "fingerprints": {split: self.fingerprint(split) for split in SPLITS},
+            **describe_splits(self),
         }
 
     def check(self, spec: ModelSpec) -> int:

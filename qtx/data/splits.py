@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,6 +32,20 @@ def digest(data: bytes) -> str:
 def fingerprint(hashes: list[str]) -> str:
     """One hash over the hashes of a split, in order."""
     return digest("\n".join(hashes).encode())
+
+
+class Splits(Protocol):
+    """Data in splits."""
+
+    def hashes(self, split: str) -> list[str]: ...
+
+    def fingerprint(self, split: str) -> str: ...
+
+
+def describe_splits(data: Splits) -> dict[str, dict[str, Any]]:
+    """What a checkpoint keeps of them, as JSON values: the sha256s of each split, and one for the whole of it."""
+    hashes = {split: data.hashes(split) for split in SPLITS}
+    return {"hashes": hashes, "fingerprints": {split: data.fingerprint(split) for split in SPLITS}}
 
 
 def name_splits(count: int) -> list[str]:

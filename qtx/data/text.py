@@ -21,14 +21,7 @@ from qtx_ref.spec import Head, ModelSpec
 
 from ..engines.protocols import Batch
 from .spec import Begin, DataSpec, Order
-from .splits import (
-    SPLITS,
-    DataError,
-    check_batch,
-    check_split,
-    digest,
-    fingerprint,
-)
+from .splits import SPLITS, DataError, check_batch, check_split, describe_splits, digest, fingerprint
 from .windows import Mixture, Reach, Tokens, Windows, order_epochs
 
 # Devlin et al. 2019, section 3.1: of the tokens that are predicted 80% are hidden, 10% replaced, 10% kept
@@ -152,8 +145,7 @@ class TextData:
             "source": self.source,
             "vocab": self.vocab,
             "tokenizer_sha256": digest(self.tokenizer_json.encode()),
-            "hashes": {split: self.hashes(split) for split in SPLITS},
-            "fingerprints": {split: self.fingerprint(split) for split in SPLITS},
+            **describe_splits(self),
             **self.settings.describe(),
         }
 

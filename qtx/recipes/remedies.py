@@ -152,8 +152,8 @@ def groups(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
 
 
 def wide_channels(base: Parts, spec: ModelSpec, name: re.Match[str]) -> Parts:
-    """The channels of the widest range, as many as the name says, in 16 bits beside the others. Raises SpecError where
-    the model has no more channels."""
+    """The channels of the largest magnitude, as many as the name says, in 16 bits beside the others. Raises SpecError
+    where the model has no more channels."""
     count = int(name[1])
     if not 1 <= count < min(spec.width, spec.hidden):
         raise SpecError(f"remedy out{count}: give 1 to {min(spec.width, spec.hidden) - 1} channels of this model")
@@ -252,6 +252,7 @@ def list_standard(spec: ModelSpec) -> tuple[str, ...]:
         *(
             f"w8a8-peg{count}p" for count in counts if 1 < count < spec.width
         ),  # of one, or of one each, order is nothing
+        *(("w8a8-out8",) if min(spec.width, spec.hidden) > 8 else ()),
         "w8a8-bias",
         "linear-w8a8",
         "linear-w8a8-llmint8",

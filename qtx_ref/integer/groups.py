@@ -13,8 +13,8 @@ scale have one m, so a sum is that of the groups' own accumulators, each times i
 int32 for each group, and adds G of them. Here codes are multiplied by m first, and float64 carries the products, exact
 in blocks; the integers are the same.
 
-The shift is the least that keeps the sum within 30 bits (46 of an accumulator of 64 bits), for codes at their ends and
-the weights as they are, so that nothing overflows and t 2^(shift - 24) is about as fine as an int32 can have it.
+The shift is the least that keeps the sum below 2^30 for codes at their ends and the weights as they are, so that
+nothing overflows, whatever the codes' bits, and t 2^(shift - 24) is about as fine as an int32 can have it.
 
 Arrays: codes less their zero points (..., K), int32; multipliers int32, one per channel, broadcast against them; what
 comes out is int64.
@@ -52,7 +52,7 @@ def channel_multiplier(unit: np.ndarray) -> np.ndarray:
 
 def joint_unit(unit: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """The unit, float64, of what `product` and `join` make of channels of these units."""
-    return np.float64(unit.max()) * np.exp2(np.float64(shift) - MULTIPLIER_BITS)
+    return np.asarray(np.float64(unit.max()) * np.exp2(np.float64(shift) - MULTIPLIER_BITS))
 
 
 def reach(spec: QuantSpec, zero_point: np.ndarray) -> np.ndarray:

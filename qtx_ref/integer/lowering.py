@@ -26,6 +26,7 @@ from ..spec import (
     Family,
     Fixed,
     FloatProduct,
+    Granularity,
     HighProduct,
     ModelSpec,
     Nonlinear,
@@ -39,7 +40,18 @@ from ..spec import (
 from . import fixed_point, float_product, groups, ops, products
 from .model import Code, Integer, accumulator_bits, at, code_dtype
 
-__all__ = ["Lowering", "common_shift", "lower", "make_constants", "per_channel", "plain", "run_lowering", "takes_wide"]
+__all__ = [
+    "Lowering",
+    "common_shift",
+    "count_scales",
+    "lower",
+    "make_constants",
+    "per_channel",
+    "plain",
+    "run_lowering",
+    "share_rows",
+    "takes_wide",
+]
 
 GAMMA_LIMIT = 64  # |gamma| that ops.clip_stretch has bits for
 ZETA_LIMIT = 64
@@ -47,6 +59,7 @@ FACTOR_BITS = 36  # of a sink's factor: its product with an exponential stays be
 SINK_STEPS = 2**20  # codes between the scores' zero and a sink
 POLYNOMIAL_LIMIT = 1024.0  # largest argument of the GELU polynomial
 SUM_BITS = 62  # of a weighted sum over groups
+GROUP_BITS = 30  # of that sum as an accumulator, with or without a bias an int32
 NORM_SPAN_BITS = 30  # of D times the span of a norm's codes: its square beside eps stays below 2^62
 EPS_BITS = 60  # of eps in units of ops.normalize
 
@@ -59,6 +72,20 @@ def takes_wide(rule: Fixed | FloatProduct) -> bool:
 def per_channel(x: np.ndarray) -> np.ndarray:
     """One number as it is; one for each channel as they stand beside a table of codes, (F, 1)."""
     return x if np.size(x) == 1 else np.reshape(x, (-1, 1))
+
+
+def count_scales(*specs: QuantSpec) -> int:
+    """How many combinations of scales channels of these quantizers may have; 0 where each channel has its own."""
+    counts = [1, *(0 if s.granularity is Granularity.CHANNEL else 2 if s.wide else s.groups or 1 for s in specs)]
+    return int(np.prod(counts))
+
+
+def share_rows(table: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A table of codes of each channel, (F, codes), without those that others have too, and each channel's row, int32.
+    `count` rows, the last one again and again, or F of none or too many: layers made alike have as many."""
+    rows, place = np.unique(table, axis=0, return_inverse=True)
+    missing = (min(count, len(table)) or len(table)) - len(rows)
+    return np.concatenate([rows, np.repeat(rows[-1:], missing, 0)]), place.reshape(-1).astype(np.int32)
 
 
 def plain(x: np.ndarray) -> np.ndarray:
@@ -211,8 +238,8 @@ class Lowering(Integer):
         self.constants[f"{site}.bias"] = code.astype(np.int32 if bits == 32 else np.int64)
         self.constants[f"{site}.bias.scale"] = step
 
-    def put_channels(self, site: str, unit: np.ndarray, bound: np.ndarray, bits: int) -> np.ndarray:
-        """Multipliers of channels whose units vary, and the shift that keeps sums below 2^30, or 2^46 of 64 bits.
+    def put_channels(self, site: str, unit: np.ndarray, bound: np.ndarray) -> np.ndarray:
+        """Multipliers of channels whose units vary, and the shift that keeps sums below 2^30.
 
         bound: the largest magnitude of what is multiplied by each channel's multiplier, float64, broadcast against unit
         and summed over the last axis. Returns the unit of the sums."""
@@ -221,13 +248,14 @@ class Lowering(Integer):
         reach = int(np.frexp(largest)[1])
         if reach > SUM_BITS:
             refuse_integer(site, f"its weighted sum over groups takes {reach} bits of {SUM_BITS}: use fewer bits")
-        return self.put_shift(site, unit, multiplier, max(reach - (30 if bits == 32 else 46), 0))
+        return self.put_shift(site, unit, multiplier, max(reach - GROUP_BITS, 0))
 
     def put_shift(self, site: str, unit: np.ndarray, multiplier: np.ndarray, shift: int) -> np.ndarray:
         """The constants of `groups`; returns the joint unit."""
         self.constants[f"{site}.channel_multiplier"] = multiplier
         self.constants[f"{site}.channel_shift"] = np.asarray(shift, np.int64)
-        return groups.joint_unit(unit, self.constants[f"{site}.channel_shift"])
+        self.constants[f"{site}.channel_unit"] = groups.joint_unit(unit, self.constants[f"{site}.channel_shift"])
+        return self.constants[f"{site}.channel_unit"]
 
     def put_linear_channels(self, site: str, x: Code, w: Code) -> np.ndarray:
         """`put_channels` of a linear layer's input; returns its unit in the accumulator."""
@@ -236,7 +264,7 @@ class Lowering(Integer):
         weights = np.abs(w.subtract_zero().astype(np.float64)).reshape(heads, -1, inputs)  # (H, O, I)
         far = groups.reach(x.spec, x.zero_point).astype(np.float64).reshape(heads, 1, inputs)
         unit = self.unit(x.unit).reshape(heads, 1, inputs)
-        return self.put_channels(site, unit, far * weights, accumulator_bits(x.spec, w.spec))
+        return self.put_channels(site, unit, far * weights)
 
     def put_norm_channels(self, site: str, x: Code) -> np.ndarray:
         """The constants that bring a norm's input to one unit, which is returned: codes that span less than 2^30 / D,
@@ -313,13 +341,14 @@ class Lowering(Integer):
 
     def product(self, site: str, x: Code, w: Code) -> Code:
         self.check_codes(site, x)
-        step = self.put_linear_channels(site, x, w) if groups.varies(x.unit) else x.unit
+        grouped, bits = groups.varies(x.unit), accumulator_bits(x.spec, w.spec)
+        step, bits = (self.put_linear_channels(site, x, w), 32) if grouped else (x.unit, bits)
         bias = self.params.get(f"{site}.bias")
         beside = self.profile.bias is not Bias.INT32 and site in self.ended
         if bias is not None and (x.measured or beside):
             self.constants[f"{site}.bias"] = bias.astype(np.float32)
         elif bias is not None:
-            self.put_bias(site, bias, self.unit(step, w.unit), accumulator_bits(x.spec, w.spec))
+            self.put_bias(site, bias, self.unit(step, w.unit), bits)
         y = super().product(site, x, w)
         several = np.size(w.unit) > 1
         self.factors[site] = step, w.unit.reshape(*(1,) * (x.ndim - 1), -1) if several else plain(w.unit)
@@ -410,7 +439,10 @@ class Lowering(Integer):
             refuse_integer(site, f"{kind} is a table of codes of one scale, which needs a static range")
         scale, zero = (per_channel(self.constants[f"{site}.{key}"]) for key in ("scale", "zero_point"))
         level = np.rint(ACTIVATIONS[kind](real) / scale.astype(np.float64)) + zero
-        self.constants[f"{site}.table"] = np.clip(level, *affine.code_limits(zero, spec)).astype(code_dtype(spec))
+        table = np.clip(level, *affine.code_limits(zero, spec)).astype(code_dtype(spec))
+        if table.ndim == 2:
+            table, self.constants[f"{site}.row"] = share_rows(table, count_scales(x.spec, spec))
+        self.constants[f"{site}.table"] = table
         return super().activation(site, x, kind)
 
     def decode(self, x: Code) -> np.ndarray:
@@ -435,7 +467,7 @@ class Lowering(Integer):
                 refuse_integer(site, "one of its factors has a scale per token, the other several along the sum")
             self.check_pairs(site, q, k)
             far = (groups.reach(x.spec, x.zero_point).astype(np.float64) for x in (q, k))
-            self.put_channels(site, self.unit(q.unit, k.unit), np.multiply(*far), accumulator_bits(q.spec, k.spec))
+            self.put_channels(site, self.unit(q.unit, k.unit), np.multiply(*far))
         return super().scores(site, q, k)
 
     def softmax(self, site: str, scores: Code, mask: np.ndarray, spec: AttentionSpec) -> Code:

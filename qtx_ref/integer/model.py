@@ -10,10 +10,10 @@ can take one. All constants were made by `lowering` and are stored in the artifa
     <site>.multiplier .shift     real multiplier 2^shift * multiplier / 2^31 of the requantization (a FloatProduct: the
                                  multiplier alone, or its three factors on an axis before); of a sum, one multiplier per
                                  operand in units of 2^-shift
-    <site>.channel_multiplier .channel_shift     of an op whose input has several scales along its channels: as `groups`
-                                 takes them, one multiplier per channel (of scores one per head and channel)
-    <site>.table                 gelu, sigmoid, tanh: one code per code, in a row for each channel where channels have
-                                 scales of their own; softmax: exponentials, Q24
+    <site>.channel_multiplier .channel_shift .channel_unit     of an op whose input has several scales along channels:
+                                 as `groups` takes them, one multiplier per head and channel; the unit of what comes out
+    <site>.table                 gelu, sigmoid, tanh: one code per code, in several rows where channels have scales of
+                                 their own, `.row` of each channel; softmax: exponentials, Q24
     <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `ops` takes them
     <site>.input_multiplier .input_shift                  from a code to the argument of a polynomial
 
@@ -238,16 +238,16 @@ class Integer(Numerics[Code]):
         """Accumulators of a b whose units vary along the sum, in the joint unit of `groups`. Their zero points are
         subtracted first: b's is one, or broadcasts against it."""
         multiplier, shift = (self.constants[f"{site}.channel_{key}"] for key in ("multiplier", "shift"))
-        wide = accumulator_bits(a.spec, b.spec) == 64 or (bias is not None and bias.dtype == np.int64)
+        wide = bias is not None and bias.dtype == np.int64
         bits = groups.bits_below(a.spec), groups.bits_below(b.spec)
         factors = a.subtract_zero(), b.subtract_zero()
         with at(site):
             acc = groups.product(*factors, multiplier, shift, self.profile.add, *bits, self.strict)
             return products.fit(acc if bias is None else acc + bias, 64 if wide else 32, self.profile.matmul)
 
-    def joint_unit(self, site: str, unit: np.ndarray | Any) -> np.ndarray | Any:
-        """The unit of `weigh` and of what goes into a norm, of channels of these units. None under strict."""
-        return None if self.strict else groups.joint_unit(self.unit(unit), self.constants[f"{site}.channel_shift"])
+    def joint_unit(self, site: str) -> np.ndarray | Any:
+        """The unit of `weigh`, without that of weights, and of what goes into a norm. None under strict."""
+        return self.constants.get(f"{site}.channel_unit")
 
     def has_groups(self, site: str) -> bool:
         """Whether the scales of a site's input vary along the sum."""
@@ -301,7 +301,7 @@ class Integer(Numerics[Code]):
         bias = None if bias is None else bias.reshape(-1)
         beside = bias is not None and bias.dtype.kind == "f"
         inside = None if bias is None or beside else split(bias)  # (H, 1, O)
-        multiply, x_unit = (self.weigh, self.joint_unit(site, x.unit)) if grouped else (self.matmul, x.unit)
+        multiply, x_unit = (self.weigh, self.joint_unit(site)) if grouped else (self.matmul, x.unit)
         acc = multiply(site, Code(split(x.value), None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
         acc = self.record_accumulator(site, acc.swapaxes(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
         y_unit = self.unit(x_unit, w_unit)
@@ -380,7 +380,7 @@ class Integer(Numerics[Code]):
         table = self.constants.get(f"{site}.table")
         if table is not None:
             place = x.value.astype(np.int32) - x.spec.code_min
-            code = table[place] if table.ndim == 1 else table[np.arange(len(table)), place]
+            code = table[place] if table.ndim == 1 else table[self.constants[f"{site}.row"], place]
             return self.record_codes(
                 site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
             )
@@ -410,7 +410,7 @@ class Integer(Numerics[Code]):
         """The accumulators of q k^T."""
         kt = k.arrange(lambda x: x.swapaxes(-1, -2))
         if self.has_groups(site):
-            acc, step = self.weigh(site, q, kt), self.joint_unit(site, self.unit(q.unit, k.unit))
+            acc, step = self.weigh(site, q, kt), self.joint_unit(site)
         else:
             acc, step = self.matmul(site, q, kt), self.unit(q.unit, kt.unit)
         acc = self.record_accumulator(site, acc)

@@ -27,10 +27,12 @@ __all__ = [
     "PROBABILITY_BITS",
     "SINK_BITS",
     "ZETA_BITS",
+    "bit_length",
     "clip_stretch",
     "exp_polynomial",
     "gelu_polynomial",
     "half_up",
+    "half_up_shifted",
     "mean",
     "normalize",
     "row_gamma",
@@ -55,6 +57,11 @@ def half_up(numerator: np.ndarray, denominator: np.ndarray | int) -> np.ndarray:
     """floor(numerator / denominator + 1/2), denominator > 0. No int64 is too large: nothing is doubled."""
     quotient, rest = np.divmod(numerator, denominator)
     return quotient + (rest >= denominator - rest)
+
+
+def half_up_shifted(numerator: np.ndarray, shift: np.ndarray | int, denominator: np.ndarray) -> np.ndarray:
+    """floor(numerator 2^shift / denominator + 1/2) of one denominator > 0 per row; no more than int64 holds."""
+    return half_up(numerator.astype(np.int64) << shift, denominator)
 
 
 def weighted_sum(
@@ -129,7 +136,7 @@ def softmax(
     total = e.sum(axis=-1, keepdims=True)
     if sink is not None:
         total = total + rounding_shift_right(exp(largest - position) * factor, SINK_BITS)
-    return half_up(e << PROBABILITY_BITS, np.maximum(total, 1))
+    return half_up_shifted(e, PROBABILITY_BITS, np.maximum(total, 1))
 
 
 def clip_stretch(p: np.ndarray, zeta: np.ndarray, gamma: np.ndarray) -> np.ndarray:
@@ -164,6 +171,15 @@ def square_root(x: np.ndarray) -> np.ndarray:
     return root - (root * root > x)
 
 
+def bit_length(x: np.ndarray) -> np.ndarray:
+    """The number of bits of x in [1, 2^62)."""
+    length = np.ones_like(x)
+    for step in (32, 16, 8, 4, 2, 1):
+        more = (x >> step > 0) * step
+        x, length = x >> more, length + more
+    return length
+
+
 def normalize(code: np.ndarray, eps: np.ndarray) -> np.ndarray:
     """(x - mean) / sqrt(var + eps) over the last axis, Q16, from codes of at most 16 bits; their zero point cancels.
 
@@ -181,12 +197,8 @@ def normalize(code: np.ndarray, eps: np.ndarray) -> np.ndarray:
     code = code - code[..., :1]  # smaller squares; it cancels too
     total = code.sum(axis=-1, keepdims=True)
     w = np.maximum(width * (code * code).sum(axis=-1, keepdims=True) - total * total + eps, 1)
-    half = np.zeros_like(w)  # half the number of bits
-    for step in (16, 8, 4, 2, 1):
-        room = w < np.int64(1) << (62 - 2 * step)
-        w, half = np.where(room, w << (2 * step), w), half + room * step
-    n = (width * code - total) << half  # at most sqrt(D) 2^31
-    return half_up(n << NORM_BITS, square_root(w))
+    half = (62 - bit_length(w)) >> 1
+    return half_up_shifted(width * code - total, half + NORM_BITS, square_root(w << (2 * half)))  # sqrt(D) 2^47 at most
 
 
 # --- I-BERT's polynomials ---------------------------------------------------------------------------------------------
@@ -221,7 +233,7 @@ def sigmoid_polynomial(x: np.ndarray) -> np.ndarray:
     x = np.clip(x.astype(np.int64), -ARGUMENT, ARGUMENT)  # beyond, the exponential is 0; -2^63 has no magnitude
     e = exp_polynomial(np.abs(x))
     top = np.where(x < 0, e, 1 << EXP_BITS)
-    return half_up(top << PROBABILITY_BITS, e + (1 << EXP_BITS))
+    return half_up_shifted(top, PROBABILITY_BITS, e + (1 << EXP_BITS))
 
 
 def tanh_polynomial(x: np.ndarray) -> np.ndarray:

@@ -154,23 +154,25 @@ def group_channels(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> np.nda
     """The group of each channel, counted from 0, of channel ranges (one axis longer than 1), in their shape.
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
-    outlier channels share a group (Bondarenko et al. 2021, section 4). With `wide` the last so many in that order are
-    group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all would be wide.
+    outlier channels share a group (Bondarenko et al. 2021, section 4). With `wide` so many of the largest
+    magnitude are group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all
+    would be wide.
     """
     count, channels = spec.groups, low.size
     if spec.wide is not None and spec.wide >= channels:
         raise ValueError(f"wide {spec.wide} of {channels} channels leaves none to the others; choose fewer")
     if count is not None and channels % count:
         raise ValueError(f"groups {count} does not divide the {channels} channels; choose a number that does")
+    size = high - low if count is not None else np.maximum(-low, high)
     ordered = spec.permute or count is None
-    order = np.argsort((high - low).ravel(), kind="stable") if ordered else np.arange(channels)
+    order = np.argsort(size.ravel(), kind="stable") if ordered else np.arange(channels)
     place = np.argsort(order)  # of each channel in that order
     group = place >= channels - (spec.wide or 0) if count is None else place // (channels // count)
     return group.astype(np.int32).reshape(low.shape)
 
 
 def unite_groups(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Channel ranges (one axis longer than 1) -> the range of each channel's group, in the same shape. Raises ValueError
+    """Channel ranges (one axis longer than 1) -> its group's range for each, in the same shape. Raises ValueError
     as `group_channels`."""
     group = group_channels(low, high, spec)
     count = int(group.max()) + 1

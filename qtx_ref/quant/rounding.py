@@ -181,9 +181,8 @@ def to_integer(level: np.ndarray, zero_point: np.ndarray | int, beyond: Beyond) 
     them, plus a zero point, which wraps; int64, in the shape that level and zero point broadcast to."""
     bits = 32 if beyond is Beyond.WRAP32 else 64
     least = -(2 ** (bits - 1))
-    held = (level >= float(least)) & (level < -float(least))
     with np.errstate(over="ignore"):
-        total = np.where(held, level, 0).astype(np.int64) + np.where(held, 0, np.int64(least))
+        total = np.where(np.abs(level) < -float(least), level, float(least)).astype(np.int64)
         total = total + np.asarray(zero_point, np.int64)  # wraps at 64 bits by itself
     return total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
 

@@ -114,7 +114,7 @@ class QuantSpec(Spec):
     axis: int | None = None  # of CHANNEL: the channels' own; of BLOCK: along which they lie; from the end if negative
     # codes from -2^(bits-1); None: those of a symmetric quantizer alone. int8 with a zero point: asymmetric and True
     signed: bool | None = None
-    # GROUP, in place of groups: the channels of the largest high - low, so many, have symmetric codes of 16 bits beside
+    # GROUP, in place of groups: the channels of the largest magnitude, so many, have symmetric codes of 16 bits beside
     # the others: 0 to 65535 about WIDE_ZERO, which is no code of theirs
     wide: int | None = None
 

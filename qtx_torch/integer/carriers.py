@@ -10,10 +10,13 @@ the carrier; `multiply` and `batched` then only compute. With X = x - c and W = 
 
 whose bracket is made once. A scale per token that is not symmetric brings its zx with the data.
 
-**Bytes.** `torch._int_mm` of int8. Codes of 9 to 16 bits are two of them: X = 256 high + low + 128 with low recentred,
-so that 256 (high W) + (low W) + 128 colsum(W) is exact, its two products in int32; the last term joins the bracket.
+**Ways.** Those of `machine`, of which `prepare` takes the fastest that is exact for these weights. Codes of 9 to 16
+bits are two bytes: X = 256 high + low + 128 with low recentred, so that 256 (high W) + (low W) + 128 colsum(W) is
+exact; the last term joins the bracket. Floats go in blocks of K short enough that their sums are exact, as in
+`products`; the whole of K is one block where the weights' own magnitudes prove it.
 
-**Floats.** Blocks of K short enough that their sums are exact, as in `products`.
+**Of data by data**, the two products of attention, `batched` makes int8 products head by head where bytes are fast, and
+float products of code - zero point else.
 
 Floors of a product (M, K) by (K, N), bytes: 2 M K N operations at the rate of the int8 unit (four times float32's with
 AVX512-VNNI); K N + M K + 4 M N bytes at the memory's. Without VNNI: float32's own rate, and 4 (K N + M K + M N) bytes.
@@ -21,17 +24,19 @@ AVX512-VNNI); K N + M K + 4 M N bytes at the memory's. Without VNNI: float32's o
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import QTX, MatmulRule, Overflow, QuantSpec
+from qtx_ref.spec import ONE_ROUNDING, QTX, Fixed, FloatProduct, MatmulRule, Overflow, QuantSpec
 
+from . import machine
+from .machine import Way
 from .products import (
     FLOAT_BITS,
     SHORTEST,
-    byte_instructions,
     centre,
     check_bias,
     check_codes,
@@ -39,17 +44,22 @@ from .products import (
     saturates,
 )
 
+CARRIERS = {Way.FLOAT32: torch.float32, Way.FLOAT64: torch.float64}  # int8 else
+SMALL = 128 * 128 * 32  # multiplications; fewer are not worth a call for each head
+LONG = 256  # elements; more are summed sooner as a product by ones
+
 
 class Prepared(NamedTuple):
     """The right operand of a product. Tensors differ between layers; the rest is alike in layers of one recipe."""
 
-    weight: Tensor  # (K, N) codes less their centre: int8, float32 or float64
+    weight: Tensor  # (K, N) codes less their centre: int8, float32 or float64; (K, 2 N) in halves; padded for cuBLAS
     bias: Tensor  # (N,), the bracket, in the dtype of the sum
     w_zero: Tensor | None  # () or (N,), moved; None where all are 0
     columns: Tensor | None  # (N,) colsum(W) - K zw, for zero points that come with the data
     centre: int  # taken from x
     pieces: int  # of x: 1, or 2 bytes
     length: int  # of an exact block of K
+    way: Way
     accumulator: torch.dtype  # of the result
     saturate: bool
 
@@ -99,22 +109,26 @@ def prepare(
     sums = (codes.abs().sum(0) + depth * zw.abs()).double() * max(-low, high)  # of X W and zw rowsum(X)
     if zx is not None:
         offset = offset - zx * columns
-    carrier, pieces, length = choose(w_spec, x_spec, depth, device)
+    way, pieces = choose(codes, w_spec, x_spec, device)
     if pieces == 2:
         offset = offset + 128 * codes.sum(0)
     ends = sums + offset.double().abs() + (columns.double().abs() * (high - low) if given else 0)
     narrow = accumulator == 32 and pieces == 1 and bool((ends < 2**31).all())
     wide = torch.int32 if narrow else torch.int64
-    # rows of outputs, seen from the side: as good as (K, N), and four times as fast for a single row of x
-    laid = codes.to(carrier).mT.contiguous().to(device).mT
+    weight = codes.to(CARRIERS.get(way, torch.int8))
+    weight = machine.split_halves(weight) if way is Way.HALVES else weight
+    if way is Way.BYTES and device.type == "cuda":
+        weight = torch.nn.functional.pad(weight, (0, -width % 8, 0, -depth % 8))
     return Prepared(
-        laid,
+        # rows of outputs, seen from the side: as good as (K, N), and four times as fast for a single row of x
+        weight.mT.contiguous().to(device).mT,
         offset.to(wide).to(device),
         zw.to(wide).to(device) if zw.any() else None,
         columns.to(wide).to(device) if given else None,
         centre(x_spec),
         pieces,
-        length,
+        exact_length(codes, way, pieces, x_spec),
+        way,
         torch.int32 if accumulator == 32 else torch.int64,
         accumulator == 32 and rule.overflow is Overflow.SATURATE,
     )
@@ -165,18 +179,24 @@ def pairs_fit(w: Tensor, x_spec: QuantSpec, run: int) -> bool:
     return bool((largest * positive < 2**15).all() and (largest * negative >= -(2**15)).all())
 
 
-def choose(w_spec: QuantSpec, x_spec: QuantSpec, depth: int, device: torch.device) -> tuple[torch.dtype, int, int]:
-    """The carrier, the pieces of x, and the length of an exact block."""
-    if w_spec.bits <= 8 and depth < 2**17 and byte_instructions(device.type):
-        return torch.int8, 1 if x_spec.bits <= 8 else 2, depth
-    kind, length = float_blocks(2 ** (x_spec.bits + w_spec.bits - 2), device.type)
-    return kind, 1, length
+def choose(codes: Tensor, w_spec: QuantSpec, x_spec: QuantSpec, device: torch.device) -> tuple[Way, int]:
+    """The way to multiply by these recentred weights (K, N), and the pieces of x."""
+    depth, width = codes.shape
+    if w_spec.bits > 8 or depth >= 2**17 or min(depth, width) == 0:
+        return Way.FLOAT64, 1
+    largest = max(-int(codes.min()), int(codes.max()))
+    way = machine.choose_way(largest, device.type, plain=plain_float32(device.type))
+    return way, 2 if x_spec.bits > 8 and way is not Way.FLOAT64 else 1
 
 
-def float_blocks(product: int, device: str) -> tuple[torch.dtype, int]:
-    """The float that carries products of this magnitude, and how many of them it sums exactly."""
-    kind = torch.float32 if plain_float32(device) and 2**24 // product >= SHORTEST else torch.float64
-    return kind, 2 ** FLOAT_BITS[kind] // product
+def exact_length(codes: Tensor, way: Way, pieces: int, x_spec: QuantSpec) -> int:
+    """How many products by these weights (K, N) are summed exactly: all K, or as many as any weights allow."""
+    kind, depth = CARRIERS.get(way), max(codes.shape[0], 1)
+    if kind is None:
+        return depth
+    largest = 2 ** (7 if pieces == 2 else x_spec.bits - 1)
+    sums = largest * int(codes.abs().sum(0).max()) if codes.numel() else 0
+    return depth if sums <= 2 ** FLOAT_BITS[kind] else 2 ** FLOAT_BITS[kind] // (largest * int(codes.abs().max()))
 
 
 def multiply(x: Tensor, prepared: Prepared, x_zero: Tensor | None = None) -> Tensor:
@@ -184,23 +204,43 @@ def multiply(x: Tensor, prepared: Prepared, x_zero: Tensor | None = None) -> Ten
 
     `x_zero`: zero points that come with the data, (..., 1): of dynamic ranges that are not symmetric."""
     rows, wide = x.reshape(-1, x.shape[-1]), prepared.bias.dtype
-    if prepared.weight.dtype is not torch.int8:
-        total = block_sums((rows.int() - prepared.centre).to(prepared.weight.dtype), prepared, wide)
-    elif prepared.pieces == 1:
-        total = byte_sums(recentre_bytes(rows, prepared.centre), prepared.weight).to(wide)
-    else:
+    if prepared.way is Way.TRITON:
+        kernel = torch.ops.qtx.multiply_rows
+        total = kernel(rows, prepared.weight, prepared.bias, prepared.centre, prepared.pieces, wide)
+    elif prepared.pieces == 2:
         code = rows.int() - prepared.centre
-        high, low = (code >> 8).to(torch.int8), ((code & 255) - 128).to(torch.int8)
-        total = 256 * byte_sums(high, prepared.weight).to(wide) + byte_sums(low, prepared.weight)
+        total = 256 * sums(code >> 8, prepared, wide) + sums((code & 255) - 128, prepared, wide)
+    elif prepared.weight.dtype is torch.int8:
+        total = sums(recentre_bytes(rows, prepared.centre), prepared, wide)
+    else:
+        total = sums(rows.int() - prepared.centre, prepared, wide)
     total = total.reshape(*x.shape[:-1], prepared.bias.shape[0])
     if prepared.w_zero is not None:
         total = total - prepared.w_zero * (x.int() - prepared.centre).sum(-1, keepdim=True, dtype=wide)
     if x_zero is not None:
         total = total - (x_zero.to(wide) - prepared.centre) * prepared.columns
-    total = total + prepared.bias
+    if prepared.way is not Way.TRITON:
+        total = total + prepared.bias
     if prepared.saturate and wide is torch.int64:
         total = total.clamp(-(2**31), 2**31 - 1)
     return total.to(prepared.accumulator)
+
+
+def multiply_to_codes(
+    x: Tensor, prepared: Prepared, multiplier: Tensor, shift: Tensor, zero: Tensor, spec: QuantSpec, kind: torch.dtype
+) -> Tensor:
+    """`multiply`, then `fixed_point.multiply` by `ONE_ROUNDING`, `zero` added, clamped to codes of `spec`, as `kind`,
+    in one pass, where `takes_codes`."""
+    rows, ends = x.reshape(-1, x.shape[-1]), (spec.code_min, spec.code_max)
+    kernel, given = torch.ops.qtx.multiply_rows, (prepared.weight, prepared.bias, prepared.centre, prepared.pieces)
+    code = kernel(rows, *given, kind, multiplier, shift, zero, *ends)
+    return code.reshape(*x.shape[:-1], prepared.bias.shape[0])
+
+
+def takes_codes(prepared: Prepared, rule: Fixed | FloatProduct) -> bool:
+    """Whether codes may come out of the product itself: accumulators of 32 bits, rounded once, with nothing between."""
+    alone = prepared.way is Way.TRITON and prepared.w_zero is None and prepared.columns is None
+    return alone and prepared.bias.dtype is torch.int32 and rule == ONE_ROUNDING
 
 
 def recentre_bytes(code: Tensor, middle: int) -> Tensor:
@@ -210,18 +250,62 @@ def recentre_bytes(code: Tensor, middle: int) -> Tensor:
     return code.to(torch.int8) - middle if middle else code.to(torch.int8)
 
 
+def sums(rows: Tensor, prepared: Prepared, wide: torch.dtype) -> Tensor:
+    """Integers (M, K), recentred, by the prepared weights -> (M, N) in `wide`."""
+    weight, depth, length = prepared.weight, rows.shape[1], prepared.length
+    rows = rows.to(weight.dtype)
+    if weight.dtype is torch.int8:
+        total, width = byte_sums(rows, weight), prepared.bias.shape[0]
+        if prepared.way is Way.HALVES:
+            total = total[:, :width] + total[:, width:]
+        return total[: rows.shape[0], :width].to(wide)
+    total = (rows[:, :length] @ weight[:length]).to(wide)
+    for at in range(length, depth, length):
+        total = total + (rows[:, at : at + length] @ weight[at : at + length]).to(wide)
+    return total
+
+
 def byte_sums(rows: Tensor, weight: Tensor) -> Tensor:
-    """int8 (M, K) by (K, N) -> int32."""
+    """int8 (M, K) by (K, N) -> int32; with more rows and columns where the weights are padded for cuBLAS."""
+    if rows.device.type == "cuda":
+        few = 32 - rows.shape[0] if rows.shape[0] <= 16 else 0
+        rows = torch.nn.functional.pad(rows, (0, weight.shape[0] - rows.shape[1], 0, few))
     if rows.shape[0] == 1:  # _int_mm (torch 2.13) misreads one row whose strides are (1, 1)
         rows = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
     return torch._int_mm(rows, weight)
 
 
-def block_sums(rows: Tensor, prepared: Prepared, wide: torch.dtype) -> Tensor:
-    """Whole floats (M, K) by (K, N), summed in blocks that are exact."""
-    depth, length = rows.shape[1], prepared.length
-    parts = [(rows[:, at : at + length] @ prepared.weight[at : at + length]).to(wide) for at in range(0, depth, length)]
-    return sum(parts[1:], parts[0])
+# --- of data by data --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("qtx::multiply_heads", mutates_args=(), device_types="cpu")
+def multiply_heads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 a (..., M, K) by b (..., K, N), the same leading axes, matrix by matrix: torch has no such product. Also
+    the sums over K of a (..., M, 1) and of b (..., 1, N); int32, contiguous: inductor would lay them out as a and b
+    are, heads innermost, and what is fused with them would go through memory in that order."""
+    total = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32)
+    rows = torch.empty(*a.shape[:-1], 1, dtype=torch.int32)
+    ones = torch.ones(a.shape[-1], 1, dtype=torch.int8) if a.shape[-1] > LONG else None
+
+    def fill(a: Tensor, b: Tensor, total: Tensor, rows: Tensor) -> None:
+        if a.ndim > 2:
+            for parts in zip(a, b, total, rows, strict=True):
+                fill(*parts)
+            return
+        torch._int_mm(a, b, out=total)
+        if ones is not None:
+            torch._int_mm(a, ones, out=rows)
+
+    fill(a, b, total, rows)
+    if ones is None:
+        rows.copy_(a.sum(-1, keepdim=True, dtype=torch.int32))
+    return total, rows, b.sum(-2, keepdim=True, dtype=torch.int32).contiguous()
+
+
+@multiply_heads.register_fake
+def _(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape, new = a.shape[:-1], functools.partial(a.new_empty, dtype=torch.int32)
+    return new(*shape, b.shape[-1]), new(*shape, 1), new(*shape[:-1], 1, b.shape[-1])
 
 
 def batched(
@@ -249,6 +333,8 @@ def batched(
             f"sums of {depth} products of {a_spec.bits} by {b_spec.bits} bits may leave int32: use 64 bits"
         )
     wide = torch.int32 if accumulator == 32 else torch.int64
+    if takes_bytes(a, b, a_spec, b_spec):
+        return multiply_bytes(a, b, a_spec, b_spec, a_zero, b_zero).to(wide)
     kind, length = float_blocks(product, a.device.type)
     a, b = subtract_zero(a, a_zero, kind), subtract_zero(b, b_zero, kind)
     if depth <= length:
@@ -258,6 +344,46 @@ def batched(
     a = torch.nn.functional.pad(a, (0, missing)).unflatten(-1, (blocks, length)).movedim(-2, 0)
     b = torch.nn.functional.pad(b, (0, 0, 0, missing)).unflatten(-2, (blocks, length)).movedim(-3, 0)
     return (a @ b).to(wide).sum(0, dtype=wide)
+
+
+@torch.compiler.assume_constant_result
+def multiplies_bytes(device: str) -> bool:
+    """`machine.multiplies_bytes`, which a graph holds as a constant."""
+    return machine.multiplies_bytes(device)
+
+
+def takes_bytes(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> bool:
+    """Whether int8 products are exact here, and quicker: a call for each head takes 3 us however small it is."""
+    size = a.shape[-2] * a.shape[-1] * b.shape[-1]
+    narrow = max(a_spec.bits, b_spec.bits) <= 8 and a.ndim == b.ndim and a.shape[:-2] == b.shape[:-2]
+    return narrow and a.device.type == "cpu" and size >= SMALL and a.shape[-2] > 1 and multiplies_bytes("cpu")
+
+
+def multiply_bytes(
+    a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec, a_zero: Tensor | None, b_zero: Tensor | None
+) -> Tensor:
+    """a b - za colsum(b) - zb rowsum(a) + K za zb, all recentred: int32."""
+    a, b = recentre_bytes(a, centre(a_spec)), recentre_bytes(b, centre(b_spec))
+    total, rows, columns = multiply_heads(a, b)
+    za, zb = zero_less_centre(a_zero, a_spec), zero_less_centre(b_zero, b_spec)
+    if za is not None:
+        total = total - za * columns
+    if zb is not None:
+        total = total - zb * (rows if za is None else rows - a.shape[-1] * za)
+    return total
+
+
+def zero_less_centre(zero: Tensor | None, spec: QuantSpec) -> Tensor | int | None:
+    """The zero point of recentred codes, int32; None where the spec says that it is 0."""
+    if zero is None:
+        return -centre(spec) or None
+    return None if spec.symmetric else zero.int() - centre(spec)
+
+
+def float_blocks(product: int, device: str) -> tuple[torch.dtype, int]:
+    """The float that carries products of this magnitude, and how many of them it sums exactly."""
+    kind = torch.float32 if plain_float32(device) and 2**24 // product >= SHORTEST else torch.float64
+    return kind, 2 ** FLOAT_BITS[kind] // product
 
 
 def magnitude(spec: QuantSpec) -> int:

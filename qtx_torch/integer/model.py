@@ -243,16 +243,16 @@ class Integer(Float):
         """Accumulators of a b whose units vary along the sum, in the joint unit of `groups`. Their zero points are
         subtracted first: b's is one, or broadcasts against it."""
         multiplier, shift = (self.constants[f"{site}.channel_{key}"] for key in ("multiplier", "shift"))
-        wide = accumulator_bits(a.spec, b.spec) == 64 or (bias is not None and bias.dtype == torch.int64)
+        wide = bias is not None and bias.dtype == torch.int64
         bits = groups.bits_below(a.spec), groups.bits_below(b.spec)
         factors = a.subtract_zero(), b.subtract_zero()
         with at(site):
             acc = groups.product(*factors, multiplier, shift, self.profile.add, *bits, self.strict)
             return products.fit(acc if bias is None else acc + bias, 64 if wide else 32, self.profile.matmul)
 
-    def joint_unit(self, site: str, unit: Tensor | None) -> Tensor | None:
-        """The unit of `weigh` and of what goes into a norm, of channels of these units. None under strict."""
-        return None if self.strict else groups.joint_unit(self.unit(unit), self.constants[f"{site}.channel_shift"])
+    def joint_unit(self, site: str) -> Tensor | None:
+        """The unit of `weigh`, without that of weights, and of what goes into a norm. None under strict."""
+        return self.constants.get(f"{site}.channel_unit")
 
     def has_groups(self, site: str) -> bool:
         """Whether the scales of a site's input vary along the sum."""
@@ -313,7 +313,7 @@ class Integer(Float):
         if heads == 1:  # one matrix, without an axis of heads
             rows, wt, inside = rows[0], wt[0], None if inside is None else inside[0]
             w_zero, x_zero = (z[0] if z.ndim == 3 else z for z in (w_zero, x_zero))
-        multiply, x_unit = (self.weigh, self.joint_unit(site, x.unit)) if grouped else (self.matmul, x.unit)
+        multiply, x_unit = (self.weigh, self.joint_unit(site)) if grouped else (self.matmul, x.unit)
         acc = multiply(site, Code(rows, None, x_zero, x.spec), Code(wt, None, w_zero, w.spec), inside)
         acc = acc if heads > 1 else acc[None]
         acc = self.record_accumulator(site, acc.transpose(0, 1).reshape(*x.shape[:-1], -1))  # (H, N, O) -> (..., H O)
@@ -385,7 +385,7 @@ class Integer(Float):
         table = self.constants.get(f"{site}.table")
         if table is not None:
             place = x.value.long() - x.spec.code_min
-            code = table[place] if table.ndim == 1 else table[torch.arange(len(table), device=table.device), place]
+            code = table[place] if table.ndim == 1 else table[self.constants[f"{site}.row"].long(), place]
             zero = self.constants[f"{site}.zero_point"]
             return self.record_codes(site, Code(code, self.scale_of(site), zero, self.quants[site]))
         polynomial, bits = ops.POLYNOMIALS[kind]
@@ -415,7 +415,7 @@ class Integer(Float):
         """The accumulators of q k^T."""
         kt = arrange(lambda x: x.transpose(-1, -2), k)
         if self.has_groups(site):
-            step = self.joint_unit(site, self.unit(q.unit, k.unit))
+            step = self.joint_unit(site)
             acc = self.weigh(site, q, kt)
         else:
             acc, step = self.matmul(site, q, kt), self.unit(q.unit, kt.unit)

@@ -15,6 +15,7 @@ from torch import Tensor
 from qtx_ref.spec import ONE_ROUNDING, AddRule
 
 from ..quant.checks import check_range, check_shape
+from . import vectorized
 from .fixed_point import INT32_MAX, INT32_MIN, multiply_exact, rounding_shift_right, shift_right
 
 EXP_BITS = 24  # an exponential is at most 1
@@ -32,6 +33,13 @@ def half_up(numerator: Tensor, denominator: Tensor | int) -> Tensor:
     quotient = numerator // denominator
     rest = numerator - quotient * denominator
     return quotient + (rest >= denominator - rest)
+
+
+def half_up_shifted(numerator: Tensor, shift: Tensor | int, denominator: Tensor) -> Tensor:
+    """floor(numerator 2^shift / denominator + 1/2) of one denominator > 0 per row; no more than int64 holds."""
+    if torch.compiler.is_compiling():
+        return vectorized.half_up_shifted(numerator, shift, denominator)
+    return half_up(numerator.long() << shift, denominator)
 
 
 def weighted_sum(parts: list[Tensor], multipliers: list[Tensor], shift: Tensor, rule: AddRule) -> Tensor:
@@ -85,25 +93,24 @@ def softmax(
     beyond 36.
     """
     check_range("score", code, -(2**30), 2**30 - 1, "scores are codes of 16 bits at most")
-    code = code.long()
-    mask = mask.expand(code.shape)
+    code = code.int()
     largest = torch.where(mask, code, -(2**31)).amax(dim=-1, keepdim=True)
     if sink is not None:
         check_range("sink", sink[0], -(2**30), 2**30 - 1, "it is a code, or near one")
         check_range("sink factor", sink[1], 0, 2**36, "its product with an exponential would leave int64")
-        position, factor = (part.long().reshape(-1, 1, 1) for part in sink)
-        largest = torch.maximum(largest, position)
+        position, factor = (part.reshape(-1, 1, 1) for part in sink)
+        largest = torch.maximum(largest, position.int())
 
     def exp(distance: Tensor) -> Tensor:
         if isinstance(exponential, tuple):
-            return exp_polynomial(multiply_exact(distance.int(), *exponential, ONE_ROUNDING))
-        return exponential[distance.clamp(max=exponential.numel() - 1)].long()
+            return exp_polynomial(multiply_exact(distance.clamp(min=0), *exponential, ONE_ROUNDING)).int()
+        return exponential[distance.clamp(0, exponential.numel() - 1)]
 
-    e = exp(torch.where(mask, largest - code, 0)) * mask
-    total = e.sum(dim=-1, keepdim=True)
+    e = torch.where(mask, exp(largest - code), 0)  # a masked code may be the larger: its distance wraps, or is below 0
+    total = e.sum(dim=-1, keepdim=True, dtype=torch.int64)
     if sink is not None:
-        total = total + rounding_shift_right(exp(largest - position) * factor, SINK_BITS)
-    return half_up(e << PROBABILITY_BITS, total.clamp(min=1))
+        total = total + rounding_shift_right(exp(largest - position.int()) * factor.long(), SINK_BITS)
+    return half_up_shifted(e, PROBABILITY_BITS, total.clamp(min=1))
 
 
 def clip_stretch(p: Tensor, zeta: Tensor, gamma: Tensor) -> Tensor:
@@ -132,10 +139,23 @@ def row_gamma(alpha: Tensor, mask: Tensor) -> Tensor:
 
 def square_root(x: Tensor) -> Tensor:
     """floor(sqrt(x)) for x in [2^60, 2^62): Newton's method from above (I-BERT, algorithm 4)."""
+    if torch.compiler.is_compiling():
+        return vectorized.square_root(x)
     root = torch.full_like(x, 2**31)
     for _ in range(6):  # the error, at most 1 at first, is squared and halved each time
         root = (root + x // root) >> 1
     return root - (root * root > x).long()
+
+
+def bit_length(x: Tensor) -> Tensor:
+    """The number of bits of x, int64 in [1, 2^62)."""
+    if torch.compiler.is_compiling():
+        return vectorized.bit_length(x)
+    length = torch.ones_like(x)
+    for step in (32, 16, 8, 4, 2, 1):
+        more = (x >> step > 0).long() * step
+        x, length = x >> more, length + more
+    return length
 
 
 def normalize(code: Tensor, eps: Tensor) -> Tensor:
@@ -152,21 +172,18 @@ def normalize(code: Tensor, eps: Tensor) -> Tensor:
         span = max(int(code.max()), 0) - min(int(code.min()), 0) if code.numel() else 0
         if (width * span) ** 2 + 2**60 >= 2**62:
             raise ValueError(f"{width} codes that span {span}: their variance would leave int64; use fewer bits")
-    code = code.long()
-    code = code - code[..., :1]  # smaller squares; it cancels too
-    total = code.sum(dim=-1, keepdim=True)
-    w = (width * (code * code).sum(dim=-1, keepdim=True) - total * total + eps).clamp(min=1)
-    half = torch.zeros_like(w)  # half the number of bits
-    for step in (16, 8, 4, 2, 1):
-        room = w < 1 << (62 - 2 * step)
-        w, half = torch.where(room, w << (2 * step), w), half + room.long() * step
-    n = (width * code - total) << half  # at most sqrt(D) 2^31
-    return half_up(n << NORM_BITS, square_root(w))
+    largest = max(-limits.min, limits.max)
+    code = code.to(torch.int32 if width * largest**2 < 2**31 else torch.int64)  # what wraps of int64 cancels
+    total, squares = (part.sum(dim=-1, keepdim=True, dtype=code.dtype) for part in (code, code * code))
+    w = (width * squares.long() - total.long() ** 2 + eps).clamp(min=1)
+    half = (62 - bit_length(w)) >> 1
+    return half_up_shifted(width * code - total, half + NORM_BITS, square_root(w << (2 * half)))
 
 
 # --- I-BERT's polynomials ---------------------------------------------------------------------------------------------
 
 LN2 = 45426  # Q16, rounded, as all below
+RECIPROCAL_LN2 = 2**48 // LN2 + 1
 EXP_A, EXP_B, EXP_C = 23495, 88670, 1477468750  # 0.3585 (p + 1.353)^2 + 0.344; c is Q32
 ERF_A, ERF_B, HALF_ROOT = 18927, 115933, 46341  # 1 - 0.2888 (t - 1.769)^2; 1 / sqrt(2)
 
@@ -175,9 +192,9 @@ def exp_polynomial(x: Tensor) -> Tensor:
     """exp(-x), x >= 0 Q16 -> Q24: 2^-z L(-r) with x = z ln 2 + r (I-BERT, eq. 12 to 14). Raises ValueError
     where x < 0."""
     check_range("argument", x, 0, 2**63 - 1, "it is a distance below the largest")
-    x = x.long()
-    z, r = x // LN2, x % LN2
-    square = (EXP_B - r) ** 2
+    x = x.long().clamp(max=51 * LN2)  # beyond, it is 0 as well; then z is exact: x / ln 2 is at least 1 / LN2 apart
+    z = (x * RECIPROCAL_LN2) >> 48
+    square = (EXP_B - (x - z * LN2)) ** 2
     value = rounding_shift_right(square * EXP_A, INPUT_BITS) + EXP_C
     return rounding_shift_right(value, z.clamp(max=50) + 32 - EXP_BITS)
 
@@ -196,7 +213,7 @@ def sigmoid_polynomial(x: Tensor) -> Tensor:
     x = x.long().clamp(-ARGUMENT, ARGUMENT)  # beyond, the exponential is 0; -2^63 has no magnitude
     e = exp_polynomial(x.abs())
     top = torch.where(x < 0, e, 1 << EXP_BITS)
-    return half_up(top << PROBABILITY_BITS, e + (1 << EXP_BITS))
+    return half_up_shifted(top, PROBABILITY_BITS, e + (1 << EXP_BITS))
 
 
 def tanh_polynomial(x: Tensor) -> Tensor:

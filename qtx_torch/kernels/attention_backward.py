@@ -56,10 +56,10 @@ def weigh_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _query_tiles(  # type: ignore[no-untyped-def]
-    dq, q, r, k, v, k_line, v_line, i, column, later, keys, rows, factor, logs, delta, gamma, span, weight,
+    dq, q, r, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, delta, gamma, span, weight,
     coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, begin, end,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, DROP: tl.constexpr, FOURS: tl.constexpr,
-    SCORES: tl.constexpr, PROBS: tl.constexpr, WHOLE: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, DROP: tl.constexpr,
+    FOURS: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr, WHOLE: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dQ / factor with the keys begin to end."""
@@ -72,14 +72,14 @@ def _query_tiles(  # type: ignore[no-untyped-def]
         s, open_s = make_scores(tl.dot(q, kt, input_precision="ieee"), factor, coder, s_low, s_high, SCORES)
         if not WHOLE:
             s = tl.where(find_seen(i[:, None], j[None, :], later, keys, rows, CAUSAL, PADDED), s, float("-inf"))
-        p = tl.exp2(s - logs[:, None])
-        _, passes = shape_probability(p, gamma, span, coder, p_low, p_high, CLIP, PROBS)
+        p = tl.exp2(s * unit - logs[:, None])
+        _, passes = shape_probability(p, gamma, span, coder, p_low, p_high, CLIP, TOP, PROBS)
         if DROP:
             passes = passes & keep_tile(line, start, seed, step, place, most, FOURS, M, N)
-        dp = tl.dot(r, vt, input_precision="ieee") * weight
+        pull = tl.dot(r, vt, input_precision="ieee") * weight - delta[:, None]
         if CLIP or DROP or PROBS:
-            dp = tl.where(passes, dp, 0.0)
-        ds = p * (dp - delta[:, None])
+            pull = tl.where(passes, pull, -delta[:, None])
+        ds = p * pull
         if SCORES:
             ds = tl.where(open_s, ds, 0.0)
         dq = tl.dot(ds.to(kt.dtype), tl.trans(kt), dq, input_precision="ieee")
@@ -91,13 +91,13 @@ def find_query_slopes(  # type: ignore[no-untyped-def]
     q, k, v, slope, dq, logs_in, delta_in, gammas_in, rows, gate, coder, address,
     q_batch, q_head, q_line, k_batch, k_head, k_line, v_batch, v_head, v_line,
     slope_batch, slope_head, slope_line, rows_batch, gate_batch, gate_line,
-    heads, queries, keys, factor, back, gamma, zeta, share, s_low, s_high, p_low, p_high,
+    heads, queries, keys, factor, unit, gamma, zeta, share, s_low, s_high, p_low, p_high,
     seed, step, place, most, first,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr, DROP: tl.constexpr,
-    FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr,
-    K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, BY_ROW: tl.constexpr,
+    DROP: tl.constexpr, FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr,
+    PROBS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """dQ (B, Tq, H, K) of M queries of a head; back is 1 / sqrt(K)."""
+    """dQ (B, Tq, H, K) of M queries of a head; factor is 1 / sqrt(K)."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # where causal, those with most keys begin first
     pair = tl.program_id(1)
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -115,20 +115,15 @@ def find_query_slopes(  # type: ignore[no-untyped-def]
     row = pair.to(tl.int64) * queries + i
     logs = tl.load(logs_in + row, mask=there, other=float("inf"))
     delta = tl.load(delta_in + row, mask=there, other=0.0)
-    if CLIP and BY_ROW:
-        lower = tl.load(gammas_in + row, mask=there, other=0.0)[:, None]
-    else:
-        lower = gamma
+    lower = tl.load(gammas_in + row, mask=there, other=0.0)[:, None] if BY_ROW else gamma
     span = zeta - lower
     weight = span * share
     if GATED:
         opening = tl.load(gate + b * gate_batch + i.to(tl.int64) * gate_line + h, mask=there, other=0.0)
         weight *= opening.to(tl.float32)[:, None]
-    line = tl.zeros((M,), tl.int64)
-    if DROP:
-        if STORED:
-            step, first = tl.load(address), tl.load(address + 1)
-        line = row * keys + first
+    if DROP and STORED:
+        step, first = tl.load(address), tl.load(address + 1)
+    line = row * keys + first
 
     end, whole = keys, keys // N * N  # before `whole`, tiles of keys that all the queries see
     if CAUSAL:
@@ -138,26 +133,26 @@ def find_query_slopes(  # type: ignore[no-untyped-def]
         whole = 0
     grad = tl.zeros((M, BK), tl.float32)
     grad = _query_tiles(
-        grad, q_tile, r, k, v, k_line, v_line, i, column, later, keys, rows, factor, logs, delta, lower, span, weight,
-        coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, 0, whole,
-        CAUSAL, PADDED, CLIP, DROP, FOURS, SCORES, PROBS, True, K, BK, M, N,
+        grad, q_tile, r, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, delta, lower, span,
+        weight, coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, 0, whole,
+        CAUSAL, PADDED, CLIP, TOP, DROP, FOURS, SCORES, PROBS, True, K, BK, M, N,
     )  # fmt: skip
     grad = _query_tiles(
-        grad, q_tile, r, k, v, k_line, v_line, i, column, later, keys, rows, factor, logs, delta, lower, span, weight,
-        coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, whole, end,
-        CAUSAL, PADDED, CLIP, DROP, FOURS, SCORES, PROBS, False, K, BK, M, N,
+        grad, q_tile, r, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, delta, lower, span,
+        weight, coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, whole, end,
+        CAUSAL, PADDED, CLIP, TOP, DROP, FOURS, SCORES, PROBS, False, K, BK, M, N,
     )  # fmt: skip
     at = dq + (b * queries * heads + h) * K + far * (heads * K) + column[None, :]
-    tl.store(at, (grad * back).to(dq.dtype.element_ty), mask=there[:, None] & (column < K)[None, :])
+    tl.store(at, (grad * factor).to(dq.dtype.element_ty), mask=there[:, None] & (column < K)[None, :])
 
 
 @triton.jit
 def _key_tiles(  # type: ignore[no-untyped-def]
-    dk, dv, k, v, q, slope, q_line, slope_line, j, start, column, later, queries, keys, factor, pair,
+    dk, dv, k, v, q, slope, q_line, slope_line, j, start, column, later, queries, keys, factor, unit, pair,
     logs_in, delta_in, gammas_in, gate, gate_line, gamma, zeta, share,
     coder, s_low, s_high, p_low, p_high, first, seed, step, place, most, begin, end,
-    CAUSAL: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr, DROP: tl.constexpr, FOURS: tl.constexpr,
-    GATED: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr, HIDE: tl.constexpr,
+    CAUSAL: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, BY_ROW: tl.constexpr, DROP: tl.constexpr,
+    FOURS: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr, HIDE: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dK / factor and dV (of codes, before dropout's share) with the queries begin to end; tiles are keys times
@@ -177,13 +172,10 @@ def _key_tiles(  # type: ignore[no-untyped-def]
         )
         if HIDE:
             s = tl.where(j[:, None] <= i[None, :] + later, s, float("-inf"))
-        p = tl.exp2(s - logs[None, :])  # (N, M); 0 at queries that are not there
-        if CLIP and BY_ROW:
-            lower = tl.load(gammas_in + row, mask=there, other=0.0)[None, :]
-        else:
-            lower = gamma
+        p = tl.exp2(s * unit - logs[None, :])  # (N, M); 0 at queries that are not there
+        lower = tl.load(gammas_in + row, mask=there, other=0.0)[None, :] if BY_ROW else gamma
         span = zeta - lower
-        y, passes = shape_probability(p, lower, span, coder, p_low, p_high, CLIP, PROBS)
+        y, passes = shape_probability(p, lower, span, coder, p_low, p_high, CLIP, TOP, PROBS)
         if DROP:
             keep = tl.trans(keep_tile(row * keys + first, start, seed, step, place, most, FOURS, M, N))
             y, passes = tl.where(keep, y, 0.0), passes & keep
@@ -192,10 +184,10 @@ def _key_tiles(  # type: ignore[no-untyped-def]
             opening = tl.load(gate + i.to(tl.int64) * gate_line, mask=there, other=0.0).to(tl.float32)[None, :]
             weight, y = weight * opening, y * opening
         dv = tl.dot(y.to(r.dtype), r, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(r), input_precision="ieee") * weight
+        pull = tl.dot(v, tl.trans(r), input_precision="ieee") * weight - delta[None, :]
         if CLIP or DROP or PROBS:
-            dp = tl.where(passes, dp, 0.0)
-        ds = p * (dp - delta[None, :])
+            pull = tl.where(passes, pull, -delta[None, :])
+        ds = p * pull
         if SCORES:
             ds = tl.where(open_s, ds, 0.0)
         dk = tl.dot(ds.to(lines.dtype), lines, dk, input_precision="ieee")
@@ -207,11 +199,11 @@ def find_key_slopes(  # type: ignore[no-untyped-def]
     q, k, v, slope, dk, dv, logs_in, delta_in, gammas_in, rows, gate, coder, address,
     q_batch, q_head, q_line, k_batch, k_head, k_line, v_batch, v_head, v_line,
     slope_batch, slope_head, slope_line, rows_batch, gate_batch, gate_line,
-    heads, queries, keys, factor, back, gamma, zeta, share, s_low, s_high, p_low, p_high,
+    heads, queries, keys, factor, unit, gamma, zeta, share, s_low, s_high, p_low, p_high,
     seed, step, place, most, first,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr, DROP: tl.constexpr,
-    FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr,
-    K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, BY_ROW: tl.constexpr,
+    DROP: tl.constexpr, FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr,
+    PROBS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV (B, Tk, H, K) of N keys of a head. Keys that are padding are lines of the tile, set to 0 at the end."""
     start = tl.program_id(0) * N
@@ -227,9 +219,8 @@ def find_key_slopes(  # type: ignore[no-untyped-def]
     slope += b * slope_batch + h * slope_head
     if GATED:
         gate += b * gate_batch + h
-    if DROP:
-        if STORED:
-            step, first = tl.load(address), tl.load(address + 1)
+    if DROP and STORED:
+        step, first = tl.load(address), tl.load(address + 1)
 
     begin, whole = 0, 0  # from `whole` on, queries that see all these keys
     if CAUSAL:
@@ -239,15 +230,15 @@ def find_key_slopes(  # type: ignore[no-untyped-def]
     if CAUSAL:
         dk_tile, dv_tile = _key_tiles(
             dk_tile, dv_tile, k_tile, v_tile, q, slope, q_line, slope_line, j, start, column, later, queries, keys,
-            factor, pair, logs_in, delta_in, gammas_in, gate, gate_line, gamma, zeta, share,
+            factor, unit, pair, logs_in, delta_in, gammas_in, gate, gate_line, gamma, zeta, share,
             coder, s_low, s_high, p_low, p_high, first, seed, step, place, most, begin, whole,
-            CAUSAL, CLIP, BY_ROW, DROP, FOURS, GATED, SCORES, PROBS, True, K, BK, M, N,
+            CAUSAL, CLIP, TOP, BY_ROW, DROP, FOURS, GATED, SCORES, PROBS, True, K, BK, M, N,
         )  # fmt: skip
     dk_tile, dv_tile = _key_tiles(
         dk_tile, dv_tile, k_tile, v_tile, q, slope, q_line, slope_line, j, start, column, later, queries, keys,
-        factor, pair, logs_in, delta_in, gammas_in, gate, gate_line, gamma, zeta, share,
+        factor, unit, pair, logs_in, delta_in, gammas_in, gate, gate_line, gamma, zeta, share,
         coder, s_low, s_high, p_low, p_high, first, seed, step, place, most, whole, queries,
-        CAUSAL, CLIP, BY_ROW, DROP, FOURS, GATED, SCORES, PROBS, False, K, BK, M, N,
+        CAUSAL, CLIP, TOP, BY_ROW, DROP, FOURS, GATED, SCORES, PROBS, False, K, BK, M, N,
     )  # fmt: skip
     dv_tile *= share
     if PROBS:
@@ -257,5 +248,5 @@ def find_key_slopes(  # type: ignore[no-untyped-def]
         dk_tile, dv_tile = tl.where(real, dk_tile, 0.0), tl.where(real, dv_tile, 0.0)
     at = (b * keys * heads + h) * K + far * (heads * K) + column[None, :]
     inside = (j < keys)[:, None] & (column < K)[None, :]
-    tl.store(dk + at, (dk_tile * back).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dk + at, (dk_tile * factor).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + at, dv_tile.to(dv.dtype.element_ty), mask=inside)

@@ -21,11 +21,11 @@ from .attention_tiles import NUMBERS, find_seen, keep_tile, load_lines, make_sco
 
 @triton.jit
 def _sum_up(  # type: ignore[no-untyped-def]
-    top, total, count, q, k, k_line, i, column, later, keys, rows, factor, coder, s_low, s_high, begin, end,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, COUNT: tl.constexpr, SCORES: tl.constexpr, WHOLE: tl.constexpr,
+    top, total, count, q, k, k_line, i, column, later, keys, rows, factor, unit, coder, s_low, s_high, begin, end,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, BY_ROW: tl.constexpr, SCORES: tl.constexpr, WHOLE: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Rows' largest score, the sum of 2^(s - largest), and how many keys they have, with the keys begin to end."""
+    """Rows' largest score (times unit), sum of 2^(s - largest) and number of keys, with the keys begin to end."""
     for start in range(begin, end, N):
         j = start + tl.arange(0, N)
         at = k + j[None, :] * k_line + column[:, None]
@@ -34,23 +34,23 @@ def _sum_up(  # type: ignore[no-untyped-def]
         if not WHOLE:
             seen = find_seen(i[:, None], j[None, :], later, keys, rows, CAUSAL, PADDED)
             s = tl.where(seen, s, float("-inf"))
-            if COUNT:
+            if BY_ROW:
                 count += tl.sum(seen.to(tl.int32), 1)
-        elif COUNT:
+        elif BY_ROW:
             count += N
-        higher = tl.maximum(top, tl.max(s, 1))
+        higher = tl.maximum(top, tl.max(s, 1) * unit)
         base = tl.where(higher == float("-inf"), 0.0, higher)  # no key yet
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s * unit - base[:, None]), 1)
         top = higher
     return top, total, count
 
 
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
-    context, passed, q, k, v, k_line, v_line, i, column, later, keys, rows, factor, logs, gamma, span,
+    context, passed, q, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, gamma, span,
     coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, begin, end,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, DROP: tl.constexpr, FOURS: tl.constexpr,
-    SCORES: tl.constexpr, PROBS: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, DROP: tl.constexpr,
+    FOURS: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """O and, where SPLIT, E / span, with the keys begin to end."""
@@ -61,8 +61,8 @@ def _gather(  # type: ignore[no-untyped-def]
         s, _ = make_scores(tl.dot(q, kt, input_precision="ieee"), factor, coder, s_low, s_high, SCORES)
         if not WHOLE:
             s = tl.where(find_seen(i[:, None], j[None, :], later, keys, rows, CAUSAL, PADDED), s, float("-inf"))
-        p = tl.exp2(s - logs[:, None])
-        y, passes = shape_probability(p, gamma, span, coder, p_low, p_high, CLIP, PROBS)
+        p = tl.exp2(s * unit - logs[:, None])
+        y, passes = shape_probability(p, gamma, span, coder, p_low, p_high, CLIP, TOP, PROBS)
         if DROP:
             keep = keep_tile(line, start, seed, step, place, most, FOURS, M, N)
             y, passes = tl.where(keep, y, 0.0), passes & keep
@@ -77,14 +77,14 @@ def _gather(  # type: ignore[no-untyped-def]
 def attend_forward(  # type: ignore[no-untyped-def]
     q, k, v, out, context_out, passed_out, logs_out, gammas_out, rows, sink, gate, coder, address,
     q_batch, q_head, q_line, k_batch, k_head, k_line, v_batch, v_head, v_line, rows_batch, gate_batch, gate_line,
-    heads, queries, keys, factor, gamma, zeta, share, s_low, s_high, p_low, p_high, seed, step, place, most, first,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr, SINK: tl.constexpr,
-    DROP: tl.constexpr, FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr, SCORES: tl.constexpr,
-    PROBS: tl.constexpr, TRAIN: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
+    heads, queries, keys, factor, unit, gamma, zeta, share, s_low, s_high, p_low, p_high,
+    seed, step, place, most, first,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, BY_ROW: tl.constexpr,
+    SINK: tl.constexpr, DROP: tl.constexpr, FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr,
+    SCORES: tl.constexpr, PROBS: tl.constexpr, TRAIN: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, ):  # fmt: skip
     """One block of M queries of a head. out, context_out, passed_out (B, Tq, H, K); logs_out, gammas_out (B, H, Tq)."""
     SPLIT: tl.constexpr = TRAIN and (CLIP or PROBS)
-    COUNT: tl.constexpr = CLIP and BY_ROW
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # where causal, those with most keys begin first
     pair = tl.program_id(1)
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -108,12 +108,12 @@ def attend_forward(  # type: ignore[no-untyped-def]
 
     top, total, count = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M,), tl.int32)
     top, total, count = _sum_up(
-        top, total, count, q_tile, k, k_line, i, column, later, keys, rows, factor, coder, s_low, s_high, 0, whole,
-        CAUSAL, PADDED, COUNT, SCORES, True, K, BK, M, N,
+        top, total, count, q_tile, k, k_line, i, column, later, keys, rows, factor, unit, coder, s_low, s_high,
+        0, whole, CAUSAL, PADDED, BY_ROW, SCORES, True, K, BK, M, N,
     )  # fmt: skip
     top, total, count = _sum_up(
-        top, total, count, q_tile, k, k_line, i, column, later, keys, rows, factor, coder, s_low, s_high, whole, end,
-        CAUSAL, PADDED, COUNT, SCORES, False, K, BK, M, N,
+        top, total, count, q_tile, k, k_line, i, column, later, keys, rows, factor, unit, coder, s_low, s_high,
+        whole, end, CAUSAL, PADDED, BY_ROW, SCORES, False, K, BK, M, N,
     )  # fmt: skip
     if SINK != 0:  # one more logit: the learned one of this head, or 0
         logit = 0.0
@@ -124,27 +124,23 @@ def attend_forward(  # type: ignore[no-untyped-def]
         top = higher
     none = total == 0.0
     logs = tl.where(none, float("inf"), top + tl.log2(tl.where(none, 1.0, total)))  # no key: no probability
-    if COUNT:
-        lower = (gamma / tl.maximum(count, 1).to(tl.float32))[:, None]
-    else:
-        lower = gamma
+    lower = (gamma / tl.maximum(count, 1).to(tl.float32))[:, None] if BY_ROW else gamma
     span = zeta - lower
 
-    line = tl.zeros((M,), tl.int64)
-    if DROP:
-        if STORED:
-            step, first = tl.load(address), tl.load(address + 1)
-        line = (pair.to(tl.int64) * queries + i) * keys + first
+    row = pair.to(tl.int64) * queries + i
+    if DROP and STORED:
+        step, first = tl.load(address), tl.load(address + 1)
+    line = row * keys + first
     context, passed = tl.zeros((M, BK), tl.float32), tl.zeros((M, BK), tl.float32)
     context, passed = _gather(
-        context, passed, q_tile, k, v, k_line, v_line, i, column, later, keys, rows, factor, logs, lower, span,
+        context, passed, q_tile, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, lower, span,
         coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, 0, whole,
-        CAUSAL, PADDED, CLIP, DROP, FOURS, SCORES, PROBS, SPLIT, True, K, BK, M, N,
+        CAUSAL, PADDED, CLIP, TOP, DROP, FOURS, SCORES, PROBS, SPLIT, True, K, BK, M, N,
     )  # fmt: skip
     context, passed = _gather(
-        context, passed, q_tile, k, v, k_line, v_line, i, column, later, keys, rows, factor, logs, lower, span,
+        context, passed, q_tile, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, lower, span,
         coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, whole, end,
-        CAUSAL, PADDED, CLIP, DROP, FOURS, SCORES, PROBS, SPLIT, False, K, BK, M, N,
+        CAUSAL, PADDED, CLIP, TOP, DROP, FOURS, SCORES, PROBS, SPLIT, False, K, BK, M, N,
     )  # fmt: skip
 
     there = i < queries
@@ -160,9 +156,8 @@ def attend_forward(  # type: ignore[no-untyped-def]
         context *= opening.to(tl.float32)[:, None]
     tl.store(out + place_out, context.to(out.dtype.element_ty), mask=inside)
     if TRAIN:
-        at = pair.to(tl.int64) * queries + i
-        tl.store(logs_out + at, logs, mask=there)
+        tl.store(logs_out + row, logs, mask=there)
         if SPLIT:
             tl.store(passed_out + place_out, (passed * (span * share)).to(out.dtype.element_ty), mask=inside)
-        if COUNT:
-            tl.store(gammas_out + at[:, None], lower, mask=there[:, None])
+        if BY_ROW:
+            tl.store(gammas_out + row[:, None], lower, mask=there[:, None])

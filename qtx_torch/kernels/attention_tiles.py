@@ -3,7 +3,8 @@
 Not in the reference: it has rows whole.
 
 Scores are in units of log2: a probability is 2^(s - l), l the log2 of its row's sum, which a GPU has an instruction
-for. What is said of a query or a key broadcasts to the tile, so that one function serves either orientation.
+for. What is said of a query or a key broadcasts to the tile, so that one function serves either orientation. Triton
+compiles what follows a return too, so each has one, at its end.
 """
 
 import triton
@@ -16,13 +17,15 @@ NUMBERS = ("heads", "queries", "keys", "seed", "step", "place", "most", "first")
 @triton.jit
 def load_lines(at, line, lines, column, K: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of heads of K columns in BK, 0 where there is none; WHOLE: all its lines are there."""
-    if WHOLE:
-        if K == BK:
-            return tl.load(at)
-        return tl.load(at, mask=column < K, other=0.0)
-    if K == BK:
-        return tl.load(at, mask=line < lines, other=0.0)
-    return tl.load(at, mask=(line < lines) & (column < K), other=0.0)
+    if WHOLE and K == BK:
+        tile = tl.load(at)
+    elif WHOLE:
+        tile = tl.load(at, mask=column < K, other=0.0)
+    elif K == BK:
+        tile = tl.load(at, mask=line < lines, other=0.0)
+    else:
+        tile = tl.load(at, mask=(line < lines) & (column < K), other=0.0)
+    return tile
 
 
 @triton.jit
@@ -49,25 +52,28 @@ def keep_tile(  # type: ignore[no-untyped-def]
     number, site, limit = step.to(tl.uint32), place.to(tl.uint32), most.to(tl.uint32)
     if FOURS:
         counter = (line >> 2)[:, None] + (start // 4 + tl.arange(0, N // 4))[None, :]
-        low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
         zero = tl.zeros((M, N // 4), tl.uint32)
-        a, b, c, d = tl.philox(seed, low, high, zero + number, zero + site)
+    else:
+        element = line[:, None] + (start + tl.arange(0, N))[None, :]
+        counter = element >> 2
+        zero = tl.zeros((M, N), tl.uint32)
+    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, low, high, zero + number, zero + site)
+    if FOURS:
         even = tl.interleave((a > limit).to(tl.int8), (c > limit).to(tl.int8))
         odd = tl.interleave((b > limit).to(tl.int8), (d > limit).to(tl.int8))
-        return tl.interleave(even, odd) != 0
-    element = line[:, None] + (start + tl.arange(0, N))[None, :]
-    counter, lane = element >> 2, element & 3
-    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
-    zero = tl.zeros((M, N), tl.uint32)
-    a, b, c, d = tl.philox(seed, low, high, zero + number, zero + site)
-    return tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)) > limit
+        keep = tl.interleave(even, odd) != 0
+    else:
+        lane = element & 3
+        keep = tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)) > limit
+    return keep
 
 
 @triton.jit
 def find_level(x, scale, zero):  # type: ignore[no-untyped-def]
-    """`rounding.round_level` under QTX, but for levels beyond 2^20: IEEE division, rounded to even, plus the zero point.
+    """`rounding.round_level` under QTX, levels to 2^20: IEEE division, half to even, plus the zero point.
 
-    In float32 between 2^23 and 2^24 the last bit is 1, so adding 1.5 2^23 rounds to whole numbers, half to even.
+    In float32 between 2^23 and 2^24 the last bit is 1, so that adding 1.5 2^23 rounds to whole numbers, half to even.
     """
     ratio = tl.minimum(tl.maximum(tl.div_rn(x, scale), -1048576.0), 1048576.0)
     return ((ratio + 12582912.0) - 12582912.0) + zero
@@ -75,28 +81,34 @@ def find_level(x, scale, zero):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def make_scores(product, factor, quantizer, low, high, CODED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scores in units of log2, and where their quantizer passes a gradient. `factor` has log2(e) in it unless CODED;
-    quantizer points at scale and zero point."""
-    if not CODED:
-        return product * factor, product == product
-    scale, zero = tl.load(quantizer), tl.load(quantizer + 1)
-    level = find_level(product * factor, scale, zero)
-    code = tl.minimum(tl.maximum(level, low), high)
-    return ((code - zero) * scale) * 1.4426950408889634, level == code
+    """What times `unit` is scores in units of log2, and where a gradient passes. CODED, by the first scale and zero
+    point at `quantizer`: scores, factor times the product, quantized; else the product itself."""
+    s, passes = product, product == product
+    if CODED:
+        scale, zero = tl.load(quantizer), tl.load(quantizer + 1)
+        level = find_level(product * factor, scale, zero)
+        code = tl.minimum(tl.maximum(level, low), high)
+        s, passes = (code - zero) * scale, level == code
+    return s, passes
 
 
 @triton.jit
 def shape_probability(  # type: ignore[no-untyped-def]
-    p, gamma, span, quantizer, low, high, CLIP: tl.constexpr, CODED: tl.constexpr
+    p, gamma, span, quantizer, low, high, CLIP: tl.constexpr, TOP: tl.constexpr, CODED: tl.constexpr
 ):
     """What multiplies values, clip(span p + gamma, 0, 1) where CLIP, and where a gradient passes to p.
 
-    CODED, by the second scale and zero point of the quantizers: its code less the zero point, which multiplies exactly in 16 bits; who sums it up multiplies by the scale.
+    Without TOP zeta is 1, and 1 is passed by rounding only, as in rows of one key: there forward and backward, whose p
+    may differ in the last bit, have to agree that the gradient passes.
+
+    CODED, by the second scale and zero point at `quantizer`: its code less the zero point, which 16 bits hold exactly;
+    who sums it up multiplies by the scale.
     """
     y, passes = p, p == p
     if CLIP:
         t = p * span + gamma
-        y, passes = tl.minimum(tl.maximum(t, 0.0), 1.0), (t >= 0.0) & (t <= 1.0)
+        y = tl.minimum(tl.maximum(t, 0.0), 1.0)
+        passes = (y == t) if TOP else t >= 0.0
     if CODED:
         scale, zero = tl.load(quantizer + 2), tl.load(quantizer + 3)
         level = find_level(y, scale, zero)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qtx_ref.spec import Head, ModelSpec
 
 from .. import ops
-from ..attention import make_mask
+from ..attention import Mask, make_mask
 from ..numerics import Float
 from ..sites import Embedding, Linear, Norm, SiteModule
 from .block import Block
@@ -54,6 +54,13 @@ class Bert(nn.Module):
 
         mask, boolean, is None where every token is real.
         """
+        x, mask = self.bottom(nx, batch)
+        for block in self.layer:
+            x, _ = block(nx, x, mask)
+        return self.top(nx, x)
+
+    def bottom(self, nx: Float, batch: Mapping[str, Tensor]) -> tuple[Tensor, Mask]:
+        """What enters the layers, (B, T, D)."""
         embed, spec, tokens, rows = self.embed, self.spec, batch["tokens"], batch["mask"]
         length = tokens.shape[1]
         nx.begin(rows, batch.get("spared"))
@@ -61,12 +68,10 @@ class Bert(nn.Module):
         x = nx.add(embed.pair, x, nx.embedding(embed.type, batch["types"]))
         x = nx.add(embed.sum, x, nx.embedding(embed.position, torch.arange(length, device=tokens.device)))
         x = nx.dropout(embed.norm, nx.norm(embed.norm, x, spec.norm_eps), spec.dropout)
-        mask = make_mask(rows, length, length, causal=False, like=x)
-        for block in self.layer:
-            x, _ = block(nx, x, mask)
-        return self.top(nx, x)
+        return x, make_mask(rows, length, length, causal=False, like=x)
 
     def top(self, nx: Float, x: Tensor) -> Tensor:
+        """The model's output of what leaves the layers."""
         head, spec = self.head, self.spec
         if spec.head is Head.MLM:
             h = nx.activation(head.activation, nx.linear(head.transform, x), "gelu")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qtx_ref.spec import Head, ModelSpec
 
-from ..attention import make_mask
+from ..attention import Mask, make_mask
 from ..numerics import Float
 from ..sites import Embedding, Linear, Norm, SiteModule
 from .block import Block, Cache
@@ -48,6 +48,15 @@ class Opt(nn.Module):
         mask, boolean, is None where every token is real. cache, a list that starts empty, holds each layer's keys and
         values of the tokens before these; it is filled and brought up to date in place, and then every token counts.
         """
+        x, mask = self.bottom(nx, batch, cache)
+        for i, block in enumerate(self.layer):
+            x, present = block(nx, x, mask, cache[i] if cache and i < len(cache) else None)
+            if cache is not None:
+                cache[i : i + 1] = [present]
+        return self.top(nx, x)
+
+    def bottom(self, nx: Float, batch: Mapping[str, Tensor], cache: list[Cache] | None = None) -> tuple[Tensor, Mask]:
+        """What enters the layers, (B, T, D)."""
         embed, spec, tokens = self.embed, self.spec, batch["tokens"]
         count, past = tokens.shape[1], cache[0][0].shape[2] if cache else 0
         rows = batch["mask"] if cache is None else None
@@ -60,13 +69,13 @@ class Opt(nn.Module):
         if spec.embed_width:
             x = nx.linear(embed.project, x)  # (B, T, E) -> (B, T, D)
         x = nx.add(embed.sum, x, nx.embedding(embed.position, positions + spec.position_offset))
-        mask = make_mask(rows, count, past + count, causal=True, like=x)
-        for i, block in enumerate(self.layer):
-            x, present = block(nx, x, mask, cache[i] if past else None)
-            if cache is not None:
-                cache[i : i + 1] = [present]
+        return x, make_mask(rows, count, past + count, causal=True, like=x)
+
+    def top(self, nx: Float, x: Tensor) -> Tensor:
+        """The model's output of what leaves the layers."""
+        spec = self.spec
         if spec.final_norm:
             x = nx.norm(self.final.norm, x, spec.norm_eps)
         if spec.embed_width:
             x = nx.linear(self.final.project, x)  # (B, T, D) -> (B, T, E)
-        return nx.linear(self.head.decoder, x, weight=embed.token.weight) if spec.head is Head.CAUSAL else x
+        return nx.linear(self.head.decoder, x, weight=self.embed.token.weight) if spec.head is Head.CAUSAL else x

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qtx_ref.spec import Head, ModelSpec
 
 from .. import ops
-from ..attention import make_mask
+from ..attention import Mask, make_mask
 from ..numerics import Float
 from ..sites import Embedding, Linear, Norm, SiteModule
 from .block import Block
@@ -43,6 +43,13 @@ class Vit(nn.Module):
 
     def forward(self, nx: Float, batch: Mapping[str, Tensor]) -> Tensor:
         """images (B, C, S, S) -> hidden states (B, T, D) or class logits (B, classes)."""
+        x, mask = self.bottom(nx, batch)
+        for block in self.layer:
+            x, _ = block(nx, x, mask)
+        return self.top(nx, x)
+
+    def bottom(self, nx: Float, batch: Mapping[str, Tensor]) -> tuple[Tensor, Mask]:
+        """What enters the layers, (B, T, D)."""
         embed, spec = self.embed, self.spec
         nx.begin(None, batch.get("spared"))
         images = batch["images"].to(embed.patch.weight.dtype)
@@ -53,9 +60,11 @@ class Vit(nn.Module):
         x = nx.prepend(embed.cls, x)  # (B, N, D) -> (B, T, D)
         x = nx.add(embed.sum, x, nx.embedding(embed.position, torch.arange(spec.length, device=x.device)))
         x = nx.dropout(embed.sum, x, spec.dropout)
-        mask = make_mask(None, spec.length, spec.length, causal=False, like=x)
-        for block in self.layer:
-            x, _ = block(nx, x, mask)
+        return x, make_mask(None, spec.length, spec.length, causal=False, like=x)
+
+    def top(self, nx: Float, x: Tensor) -> Tensor:
+        """The model's output of what leaves the layers."""
+        spec = self.spec
         if spec.final_norm:
             x = nx.norm(self.final.norm, x, spec.norm_eps)
         return nx.linear(self.head.classifier, ops.token(x, 0)) if spec.head is Head.CLASSIFY else x

@@ -143,24 +143,25 @@ def group_channels(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
     """The group of each channel, counted from 0, of channel ranges (one axis longer than 1), in their shape.
 
     Groups are equal in size and made of neighbours; with `permute`, of neighbours in the order of high - low, so that
-    outlier channels share a group (Bondarenko et al. 2021, section 4). With `wide` the last so many in that order are
-    group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all would be wide.
+    outlier channels share a group (Bondarenko et al. 2021, section 4). With `wide` so many of the largest
+    magnitude are group 1 and the others group 0. Raises ValueError where groups do not divide the channels, or all
+    would be wide.
     """
     count, channels = spec.groups, low.numel()
     if spec.wide is not None and spec.wide >= channels:
         raise ValueError(f"wide {spec.wide} of {channels} channels leaves none to the others; choose fewer")
     if count is not None and channels % count:
         raise ValueError(f"groups {count} does not divide the {channels} channels; choose a number that does")
-    span = (high - low).flatten()
+    size = (high - low if count is not None else torch.maximum(-low, high)).flatten()
     ordered = spec.permute or count is None
-    order = torch.argsort(span, stable=True) if ordered else torch.arange(channels, device=span.device)
+    order = torch.argsort(size, stable=True) if ordered else torch.arange(channels, device=size.device)
     place = torch.argsort(order)  # of each channel in that order
     group = place >= channels - (spec.wide or 0) if count is None else place // (channels // count)
     return group.int().reshape(low.shape)
 
 
 def unite_groups(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Channel ranges (one axis longer than 1) -> the range of each channel's group, in the same shape. Raises ValueError
+    """Channel ranges (one axis longer than 1) -> its group's range for each, in the same shape. Raises ValueError
     as `group_channels`."""
     group = group_channels(low, high, spec).flatten().long()
     count = 2 if spec.groups is None else spec.groups
@@ -270,14 +271,15 @@ def quantize(
     Raises ValueError on NaN and on infinity where the rule says so, and for a scale or zero point that no quantizer
     has (`check_quantizer`) or that does not fit the shape of x.
     """
-    nan = torch.isnan(x)
-    if rule.nan is NanPolicy.RAISE and nan.any():
+    looking = not torch.compiler.is_compiling()  # a compiled graph has no branch on data
+    if looking and rule.nan is NanPolicy.RAISE and torch.isnan(x).any():
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
-    if rule.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
+    if looking and rule.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():
         raise ValueError("cannot quantize infinity under this rule; look upstream, or choose one that saturates")
     if rule.nan is NanPolicy.RAISE:
         check_codes(x, spec, rule)
-        check_quantizer(x.shape, scale, zero_point, spec, rule, x)
+        if looking:
+            check_quantizer(x.shape, scale, zero_point, spec, rule, x)
         return round_level(x, scale, zero_point, rule, words).clamp_(*code_limits(zero_point, spec)).to(torch.int32)
     return quantize_reporting(x, scale, zero_point, spec, rule, words)[0]
 

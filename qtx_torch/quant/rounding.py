@@ -166,8 +166,7 @@ def to_integer(level: Tensor, zero_point: Tensor | int, beyond: Beyond) -> Tenso
     them, plus a zero point, which wraps; int64, in the shape that level and zero point broadcast to."""
     bits = 32 if beyond is Beyond.WRAP32 else 64
     least = -(2 ** (bits - 1))
-    held = (level >= float(least)) & (level < -float(least))
-    total = torch.where(held, level, 0).long().masked_fill(~held, least)
+    total = torch.where(level.abs() < -float(least), level, float(least)).long()
     total = total + (zero_point.long() if isinstance(zero_point, Tensor) else zero_point)  # wraps at 64 bits by itself
     return total if bits == 64 else ((total + 2**31) & (2**32 - 1)) - 2**31
 

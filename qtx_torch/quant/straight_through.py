@@ -67,7 +67,7 @@ class OwnRanges(torch.autograd.Function):
 
 
 class Selected(torch.autograd.Function):
-    """The same for a small float, beside outliers, of wide channels, and under another profile: keeps where the gradient
+    """The same for a small float, beside outliers, of wide channels, under another profile: keeps where the gradient
     passes."""
 
     @staticmethod

@@ -27,6 +27,7 @@ AXES = {
     "fixed_point": cases.FIXED,
     "integer": cases.INTEGER,
     "formats": cases.FORMATS,
+    "groups": cases.GROUPS,
 }
 
 
@@ -39,6 +40,9 @@ CORE = {
     },
     "integer": lambda m, a, b, zero_a, zero_b, bias, a_spec, b_spec, accumulator, rule, integers, **rest: {
         "matmul": m.matmul(a, b, a_spec, b_spec, zero_a, zero_b, bias, accumulator, rule, integers)
+    },
+    "groups": lambda m, a, b, multiplier, shift, rule, a_bits, b_bits, integers, **rest: {
+        "product": m.product(a, b, multiplier, shift, rule, a_bits, b_bits, integers)
     },
     "formats": lambda m, x, kind, rule, block, **rest: {"fake": m.mx_fake_quantize(x, kind, rule, block)},
 }

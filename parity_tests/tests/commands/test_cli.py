@@ -324,6 +324,7 @@ KINDS = (
     "w8a8-float[layer.*.ffn.output+layer.0.attn.probs]",
     "w8a8-peg4",
     "w8a8-peg4p",
+    "w8a8-out3",
     "w8a8-bias",
     "w4a16-channel-gptq",
     "w4a16-adaround",

@@ -134,6 +134,8 @@ def test_remedies_change_what_they_name():
     assert differing("w8a8-float[layer.1.ffn.output]") == {"layer.1.ffn.output"}
     assert all(site.endswith(".weight") for site in differing("w8a8-channel"))
     assert not any(site.endswith((".weight", ".scores", ".probs")) for site in differing("w8a8-peg4p"))
+    narrow = (".query", ".key", ".value", ".hidden")  # products of activations, and what tables read
+    assert differing("w8a8-out3") == {site for site in differing("w8a8-peg4p") if not site.endswith(narrow)}
     opt = small_models.build("opt_plain").spec
     assert resolve(recipe("w8a8-ffn16", opt), opt)["layer.0.ffn.norm"].bits == 16  # pre-norm: the FFN's input
 
@@ -154,6 +156,7 @@ def test_unknown_remedies_are_refused():
     for name, message in (  # on sites that the recipe leaves in float, the remedy would do harm, or nothing
         ("linear-w8a8-peg4", "leaves in float"),
         ("linear-w8a8-ffn16", "leaves in float"),
+        ("w8a8-out16", "give 1 to 15 channels"),
         ("linear-w8a8-ffnfloat", "changes none"),
         ("w8a8-float[head.decoder]", "changes none"),
     ):
@@ -249,10 +252,10 @@ def test_the_command(vit, tmp_path):
     assert list(rows) == ["float", *names.split(",")]
     assert all(f"| {name} " in shown for name in rows)
     assert [rows[name]["runs_as"] for name in rows] == [
-        "float", "integers", "integers", "simulation", "simulation", "integers",
+        "float", "integers", "integers", "integers", "simulation", "integers",
     ]  # fmt: skip
     assert rows["w8a8"]["bytes"] < rows["linear-w8a8-hadamard"]["bytes"] / 3
-    assert "scale per group" in rows["w8a8-peg4p"]["why"]
+    assert "linear" in rows["linear-w8a8-hadamard"]["why"] or "float" in rows["linear-w8a8-hadamard"]["why"]
     for row in rows.values():
         assert row["low"] <= row["difference"] <= row["high"]
     plain = json.loads(good("evaluate", vit, "--backend", "ref", "--batches", 3, "--json", "-").stdout)
@@ -265,13 +268,14 @@ def test_the_command(vit, tmp_path):
         assert good("evaluate", kept, "--backend", "ref", "--batches", 1)
 
 
-def test_a_row_is_what_quantize_and_evaluate_give(vit, tmp_path):
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-peg4p", "w8a8-out8"])
+def test_a_row_is_what_quantize_and_evaluate_give(vit, tmp_path, name):
     out = tmp_path / "ptq"
-    size = ("--backend", "ref", "--sequences", "180", "--calibration", "16", "--recipes", "w8a8")
-    row = json.loads(good("ptq", vit, *size, "--out", out, "--json", "-").stdout)["rows"]["w8a8"]
-    fake = json.loads(good("evaluate", vit, "--backend", "ref", "--recipe", "w8a8", "--json", "-").stdout)
+    size = ("--backend", "ref", "--sequences", "180", "--calibration", "16", "--recipes", name)
+    row = json.loads(good("ptq", vit, *size, "--out", out, "--json", "-").stdout)["rows"][name]
+    fake = json.loads(good("evaluate", vit, "--backend", "ref", "--recipe", name, "--json", "-").stdout)
     assert row["simulated"]["loss"] == pytest.approx(fake["loss"], rel=1e-12)  # summed in another order
-    good("quantize", vit, "--backend", "ref", "--out", tmp_path / "m.qtx")
+    good("quantize", vit, "--backend", "ref", "--recipe", name, "--out", tmp_path / "m.qtx")
     whole = json.loads(good("evaluate", tmp_path / "m.qtx", "--backend", "ref", "--json", "-").stdout)
     assert row["loss"] == pytest.approx(whole["loss"], rel=1e-12)
     assert row["value"] == pytest.approx(whole["accuracy"], rel=1e-12)
