@@ -1,5 +1,5 @@
-# make demo: the main job on the bundled data.  make test: the whole suite.  make bench [DEVICE=cuda]: time and memory
-# against others, into benchmarks/results.  All create .venv first.
+# make demo: the main job on the bundled data.  make test: the whole suite.  make bench [DEVICE=cuda] [ARGS=--resume]:
+# time and memory against others, into benchmarks/results.  All create .venv first.
 PYTHON ?= python3
 DEVICE ?= cpu
 BIN := .venv/bin
@@ -18,7 +18,7 @@ test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 bench: .venv/bench
-	$(BIN)/python -m benchmarks --device $(DEVICE) --resume
+	$(BIN)/python -m benchmarks --device $(DEVICE) $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ import click
 import torch
 
 from qtx.progress import Progress
+from qtx.signals import exit_status, handle, interrupt
 
 from .groups import GROUPS, Group
 from .harness import ROOT, Row, header, read_processor, write_json
@@ -38,7 +39,7 @@ def name_place(device: str, isa: str | None) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of results: `groups`, done, and `unfinished`."""
+    """A file of results: `groups`, done, and `unfinished`, begun or still to be."""
     return json.loads(path.read_text()) if path.exists() else {"groups": {}, "unfinished": {}}
 
 
@@ -75,7 +76,7 @@ def run_group(group: Group, device: str, quick: bool, path: Path) -> bool:
 @click.option("--quick", is_flag=True, help="The smallest rows, two rounds, kept under runs/bench.")
 @click.option("--threads", type=click.IntRange(1), help="Instead of each group's own number.")
 @click.option("--avx2", is_flag=True, help="As on a CPU without VNNI.")
-@click.option("--resume", is_flag=True, help="Without the groups that are done.")
+@click.option("--resume", is_flag=True, help="Only the groups that were stopped or failed.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON, instead of benchmarks/results/DEVICE.json.")
 @click.pass_context
 def main(
@@ -99,34 +100,26 @@ def main(
     chosen = [group for group in GROUPS if kind in group.devices and (not names or group.name in names)]
     if left := set(names) - {group.name for group in chosen}:
         raise SystemExit(f"{', '.join(sorted(left))}: not for device {device!r}")
+    results = read(path)
     if resume:
-        done = read(path)["groups"]
-        chosen = [group for group in chosen if group.name not in done]
+        chosen = [group for group in chosen if group.name in results["unfinished"]]
+    results["unfinished"] |= {group.name: None for group in chosen}
+    write_json(path, results)
     failed = []
-    with Progress("benchmarks", len(chosen)) as bar:
+    with Progress("benchmarks", len(chosen)) as bar, handle(interrupt):
         for group in chosen:
             bar.draw(group.name)
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks",
-                "group",
-                group.name,
-                "--device",
-                device,
-                "--out",
-                str(path.resolve()),
-            ]
+            command = [sys.executable, "-m", "benchmarks", "group", group.name, "--device", device]
+            command += ["--out", str(path.resolve()), *(["--quick"] if quick else [])]
             environment = os.environ | {"OMP_NUM_THREADS": str(threads or group.threads)}
             if isa is not None:
                 environment["ONEDNN_MAX_CPU_ISA"] = isa
             try:
                 # what libraries say of themselves on stderr is shown only where something fails
-                done = subprocess.run(
-                    command + ["--quick"] * quick, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
-                )
-            except KeyboardInterrupt:
-                raise SystemExit(f"\nstopped in {group.name}; what is done is in {path}; go on with --resume") from None
+                done = subprocess.run(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            except KeyboardInterrupt as stop:
+                click.echo(f"\nstopped in {group.name}; what is done is in {path}; go on with --resume", err=True)
+                sys.exit(exit_status(stop))
             if done.returncode:
                 failed.append(group.name)
                 sys.stderr.write(done.stderr[-2000:])

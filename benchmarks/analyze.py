@@ -1,102 +1,35 @@
-"""Time of statistics and of calibration against a float forward pass of the same batch, taken in turns in one run.
+"""Statistics and calibration against a float forward pass of the same batch, which they include; and the reference.
 
-    python benchmarks/analyze.py                           # bert-tiny, untrained
-    OMP_NUM_THREADS=1 python benchmarks/analyze.py MODEL.safetensors --batch 16 --length 64
-    python benchmarks/analyze.py --memory                  # peak memory of an analysis of N and of 4 N batches
-
-Everything includes its own forward pass. Calibration is by running minimum and maximum. Tokens are random; with
---padding the sequences have different lengths. Ratios are of the minima and, per round, their median.
+Calibration is by running minimum and maximum. Tokens are random. The floor of statistics is one reading of every site.
 """
 
 from __future__ import annotations
 
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
-import click
 import numpy as np
 
-from qtx.data import load
 from qtx.engines.backend import backend
-from qtx.files.checkpoint import load_checkpoint
-from qtx.measure import analysis
 from qtx.recipes.sites import paper_sites, sites
-from qtx.report.tables import format_table
+from qtx_ref.backend import Model as ReferenceModel
 from qtx_ref.models.initial import init_params
-from qtx_ref.presets import preset
-from qtx_ref.random import stream
-from qtx_ref.spec import Family, ModelSpec, QuantSpec
+from qtx_ref.spec import ModelSpec, QuantSpec
+from qtx_torch.backend import Model
+
+from .harness import Call, Row, Skip, compare, compare_each, near, peak
+from .steps import Arrays, compare_reference, random_batch, shape
 
 
-def batch_of(spec: ModelSpec, size: int, length: int, padding: bool) -> dict[str, np.ndarray]:
-    rng = stream(0, "batch")
-    if spec.family is Family.VIT:
-        return {"images": rng.normal(size=(size, spec.channels, spec.image_size, spec.image_size)).astype(np.float32)}
-    tokens = rng.integers(0, spec.vocab, (size, length))
-    real = rng.integers(length // 4, length + 1, (size, 1)) if padding else np.full((size, 1), length)
-    return {"tokens": tokens, "mask": np.arange(length) < real, "types": np.zeros_like(tokens)}
+def make(model: str, layers: int, batch: int, length: int) -> tuple[ModelSpec, Arrays, Arrays]:
+    spec = shape(model, 0.0, layers)
+    return spec, init_params(spec, 0), random_batch(spec, batch, length)
 
 
-def time_calls(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after one that warms up; each round in another order."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls.items())
-    for turn in range(rounds + 1):
-        order = stream(turn, "order").permutation(np.array(order, dtype=object)).tolist()
-        for name, call in order:
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def peak(batches: int) -> None:
-    """Prints the peak memory, in KiB, of analyzing so many batches of bert-tiny in this process."""
-    import resource
-
-    spec = preset("bert-tiny")
-    data = load(None, spec)
-    given = (batch_of(spec, 16, spec.length, True) for _ in range(batches))
-    analysis.analyze(backend("torch").Model(spec, init_params(spec, 0)), data, given, batches)
-    click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
-@click.command(help=__doc__)
-@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
-@click.option("--batch", "size", default=16, show_default=True)
-@click.option("--length", default=64, show_default=True)
-@click.option("--padding", is_flag=True)
-@click.option("--rounds", default=9, show_default=True)
-@click.option("--memory", is_flag=True)
-@click.option("--peak", "batches", type=int, hidden=True)
-def main(checkpoint, size, length, padding, rounds, memory, batches):
-    torch = backend("torch")
-    if batches:
-        peak(batches)
-        return
-    if memory:
-        rows = []
-        for count in (4, 16, 64):
-            command = [sys.executable, __file__, "--peak", str(count)]
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            rows.append([str(count), f"{int(found) / 1024:.1f}"])
-        click.echo(format_table(["batches", "peak MiB"], rows))
-        return
-    if checkpoint is None:
-        spec = preset("bert-tiny")
-        model = torch.Model(spec, init_params(spec, 0))
-    else:
-        trained = load_checkpoint(checkpoint)
-        spec, model = trained.spec, torch.Model(trained.spec, trained.params)
-    batch, named = batch_of(spec, size, length, padding), sites(spec)
+def list_calls(spec: ModelSpec, model: Model, batch: Arrays) -> dict[str, Callable[[], object]]:
+    named = sites(spec)
     every, paper = dict.fromkeys(named.results, "sequence"), paper_sites(spec).inf_norm
     results, operands = ({site: QuantSpec() for site in part} for part in (named.results, named.operands))
-    calls = {
+    return {
         "float forward": lambda: model.forward(batch),
         f"statistics, all {len(every)} sites": lambda: model.statistics(batch, every),
         f"statistics, the paper's {len(paper)} sites": lambda: model.statistics(batch, paper),
@@ -104,20 +37,51 @@ def main(checkpoint, size, length, padding, rounds, memory, batches):
         f"calibration, {len(results)} results": lambda: model.calibrate([batch], results),
         f"calibration, {len(operands)} operands too": lambda: model.calibrate([batch], results | operands),
     }
-    seconds = time_calls(calls, rounds)
-    base = seconds["float forward"]
-    rows = [
-        [
-            name,
-            f"{1000 * min(taken):.1f}",
-            f"{min(taken) / min(base):.2f}",
-            f"{statistics.median(a / b for a, b in zip(taken, base, strict=True)):.2f}",
-        ]
-        for name, taken in seconds.items()
-    ]
-    click.echo(f"{spec.layers} layers, width {spec.width}, {size} x {length} tokens, {torch.threads()} thread(s)")
-    click.echo(format_table(["", "ms", "to forward", "median"], rows))
 
 
-if __name__ == "__main__":
-    main()
+def build(name: str, *size: object) -> Call:
+    spec, params, batch = make(*size)
+    return list_calls(spec, Model(spec, params), batch)[name]
+
+
+def compare_statistics(*size: object) -> str:
+    """The largest magnitude and the kurtosis at all sites are the reference's."""
+    spec, params, batch = make(*size)
+    every = dict.fromkeys(sites(spec).results, "sequence")
+    ours, theirs = (kind(spec, params).statistics(batch, every) for kind in (Model, ReferenceModel))
+    logs = []
+    for found in (ours, theirs):
+        values = [np.ravel(found[site][name]) for site in every for name in ("inf_norm", "kurtosis")]
+        logs.append(np.log(np.maximum(np.concatenate(values), 1e-6)))
+    return near(*logs, 1e-3, "to the reference, logarithms")
+
+
+def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
+    size = ("bert-tiny", 1, 2, 32) if quick else ("bert-base", 6, 16, 64)
+    spec, params, batch = make(*size)
+    calls = list_calls(spec, Model(spec, params), batch)
+    agreed = compare_statistics(*size)
+    yield from compare_each(
+        f"{size[0]} of {size[1]} layers, {size[2]} x {size[3]}", calls, "float forward",
+        rounds=2 if quick else 7, checks={name: lambda: agreed for name in calls},
+        bounds={name: 2.0 for name in calls if name.startswith("statistics, all")},
+        memory={name: peak(build, name, *size) for name in calls},
+    )  # fmt: skip
+
+
+def build_forward(library: str, *size: object) -> Call:
+    spec, params, batch = make(*size)
+    model = backend(library).Model(spec, params)
+    return lambda: model.forward(batch)
+
+
+def reference_rows(device: str, quick: bool) -> Iterator[Row]:
+    """The NumPy reference's forward pass against torch's."""
+    sizes = [("bert-tiny", 1, 2, 32)] if quick else [("bert-base", 0, 1, 128), ("bert-base", 0, 8, 128)]
+    for size in sizes:
+        yield compare(
+            f"{size[0]}, {size[2]} x {size[3]}, NumPy", build_forward("ref", *size),
+            "torch", build_forward("torch", *size),
+            rounds=2 if quick else 7, bound=1.3, check=lambda size=size: compare_reference(*make(*size)),
+            mib=peak(build_forward, "ref", *size), against_mib=peak(build_forward, "torch", *size),
+        )  # fmt: skip

@@ -136,20 +136,21 @@ def time_calls(calls: Mapping[str, Call], rounds: int, device: str = "cpu") -> d
     """Seconds of each call in each round, in turns, every second round backwards, after two of each that warm up."""
     clock = make_clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    numbers = {}
+    once = {}
     for name, call in calls.items():
         call()
         begin = clock()
         call()
-        numbers[name] = max(1, round(LEAST / max(clock() - begin, 1e-7)))
+        once[name] = max(clock() - begin, 1e-7)
     for turn in range(rounds):
         for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
-            if turn == 0 or seconds[name][-1] < SHORT:
+            if once[name] < SHORT:
                 call()
+            number = max(1, round(LEAST / once[name]))
             begin = clock()
-            for _ in range(numbers[name]):
+            for _ in range(number):
                 call()
-            seconds[name].append((clock() - begin) / numbers[name])
+            seconds[name].append((clock() - begin) / number)
     return seconds
 
 

@@ -1,123 +1,128 @@
-"""Time of an exact int8 matmul against a float32 one of the same shape, taken in turns in one run.
+"""Exact integer products as compiled models run them, against the float product of the same shape.
 
-    python benchmarks/integer_matmul.py                    # 512 x 768 x 3072
-    python benchmarks/integer_matmul.py --shape 128 768 768 --rounds 15
-
-Rows: NumPy through float32 blocks, with a zero point of u8 codes too, and by NumPy's integer matmul (int32, timed
-once); torch by `qtx_torch.integer.products` with and without byte instructions, and `torch._int_mm` alone, also by its
-own loop, which is what it runs on a CPU without VNNI (timed once). "To integer loops" is to that loop, or NumPy's.
-Every result is held to the exact one before it is timed. Ratios are medians over rounds.
+The operands are codes of 8 bits where not said, with a zero point, and codes come out: requantization is in the time
+of ours. Floors of M x K x N: 2 M K N operations at the rate of the int8 unit, which with AVX512-VNNI is four times
+float32's, on a GPU twice bfloat16's; K N + 2 M N bytes at the memory's, for few rows a quarter of float32's.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-from unittest import mock
+from collections.abc import Iterator
+from itertools import product
 
-import click
-import numpy as np
 import torch
+from torch import Tensor
 
-from qtx.report.tables import format_table
-from qtx_ref.integer import products as ref
+from qtx_ref.integer import products as reference
 from qtx_ref.random import stream
-from qtx_ref.spec import QuantSpec
-from qtx_torch.integer import products
+from qtx_ref.spec import ONE_ROUNDING, QuantSpec
+from qtx_torch.integer import carriers, fixed_point, machine
+from qtx_torch.integer.carriers import Prepared
 
-S8, U8 = QuantSpec(symmetric=True), QuantSpec()
+from .harness import Call, Row, Skip, compare, equal
 
-
-def time_calls(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after one round that warms up. A slow one is timed once. Each round begins
-    with another call, since each finds the caches as the one before left them."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls.items())
-    for turn in range(rounds + 1):
-        order = stream(turn, "order").permutation(np.array(order, dtype=object)).tolist()
-        for name, call in order:
-            if "once" in name and turn != 1:
-                continue
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+U8, S16 = QuantSpec(), QuantSpec(bits=16, symmetric=True)
+KINDS = {"8 bits": (U8, 8), "7-bit weights": (U8, 7), "16-bit activations": (S16, 8)}  # of x, and bits of the weights
+SHAPES = ((1, 768, 768), (64, 384, 1536), (128, 768, 3072), (1024, 768, 3072))
+HEADS = ((64, 32), (128, 64), (512, 64), (1024, 64))  # tokens, width; 12 of them
+GPU_SHAPES = ((1, 2048, 8192), (16, 2048, 8192), (4096, 2048, 2048), (4096, 2048, 8192), (4096, 8192, 2048))  # OPT-1.3b
 
 
-def without_onednn(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """torch's own loop, which a CPU without VNNI runs."""
-
-    def run() -> torch.Tensor:
-        with torch.backends.mkldnn.flags(enabled=False):
-            return call()
-
-    return run
+def to_codes(acc: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
+    level = fixed_point.multiply_exact(acc, multiplier, shift, ONE_ROUNDING)
+    return (level + 100).clamp(0, 255).int().to(torch.uint8)
 
 
-def with_bytes(use: bool, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    def run() -> torch.Tensor:
-        with mock.patch.object(products, "byte_instructions", lambda device: use):
-            return call()
-
-    return run
-
-
-@click.command(help=__doc__)
-@click.option("--shape", nargs=3, type=int, default=(512, 768, 3072), show_default=True, help="M K N")
-@click.option("--rounds", default=15, show_default=True)
-def main(shape: tuple[int, int, int], rounds: int) -> None:
-    m, k, n = shape
-    rng = stream(0, "integer matmul")
-    a, b = rng.integers(-128, 128, (m, k)).astype(np.int8), rng.integers(-128, 128, (k, n)).astype(np.int8)
-    u, zero = (a.view(np.uint8) ^ 128), np.array(100)
-    ta, tb, tu, tzero = (torch.from_numpy(x) for x in (a, b, u, zero))
-    fa, fb = a.astype(np.float32), b.astype(np.float32)
-    tfa, tfb = ta.float(), tb.float()
-    exact = a.astype(np.float64) @ b.astype(np.float64)
-    moved = exact + 28.0 * b.sum(0, dtype=np.float64)  # u - 100 = a + 28
-
-    blocks = with_bytes(False, lambda: products.matmul(ta, tb, S8, S8))
-    integers: dict[str, tuple[Callable[[], object], np.ndarray]] = {
-        "NumPy blocks, s8 x s8": (lambda: ref.matmul(a, b, S8, S8), exact),
-        "NumPy blocks, u8 x s8, zero point 100": (lambda: ref.matmul(u, b, U8, S8, zero), moved),
-        "NumPy integer matmul, once": (lambda: a.astype(np.int32) @ b.astype(np.int32), exact),
-        "torch blocks, s8 x s8": (blocks, exact),
-        "torch as it chooses, s8 x s8": (lambda: products.matmul(ta, tb, S8, S8), exact),
-        "torch as it chooses, u8 x s8, zero point 100": (lambda: products.matmul(tu, tb, U8, S8, tzero), moved),
-        "torch._int_mm": (lambda: torch._int_mm(ta, tb), exact),
-        "torch._int_mm without oneDNN, once": (without_onednn(lambda: torch._int_mm(ta, tb)), exact),
-    }
-    for name, (call, want) in integers.items():
-        if not np.array_equal(np.asarray(call()), want):
-            raise SystemExit(f"{name} is not exact: nothing was timed")
-    floats = {"NumPy float32 @": lambda: fa @ fb, "torch float32 @": lambda: tfa @ tfb}
-    times = time_calls({**floats, **{name: call for name, (call, _) in integers.items()}}, rounds)
-
-    rows = []
-    for name, seconds in times.items():
-        library = name.split()[0].split(".")[0]
-        loops = "NumPy integer matmul, once" if library == "NumPy" else "torch._int_mm without oneDNN, once"
-        against = []
-        for other in (f"{library} float32 @", loops, "torch._int_mm"):
-            pairs = zip(seconds, times[other], strict=False)  # one round where either is timed once
-            against.append(f"{statistics.median(x / y for x, y in pairs):.4f}")
-        rows.append([name, f"{1000 * statistics.median(seconds):.1f}", *against])
-    print(
-        format_table(
-            [
-                f"{m} x {k} x {n}, {torch.get_num_threads()} threads",
-                "ms",
-                "to float32 @",
-                "to integer loops",
-                "to _int_mm",
-            ],
-            rows,
-        )
-    )
-    print(f"byte instructions (VNNI): {products.byte_instructions('cpu')}")
+def linear(x: Tensor, prepared: Prepared, multiplier: Tensor, shift: Tensor) -> Tensor:
+    if carriers.takes_codes(prepared, ONE_ROUNDING):
+        zero = torch.full((), 100, dtype=torch.int32, device=x.device)
+        return carriers.multiply_to_codes(x, prepared, multiplier, shift, zero, U8, torch.uint8)
+    return to_codes(carriers.multiply(x, prepared), multiplier, shift)
 
 
-if __name__ == "__main__":
-    main()
+def heads(a: Tensor, b: Tensor, zero: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
+    return to_codes(carriers.batched(a, b, U8, U8, zero, zero), multiplier, shift)
+
+
+def draw(*shape: int, spec: QuantSpec) -> Tensor:
+    """Codes of a spec."""
+    kind = (torch.int8 if spec.bits <= 8 else torch.int16) if spec.has_sign else torch.uint8
+    codes = stream(sum(shape), "integer matmul").integers(spec.code_min, spec.code_max + 1, shape)
+    return torch.from_numpy(codes).to(kind)
+
+
+def scaling(device: str) -> tuple[Tensor, Tensor]:
+    multiplier, shift = fixed_point.quantize_multiplier(torch.tensor(3e-5, dtype=torch.float64))
+    return multiplier.to(device), shift.to(device)
+
+
+def make_linear(kind: str, m: int, k: int, n: int, device: str, compiled: bool) -> tuple[Call, Call, Call]:
+    """Our product, the float one, and one whose codes the reference's accumulators give."""
+    x_spec, bits = KINDS[kind]
+    w_spec = QuantSpec(bits=bits, symmetric=True, narrow=True)
+    x, w = draw(m, k, spec=x_spec), draw(k, n, spec=w_spec)
+    zero = None if x_spec.has_sign else torch.tensor(100)
+    accumulator = 32 if x_spec.bits <= 8 else 64
+    prepared = carriers.prepare(w, w_spec, x_spec, None, zero, None, accumulator, device=device)
+    given, float_kind = (x.to(device), prepared, *scaling(device)), torch.float32 if device == "cpu" else torch.bfloat16
+    call = torch.compile(linear, fullgraph=True, dynamic=True) if compiled else linear
+    real, weight = x.to(device, float_kind), w.T.to(device, float_kind).contiguous()
+
+    def want() -> Tensor:
+        zeros = None if zero is None else zero.numpy()
+        acc = reference.matmul(x.numpy(), w.numpy(), x_spec, w_spec, zeros, accumulator=accumulator)
+        return to_codes(torch.from_numpy(acc), *scaling("cpu"))
+
+    return lambda: call(*given), lambda: torch.nn.functional.linear(real, weight), want
+
+
+def make_heads(which: str, tokens: int, width: int, compiled: bool) -> tuple[Call, Call, Call]:
+    """The same of one of attention's products, for 12 heads."""
+    k = draw(1, tokens, 12, width, spec=U8).transpose(1, 2)
+    a, b = (k.clone(), k.mT) if which == "q k" else (draw(1, 12, tokens, tokens, spec=U8), k)
+    given = (a, b, torch.tensor(100), *scaling("cpu"))
+    call = torch.compile(heads, fullgraph=True, dynamic=True) if compiled else heads
+    real = a.float(), b.float()
+
+    def want() -> Tensor:
+        zero = given[2].numpy()
+        return to_codes(torch.from_numpy(reference.matmul(a.numpy(), b.numpy(), U8, U8, zero, zero)), *given[3:])
+
+    return lambda: call(*given), lambda: real[0] @ real[1], want
+
+
+def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
+    """The chosen way for each kind of product and shape, and attention's two products on a CPU."""
+    compiled, rounds = not quick, 2 if quick else 9
+    other = "float32" if device == "cpu" else "bfloat16"
+    shapes = ((4, 64, 64),) if quick else SHAPES if device == "cpu" else GPU_SHAPES
+    for kind, shape in product(KINDS, shapes):
+        ours, theirs, want = make_linear(kind, *shape, device, compiled)
+        yield compare(
+            f"{' x '.join(map(str, shape))}, {kind}", ours, other, theirs, rounds=rounds, device=device,
+            check=lambda ours=ours, want=want: equal(ours(), want()), notes=describe_way(kind, device),
+        )  # fmt: skip
+    sizes = () if device != "cpu" else ((32, 32),) if quick else HEADS
+    for which, (tokens, width) in product(("q k", "p v"), sizes):
+        ours, theirs, want = make_heads(which, tokens, width, compiled)
+        yield compare(
+            f"{which}, {tokens} tokens, 12 heads of {width}", ours, other, theirs, rounds=rounds,
+            check=lambda ours=ours, want=want: equal(ours(), want()),
+        )  # fmt: skip
+
+
+def describe_way(kind: str, device: str) -> str:
+    """The way that the probe chooses for weights of this kind."""
+    plain = device == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    return machine.choose_way(63 if kind.startswith("7") else 127, device, plain=plain).value
+
+
+def probe_rows(device: str, quick: bool) -> Iterator[Row | Skip]:
+    """What the probe measured in this process, each way to the float that is quickest."""
+    for shape in machine.SHAPES:
+        times = {way: seconds for (way, one), seconds in machine.probe(device).items() if one == shape}
+        least = min((way for way in times if way.value.startswith("float")), key=times.__getitem__)
+        for way, seconds in times.items():
+            ratio = seconds / times[least]
+            name = f"{' x '.join(map(str, shape))}, {way.value}"
+            yield Row(name, least.value, ratio, ratio, ratio, 1000 * seconds, 1000 * times[least], notes="exact; least")

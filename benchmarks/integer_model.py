@@ -1,137 +1,172 @@
-"""A whole model in integers against the same model in float: time and memory, as ratios within one run.
+"""A whole model in integers, compiled, against the same model in float: the faster of its eager and compiled forward
+passes. Its codes are the eager integers' before anything is timed, whose are the reference's (`qtx parity`).
 
-    python benchmarks/integer_model.py                             # bert-base, 8 x 128 tokens
-    python benchmarks/integer_model.py --model opt-tiny --batch 4 --rounds 9
+Floors of a layer, (B T) rows: 12 D^2 products a row at the int8 unit's rate, with VNNI an eighth of float32's time;
+attention's 2 T D a row; about 30 vector operations for each of 20 D codes a row, and of 2 H T probabilities. Without a
+head: a language model's last product, which integers make eight times faster, would hide the rest.
 
-The two backends must give the same codes before anything is timed. Times are medians of runs taken in turns; memory is
-the largest resident size of a process that holds and runs one of them alone, less that of one that only holds Python
-and the libraries (Linux: VmHWM).
+    python -m benchmarks group integer_model
+    ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks group integer_model                # as without VNNI
+    python -m benchmarks.integer_model bert-base w8a8                               # seconds to the first output
 """
 
 from __future__ import annotations
 
 import json
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
-import click
 import numpy as np
+import torch
 
-from qtx.engines.backend import backend
-from qtx.files.artifact import Artifact, load_artifact, make_artifact, save_artifact
-from qtx.files.checkpoint import Checkpoint, save_checkpoint
+from qtx.engines import ort
+from qtx.engines.backend import MissingExtra, need
 from qtx.recipes.named import recipe, resolve
-from qtx.report.tables import format_table
+from qtx_ref.integer.lowering import lower
 from qtx_ref.models.initial import init_params
-from qtx_ref.presets import attention, preset
-from qtx_ref.random import stream
-from qtx_ref.spec import QTX, Family, ModelSpec, Nonlinear
+from qtx_ref.presets import preset
+from qtx_ref.spec import QTX, Head, ModelSpec, Output
+from qtx_torch.backend import IntegerModel, Model
+from qtx_torch.integer.machine import multiplies_bytes
+from qtx_torch.numerics import Float
+from qtx_torch.runners import onnx_export
+from qtx_torch.runners.passes import IntegerRunner
 
-RUNS = ("ref float", "ref integer", "torch float", "torch integer")
+from .harness import Call, Row, Skip, compare, equal, peak, time_calls
+from .steps import random_batch
+
+SIZES = {"6 x 384": {"layers": 6, "width": 384, "hidden": 1536}, "bert-base": {}, "tiny": {"layers": 2, "width": 64}}
+CELLS = ((1, 64), (1, 128), (8, 64), (8, 128))
+WITH_BYTES = {"w8a8": 0.6, "w8a8-channel-ffn16": 0.9, "w8a8-token": 0.9, "w8a8-peg4": 0.9}
+WITHOUT = {"w8a8": 1.3, "w7a8": 0.9}
+ENGINES = ("onnxruntime dynamic int8", "onnxruntime static int8")
+FIRST, SECOND = 60, 5  # seconds to the first output: nothing compiled yet, and all in inductor's cache
 
 
-def random_batch(spec: ModelSpec, size: int, length: int) -> dict[str, np.ndarray]:
-    rng = stream(0, "benchmark")
-    if spec.family is Family.VIT:
-        return {"images": rng.normal(size=(size, spec.channels, spec.image_size, spec.image_size)).astype(np.float32)}
-    tokens = rng.integers(0, spec.vocab, (size, length))
-    return {"tokens": tokens, "types": np.zeros_like(tokens), "mask": np.ones(tokens.shape, bool)}
+@cache
+def make_spec(size: str) -> ModelSpec:
+    spec = replace(preset("bert-base"), head=Head.NONE, dropout=0.0, attention_dropout=0.0)
+    return replace(spec, **SIZES[size])
 
 
-def make(name: str, kind: str, recipe_name: str, file: Path, size: int, length: int) -> None:
-    """An artifact of first parameters, its ranges from one random batch."""
-    spec = replace(preset(name), attention=attention(kind))
+def make_integers(size: str, name: str, *, compiled: bool) -> IntegerModel:
+    """First parameters under a recipe, with ranges of one random batch."""
+    spec = make_spec(size)
     params = init_params(spec, 0)
-    chosen = recipe(recipe_name, spec)
-    model = backend("torch").Model(spec, params)
-    ranges = model.calibrate([random_batch(spec, size, length)], resolve(chosen, spec))
-    source = file.with_suffix(".safetensors")
-    checkpoint = Checkpoint(spec, params)
-    save_checkpoint(source, checkpoint)
-    save_artifact(file, make_artifact(source, checkpoint, chosen, ranges, QTX, Nonlinear.TABLE, []))
+    quants = resolve(recipe(name, spec), spec)
+    ranges = Model(spec, params).calibrate([random_batch(spec, 2, 64)], quants)
+    constants = lower(spec, params, quants, ranges)
+    return IntegerModel(spec, constants, quants, QTX, compiled=compiled)
 
 
-def runner(run: str, artifact: Artifact):
-    """A call that runs a batch once."""
-    library, kind = run.split()
-    module = backend(library)
-    if kind == "float":
-        model = module.Model(artifact.spec, artifact.float_params())
-        return model.forward
-    return module.IntegerModel(artifact.spec, artifact.constants, artifact.quants, artifact.profile).run
+def build(way: str, size: str, batch: int, length: int) -> Call:
+    """A forward pass in float, `float` or `float, compiled`, or in compiled integers of the recipe `way`."""
+    spec = make_spec(size)
+    data = random_batch(spec, batch, length)
+    if not way.startswith("float"):
+        return run_integers(make_integers(size, way, compiled=True), data)
+    model, nx = Model(spec, init_params(spec, 0)), Float()
+    run = torch.compile(model.net) if way.endswith("compiled") else model.net
+    inputs = model.accept(data)
+    return torch.no_grad()(lambda: run(nx, inputs))
 
 
-def peak_memory(run: str | None, file: Path, size: int, length: int) -> int:
-    """Bytes, in a process of its own."""
-    call = [
-        sys.executable,
-        __file__,
-        "--alone",
-        str(run),
-        "--file",
-        str(file),
-        "--batch",
-        str(size),
-        "--length",
-        str(length),
-    ]
-    return json.loads(subprocess.run(call, capture_output=True, check=True, text=True).stdout)
+def run_integers(model: IntegerModel, data: dict[str, np.ndarray]) -> Call:
+    runner = IntegerRunner(model)
+    inputs = runner.inputs(data)
+    return lambda: runner(inputs)
 
 
-def alone(run: str, file: Path, size: int, length: int) -> None:
-    import torch  # noqa: F401  # part of every process that is compared
-
-    if run != "None":
-        artifact = load_artifact(file)
-        runner(run, artifact)(random_batch(artifact.spec, size, length))
-    status = Path("/proc/self/status").read_text()
-    print(next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")))
+def check_codes(model: IntegerModel, data: dict[str, np.ndarray]) -> str:
+    """Compiled and eager: `record` keeps the eager form."""
+    ours, theirs = model.run(data), model.run(data, lambda site, value: None)
+    return equal(ours.value, theirs.value)
 
 
-@click.command(help=__doc__)
-@click.option("--model", default="bert-base", show_default=True)
-@click.option("--attention", "kind", default="vanilla", show_default=True)
-@click.option("--recipe", "recipe_name", default="w8a8", show_default=True)
-@click.option("--batch", default=8, show_default=True)
-@click.option("--length", default=128, show_default=True)
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--alone", "only", hidden=True)
-@click.option("--file", type=click.Path(path_type=Path), hidden=True)
-def main(model, kind, recipe_name, batch, length, rounds, only, file) -> None:
-    if only is not None:
-        alone(only, file, batch, length)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.qtx"
-        make(model, kind, recipe_name, path, batch, length)
-        artifact = load_artifact(path)
-        inputs = random_batch(artifact.spec, batch, length)
-        calls = {run: runner(run, artifact) for run in RUNS}
-        if not np.array_equal(calls["ref integer"](inputs).value, calls["torch integer"](inputs).value):
-            raise SystemExit("the backends' integers differ: nothing was timed")
-        seconds: dict[str, list[float]] = {run: [] for run in RUNS}
-        for turn in range(rounds + 1):
-            for run, call in calls.items():
-                start = time.perf_counter()
-                call(inputs)
-                if turn:
-                    seconds[run].append(time.perf_counter() - start)
-        base = peak_memory(None, path, batch, length)
-        memory = {run: peak_memory(run, path, batch, length) - base for run in RUNS}
-    rows = []
-    for run in RUNS:
-        floating = f"{run.split()[0]} float"
-        ratio = statistics.median(x / y for x, y in zip(seconds[run], seconds[floating], strict=True))
-        times = f"{statistics.median(seconds[run]):.2f}"
-        rows.append([run, times, f"{ratio:.2f}", f"{memory[run] / 2**20:.0f}", f"{memory[run] / memory[floating]:.2f}"])
-    header = [f"{model}, {kind}, {recipe_name}, {batch} x {length}", "s", "to float", "MiB", "to float"]
-    print(format_table(header, rows))
+def build_engine(way: str, folder: Path, size: str, batch: int, length: int) -> Call:
+    """A forward pass of onnxruntime's int8."""
+    need("onnxruntime", "onnx", "benchmarks")
+    spec = make_spec(size)
+    source, path = folder / f"{size}.onnx", folder / f"{size}-{way}.onnx"
+    if not source.exists():
+        onnx_export.export_onnx(spec, init_params(spec, 0), source, masked=False)
+    data = random_batch(spec, batch, length)
+    if not path.exists():
+        ort.quantize(source, path, "static" in way, iter([data]))
+    runner = ort.OnnxRunner(path, torch.get_num_threads())
+    inputs = runner.inputs(data)
+    return lambda: runner(inputs)
+
+
+def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
+    """Each recipe against the faster float; w8a8 against int8 engines too."""
+    bounds = WITH_BYTES if multiplies_bytes("cpu") else WITHOUT
+    rounds = 2 if quick else 9
+    for size in ("tiny",) if quick else ("6 x 384", "bert-base"):
+        models = {name: make_integers(size, name, compiled=True) for name in (["w8a8"] if quick else bounds)}
+        with tempfile.TemporaryDirectory(prefix="qtx-bench-") as folder:
+            for batch, length in CELLS[:1] if quick else CELLS:
+                data = random_batch(make_spec(size), batch, length)
+                floats = {way: build(way, size, batch, length) for way in ("float", "float, compiled")}
+                times = time_calls(floats, rounds, device)
+                against = min(floats, key=lambda way: np.median(times[way]))
+                for name, model in models.items():
+                    yield compare(
+                        f"{size}, {batch} x {length}, {name}", run_integers(model, data), against, floats[against],
+                        rounds=rounds, check=partial(check_codes, model, data), bound=bounds[name],
+                    )  # fmt: skip
+                for way in ENGINES:
+                    try:
+                        other = build_engine(way, Path(folder), size, batch, length)
+                    except MissingExtra as error:
+                        yield Skip(way, str(error))
+                        continue
+                    ours = run_integers(models["w8a8"], data)
+                    yield compare(
+                        f"{size}, {batch} x {length}, w8a8", ours, way, other, rounds=rounds,
+                        check=partial(check_codes, models["w8a8"], data), notes="its norms and softmax are in float",
+                    )  # fmt: skip
+        if not quick:
+            yield weigh_start(size)
+
+
+def weigh_start(size: str) -> Row:
+    """Seconds from a lowered model to its first output, in two processes with one cache that was empty; memory of the
+    compiled model beside float's."""
+    with tempfile.TemporaryDirectory(prefix="qtx-bench-") as folder:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
+        call = [sys.executable, "-m", "benchmarks.integer_model", size, "w8a8"]
+        first, second = (
+            json.loads(subprocess.run(call, env=environment, capture_output=True, check=True, text=True).stdout)
+            for _ in range(2)
+        )
+    notes = (
+        f"first {first:.1f} s (at most {FIRST}), second {second:.1f} s (at most {SECOND}); memory: a pass of 8 x 128"
+    )
+    memory = [peak(build, way, size, 8, 128, compiled=True) for way in ("w8a8", "float, compiled")]
+    return Row(
+        f"{size}, w8a8, second start", "first start", second / first, second / first, second / first,
+        1000 * second, 1000 * first, memory[0], memory[1], notes=notes,
+    )  # fmt: skip
+
+
+def time_start(size: str, name: str) -> float:
+    """Seconds from a model that is lowered to its first output, of one sequence."""
+    model = make_integers(size, name, compiled=False)
+    constants = {key: value.numpy() for key, value in model.constants.items()}
+    data = random_batch(model.spec, 1, 128)
+    begin = time.perf_counter()
+    out: Output = IntegerModel(model.spec, constants, model.quants, model.profile, compiled=True).run(data)
+    assert out.value.shape[:2] == (1, 128)
+    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(time_start(*sys.argv[1:])))

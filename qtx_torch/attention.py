@@ -1,7 +1,7 @@
 """Attention variants: masks, and how probabilities are made from scores.
 
 Differs from the reference: Mask, make_mask, masked_probabilities, attend_fused: kernels want a mask in several forms.
-Differs from the reference: Drop, attend_tiled, can_tile: it stores the probabilities.
+Differs from the reference: Codes, Drop, attend_tiled, can_tile: it stores the probabilities.
 Differs from the reference: device: where a mask is made.
 
 Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4). The gates of eq. 5 are in `models.gate`.
@@ -24,7 +24,7 @@ from . import ops, random, tiles
 
 WIDEST = 256  # columns of a head that the kernels take
 MANY = 2**20  # scores of a head
-LEAST = 2**15  # scores of a sequence, below which a CPU is quicker with all of them at once
+LEAST = 2**16  # scores of a sequence, below which a CPU is quicker with all of them at once
 
 
 def attention_mask(
@@ -176,6 +176,16 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """A static quantizer of one range under QTX: scale and zero point of one element, and the limits of codes."""
+
+    scale: Tensor
+    zero_point: Tensor
+    code_min: int
+    code_max: int
+
+
+@dataclass(frozen=True)
 class Drop:
     """Dropout of probabilities: `random.keep_mask` of (seed, step, site, elements). `first` is the word of the first
     element of (B, H, Tq, Tk); a step or a first word may be a tensor, int64 without axes."""
@@ -191,9 +201,9 @@ def can_tile(q: Tensor, k: Tensor) -> bool:
     """Whether `attend_tiled` serves q (B, H, Tq, K) and k (B, H, Tk, K) better than what stores the scores. On a CPU a
     compiled graph fuses what it stores, and tiny tiles would be mostly calls. On a GPU float32, whose products in
     Triton are not the tensor cores', is served where scores are many."""
-    if q.device.type == "cuda":
+    if random.has_kernels(q.device):
         few = q.dtype == torch.float32 and q.shape[2] * k.shape[2] < MANY
-        return q.dtype != torch.float64 and not few and q.shape[-1] <= WIDEST and random.has_kernels(q.device)
+        return q.dtype != torch.float64 and not few and q.shape[-1] <= WIDEST
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return q.device.type == "cpu" and q.shape[1] * q.shape[2] * k.shape[2] >= LEAST
@@ -208,10 +218,17 @@ def attend_tiled(
     sink: Tensor | None,
     drop: Drop | None,
     *,
+    gate: Tensor | None = None,
+    scores: Codes | None = None,
+    probs: Codes | None = None,
+    quantizers: tiles.Quantizers | None = None,
     block: int = tiles.BLOCK,
 ) -> Tensor:
     """dropout(probabilities(q k^T / sqrt(K))) v, of any softmax, without a tensor of Tq x Tk: q (B, H, Tq, K), k and v
     (B, H, Tk, K), sink (H,) or None -> (B, H, Tq, K) in q's dtype. block: scores that a tile holds on the CPU.
+
+    Where `random.has_kernels`: times gate (B, Tq, H), and of scores and probabilities that are quantized. On a CPU:
+    `quantizers` of rows of scores and probabilities.
 
     Gradients of the clipped softmax, by row: with c_j = clip(z p_j + gamma), z = zeta - gamma, o = sum_j c_j v_j and
     g the gradient of o, dc_j = g . v_j and dp_j = z dc_j where 0 <= c_j <= 1 was not clamped, else 0. The softmax needs
@@ -226,12 +243,15 @@ def attend_tiled(
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if q.device.type == "cuda":
+    if random.has_kernels(q.device):
+        if not mask.full and not mask.causal and mask.rows is None:
+            raise ValueError("attention mask is of no rows and not causal: kernels take what `make_mask` makes")
         kernels = import_module("qtx_torch.kernels.attention")
         words = None
         if drop is not None:
             words = kernels.Words(drop.seed, drop.step, random.number_site(drop.site), drop.rate, drop.first)
-        return kernels.attend(q, k, v, mask.rows, mask.causal, spec, sink, words)
+        coded = (codes and (codes.scale, codes.zero_point, codes.code_min, codes.code_max) for codes in (scores, probs))
+        return kernels.attend(q, k, v, mask.rows, mask.causal, spec, sink, words, gate, *coded)
     gamma: Tensor | float | None = None
     span: Tensor | float | None = None
     if spec.softmax in (Softmax.CLIPPED, Softmax.CLIPPED_ROW):
@@ -246,6 +266,8 @@ def attend_tiled(
                 drop.seed, drop.step, drop.site, shape, drop.rate, drop.first + first, torch.device("cpu")
             )
 
-    hidden = None if mask.full or mask.triangle else mask.hidden
-    rule = tiles.RowRule(hidden, mask.causal, gamma, span, keep, 0.0 if drop is None else drop.rate)
+    quantizers = quantizers or tiles.Quantizers()
+    causal = mask.causal and not any(quantizers)  # a range is that of all keys, zeros in the future among them
+    hidden = None if mask.full or (mask.triangle and causal) else mask.hidden
+    rule = tiles.RowRule(hidden, causal, gamma, span, keep, 0.0 if drop is None else drop.rate, quantizers)
     return mask.close(tiles.Attend.apply(q, k, v, sink, rule, block))

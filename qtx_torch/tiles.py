@@ -30,13 +30,26 @@ softmax_backward_into = torch.ops.aten._softmax_backward_data.out
 hardtanh_backward_into = torch.ops.aten.hardtanh_backward.grad_input
 
 
+Hook = Callable[[Tensor], Tensor]  # a quantizer of (1, n, rows, Tk) whose every row is by itself
+Back = Callable[[Tensor], Tensor]  # from the gradient of its result to that of what it took
+
+
+class Quantizers(NamedTuple):
+    """Of scores, of probabilities, and of what dropout leaves of them. They take float32 or float64."""
+
+    scores: Hook | None = None
+    probs: Hook | None = None
+    operand: Hook | None = None
+
+
 @dataclass(frozen=True)
 class RowRule:
     """What is done to a row of scores, beside the softmax.
 
     hidden: true at keys hidden from a query, (B or 1, 1, Tq or 1, Tk), from one without keys none. causal: no query
-    sees a key after its own, the queries being the last of the keys' positions. gamma and span, of a clip: numbers or
-    (B or 1, 1, Tq, 1); None without one. keep(first, shape): dropout's mask of elements from `first` on.
+    sees a key after its own, the queries being the last of the keys' positions: whole blocks of keys are passed over.
+    gamma and span, of a clip: numbers or (B or 1, 1, Tq, 1); None without one. keep(first, shape): dropout's mask of
+    elements from `first` on.
     """
 
     hidden: Tensor | None
@@ -45,12 +58,17 @@ class RowRule:
     span: Tensor | float | None
     keep: Callable[[int, tuple[int, ...]], Tensor] | None
     rate: float
+    quantizers: Quantizers = Quantizers()
+
+    @property
+    def share(self) -> float:
+        """What a tile's result is multiplied by for dropout; 1 where its probabilities are, before a quantizer."""
+        return 1.0 if self.quantizers.operand else 1 / (1 - self.rate)
 
     def clip(self, p: Tensor, tile: Tile, out: Tensor) -> Tensor:
-        """span p + gamma, before it is clamped."""
-        if isinstance(self.gamma, Tensor):
-            return torch.mul(p, tile.of(self.span), out=out).add_(tile.of(self.gamma))
-        return torch.add(torch.tensor(self.gamma, dtype=p.dtype), p, alpha=self.span, out=out)
+        """span p + gamma before it is clamped, rounded twice as in `ops.ClippedSoftmax`: codes are the same."""
+        gamma, span = (tile.of(x) if isinstance(x, Tensor) else x for x in (self.gamma, self.span))
+        return torch.mul(p, span, out=out).add_(gamma)
 
 
 class Tile(NamedTuple):
@@ -66,21 +84,25 @@ class Tile(NamedTuple):
         part = x[self.sequence if x.shape[0] > 1 else 0, 0]
         return part if part.shape[0] == 1 else part[self.rows]
 
-    def size(self) -> tuple[int, int, int]:
-        return self.heads.stop - self.heads.start, self.rows.stop - self.rows.start, self.width
+    def size(self, width: int) -> tuple[int, int, int]:
+        return self.heads.stop - self.heads.start, self.rows.stop - self.rows.start, width
 
 
-def cut(q: Tensor, k: Tensor, causal: bool, block: int) -> Iterator[Tile]:
-    """The tiles, of at most `block` scores or of one row: whole heads where they fit, else rows of one."""
+def cut_heads(q: Tensor, k: Tensor, block: int) -> Iterator[tuple[int, slice]]:
+    """Sequences and heads of theirs that are computed together: as many as fit into `block` scores, at least one."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     together = max(1, min(heads, block // (queries * keys)))
-    rows = max(1, min(queries, block // keys))
     for sequence in range(batch):
         for head in range(0, heads, together):
-            for row in range(0, queries, rows):
-                stop = min(row + rows, queries)
-                width = keys - queries + stop if causal else keys
-                yield Tile(sequence, slice(head, min(head + together, heads)), slice(row, stop), width)
+            yield sequence, slice(head, min(head + together, heads))
+
+
+def cut_rows(sequence: int, heads: slice, queries: int, keys: int, causal: bool, block: int) -> Iterator[Tile]:
+    """The tiles of some heads: as many rows as fit into `block` scores, at least one."""
+    step = max(1, min(queries, block // keys))
+    for row in range(0, queries, step):
+        stop = min(row + step, queries)
+        yield Tile(sequence, heads, slice(row, stop), keys - queries + stop if causal else keys)
 
 
 class Space:
@@ -108,15 +130,18 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, half: torch.dtype | None, alpha:
     return out.copy_(product) if alpha == 1 else out.copy_(product).mul_(alpha)
 
 
-def find_probs(q: Tensor, k: Tensor, sink: Tensor | None, rule: RowRule, tile: Tile, p: Tensor) -> Tensor:
+def find_probs(
+    q: Tensor, k: Tensor, sink: Tensor | None, rule: RowRule, tile: Tile, p: Tensor, backs: list[Back] | None = None
+) -> Tensor:
     """Writes the softmax of a tile into p (n, rows, width), or with a sink (n, rows, width + 1), and gives its keys'
-    part."""
-    sequence, heads, rows, width = tile
-    scores = p[..., :width]
+    part. q and k (n, T, K) are of the tile's heads. backs: takes the way back through a quantizer of scores."""
+    scores, width = p[..., : tile.width], tile.width
     half = None if q.dtype == p.dtype else q.dtype
-    multiply(q[sequence, heads, rows], k[sequence, heads, :width].mT, scores, half, alpha=q.shape[-1] ** -0.5)
+    multiply(q[:, tile.rows], k[:, :width].mT, scores, half, alpha=q.shape[-1] ** -0.5)
+    if rule.quantizers.scores:
+        scores.copy_(quantize(rule.quantizers.scores, scores, backs))
     if sink is not None:
-        p[..., width] = sink[heads, None]
+        p[..., width] = sink[tile.heads, None]
     if rule.hidden is not None:
         scores.masked_fill_(tile.of(rule.hidden)[:, :width], -torch.inf)
     elif rule.causal:
@@ -125,6 +150,29 @@ def find_probs(q: Tensor, k: Tensor, sink: Tensor | None, rule: RowRule, tile: T
         scores[..., width - count :].masked_fill_(later, -torch.inf)
     softmax_into(p, -1, False, out=p)
     return scores
+
+
+def quantize(hook: Hook, x: Tensor, backs: list[Back] | None) -> Tensor:
+    """What a quantizer makes of x (n, rows, width); backs, where there is one: takes the way back."""
+    if backs is None:
+        return hook(x[None])[0]
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        y = hook(leaf[None])[0]
+    backs.append(lambda g: torch.autograd.grad(y, leaf, g)[0])
+    return y.detach()
+
+
+def weigh(c: Tensor, keep: Tensor | None, rule: RowRule, backs: list[Back] | None) -> Tensor:
+    """What multiplies the values, of clipped probabilities: quantized, dropped, quantized. backs as in `quantize`."""
+    if rule.quantizers.probs:
+        c = quantize(rule.quantizers.probs, c, backs)
+    if keep is not None:
+        share = 1 / (1 - rule.rate) / rule.share
+        c = c * keep * share
+        if backs is not None:
+            backs.append(lambda g: g * keep * share)
+    return quantize(rule.quantizers.operand, c, backs) if rule.quantizers.operand else c
 
 
 class Attend(torch.autograd.Function):
@@ -137,8 +185,8 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, rule: RowRule, block: int) -> Tensor:
-        batch, heads, queries, width = q.shape
-        keys, half = k.shape[2], q.dtype if q.dtype.itemsize == 2 else None
+        (batch, heads, queries, width), keys = q.shape, k.shape[2]
+        half, beside = q.dtype if q.dtype.itemsize == 2 else None, sink is not None
         kept = None
         if rule.keep is not None and keys <= KEPT * width and any(ctx.needs_input_grad):
             kept = rule.keep(0, (batch, heads, queries, keys))
@@ -146,69 +194,75 @@ class Attend(torch.autograd.Function):
         ctx.rule, ctx.block = rule, block
         out = empty_heads(q)
         space = Space(2, q)
-        for tile in cut(q, k, rule.causal, block):
-            n, rows, seen = tile.size()
-            p = find_probs(q, k, sink, rule, tile, space.take(0, (n, rows, seen + (sink is not None))))
-            if rule.gamma is not None:
-                rule.clip(p, tile, p).clamp_(0, 1)
-            if rule.keep is not None:
-                p.mul_(find_kept(rule, kept, tile, q, k))
-            context = multiply(p, v[tile.sequence, tile.heads, :seen], space.take(1, (n, rows, width)), half)
-            out[tile.sequence, tile.heads, tile.rows] = context.mul_(1 / (1 - rule.rate)) if rule.rate else context
+        for group in cut_heads(q, k, block):
+            q1, k1, v1 = (x[group].contiguous() for x in (q, k, v))
+            for tile in cut_rows(*group, queries, keys, rule.causal, block):
+                seen = tile.width
+                c = find_probs(q1, k1, sink, rule, tile, space.take(0, tile.size(seen + beside)))
+                if rule.gamma is not None:
+                    rule.clip(c, tile, c).clamp_(0, 1)
+                keep = None if rule.keep is None else find_kept(rule, kept, tile, q, k)
+                if any(rule.quantizers):
+                    c = weigh(c, keep, rule, None)
+                elif keep is not None:
+                    c.mul_(keep)
+                context = multiply(c, v1[:, :seen], space.take(1, tile.size(width)), half)
+                out[(*group, tile.rows)] = context.mul_(rule.share) if rule.rate else context
         return own(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sink, kept = ctx.saved_tensors
-        rule, factor = ctx.rule, q.shape[-1] ** -0.5
-        keys, width, half = k.shape[2], q.shape[-1], q.dtype if q.dtype.itemsize == 2 else None
-        clips, row_span = rule.gamma is not None, isinstance(rule.span, Tensor)
+        (_, _, queries, width), keys, rule = q.shape, k.shape[2], ctx.rule
+        half, beside = q.dtype if q.dtype.itemsize == 2 else None, sink is not None
+        row_span = rule.span if isinstance(rule.span, Tensor) else None
+        factor = width**-0.5 * (1 if rule.span is None or row_span is not None else rule.span)
         dq, dk, dv = (empty_heads(x) for x in (q, k, v))
-        space = Space(7, q)
         ds = torch.zeros(len(sink), dtype=torch.float64) if ctx.needs_input_grad[3] else None
+        space = Space(7, q)
         limits = torch.finfo(space.dtype)  # hardtanh's kernel excludes its limits: they lie one step beyond [0, 1]
-        for tile in cut(q, k, rule.causal, ctx.block):
-            sequence, heads, rows, seen = tile
-            n, count, _ = size = tile.size()
-            wide = (n, count, seen + (sink is not None))
-            p, dp = (space.take(place, wide) for place in (0, 1))
-            find_probs(q, k, sink, rule, tile, p)
-            probs, dc = p[..., :seen], dp[..., :seen]
-            dy = space.take(2, (n, count, width)).copy_(g[sequence, heads, rows])
-            if rule.rate:
-                dy.mul_(1 / (1 - rule.rate))
-            # what the values are multiplied by, and its gradient
-            c = probs
-            if clips:
-                c = rule.clip(probs, tile, space.take(3, size))
-            row = dy * tile.of(rule.span) if row_span else dy
-            multiply(row, v[sequence, heads, :seen].mT, dc, half)
-            keep = None if rule.keep is None else find_kept(rule, kept, tile, q, k)
-            if keep is not None:
-                dc.mul_(keep)
-            if clips:
-                hardtanh_backward_into(dc, c, -limits.tiny, 1 + limits.eps, grad_input=dc)
-                c.clamp_(0, 1)
-            if keep is not None:
-                c = torch.mul(c, keep, out=space.take(3, size))
-            first = rows.start == 0
-            turned_v, turned_k = (space.take(place, (n, width, keys)) for place in (4, 5))
-            if first and seen < keys:
-                turned_v.zero_(), turned_k.zero_()
-            beta = 0 if first and seen == keys else 1
-            multiply(dy.mT, c, turned_v[..., :seen], half, beta=beta)
-            if sink is not None:
-                dp[..., seen] = 0
-            softmax_backward_into(dp, p, -1, dp.dtype, grad_input=dp)
-            if ds is not None:
-                ds[heads] += dp[..., seen].sum(dim=1, dtype=torch.float64)
-            alpha = factor * rule.span if clips and not row_span else factor
-            part = multiply(dc, k[sequence, heads, :seen], space.take(6, (n, count, width)), half, alpha=alpha)
-            dq[sequence, heads, rows] = part
-            multiply(q[sequence, heads, rows].mT, dc, turned_k[..., :seen], half, alpha=alpha, beta=beta)
-            if rows.stop == q.shape[2]:
-                dk[sequence, heads], dv[sequence, heads] = turned_k.mT, turned_v.mT
+        for group in cut_heads(q, k, ctx.block):
+            q1, k1, v1 = (x[group].contiguous() for x in (q, k, v))
+            sums = [space.take(place, (len(q1), width, keys)) for place in (5, 6)]  # dK and dV, turned
+            for tile in cut_rows(*group, queries, keys, rule.causal, ctx.block):
+                rows, seen = tile.rows, tile.width
+                p, dp = (space.take(place, tile.size(seen + beside)) for place in (0, 1))
+                before: list[Back] = []  # through a quantizer of scores
+                c, dc = find_probs(q1, k1, sink, rule, tile, p, before), dp[..., :seen]
+                dy = space.take(2, tile.size(width)).copy_(g[(*group, rows)]).mul_(rule.share)
+                multiply(dy if row_span is None else dy * tile.of(row_span), v1[:, :seen].mT, dc, half)
+                keep = None if rule.keep is None else find_kept(rule, kept, tile, q, k)
+                stretched = None if rule.gamma is None else rule.clip(c, tile, space.take(3, tile.size(seen)))
+                if any(rule.quantizers):
+                    after: list[Back] = []
+                    c = weigh(c if stretched is None else stretched.clamp(0, 1), keep, rule, after)
+                    for back in reversed(after):
+                        dc.copy_(back(dc))
+                elif keep is not None:
+                    dc.mul_(keep)
+                if stretched is not None:
+                    hardtanh_backward_into(dc, stretched, -limits.tiny, 1 + limits.eps, grad_input=dc)
+                if not any(rule.quantizers):
+                    c = c if stretched is None else stretched.clamp_(0, 1)
+                    c = c if keep is None else torch.mul(c, keep, out=space.take(3, tile.size(seen)))
+                if beside:
+                    dp[..., seen] = 0
+                softmax_backward_into(dp, p, -1, dp.dtype, grad_input=dp)
+                if ds is not None:
+                    ds[tile.heads] += dp[..., seen].sum(dim=1, dtype=torch.float64)
+                for back in before:
+                    dc.copy_(back(dc))
+                whole = seen == keys  # else the first tile leaves part of the sums as it is
+                if rows.start == 0 and not whole:
+                    for part in sums:
+                        part.zero_()
+                dk1, dv1 = (part[..., :seen] for part in sums)
+                beta = 0 if rows.start == 0 and whole else 1
+                multiply(dy.mT, c, dv1, half, beta=beta)
+                multiply(q1[:, rows].mT, dc, dk1, half, factor, beta)
+                dq[(*group, rows)] = multiply(dc, k1[:, :seen], space.take(4, tile.size(width)), half, factor)
+            dk[group], dv[group] = (part.mT for part in sums)
         return dq, dk, dv, None if ds is None else ds.to(sink.dtype), None, None
 
 
@@ -223,6 +277,5 @@ def find_kept(rule: RowRule, kept: Tensor | None, tile: Tile, q: Tensor, k: Tens
     sequence, heads, rows, seen = tile
     if kept is not None:
         return kept[sequence, heads, rows, :seen]
-    n, count, _ = tile.size()
     first = ((sequence * q.shape[1] + heads.start) * q.shape[2] + rows.start) * k.shape[2]
-    return rule.keep(first, (n, count, k.shape[2]))[..., :seen]
+    return rule.keep(first, tile.size(k.shape[2]))[..., :seen]

@@ -87,10 +87,11 @@ def kernels(shape: Shape, width: int, dtype: torch.dtype, longest: int) -> Itera
     def tile(name: str) -> dict[str, int]:
         return asdict(choose_tile(name, width, dtype, longest, longest))
 
-    yield "forward", attend_forward, given | tile("forward") | {"TRAIN": True}
+    drop = ", dropout" * shape.DROP
+    yield "forward", attend_forward, given | tile(f"forward{drop}") | {"TRAIN": True}
     yield "rows", weigh_rows, given | tile("rows")
     yield "queries", find_query_slopes, given | tile("queries")
-    yield "keys", find_key_slopes, given | tile("keys, dropout" if shape.DROP else "keys")
+    yield "keys", find_key_slopes, given | tile(f"keys{drop}")
 
 
 def report(arch: int, few: bool) -> int:

@@ -11,18 +11,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from parity_tests.long import attention_models
 from parity_tests.proof import evaluate_ref
 from parity_tests.proof.case import Context
 from parity_tests.proof.evaluate_torch import array, round_leaves, tensor, value_and_gradients
-from parity_tests.proof.verdict import EPS, Verdict, against_truth, exact
+from parity_tests.proof.verdict import EPS, Verdict, against_truth, equal, exact
 from parity_tests.subjects import plain_torch
 from parity_tests.subjects.attentions import SOFTMAXES
 from qtx_ref import ops as ref_ops
@@ -33,6 +36,7 @@ from qtx_ref.random import stream
 from qtx_ref.spec import AttentionSpec, QuantSpec
 from qtx_ref.tape import Var, const
 from qtx_torch import random
+from qtx_torch.kernels import attention
 
 SITE = "layer.0.attn.probs"
 BITS8 = QuantSpec(bits=8)
@@ -96,6 +100,7 @@ def few_cases() -> Iterator[Case]:
     yield Case("clipped", 20, 68, 32, rate=0.3, first=2 * 20 * 68 * 5, stored=True)
     yield Case("clipped", 40, 30, 32, causal=True, dtype="bfloat16", gated=True)
     yield Case("clipped", 35, 36, 32, padded=True, scores=True, probs=True, gated=True)
+    yield Case("clipped", 130, 150, 16, causal=True)  # several blocks of both, some of which need no mask
     yield Case("clipped_row", 40, 30, 32, causal=True, padded=True)
     yield Case("clipped_row", 37, 37, 80, dtype="float16", rate=0.2, first=1)
     yield Case("softmax1", 37, 37, 32, padded=True, probs=True, rate=0.2)
@@ -157,21 +162,19 @@ def compose(case: Case, x: dict[str, Tensor], rows: np.ndarray | None) -> Tensor
 
 
 def call(case: Case, x: dict[str, Tensor], rows: np.ndarray | None) -> Tensor:
-    from qtx_torch.kernels.attention import Codes, Words, attend
-
     device = x["q"].device
     step, first = (torch.tensor(n, device=device) if case.stored else n for n in (3, case.first))
     coded = {
-        name: Codes(torch.tensor(scale, device=device), torch.tensor(zero, device=device), 0, 255)
+        name: (torch.tensor(scale, device=device), torch.tensor(zero, device=device), 0, 255)
         for name, (scale, zero) in quantizers(case).items()
     }
-    y = attend(
+    y = attention.attend(
         *(x[name] for name in "qkv"),
         None if rows is None else torch.from_numpy(rows).to(device),
         case.causal,
         case.spec,
         x.get("sink"),
-        Words(7, step, random.number_site(SITE), case.rate, first) if case.rate else None,
+        attention.Words(7, step, random.number_site(SITE), case.rate, first) if case.rate else None,
         x.get("gate"),
         coded.get("scores"),
         coded.get("probs"),
@@ -227,6 +230,53 @@ def check_masked(device: str) -> Iterator[Verdict]:
     yield exact("a sequence without keys", np.abs(before[1]), np.zeros_like(before[1]))
 
 
+def check_faults(device: str) -> Iterator[Verdict]:
+    """Planted in what the forward kernel is given or keeps, and found."""
+    run = attention.run_forward
+    case = Case("clipped", 20, 36, 32, causal=True, padded=True)
+
+    def keep_result(*given: Any) -> tuple[Tensor, ...]:  # D from O, as without a clip
+        out, context, _, *rest = run(*given)
+        return out, context, out, *rest
+
+    def shift_words(*given: Any) -> tuple[Tensor, ...]:
+        *before, words, train = given
+        return run(*before, [*words[:-1], words[-1] + 4], train)
+
+    def lower_gamma(*given: Any) -> tuple[Tensor, ...]:
+        *before, numbers, words, train = given
+        return run(*before, [*numbers[:2], numbers[2] - 1e-5, *numbers[3:]], words, train)
+
+    def coarsen(*given: Any) -> tuple[Tensor, ...]:
+        codes = given[6] * torch.tensor([1, 1, 2, 1], device=device)
+        return run(*given[:6], codes, *given[7:])
+
+    faults: dict[Callable[..., Any], Case] = {
+        keep_result: case,
+        shift_words: replace(case, rate=0.1),
+        lower_gamma: case,
+        coarsen: replace(case, causal=False, probs=True),
+    }
+    for fault, where in faults.items():
+        with mock.patch.object(attention, "run_forward", fault):
+            verdicts = list(check(where, device))
+        yield equal(f"{fault.__name__} is found", all(verdict.ok for verdict in verdicts), False)
+        yield from check(where, device)
+
+
+def check_compiled(device: str) -> Iterator[Verdict]:
+    """Every bit under the compiler, in one graph."""
+    torch.compiler.assume_constant_result(random.number_site)
+    case = Case("sink", 20, 36, 32, causal=True, padded=True, rate=0.2, first=4 * 20 * 36, stored=True, gated=True)
+    leaves, rows = make_leaves(case)
+    compiled = torch.compile(lambda x: call(case, x, rows), backend="aot_eager", fullgraph=True)
+    results = [value_and_gradients(run, leaves, Context(device)) for run in (compiled, lambda x: call(case, x, rows))]
+    (value, grads), (want, true_grads) = results
+    yield exact("compiled value", value, want)
+    for name, g in grads.items():
+        yield exact(f"compiled gradient of {name}", g, true_grads[name])
+
+
 def multiply_bfloat16() -> None:
     """Triton's interpreter multiplies what stands for bfloat16, its bits; from here on the numbers."""
     from triton import language as tl
@@ -245,10 +295,13 @@ def multiply_bfloat16() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-def run(device: str, cases: Iterator[Case]) -> bool:
+def run(device: str, few: bool) -> bool:
     """Prints what fails and what came nearest to it; whether nothing failed."""
     count, failed, worst = 0, 0, None
-    for verdicts in (check_draws(device), check_masked(device), *(check(case, device) for case in cases)):
+    names = attention_models.NAMES[:1] if few else attention_models.NAMES
+    cases = (check(case, device) for case in (few_cases() if few else every_case()))
+    others = (check_draws, check_masked, check_faults, check_compiled)
+    for verdicts in (*(other(device) for other in others), attention_models.check_models(device, names), *cases):
         for verdict in verdicts:
             count, failed = count + 1, failed + (not verdict.ok)
             if not verdict.ok:
@@ -274,7 +327,7 @@ def main() -> int:
         if os.environ.get("TRITON_INTERPRET") != "1":
             parser.error("on a CPU kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
         multiply_bfloat16()
-    return 0 if run(options.device, few_cases() if options.few else every_case()) else 1
+    return 0 if run(options.device, options.few) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""A compiled step beside the eager one: python -m parity_tests.long.compiled [--device DEVICE]
+"""A compiled step beside the eager one, compiled integers beside the reference's codes.
+
+    python -m parity_tests.long.compiled [--device DEVICE] [--only "in integers"]
 
 Compiling takes minutes; the suite traces the same models without generating code, and compiles the draws and the
 quantizers alone.
@@ -22,13 +24,23 @@ from torch._dynamo.utils import counters
 from parity_tests.mirror.accumulation import OPTIM, PARTS, make_batches
 from parity_tests.mirror.models import GRADIENT, LOSS, NOTHING, largest, no_gradient
 from parity_tests.proof.verdict import EPS, Verdict, against_truth, equal, exact, holds
-from parity_tests.subjects import small_models
+from parity_tests.subjects import integer_models, small_models
 from qtx.prepare.calibration import bind
 from qtx.recipes.named import training_recipe
 from qtx_ref import backend as ref_backend
 from qtx_ref import random as ref_random
-from qtx_ref.spec import FloatFormat, FloatQuantSpec, Granularity, QuantSpec, StepSpec
+from qtx_ref.spec import (
+    FloatFormat,
+    FloatQuantSpec,
+    Granularity,
+    Nonlinear,
+    Output,
+    QuantSpec,
+    SpecError,
+    StepSpec,
+)
 from qtx_torch import backend, random
+from qtx_torch.integer.execution import Execution
 from qtx_torch.numerics import Float
 from qtx_torch.quant import quantizer
 from qtx_torch.step import compile_forward
@@ -41,6 +53,15 @@ QUANTS = {
     "float8": FloatQuantSpec(FloatFormat.E4M3, dynamic=True),
     "mxfp4": FloatQuantSpec(FloatFormat.E2M1, granularity=Granularity.BLOCK, block=8, dynamic=True),
 }
+INTEGERS = (
+    "bert_plain", "opt_plain", "vit_plain", "bert_clipped_alpha", "vit_clipped_row", "bert_gate_mlp",
+    "opt_sink_and_mlp", "bert_gate_head_conditional", "opt_post_norm_projected", "bert_classify",
+)  # fmt: skip
+CHOICES = (
+    *((recipe, "qtx", Nonlinear.TABLE) for recipe in ("w8a8", "channels", "w8a8-channel-ffn16", "rows", "w8a16")),
+    *(("w8a8", profile, Nonlinear.TABLE) for profile in ("float32", "gemmlowp", "tflite", "onnx")),
+    *((recipe, "qtx", Nonlinear.POLYNOMIAL) for recipe in ("w8a8", "rows")),
+)
 DRAWS = ((1, 0), (3, 7), (2**31, 8))  # steps, first elements
 
 
@@ -152,6 +173,27 @@ def check_after_events(name: str, recipe: str, *, device: str = "cpu") -> Iterat
             yield holds(f"{part} after {what}, beside eager", abs(got / known - 1), 2e-2, reason)
 
 
+def check_integers(
+    name: str, choice: tuple, *, device: str = "cpu", backend_name: str = "inductor"
+) -> Iterator[Verdict]:
+    """A model in integers compiled, against the reference's codes: a padded batch, one sequence, a shorter batch."""
+    low = integer_models.small(name, *choice)
+    model = low.model(backend.IntegerModel, device=device)
+    meaning = low.spec, model.constants, model.quants, model.profile, model.device
+    try:
+        model.execution = Execution(model.net, *meaning, backend=backend_name)
+    except SpecError as error:
+        yield holds(f"refused: {error}", 0, 0, "with the site and the reason")
+        return
+    ref = low.model(ref_backend.IntegerModel)
+    rows = {"all": slice(None), "one": slice(0, 1), "two": slice(1, 3)}
+    for what, some in rows.items():
+        batch = {key: x[some, :5] if what == "two" and x.ndim == 2 else x[some] for key, x in low.batch.items()}
+        for part, got, want in zip(Output._fields, model.run(batch), ref.run(batch), strict=True):
+            yield exact(f"{what}: {part}", got, want)
+        yield holds(f"{what} ran compiled", float(model.execution(model.accept(batch)) is None), 0, "not eagerly")
+
+
 def list_checks(device: str) -> dict[str, Callable[[], Iterator[Verdict]]]:
     """The checks by name."""
     checks = {"operations": lambda: check_operations(device)}
@@ -161,6 +203,9 @@ def list_checks(device: str) -> dict[str, Callable[[], Iterator[Verdict]]]:
     for name, recipe in product(("opt_plain", "bert_clipped_alpha"), ("w8a8", "w4a4")):
         after = f"{name} under {recipe}, after other things"
         checks[after] = lambda n=name, r=recipe: check_after_events(n, r, device=device)
+    for name, choice in product(INTEGERS, CHOICES):
+        title = f"{name} in integers, {', '.join(map(str, choice))}"
+        checks[title] = lambda n=name, c=choice: check_integers(n, c, device=device)
     checks["opt_plain, recomputed"] = lambda: check_step("opt_plain", 0.1, recompute=True, device=device)
     return checks
 

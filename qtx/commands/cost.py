@@ -50,6 +50,7 @@ def read_numbers(ctx: click.Context, parameter: click.Parameter, text: str | Non
 @click.option("--threads", type=click.IntRange(1), help="Of every engine; default: as the backend chooses.")
 @click.option("--backend", "backend_name", default="torch", show_default=True, help="torch, or ref (NumPy).")
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda with --backend torch.")
+@click.option("--compiled", is_flag=True, help="Integers by torch.compile too, which takes a minute at first.")
 @click.option(
     "--engines",
     default="auto",
@@ -79,6 +80,7 @@ def cost_command(
     threads: int | None,
     backend_name: str,
     device: str,
+    compiled: bool,
     engines: str,
     attentions: str | None,
     training: bool,
@@ -103,6 +105,7 @@ def cost_command(
         threads=threads,
         backend=backend_name,
         device=device,
+        compiled=compiled,
         engines=engines,
         attentions=None if attentions is None else split_list(attentions),
         training=training,

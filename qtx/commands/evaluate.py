@@ -19,6 +19,11 @@ from .options import DATA, EITHER, JSON, LIMIT, MACHINE, RECIPE, say, tabulate_r
 @RECIPE
 @click.option("--numerics", type=click.Choice(["integer", "fake"]), help=f"Of a MODEL{SUFFIX}; default: integer.")
 @click.option("--strict", is_flag=True, help=f"Of a MODEL{SUFFIX}: integer dtypes only, in every op; slow.")
+@click.option(
+    "--compiled",
+    is_flag=True,
+    help=f"Of a MODEL{SUFFIX}: the same codes by torch.compile, which takes a minute at first.",
+)
 @click.option("--profile", "profile_name", help=f"A name, or a FILE.json; default: a MODEL{SUFFIX}'s own, else qtx.")
 @LIMIT
 @MACHINE
@@ -30,6 +35,7 @@ def evaluate_command(
     recipe_name: str | None,
     numerics: str | None,
     strict: bool,
+    compiled: bool,
     profile_name: str | None,
     batches: int | None,
     machine: Machine,
@@ -41,7 +47,7 @@ def evaluate_command(
     fake quantization of the same codes.
     """
     request = EvaluateRequest(
-        checkpoint, recipe_name, numerics, strict, batches, data, tokenizer, machine, profile_name
+        checkpoint, recipe_name, numerics, strict, batches, data, tokenizer, machine, profile_name, compiled
     )
     score, words = evaluate(request)
     result = {"numerics": words.numerics, **to_json_values(score)}

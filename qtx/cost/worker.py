@@ -61,11 +61,11 @@ def load(task: Task, kind: str, file: str) -> Any:
     if torch:
         importlib.import_module("torch").set_num_threads(threads)
         passes = importlib.import_module("qtx_torch.runners.passes")
-    if kind == "integer":
+    if kind in ("integer", "integer-compiled"):
         artifact = load_artifact(path)
-        integers = module.IntegerModel(
-            artifact.spec, artifact.constants, artifact.quants, artifact.profile, device=device
-        )
+        options: dict[str, Any] = {"compiled": True} if kind == "integer-compiled" else {}
+        meaning = artifact.spec, artifact.constants, artifact.quants, artifact.profile
+        integers = module.IntegerModel(*meaning, device=device, **options)
         return passes.IntegerRunner(integers) if torch else PlainRunner(integers.run, integers)
     checkpoint = load_checkpoint(path)
     model = module.Model(checkpoint.spec, checkpoint.params, device=device)
@@ -229,6 +229,13 @@ def time_variants(task: Task, tell: Tell) -> Task:
     return {"seconds": result}
 
 
+def time_ways(task: Task, tell: Tell) -> Task:
+    """What each way to multiply bytes exactly takes here, a line for each shape: compiled integers take the fastest."""
+    importlib.import_module("torch").set_num_threads(task["threads"])
+    machine = importlib.import_module("qtx_torch.integer.machine")
+    return {"lines": machine.describe(task["device"].partition(":")[0])}
+
+
 def time_attentions(task: Task, tell: Tell) -> Task:
     """Seconds of each pass, and of each training step, of one shape with each attention, in turn."""
     module, spec, torch = backend(task["backend"]), from_dict(ModelSpec, task["spec"]), task["backend"] == "torch"
@@ -266,6 +273,7 @@ TASKS = {
     "probe": probe,
     "time": time_variants,
     "attentions": time_attentions,
+    "ways": time_ways,
 }
 
 

@@ -60,6 +60,7 @@ class CostRequest:
     threads: int | None = None  # None: as the backend chooses
     backend: str = "torch"
     device: str = "cpu"
+    compiled: bool = False  # integers compiled too, on torch
     engines: str = "auto"  # auto: those installed; none; or a comma list
     attentions: tuple[str, ...] | None = None  # what these add to vanilla, instead
     training: bool = False  # of attentions: training steps too
@@ -117,6 +118,9 @@ def check_request(request: CostRequest) -> None:
         raise SpecError("give a checkpoint or --model, one of them")
     if request.training and request.attentions is None:
         raise SpecError("--training belongs to --attention: give both")
+    if request.compiled and (request.backend == "ref" or request.attentions is not None):
+        wrong = "--attention" if request.attentions is not None else "--backend ref"
+        raise SpecError(f"--compiled is of integers on --backend torch; leave it or {wrong} out")
     unused = request.recipe or request.profile or request.data or request.tokenizer
     if request.attentions is not None and unused:
         raise SpecError(f"{unused!r} does not belong to --attention, which quantizes nothing; leave it out")
@@ -143,25 +147,27 @@ class Given:
     reason: str
     recipe: str | None
     profile: str | None
+    compiled: bool  # integers too
 
 
 def open_given(request: CostRequest) -> Given:
     """Raises SpecError, FileError or DataError where the model cannot be had, or data that were named cannot."""
     path, data, tokenizer = request.checkpoint, request.data, request.tokenizer
     chosen = request.recipe, request.profile
+    asked = *chosen, request.compiled
     if path is None:
         spec = preset(str(request.model))
         if data is not None or tokenizer is not None:
             raise SpecError(f"--data {data or tokenizer}: --model {request.model} runs on random inputs; leave it out")
-        return Given(path, Checkpoint(spec, init_params(spec, 0)), None, None, "a preset has no data", *chosen)
+        return Given(path, Checkpoint(spec, init_params(spec, 0)), None, None, "a preset has no data", *asked)
     stored, artifact = open_either(path, *chosen)
     try:
         source = open_data(path, stored.spec, stored.meta, data, tokenizer)
     except (SpecError, DataError) as error:
         if data is not None or tokenizer is not None:
             raise
-        return Given(path, stored, artifact, None, str(error), *chosen)
-    return Given(path, stored, artifact, source, "", *chosen)
+        return Given(path, stored, artifact, None, str(error), *asked)
+    return Given(path, stored, artifact, source, "", *asked)
 
 
 def open_either(path: Path, recipe: str | None, profile_name: str | None) -> tuple[Checkpoint, Artifact | None]:
@@ -195,6 +201,8 @@ def measure_variants(
 ) -> CostResult:
     """Prepares the variants' files, compares them and times them."""
     spec, source = given.stored.spec, given.data
+    for line in workers.run("ways").get("lines", ()) if given.compiled else ():
+        tell(f"exact products of bytes here, {line}")
     if source is None:
         tell(f"random inputs and calibration, so that errors are not those of data: {given.reason}")
     cells = make_cells(spec, source, sizes)
@@ -244,7 +252,10 @@ def make_variants(
         except SpecError as error:  # such as a recipe of small floats
             integers.finding = str(error)
     save_checkpoint(fake, Checkpoint(spec, params, {}, recipe, ranges, transforms=transforms))
-    return [*variants, Variant("fake quantization", "fake", fake), integers], recipe
+    variants += [Variant("fake quantization", "fake", fake), integers]
+    if given.compiled:
+        variants.append(replace(integers, name="integers, compiled", kind="integer-compiled"))
+    return variants, recipe
 
 
 def describe_variant(variant: Variant) -> dict[str, Any]:

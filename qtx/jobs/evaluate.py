@@ -30,6 +30,7 @@ class EvaluateRequest:
     tokenizer: Path | None = None
     machine: Machine = Machine()
     profile: str | None = None  # a name, or a .json file; None: an artifact's own, qtx for a checkpoint
+    compiled: bool = False  # of an artifact, on torch: the same codes, faster
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def evaluate(request: EvaluateRequest) -> tuple[Score, Words]:
         recipe_name=request.recipe,
         numerics=request.numerics,
         strict=request.strict,
+        compiled=request.compiled,
         profile_name=request.profile,
         split="evaluation",
         check=lambda stored: need_head(request.model, stored.spec),

@@ -112,6 +112,7 @@ def open_model(
     recipe_name: str | None = None,
     numerics: str | None = None,
     strict: bool = False,
+    compiled: bool = False,
     profile_name: str | None = None,
     split: str | None = None,
     check: Callable[[Checkpoint | Artifact], None] = lambda stored: None,
@@ -131,12 +132,13 @@ def open_model(
         check(artifact)
         if profile_name is not None:
             artifact = artifact.under(read_profile(profile_name))
-        runner = make_artifact_model(artifact, machine, kind, strict)
+        runner = make_artifact_model(artifact, machine, kind, strict, compiled)
         data = open_split(path, artifact, data_name, tokenizer, split)
-        words = f"{kind}{', strict' if strict else ''}, {artifact.recipe.name}, profile {artifact.profile.name}"
+        how = ", strict" if strict else ", compiled" if compiled else ""
+        words = f"{kind}{how}, {artifact.recipe.name}, profile {artifact.profile.name}"
         return Opened(artifact, runner, data, words, kind == "integer", describe_head(artifact))
-    if numerics or strict:
-        raise SpecError(f"--numerics and --strict belong to a MODEL{SUFFIX}; make one with qtx quantize")
+    if numerics or strict or compiled:
+        raise SpecError(f"--numerics, --strict and --compiled belong to a MODEL{SUFFIX}; make one with qtx quantize")
     stored = open_checkpoint(path)
     chosen = find_recipe(stored, recipe_name)
     check(stored)
@@ -168,9 +170,14 @@ def need_head(path: Path, spec: ModelSpec) -> None:
 
 
 def make_artifact_model(
-    artifact: Artifact, machine: Machine, numerics: str = "integer", strict: bool = False
+    artifact: Artifact, machine: Machine, numerics: str = "integer", strict: bool = False, compiled: bool = False
 ) -> Model | IntegerModel:
-    """The model in integers, or under the fake quantization of the same codes."""
+    """The model in integers, or under the fake quantization of the same codes. Raises SpecError for what does not go
+    together, and for a model that cannot be compiled."""
+    if compiled and numerics == "fake":
+        raise SpecError("--compiled belongs to --numerics integer: fake quantization is floats")
+    if compiled and machine.backend == "ref":
+        raise SpecError("--compiled belongs to --backend torch: the reference is not compiled; leave one of them out")
     if numerics == "fake":
         if strict:
             raise SpecError("--strict belongs to --numerics integer: fake quantization is floats")
@@ -181,9 +188,9 @@ def make_artifact_model(
     if machine.dtype != "float32":
         raise SpecError(f"--dtype {machine.dtype}: an integer model has no float dtype; leave it out")
     make = backend(machine.backend).IntegerModel
-    return make(
-        artifact.spec, artifact.constants, artifact.quants, artifact.profile, device=machine.device, strict=strict
-    )
+    options: dict[str, Any] = {"compiled": True} if compiled else {}  # which the reference has not
+    meaning = artifact.spec, artifact.constants, artifact.quants, artifact.profile
+    return make(*meaning, device=machine.device, strict=strict, **options)
 
 
 def describe_head(artifact: Artifact) -> str:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import QTX, MatmulRule, Overflow, QuantSpec
+from qtx_ref.spec import ONE_ROUNDING, QTX, Fixed, FloatProduct, MatmulRule, Overflow, QuantSpec
 
 from . import machine
 from .machine import Way
@@ -52,14 +52,14 @@ LONG = 256  # elements; more are summed sooner as a product by ones
 class Prepared(NamedTuple):
     """The right operand of a product. Tensors differ between layers; the rest is alike in layers of one recipe."""
 
-    weight: Tensor  # (K, N), or (K, 2 N) in halves, codes less their centre: int8, float32 or float64
+    weight: Tensor  # (K, N) codes less their centre: int8, float32 or float64; (K, 2 N) in halves; padded for cuBLAS
     bias: Tensor  # (N,), the bracket, in the dtype of the sum
     w_zero: Tensor | None  # () or (N,), moved; None where all are 0
     columns: Tensor | None  # (N,) colsum(W) - K zw, for zero points that come with the data
     centre: int  # taken from x
     pieces: int  # of x: 1, or 2 bytes
     length: int  # of an exact block of K
-    halves: bool
+    way: Way
     accumulator: torch.dtype  # of the result
     saturate: bool
 
@@ -117,6 +117,8 @@ def prepare(
     wide = torch.int32 if narrow else torch.int64
     weight = codes.to(CARRIERS.get(way, torch.int8))
     weight = machine.split_halves(weight) if way is Way.HALVES else weight
+    if way is Way.BYTES and device.type == "cuda":
+        weight = torch.nn.functional.pad(weight, (0, -width % 8, 0, -depth % 8))
     return Prepared(
         # rows of outputs, seen from the side: as good as (K, N), and four times as fast for a single row of x
         weight.mT.contiguous().to(device).mT,
@@ -126,7 +128,7 @@ def prepare(
         centre(x_spec),
         pieces,
         exact_length(codes, way, pieces, x_spec),
-        way is Way.HALVES,
+        way,
         torch.int32 if accumulator == 32 else torch.int64,
         accumulator == 32 and rule.overflow is Overflow.SATURATE,
     )
@@ -202,7 +204,10 @@ def multiply(x: Tensor, prepared: Prepared, x_zero: Tensor | None = None) -> Ten
 
     `x_zero`: zero points that come with the data, (..., 1): of dynamic ranges that are not symmetric."""
     rows, wide = x.reshape(-1, x.shape[-1]), prepared.bias.dtype
-    if prepared.pieces == 2:
+    if prepared.way is Way.TRITON:
+        kernel = torch.ops.qtx.multiply_rows
+        total = kernel(rows, prepared.weight, prepared.bias, prepared.centre, prepared.pieces, wide)
+    elif prepared.pieces == 2:
         code = rows.int() - prepared.centre
         total = 256 * sums(code >> 8, prepared, wide) + sums((code & 255) - 128, prepared, wide)
     elif prepared.weight.dtype is torch.int8:
@@ -214,10 +219,28 @@ def multiply(x: Tensor, prepared: Prepared, x_zero: Tensor | None = None) -> Ten
         total = total - prepared.w_zero * (x.int() - prepared.centre).sum(-1, keepdim=True, dtype=wide)
     if x_zero is not None:
         total = total - (x_zero.to(wide) - prepared.centre) * prepared.columns
-    total = total + prepared.bias
+    if prepared.way is not Way.TRITON:
+        total = total + prepared.bias
     if prepared.saturate and wide is torch.int64:
         total = total.clamp(-(2**31), 2**31 - 1)
     return total.to(prepared.accumulator)
+
+
+def multiply_to_codes(
+    x: Tensor, prepared: Prepared, multiplier: Tensor, shift: Tensor, zero: Tensor, spec: QuantSpec, kind: torch.dtype
+) -> Tensor:
+    """`multiply`, then `fixed_point.multiply` by `ONE_ROUNDING`, `zero` added, clamped to codes of `spec`, as `kind`,
+    in one pass, where `takes_codes`."""
+    rows, ends = x.reshape(-1, x.shape[-1]), (spec.code_min, spec.code_max)
+    kernel, given = torch.ops.qtx.multiply_rows, (prepared.weight, prepared.bias, prepared.centre, prepared.pieces)
+    code = kernel(rows, *given, kind, multiplier, shift, zero, *ends)
+    return code.reshape(*x.shape[:-1], prepared.bias.shape[0])
+
+
+def takes_codes(prepared: Prepared, rule: Fixed | FloatProduct) -> bool:
+    """Whether codes may come out of the product itself: accumulators of 32 bits, rounded once, with nothing between."""
+    alone = prepared.way is Way.TRITON and prepared.w_zero is None and prepared.columns is None
+    return alone and prepared.bias.dtype is torch.int32 and rule == ONE_ROUNDING
 
 
 def recentre_bytes(code: Tensor, middle: int) -> Tensor:
@@ -232,11 +255,10 @@ def sums(rows: Tensor, prepared: Prepared, wide: torch.dtype) -> Tensor:
     weight, depth, length = prepared.weight, rows.shape[1], prepared.length
     rows = rows.to(weight.dtype)
     if weight.dtype is torch.int8:
-        total = byte_sums(rows, weight)
-        if prepared.halves:
-            width = prepared.bias.shape[0]
+        total, width = byte_sums(rows, weight), prepared.bias.shape[0]
+        if prepared.way is Way.HALVES:
             total = total[:, :width] + total[:, width:]
-        return total.to(wide)
+        return total[: rows.shape[0], :width].to(wide)
     total = (rows[:, :length] @ weight[:length]).to(wide)
     for at in range(length, depth, length):
         total = total + (rows[:, at : at + length] @ weight[at : at + length]).to(wide)
@@ -244,7 +266,10 @@ def sums(rows: Tensor, prepared: Prepared, wide: torch.dtype) -> Tensor:
 
 
 def byte_sums(rows: Tensor, weight: Tensor) -> Tensor:
-    """int8 (M, K) by (K, N) -> int32."""
+    """int8 (M, K) by (K, N) -> int32; with more rows and columns where the weights are padded for cuBLAS."""
+    if rows.device.type == "cuda":
+        few = 32 - rows.shape[0] if rows.shape[0] <= 16 else 0
+        rows = torch.nn.functional.pad(rows, (0, weight.shape[0] - rows.shape[1], 0, few))
     if rows.shape[0] == 1:  # _int_mm (torch 2.13) misreads one row whose strides are (1, 1)
         rows = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
     return torch._int_mm(rows, weight)

@@ -39,6 +39,7 @@ from qtx_ref.spec import (
     Dtype,
     Family,
     Fixed,
+    Granularity,
     Head,
     HighProduct,
     LeftShift,
@@ -46,6 +47,7 @@ from qtx_ref.spec import (
     Overflow,
     Profile,
     QuantSpec,
+    Rounding,
     SpecError,
     accumulator_bits,
 )
@@ -54,7 +56,7 @@ from ..attention import Mask
 from ..models.block import Block
 from ..quant import affine
 from ..sites import SiteModule, name_sites
-from . import carriers, fixed_point, groups, ops
+from . import carriers, groups, ops
 from .carriers import Prepared
 from .groups import Grouped
 from .model import Code, Constants, Integer, at, code_dtype
@@ -62,6 +64,7 @@ from .model import Code, Constants, Integer, at, code_dtype
 LARGEST_SCALE = 2.0**40  # of the data's: times another and an accumulator of 48 bits it is a float32
 WIDE = 2**47  # what a requantization takes of 64-bit accumulators
 INT32 = 2**31
+SCALING = ("multiplier", "shift")
 
 
 class Ready(Integer):
@@ -87,18 +90,39 @@ class Ready(Integer):
 
     def requantize(self, site: str, spec: QuantSpec, x: Code) -> Code:
         """Without int32 in between, where that would saturate: what it does not hold lies beyond the codes too."""
-        rule = self.profile.requantize
-        if isinstance(rule, Fixed) and rule.product is HighProduct.EXACT and rule.left is LeftShift.SATURATE:
-            scaling = (self.constants[f"{site}.{key}"] for key in ("multiplier", "shift"))
-            level = fixed_point.multiply_exact(x.subtract_zero(), *scaling, rule)
-            return self.clamp(site, spec, level + self.constants[f"{site}.zero_point"])
-        return super().requantize(site, spec, x)
+        right = self.constants.get(f"{site}.right")
+        if right is None:
+            return super().requantize(site, spec, x)
+        total = x.value.long() * self.constants[f"{site}.factor"] + self.constants[f"{site}.offset"]
+        return self.clamp(site, spec, total >> right)
+
+    def add(self, module: SiteModule, a: Code, b: Code) -> Code:
+        site = module.site
+        right = self.constants.get(f"{site}.right")
+        if right is None:
+            return super().add(module, a, b)
+        first, second = self.constants[f"{site}.factor"]
+        total = a.value.long() * first + b.value.long() * second + self.constants[f"{site}.offset"]
+        return self.clamp(site, self.quants[site], total >> right)
 
     def clamp(self, site: str, spec: QuantSpec, level: Tensor) -> Code:
         """By way of int32, from which vectors are narrowed in one step."""
         zero = self.constants[f"{site}.zero_point"]
         code = level.clamp(*affine.code_limits(zero, spec)).int().to(code_dtype(spec))
         return Code(code, self.scale_of(site), zero, spec)
+
+    def linear(self, module: SiteModule, x: Code, *, weight: Tensor | None = None, named: bool = True) -> Code:
+        """As `Integer.linear`; codes in one pass, where the product can give them."""
+        site = module.site
+        prepared, spec = self.prepared.get(site), self.quants.get(site)
+        if not named or spec is None or spec.granularity is not Granularity.TENSOR or x.measured:
+            return super().linear(module, x, weight=weight, named=named)
+        if not isinstance(prepared, Prepared) or not carriers.takes_codes(prepared, self.profile.requantize):
+            return super().linear(module, x, weight=weight, named=named)
+        zero, scaling = self.constants[f"{site}.zero_point"], (self.constants[f"{site}.{k}"] for k in SCALING)
+        value = self.operand(f"{site}.input", x).value
+        code = carriers.multiply_to_codes(value, prepared, *scaling, zero, spec, code_dtype(spec))
+        return self.record_codes(site, Code(code, self.scale_of(site), zero, spec))
 
     def product(self, site: str, x: Code, w: Code) -> Code:
         bias = self.constants.get(f"{site}.bias")
@@ -148,6 +172,7 @@ class Proof(Ready):
         self, spec: ModelSpec, constants: Constants, quants: Mapping[str, QuantSpec], profile: Profile
     ) -> None:
         super().__init__(constants, {}, quants, profile)
+        self.constants: dict[str, Tensor] = dict(constants)
         self.prepared: dict[str, Prepared | Grouped] = {}
         self.length = spec.length
         self.reaches: dict[str, int] = {}  # the largest |accumulator| by site
@@ -265,7 +290,32 @@ class Proof(Ready):
                 level = float((multiplier.double() * 2.0 ** (shift.double() - 31)).max())
                 if max(most * left, math.ceil(most * level)) >= INT32 - 1:
                     refuse(site, f"its accumulators may reach {most}, which the profile's shift takes beyond int32")
+            saturates = rule.product is HighProduct.EXACT and rule.left is LeftShift.SATURATE
+            if saturates and rule.rounding is Rounding.HALF_UP and x.subtract_zero().dtype is torch.int32:
+                self.gather(site, [x], [multiplier.long()], 31 - shift.long())
         return super().requantize(site, spec, x)
+
+    def add(self, module: SiteModule, a: Code, b: Code) -> Code:
+        site, static = module.site, not (self.quants[module.site].dynamic or a.measured or b.measured)
+        if static and isinstance(self.profile.requantize, Fixed) and self.profile.add.rounding is Rounding.HALF_UP:
+            self.gather(
+                site, [a, b], list(self.constants[f"{site}.multiplier"].long()), self.constants[f"{site}.shift"]
+            )
+        return super().add(module, a, b)
+
+    def gather(self, site: str, parts: list[Code], factors: list[Tensor], right: Tensor) -> None:
+        """Makes one constant of what floor(sum_i (x_i - z_i) m_i / 2^right + 1/2) + z adds to the sum of x_i m_i:
+        half of 2^right, z 2^right, and the zero points' products; where int64 holds it all."""
+        zero = self.constants[f"{site}.zero_point"].long()
+        zeros = [x.zero_point.long() if x.spec is not None else x.zero_point.long() * 0 for x in parts]
+        fits = 0 <= int(right.min()) <= int(right.max()) <= 60 and largest(zero) << int(right.max()) <= 2**60
+        if not fits or any(z.numel() > 1 for z in zeros):
+            return
+        offset = (torch.ones_like(right) << right >> 1) + (zero << right)
+        for z, factor in zip(zeros, factors, strict=True):
+            offset = offset - z * factor
+        self.constants[f"{site}.factor"] = torch.stack(factors) if len(factors) > 1 else factors[0]
+        self.constants[f"{site}.offset"], self.constants[f"{site}.right"] = offset, right
 
 
 EAGER = "run it without the compiled form"
@@ -328,7 +378,11 @@ def compile_part(part: Callable, number: int, device: torch.device, backend: str
     part.__code__ = part.__code__.replace(co_name=f"{part.__name__}_{number}")
     options: dict[str, Any] = {"guard_filter_fn": keep_guards}
     if backend == "inductor":
-        options |= {"triton.cudagraphs": device.type == "cuda", "size_asserts": False}
+        options |= {
+            "triton.cudagraphs": device.type == "cuda",
+            "size_asserts": False,
+            "assert_indirect_indexing": False,
+        }
     return torch.compile(part, fullgraph=True, backend=backend, options=options)
 
 
@@ -396,6 +450,7 @@ class Execution:
             self.last = Edge.of(net.top(proof, x))
         self.parts: dict[tuple, Callable] = {}  # of layers, by all in which they may differ
         self.graphs = 0
+        constants = proof.constants
         outer = {name: c for name, c in constants.items() if not name.startswith("layer.")}
         self.outer = outer, {site: p for site, p in proof.prepared.items() if not site.startswith("layer.")}
         self.layers = [

@@ -32,14 +32,8 @@ class Words:
     first: int | Tensor
 
 
-@dataclass(frozen=True)
-class Codes:
-    """A static quantizer of one range, under QTX: scale and zero point of one element, and the limits of codes."""
-
-    scale: Tensor
-    zero_point: Tensor
-    code_min: int
-    code_max: int
+# scale and zero point, of one element each, and the least and the largest code
+Codes = tuple[Tensor, Tensor, int, int]
 
 
 def attend(
@@ -103,7 +97,7 @@ def attend(
         PROBS=probs is not None,
     )
     flags = [int(flag) for flag in astuple(shape)]
-    limits = [float(x) for codes in (scores, probs) for x in ((codes.code_min, codes.code_max) if codes else (0, 0))]
+    limits = [float(x) for codes in (scores, probs) for x in (codes[2:] if codes else (0, 0))]
     factor = q.shape[-1] ** -0.5
     unit = LOG2E if scores is not None else factor * LOG2E
     gamma = -spec.alpha if by_row and spec.alpha is not None else spec.gamma
@@ -113,10 +107,10 @@ def attend(
 
 def join_codes(*quantizers: Codes | None) -> Tensor | None:
     """Scale and zero point of each, 1 and 0 where there is none, float32 (4,); None where there are none at all."""
-    device = next((codes.scale.device for codes in quantizers if codes is not None), None)
+    device = next((codes[0].device for codes in quantizers if codes is not None), None)
     if device is None:
         return None
-    ends = [(1, 0) if codes is None else (codes.scale, codes.zero_point) for codes in quantizers]
+    ends = [(1, 0) if codes is None else codes[:2] for codes in quantizers]
     return torch.stack([torch.as_tensor(x, device=device).reshape(()).float() for pair in ends for x in pair])
 
 

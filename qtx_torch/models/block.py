@@ -16,7 +16,7 @@ from .. import ops
 from ..attention import Mask
 from ..numerics import Float
 from ..sites import Linear, Norm, Product, SiteModule
-from .gate import gate, gate_sites
+from .gate import gate, gate_sites, open_gate
 
 Cache = tuple[Tensor, Tensor]  # keys and values, (B, H, T, K)
 
@@ -43,9 +43,13 @@ class Attention(nn.Module):
         v = ops.split_heads(nx.linear(self.value, x), spec.heads)
         if past is not None:
             k, v = ops.concat([past[0], k], axis=2), ops.concat([past[1], v], axis=2)
-        context = nx.attention(self, q, k, v, mask, spec.attention, spec.attention_dropout)  # (B, T, D)
-        if spec.attention.gate is not Gate.NONE:
-            context = gate(nx, self, x, context, spec)
+        given = (self, q, k, v, mask, spec.attention, spec.attention_dropout)
+        if nx.takes_gate(*given):
+            context = nx.gated_attention(*given, open_gate(nx, self, x, spec))  # (B, T, D)
+        else:
+            context = nx.attention(*given)  # (B, T, D)
+            if spec.attention.gate is not Gate.NONE:
+                context = gate(nx, self, x, context, spec)
         return nx.linear(self.output, context), (k, v)
 
 

@@ -1,6 +1,7 @@
 """Gates on an attention's output (Bondarenko et al. 2023, eq. 5).
 
 Differs from the reference: gate_sites, name, attn: a gate's parameters are in the modules of its sites.
+Differs from the reference: open_gate: a kernel multiplies by it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ def gate(nx: Float, attn: nn.Module, x: Tensor, context: Tensor, spec: ModelSpec
     kind = spec.attention.gate
     if kind is Gate.NONE:
         return context
+    g = open_gate(nx, attn, x, spec)
+    if kind is not Gate.ELEMENTWISE:
+        g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)
+    return nx.mul(attn.gated, context, g)
+
+
+def open_gate(nx: Float, attn: nn.Module, x: Tensor, spec: ModelSpec) -> Tensor:
+    """What `gate` multiplies by: (H,), (B, 1, H) or (B, T, H); ELEMENTWISE: (B, T, D)."""
+    kind = spec.attention.gate
     if kind is Gate.HEAD:
         z = nx.parameter(attn.gate_logit)  # (H,)
     elif kind is Gate.MLP:
@@ -55,8 +65,4 @@ def gate(nx: Float, attn: nn.Module, x: Tensor, context: Tensor, spec: ModelSpec
     else:
         z = nx.linear(attn.gate_logit, x)  # (B, T, D) -> (B, T, H), or (B, T, D) elementwise
     g = nx.activation(attn.gate, z, "sigmoid")
-    if spec.attention.rescaled:
-        g = nx.scale(g, 1 / spec.attention.pi)
-    if kind is not Gate.ELEMENTWISE:
-        g = ops.spread_heads(g, spec.head_width)  # (..., H) -> (..., D)
-    return nx.mul(attn.gated, context, g)
+    return nx.scale(g, 1 / spec.attention.pi) if spec.attention.rescaled else g

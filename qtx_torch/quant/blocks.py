@@ -11,11 +11,14 @@ Eager torch adds a call of about 1 us for each operation and block, wherefore bl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import Granularity, Quant, QuantSpec, range_axes
+from qtx_ref.spec import QTX, Granularity, Quant, QuantSpec, range_axes
 
 from . import affine, rounding
 
@@ -28,11 +31,34 @@ def is_large(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > BLOCK
 
 
+def find_kernels(x: Tensor) -> ModuleType | None:
+    """Triton's, on a GPU where it is installed; a compiled graph fuses its own."""
+    if x.device.type != "cuda" or torch.compiler.is_compiling() or x.dtype is torch.float64 or x.numel() > 2**30:
+        return None
+    return _load_kernels(x.device)
+
+
+@cache
+def _load_kernels(device: torch.device) -> ModuleType | None:
+    try:
+        kernels = import_module("qtx_torch.kernels.fake_quantize")
+        kernels.quantize_rows(torch.zeros(1, 1, device=device), QuantSpec(), QTX.scale.floor, QTX.scale.empty)
+    except (ImportError, RuntimeError):  # no Triton, as on Windows, or no C compiler, which Triton needs
+        return None
+    return kernels
+
+
+def simulate_fused(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """What the codes of x stand for, in one loop of a compiled graph for a CPU, zero in float32: codes less the zero
+    point are clamped, so that it is added to none of them. 0 is added, which a -0 becomes, and is no constant."""
+    level = torch.round(x.float() / store_rows(scale)) + store_rows(zero - zero)
+    low, high = store_rows(spec.code_min - zero), store_rows(spec.code_max - zero)
+    return torch.minimum(torch.maximum(level, low), high).mul(scale).to(x.dtype)
+
+
 def store_rows(value: Tensor) -> Tensor:
-    """value; compiled for a CPU, one that is written to memory, where it would else be computed again for every vector
-    of its row: what has strides of its own lies there."""
-    if not torch.compiler.is_compiling() or value.device.type != "cpu":
-        return value
+    """value, written to memory: a graph would else compute it again for every vector of its row. What has strides of
+    its own lies there."""
     return value.as_strided(value.shape, value.stride())
 
 
@@ -82,11 +108,16 @@ def write_values(x: Tensor, scale: Tensor, zero: Tensor, y: Tensor, spec: QuantS
 
 def simulate(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """What the codes of x stand for, in its dtype."""
+    kernels = find_kernels(x)
+    if kernels and (views := as_rows(x, scale.float(), zero_point.float())):
+        return kernels.quantize(*(view.contiguous() for view in views), spec).as_strided(x.shape, x.stride())
     if is_large(x):
         y = torch.empty_like(x)
         if views := as_rows(x, scale, zero_point.float(), y):
             write_values(*views, spec)
             return y
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        return simulate_fused(x, scale, zero_point.float(), spec)
     code = rounding.round_level(x, scale, zero_point).clamp(spec.code_min, spec.code_max)  # a float: NaN stays NaN
     return code.sub_(zero_point).mul_(scale).to(x.dtype)
 
@@ -94,6 +125,10 @@ def simulate(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> T
 def pass_gradient(g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """g where the code of x was not clamped, else 0."""
     ends = (spec.code_min - 0.5, spec.code_max + 0.5)  # the kernel excludes its limits, and levels are whole
+    kernels = find_kernels(x)
+    if kernels and (views := as_rows(x, scale.float(), zero_point.float(), g)):
+        dx = kernels.quantize(*(view.contiguous() for view in views[:3]), spec, views[3].contiguous())
+        return dx.as_strided(x.shape, x.stride())
     if is_large(x) and g.dtype is torch.float32:
         dx = torch.empty_like(x, dtype=g.dtype)
         if views := as_rows(x, scale, zero_point.float(), g, dx):
@@ -111,8 +146,10 @@ def pass_gradient(g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, spec:
 
 
 def has_rows(x: Tensor, spec: Quant, weight: bool) -> bool:
-    """Whether each range is that of one row across the last axis, and x is worth dividing."""
-    if not isinstance(spec, QuantSpec) or spec.outliers is not None or spec.wide is not None or not is_large(x):
+    """Whether each range is that of one row across the last axis, and x is worth dividing, or there is a kernel."""
+    if not isinstance(spec, QuantSpec) or spec.outliers is not None or spec.wide is not None or not x.numel():
+        return False
+    if not is_large(x) and (spec.mirrored or find_kernels(x) is None):
         return False
     plain = spec.granularity in (Granularity.TOKEN, Granularity.CHANNEL)
     return plain and range_axes(spec, x.ndim, weight) == (x.ndim - 1,) and x.is_contiguous()
@@ -122,9 +159,13 @@ def simulate_rows(x: Tensor, spec: QuantSpec, y: Tensor | None = None) -> tuple[
     """Of x (..., C), each row by its own minimum and maximum: what the codes stand for, in x's dtype (in y, if it is
     given), the scales and zero points (..., 1), and whether any code was clamped.
 
-    A row's codes rise with its elements: so a clamped one is found at its ends. Raises ValueError for a range that is
-    not finite, as `affine.scale_zero`.
+    A row's codes rise with its elements: so a clamped one is found at its ends. On a GPU it may be said though none
+    was: the answer would have to be waited for. Raises ValueError for a range that is not finite, as
+    `affine.scale_zero`; on a GPU such a row is NaN throughout.
     """
+    if kernels := find_kernels(x):
+        values, scale, zero = kernels.quantize_rows(x, spec, QTX.scale.floor, QTX.scale.empty)
+        return values, scale, zero, not spec.symmetric
     y = torch.empty_like(x) if y is None else y
     rows, values = x.flatten(0, -2), y.flatten(0, -2)
     scales, zeros, clamped = [], [], False

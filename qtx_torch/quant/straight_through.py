@@ -27,7 +27,7 @@ class StraightThrough(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.spec = spec
-        return own(blocks.simulate(x, blocks.store_rows(scale), blocks.store_rows(zero_point.float()), spec))
+        return own(blocks.simulate(x, scale, zero_point, spec))
 
     @staticmethod
     @once_differentiable
@@ -40,8 +40,7 @@ class Unclamped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        scale, zero = blocks.store_rows(scale), blocks.store_rows(zero_point.float())
-        return own(rounding.round_level(x, scale, zero).sub_(zero).mul_(scale).to(x.dtype))
+        return own(rounding.round_level(x, scale, zero_point).sub_(zero_point).mul_(scale).to(x.dtype))
 
     @staticmethod
     @once_differentiable

@@ -120,6 +120,9 @@ def test_the_probe_times_each_way_that_is_exact() -> None:
     assert {way for way, _ in seconds} == set(machine.list_ways("cpu"))
     assert {shape for _, shape in seconds} == set(machine.SHAPES)
     assert all(0 < s < 1 for s in seconds.values())
+    lines = machine.describe("cpu")
+    assert [line.partition(":")[0] for line in lines] == ["1 x 768 x 768", "64 x 384 x 384", "128 x 768 x 768"]
+    assert all(f"{way.value} " in lines[0] for way in machine.list_ways("cpu"))
 
 
 def test_what_is_not_proven_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from itertools import product
 
@@ -135,3 +136,19 @@ def test_spared_rows_stay() -> None:
     y = FakeQuant("a.site", spec, None)(x, None, spared)
     values, _ = expect(x, spec)
     assert same_bits(y, np.where(spared.numpy(), x.numpy(), values))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile makes a Function
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for a CPU needs a C++ compiler")
+def test_compiled_rows_with_gradients() -> None:
+    """A row that is clamped by rounding, zeros of both signs, all at once and in one graph."""
+    spec = QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
+    hook = FakeQuant("a.site", spec, None)
+    x = draw(np.random.default_rng(4), (8, 40))
+    x[4], x[4, 0], x[4, 1] = 1.0, -1.5, 253.5
+    leaf, g = x.clone().requires_grad_(), torch.arange(320.0).reshape(8, 40) - 100
+    y = torch.compile(lambda v: hook(v, None), fullgraph=True)(leaf)
+    y.backward(g)
+    values, inside = expect(x, spec)
+    assert same_bits(y, values) and not inside[4, 1]
+    assert np.array_equal(leaf.grad.numpy(), np.where(inside, g.numpy(), 0))

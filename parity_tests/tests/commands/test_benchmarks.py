@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -41,8 +42,7 @@ def test_calls_take_turns_and_every_second_round_is_backwards(monkeypatch: pytes
     monkeypatch.setattr(harness, "make_clock", lambda device: lambda: float(next(clock)))
     times = harness.time_calls({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 3)
     assert times == {"a": [1.0, 1.0, 1.0], "b": [1.0, 1.0, 1.0]}
-    # two of each that warm up; one more before the first reading alone, since a second is long
-    assert "".join(seen) == "aabb" + "aabb" + "ba" + "ab"
+    assert "".join(seen) == "aabb" + "ab" + "ba" + "ab"  # two of each warm up
 
 
 def test_nothing_is_timed_before_parity() -> None:
@@ -86,12 +86,17 @@ def test_memory_is_that_of_the_call_and_of_what_it_holds() -> None:
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 
+COMPILES = ("integer_model",)  # before the first row
+
+
 def weightless(*given: object, **how: object) -> float:
     return 1.0
 
 
 @pytest.mark.parametrize("group", [g for g in groups.GROUPS if "cpu" in g.devices], ids=lambda group: group.name)
 def test_the_smallest_row_of_each_group(group, monkeypatch: pytest.MonkeyPatch) -> None:
+    if group.name in COMPILES:
+        pytest.skip("it compiles whole models: python -m benchmarks --quick")
     module = sys.modules[group.find().__module__]
     if hasattr(module, "peak"):  # a process each, which is tested above
         monkeypatch.setattr(module, "peak", weightless)
@@ -144,6 +149,28 @@ def test_what_is_measured_when_ctrl_c_comes_is_kept(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["unfinished"][FakeGroup.name]["rows"] == [asdict(ROW)]
 
 
+def test_a_stopped_run_goes_on_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two groups is done, the second is stopped; --resume begins with the second."""
+    out, begun = tmp_path / "cpu.json", []
+
+    def stop(words: list[str], **given: object):
+        begun.append(words[4])
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        results = json.loads(out.read_text())
+        results["groups"][words[4]] = results["unfinished"].pop(words[4])
+        out.write_text(json.dumps(results))
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(command.subprocess, "run", stop)
+    names = ["plain", "size"]
+    only = [word for name in names for word in ("--only", name)]
+    stopped = CliRunner().invoke(command.main, ["--out", str(out), *only])
+    assert stopped.exit_code == 130 and "stopped in size" in stopped.output
+    assert CliRunner().invoke(command.main, ["--out", str(out), "--resume"]).exit_code == 0
+    assert begun == [*names, "size"] and json.loads(out.read_text())["unfinished"] == {}
+
+
 def test_the_command_refuses_in_one_line() -> None:
     if harness.torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -176,6 +203,7 @@ def test_the_tables_of_the_page_are_those_of_the_results() -> None:
     assert report.fill_page(page, found) == page
     shown = {(match["place"], match["name"]) for match in report.PART.finditer(page)}
     for place, results in found.items():
+        assert results["unfinished"] == {}
         assert (report.RESULTS / f"{place}.json").stat().st_size < 100_000
         assert shown >= {(place, name) for name in ("machine", *results["groups"])}
     known = {group.name for group in groups.GROUPS} | {"machine"}

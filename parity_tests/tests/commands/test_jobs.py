@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,26 @@ def integers(vit: Path) -> Path:
     return written.path
 
 
+def test_compiled_integers_have_the_same_score(integers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = pytest.importorskip("qtx_torch.integer.execution")
+    plain, _ = evaluate(EvaluateRequest(integers, batches=1, machine=HERE))
+    traced = partial(execution.Execution, backend="eager")  # without generating code, which takes a minute
+    monkeypatch.setattr(execution, "Execution", traced)
+    monkeypatch.setattr(execution, "find_compiler", lambda device: "")
+    score, words = evaluate(EvaluateRequest(integers, batches=1, machine=Machine("torch"), compiled=True))
+    assert score == plain
+    assert words.numerics.startswith("integer, compiled, w8a8")
+
+
+def test_compiled_belongs_to_integers_on_torch(vit: Path, integers: Path) -> None:
+    with pytest.raises(SpecError, match="--compiled belongs to --backend torch: the reference is not compiled"):
+        evaluate(EvaluateRequest(integers, machine=Machine("ref"), compiled=True))
+    with pytest.raises(SpecError, match="--compiled belongs to --numerics integer"):
+        evaluate(EvaluateRequest(integers, numerics="fake", machine=Machine("torch"), compiled=True))
+    with pytest.raises(SpecError, match="--compiled is of integers on --backend torch; leave it or --backend ref out"):
+        measure_cost(CostRequest(model="vit-small", backend="ref", compiled=True))
+
+
 def test_pretraining_is_training_of_what_is_named(vit: Path, tmp_path: Path) -> None:
     model = preset("vit-small")
     run = TrainSpec(model, default_optim(model, 2), 4, 0)
@@ -102,7 +123,7 @@ def test_quantize_and_evaluate(vit: Path, integers: Path) -> None:
     assert ranges.size is None and ranges.ranges.keys() == load_checkpoint(ranges.path).ranges.keys()
     opened = open_model(integers, HERE)
     assert opened.integer and opened.stored.recipe.name == "w8a8"
-    with pytest.raises(SpecError, match="--numerics and --strict belong to"):
+    with pytest.raises(SpecError, match="--numerics, --strict and --compiled belong to"):
         evaluate(EvaluateRequest(vit, strict=True, machine=HERE))
     with pytest.raises(SpecError, match="nonlinear is 'none'"):
         quantize(QuantizeRequest(vit, vit.with_name("other.qtx"), nonlinear="none", machine=HERE))
