@@ -44,6 +44,8 @@ __all__ = [
     "total",
 ]
 
+BLOCK = 2**14  # elements that stay in the cache as float64: fresh memory costs more than what is computed in it
+
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
@@ -69,7 +71,7 @@ def linear(x: Var, weight: Var, bias: Var | None = None) -> Var:
         (weight, lambda g: (split(g).swapaxes(1, 2) @ split(x.value)).reshape(w.shape)),
     ]
     if bias is not None:
-        y = y + bias.value.reshape(-1)
+        y += bias.value.reshape(-1)
         edges.append((bias, lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0, dtype=np.float64).reshape(bias.shape)))
     return node(y, *edges)
 
@@ -161,11 +163,13 @@ def layer_norm(x: Var, weight: Var, bias: Var, eps: float) -> Var:
 
     With n = (x - mean) / sigma and u = g w: dx = (u - mean(u) - n mean(u n)) / sigma.
     """
-    v = x.value.astype(np.float64)
-    centred = v - v.mean(axis=-1, keepdims=True)
-    sigma = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
-    n = centred / sigma
-    y = (n * weight.value + bias.value).astype(x.value.dtype)
+    n = x.value.astype(np.float64)
+    n -= n.mean(axis=-1, keepdims=True)
+    sigma = np.sqrt((n * n).mean(axis=-1, keepdims=True) + eps)
+    n /= sigma
+    y = n * weight.value
+    y += bias.value
+    y = y.astype(x.value.dtype)
 
     def dx(g: np.ndarray) -> np.ndarray:
         u = g.astype(np.float64) * weight.value
@@ -185,15 +189,17 @@ def softmax(x: Var, mask: np.ndarray | None = None, sink: Var | None = None) -> 
     sink s, broadcast to (..., 1), takes probability that no key receives: 0 for softmax1, learned for a sink per head.
     dx = p (g - sum_j g_j p_j), ds = -(1 - sum p) sum_j g_j p_j.
     """
-    v = x.value.astype(np.float64)
-    keep = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)
-    top = np.max(v, axis=-1, keepdims=True, where=keep, initial=-np.inf)
+    p = x.value.astype(np.float64)
+    keep = np.broadcast_to(True if mask is None else mask, x.shape)
+    np.copyto(p, -np.inf, where=~keep)
+    top = p.max(axis=-1, keepdims=True, initial=-np.inf)
     top = np.where(keep.any(axis=-1, keepdims=True), top, 0.0) if sink is None else np.maximum(top, sink.value)
     with np.errstate(invalid="ignore"):  # infinity minus infinity
-        e = np.where(keep, np.exp(np.where(keep, v, top) - top), 0.0)
+        p -= top
+        np.exp(p, out=p)
         rest = 0.0 if sink is None else np.exp(sink.value - top)
-        denominator = e.sum(axis=-1, keepdims=True) + rest
-        p = e / np.where(denominator == 0, 1.0, denominator)
+        denominator = p.sum(axis=-1, keepdims=True) + rest
+        p /= np.where(denominator == 0, 1.0, denominator)
 
     def inner(g: np.ndarray) -> np.ndarray:
         return (g * p).sum(axis=-1, keepdims=True)
@@ -220,10 +226,18 @@ def clip_stretch(p: Var, gamma: np.ndarray | float, zeta: float) -> Var:
 
 def gelu(x: Var) -> Var:
     """y = x Phi(x), Phi the normal distribution function (Hendrycks and Gimpel 2016). dx = g (Phi(x) + x phi(x))."""
-    v = x.value.astype(np.float64)
-    cdf = special.ndtr(v)
-    pdf = np.exp(-0.5 * v * v) / np.sqrt(2 * np.pi)
-    return node((v * cdf).astype(x.value.dtype), (x, lambda g: g * (cdf + v * pdf)))
+    y = np.empty(x.shape, x.value.dtype)
+    values, results = x.value.reshape(-1), y.reshape(-1)
+    for start in range(0, y.size, BLOCK):
+        v = values[start : start + BLOCK].astype(np.float64)
+        results[start : start + BLOCK] = v * special.ndtr(v)
+
+    def dx(g: np.ndarray) -> np.ndarray:
+        v = x.value.astype(np.float64)
+        pdf = np.exp(-0.5 * v * v) / np.sqrt(2 * np.pi)
+        return g * (special.ndtr(v) + v * pdf)
+
+    return node(y, (x, dx))
 
 
 def relu(x: Var) -> Var:
