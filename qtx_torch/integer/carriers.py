@@ -37,6 +37,7 @@ from .machine import Way
 from .products import (
     FLOAT_BITS,
     SHORTEST,
+    byte_product,
     centre,
     check_bias,
     check_codes,
@@ -182,7 +183,7 @@ def pairs_fit(w: Tensor, x_spec: QuantSpec, run: int) -> bool:
 def choose(codes: Tensor, w_spec: QuantSpec, x_spec: QuantSpec, device: torch.device) -> tuple[Way, int]:
     """The way to multiply by these recentred weights (K, N), and the pieces of x."""
     depth, width = codes.shape
-    if w_spec.bits > 8 or depth >= 2**17 or min(depth, width) == 0:
+    if w_spec.bits > 8 or depth >= 2**17 or depth < 2 or width == 0:  # one column's transpose is misread too
         return Way.FLOAT64, 1
     largest = max(-int(codes.min()), int(codes.max()))
     way = machine.choose_way(largest, device.type, plain=plain_float32(device.type))
@@ -270,9 +271,7 @@ def byte_sums(rows: Tensor, weight: Tensor) -> Tensor:
     if rows.device.type == "cuda":
         few = 32 - rows.shape[0] if rows.shape[0] <= 16 else 0
         rows = torch.nn.functional.pad(rows, (0, weight.shape[0] - rows.shape[1], 0, few))
-    if rows.shape[0] == 1:  # _int_mm (torch 2.13) misreads one row whose strides are (1, 1)
-        rows = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
-    return torch._int_mm(rows, weight)
+    return byte_product(rows, weight, torch.int32)
 
 
 # --- of data by data --------------------------------------------------------------------------------------------------

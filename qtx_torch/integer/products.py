@@ -114,16 +114,20 @@ def block_product(a: Tensor, b: Tensor, length: int, wide: torch.dtype) -> Tenso
 
 
 def byte_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """a @ b of int8, b (K, N), summed in int32 by byte instructions."""
-    return torch._int_mm(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], -1).to(wide)
+    """a @ b of int8, b (K, N), K above 1, summed in int32 by byte instructions."""
+    rows = a.reshape(-1, a.shape[-1])
+    if (
+        rows.shape[0] == 1
+    ):  # _int_mm (torch 2.13) misreads one row whose strides are (1, 1), as a column's transpose has
+        rows = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
+    return torch._int_mm(rows, b).reshape(*a.shape[:-1], b.shape[-1]).to(wide)
 
 
 def carrier(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> torch.dtype:
     """What carries the products of `matmul`: int8 for byte instructions, or the float of the blocks."""
     depth, bits = a.shape[-1], a_spec.bits + b_spec.bits
     narrow = max(a_spec.bits, b_spec.bits) <= 8 and b.ndim == 2 and depth * 2 ** (bits - 2) < 2**31
-    # _int_mm (torch 2.13) misreads a matrix of one row whose strides are (1, 1), as a transposed column's are
-    if narrow and depth > 1 and a.numel() > depth and byte_instructions(a.device.type):
+    if narrow and depth > 1 and a.numel() > 0 and byte_instructions(a.device.type):
         return torch.int8
     kind = block_length(a_spec, b_spec)[1]
     return torch.float64 if kind is torch.float32 and not plain_float32(a.device.type) else kind

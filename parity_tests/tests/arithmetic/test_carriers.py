@@ -19,7 +19,7 @@ from qtx_torch.integer.machine import Way  # noqa: E402
 S4, S7, S8, S16 = (QuantSpec(bits=bits, symmetric=True) for bits in (4, 7, 8, 16))
 U4, U8, U16 = (QuantSpec(bits=bits) for bits in (4, 8, 16))
 TOKEN = QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
-SHAPES = ((1, 5, 3), (3, 64, 8), (2, 1500, 5), (1, 1, 4), (4, 3, 1), (0, 3, 2))
+SHAPES = ((1, 5, 3), (3, 64, 8), (2, 1500, 5), (1, 1, 4), (4, 1, 3), (4, 3, 1), (0, 3, 2))
 
 
 def codes(rng: np.random.Generator, spec: QuantSpec, *shape: int) -> np.ndarray:
