@@ -2,8 +2,8 @@
 section 4), channels coded wide, a scale per channel; all fixed at calibration.
 
 Differs from the reference: channel_multiplier, joint_unit, varies: constants are made once, there.
-Differs from the reference: Grouped, divide, one_group, prepare, multiply: which instruction multiplies is a matter of
-the machine.
+Differs from the reference: Grouped, divide, one_group, prepare, multiply, take_channels: which instruction multiplies
+is a matter of the machine.
 
 The reference's module has the formulas: codes less their zero points are multiplied by m_c, float64 carries the
 products with the other factor, exact in blocks, and the sum is rounded once. Compiled models take the groups apart
@@ -148,13 +148,25 @@ def one_group(spec: QuantSpec, wide: bool) -> QuantSpec:
     return QuantSpec(spec.bits, spec.symmetric, narrow=spec.narrow, mirrored=spec.mirrored, signed=spec.signed)
 
 
+@torch.library.custom_op("qtx::take_channels", mutates_args=())
+def take_channels(x: Tensor, order: Tensor | None) -> Tensor:
+    """Codes (..., K) with their channels in this order, in memory: inductor would make them anew where each group is
+    read, and not in vectors."""
+    return x.clone(memory_format=torch.contiguous_format) if order is None else x.index_select(-1, order)
+
+
+@take_channels.register_fake
+def _(x: Tensor, order: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def multiply(x: Tensor, grouped: Grouped) -> Tensor:
     """Codes x (..., K) by a prepared operand -> accumulators (..., N): int32, or int64 where the bias is."""
     if not grouped.parts:
         scaled = ((x.int() - grouped.zero) * grouped.multipliers).double()
         total = block_product(scaled, grouped.weight, 2**grouped.bits, torch.int64)
     else:
-        x = x if grouped.order is None else x[..., grouped.order]
+        x = take_channels(x, grouped.order)
         total = sum(
             carriers.multiply(part, ready).long() * m
             for part, ready, m in zip(x.split(grouped.sizes, -1), grouped.parts, grouped.multipliers, strict=True)
