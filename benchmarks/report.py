@@ -37,12 +37,14 @@ def list_rows(group: dict[str, Any]) -> list[Row]:
 
 
 def format_header(header: dict[str, Any]) -> str:
-    """The machine and the versions in a sentence."""
-    place = header["gpu"] or f"{header['cpu']} ({', '.join(header['flags'])})"
-    limit = f", oneDNN held to {header['isa']}" if header["isa"] else ""
-    cuda = f", CUDA {header['cuda']}" if header["cuda"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in header["packages"].items())
-    return f"{place}{limit}, {header['cores']} cores{cuda}; python {header['python']}, {versions}."
+    """The machine and the versions in a sentence; what is not known is left out."""
+    parts = [header["gpu"] or f"{header['cpu']} ({', '.join(header['flags'])})"]
+    parts += [f"oneDNN held to {header['isa']}"] * bool(header["isa"])
+    parts += [f"{header['cores']} cores"] * bool(header["cores"])
+    parts += [f"CUDA {header['cuda']}"] * bool(header["cuda"])
+    parts += [f"python {header['python']}"] * bool(header["python"])
+    parts += [f"{name} {version}" for name, version in header["packages"].items()]
+    return f"{', '.join(parts)}."
 
 
 def format_group(group: dict[str, Any], title: str) -> str:
@@ -126,7 +128,11 @@ def read_results() -> dict[str, dict[str, Any]]:
 def draw_results(results: dict[str, Any], path: Path) -> list[Path]:
     """Two pictures beside the file: every ratio with its spread and what is asked for; cost against size."""
     groups = {name: list_rows(group) for name, group in results["groups"].items()}
-    ratios = {name: rows for name, rows in groups.items() if rows and not fit_exponents(rows)}
+    ratios = {
+        name: kept
+        for name, rows in groups.items()
+        if (kept := [row for row in rows if row.bound is not None or not SIZE.fullmatch(row.name)])
+    }
     drawn = []
     if ratios:
         lines = sum(len(rows) + 1 for rows in ratios.values())

@@ -221,12 +221,14 @@ def attend_tiled(
     gate: Tensor | None = None,
     scores: Codes | None = None,
     probs: Codes | None = None,
+    quantizers: tiles.Quantizers | None = None,
     block: int = tiles.BLOCK,
 ) -> Tensor:
     """dropout(probabilities(q k^T / sqrt(K))) v, of any softmax, without a tensor of Tq x Tk: q (B, H, Tq, K), k and v
     (B, H, Tk, K), sink (H,) or None -> (B, H, Tq, K) in q's dtype. block: scores that a tile holds on the CPU.
 
-    Where `random.has_kernels`: times gate (B, Tq, H), and of scores and probabilities that are quantized.
+    Where `random.has_kernels`: times gate (B, Tq, H), and of scores and probabilities that are quantized. On a CPU:
+    `quantizers` of rows of scores and probabilities.
 
     Gradients of the clipped softmax, by row: with c_j = clip(z p_j + gamma), z = zeta - gamma, o = sum_j c_j v_j and
     g the gradient of o, dc_j = g . v_j and dp_j = z dc_j where 0 <= c_j <= 1 was not clamped, else 0. The softmax needs
@@ -264,6 +266,8 @@ def attend_tiled(
                 drop.seed, drop.step, drop.site, shape, drop.rate, drop.first + first, torch.device("cpu")
             )
 
-    hidden = None if mask.full or mask.triangle else mask.hidden
-    rule = tiles.RowRule(hidden, mask.causal, gamma, span, keep, 0.0 if drop is None else drop.rate)
+    quantizers = quantizers or tiles.Quantizers()
+    causal = mask.causal and not any(quantizers)  # a range is that of all keys, zeros in the future among them
+    hidden = None if mask.full or (mask.triangle and causal) else mask.hidden
+    rule = tiles.RowRule(hidden, causal, gamma, span, keep, 0.0 if drop is None else drop.rate, quantizers)
     return mask.close(tiles.Attend.apply(q, k, v, sink, rule, block))
