@@ -41,7 +41,7 @@ from qtx_torch.kernels import attention
 SITE = "layer.0.attn.probs"
 BITS8 = QuantSpec(bits=8)
 SPACING = EPS | {"float16": 2.0**-10}
-BOUND = 2.0, "scores of up to 30, in units of log2, are rounded once more before a power is taken"
+BOUND = 4.0, "scores of up to 30, in units of log2, are rounded once more; a GPU takes powers to 2 of the last places"
 FLIPS = 4  # codes of scores or probabilities that float noise may turn over
 
 

@@ -28,7 +28,7 @@ twice; 2 T^2 powers of 2.
 import triton
 from triton import language as tl
 
-from .attention_tiles import NUMBERS, find_seen, keep_tile, load_lines, make_scores, shape_probability
+from .attention_tiles import NUMBERS, find_place, find_seen, keep_tile, load_lines, make_scores, shape_probability
 
 
 @triton.jit
@@ -37,9 +37,9 @@ def weigh_rows(  # type: ignore[no-untyped-def]
     heads, queries, GATED: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """D (B, H, Tq) and the gate's gradient (B, Tq, H) of M rows of a head; slope is the output's gradient."""
-    pair = tl.program_id(1)
+    block, pair = find_place(queries, M)
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    i, column = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, BK)
+    i, column = block * M + tl.arange(0, M), tl.arange(0, BK)
     there = i < queries
     inside = there[:, None] & (column < K)[None, :]
     at = b * slope_batch + h * slope_head + i.to(tl.int64)[:, None] * slope_line + column[None, :]
@@ -98,8 +98,8 @@ def find_query_slopes(  # type: ignore[no-untyped-def]
     PROBS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dQ (B, Tq, H, K) of M queries of a head; factor is 1 / sqrt(K)."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # where causal, those with most keys begin first
-    pair = tl.program_id(1)
+    block, pair = find_place(queries, M)
+    block = tl.cdiv(queries, M) - 1 - block  # where causal, those with most keys begin first
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     i, column = block * M + tl.arange(0, M), tl.arange(0, BK)
     later, there = keys - queries, i < queries
@@ -206,8 +206,8 @@ def find_key_slopes(  # type: ignore[no-untyped-def]
     PROBS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV (B, Tk, H, K) of N keys of a head. Keys that are padding are lines of the tile, set to 0 at the end."""
-    start = tl.program_id(0) * N
-    pair = tl.program_id(1)
+    block, pair = find_place(keys, N)
+    start = block * N
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     j, column = start + tl.arange(0, N), tl.arange(0, BK)
     later, far = keys - queries, (start + tl.arange(0, N)).to(tl.int64)[:, None]

@@ -16,7 +16,7 @@ over the special function units' rate (16 a cycle and multiprocessor: above K = 
 import triton
 from triton import language as tl
 
-from .attention_tiles import NUMBERS, find_seen, keep_tile, load_lines, make_scores, shape_probability
+from .attention_tiles import NUMBERS, find_place, find_seen, keep_tile, load_lines, make_scores, shape_probability
 
 
 @triton.jit
@@ -85,8 +85,8 @@ def attend_forward(  # type: ignore[no-untyped-def]
     N: tl.constexpr, ):  # fmt: skip
     """One block of M queries of a head. out, context_out, passed_out (B, Tq, H, K); logs_out, gammas_out (B, H, Tq)."""
     SPLIT: tl.constexpr = TRAIN and (CLIP or PROBS)
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # where causal, those with most keys begin first
-    pair = tl.program_id(1)
+    block, pair = find_place(queries, M)
+    block = tl.cdiv(queries, M) - 1 - block  # where causal, those with most keys begin first
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     i, column = block * M + tl.arange(0, M), tl.arange(0, BK)
     later = keys - queries

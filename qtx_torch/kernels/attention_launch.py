@@ -97,9 +97,9 @@ def choose_tile(kernel: str, width: int, dtype: torch.dtype, queries: int, keys:
     return Tile(m, n, columns, warps, stages)
 
 
-def launch(kernel: Any, grid: tuple[int, int], device: torch.device, *given: Any, **constants: Any) -> None:
+def launch(kernel: Any, programs: int, device: torch.device, *given: Any, **constants: Any) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*given, **constants)
+        kernel[(programs,)](*given, **constants)
 
 
 def empty_heads(x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def run_forward(
     out, context, passed, logs, gammas = make_results(q, shape, train)
     tile = choose_tile("forward, dropout" if shape.DROP else "forward", width, q.dtype, t, keys)
     launch(
-        attend_forward, (triton.cdiv(t, tile.M), b * h), q.device,
+        attend_forward, triton.cdiv(t, tile.M) * b * h, q.device,
         q, k, v, out, context, passed, logs, gammas, rows, sink, gate, coder, address,
         *strides(q, k, v), *row_strides(rows, gate), h, t, keys, *numbers, *words,
         **asdict(shape), K=width, TRAIN=train, **asdict(tile),
@@ -188,7 +188,7 @@ def run_backward(
     dq, dk, dv, d_sink, d_gate = make_slopes(q, k, v, sink, gate)
     tile = choose_tile("rows", width, q.dtype, t, keys)
     launch(
-        weigh_rows, (triton.cdiv(t, tile.M), b * h), q.device,
+        weigh_rows, triton.cdiv(t, tile.M) * b * h, q.device,
         slope, passed, context, gate, delta, d_gate, *strides(slope), *row_strides(rows, gate)[1:], h, t,
         GATED=shape.GATED, K=width, BK=tile.BK, M=tile.M, num_warps=tile.num_warps,
     )  # fmt: skip
@@ -199,11 +199,11 @@ def run_backward(
         *strides(q, k, v, slope), *row_strides(rows, gate), h, t, keys, *numbers, *words,
     )  # fmt: skip
     tile = choose_tile("queries", width, q.dtype, t, keys)
-    grid = triton.cdiv(t, tile.M), b * h
-    launch(find_query_slopes, grid, q.device, q, k, v, slope, dq, *given, **constants, K=width, **asdict(tile))
+    programs = triton.cdiv(t, tile.M) * b * h
+    launch(find_query_slopes, programs, q.device, q, k, v, slope, dq, *given, **constants, K=width, **asdict(tile))
     tile = choose_tile("keys, dropout" if shape.DROP else "keys", width, q.dtype, t, keys)
-    grid = triton.cdiv(keys, tile.N), b * h
-    launch(find_key_slopes, grid, q.device, q, k, v, slope, dk, dv, *given, **constants, K=width, **asdict(tile))
+    programs = triton.cdiv(keys, tile.N) * b * h
+    launch(find_key_slopes, programs, q.device, q, k, v, slope, dk, dv, *given, **constants, K=width, **asdict(tile))
     if sink is not None:  # of a row without keys D is 0
         taken = torch.exp2(sink.float()[:, None] * LOG2E - logs)
         d_sink.copy_(-(taken * delta).sum(dim=(0, 2), dtype=torch.float64))

@@ -15,6 +15,13 @@ NUMBERS = ("heads", "queries", "keys", "seed", "step", "place", "most", "first")
 
 
 @triton.jit
+def find_place(lines, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's block of lines, and its head, counted over the batch: all along the axis of a grid that is long."""
+    blocks = tl.cdiv(lines, BLOCK)
+    return tl.program_id(0) % blocks, tl.program_id(0) // blocks
+
+
+@triton.jit
 def load_lines(at, line, lines, column, K: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of heads of K columns in BK, 0 where there is none; WHOLE: all its lines are there."""
     if WHOLE and K == BK:
