@@ -34,6 +34,8 @@ GROUPS = (
     Group("engines", "A forward pass by other engines", "engines:rows"),
     Group("quantizers", "Fake quantization of rows by other libraries", "quantizers:rows"),
     Group("integer_model", "A forward pass in integers, compiled", "integer_model:rows"),
+    Group("rows", "Fake quantization of rows against a copy", "row_quantizers:rows", devices=("cpu", "cuda")),
+    Group("int8", "A linear trained by int8 products", "int8_linear:rows", devices=("cpu", "cuda")),
     Group("size", "A forward pass of one layer, width 384 and 1 x 128 where not said", "size:rows"),
     Group(
         "fused", "Attention by torch's kernels and FlexAttention, 12 heads of 64", "fused:rows", devices=("cpu", "cuda")

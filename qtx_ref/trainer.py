@@ -29,7 +29,7 @@ class Trainer:
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
         """Raises SpecError where the optimizer's `only` names no parameter, and for a way to compute a step that the
         reference does not have."""
-        for key in ("recompute", "compiled", "sharding"):
+        for key in ("recompute", "compiled", "int8", "sharding"):
             if getattr(step, key) != getattr(PLAIN_STEP, key):
                 raise SpecError(f"step {key} is {getattr(step, key)}: the reference has none; use --backend torch")
         self.model = model

@@ -1,7 +1,7 @@
 """Attention variants: masks, and how probabilities are made from scores.
 
 Differs from the reference: Mask, make_mask, masked_probabilities, attend_fused: kernels want a mask in several forms.
-Differs from the reference: Drop, attend_tiled, can_tile: it stores the probabilities.
+Differs from the reference: Codes, Drop, attend_tiled, can_tile: it stores the probabilities.
 Differs from the reference: device: where a mask is made.
 
 Bondarenko et al. 2023 (arXiv 2306.12929) section 4: clipped softmax (eq. 4). The gates of eq. 5 are in `models.gate`.
@@ -221,12 +221,14 @@ def attend_tiled(
     gate: Tensor | None = None,
     scores: Codes | None = None,
     probs: Codes | None = None,
+    quantizers: tiles.Quantizers | None = None,
     block: int = tiles.BLOCK,
 ) -> Tensor:
     """dropout(probabilities(q k^T / sqrt(K))) v, of any softmax, without a tensor of Tq x Tk: q (B, H, Tq, K), k and v
     (B, H, Tk, K), sink (H,) or None -> (B, H, Tq, K) in q's dtype. block: scores that a tile holds on the CPU.
 
-    Where `random.has_kernels`: times gate (B, Tq, H), and of scores and probabilities that are quantized.
+    Where `random.has_kernels`: times gate (B, Tq, H), and of scores and probabilities that are quantized. On a CPU:
+    `quantizers` of rows of scores and probabilities.
 
     Gradients of the clipped softmax, by row: with c_j = clip(z p_j + gamma), z = zeta - gamma, o = sum_j c_j v_j and
     g the gradient of o, dc_j = g . v_j and dp_j = z dc_j where 0 <= c_j <= 1 was not clamped, else 0. The softmax needs
@@ -242,6 +244,8 @@ def attend_tiled(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if random.has_kernels(q.device):
+        if not mask.full and not mask.causal and mask.rows is None:
+            raise ValueError("attention mask is of no rows and not causal: kernels take what `make_mask` makes")
         kernels = import_module("qtx_torch.kernels.attention")
         words = None
         if drop is not None:
@@ -262,6 +266,8 @@ def attend_tiled(
                 drop.seed, drop.step, drop.site, shape, drop.rate, drop.first + first, torch.device("cpu")
             )
 
-    hidden = None if mask.full or mask.triangle else mask.hidden
-    rule = tiles.RowRule(hidden, mask.causal, gamma, span, keep, 0.0 if drop is None else drop.rate)
+    quantizers = quantizers or tiles.Quantizers()
+    causal = mask.causal and not any(quantizers)  # a range is that of all keys, zeros in the future among them
+    hidden = None if mask.full or (mask.triangle and causal) else mask.hidden
+    rule = tiles.RowRule(hidden, causal, gamma, span, keep, 0.0 if drop is None else drop.rate, quantizers)
     return mask.close(tiles.Attend.apply(q, k, v, sink, rule, block))

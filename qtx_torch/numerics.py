@@ -1,6 +1,7 @@
 """Numerics: the arithmetic that a model asks for.
 
 Differs from the reference: site, module, attn, Float.load: a site's module knows its site and holds its parameters.
+Differs from the reference: has_int8, Float.__init__: a step by int8 products is torch's.
 Differs from the reference: Numerics, Float.begin: torch's integers have no numerics of floats above them.
 Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Calibrate,
 FakeQuant, is_weight: hooks are modules in a site's slots, not methods of the numerics.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,15 +37,18 @@ from qtx_ref.spec import (
     QuantSpec,
     Range,
     Softmax,
+    is_local,
 )
 
 from . import ops, random
 from .attention import Codes, Drop, Mask, attend_fused, attend_tiled, can_tile, masked_probabilities
-from .quant import blocks, gradients, quantizer
+from .quant import blocks, gradients, int8, quantizer
 from .quant.observers import Observer
 from .quant.straight_through import OwnRanges, Unclamped, fake_quantize, learned_quantize
 from .sites import SiteModule
+from .tiles import Quantizers
 
+LEAST_QUANTIZED = 2**17  # scores of a head, below which a CPU quantizes all of them at once
 BEYOND = 1e38  # of a range whose ends lie as far apart float32 has no length
 ACTIVATIONS = {"gelu": ops.gelu, "relu": ops.relu, "sigmoid": ops.sigmoid, "tanh": ops.tanh}
 
@@ -61,8 +66,10 @@ class Float:
         step: int | Tensor = 0,
         first_row: int | Tensor = 0,
         gradients: Gradients | None = None,
+        int8: bool = False,
     ) -> None:
         self.gradients = gradients
+        self.int8 = int8
         self.training = training
         self.seed = seed
         self.step = step
@@ -134,8 +141,13 @@ class Float:
         """x W^T + b with the site's weight (or the tied parameter `weight`) and its bias, if there is one."""
         if module.transform is not None:
             x = module.transform(x)
-        x = self._hand(module.on_input, x, self._where(x))
-        y = self._linear(module, x, self._weight(module, module.weight if weight is None else weight))
+        w = module.weight if weight is None else weight
+        if self.int8 and self.spared is None and has_int8(module, w):
+            specs = module.on_input.spec, module.on_weight.spec
+            y = int8.linear(x, w, module.bias, specs, self.backward(module), self._where(x))
+        else:
+            x = self._hand(module.on_input, x, self._where(x))
+            y = self._linear(module, x, self._weight(module, w))
         return self._named(module, y) if named else y
 
     def _weight(self, module: SiteModule, w: Tensor) -> Tensor:
@@ -209,6 +221,10 @@ class Float:
             context = attend_fused(q, k, v, mask)
         elif codes is not None and can_tile(q, k):
             context = self._attend_tiled(attn, q, k, v, mask, spec, drop, codes)
+        elif (rows := self._row_quantizers(attn, q, k)) is not None:
+            q, k = self._hand_operands(attn, q, k)
+            v = self._hand(c.on_rhs, v, self._heads())
+            context = attend_tiled(q, k, v, mask, spec, getattr(p, "sink", None), drop, quantizers=rows)
         else:
             probs = self._probs(attn, q, k, mask, spec, rate)
             probs = self._hand(c.on_lhs, probs, self._pairs(mask))
@@ -232,6 +248,18 @@ class Float:
         codes = tuple(slot.codes if isinstance(slot, FakeQuant) else None for slot in slots)
         unknown = any(slot is not None and found is None for slot, found in zip(slots, codes, strict=True))
         return None if unknown or self.spared is not None or not random.has_kernels(q.device) else codes
+
+    def _row_quantizers(self, attn: nn.Module, q: Tensor, k: Tensor) -> Quantizers | None:
+        """On a CPU, the quantizers of scores, of probabilities and of the context's left operand, where each takes
+        every row by itself and nobody else wants to see or change those; None elsewhere."""
+        if q.device.type != "cpu" or not can_tile(q, k) or q.shape[2] * k.shape[2] < LEAST_QUANTIZED:
+            return None
+        slots = (attn.scores.on_output, attn.probs.on_output, attn.context.on_lhs)
+        rows = all(slot is None or (isinstance(slot, FakeQuant) and slot.by_row) for slot in slots)
+        half = q.dtype.itemsize == 2 or torch.is_autocast_enabled(q.device.type)
+        if not rows or half or self.gradients is not None or self.spared is not None:
+            return None
+        return Quantizers(*(slot and partial(slot, where=None) for slot in slots))
 
     def _attend_tiled(
         self,
@@ -276,10 +304,14 @@ class Float:
         context = self._attend_tiled(attn, q, k, v, mask, spec, drop, self._codes(attn, q), gate)
         return ops.merge_heads(context)
 
+    def _hand_operands(self, attn: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the scores."""
+        heads = self._heads()
+        return self._hand(attn.scores.on_lhs, q, heads), self._hand(attn.scores.on_rhs, k, heads)
+
     def _probs(self, attn: nn.Module, q: Tensor, k: Tensor, mask: Mask, spec: AttentionSpec, rate: float) -> Tensor:
         module = attn.scores
-        q = self._hand(module.on_lhs, q, self._heads())
-        k = self._hand(module.on_rhs, k, self._heads())
+        q, k = self._hand_operands(attn, q, k)
         factor, how, heads = q.shape[-1] ** -0.5, self.backward(module), self._heads()
         if how is None:
             scores = ops.scores(q, k, factor)
@@ -360,6 +392,14 @@ class Quantizer(nn.Module):
         return fake_quantize(x, scale, zero_point, self.spec, self.profile)
 
 
+def has_int8(module: SiteModule, weight: Tensor) -> bool:
+    """Whether a linear's input and weight are fake-quantized to codes that int8 products take."""
+    hooks = module.on_input, module.on_weight
+    if weight.ndim != 2 or not all(isinstance(hook, FakeQuant) and hook.profile is QTX for hook in hooks):
+        return False
+    return all(int8.has_codes(hook.spec) for hook in hooks)
+
+
 class Calibrate(Quantizer):
     """Feeds an observer, if the range is static; `quantize` passes on what the range so far makes of the tensor."""
 
@@ -413,9 +453,18 @@ class FakeQuant(Quantizer):
         """Of uniform codes of one static range, of up to 8 bits, under QTX; else None."""
         spec = self.spec
         static = isinstance(spec, QuantSpec) and not (spec.dynamic or spec.learned or spec.outliers is not None)
-        if not static or spec.bits > 8 or self.profile is not QTX or self.scale.numel() != 1:
+        watched = self._forward_hooks or self._forward_pre_hooks
+        if not static or watched or spec.bits > 8 or self.profile is not QTX or self.scale.numel() != 1:
             return None
         return Codes(self.scale, self.zero_point, spec.code_min, spec.code_max)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a row's values are its own matter, whatever else is there, and nobody watches the module."""
+        spec, watched = self.spec, self._forward_hooks or self._forward_pre_hooks
+        if watched or (isinstance(spec, QuantSpec) and (spec.learned or spec.outliers is not None)):
+            return False
+        return is_local(spec) if spec.dynamic else self.scale.numel() == 1
 
     def apply_to(self, x: Tensor, where: Tensor | None) -> Tensor:
         if self.spec.dynamic:

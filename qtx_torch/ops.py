@@ -44,7 +44,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def scores(q: Tensor, k: Tensor, factor: float) -> Tensor:
     """y = factor q k^T, q (B, H, Tq, K) and k (B, H, Tk, K) -> (B, H, Tq, Tk); the factor is taken in by the
-    product."""
+    product. Compiled, a power of two is not: it rounds nothing, and inductor writes what beta = 0 multiplies, as large
+    as the scores."""
+    if torch.compiler.is_compiling() and math.frexp(factor)[0] == 0.5:
+        return (q @ k.transpose(-1, -2)) * factor
     unused = q.new_zeros(1, 1, 1)  # times beta = 0
     y = torch.baddbmm(unused, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=factor)
     return y.unflatten(0, q.shape[:2])

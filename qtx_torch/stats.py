@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -30,35 +31,31 @@ from qtx_ref.spec import (
     check_where,
 )
 
-CHUNK = 2**18  # elements worked on at a time, so that they stay in the cache
+CHUNK = 2**18  # elements that a thread takes at a time
+BLOCK = 2**16  # of these, in float64 twice: they stay in its cache
 
 
 def _rows(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The elements that count, some whole sequences at a time: values (R, N), each row's place in x, and its sequence.
+    """The elements that count: values (R, N), each row's place in x, and its sequence; all at once, or where heads have
+    a mask, a sequence at a time.
 
     A row is a token's channels, or one head's pairs; its place counts the tokens, or the heads, of all sequences.
     """
     per = x.shape[1] if x.ndim > 2 else 1  # rows of a sequence
     flat = x.flatten(2).flatten(0, 1) if x.ndim == 4 else x.reshape(-1, x.shape[-1])  # (B per, N)
     place = torch.arange(len(flat), device=x.device)
-    if x.ndim == 4 and where is not None:
+    if x.ndim == 4 and where is not None and not where.all():
         keep = where.expand(len(where), 1, *x.shape[2:]).flatten(1)  # (B or 1, T n)
         for kept, part in zip(keep, place.chunk(len(keep)), strict=True):
             pairs = kept.nonzero()[:, 0]
             if len(pairs):
-                values = flat[part[0] : part[-1] + 1]
-                yield values if kept.all() else values.index_select(1, pairs), part, part // per
+                yield flat[part[0] : part[-1] + 1].index_select(1, pairs), part, part // per
         return
-    if where is not None:
+    if x.ndim < 4 and where is not None:
         place = where.expand(*x.shape[:-1], 1).flatten().nonzero()[:, 0]
         flat = flat if len(place) == len(flat) else flat.index_select(0, place)
-    start, owner = 0, place // per
-    together = min(CHUNK // (per * flat.shape[1]), -(-len(x) // torch.get_num_threads()))  # sequences
-    for counts in torch.bincount(owner, minlength=len(x)).split(max(1, together)):
-        stop = start + int(counts.sum())
-        if stop > start:
-            yield flat[start:stop], place[start:stop], owner[start:stop]
-        start = stop
+    if len(place):
+        yield flat, place, place // per
 
 
 @cache
@@ -80,7 +77,7 @@ def _workers() -> ThreadPoolExecutor:
 
 @cache
 def _held(device: torch.device, thread: int) -> Tensor:
-    return torch.empty((2, 2 * CHUNK), dtype=torch.float64, device=device)
+    return torch.empty((2, 2 * BLOCK), dtype=torch.float64, device=device)
 
 
 def _buffers(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
@@ -197,10 +194,7 @@ def describe(
         where = where[(None,) * (4 - where.ndim)]
     heads = x.shape[1] if x.ndim == 4 else 0
     names = tuple(names)
-    rows = list(_rows(x, where)) if x.numel() else []
-    apply = map if x.is_cuda or torch.get_num_threads() == 1 else _workers().map
-    results = apply(lambda row: _summary(*row, heads, unit, names), rows)
-    parts = [(place, part) for (_, place, _), part in zip(rows, results, strict=True)]
+    parts = [(row[1], _summary(*row, heads, unit, names)) for row in (_rows(x, where) if x.numel() else ())]
 
     def join(name: str, *shape: int) -> Tensor:
         empty = torch.zeros((0, *shape), dtype=torch.float64, device=x.device)
@@ -234,9 +228,17 @@ def describe(
 def _summary(
     values: Tensor, place: Tensor, owner: Tensor, heads: int, unit: str, names: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """The parts that `describe` joins, of a chunk as `_rows` gives it."""
+    """The parts that `describe` joins, of rows as `_rows` gives them.
+
+    Three looks at the values: for their ends, for the sums that the means take, and for all that float64 takes, block
+    by block in the cache: there the sums of powers are by row, and those of a sequence are made of its rows'.
+    """
     _, owner, tokens = torch.unique_consecutive(owner, return_inverse=True, return_counts=True)
-    size = tokens * values.shape[1]  # elements of each sequence
+    length = values.shape[1]
+    size = tokens * length  # elements of each sequence
+
+    def gather(by_row: Tensor) -> Tensor:
+        return by_row.new_zeros(len(size)).index_add_(0, owner, by_row)
 
     low, high = values.amin(dim=1).double(), values.amax(dim=1).double()
     results = {"lowest": low, "highest": high}
@@ -246,39 +248,72 @@ def _summary(
             k: low.new_zeros(len(size)).scatter_reduce_(0, owner, v, how, include_self=False) for (k, v), how in pairs
         }
         results |= ends
-    if "histogram" in names:
-        results["histogram"] = torch.bincount(magnitude_bins(values).flatten(), minlength=BINS)
     outliers = "beyond_channels" in names or "beyond_tokens" in names
     spread = "moments" in names or "kurtosis" in names or "kurtosis_published" in names
-    if not (outliers or spread or "energy" in names):
-        return results
-    wide, square = _buffers(values.shape, values.device)
-    wide.copy_(values)
-    torch.mul(wide, wide, out=square)
-    if "energy" in names:
-        by_row = square.sum(dim=1 if heads else 0)
-        results["energy"] = by_row.new_zeros(heads).index_add_(0, place % heads, by_row) if heads else by_row
-    if unit == "token" and spread:
-        results["moments"] = central_moments(wide)
-    if outliers or (spread and unit == "sequence"):
-        mean = low.new_zeros(len(size)).index_add_(0, owner, wide.sum(dim=1)) / size
-        if unit == "sequence":
+    threads = 1 if values.is_cuda else torch.get_num_threads()
+    apply = map if threads == 1 else _workers().map
+    rows, block = -(-len(values) // threads), len(values)  # of a piece, and of a block of it
+    if not values.is_cuda:
+        rows, block = (max(1, min(rows, limit // length)) for limit in (CHUNK, BLOCK))
+    centre = None
+    if outliers or spread:
+        sums = torch.cat(list(apply(lambda part: part.double().sum(dim=1), values.split(block))))
+        mean = gather(sums) / size
+        if unit == "sequence":  # of equal numbers the mean is that number, without rounding
             mean = torch.where(results["lowest"] == results["highest"], results["lowest"], mean)
-        deviation = wide.sub_(mean[owner, None])
-        torch.mul(deviation, deviation, out=square)
-        parts = [x.flatten().split(size.tolist()) for x in (deviation, square)]
-        sums = torch.stack([torch.stack([d.dot(d), s.dot(d), s.dot(s)]) for d, s in zip(*parts, strict=True)])
-        if unit == "sequence":
-            results["moments"] = torch.cat([size[:, None], mean[:, None], sums], dim=1)
-        limit, mean = (SIGMAS**2 * sums[:, 0] / size)[owner], mean[owner]
-        results["beyond_rows"] = torch.zeros_like(place)
-        results["beyond_channels"] = place.new_zeros(heads or values.shape[1])
-        if (torch.maximum(high - mean, mean - low).square() > limit).any():
-            row, column = (square > limit[:, None]).nonzero().unbind(dim=1)
-            results["beyond_rows"] = torch.bincount(row, minlength=len(place))
-            channel = place[row] % heads if heads else column
-            results["beyond_channels"] = torch.bincount(channel, minlength=heads or values.shape[1])
+            centre = mean[owner]
+        else:
+            centre = torch.where(low == high, low, sums / length)
+    centres = repeat(None) if centre is None else centre.split(rows)
+    pieces = zip(values.split(rows), place.split(rows), centres, strict=False)
+    wanted = "histogram" in names, "energy" in names
+    counts, energies, powers = zip(*apply(lambda piece: _sums(*piece, block, heads, *wanted), pieces), strict=True)
+    results |= {"histogram": sum(counts), "energy": sum(energies)}
+    if centre is None:
+        return results
+    powers = torch.cat(powers, dim=1)
+    if unit == "token":
+        results["moments"] = torch.stack([torch.full_like(centre, length), centre, *powers], dim=1)
+        second = gather(powers[0] + length * (centre - mean[owner]).square())
+    else:
+        by_unit = [gather(power) for power in powers]
+        results["moments"] = torch.stack([size, mean, *by_unit], dim=1)
+        second = by_unit[0]
+    if outliers:
+        limit, centre = (SIGMAS**2 * second / size)[owner], mean[owner]
+        far = (torch.maximum(high - centre, centre - low).square() > limit).nonzero()[:, 0]
+        beyond = (values[far].double() - centre[far, None]).square() > limit[far, None]
+        count = beyond.sum(dim=1)
+        results["beyond_rows"] = torch.zeros_like(place).index_copy_(0, far, count)
+        by_head = place.new_zeros(heads or length)
+        results["beyond_channels"] = by_head.index_add_(0, place[far] % heads, count) if heads else beyond.sum(dim=0)
     return results
+
+
+def _sums(
+    values: Tensor, place: Tensor, centre: Tensor | None, rows: int, heads: int, histogram: bool, energy: bool
+) -> tuple[Tensor | int, Tensor | int, Tensor | None]:
+    """Of values (R, N), so many rows at a time: the histogram, the energy by channel, and the sums of the second, third
+    and fourth powers of the deviations from each row's centre (3, R)."""
+    counts = torch.bincount(magnitude_bins(values).flatten(), minlength=BINS) if histogram else 0
+    if not energy and centre is None:
+        return counts, 0, None
+    powers = None if centre is None else torch.empty((3, len(values)), dtype=torch.float64, device=values.device)
+    total = torch.zeros(heads or values.shape[1], dtype=torch.float64, device=values.device)
+    for start in range(0, len(values), rows):
+        part = slice(start, start + rows)
+        block = values[part]
+        wide, square = _buffers(block.shape, block.device)
+        wide.copy_(block)
+        if energy:
+            by_row = torch.mul(wide, wide, out=square).sum(dim=1 if heads else 0)
+            total = total.index_add_(0, place[part] % heads, by_row) if heads else total.add_(by_row)
+        if powers is not None:
+            torch.mul(wide.sub_(centre[part, None]), wide, out=square)
+            torch.sum(square, dim=1, out=powers[0, part])
+            torch.sum(wide.mul_(square), dim=1, out=powers[1, part])
+            torch.sum(square.mul_(square), dim=1, out=powers[2, part])
+    return counts, total, powers
 
 
 def attention(probs: Tensor, where: Tensor, marks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,10 @@ from . import random
 
 F = TypeVar("F", bound=Callable)
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when it starts, and sums in one order under these values
+DIVISION = (
+    "eager_numerics.division_rounding",
+    "emulate_divison_rounding",
+)  # inductor's names for it, of now and before
 FIRST, LEAST, PATIENCE = 2.0**16, 1.0, 2000
 
 

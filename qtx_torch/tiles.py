@@ -30,13 +30,26 @@ softmax_backward_into = torch.ops.aten._softmax_backward_data.out
 hardtanh_backward_into = torch.ops.aten.hardtanh_backward.grad_input
 
 
+Hook = Callable[[Tensor], Tensor]  # a quantizer of (1, n, rows, Tk) whose every row is by itself
+Back = Callable[[Tensor], Tensor]  # from the gradient of its result to that of what it took
+
+
+class Quantizers(NamedTuple):
+    """Of scores, of probabilities, and of what dropout leaves of them. They take float32 or float64."""
+
+    scores: Hook | None = None
+    probs: Hook | None = None
+    operand: Hook | None = None
+
+
 @dataclass(frozen=True)
 class RowRule:
     """What is done to a row of scores, beside the softmax.
 
     hidden: true at keys hidden from a query, (B or 1, 1, Tq or 1, Tk), from one without keys none. causal: no query
-    sees a key after its own, the queries being the last of the keys' positions. gamma and span, of a clip: numbers or
-    (B or 1, 1, Tq, 1); None without one. keep(first, shape): dropout's mask of elements from `first` on.
+    sees a key after its own, the queries being the last of the keys' positions: whole blocks of keys are passed over.
+    gamma and span, of a clip: numbers or (B or 1, 1, Tq, 1); None without one. keep(first, shape): dropout's mask of
+    elements from `first` on.
     """
 
     hidden: Tensor | None
@@ -45,12 +58,17 @@ class RowRule:
     span: Tensor | float | None
     keep: Callable[[int, tuple[int, ...]], Tensor] | None
     rate: float
+    quantizers: Quantizers = Quantizers()
+
+    @property
+    def share(self) -> float:
+        """What a tile's result is multiplied by for dropout; 1 where its probabilities are, before a quantizer."""
+        return 1.0 if self.quantizers.operand else 1 / (1 - self.rate)
 
     def clip(self, p: Tensor, tile: Tile, out: Tensor) -> Tensor:
-        """span p + gamma, before it is clamped."""
-        if isinstance(self.gamma, Tensor):
-            return torch.mul(p, tile.of(self.span), out=out).add_(tile.of(self.gamma))
-        return torch.add(torch.tensor(self.gamma, dtype=p.dtype), p, alpha=self.span, out=out)
+        """span p + gamma before it is clamped, rounded twice as in `ops.ClippedSoftmax`: codes are the same."""
+        gamma, span = (tile.of(x) if isinstance(x, Tensor) else x for x in (self.gamma, self.span))
+        return torch.mul(p, span, out=out).add_(gamma)
 
 
 class Tile(NamedTuple):
@@ -112,12 +130,16 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, half: torch.dtype | None, alpha:
     return out.copy_(product) if alpha == 1 else out.copy_(product).mul_(alpha)
 
 
-def find_probs(q: Tensor, k: Tensor, sink: Tensor | None, rule: RowRule, tile: Tile, p: Tensor) -> Tensor:
+def find_probs(
+    q: Tensor, k: Tensor, sink: Tensor | None, rule: RowRule, tile: Tile, p: Tensor, backs: list[Back] | None = None
+) -> Tensor:
     """Writes the softmax of a tile into p (n, rows, width), or with a sink (n, rows, width + 1), and gives its keys'
-    part. q and k (n, T, K) are of the tile's heads."""
+    part. q and k (n, T, K) are of the tile's heads. backs: takes the way back through a quantizer of scores."""
     scores, width = p[..., : tile.width], tile.width
     half = None if q.dtype == p.dtype else q.dtype
     multiply(q[:, tile.rows], k[:, :width].mT, scores, half, alpha=q.shape[-1] ** -0.5)
+    if rule.quantizers.scores:
+        scores.copy_(quantize(rule.quantizers.scores, scores, backs))
     if sink is not None:
         p[..., width] = sink[tile.heads, None]
     if rule.hidden is not None:
@@ -128,6 +150,29 @@ def find_probs(q: Tensor, k: Tensor, sink: Tensor | None, rule: RowRule, tile: T
         scores[..., width - count :].masked_fill_(later, -torch.inf)
     softmax_into(p, -1, False, out=p)
     return scores
+
+
+def quantize(hook: Hook, x: Tensor, backs: list[Back] | None) -> Tensor:
+    """What a quantizer makes of x (n, rows, width); backs, where there is one: takes the way back."""
+    if backs is None:
+        return hook(x[None])[0]
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        y = hook(leaf[None])[0]
+    backs.append(lambda g: torch.autograd.grad(y, leaf, g)[0])
+    return y.detach()
+
+
+def weigh(c: Tensor, keep: Tensor | None, rule: RowRule, backs: list[Back] | None) -> Tensor:
+    """What multiplies the values, of clipped probabilities: quantized, dropped, quantized. backs as in `quantize`."""
+    if rule.quantizers.probs:
+        c = quantize(rule.quantizers.probs, c, backs)
+    if keep is not None:
+        share = 1 / (1 - rule.rate) / rule.share
+        c = c * keep * share
+        if backs is not None:
+            backs.append(lambda g: g * keep * share)
+    return quantize(rule.quantizers.operand, c, backs) if rule.quantizers.operand else c
 
 
 class Attend(torch.autograd.Function):
@@ -156,10 +201,13 @@ class Attend(torch.autograd.Function):
                 c = find_probs(q1, k1, sink, rule, tile, space.take(0, tile.size(seen + beside)))
                 if rule.gamma is not None:
                     rule.clip(c, tile, c).clamp_(0, 1)
-                if rule.keep is not None:
-                    c.mul_(find_kept(rule, kept, tile, q, k))
+                keep = None if rule.keep is None else find_kept(rule, kept, tile, q, k)
+                if any(rule.quantizers):
+                    c = weigh(c, keep, rule, None)
+                elif keep is not None:
+                    c.mul_(keep)
                 context = multiply(c, v1[:, :seen], space.take(1, tile.size(width)), half)
-                out[(*group, tile.rows)] = context.mul_(1 / (1 - rule.rate)) if rule.rate else context
+                out[(*group, tile.rows)] = context.mul_(rule.share) if rule.rate else context
         return own(out)
 
     @staticmethod
@@ -180,23 +228,31 @@ class Attend(torch.autograd.Function):
             for tile in cut_rows(*group, queries, keys, rule.causal, ctx.block):
                 rows, seen = tile.rows, tile.width
                 p, dp = (space.take(place, tile.size(seen + beside)) for place in (0, 1))
-                c, dc = find_probs(q1, k1, sink, rule, tile, p), dp[..., :seen]
-                dy = space.take(2, tile.size(width)).copy_(g[(*group, rows)]).mul_(1 / (1 - rule.rate))
+                before: list[Back] = []  # through a quantizer of scores
+                c, dc = find_probs(q1, k1, sink, rule, tile, p, before), dp[..., :seen]
+                dy = space.take(2, tile.size(width)).copy_(g[(*group, rows)]).mul_(rule.share)
                 multiply(dy if row_span is None else dy * tile.of(row_span), v1[:, :seen].mT, dc, half)
                 keep = None if rule.keep is None else find_kept(rule, kept, tile, q, k)
-                if keep is not None:
+                stretched = None if rule.gamma is None else rule.clip(c, tile, space.take(3, tile.size(seen)))
+                if any(rule.quantizers):
+                    after: list[Back] = []
+                    c = weigh(c if stretched is None else stretched.clamp(0, 1), keep, rule, after)
+                    for back in reversed(after):
+                        dc.copy_(back(dc))
+                elif keep is not None:
                     dc.mul_(keep)
-                if rule.gamma is not None:
-                    c = rule.clip(c, tile, space.take(3, tile.size(seen)))
-                    hardtanh_backward_into(dc, c, -limits.tiny, 1 + limits.eps, grad_input=dc)
-                    c.clamp_(0, 1)
-                if keep is not None:
-                    c = torch.mul(c, keep, out=space.take(3, tile.size(seen)))
+                if stretched is not None:
+                    hardtanh_backward_into(dc, stretched, -limits.tiny, 1 + limits.eps, grad_input=dc)
+                if not any(rule.quantizers):
+                    c = c if stretched is None else stretched.clamp_(0, 1)
+                    c = c if keep is None else torch.mul(c, keep, out=space.take(3, tile.size(seen)))
                 if beside:
                     dp[..., seen] = 0
                 softmax_backward_into(dp, p, -1, dp.dtype, grad_input=dp)
                 if ds is not None:
                     ds[tile.heads] += dp[..., seen].sum(dim=1, dtype=torch.float64)
+                for back in before:
+                    dc.copy_(back(dc))
                 whole = seen == keys  # else the first tile leaves part of the sums as it is
                 if rows.start == 0 and not whole:
                     for part in sums:

@@ -1,5 +1,6 @@
 """AdamW steps on a model, in parts, by several processes, in float16, as `StepSpec` says.
 
+Differs from the reference: check_int8: it has no such step.
 Differs from the reference: Trainer.averages, Trainer.rest, Trainer.load_rest, Trainer.is_finite, Trainer.save_shares,
 Trainer.load_shares, Trainer.shares: processes may share them.
 """
@@ -23,14 +24,26 @@ from qtx_ref.spec import (
     trains,
 )
 
-from . import distributed, models
+from . import distributed, models, sites
 from .arrays import to_numpy
 from .model import Arrays, Batch, Model
-from .numerics import (
-    Float,
-)
+from .numerics import Float, has_int8
 from .optim import AdamW
+from .quant import int8
 from .step import LossScale, check_deterministic, compile_forward, fixed_order
+
+
+def check_int8(model: Model) -> None:
+    """Raises SpecError where no linear of a model is trained by int8 products, or the gradients' quantizers are not."""
+    linears = sites.linears(model.net).values()
+    if not any(not module.tied and has_int8(module, module.weight) for module in linears):
+        raise SpecError(
+            "step int8 is True: no linear has symmetric 8-bit ranges per token and weight channel; train under w8a8"
+        )
+    if not int8.has_products(model.gradient_quants):
+        raise SpecError("step int8 is True: gradients are not all symmetric 8-bit per token; use +grad8, or none")
+    if model.device.type == "cpu" and not torch.cpu._is_vnni_supported():
+        raise SpecError("step int8 is True: this CPU has no VNNI, and float products are faster; leave it out")
 
 
 class Trainer:
@@ -45,6 +58,8 @@ class Trainer:
         self.model = model
         self.seed = seed
         self.spec = step
+        if step.int8:
+            check_int8(model)
         chosen = {name: x for name, x in model.leaves().items() if trains(name, optim)}
         if not chosen:
             raise SpecError(f"optimizer only is {optim.only!r}: that begins none of the model's parameters")
@@ -94,7 +109,7 @@ class Trainer:
         numbers = {"step": self.adam.count, "first_row": first_row}
         if self.spec.compiled:
             numbers = {name: torch.tensor(number, device=self.model.device) for name, number in numbers.items()}
-        return Float(training=True, seed=self.seed, **numbers, **given)
+        return Float(training=True, seed=self.seed, int8=self.spec.int8, **numbers, **given)
 
     def state(self) -> Arrays:
         """All that a resumed run needs beside the parameters: `optim.m.<name>`, `optim.v.<name>`, `optim.step`, and

@@ -100,6 +100,7 @@ def few_cases() -> Iterator[Case]:
     yield Case("clipped", 20, 68, 32, rate=0.3, first=2 * 20 * 68 * 5, stored=True)
     yield Case("clipped", 40, 30, 32, causal=True, dtype="bfloat16", gated=True)
     yield Case("clipped", 35, 36, 32, padded=True, scores=True, probs=True, gated=True)
+    yield Case("clipped", 130, 150, 16, causal=True)  # several blocks of both, some of which need no mask
     yield Case("clipped_row", 40, 30, 32, causal=True, padded=True)
     yield Case("clipped_row", 37, 37, 80, dtype="float16", rate=0.2, first=1)
     yield Case("softmax1", 37, 37, 32, padded=True, probs=True, rate=0.2)

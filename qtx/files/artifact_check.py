@@ -65,6 +65,8 @@ def check_constants(
             fits = value.shape == parameters[name]
         elif name.endswith(".probs.table"):  # as long as its scores' scale is small
             fits = value.ndim == 1 and value.size > 0
+        elif name.endswith(".table") and len(shape) == 2:  # as many rows as combinations of scales
+            fits = value.ndim == 2 and value.size > 0 and value.shape[1] == shape[1]
         else:
             fits = value.ndim == 0 or (  # one number stands for a single channel
                 value.ndim == len(shape)
@@ -84,6 +86,8 @@ def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], 
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise ValueError(f"constant {name} holds NaN or infinity")
     site, _, kind = name.rpartition(".")
+    if kind == "row" and not ((value >= 0) & (value < len(constants[f"{site}.table"]))).all():
+        raise ValueError(f"constant {name} holds what is no row of the table")
     if kind in ("scale", "channel_unit") and not (value > 0).all():
         raise ValueError(f"constant {name} is not positive")
     if (kind in NOT_NEGATIVE or name.endswith(".probs.table")) and not (value >= 0).all():
@@ -96,7 +100,9 @@ def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], 
     if quant is None:
         return
     zero = value if kind == "zero_point" else constants[f"{site if kind == 'table' else name}.zero_point"]
-    low, high = code_limits(np.reshape(zero, (-1, 1)) if kind == "table" and zero.size > 1 else zero, quant)
+    low, high = code_limits(zero, quant)
+    if kind == "table":  # whose rows are of several channels
+        low, high = np.min(low), np.max(high)
     if not ((low <= value) & (value <= high)).all():
         raise ValueError(f"constant {name} holds what is no code from {np.min(low)} to {np.max(high)}")
 

@@ -26,6 +26,7 @@ from ..spec import (
     Family,
     Fixed,
     FloatProduct,
+    Granularity,
     HighProduct,
     ModelSpec,
     Nonlinear,
@@ -39,7 +40,18 @@ from ..spec import (
 from . import fixed_point, float_product, groups, ops, products
 from .model import Code, Integer, accumulator_bits, at, code_dtype
 
-__all__ = ["Lowering", "common_shift", "lower", "make_constants", "per_channel", "plain", "run_lowering", "takes_wide"]
+__all__ = [
+    "Lowering",
+    "common_shift",
+    "count_scales",
+    "lower",
+    "make_constants",
+    "per_channel",
+    "plain",
+    "run_lowering",
+    "share_rows",
+    "takes_wide",
+]
 
 GAMMA_LIMIT = 64  # |gamma| that ops.clip_stretch has bits for
 ZETA_LIMIT = 64
@@ -60,6 +72,20 @@ def takes_wide(rule: Fixed | FloatProduct) -> bool:
 def per_channel(x: np.ndarray) -> np.ndarray:
     """One number as it is; one for each channel as they stand beside a table of codes, (F, 1)."""
     return x if np.size(x) == 1 else np.reshape(x, (-1, 1))
+
+
+def count_scales(*specs: QuantSpec) -> int:
+    """How many combinations of scales channels of these quantizers may have; 0 where each channel has its own."""
+    counts = [1, *(0 if s.granularity is Granularity.CHANNEL else 2 if s.wide else s.groups or 1 for s in specs)]
+    return int(np.prod(counts))
+
+
+def share_rows(table: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A table of codes of each channel, (F, codes), without those that others have too, and each channel's row, int32.
+    `count` rows, the last one again and again, or F of none or too many: layers made alike have as many."""
+    rows, place = np.unique(table, axis=0, return_inverse=True)
+    missing = (min(count, len(table)) or len(table)) - len(rows)
+    return np.concatenate([rows, np.repeat(rows[-1:], missing, 0)]), place.reshape(-1).astype(np.int32)
 
 
 def plain(x: np.ndarray) -> np.ndarray:
@@ -413,7 +439,10 @@ class Lowering(Integer):
             refuse_integer(site, f"{kind} is a table of codes of one scale, which needs a static range")
         scale, zero = (per_channel(self.constants[f"{site}.{key}"]) for key in ("scale", "zero_point"))
         level = np.rint(ACTIVATIONS[kind](real) / scale.astype(np.float64)) + zero
-        self.constants[f"{site}.table"] = np.clip(level, *affine.code_limits(zero, spec)).astype(code_dtype(spec))
+        table = np.clip(level, *affine.code_limits(zero, spec)).astype(code_dtype(spec))
+        if table.ndim == 2:
+            table, self.constants[f"{site}.row"] = share_rows(table, count_scales(x.spec, spec))
+        self.constants[f"{site}.table"] = table
         return super().activation(site, x, kind)
 
     def decode(self, x: Code) -> np.ndarray:

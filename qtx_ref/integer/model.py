@@ -12,8 +12,8 @@ can take one. All constants were made by `lowering` and are stored in the artifa
                                  operand in units of 2^-shift
     <site>.channel_multiplier .channel_shift .channel_unit     of an op whose input has several scales along channels:
                                  as `groups` takes them, one multiplier per head and channel; the unit of what comes out
-    <site>.table                 gelu, sigmoid, tanh: one code per code, in a row for each channel where channels have
-                                 scales of their own; softmax: exponentials, Q24
+    <site>.table                 gelu, sigmoid, tanh: one code per code, in several rows where channels have scales of
+                                 their own, `.row` of each channel; softmax: exponentials, Q24
     <site>.eps .zeta .gamma .alpha .sink .sink_factor     as `ops` takes them
     <site>.input_multiplier .input_shift                  from a code to the argument of a polynomial
 
@@ -380,7 +380,7 @@ class Integer(Numerics[Code]):
         table = self.constants.get(f"{site}.table")
         if table is not None:
             place = x.value.astype(np.int32) - x.spec.code_min
-            code = table[place] if table.ndim == 1 else table[np.arange(len(table)), place]
+            code = table[place] if table.ndim == 1 else table[self.constants[f"{site}.row"], place]
             return self.record_codes(
                 site, Code(code, self.scale_of(site), self.constants[f"{site}.zero_point"], self.quants[site])
             )

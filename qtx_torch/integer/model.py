@@ -385,7 +385,7 @@ class Integer(Float):
         table = self.constants.get(f"{site}.table")
         if table is not None:
             place = x.value.long() - x.spec.code_min
-            code = table[place] if table.ndim == 1 else table[torch.arange(len(table), device=table.device), place]
+            code = table[place] if table.ndim == 1 else table[self.constants[f"{site}.row"].long(), place]
             zero = self.constants[f"{site}.zero_point"]
             return self.record_codes(site, Code(code, self.scale_of(site), zero, self.quants[site]))
         polynomial, bits = ops.POLYNOMIALS[kind]

@@ -11,11 +11,14 @@ Eager torch adds a call of about 1 us for each operation and block, wherefore bl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from qtx_ref.spec import Granularity, Quant, QuantSpec, range_axes
+from qtx_ref.spec import QTX, Granularity, Quant, QuantSpec, range_axes
 
 from . import affine, rounding
 
@@ -26,6 +29,23 @@ BLOCK = 2**17  # elements that take every operation in turn: with their values h
 def is_large(x: Tensor) -> bool:
     """Whether x is worth dividing: on a CPU, not compiled, more than a block."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > BLOCK
+
+
+def find_kernels(x: Tensor) -> ModuleType | None:
+    """Triton's, on a GPU where it is installed; a compiled graph fuses its own."""
+    if x.device.type != "cuda" or torch.compiler.is_compiling() or x.dtype is torch.float64 or x.numel() > 2**30:
+        return None
+    return _load_kernels(x.device)
+
+
+@cache
+def _load_kernels(device: torch.device) -> ModuleType | None:
+    try:
+        kernels = import_module("qtx_torch.kernels.fake_quantize")
+        kernels.quantize_rows(torch.zeros(1, 1, device=device), QuantSpec(), QTX.scale.floor, QTX.scale.empty)
+    except (ImportError, RuntimeError):  # no Triton, as on Windows, or no C compiler, which Triton needs
+        return None
+    return kernels
 
 
 def simulate_fused(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
@@ -88,6 +108,9 @@ def write_values(x: Tensor, scale: Tensor, zero: Tensor, y: Tensor, spec: QuantS
 
 def simulate(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """What the codes of x stand for, in its dtype."""
+    kernels = find_kernels(x)
+    if kernels and (views := as_rows(x, scale.float(), zero_point.float())):
+        return kernels.quantize(*(view.contiguous() for view in views), spec).as_strided(x.shape, x.stride())
     if is_large(x):
         y = torch.empty_like(x)
         if views := as_rows(x, scale, zero_point.float(), y):
@@ -102,6 +125,10 @@ def simulate(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> T
 def pass_gradient(g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """g where the code of x was not clamped, else 0."""
     ends = (spec.code_min - 0.5, spec.code_max + 0.5)  # the kernel excludes its limits, and levels are whole
+    kernels = find_kernels(x)
+    if kernels and (views := as_rows(x, scale.float(), zero_point.float(), g)):
+        dx = kernels.quantize(*(view.contiguous() for view in views[:3]), spec, views[3].contiguous())
+        return dx.as_strided(x.shape, x.stride())
     if is_large(x) and g.dtype is torch.float32:
         dx = torch.empty_like(x, dtype=g.dtype)
         if views := as_rows(x, scale, zero_point.float(), g, dx):
@@ -119,8 +146,10 @@ def pass_gradient(g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, spec:
 
 
 def has_rows(x: Tensor, spec: Quant, weight: bool) -> bool:
-    """Whether each range is that of one row across the last axis, and x is worth dividing."""
-    if not isinstance(spec, QuantSpec) or spec.outliers is not None or spec.wide is not None or not is_large(x):
+    """Whether each range is that of one row across the last axis, and x is worth dividing, or there is a kernel."""
+    if not isinstance(spec, QuantSpec) or spec.outliers is not None or spec.wide is not None or not x.numel():
+        return False
+    if not is_large(x) and (spec.mirrored or find_kernels(x) is None):
         return False
     plain = spec.granularity in (Granularity.TOKEN, Granularity.CHANNEL)
     return plain and range_axes(spec, x.ndim, weight) == (x.ndim - 1,) and x.is_contiguous()
@@ -130,9 +159,13 @@ def simulate_rows(x: Tensor, spec: QuantSpec, y: Tensor | None = None) -> tuple[
     """Of x (..., C), each row by its own minimum and maximum: what the codes stand for, in x's dtype (in y, if it is
     given), the scales and zero points (..., 1), and whether any code was clamped.
 
-    A row's codes rise with its elements: so a clamped one is found at its ends. Raises ValueError for a range that is
-    not finite, as `affine.scale_zero`.
+    A row's codes rise with its elements: so a clamped one is found at its ends. On a GPU it may be said though none
+    was: the answer would have to be waited for. Raises ValueError for a range that is not finite, as
+    `affine.scale_zero`; on a GPU such a row is NaN throughout.
     """
+    if kernels := find_kernels(x):
+        values, scale, zero = kernels.quantize_rows(x, spec, QTX.scale.floor, QTX.scale.empty)
+        return values, scale, zero, not spec.symmetric
     y = torch.empty_like(x) if y is None else y
     rows, values = x.flatten(0, -2), y.flatten(0, -2)
     scales, zeros, clamped = [], [], False

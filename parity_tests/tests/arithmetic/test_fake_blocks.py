@@ -138,6 +138,7 @@ def test_spared_rows_stay() -> None:
     assert same_bits(y, np.where(spared.numpy(), x.numpy(), values))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile makes a Function
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for a CPU needs a C++ compiler")
 def test_compiled_rows_with_gradients() -> None:
     """A row that is clamped by rounding, zeros of both signs, all at once and in one graph."""

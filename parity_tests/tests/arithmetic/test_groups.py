@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from qtx_ref.profiles import profile
 from qtx_ref.quant import affine, quantizer
 from qtx_ref.random import stream
 from qtx_ref.spec import QTX, WIDE_ZERO, Granularity, QuantSpec, SpecError
+from qtx_torch.backend import IntegerModel as TorchModel
+from qtx_torch.integer import execution
 from qtx_torch.integer import groups as torch_groups
 
 I32, I64, F32 = np.int32, np.int64, np.float32
@@ -207,3 +210,30 @@ def test_groups_taken_apart_are_the_same_sum(kind, weights):
     got = torch_groups.multiply(torch.from_numpy(x), ready)
     assert got.dtype == torch.int32
     assert np.array_equal(got.numpy(), want)
+
+
+@pytest.mark.parametrize("kind", ["bert_gate_linear", "opt_post_norm_projected", "vit_gate_mlp"])
+@pytest.mark.parametrize("name", ["w8a8-peg4p", "w8a8-out3", "w4a8-channel-peg8", "channels along sums"])
+def test_what_compiled_models_are_traced_from_gives_the_same_codes(kind, name):
+    """With groups of three channels and more taken apart; the graphs themselves: `parity_tests.long.compiled`."""
+    low = integer_models.small(kind, name)
+    model = low.model(TorchModel)
+    with torch.no_grad(), mock.patch.object(torch_groups, "SMALLEST", 3):
+        proof = execution.Proof(low.spec, model.constants, model.quants, model.profile)
+        model.net(proof, execution.smallest_batch(low.spec, model.device))
+        nx = execution.Ready(model.constants, proof.prepared, model.quants, model.profile)
+        out = model.read_output(model.net(nx, model.accept(low.batch)))
+    want = low.model(IntegerModel).run(low.batch)
+    assert np.array_equal(out.value, want.value) and out.value.dtype == want.value.dtype
+    ready = [one for one in proof.prepared.values() if isinstance(one, torch_groups.Grouped)]
+    assert any(one.parts for one in ready) == (name != "channels along sums")
+
+
+def test_a_sum_that_could_leave_its_accumulator_is_not_compiled():
+    low = integer_models.small("bert_plain", "w8a8-peg4p")
+    for site in ("layer.0.attn.query", "layer.0.attn.scores"):
+        shift = low.constants[f"{site}.channel_shift"]
+        changed = replace(low, constants={**low.constants, f"{site}.channel_shift": shift - 3}).model(TorchModel)
+        proof = execution.Proof(low.spec, changed.constants, changed.quants, changed.profile)
+        with pytest.raises(SpecError, match=f"{site} cannot be compiled: its sum over groups may reach"):
+            changed.net(proof, execution.smallest_batch(low.spec, changed.device))

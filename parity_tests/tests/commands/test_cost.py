@@ -199,6 +199,12 @@ def results(workers: cost.Workers, outputs: dict[str, np.ndarray | str]) -> None
     workers.run = run
 
 
+def test_ways_to_multiply_are_timed_in_a_process_of_their_own():
+    lines = cost.Workers("torch", "cpu", 1).run("ways")["lines"]
+    assert len(lines) == 3 and all("float32 " in line and "float64 " in line for line in lines)
+    assert lines[-1].startswith("128 x 768 x 768: ")
+
+
 def test_only_what_was_compared_is_timed(tmp_path):
     """A crash, NaN and a wrong float engine stand in the table and are not timed; a large error of 8 bits is timed."""
     spec, truth = build("bert_headless").spec, np.arange(24, dtype=np.float32).reshape(1, 4, 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parity_tests.mirror.attention import check_tiles
+from parity_tests.mirror.attention import build_attention, check_tiles, model_spec, put_value
 from parity_tests.proof.case import Context
 from parity_tests.subjects.attentions import SOFTMAXES, attention_inputs
 from qtx_ref import ops as ref_ops
 from qtx_ref.attention import probabilities
 from qtx_ref.random import stream
+from qtx_ref.spec import Granularity, QuantSpec, Range
 from qtx_ref.tape import backward, const, leaf
-from qtx_torch import attention, tiles
+from qtx_torch import attention, numerics, tiles
+from qtx_torch.numerics import FakeQuant, Float
+from qtx_torch.quant import quantizer
 
 
 class Largest(TorchDispatchMode):
@@ -110,6 +114,65 @@ def test_where_tiles_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention.can_tile(q, q)
     compiled = torch.compile(lambda x: x + attention.can_tile(x, x), backend="eager", fullgraph=True)
     assert not compiled(q).any()  # a compiled graph stores the scores
+
+
+TOKEN = QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
+QUANTS = {
+    "per token": {"scores.lhs": TOKEN, "scores.rhs": TOKEN, "context.lhs": TOKEN, "context.rhs": TOKEN},
+    "static": {"scores": QuantSpec(), "probs": QuantSpec(signed=False), "context.rhs": QuantSpec(symmetric=True)},
+    "both": {"scores": QuantSpec(4), "probs": TOKEN, "context.lhs": QuantSpec(6, symmetric=True)},
+}
+
+
+@pytest.mark.parametrize("quants", QUANTS)
+@pytest.mark.parametrize(("name", "situation", "rate"), [("clipped", "causal", 0.25), ("sink", "padded", 0.0)])
+def test_quantized_they_have_the_codes_of_the_whole_matrix(
+    quants: str, name: str, situation: str, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of scores and probabilities, the context and every gradient. q and k are whole numbers, so that no order of
+    sums moves a score across a tie."""
+    inputs = attention_inputs(name, situation, 8)
+    batch, heads, tokens, width = inputs.leaves["q"].shape
+    attn = build_attention(model_spec(inputs.spec, heads, width), Context())
+    ends = {"scores": (-8.0, 8.0), "probs": (0.0, 1.0), "context.lhs": (-1.25, 1.25), "context.rhs": (-2.0, 2.0)}
+    seen: dict[str, list[Tensor]] = {}
+    for key, spec in QUANTS[quants].items():
+        site, _, slot = key.partition(".")
+        low, high = (torch.tensor(end).reshape(1, 1, 1, 1) for end in ends.get(key, (0.0, 0.0)))
+        range = None if spec.dynamic else Range(low, high, *quantizer.scale_zero(low, high, spec))
+        hook = FakeQuant(key, spec, range)
+        setattr(getattr(attn, site), f"on_{slot or 'output'}", hook)
+
+        def show(y: Tensor, key: str = key) -> Tensor:
+            seen.setdefault(key, []).append(y.detach().flatten())
+            return y
+
+        monkeypatch.setattr(hook, "apply_to", lambda x, where, do=hook.apply_to, show=show: show(do(x, where)))
+    x = {part: torch.tensor(value, dtype=torch.float32) for part, value in inputs.leaves.items()}
+    x |= {part: (2 * x[part]).round() for part in "qk"}
+    for value in x.values():
+        value.requires_grad_()
+    if "sink" in x:
+        put_value(attn, "probs.sink", x["sink"])
+    rows = None if inputs.rows is None else torch.tensor(inputs.rows)
+    nx = Float(training=True, seed=1, step=2, first_row=3)
+    nx.begin(rows)
+    g = torch.tensor(stream(0, "g").normal(size=(batch, tokens, heads * width)), dtype=torch.float32)
+    monkeypatch.setattr(numerics, "attend_tiled", partial(attention.attend_tiled, block=7 * tokens))
+    results, codes = [], []
+    for least in (0, 2**60):
+        monkeypatch.setattr(attention, "LEAST", least)
+        monkeypatch.setattr(numerics, "LEAST_QUANTIZED", least)
+        seen.clear()
+        mask = attention.make_mask(rows, tokens, tokens, situation == "causal", x["q"])
+        y = nx.attention(attn, x["q"], x["k"], x["v"], mask, inputs.spec, rate)
+        codes.append({key: torch.cat(parts) for key, parts in seen.items()})
+        assert (max(map(len, seen.values())) > 1) is (least == 0)  # tiles, or all at once
+        results.append([y.detach(), *torch.autograd.grad(y, list(x.values()), g)])
+    for key, want in codes[1].items():
+        assert torch.equal(codes[0][key], want), key
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * float(want.abs().max()))  # sums of 40 in other orders
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""A linear trained by int8 products, forward and backward, against the same in float, both compiled.
+
+Forward is one product and backward two; floors are in `qtx_torch.quant.int8`. Gradients are rounded stochastically, as
+under w8a8+grad8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from qtx_ref.spec import Gradients, Granularity, Operand, QuantSpec
+from qtx_torch.numerics import FakeQuant
+from qtx_torch.quant import gradients, int8
+
+from .harness import Call, Row, Skip, compare, near
+
+TOKEN = QuantSpec(symmetric=True, granularity=Granularity.TOKEN, dynamic=True)
+CHANNEL = replace(TOKEN, granularity=Granularity.CHANNEL)
+NEAREST, DRAWN = Operand(TOKEN, False), Operand(TOKEN, True)
+GRAD8 = Gradients(dgrad_gradient=DRAWN, dgrad_weight=NEAREST, wgrad_gradient=DRAWN, wgrad_input=NEAREST)
+BOUND = 1 / 1.3
+
+
+def build(way: str, device: str, dtype: str, tokens: int, inputs: int, outputs: int, compiled: bool) -> Call:
+    """`way`: int8, fake (the same by values) or float. Returns the result and both gradients."""
+    made = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
+    shapes = ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+    x, w, g = (torch.randn(shape, generator=made).to(device, kind) for shape in shapes)
+    x.requires_grad_()
+    w.requires_grad_()
+    how = gradients.Backward(GRAD8, "a.site", 0, 0)
+    hooks = FakeQuant("a.site.input", TOKEN, None), FakeQuant("a.site.weight", CHANNEL, None)
+
+    def multiply(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if way == "int8":
+            return int8.linear(x, w, None, (TOKEN, CHANNEL), how)
+        if way == "fake":
+            return gradients.linear(hooks[0](x, None), hooks[1](w, None), None, how)
+        return torch.nn.functional.linear(x, w)
+
+    run = torch.compile(multiply) if compiled else multiply
+
+    def call() -> torch.Tensor:
+        y = run(x, w)
+        return torch.cat([part.flatten() for part in (y.detach(), *torch.autograd.grad(y, (x, w), g))])
+
+    return call
+
+
+def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
+    """On a CPU float32, without a bound; on a GPU bfloat16, 1.3b's width."""
+    cuda = device.startswith("cuda")
+    if not cuda and not torch.cpu._is_vnni_supported():
+        yield Skip("linear by int8 products", "this CPU has no VNNI")
+        return
+    dtype = "bfloat16" if cuda else "float32"
+    sizes = ((4096, 2048, 8192), (4096, 8192, 2048)) if cuda else ((512, 384, 1536), (1024, 768, 3072))
+    for size in ((32, 64, 128),) if quick else sizes:
+        given = (device, dtype, *size, not quick)
+        call, other = build("int8", *given), build("float", *given)
+        small = (device, dtype, 64, *size[1:], False)
+
+        def check(small: tuple = small) -> str:
+            ours, theirs = (build(way, *small)() for way in ("int8", "fake"))
+            # the same codes: sums in another order, and in bfloat16 values of codes that are rounded
+            limit = float(theirs.abs().max()) * (0.02 if dtype == "bfloat16" else 1e-5)
+            return near(ours, theirs, limit, "to the values of the codes")
+
+        yield compare(
+            f"{size[0]} x {size[1]} to {size[2]}, {dtype}, int8", call, f"{dtype} linear", other,
+            rounds=2 if quick else 9, check=check, device=device, bound=BOUND if cuda else None,
+        )  # fmt: skip
