@@ -471,7 +471,7 @@ class Execution:
             nx = Ready(constants, prepared, quants, profile)
             x, mask = net.bottom(nx, batch)
             size = x.shape[0], 1, *mask.allowed.shape[-2:]
-            return edge.pack(x), mask.allowed.expand(size).contiguous(), nx.largest
+            return edge.pack(x), mask.allowed.expand(size).to(torch.uint8), nx.largest
 
         return bottom
 
@@ -500,7 +500,7 @@ class Execution:
             nx = Ready(constants, prepared, quants, profile)
             nx.begin(rows)
             value, unit, zero = flow
-            x, _ = block(nx, Code(value, unit, zero, before.spec, before.measured), Mask(allowed, allowed.dtype))
+            x, _ = block(nx, Code(value, unit, zero, before.spec, before.measured), Mask(allowed != 0, torch.bool))
             return after.pack(x), nx.largest
 
         return layer
