@@ -1,7 +1,7 @@
 """Numerics: the arithmetic that a model asks for.
 
 Differs from the reference: site, module, attn, Float.load: a site's module knows its site and holds its parameters.
-Differs from the reference: has_int8, Float.__init__: a step by int8 products is torch's.
+Differs from the reference: has_int8, int8: a step by int8 products is torch's.
 Differs from the reference: Numerics, Float.begin: torch's integers have no numerics of floats above them.
 Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Calibrate,
 FakeQuant, is_weight: hooks are modules in a site's slots, not methods of the numerics.
