@@ -22,6 +22,7 @@ from qtx_torch.integer.execution import Edge, Execution, Proof, find_compiler, s
 from qtx_torch.integer.model import Code
 
 TABLE = Nonlinear.TABLE
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler says them of torch
 
 
 def prove(low: integer_models.Lowered, **changes: object) -> Proof:
@@ -40,7 +41,6 @@ def bert() -> integer_models.Lowered:
     return integer_models.small("bert_plain", "w8a8", "qtx", TABLE)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # as inductor loads
 def test_compiled_codes_are_the_references() -> None:
     if reason := find_compiler("cpu"):
         pytest.skip(reason)
