@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
+from qtx.engines.backend import MissingExtra, need
 from qtx_ref.spec import Gradients, Granularity, Operand, QuantSpec
 from qtx_torch.numerics import FakeQuant
 from qtx_torch.quant import gradients, int8
@@ -25,13 +27,16 @@ BOUND = 1 / 1.3
 
 
 def build(way: str, device: str, dtype: str, tokens: int, inputs: int, outputs: int, compiled: bool) -> Call:
-    """`way`: int8, fake (the same by values) or float. Returns the result and both gradients."""
+    """`way`: int8, fake (the same by values), torchao's int8 training or float. Returns the result and both
+    gradients."""
     made = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
     shapes = ((tokens, inputs), (outputs, inputs), (tokens, outputs))
     x, w, g = (torch.randn(shape, generator=made).to(device, kind) for shape in shapes)
     x.requires_grad_()
     w.requires_grad_()
+    if way == "torchao":
+        w = convert(w)
     how = gradients.Backward(GRAD8, "a.site", 0, 0)
     hooks = FakeQuant("a.site.input", TOKEN, None), FakeQuant("a.site.weight", CHANNEL, None)
 
@@ -49,6 +54,16 @@ def build(way: str, device: str, dtype: str, tokens: int, inputs: int, outputs: 
         return torch.cat([part.flatten() for part in (y.detach(), *torch.autograd.grad(y, (x, w), g))])
 
     return call
+
+
+def convert(w: torch.Tensor) -> torch.nn.Parameter:
+    """A weight whose three products torchao takes in int8, with scales of rows."""
+    training = need("torchao.prototype.quantized_training", "bench", "benchmarks")
+    layer = torch.nn.Sequential(torch.nn.Linear(*w.shape[::-1], bias=False))
+    layer[0].weight = torch.nn.Parameter(w.detach())
+    config = training.Int8MixedPrecisionTrainingConfig(output=True, grad_input=True, grad_weight=True)
+    need("torchao.quantization", "bench", "benchmarks").quantize_(layer, training.int8_mixed_precision_training(config))
+    return layer[0].weight
 
 
 def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
@@ -74,3 +89,19 @@ def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
             f"{size[0]} x {size[1]} to {size[2]}, {dtype}, int8", call, f"{dtype} linear", other,
             rounds=2 if quick else 9, check=check, device=device, bound=BOUND if cuda else None,
         )  # fmt: skip
+        try:
+            theirs = build("torchao", *given)
+        except MissingExtra as error:
+            yield Skip("torchao int8 training", str(error))
+            continue
+        largest = float(other().abs().max())
+        yield compare(
+            f"{size[0]} x {size[1]} to {size[2]}, {dtype}, int8", call, "torchao int8 training", theirs,
+            # each rounds to codes of its own, gradients at random here: as near as int8 is
+            rounds=2 if quick else 9, device=device,
+            check=partial(compare_results, call, theirs, 0.05 * largest),
+        )  # fmt: skip
+
+
+def compare_results(call: Call, other: Call, limit: float) -> str:
+    return near(call(), other(), limit, "results")

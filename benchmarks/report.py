@@ -160,8 +160,14 @@ def draw_results(results: dict[str, Any], path: Path) -> list[Path]:
         units = list(dict.fromkeys(unit for _, unit in sizes))
         figure, panels = new_panels(3.4, 3.0, len(units), 4, "benchmarks draw")
         for panel, unit in zip(panels, units, strict=True):
-            for i, ((what, _), (at, ms, slope)) in enumerate(item for item in sizes.items() if item[0][1] == unit):
+            lines = [(what, *found) for (what, of), found in sizes.items() if of == unit]
+            for i, (what, at, ms, slope) in enumerate(lines):
                 panel.loglog(at, ms, "o-", color=COLORS[i % len(COLORS)], markersize=3, label=f"{what} ^{slope:.2f}")
+            every = sorted({each for _, at, _, _ in lines for each in at})
+            panel.set_xticks(every, [str(each) for each in every], fontsize=7)
+            panel.set_xticks([], minor=True)
+            low, high = panel.get_ylim()
+            panel.set_ylim(low / 2, high * 2)  # so that what does not grow looks flat
             panel.set_xlabel(unit)
             panel.set_ylabel("ms")
             panel.legend(fontsize=6)
