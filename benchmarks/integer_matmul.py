@@ -16,7 +16,7 @@ from torch import Tensor
 from qtx_ref.integer import products as reference
 from qtx_ref.random import stream
 from qtx_ref.spec import ONE_ROUNDING, QuantSpec
-from qtx_torch.integer import carriers, fixed_point, machine
+from qtx_torch.integer import batched, carriers, fixed_point, machine
 from qtx_torch.integer.carriers import Prepared
 
 from .harness import Call, Row, Skip, compare, equal
@@ -41,7 +41,7 @@ def linear(x: Tensor, prepared: Prepared, multiplier: Tensor, shift: Tensor) -> 
 
 
 def heads(a: Tensor, b: Tensor, zero: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
-    return to_codes(carriers.batched(a, b, U8, U8, zero, zero), multiplier, shift)
+    return to_codes(batched.multiply(a, b, U8, U8, zero, zero), multiplier, shift)
 
 
 def draw(*shape: int, spec: QuantSpec) -> Tensor:

@@ -32,7 +32,7 @@ from qtx.recipes.named import recipe, resolve
 from qtx_ref.integer.lowering import lower
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
-from qtx_ref.spec import QTX, Head, ModelSpec, Output
+from qtx_ref.spec import QTX, Granularity, Head, ModelSpec, Output, QuantSpec, Recipe, Rule
 from qtx_torch.backend import IntegerModel, Model
 from qtx_torch.integer.machine import multiplies_bytes
 from qtx_torch.numerics import Float
@@ -42,9 +42,9 @@ from qtx_torch.runners.passes import IntegerRunner
 from .harness import Call, Row, Skip, compare, equal, peak, time_calls
 from .steps import random_batch
 
-SIZES = {"6 x 384": {"layers": 6, "width": 384, "hidden": 1536}, "bert-base": {}, "tiny": {"layers": 2, "width": 64}}
+SIZES = {"6 x 384": {"layers": 6, "width": 384, "hidden": 1536}, "bert-base": {}, "tiny": {"layers": 2, "width": 48}}
 CELLS = ((1, 64), (1, 128), (8, 64), (8, 128))
-WITH_BYTES = {"w8a8": 0.6, "w8a8-channel-ffn16": 0.9, "w8a8-token": 0.9, "w8a8-peg4": 0.9}
+WITH_BYTES = {"w8a8": 0.6, "w8a8-channel-ffn16": 0.9, "w8a8, rows": 0.9, "w8a8-peg4": 0.9}
 WITHOUT = {"w8a8": 1.3, "w7a8": 0.9}
 ENGINES = ("onnxruntime dynamic int8", "onnxruntime static int8")
 FIRST, SECOND = 60, 5  # seconds to the first output: nothing compiled yet, and all in inductor's cache
@@ -56,11 +56,21 @@ def make_spec(size: str) -> ModelSpec:
     return replace(spec, **SIZES[size])
 
 
+def make_recipe(name: str, spec: ModelSpec) -> Recipe:
+    """By its name; or w8a8 with a scale per token of what enters a linear layer, which integers can have (w8a8-token
+    scales what enters norms too)."""
+    if name != "w8a8, rows":
+        return recipe(name, spec)
+    base, rows = recipe("w8a8", spec), QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
+    sites = ("embed.norm", "layer.*norm", "*.attn.context")
+    return replace(base, rules=(*base.rules, Rule(sites, rows, "a scale per token of what enters a linear")))
+
+
 def make_integers(size: str, name: str, *, compiled: bool) -> IntegerModel:
     """First parameters under a recipe, with ranges of one random batch."""
     spec = make_spec(size)
     params = init_params(spec, 0)
-    quants = resolve(recipe(name, spec), spec)
+    quants = resolve(make_recipe(name, spec), spec)
     ranges = Model(spec, params).calibrate([random_batch(spec, 2, 64)], quants)
     constants = lower(spec, params, quants, ranges)
     return IntegerModel(spec, constants, quants, QTX, compiled=compiled)

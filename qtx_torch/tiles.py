@@ -4,7 +4,8 @@ stored.
 Not in the reference: it stores the probabilities.
 
 A tile's scores stay in the cache from their product to the context's, and whole rows need no running maximum. Of a
-forward pass nothing is kept but q, k and v: backward computes each tile again.
+forward pass nothing is kept but q, k and v, and dropout's mask where it is no larger than they are: backward computes
+each tile again.
 
 Floors, of H heads: forward 4 Tq Tk K H floating-point operations, forward and backward 14, over the rate of a float32
 product; bytes, 4 (2 Tq + 2 Tk) K H and 4 (4 Tq + 5 Tk) K H over the memory's bandwidth, are far below it for Tk > K.

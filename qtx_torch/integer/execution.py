@@ -56,7 +56,7 @@ from ..attention import Mask
 from ..models.block import Block
 from ..quant import affine
 from ..sites import SiteModule, name_sites
-from . import carriers, groups, ops
+from . import batched, carriers, groups, ops
 from .carriers import Prepared
 from .groups import Grouped
 from .model import Code, Constants, Integer, at, code_dtype
@@ -148,7 +148,7 @@ class Ready(Integer):
         zero = x.zero_point if x.zero_point.numel() == 1 else x.zero_point[..., None, None]
         w_zero = w.zero_point if w.zero_point.numel() == 1 else w.zero_point.reshape(heads, 1, -1)
         bits = self.width(x, w, bias)
-        acc = carriers.batched(rows, w.value.mT, x.spec, w.spec, zero, w_zero, bits, self.profile.matmul)
+        acc = batched.multiply(rows, w.value.mT, x.spec, w.spec, zero, w_zero, bits, self.profile.matmul)
         acc = acc.squeeze(-2).flatten(-2)
         return acc if bias is None else acc + bias.reshape(-1)
 
@@ -161,7 +161,7 @@ class Ready(Integer):
     def matmul(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
         """Of two operands from the data."""
         bits, rule = self.width(a, b), self.profile.matmul
-        return carriers.batched(a.value, b.value, a.spec, b.spec, a.zero_point, b.zero_point, bits, rule)
+        return batched.multiply(a.value, b.value, a.spec, b.spec, a.zero_point, b.zero_point, bits, rule)
 
 
 class Proof(Ready):
@@ -248,7 +248,7 @@ class Proof(Ready):
 
     def matmul(self, site: str, a: Code, b: Code, bias: Tensor | None = None) -> Tensor:
         depth = self.length if site.endswith(".context") else a.shape[-1]
-        self.reaches[site] = depth * carriers.magnitude(a.spec) * carriers.magnitude(b.spec)
+        self.reaches[site] = depth * batched.magnitude(a.spec) * batched.magnitude(b.spec)
         if self.width(a, b) == 32 and self.reaches[site] >= INT32:
             refuse(site, f"its accumulators may reach {self.reaches[site]}")
         with at(site):
@@ -471,7 +471,7 @@ class Execution:
             nx = Ready(constants, prepared, quants, profile)
             x, mask = net.bottom(nx, batch)
             size = x.shape[0], 1, *mask.allowed.shape[-2:]
-            return edge.pack(x), mask.allowed.expand(size).contiguous(), nx.largest
+            return edge.pack(x), mask.allowed.expand(size).to(torch.uint8), nx.largest
 
         return bottom
 
@@ -500,7 +500,7 @@ class Execution:
             nx = Ready(constants, prepared, quants, profile)
             nx.begin(rows)
             value, unit, zero = flow
-            x, _ = block(nx, Code(value, unit, zero, before.spec, before.measured), Mask(allowed, allowed.dtype))
+            x, _ = block(nx, Code(value, unit, zero, before.spec, before.measured), Mask(allowed != 0, torch.bool))
             return after.pack(x), nx.largest
 
         return layer

@@ -84,6 +84,14 @@ def split_halves(weight: Tensor) -> Tensor:
     return torch.cat([low, weight - low], dim=1)
 
 
+def recentre_bytes(code: Tensor, middle: int) -> Tensor:
+    """Codes of 8 bits or fewer less their centre, int8; 128 less is the top bit flipped, without a conversion: inductor
+    (torch 2.13) converts uint8 to int8 one by one."""
+    if middle == 128:
+        return (code.to(torch.uint8) ^ 128).view(torch.int8)
+    return code.to(torch.int8) - middle if middle else code.to(torch.int8)
+
+
 @functools.cache
 def probe(device: str) -> dict[tuple[Way, tuple[int, int, int]], float]:
     """Seconds by way and shape (M, K, N), the least of a few calls; taken once per process, in under a second. Only

@@ -38,6 +38,12 @@ def square_root(x: Tensor) -> Tensor:
     return root - (root * root > x).long()
 
 
+def store(x: Tensor) -> Tensor:
+    """x, one number per row, in memory: inductor would compute it anew for every vector of the row, with two divisions.
+    What is viewed by strides has to be there."""
+    return x.as_strided(x.shape, x.stride())
+
+
 def half_up_shifted(numerator: Tensor, shift: Tensor | int, denominator: Tensor) -> Tensor:
     """floor(n 2^shift / d + 1/2), int64, of integers: |n| < 2^31, shift in [0, 62], d > 0; one d per row.
 
@@ -58,8 +64,9 @@ def half_up_shifted(numerator: Tensor, shift: Tensor | int, denominator: Tensor)
     high = ((1 / d).view(torch.int64) & -(1 << (53 - HIGH_BITS))).view(torch.float64)
     upper = (d.view(torch.int64) & -(1 << 26)).view(torch.float64)  # 27 bits of d: high times it, or the rest, is exact
     low = ((1 - high * upper) - high * (d - upper)) / d
+    high, low, tie = (store(part) for part in (high * unit, low * unit, 0.5 + 0.25 / d))
     n = numerator.double()
-    whole = n * (high * unit)
+    whole = n * high
     floor = whole.floor()
-    rest = (whole - floor) + n * (low * unit)
-    return (floor + (rest + (0.5 + 0.25 / d)).floor()).long()
+    rest = (whole - floor) + n * low
+    return (floor + (rest + tie).floor()).long()

@@ -13,7 +13,7 @@ from qtx_ref.spec import QTX, Granularity, MatmulRule, Overflow, Products, Quant
 
 torch = pytest.importorskip("torch")
 
-from qtx_torch.integer import carriers, machine, products  # noqa: E402
+from qtx_torch.integer import batched, carriers, machine, products  # noqa: E402
 from qtx_torch.integer.machine import Way  # noqa: E402
 
 S4, S7, S8, S16 = (QuantSpec(bits=bits, symmetric=True) for bits in (4, 7, 8, 16))
@@ -71,8 +71,8 @@ def test_a_batched_product_is_the_references(
     """Also longer than a float32 sums exactly: 258 products of unsigned bytes."""
     if bytes_ and not machine.exact_bytes("cpu", 127):
         pytest.skip("torch._int_mm saturates pairs on this CPU")
-    monkeypatch.setattr(carriers, "multiplies_bytes", lambda device: bytes_)
-    monkeypatch.setattr(carriers, "SMALL", 1000)
+    monkeypatch.setattr(batched, "multiplies_bytes", lambda device: bytes_)
+    monkeypatch.setattr(batched, "SMALL", 1000)
     for m, k, n in ((1, 5, 3), (3, 259, 4), (33, 40, 7), (34, 600, 2)):
         rng, specs = stream(m * k + n, "carriers"), (a_spec, b_spec)
         a, b = codes(rng, specs[0], 2, 3, m, k), codes(rng, specs[1], 2, 3, k, n)
@@ -80,7 +80,7 @@ def test_a_batched_product_is_the_references(
         b_zero = None if specs[1].symmetric else np.array(codes(rng, specs[1]))
         bits = 64 if max(spec.bits for spec in specs) > 8 else 32
         want = reference.matmul(a, b, *specs, a_zero, b_zero, None, bits)
-        got = carriers.batched(tensor(a), tensor(b), *specs, tensor(a_zero), tensor(b_zero), bits).numpy()
+        got = batched.multiply(tensor(a), tensor(b), *specs, tensor(a_zero), tensor(b_zero), bits).numpy()
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
 
@@ -140,10 +140,10 @@ def test_what_is_not_proven_is_refused() -> None:
         carriers.prepare(w, S8, S8, bias=torch.tensor([2**62]), accumulator=64)
     pairs = MatmulRule(Products.PAIRS16, 1, Overflow.REPORT)
     with pytest.raises(ValueError, match="pairs of these operands may saturate"):
-        carriers.batched(torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.int8), U8, S8, rule=pairs)
+        batched.multiply(torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.int8), U8, S8, rule=pairs)
     deep = torch.zeros(1, 40000, dtype=torch.uint8)
     with pytest.raises(ValueError, match="may leave int32: use 64 bits"):
-        carriers.batched(deep, deep.mT, U8, U8)
+        batched.multiply(deep, deep.mT, U8, U8)
 
 
 @pytest.mark.parametrize("overflow", [Overflow.WRAP, Overflow.SATURATE])

@@ -40,6 +40,7 @@ def bert() -> integer_models.Lowered:
     return integer_models.small("bert_plain", "w8a8", "qtx", TABLE)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # as inductor loads
 def test_compiled_codes_are_the_references() -> None:
     if reason := find_compiler("cpu"):
         pytest.skip(reason)
