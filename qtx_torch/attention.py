@@ -24,7 +24,7 @@ from . import ops, random, tiles
 
 WIDEST = 256  # columns of a head that the kernels take
 MANY = 2**20  # scores of a head
-LEAST = 2**16  # scores of a sequence, below which a CPU is quicker with all of them at once
+LEAST = 2**19  # scores, of a batch and all its heads, below which a CPU is quicker with all of them at once
 
 
 def attention_mask(
@@ -206,7 +206,7 @@ def can_tile(q: Tensor, k: Tensor) -> bool:
         return q.dtype != torch.float64 and not few and q.shape[-1] <= WIDEST
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return q.device.type == "cpu" and q.shape[1] * q.shape[2] * k.shape[2] >= LEAST
+    return q.device.type == "cpu" and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] >= LEAST
 
 
 def attend_tiled(
