@@ -5,7 +5,7 @@ Differs from the reference: has_int8, int8: a step by int8 products is torch's.
 Differs from the reference: Numerics, Float.begin: torch's integers have no numerics of floats above them.
 Differs from the reference: Float.operand, Float.weight, Float.named, Record, Quantizer, Calibrate,
 FakeQuant, is_weight: hooks are modules in a site's slots, not methods of the numerics.
-Differs from the reference: transform_input, Transformed: so are the transforms of inputs.
+Differs from the reference: transforms, transform_input, Transformed: so are the transforms of inputs.
 Differs from the reference: Float.takes_gate, Float.gated_attention: where a kernel does both.
 
 A model is wiring. It hands every computation to one of these objects together with the site that comes out. `Float`
