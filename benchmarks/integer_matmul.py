@@ -56,6 +56,12 @@ def scaling(device: str) -> tuple[Tensor, Tensor]:
     return multiplier.to(device), shift.to(device)
 
 
+def compile_call(call: Call) -> Call:
+    """Compiled for any number of rows, as a layer of a compiled model is."""
+    batched.hold_settings()
+    return torch.compile(call, fullgraph=True, dynamic=True)
+
+
 def make_linear(kind: str, m: int, k: int, n: int, device: str, compiled: bool) -> tuple[Call, Call, Call]:
     """Our product, the float one, and one whose codes the reference's accumulators give."""
     x_spec, bits = KINDS[kind]
@@ -65,7 +71,7 @@ def make_linear(kind: str, m: int, k: int, n: int, device: str, compiled: bool) 
     accumulator = 32 if x_spec.bits <= 8 else 64
     prepared = carriers.prepare(w, w_spec, x_spec, None, zero, None, accumulator, device=device)
     given, float_kind = (x.to(device), prepared, *scaling(device)), torch.float32 if device == "cpu" else torch.bfloat16
-    call = torch.compile(linear, fullgraph=True, dynamic=True) if compiled else linear
+    call = compile_call(linear) if compiled else linear
     real, weight = x.to(device, float_kind), w.T.to(device, float_kind).contiguous()
 
     def want() -> Tensor:
@@ -81,7 +87,7 @@ def make_heads(which: str, tokens: int, width: int, compiled: bool) -> tuple[Cal
     k = draw(1, tokens, 12, width, spec=U8).transpose(1, 2)
     a, b = (k.clone(), k.mT) if which == "q k" else (draw(1, 12, tokens, tokens, spec=U8), k)
     given = (a, b, torch.tensor(100), *scaling("cpu"))
-    call = torch.compile(heads, fullgraph=True, dynamic=True) if compiled else heads
+    call = compile_call(heads) if compiled else heads
     real = a.float(), b.float()
 
     def want() -> Tensor:

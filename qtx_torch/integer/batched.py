@@ -97,10 +97,16 @@ def multiply(
     return (a @ b).to(wide).sum(0, dtype=wide)
 
 
-@torch.compiler.assume_constant_result
 def multiplies_bytes(device: str) -> bool:
-    """`machine.multiplies_bytes`, which a graph holds as a constant."""
+    """`machine.multiplies_bytes`, as a function that `hold_settings` can mark."""
     return machine.multiplies_bytes(device)
+
+
+def hold_settings() -> None:
+    """Tells the compiler what a graph holds as constants: it is made anew when torch's settings change. A call, not
+    decorators, for it imports the compiler, which takes a second."""
+    for known in (plain_float32, multiplies_bytes):
+        torch.compiler.assume_constant_result(known)
 
 
 def takes_bytes(a: Tensor, b: Tensor, a_spec: QuantSpec, b_spec: QuantSpec) -> bool:

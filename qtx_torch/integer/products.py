@@ -51,7 +51,6 @@ def byte_instructions(device: str) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # a graph is made anew when these settings change
 def plain_float32(device: str) -> bool:
     """Whether a float32 product keeps 24 bits. TF32, reduced matmul precision and autocast do not; then float64
     carries."""

@@ -25,6 +25,7 @@ from qtx_ref.spec import QTX, WIDE_ZERO, Granularity, QuantSpec, SpecError
 from qtx_torch.backend import IntegerModel as TorchModel
 from qtx_torch.integer import execution
 from qtx_torch.integer import groups as torch_groups
+from qtx_torch.integer import proof as proving
 
 I32, I64, F32 = np.int32, np.int64, np.float32
 WIDE = QuantSpec(granularity=Granularity.GROUP, wide=2)
@@ -219,9 +220,9 @@ def test_what_compiled_models_are_traced_from_gives_the_same_codes(kind, name):
     low = integer_models.small(kind, name)
     model = low.model(TorchModel)
     with torch.no_grad(), mock.patch.object(torch_groups, "SMALLEST", 3):
-        proof = execution.Proof(low.spec, model.constants, model.quants, model.profile)
+        proof = proving.Proof(low.spec, model.constants, model.quants, model.profile)
         model.net(proof, execution.smallest_batch(low.spec, model.device))
-        nx = execution.Ready(model.constants, proof.prepared, model.quants, model.profile)
+        nx = proving.Ready(model.constants, proof.prepared, model.quants, model.profile)
         out = model.read_output(model.net(nx, model.accept(low.batch)))
     want = low.model(IntegerModel).run(low.batch)
     assert np.array_equal(out.value, want.value) and out.value.dtype == want.value.dtype
@@ -234,6 +235,6 @@ def test_a_sum_that_could_leave_its_accumulator_is_not_compiled():
     for site in ("layer.0.attn.query", "layer.0.attn.scores"):
         shift = low.constants[f"{site}.channel_shift"]
         changed = replace(low, constants={**low.constants, f"{site}.channel_shift": shift - 3}).model(TorchModel)
-        proof = execution.Proof(low.spec, changed.constants, changed.quants, changed.profile)
+        proof = proving.Proof(low.spec, changed.constants, changed.quants, changed.profile)
         with pytest.raises(SpecError, match=f"{site} cannot be compiled: its sum over groups may reach"):
             changed.net(proof, execution.smallest_batch(low.spec, changed.device))

@@ -126,6 +126,12 @@ def test_the_reference_never_loads_torch() -> None:
     assert run_fresh(code) == "[]"
 
 
+def test_the_compiler_is_loaded_by_what_compiles_alone() -> None:
+    """It takes a second, as long as torch itself."""
+    code = "import sys, qtx.cli, qtx_torch.backend; print([n for n in sys.modules if n in ('torch._dynamo', 'triton')])"
+    assert run_fresh(code) == "[]"
+
+
 def test_the_reference_is_held_to_truth_without_torch() -> None:
     code = """
 import sys

@@ -18,8 +18,9 @@ from parity_tests.subjects import integer_models
 from qtx_ref.spec import QTX, Fixed, LeftShift, Nonlinear, QuantSpec, SpecError
 from qtx_torch.backend import IntegerModel
 from qtx_torch.integer import execution
-from qtx_torch.integer.execution import Edge, Execution, Proof, find_compiler, smallest_batch
+from qtx_torch.integer.execution import Edge, Execution, find_compiler, smallest_batch
 from qtx_torch.integer.model import Code
+from qtx_torch.integer.proof import Proof
 
 TABLE = Nonlinear.TABLE
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler says them of torch
