@@ -163,7 +163,8 @@ def group_channels(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> np.nda
         raise ValueError(f"wide {spec.wide} of {channels} channels leaves none to the others; choose fewer")
     if count is not None and channels % count:
         raise ValueError(f"groups {count} does not divide the {channels} channels; choose a number that does")
-    size = high - low if count is not None else np.maximum(-low, high)
+    with np.errstate(over="ignore"):  # the widest are infinite alike
+        size = high - low if count is not None else np.maximum(-low, high)
     ordered = spec.permute or count is None
     order = np.argsort(size.ravel(), kind="stable") if ordered else np.arange(channels)
     place = np.argsort(order)  # of each channel in that order
