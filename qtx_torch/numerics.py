@@ -31,6 +31,7 @@ from qtx_ref.spec import (
     AttentionSpec,
     Gate,
     Gradients,
+    Granularity,
     InputTransform,
     Profile,
     Quant,
@@ -396,6 +397,8 @@ def has_int8(module: SiteModule, weight: Tensor) -> bool:
     """Whether a linear's input and weight are fake-quantized to codes that int8 products take."""
     hooks = module.on_input, module.on_weight
     if weight.ndim != 2 or not all(isinstance(hook, FakeQuant) and hook.profile is QTX for hook in hooks):
+        return False
+    if module.on_input.spec.granularity is not Granularity.TOKEN:  # a channel's scale varies along the sum
         return False
     return all(int8.has_codes(hook.spec) for hook in hooks)
 

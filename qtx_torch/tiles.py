@@ -92,16 +92,16 @@ class Tile(NamedTuple):
 def cut_heads(q: Tensor, k: Tensor, block: int) -> Iterator[tuple[int, slice]]:
     """Sequences and heads of theirs that are computed together: as many as fit into `block` scores, at least one."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    together = max(1, min(heads, block // (queries * keys)))
+    together = max(1, min(heads, block // max(1, queries * keys)))
     for sequence in range(batch):
         for head in range(0, heads, together):
             yield sequence, slice(head, min(head + together, heads))
 
 
 def cut_rows(sequence: int, heads: slice, queries: int, keys: int, causal: bool, block: int) -> Iterator[Tile]:
-    """The tiles of some heads: as many rows as fit into `block` scores, at least one."""
-    step = max(1, min(queries, block // keys))
-    for row in range(0, queries, step):
+    """The tiles of some heads: as many rows as fit into `block` scores, at least one; of no queries, one without rows."""
+    step = max(1, min(queries, block // max(1, keys)))
+    for row in range(0, max(1, queries), step):
         stop = min(row + step, queries)
         yield Tile(sequence, heads, slice(row, stop), keys - queries + stop if causal else keys)
 

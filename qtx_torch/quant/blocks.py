@@ -167,7 +167,7 @@ def simulate_rows(x: Tensor, spec: QuantSpec, y: Tensor | None = None) -> tuple[
         values, scale, zero = kernels.quantize_rows(x, spec, QTX.scale.floor, QTX.scale.empty)
         return values, scale, zero, not spec.symmetric
     y = torch.empty_like(x) if y is None else y
-    rows, values = x.flatten(0, -2), y.flatten(0, -2)
+    rows, values = (part.view(-1, x.shape[-1]) for part in (x, y))
     scales, zeros, clamped = [], [], False
     for part, out in split(RANGED, [rows, values]):
         found = [affine.min_max(block, (1,)) for (block,) in split(BLOCK, [part])]

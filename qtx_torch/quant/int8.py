@@ -89,7 +89,7 @@ class Int8Linear(torch.autograd.Function):
         ctx.save_for_backward(codes, x_scale, w_codes, w_scale, where)
         ctx.how, ctx.bias, ctx.given = how, None if bias is None else bias.shape, (x.shape, x.dtype, weight.dtype)
         y = multiply(codes, x_scale, w_codes, w_scale)
-        y = (y if bias is None else y + bias.float()).reshape(*x.shape[:-1], -1)
+        y = (y if bias is None else y + bias.float()).reshape(*x.shape[:-1], len(weight))
         kind = x.device.type
         return ops.own(y.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype))
 

@@ -68,6 +68,16 @@ def test_own_ranges_in_blocks(spec: QuantSpec) -> None:
         assert np.array_equal(x.grad.numpy(), np.where(inside, g.numpy(), 0))
 
 
+def test_one_row_without_others() -> None:
+    """A tensor with one axis is a row."""
+    x = torch.linspace(-1, 2, 50).requires_grad_()
+    assert blocks.has_rows(x, SPECS[0], False)
+    y = FakeQuant("a.site", SPECS[0], None)(x, None)
+    y.sum().backward()
+    values, inside = expect(x, SPECS[0])
+    assert y.shape == (50,) and same_bits(y, values) and np.array_equal(x.grad.numpy(), inside.astype(np.float32))
+
+
 def test_rows_take_the_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above are of what they say."""
     x, token = draw(np.random.default_rng(0), (9, 12)), SPECS[0]

@@ -17,7 +17,7 @@ from qtx_ref.presets import preset
 from qtx_ref.quant import gradients as ref_gradients
 from qtx_ref.spec import Granularity, Operand, OptimSpec, QuantSpec, SpecError, StepSpec
 from qtx_torch import backend
-from qtx_torch.numerics import FakeQuant
+from qtx_torch.numerics import FakeQuant, has_int8
 from qtx_torch.quant import gradients, int8
 
 TOKEN = QuantSpec(symmetric=True, granularity=Granularity.TOKEN, dynamic=True)
@@ -129,3 +129,19 @@ def test_one_scale_for_a_tensor_has_no_products() -> None:
     assert int8.has_products(GRADIENTS) and int8.has_products(None)
     assert not int8.has_products(replace(GRADIENTS, wgrad_input=whole))
     assert not int8.has_products(replace(GRADIENTS, wgrad_input=None))
+
+
+def test_a_scale_of_an_input_s_channel_has_no_products() -> None:
+    """Of an activation it varies along the sum, of a weight it is a row's."""
+    module = backend.Model(SPEC, init_params(SPEC, 0)).net.layer[0].ffn.hidden
+    for given, has in ((TOKEN, True), (CHANNEL, False)):
+        module.on_input, module.on_weight = FakeQuant("a", given, None), FakeQuant("a.weight", CHANNEL, None)
+        assert has_int8(module, module.weight) is has
+
+
+def test_no_rows() -> None:
+    for shape in ((0, 16), (2, 0, 16)):
+        x, w = torch.ones(shape).requires_grad_(), draw(8, 16).requires_grad_()
+        y = int8.linear(x, w, torch.ones(8), (TOKEN, CHANNEL), None)
+        y.sum().backward()
+        assert y.shape == (*shape[:-1], 8) and x.grad.shape == shape and not w.grad.any()

@@ -107,6 +107,20 @@ def test_in_float64_they_are_what_the_whole_matrix_gives(name: str) -> None:
         torch.testing.assert_close(a, c, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (3, 0), (0, 0)])
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_no_queries_and_no_keys(name: str, queries: int, keys: int) -> None:
+    """A context of zeros, and no gradient."""
+    q, k, v = (torch.ones(2, 3, n, 4).requires_grad_() for n in (queries, keys, keys))
+    sink = torch.ones(3).requires_grad_() if name == "sink" else None
+    mask = attention.make_mask(None, queries, keys, False, q)
+    y = attention.attend_tiled(q, k, v, mask, SOFTMAXES[name], sink, None)
+    leaves = [q, k, v, *([] if sink is None else [sink])]
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert y.shape == q.shape and not y.any()
+    assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, leaves, strict=True))
+
+
 def test_where_tiles_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 2, 8, 4)
     assert not attention.can_tile(q, q)
