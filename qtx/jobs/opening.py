@@ -134,7 +134,8 @@ def open_model(
             artifact = artifact.under(read_profile(profile_name))
         runner = make_artifact_model(artifact, machine, kind, strict, compiled)
         data = open_split(path, artifact, data_name, tokenizer, split)
-        how = ", strict" if strict else ", compiled" if compiled else ""
+        fast = compiled and getattr(runner, "execution", None) is not None  # not where nothing can be compiled
+        how = ", strict" if strict else ", compiled" if fast else ""
         words = f"{kind}{how}, {artifact.recipe.name}, profile {artifact.profile.name}"
         return Opened(artifact, runner, data, words, kind == "integer", describe_head(artifact))
     if numerics or strict or compiled:
@@ -178,6 +179,10 @@ def make_artifact_model(
         raise SpecError("--compiled belongs to --numerics integer: fake quantization is floats")
     if compiled and machine.backend == "ref":
         raise SpecError("--compiled belongs to --backend torch: the reference is not compiled; leave one of them out")
+    if compiled and strict:
+        raise SpecError(
+            "--compiled and --strict do not go together: a compiled graph has floats; leave one of them out"
+        )
     if numerics == "fake":
         if strict:
             raise SpecError("--strict belongs to --numerics integer: fake quantization is floats")

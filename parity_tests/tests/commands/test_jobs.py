@@ -94,11 +94,21 @@ def test_compiled_integers_have_the_same_score(integers: Path, monkeypatch: pyte
     assert words.numerics.startswith("integer, compiled, w8a8")
 
 
+def test_what_could_not_be_compiled_is_not_called_compiled(integers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = pytest.importorskip("qtx_torch.integer.execution")
+    monkeypatch.setattr(execution, "find_compiler", lambda device: "no C++ compiler")
+    with pytest.warns(UserWarning, match="needs a compiler: no C"):
+        _, words = evaluate(EvaluateRequest(integers, batches=1, machine=Machine("torch"), compiled=True))
+    assert words.numerics.startswith("integer, w8a8")
+
+
 def test_compiled_belongs_to_integers_on_torch(vit: Path, integers: Path) -> None:
     with pytest.raises(SpecError, match="--compiled belongs to --backend torch: the reference is not compiled"):
         evaluate(EvaluateRequest(integers, machine=Machine("ref"), compiled=True))
     with pytest.raises(SpecError, match="--compiled belongs to --numerics integer"):
         evaluate(EvaluateRequest(integers, numerics="fake", machine=Machine("torch"), compiled=True))
+    with pytest.raises(SpecError, match="--compiled and --strict do not go together"):
+        evaluate(EvaluateRequest(integers, strict=True, machine=Machine("torch"), compiled=True))
     with pytest.raises(SpecError, match="--compiled is of integers on --backend torch; leave it or --backend ref out"):
         measure_cost(CostRequest(model="vit-small", backend="ref", compiled=True))
 
