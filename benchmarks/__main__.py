@@ -93,6 +93,8 @@ def main(
         return
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"device is {device!r} but torch finds no CUDA device; use --device cpu")
+    if not any(device.partition(":")[0] in group.devices for group in GROUPS):
+        raise SystemExit(f"device is {device!r}: no group is for it; use cpu or cuda")
     isa = "AVX2" if avx2 else os.environ.get("ONEDNN_MAX_CPU_ISA")
     path = out or (Path("runs/bench") if quick else RESULTS) / f"{name_place(device, isa)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

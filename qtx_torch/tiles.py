@@ -99,7 +99,7 @@ def cut_heads(q: Tensor, k: Tensor, block: int) -> Iterator[tuple[int, slice]]:
 
 
 def cut_rows(sequence: int, heads: slice, queries: int, keys: int, causal: bool, block: int) -> Iterator[Tile]:
-    """The tiles of some heads: as many rows as fit into `block` scores, at least one; of no queries, one without rows."""
+    """The tiles of some heads: as many rows as fit into `block` scores, at least one; of no queries one without."""
     step = max(1, min(queries, block // max(1, keys)))
     for row in range(0, max(1, queries), step):
         stop = min(row + step, queries)

@@ -171,11 +171,14 @@ def test_a_stopped_run_goes_on_with_what_is_left(tmp_path: Path, monkeypatch: py
     assert begun == [*names, "size"] and json.loads(out.read_text())["unfinished"] == {}
 
 
-def test_the_command_refuses_in_one_line() -> None:
+def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     if harness.torch.cuda.is_available():
         pytest.skip("there is a GPU")
     result = CliRunner().invoke(command.main, ["--device", "cuda"])
     assert result.exit_code == 1 and "torch finds no CUDA device; use --device cpu" in str(result.exception)
+    result = CliRunner().invoke(command.main, ["--device", "tpu", "--out", str(tmp_path / "tpu.json")])
+    assert result.exit_code == 1 and str(result.exception) == "device is 'tpu': no group is for it; use cpu or cuda"
+    assert not list(tmp_path.iterdir())
     result = CliRunner().invoke(command.main, ["--only", "everything"])
     assert result.exit_code == 2 and "'everything' is not one of" in result.output
 
