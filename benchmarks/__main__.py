@@ -149,7 +149,11 @@ def group(name: str, device: str, quick: bool, out: Path) -> None:
 def show(files: tuple[Path, ...]) -> None:
     """Prints the tables of FILES, or of all results."""
     for path in files or sorted(RESULTS.glob("*.json")):
-        print(format_results(json.loads(path.read_text())), end="\n\n")
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SystemExit(f"{path} holds no results: {error}") from None
+        print(format_results(results), end="\n\n")
 
 
 @main.command()

@@ -179,6 +179,9 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(command.main, ["--device", "tpu", "--out", str(tmp_path / "tpu.json")])
     assert result.exit_code == 1 and str(result.exception) == "device is 'tpu': no group is for it; use cpu or cuda"
     assert not list(tmp_path.iterdir())
+    (other := tmp_path / "other.md").write_text("# other")
+    result = CliRunner().invoke(command.main, ["show", str(other)])
+    assert result.exit_code == 1 and f"{other} holds no results: " in str(result.exception)
     result = CliRunner().invoke(command.main, ["--only", "everything"])
     assert result.exit_code == 2 and "'everything' is not one of" in result.output
 
