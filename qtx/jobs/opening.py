@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +197,12 @@ def make_artifact_model(
     make = backend(machine.backend).IntegerModel
     options: dict[str, Any] = {"compiled": True} if compiled else {}  # which the reference has not
     meaning = artifact.spec, artifact.constants, artifact.quants, artifact.profile
-    return make(*meaning, device=machine.device, strict=strict, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        made = make(*meaning, device=machine.device, strict=strict, **options)
+    for one in said:  # that there is no compiler
+        sys.stderr.write(f"note: {one.message}\n")
+    return made
 
 
 def describe_head(artifact: Artifact) -> str:

@@ -76,6 +76,7 @@ class Edge:
 
 
 Flow = tuple[Tensor, Tensor, Tensor]
+KINDS = 64  # graphs of a part: batch or length of one, masked, either side of each size that decides how to multiply
 DATA = re.compile(r"\b(batch|flow|allowed|rows)\b")  # arguments of a part that differ from call to call
 
 
@@ -237,8 +238,15 @@ class Execution:
 
         return top
 
-    @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor | None]) -> Code | None:
+        """What `run` gives, with room for a graph of each kind of batch."""
+        with torch._dynamo.config.patch(recompile_limit=KINDS):
+            return self.run(inputs)
+
+    @torch.no_grad()
+    def run(self, inputs: Mapping[str, Tensor | None]) -> Code | None:
+        """The output; None where the eager form is to compute it: images that are not finite, scales of the data that
+        are too large."""
         batch = {name: inputs.get(name) for name in ("tokens", "mask", "types", "images")}
         images, rows = batch["images"], batch["mask"]
         if images is not None and not torch.isfinite(images).all():

@@ -67,6 +67,18 @@ def test_layers_of_one_recipe_share_a_graph(bert: integer_models.Lowered) -> Non
     assert len(set(map(id, apart.steps))) == 2
 
 
+def test_there_is_room_for_every_kind_of_batch(bert: integer_models.Lowered) -> None:
+    """A batch of one and a length of one have graphs of their own; torch makes 8 of a function unless it is told."""
+    model, eager = bert.model(IntegerModel), bert.model(IntegerModel)
+    parts = model.net, bert.spec, model.constants, model.quants, model.profile, model.device
+    model.execution = Execution(*parts, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for size, length in ((2, 5), (1, 5), (2, 1)):
+            tokens = np.arange(size * length).reshape(size, length) % bert.spec.vocab
+            batch = {"tokens": tokens, "types": np.zeros_like(tokens), "mask": tokens >= 0}
+            assert np.array_equal(model.run(batch).value, eager.run(batch).value)
+
+
 @pytest.mark.parametrize("name", ["layer.0.ffn.residual", "layer.1.attn.query", "embed.norm"])
 def test_gathered_constants_are_the_rule(bert: integer_models.Lowered, name: str) -> None:
     """floor((m x - m z + half + zero 2^r) / 2^r) against Python's integers, at ties and ends."""
