@@ -98,17 +98,5 @@ def multiply_rows(
 
 
 @multiply_rows.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    centre: int,
-    pieces: int,
-    kind: torch.dtype,
-    multiplier: Tensor | None = None,
-    shift: Tensor | None = None,
-    zero: Tensor | None = None,
-    low: int = 0,
-    high: int = 0,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, centre: int, pieces: int, kind: torch.dtype, *scaling: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1], dtype=kind)

@@ -93,10 +93,11 @@ def weightless(*given: object, **how: object) -> float:
     return 1.0
 
 
-@pytest.mark.parametrize("group", [g for g in groups.GROUPS if "cpu" in g.devices], ids=lambda group: group.name)
+QUICK = [group for group in groups.GROUPS if "cpu" in group.devices and group.name not in COMPILES]
+
+
+@pytest.mark.parametrize("group", QUICK, ids=lambda group: group.name)
 def test_the_smallest_row_of_each_group(group, monkeypatch: pytest.MonkeyPatch) -> None:
-    if group.name in COMPILES:
-        pytest.skip("it compiles whole models: python -m benchmarks --quick")
     module = sys.modules[group.find().__module__]
     if hasattr(module, "peak"):  # a process each, which is tested above
         monkeypatch.setattr(module, "peak", weightless)
