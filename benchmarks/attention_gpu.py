@@ -57,14 +57,14 @@ WAYS = {
 
 def build(way: str, causal: bool, backward: bool, device: str, shape: tuple[int, int, int, int]) -> Call:
     """A call gives the output and, after `backward`, the gradients of q, k and v."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     b, h, t, k = shape
-    inputs = [
-        torch.randn((b, t, h, k), generator=generator).to(device, dtype).transpose(1, 2).requires_grad_()
-        for _ in range(3)
-    ]
-    slope = torch.randn((b, t, h, k), generator=generator).to(device, dtype).transpose(1, 2)
+    *inputs, slope = (
+        torch.randn((b, t, h, k), generator=generator, device=device, dtype=dtype).transpose(1, 2) for _ in range(4)
+    )
+    for x in inputs:
+        x.requires_grad_()
 
     def call() -> list[Tensor]:
         with torch.set_grad_enabled(backward):
