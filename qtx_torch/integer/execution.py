@@ -10,7 +10,7 @@ on data, and `Ready`, under which graphs are traced, asks nothing.
 Three kinds of graph: what lies before the layers, a layer, what lies behind them. A layer's graph takes its constants
 as arguments, by names relative to the layer, so that layers of one recipe share it; so do batches of any size and
 length, but for a batch of one, which has a graph of its own. Inductor keeps what it has compiled
-(TORCHINDUCTOR_CACHE_DIR): a second start reads it.
+(TORCHINDUCTOR_CACHE_DIR): a second start reads it. On CUDA all launches of a pass are captured as one CUDA graph.
 
 A scale that comes from the data (one per token) is a float32, whose sums with others no constant bounds. Each graph
 therefore gives the largest of them beside its result; where it is beyond `LARGEST_SCALE`, or NaN, the eager form runs
@@ -65,17 +65,18 @@ class Edge:
         own = x.unit.numel() > 1 or x.zero_point.numel() > 1 or x.measured
         return Edge(x.spec, x.measured, None if own else x.unit, None if own else x.zero_point)
 
-    def pack(self, x: Code) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def pack(self, x: Code) -> Parts:
         """What a part gives of its result."""
         return (x.value, None, None) if self.unit is not None else (x.value, x.unit, x.zero_point)
 
-    def complete(self, parts: tuple[Tensor, Tensor | None, Tensor | None]) -> Flow:
+    def complete(self, parts: Parts) -> Flow:
         """Value, unit and zero point, those that are constants put in."""
         value, unit, zero = parts
         return value, self.unit if unit is None else unit, self.zero_point if zero is None else zero
 
 
 Flow = tuple[Tensor, Tensor, Tensor]
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
 KINDS = 64  # graphs of a part: batch or length of one, masked, either side of each size that decides how to multiply
 DATA = re.compile(r"\b(batch|flow|allowed|rows)\b")  # arguments of a part that differ from call to call
 
@@ -91,17 +92,13 @@ def keep_guards(entries: list) -> list[bool]:
     ]
 
 
-def compile_part(part: Callable, number: int, device: torch.device, backend: str) -> Callable:
-    """A part compiled; on CUDA with graphs of launches. Each has code of its own, of which torch keeps count."""
+def compile_part(part: Callable, number: int, backend: str) -> Callable:
+    """A part compiled. Each has code of its own, of which torch keeps count."""
     hold_settings()
     part.__code__ = part.__code__.replace(co_name=f"{part.__name__}_{number}")
     options: dict[str, Any] = {"guard_filter_fn": keep_guards}
     if backend == "inductor":
-        options |= {
-            "triton.cudagraphs": device.type == "cuda",
-            "size_asserts": False,
-            "assert_indirect_indexing": False,
-        }
+        options |= {"size_asserts": False, "assert_indirect_indexing": False}
     return torch.compile(part, fullgraph=True, backend=backend, options=options)
 
 
@@ -170,6 +167,7 @@ class Execution:
                 self.edges.append(Edge.of(x))
             self.last = Edge.of(net.top(proof, x))
         self.parts: dict[tuple, Callable] = {}  # of layers, by all in which they may differ
+        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor | None], tuple]] = {}
         self.graphs = 0
         constants = proof.constants
         outer = {name: c for name, c in constants.items() if not name.startswith("layer.")}
@@ -183,7 +181,7 @@ class Execution:
 
     def compile(self, part: Callable) -> Callable:
         self.graphs += 1
-        return compile_part(part, self.graphs, self.device, self.backend)
+        return compile_part(part, self.graphs, self.backend)
 
     def make_bottom(self) -> Callable:
         net, quants, profile, edge = self.net, self.quants, self.profile, self.edges[0]
@@ -248,10 +246,19 @@ class Execution:
         """The output; None where the eager form is to compute it: images that are not finite, scales of the data that
         are too large."""
         batch = {name: inputs.get(name) for name in ("tokens", "mask", "types", "images")}
-        images, rows = batch["images"], batch["mask"]
+        images = batch["images"]
         if images is not None and not torch.isfinite(images).all():
             return None
-        mark(images, 0)
+        parts, largest = self.replay(batch) if self.device.type == "cuda" else self.forward(batch)
+        if largest and not bool((torch.stack(largest) < LARGEST_SCALE).all()):
+            return None
+        value, unit, zero = self.last.complete(parts)
+        return Code(value, unit, zero, self.last.spec, self.last.measured)
+
+    def forward(self, batch: dict[str, Tensor | None]) -> tuple[Parts, list[Tensor]]:
+        """What the last part gives, and the largest scale of the data in each part that has one."""
+        rows = batch["mask"]
+        mark(batch["images"], 0)
         for name in ("tokens", "mask", "types"):
             mark(batch[name], 0, 1)
         parts, allowed, most = self.bottom(batch, *self.outer)
@@ -263,18 +270,35 @@ class Execution:
         if self.has_top:
             parts, most = self.top(self.enter(self.edges[-1], parts), rows, *self.outer)
             scales.append(most)
-        largest = [scale for scale in scales if scale is not None]
-        if largest and not bool((torch.stack(largest) < LARGEST_SCALE).all()):
-            return None
-        value, unit, zero = self.last.complete(parts)
-        return Code(value, unit, zero, self.last.spec, self.last.measured)
+        return parts, [scale for scale in scales if scale is not None]
+
+    def replay(self, batch: dict[str, Tensor | None]) -> tuple[Parts, list[Tensor]]:
+        """`forward` on CUDA, all launches of it as one graph for each kind of batch, captured at its first call. The
+        graphs share their memory, which is why what they give is copied."""
+        kind = tuple((name, x.shape, x.dtype) for name, x in batch.items() if x is not None)
+        if kind not in self.captured and len(self.captured) == KINDS:
+            return self.forward(batch)
+        with torch.cuda.device(self.device):
+            if kind not in self.captured:
+                given = {name: None if x is None else x.clone() for name, x in batch.items()}
+                self.forward(given)  # compiles
+                pool = next((graph.pool() for graph, *_ in self.captured.values()), None)
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool):
+                    made = self.forward(given)
+                self.captured[kind] = graph, given, made
+            graph, given, (parts, largest) = self.captured[kind]
+            for name, x in batch.items():
+                if x is not None:
+                    given[name].copy_(x)
+            graph.replay()
+            return tuple(None if part is None else part.clone() for part in parts), largest
 
     @property
     def has_top(self) -> bool:
         """Whether anything lies behind the layers."""
         return self.spec.head is not Head.NONE or self.spec.final_norm or self.spec.embed_width is not None
 
-    def enter(self, edge: Edge, parts: tuple[Tensor, Tensor | None, Tensor | None]) -> Flow:
+    def enter(self, edge: Edge, parts: Parts) -> Flow:
         """What a part gave, as the next one takes it."""
         flow = edge.complete(parts)
         for x in flow:
