@@ -2,8 +2,8 @@
 section 4), channels coded wide, a scale per channel; all fixed at calibration.
 
 Differs from the reference: channel_multiplier, joint_unit, varies: constants are made once, there.
-Differs from the reference: Grouped, carry, divide, one_group, prepare, multiply: which instruction multiplies is a matter of
-the machine.
+Differs from the reference: Grouped, carry, divide, one_group, prepare, multiply: which instruction multiplies is a
+matter of the machine.
 
 The reference's module has the formulas: codes less their zero points are multiplied by m_c, float64 carries the
 products with the other factor, exact in blocks, and the sum is rounded once. Compiled models take the groups apart
