@@ -22,8 +22,7 @@ import numpy as np
 from .. import ops, random
 from ..spec import FloatQuantSpec, Gradients, Granularity, Operand, Quant
 from ..tape import Var, node
-from . import formats, quantizer
-from .affine import TINY
+from . import affine, formats, quantizer
 
 __all__ = ["Backward", "find_scale", "linear", "matmul", "quantize_operand"]
 
@@ -65,10 +64,10 @@ def find_scale(x: np.ndarray, quant: Quant) -> np.ndarray:
         padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rest)])
         return formats.mx_scale(padded, quant.format, quant.shared, quant.block)[..., : x.shape[-1]]
     axes = tuple(range(x.ndim)) if quant.granularity is Granularity.TENSOR else (x.ndim - 1,)
-    with np.errstate(over="ignore"):  # float64 beyond float32
-        top = np.abs(x).max(axis=axes, keepdims=True).astype(np.float32)
+    low, high = affine.min_max(x, axes)
+    top = np.maximum(-low, high)
     largest = formats.LAYOUTS[quant.format].maximum if isinstance(quant, FloatQuantSpec) else quant.code_max
-    scale = np.where(top == 0, np.float32(1), np.maximum(top / np.float32(largest), TINY))
+    scale = np.where(top == 0, np.float32(1), np.maximum(top / np.float32(largest), affine.TINY))
     return np.where(np.isfinite(top), scale, np.float32(np.nan))
 
 

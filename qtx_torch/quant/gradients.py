@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from qtx_ref.spec import FloatQuantSpec, Gradients, Granularity, Quant
 
 from .. import distributed, ops, random
-from . import formats, quantizer
-from .affine import TINY
+from . import affine, formats, quantizer
+from .compiled import store_rows
 
 
 class Backward:
@@ -58,13 +58,13 @@ def find_scale(x: Tensor, quant: Quant) -> Tensor:
         padded = torch.nn.functional.pad(x, (0, rest))
         return formats.mx_scale(padded, quant.format, quant.shared, quant.block)[..., : x.shape[-1]]
     axes = tuple(range(x.ndim)) if quant.granularity is Granularity.TENSOR else (x.ndim - 1,)
-    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)  # no copy of |x|
+    low, high = affine.min_max(x, axes)  # no copy of |x|
     if quant.granularity is Granularity.TENSOR:
         low, high = distributed.share_range(low, high)
-    top = torch.maximum(-low, high).float()
+    top = torch.maximum(-low, high)
     largest = formats.LAYOUTS[quant.format].maximum if isinstance(quant, FloatQuantSpec) else quant.code_max
-    scale = (top / torch.full_like(top, largest)).clamp(min=TINY).masked_fill(top == 0, 1)
-    return scale.masked_fill(~torch.isfinite(top), math.nan)
+    scale = (top / torch.full_like(top, largest)).clamp(min=affine.TINY).masked_fill(top == 0, 1)
+    return store_rows(scale.masked_fill(~torch.isfinite(top), math.nan), x)
 
 
 def quantize_operand(
