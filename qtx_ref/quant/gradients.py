@@ -15,6 +15,7 @@ Arrays: float32 or float64, gradients in the dtype of what they are of.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -96,10 +97,10 @@ def linear(x: Var, weight: Var, bias: Var | None, how: Backward, where: np.ndarr
     rows = None if where is None else np.broadcast_to(where, (*x.shape[:-1], 1)).reshape(-1, 1)  # (N, 1)
 
     def split(v: np.ndarray) -> np.ndarray:  # (..., H n) -> (H, N, n)
-        return v.reshape(-1, heads, v.shape[-1] // heads).swapaxes(0, 1)
+        return v.reshape(math.prod(v.shape[:-1]), heads, v.shape[-1] // heads).swapaxes(0, 1)
 
     def merge(v: np.ndarray) -> np.ndarray:  # (H, N, n) -> (..., H n)
-        return v.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+        return v.swapaxes(0, 1).reshape(*x.shape[:-1], heads * v.shape[-1])
 
     def draw(name: str, part: str, v: np.ndarray, arrange: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | None:
         words = how.draw(name, part, v.shape)
@@ -117,7 +118,7 @@ def linear(x: Var, weight: Var, bias: Var | None, how: Backward, where: np.ndarr
     plain = ops.linear(Var(x.value), Var(w), None if bias is None else Var(bias.value))
     edges = [(x, dx), (weight, dw)]
     if bias is not None:
-        edges.append((bias, lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0, dtype=np.float64).reshape(bias.shape)))
+        edges.append((bias, lambda g: split(g).sum(axis=1, dtype=np.float64).reshape(bias.shape)))
     return node(plain.value, *edges)
 
 

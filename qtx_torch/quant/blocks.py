@@ -167,7 +167,11 @@ def simulate_rows(x: Tensor, spec: QuantSpec, y: Tensor | None = None) -> tuple[
     for part, out in split(RANGED, [rows, values]):
         found = [affine.min_max(block, (1,)) for (block,) in split(BLOCK, [part])]
         low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
-        scale, zero_point = affine.scale_zero(low, high, spec)
+        try:
+            scale, zero_point = affine.scale_zero(low, high, spec)
+        except ValueError:  # that of these rows; who called has the tensor
+            affine.scale_zero(*affine.min_max(rows, (1,)), spec)
+            raise
         write_values(part, scale, zero_point.float(), out, spec)
         if not spec.symmetric:  # no quotient of a largest magnitude rounds to more than the largest code
             levels = rounding.round_level(torch.cat((low, high), 1), scale, zero_point)

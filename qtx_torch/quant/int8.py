@@ -22,7 +22,7 @@ from qtx_ref.spec import QTX, Gradients, Granularity, Quant, QuantSpec
 
 from .. import ops
 from . import quantizer, rounding
-from .gradients import Backward, _draw, _draw_gradient, _multiply, find_scale
+from .gradients import Backward, find_scale, flatten, multiply_values
 
 LONGEST = 2**16  # terms of magnitude 2^14 whose sum int32 holds, and half of it to spare
 
@@ -56,6 +56,8 @@ def sum_products(a: Tensor, b: Tensor) -> Tensor:
         parts = zip(a.split(LONGEST, 1), b.split(LONGEST, 1), strict=True)
         return torch.stack([sum_products(x.contiguous(), y.contiguous()) for x, y in parts]).sum(0)
     m, n = a.shape[0], b.shape[0]
+    if not (m and n and a.shape[1]):
+        return a.new_zeros(m, n, dtype=torch.float32)
     if a.device.type == "cuda":
         inner = -a.shape[1] % 8
         a = torch.nn.functional.pad(a, (0, inner, 0, max(0, 17 - m)))
@@ -82,7 +84,7 @@ class Int8Linear(torch.autograd.Function):
         how: Backward | None,
         where: Tensor | None,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = flatten(x)
         x_scale, _ = quantizer.dynamic_scale(rows, specs[0], None, False)
         w_scale, _ = quantizer.dynamic_scale(weight, specs[1], None, True)
         codes, w_codes = encode(rows, x_scale, specs[0]), encode(weight, w_scale, specs[1])
@@ -99,20 +101,20 @@ class Int8Linear(torch.autograd.Function):
         codes, x_scale, w_codes, w_scale, where = ctx.saved_tensors
         how, (shape, x_dtype, w_dtype) = ctx.how, ctx.given
         x, w = (codes * x_scale).to(x_dtype), (w_codes * w_scale).to(w_dtype)  # what the codes stand for
-        dy = g.reshape(-1, g.shape[-1])
+        dy = flatten(g)
         dx = dw = db = None
         if how is None:
-            dx = _multiply(dy, w, g.dtype) if ctx.needs_input_grad[0] else None
-            dw = _multiply(dy.t(), x, g.dtype) if ctx.needs_input_grad[1] else None
+            dx = multiply_values(dy, w, g.dtype) if ctx.needs_input_grad[0] else None
+            dw = multiply_values(dy.t(), x, g.dtype) if ctx.needs_input_grad[1] else None
         else:
-            first, second = (None if words is None else words.reshape(dy.shape) for words in _draw_gradient(how, g))
+            first, second = (None if words is None else words.reshape(dy.shape) for words in how.draw_gradient(g))
             if ctx.needs_input_grad[0]:
-                words = _draw(how, "dgrad_weight", "weight", w)
+                words = how.draw("dgrad_weight", "weight", w.shape, w.device)
                 dx = product(how, "dgrad_gradient", dy, first, "dgrad_weight", turn(w), turn(words))
             if ctx.needs_input_grad[1]:
-                words = _draw(how, "wgrad_input", "input", x.reshape(shape))
+                words = how.draw("wgrad_input", "input", shape, x.device)
                 words = None if words is None else words.reshape(x.shape)
-                x = x if where is None else torch.where(where.expand(*shape[:-1], 1).reshape(-1, 1), x, 0)
+                x = x if where is None else torch.where(flatten(where.expand(*shape[:-1], 1)), x, 0)
                 dw = product(how, "wgrad_gradient", turn(dy), turn(second), "wgrad_input", turn(x), turn(words))
         if ctx.needs_input_grad[2]:
             db = dy.sum(dim=0).reshape(ctx.bias)
