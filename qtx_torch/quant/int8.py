@@ -14,16 +14,21 @@ in and 1 out for each operand's element, 4 in and 4 out for each of the result's
 
 from __future__ import annotations
 
+import math
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qtx_ref.spec import QTX, Gradients, Granularity, Quant, QuantSpec
 
-from .. import ops
+from .. import ops, random
 from . import quantizer, rounding
 from .gradients import Backward, _draw, _draw_gradient, _multiply, find_scale
 
+NAMES = ("dgrad_gradient", "dgrad_weight", "wgrad_gradient", "wgrad_input")
 LONGEST = 2**16  # terms of magnitude 2^14 whose sum int32 holds, and half of it to spare
 
 
@@ -38,7 +43,7 @@ def has_products(gradients: Gradients | None) -> bool:
     """Whether both gradient products are of such codes, or neither is quantized."""
     if gradients is None:
         return True
-    operands = (gradients.dgrad_gradient, gradients.dgrad_weight, gradients.wgrad_gradient, gradients.wgrad_input)
+    operands = (getattr(gradients, name) for name in NAMES)
     return all(one is not None and has_codes(one.quant) for one in operands)
 
 
@@ -68,6 +73,13 @@ def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     return sum_products(a, b) * a_scale * b_scale.t()
 
 
+def find_kernels(x: Tensor, weight: Tensor) -> ModuleType | None:
+    """Triton's, on a GPU where it is installed, for operands that have elements."""
+    if torch.float64 in (x.dtype, weight.dtype) or not x.numel() or not weight.numel():
+        return None
+    return import_module("qtx_torch.kernels.int8_training") if random.has_kernels(x.device) else None
+
+
 class Int8Linear(torch.autograd.Function):
     """`gradients.Linear` of fake-quantized operands, by codes. The straight-through gradient passes whole: no code is
     clamped (`quantizer.holds_all`)."""
@@ -83,41 +95,94 @@ class Int8Linear(torch.autograd.Function):
         where: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        x_scale, _ = quantizer.dynamic_scale(rows, specs[0], None, False)
-        w_scale, _ = quantizer.dynamic_scale(weight, specs[1], None, True)
-        codes, w_codes = encode(rows, x_scale, specs[0]), encode(weight, w_scale, specs[1])
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        kernels = find_kernels(x, weight)
+        if kernels is None:
+            x_scale, _ = quantizer.dynamic_scale(rows, specs[0], None, False)
+            w_scale, _ = quantizer.dynamic_scale(weight, specs[1], None, True)
+            codes, w_codes = encode(rows, x_scale, specs[0]), encode(weight, w_scale, specs[1])
+            y = multiply(codes, x_scale, w_codes, w_scale)
+            y = (y if bias is None else y + bias.float()).to(dtype)
+        else:
+            run = kernels.forward_op if torch.compiler.is_compiling() else kernels.run_forward
+            limits = [end for spec in specs for end in (spec.code_min, spec.code_max)]
+            y, codes, x_scale, w_codes, w_scale = run(rows, weight, bias, limits, dtype)
         ctx.save_for_backward(codes, x_scale, w_codes, w_scale, where)
         ctx.how, ctx.bias, ctx.given = how, None if bias is None else bias.shape, (x.shape, x.dtype, weight.dtype)
-        y = multiply(codes, x_scale, w_codes, w_scale)
-        y = (y if bias is None else y + bias.float()).reshape(*x.shape[:-1], len(weight))
-        kind = x.device.type
-        return ops.own(y.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype))
+        ctx.kernels = kernels is not None
+        return ops.own(y.reshape(*x.shape[:-1], len(weight)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         codes, x_scale, w_codes, w_scale, where = ctx.saved_tensors
         how, (shape, x_dtype, w_dtype) = ctx.how, ctx.given
-        x, w = (codes * x_scale).to(x_dtype), (w_codes * w_scale).to(w_dtype)  # what the codes stand for
-        dy = g.reshape(-1, g.shape[-1])
+        dy, columns = g.reshape(-1, g.shape[-1]), shape[-1]
+        if where is not None:
+            where = where.expand(*shape[:-1], 1).reshape(-1)
         dx = dw = db = None
-        if how is None:
-            dx = _multiply(dy, w, g.dtype) if ctx.needs_input_grad[0] else None
-            dw = _multiply(dy.t(), x, g.dtype) if ctx.needs_input_grad[1] else None
+        if how is not None and ctx.kernels:
+            kernels = import_module("qtx_torch.kernels.int8_training")
+            run = kernels.backward_op if torch.compiler.is_compiling() else kernels.run_backward
+            wanted = list(ctx.needs_input_grad[:2])
+            dx, dw = run(
+                dy, codes, x_scale, w_codes, w_scale, where, *describe(how, g.shape, shape, wanted), x_dtype, w_dtype
+            )
+            dx, dw = dx if wanted[0] else None, dw if wanted[1] else None
         else:
-            first, second = (None if words is None else words.reshape(dy.shape) for words in _draw_gradient(how, g))
-            if ctx.needs_input_grad[0]:
-                words = _draw(how, "dgrad_weight", "weight", w)
-                dx = product(how, "dgrad_gradient", dy, first, "dgrad_weight", turn(w), turn(words))
-            if ctx.needs_input_grad[1]:
-                words = _draw(how, "wgrad_input", "input", x.reshape(shape))
-                words = None if words is None else words.reshape(x.shape)
-                x = x if where is None else torch.where(where.expand(*shape[:-1], 1).reshape(-1, 1), x, 0)
-                dw = product(how, "wgrad_gradient", turn(dy), turn(second), "wgrad_input", turn(x), turn(words))
+            x, w = (codes[:, :columns] * x_scale).to(x_dtype), (w_codes[:, :columns] * w_scale).to(w_dtype)
+            if how is None:
+                dx = _multiply(dy, w, g.dtype) if ctx.needs_input_grad[0] else None
+                dw = _multiply(dy.t(), x, g.dtype) if ctx.needs_input_grad[1] else None
+            else:
+                dx, dw = multiply_gradients(how, g, x.reshape(shape), w, where, *ctx.needs_input_grad[:2])
         if ctx.needs_input_grad[2]:
             db = dy.sum(dim=0).reshape(ctx.bias)
         dx = None if dx is None else dx.reshape(shape).to(x_dtype)
         return dx, None if dw is None else dw.to(w_dtype), db, None, None, None
+
+
+def multiply_gradients(
+    how: Backward, g: Tensor, x: Tensor, w: Tensor, where: Tensor | None, for_x: bool, for_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dX (N, I) and dW of dY (..., O), x (..., I) and W, by codes of all four operands; float32. where (N,): rows of x
+    that count."""
+    dy, rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+    first, second = (None if words is None else words.reshape(dy.shape) for words in _draw_gradient(how, g))
+    dx = dw = None
+    if for_x:
+        words = _draw(how, "dgrad_weight", "weight", w)
+        dx = product(how, "dgrad_gradient", dy, first, "dgrad_weight", turn(w), turn(words))
+    if for_w:
+        words = _draw(how, "wgrad_input", "input", x)
+        words = None if words is None else words.reshape(rows.shape)
+        rows = rows if where is None else torch.where(where[:, None], rows, 0)
+        dw = product(how, "wgrad_gradient", turn(dy), turn(second), "wgrad_input", turn(rows), turn(words))
+    return dx, dw
+
+
+def describe(
+    how: Backward, g_shape: torch.Size, x_shape: torch.Size, wanted: list[bool]
+) -> tuple[Tensor | None, int, list[bool], list[int], list[int], list[int]]:
+    """What `run_backward` takes between `where` and the dtypes."""
+    operands = [getattr(how.gradients, name) for name in NAMES]
+    firsts = [how.first_row * math.prod(g_shape[1:]), 0, how.first_row * math.prod(x_shape[1:])]
+    sites = [random.number_site(f"{how.site}.{part}") for part in ("grad", "weight", "input")]
+    step, address = how.step, None
+    if isinstance(step, Tensor) or isinstance(firsts[0], Tensor):
+        device = next(one.device for one in (step, firsts[0]) if isinstance(one, Tensor))
+        numbers = [torch.as_tensor(one, device=device) for first in firsts for one in (step, first)]
+        address, step, firsts = torch.stack(numbers).reshape(3, 2), 0, [0, 0, 0]
+    signed = how.seed - (1 << 64) if how.seed >= 1 << 63 else how.seed
+    return (
+        address,
+        x_shape[-1],
+        wanted,
+        [1 + one.stochastic for one in operands],
+        [end for one in operands for end in (one.quant.code_min, one.quant.code_max)],
+        [signed, step, *(number for pair in zip(sites, firsts, strict=True) for number in pair)],
+    )
 
 
 def turn(x: Tensor | None) -> Tensor | None:
