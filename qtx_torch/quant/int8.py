@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -73,11 +72,13 @@ def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     return sum_products(a, b) * a_scale * b_scale.t()
 
 
-def find_kernels(x: Tensor, weight: Tensor) -> ModuleType | None:
-    """Triton's, on a GPU where it is installed, for operands that have elements."""
-    if torch.float64 in (x.dtype, weight.dtype) or not x.numel() or not weight.numel():
-        return None
-    return import_module("qtx_torch.kernels.int8_training") if random.has_kernels(x.device) else None
+def has_kernels(device: torch.device) -> bool:
+    """Whether a linear is Triton's three products, `torch.ops.qtx.int8_forward` and `int8_backward`: on a GPU where
+    Triton compiles. `step.compile_forward` tells the compiler that it is a constant."""
+    if not random.has_kernels(device):
+        return False
+    import_module("qtx_torch.kernels.int8_training")
+    return True
 
 
 class Int8Linear(torch.autograd.Function):
@@ -97,20 +98,19 @@ class Int8Linear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        kernels = find_kernels(x, weight)
-        if kernels is None:
+        floats = torch.float64 not in (x.dtype, weight.dtype) and x.numel() > 0 and weight.numel() > 0
+        ctx.kernels = floats and has_kernels(x.device)
+        if not ctx.kernels:
             x_scale, _ = quantizer.dynamic_scale(rows, specs[0], None, False)
             w_scale, _ = quantizer.dynamic_scale(weight, specs[1], None, True)
             codes, w_codes = encode(rows, x_scale, specs[0]), encode(weight, w_scale, specs[1])
             y = multiply(codes, x_scale, w_codes, w_scale)
             y = (y if bias is None else y + bias.float()).to(dtype)
         else:
-            run = kernels.forward_op if torch.compiler.is_compiling() else kernels.run_forward
             limits = [end for spec in specs for end in (spec.code_min, spec.code_max)]
-            y, codes, x_scale, w_codes, w_scale = run(rows, weight, bias, limits, dtype)
+            y, codes, x_scale, w_codes, w_scale = torch.ops.qtx.int8_forward(rows, weight, bias, limits, dtype)
         ctx.save_for_backward(codes, x_scale, w_codes, w_scale, where)
         ctx.how, ctx.bias, ctx.given = how, None if bias is None else bias.shape, (x.shape, x.dtype, weight.dtype)
-        ctx.kernels = kernels is not None
         return ops.own(y.reshape(*x.shape[:-1], len(weight)))
 
     @staticmethod
@@ -123,10 +123,8 @@ class Int8Linear(torch.autograd.Function):
             where = where.expand(*shape[:-1], 1).reshape(-1)
         dx = dw = db = None
         if how is not None and ctx.kernels:
-            kernels = import_module("qtx_torch.kernels.int8_training")
-            run = kernels.backward_op if torch.compiler.is_compiling() else kernels.run_backward
             wanted = list(ctx.needs_input_grad[:2])
-            dx, dw = run(
+            dx, dw = torch.ops.qtx.int8_backward(
                 dy, codes, x_scale, w_codes, w_scale, where, *describe(how, g.shape, shape, wanted), x_dtype, w_dtype
             )
             dx, dw = dx if wanted[0] else None, dw if wanted[1] else None
