@@ -8,6 +8,8 @@ Arrays: float32 or float64, computed and returned in the dtype of x, and in the 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy import special
 
@@ -59,10 +61,10 @@ def linear(x: Var, weight: Var, bias: Var | None = None) -> Var:
     heads = w.shape[0] if w.ndim == 3 else 1
 
     def split(v: np.ndarray) -> np.ndarray:  # (..., H n) -> (H, N, n)
-        return v.reshape(-1, heads, v.shape[-1] // heads).swapaxes(0, 1)
+        return v.reshape(math.prod(v.shape[:-1]), heads, v.shape[-1] // heads).swapaxes(0, 1)
 
     def merge(v: np.ndarray) -> np.ndarray:  # (H, N, n) -> (..., H n)
-        return v.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+        return v.swapaxes(0, 1).reshape(*x.shape[:-1], heads * v.shape[-1])
 
     w3 = w.reshape(heads, *w.shape[-2:])  # (H, O, I)
     y = merge(split(x.value) @ w3.swapaxes(1, 2))
@@ -72,7 +74,7 @@ def linear(x: Var, weight: Var, bias: Var | None = None) -> Var:
     ]
     if bias is not None:
         y += bias.value.reshape(-1)
-        edges.append((bias, lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0, dtype=np.float64).reshape(bias.shape)))
+        edges.append((bias, lambda g: split(g).sum(axis=1, dtype=np.float64).reshape(bias.shape)))
     return node(y, *edges)
 
 

@@ -216,7 +216,8 @@ def mx_exponent(x: np.ndarray, kind: FloatFormat, rule: SharedScale, block: int)
     if x.shape[-1] % block:
         raise ValueError(f"block {block} does not divide the last axis, {x.shape[-1]}; choose one that does")
     f = LAYOUTS[kind]
-    largest = np.abs(np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, block)).max(-1)  # NaN if the block has one
+    parts = np.asarray(x, np.float32).reshape(*x.shape[:-1], x.shape[-1] // block, block)
+    largest = np.abs(parts).max(-1)  # NaN if the block has one
     bits = largest.view(np.int32)
     if rule is SharedScale.CEIL:
         bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
@@ -260,7 +261,7 @@ def mx_dequantize(scale: np.ndarray, code: np.ndarray, kind: FloatFormat) -> np.
     blocks = scale.shape[-1] if scale.ndim else 0
     if scale.ndim != code.ndim or scale.shape[:-1] != code.shape[:-1] or blocks == 0 or code.shape[-1] % blocks:
         raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit codes of shape {tuple(code.shape)}")
-    parts = decode(code, kind).reshape(*scale.shape, -1)
+    parts = decode(code, kind).reshape(*scale.shape, code.shape[-1] // blocks)
     power = np.where(scale == SCALE_NAN, np.nan, power_of_two(scale.astype(np.int32) - SCALE_BIAS))
     with np.errstate(over="ignore"):
         return (parts * power[..., None]).astype(np.float32).reshape(code.shape)

@@ -15,6 +15,7 @@ Arrays: float32 or float64, gradients in the dtype of what they are of.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -22,8 +23,7 @@ import numpy as np
 from .. import ops, random
 from ..spec import FloatQuantSpec, Gradients, Granularity, Operand, Quant
 from ..tape import Var, node
-from . import formats, quantizer
-from .affine import TINY
+from . import affine, formats, quantizer
 
 __all__ = ["Backward", "find_scale", "linear", "matmul", "quantize_operand"]
 
@@ -65,10 +65,10 @@ def find_scale(x: np.ndarray, quant: Quant) -> np.ndarray:
         padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rest)])
         return formats.mx_scale(padded, quant.format, quant.shared, quant.block)[..., : x.shape[-1]]
     axes = tuple(range(x.ndim)) if quant.granularity is Granularity.TENSOR else (x.ndim - 1,)
-    with np.errstate(over="ignore"):  # float64 beyond float32
-        top = np.abs(x).max(axis=axes, keepdims=True).astype(np.float32)
+    low, high = affine.min_max(x, axes)
+    top = np.maximum(-low, high)
     largest = formats.LAYOUTS[quant.format].maximum if isinstance(quant, FloatQuantSpec) else quant.code_max
-    scale = np.where(top == 0, np.float32(1), np.maximum(top / np.float32(largest), TINY))
+    scale = np.where(top == 0, np.float32(1), np.maximum(top / np.float32(largest), affine.TINY))
     return np.where(np.isfinite(top), scale, np.float32(np.nan))
 
 
@@ -97,10 +97,10 @@ def linear(x: Var, weight: Var, bias: Var | None, how: Backward, where: np.ndarr
     rows = None if where is None else np.broadcast_to(where, (*x.shape[:-1], 1)).reshape(-1, 1)  # (N, 1)
 
     def split(v: np.ndarray) -> np.ndarray:  # (..., H n) -> (H, N, n)
-        return v.reshape(-1, heads, v.shape[-1] // heads).swapaxes(0, 1)
+        return v.reshape(math.prod(v.shape[:-1]), heads, v.shape[-1] // heads).swapaxes(0, 1)
 
     def merge(v: np.ndarray) -> np.ndarray:  # (H, N, n) -> (..., H n)
-        return v.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+        return v.swapaxes(0, 1).reshape(*x.shape[:-1], heads * v.shape[-1])
 
     def draw(name: str, part: str, v: np.ndarray, arrange: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | None:
         words = how.draw(name, part, v.shape)
@@ -118,7 +118,7 @@ def linear(x: Var, weight: Var, bias: Var | None, how: Backward, where: np.ndarr
     plain = ops.linear(Var(x.value), Var(w), None if bias is None else Var(bias.value))
     edges = [(x, dx), (weight, dw)]
     if bias is not None:
-        edges.append((bias, lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0, dtype=np.float64).reshape(bias.shape)))
+        edges.append((bias, lambda g: split(g).sum(axis=1, dtype=np.float64).reshape(bias.shape)))
     return node(plain.value, *edges)
 
 

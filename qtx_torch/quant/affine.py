@@ -42,6 +42,7 @@ from qtx_ref.spec import (
 )
 
 from .checks import check_range, check_shape
+from .compiled import find_ends
 from .rounding import decode, nan_code, round_dtype, round_integer, round_level, working_dtype
 
 WIDE = QuantSpec(WIDE_BITS, symmetric=True)  # of a channel that is coded wide: the scale; its codes are moved up
@@ -104,14 +105,11 @@ def min_max(x: Tensor, axes: tuple[int, ...], where: Tensor | None = None) -> tu
         low = x.new_zeros([1 if i in axes else n for i, n in enumerate(x.shape)], dtype=torch.float32)
         return low, low.clone()
     if where is None:
-        if len(axes) == x.ndim and x.numel():
-            low, high = (end.reshape((1,) * x.ndim) for end in x.aminmax())
-        else:
-            low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+        low, high = find_ends(x, axes)
         return low.float(), high.float()
     # what shares a place of `where` is reduced before it is masked: the mask is small, and so is what is left
     shared = tuple(i for i in axes if i + where.ndim >= x.ndim and where.shape[i - x.ndim] == 1)
-    low, high = (x.amin(shared, keepdim=True), x.amax(shared, keepdim=True)) if shared else (x, x)
+    low, high = find_ends(x, shared) if shared else (x, x)
     low = torch.where(where, low, math.inf).amin(axes, keepdim=True)
     high = torch.where(where, high, -math.inf).amax(axes, keepdim=True)
     empty = low > high

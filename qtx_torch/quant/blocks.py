@@ -21,6 +21,7 @@ from torch import Tensor
 from qtx_ref.spec import QTX, Granularity, Quant, QuantSpec, range_axes
 
 from . import affine, rounding
+from .compiled import is_fused, store_rows
 
 RANGED = 2**20  # elements whose ranges are found in one go: they stay in the last cache until they are quantized
 BLOCK = 2**17  # elements that take every operation in turn: with their values half a megabyte
@@ -51,15 +52,9 @@ def _load_kernels(device: torch.device) -> ModuleType | None:
 def simulate_fused(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     """What the codes of x stand for, in one loop of a compiled graph for a CPU, zero in float32: codes less the zero
     point are clamped, so that it is added to none of them. 0 is added, which a -0 becomes, and is no constant."""
-    level = torch.round(x.float() / store_rows(scale)) + store_rows(zero - zero)
-    low, high = store_rows(spec.code_min - zero), store_rows(spec.code_max - zero)
+    level = torch.round(x.float() / store_rows(scale, x)) + store_rows(zero - zero, x)
+    low, high = store_rows(spec.code_min - zero, x), store_rows(spec.code_max - zero, x)
     return torch.minimum(torch.maximum(level, low), high).mul(scale).to(x.dtype)
-
-
-def store_rows(value: Tensor) -> Tensor:
-    """value, written to memory: a graph would else compute it again for every vector of its row. What has strides of
-    its own lies there."""
-    return value.as_strided(value.shape, value.stride())
 
 
 def as_rows(x: Tensor, *others: Tensor) -> list[Tensor] | None:
@@ -116,7 +111,7 @@ def simulate(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> T
         if views := as_rows(x, scale, zero_point.float(), y):
             write_values(*views, spec)
             return y
-    if torch.compiler.is_compiling() and x.device.type == "cpu":
+    if is_fused(x):
         return simulate_fused(x, scale, zero_point.float(), spec)
     code = rounding.round_level(x, scale, zero_point).clamp(spec.code_min, spec.code_max)  # a float: NaN stays NaN
     return code.sub_(zero_point).mul_(scale).to(x.dtype)

@@ -193,7 +193,7 @@ def mx_exponent(x: Tensor, kind: FloatFormat, rule: SharedScale, block: int) -> 
     if x.shape[-1] % block:
         raise ValueError(f"block {block} does not divide the last axis, {x.shape[-1]}; choose one that does")
     f = LAYOUTS[kind]
-    largest = x.float().reshape(*x.shape[:-1], -1, block).abs().amax(-1)  # NaN if the block has one
+    largest = x.float().unflatten(-1, (x.shape[-1] // block, block)).abs().amax(-1)  # NaN if the block has one
     bits = largest.view(torch.int32)
     if rule is SharedScale.CEIL:
         bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
@@ -235,7 +235,7 @@ def mx_dequantize(scale: Tensor, code: Tensor, kind: FloatFormat) -> Tensor:
     blocks = scale.shape[-1] if scale.ndim else 0
     if scale.ndim != code.ndim or scale.shape[:-1] != code.shape[:-1] or blocks == 0 or code.shape[-1] % blocks:
         raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit codes of shape {tuple(code.shape)}")
-    parts = decode(code, kind).reshape(*scale.shape, -1)
+    parts = decode(code, kind).reshape(*scale.shape, code.shape[-1] // blocks)
     power = power_of_two(scale.int() - SCALE_BIAS).masked_fill(scale == SCALE_NAN, torch.nan)
     return (parts * power[..., None]).float().reshape(code.shape)
 

@@ -4,6 +4,8 @@ Operands are those that the forward product took in, which autograd keeps anyway
 product. Products are computed in the dtype of dY.
 
 Differs from the reference: device: where words are drawn; None: torch's default device.
+Differs from the reference: Backward.draw_gradient: one draw for both products.
+Differs from the reference: multiply_values, flatten: shared with linears by int8 products.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from qtx_ref.spec import FloatQuantSpec, Gradients, Granularity, Quant
 
 from .. import distributed, ops, random
-from . import formats, quantizer
-from .affine import TINY
+from . import affine, formats, quantizer
+from .compiled import store_rows
 
 
 class Backward:
@@ -41,6 +43,13 @@ class Backward:
         words = random.bits(self.seed, self.step, f"{self.site}.{part}", math.prod(shape), first, device)
         return words.reshape(shape)
 
+    def draw_gradient(self, g: Tensor) -> tuple[Tensor | None, ...]:
+        """The words of dY in both products, drawn once; None where it is rounded to nearest."""
+        names = ("dgrad_gradient", "wgrad_gradient")
+        rounded = [name for name in names if (one := getattr(self.gradients, name)) is not None and one.stochastic]
+        words = self.draw(rounded[0], "grad", g.shape, g.device) if rounded else None
+        return tuple(words if name in rounded else None for name in names)
+
     def quantize(
         self, name: str, x: Tensor, axis: int, words: Tensor | None = None, where: Tensor | None = None
     ) -> Tensor:
@@ -58,13 +67,13 @@ def find_scale(x: Tensor, quant: Quant) -> Tensor:
         padded = torch.nn.functional.pad(x, (0, rest))
         return formats.mx_scale(padded, quant.format, quant.shared, quant.block)[..., : x.shape[-1]]
     axes = tuple(range(x.ndim)) if quant.granularity is Granularity.TENSOR else (x.ndim - 1,)
-    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)  # no copy of |x|
+    low, high = affine.min_max(x, axes)  # no copy of |x|
     if quant.granularity is Granularity.TENSOR:
         low, high = distributed.share_range(low, high)
-    top = torch.maximum(-low, high).float()
+    top = torch.maximum(-low, high)
     largest = formats.LAYOUTS[quant.format].maximum if isinstance(quant, FloatQuantSpec) else quant.code_max
-    scale = (top / torch.full_like(top, largest)).clamp(min=TINY).masked_fill(top == 0, 1)
-    return scale.masked_fill(~torch.isfinite(top), math.nan)
+    scale = (top / torch.full_like(top, largest)).clamp(min=affine.TINY).masked_fill(top == 0, 1)
+    return store_rows(scale.masked_fill(~torch.isfinite(top), math.nan), x)
 
 
 def quantize_operand(
@@ -81,24 +90,16 @@ def quantize_operand(
     return y.transpose(axis, -1), scale
 
 
-def _draw_gradient(how: Backward, g: Tensor) -> tuple[Tensor | None, ...]:
-    """The words of dY in both products, drawn once; None where it is rounded to nearest."""
-    names = ("dgrad_gradient", "wgrad_gradient")
-    rounded = [name for name in names if (one := getattr(how.gradients, name)) is not None and one.stochastic]
-    words = _draw(how, rounded[0], "grad", g) if rounded else None
-    return tuple(words if name in rounded else None for name in names)
-
-
-def _draw(how: Backward, name: str, part: str, x: Tensor) -> Tensor | None:
-    """The words of an operand in x's shape, on its device."""
-    return how.draw(name, part, tuple(x.shape), x.device)
-
-
-def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def multiply_values(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b, computed in `dtype`. A compiled backward pass is traced under its forward's autocast, and a plain one runs
     without any: so none counts here."""
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype)
+
+
+def flatten(x: Tensor) -> Tensor:
+    """(..., n) -> (N, n), of whatever size, 0 too."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 class Linear(torch.autograd.Function):
@@ -117,26 +118,28 @@ class Linear(torch.autograd.Function):
         how, heads = ctx.how, weight.shape[0] if weight.ndim == 3 else 0
 
         def split(v: Tensor) -> Tensor:  # (..., n) -> (N, n), or (..., H n) -> (H, N, n)
-            v = v.reshape(-1, v.shape[-1])
-            return v.unflatten(-1, (heads, -1)).transpose(0, 1) if heads else v
+            v = flatten(v)
+            return v.unflatten(-1, (heads, v.shape[-1] // heads)).transpose(0, 1) if heads else v
 
         def merge(v: Tensor) -> Tensor:
             return (v.transpose(0, 1).flatten(1) if heads else v).reshape(x.shape)
 
-        first, second = (None if words is None else split(words) for words in _draw_gradient(how, g))
+        first, second = (None if words is None else split(words) for words in how.draw_gradient(g))
         dx = dw = db = None
         dy = split(g)
         if ctx.needs_input_grad[0]:
-            w = how.quantize("dgrad_weight", weight, -2, _draw(how, "dgrad_weight", "weight", weight))
-            dx = merge(_multiply(how.quantize("dgrad_gradient", dy, -1, first), w, g.dtype)).to(x.dtype)
+            w = how.quantize(
+                "dgrad_weight", weight, -2, how.draw("dgrad_weight", "weight", weight.shape, weight.device)
+            )
+            dx = merge(multiply_values(how.quantize("dgrad_gradient", dy, -1, first), w, g.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            words = _draw(how, "wgrad_input", "input", x)
-            rows = None if where is None else where.expand(*x.shape[:-1], 1).reshape(-1, 1)  # (N, 1)
+            words = how.draw("wgrad_input", "input", x.shape, x.device)
+            rows = None if where is None else flatten(where.expand(*x.shape[:-1], 1))  # (N, 1)
             xs = how.quantize("wgrad_input", split(x), -2, None if words is None else split(words), rows)
             dy = how.quantize("wgrad_gradient", dy, -2, second)
-            dw = _multiply(dy.transpose(-1, -2), xs, g.dtype).to(weight.dtype)
+            dw = multiply_values(dy.transpose(-1, -2), xs, g.dtype).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            db = g.reshape(-1, g.shape[-1]).sum(dim=0).reshape(ctx.bias)
+            db = flatten(g).sum(dim=0).reshape(ctx.bias)
         return dx, dw, db, None, None
 
 
@@ -154,16 +157,16 @@ class Matmul(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         a, b, where_a, where_b = ctx.saved_tensors
         how = ctx.how
-        first, second = _draw_gradient(how, g)
+        first, second = how.draw_gradient(g)
         da = db = None
         if ctx.needs_input_grad[0]:
-            words = _draw(how, "dgrad_weight", "rhs", b)
+            words = how.draw("dgrad_weight", "rhs", b.shape, b.device)
             rhs = how.quantize("dgrad_weight", b, -1, words, where_b).transpose(-1, -2)
-            da = _multiply(how.quantize("dgrad_gradient", g, -1, first), rhs, g.dtype).to(a.dtype)
+            da = multiply_values(how.quantize("dgrad_gradient", g, -1, first), rhs, g.dtype).to(a.dtype)
         if ctx.needs_input_grad[1]:
-            words = _draw(how, "wgrad_input", "lhs", a)
+            words = how.draw("wgrad_input", "lhs", a.shape, a.device)
             lhs = how.quantize("wgrad_input", a, -2, words, where_a).transpose(-1, -2)
-            db = _multiply(lhs, how.quantize("wgrad_gradient", g, -2, second), g.dtype).to(b.dtype)
+            db = multiply_values(lhs, how.quantize("wgrad_gradient", g, -2, second), g.dtype).to(b.dtype)
         return da, db, None, None, None
 
 

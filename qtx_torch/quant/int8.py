@@ -25,7 +25,7 @@ from qtx_ref.spec import QTX, Gradients, Granularity, Quant, QuantSpec
 
 from .. import ops, random
 from . import quantizer, rounding
-from .gradients import Backward, _draw, _draw_gradient, _multiply, find_scale
+from .gradients import Backward, find_scale, flatten, multiply_values
 
 NAMES = ("dgrad_gradient", "dgrad_weight", "wgrad_gradient", "wgrad_input")
 LONGEST = 2**16  # terms of magnitude 2^14 whose sum int32 holds, and half of it to spare
@@ -55,15 +55,20 @@ def encode(x: Tensor, scale: Tensor, spec: QuantSpec, words: Tensor | None = Non
 
 
 def sum_products(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T, codes (M, K) and (N, K) -> (M, N), float32. CUDA multiplies more than 16 rows, and 8 columns at a time."""
+    """a b^T, codes (M, K) and (N, K) -> (M, N), float32. CUDA multiplies more than 16 rows, and 8 columns at a time; of
+    sums of one term a CPU's product writes nothing."""
     if a.shape[1] > LONGEST:
         parts = zip(a.split(LONGEST, 1), b.split(LONGEST, 1), strict=True)
         return torch.stack([sum_products(x.contiguous(), y.contiguous()) for x, y in parts]).sum(0)
     m, n = a.shape[0], b.shape[0]
+    if not (m and n and a.shape[1]):
+        return a.new_zeros(m, n, dtype=torch.float32)
     if a.device.type == "cuda":
         inner = -a.shape[1] % 8
         a = torch.nn.functional.pad(a, (0, inner, 0, max(0, 17 - m)))
         b = torch.nn.functional.pad(b, (0, inner, 0, -n % 8))
+    elif a.shape[1] == 1:
+        a, b = (torch.nn.functional.pad(codes, (0, 1)) for codes in (a, b))
     return torch._int_mm(a, b.t())[:m, :n].float()
 
 
@@ -95,7 +100,7 @@ class Int8Linear(torch.autograd.Function):
         how: Backward | None,
         where: Tensor | None,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = flatten(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         floats = torch.float64 not in (x.dtype, weight.dtype) and x.numel() > 0 and weight.numel() > 0
@@ -118,9 +123,9 @@ class Int8Linear(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         codes, x_scale, w_codes, w_scale, where = ctx.saved_tensors
         how, (shape, x_dtype, w_dtype) = ctx.how, ctx.given
-        dy, columns = g.reshape(-1, g.shape[-1]), shape[-1]
+        dy, columns = flatten(g), shape[-1]
         if where is not None:
-            where = where.expand(*shape[:-1], 1).reshape(-1)
+            where = flatten(where.expand(*shape[:-1], 1))[:, 0]
         dx = dw = db = None
         if how is not None and ctx.kernels:
             wanted = list(ctx.needs_input_grad[:2])
@@ -131,8 +136,8 @@ class Int8Linear(torch.autograd.Function):
         else:
             x, w = (codes[:, :columns] * x_scale).to(x_dtype), (w_codes[:, :columns] * w_scale).to(w_dtype)
             if how is None:
-                dx = _multiply(dy, w, g.dtype) if ctx.needs_input_grad[0] else None
-                dw = _multiply(dy.t(), x, g.dtype) if ctx.needs_input_grad[1] else None
+                dx = multiply_values(dy, w, g.dtype) if ctx.needs_input_grad[0] else None
+                dw = multiply_values(dy.t(), x, g.dtype) if ctx.needs_input_grad[1] else None
             else:
                 dx, dw = multiply_gradients(how, g, x.reshape(shape), w, where, *ctx.needs_input_grad[:2])
         if ctx.needs_input_grad[2]:
@@ -146,14 +151,14 @@ def multiply_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dX (N, I) and dW of dY (..., O), x (..., I) and W, by codes of all four operands; float32. where (N,): rows of x
     that count."""
-    dy, rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-    first, second = (None if words is None else words.reshape(dy.shape) for words in _draw_gradient(how, g))
+    dy, rows = flatten(g), flatten(x)
+    first, second = (None if words is None else words.reshape(dy.shape) for words in how.draw_gradient(g))
     dx = dw = None
     if for_x:
-        words = _draw(how, "dgrad_weight", "weight", w)
+        words = how.draw("dgrad_weight", "weight", w.shape, w.device)
         dx = product(how, "dgrad_gradient", dy, first, "dgrad_weight", turn(w), turn(words))
     if for_w:
-        words = _draw(how, "wgrad_input", "input", x)
+        words = how.draw("wgrad_input", "input", x.shape, x.device)
         words = None if words is None else words.reshape(rows.shape)
         rows = rows if where is None else torch.where(where[:, None], rows, 0)
         dw = product(how, "wgrad_gradient", turn(dy), turn(second), "wgrad_input", turn(rows), turn(words))

@@ -28,6 +28,7 @@ from qtx_ref.spec import (
 
 from .. import distributed
 from . import affine, formats
+from .compiled import store_rows
 
 SILENT_SCALE = 2.0**-8  # of a tensor that was 0 in all of calibration
 STOCHASTIC = replace(QTX.fake_quantize, quantize=replace(QTX.quantize, rounding=Rounding.STOCHASTIC))
@@ -80,7 +81,8 @@ def dynamic_scale(
         if spec.axis is not None and distributed.processes()[1] > 1:
             raise ValueError(f"ranges along axis {spec.axis} of a batch that several processes share: leave axis out")
         ends = distributed.share_range(*ends)  # of the whole batch, of which each process trains on some rows
-    return scale_zero(*ends, spec, profile)
+    scale, zero = scale_zero(*ends, spec, profile)
+    return store_rows(scale, x), store_rows(zero, x)
 
 
 def crosses_rows(spec: Quant) -> bool:

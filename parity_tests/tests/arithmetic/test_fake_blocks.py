@@ -16,7 +16,7 @@ from qtx_ref.quant import affine as ref_affine
 from qtx_ref.quant import quantizer as ref_quantizer
 from qtx_ref.spec import Granularity, QuantSpec
 from qtx_torch.numerics import FakeQuant
-from qtx_torch.quant import blocks, straight_through
+from qtx_torch.quant import affine, blocks, straight_through
 
 SPECS = [
     QuantSpec(bits, symmetric=symmetric, granularity=granularity, dynamic=True, narrow=narrow)
@@ -162,3 +162,52 @@ def test_compiled_rows_with_gradients() -> None:
     values, inside = expect(x, spec)
     assert same_bits(y, values) and not inside[4, 1]
     assert np.array_equal(leaf.grad.numpy(), np.where(inside, g.numpy(), 0))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for a CPU needs a C++ compiler")
+def test_compiled_ranges_are_the_reference_s() -> None:
+    """By way of the bits of floats: zeros of both signs, denormal numbers, infinities, and NaN of both signs, which
+    is at both ends."""
+    rng = np.random.default_rng(5)
+    rows = rng.standard_t(2, (40, 48)).astype(np.float32)
+    rows.ravel()[::7] = rng.choice(np.float32([0.0, -0.0, 1e-45, -1e-45, 2.0**-126, 3.4e38, -3.4e38]), 275)
+    rows[1], rows[2], rows[3, 5], rows[4, 47], rows[5, :2] = -1e-45, 0.0, math.inf, -math.inf, (math.inf, -math.inf)
+    rows[6, 16], rows[7, 31] = np.uint32([0x7FC00001, 0xFFFFFFFF]).view(np.float32)
+    rows[8] = np.nextafter(np.float32(-1), np.float32([-2, -1]).repeat(24))  # two that differ in one bit, the last
+    rows[8, 0] = -5
+    x, where = torch.tensor(rows), torch.tensor(rng.random((40, 1)) < 0.7)
+    doubled = x.double() * 2  # beyond float32
+    cases = [
+        (x, (1,), None),
+        (x[:6], (0, 1), None),
+        (x, (0, 1), None),
+        (x[:6], (0, 1), where[:6]),
+        (doubled, (1,), None),
+    ]
+    cases += [(x[8:].reshape(4, 8, 48), (0, 2), where[8:].reshape(4, 8, 1))]
+
+    def find() -> list[tuple[Tensor, Tensor]]:
+        return [affine.min_max(*case) for case in cases]
+
+    for ours, (array, axes, keep) in zip(torch.compile(find, fullgraph=True)(), cases, strict=True):
+        theirs = ref_affine.min_max(array.numpy(), axes, None if keep is None else keep.numpy())
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.dtype is torch.float32 and one.shape == other.shape
+            assert np.array_equal(one.numpy(), other, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for a CPU needs a C++ compiler")
+def test_compiled_codes_of_ties_and_denormal_numbers() -> None:
+    specs = [QuantSpec(symmetric=on, granularity=Granularity.TOKEN, dynamic=True) for on in (False, True)]
+    hooks = [FakeQuant("a.site", spec, None) for spec in specs]
+    x = draw(np.random.default_rng(6), (12, 48))
+    ties = torch.arange(48) + 0.5
+    for row, scale in enumerate((1.0, 2.0**-100, 2.0**-126, 2.0**-140, 2.0**100)):
+        x[row + 4] = torch.cat((torch.tensor([-127.0, 127.0, 0.0]), ties[3:])) * scale
+    x[10, 3] = math.inf
+    results = torch.compile(lambda v: [hook(v, None) for hook in hooks], fullgraph=True)(x)
+    for y, spec in zip(results, specs, strict=True):
+        values, _ = expect(x[:10], spec)
+        assert np.array_equal(y[:10].numpy(), values) and y[10].isnan().all()

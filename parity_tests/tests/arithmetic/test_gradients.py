@@ -136,6 +136,32 @@ def test_a_part_of_the_batch_has_its_rows_words(backend: str, kind: str) -> None
     assert np.abs(other - whole[1:]).max() > 1e-3  # planted: words of other rows
 
 
+NOTHING = {  # shapes of the factors, one size of which is 0
+    "no rows": ("linear", (0, 5, 8), (6, 8)),
+    "no tokens": ("linear", (2, 0, 8), (6, 8)),
+    "no inputs": ("linear", (2, 3, 0), (6, 0)),
+    "no outputs": ("linear", (2, 3, 8), (0, 8)),
+    "no rows, heads": ("heads", (0, 5, 8), (2, 4, 4)),
+    "no sequences": ("matmul", (0, 2, 5, 8), (0, 2, 8, 6)),
+    "no queries": ("matmul", (3, 2, 0, 8), (3, 2, 8, 6)),
+    "no keys": ("matmul", (3, 2, 5, 8), (3, 2, 8, 0)),
+    "no width": ("matmul", (3, 2, 5, 0), (3, 2, 0, 6)),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("text", [None, "8", "8:dgrad", "fp8", "mxfp8"])
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_sum_over_nothing_is_zero(backend: str, text: str | None, case: str) -> None:
+    """Whatever is quantized: of nothing the shapes are as they would be, and all that is there is 0."""
+    kind, *shapes = NOTHING[case]
+    a, b = (np.ones(shape, np.float32) for shape in shapes)
+    width = b.shape[-1] if kind == "matmul" else int(np.prod(b.shape[:-1]))
+    g = np.ones((*a.shape[:-1], width), np.float32)
+    results = products(backend, kind, None if text is None else read_gradients(text), a, b, g)
+    assert [v.shape for v in results] == [g.shape, a.shape, b.shape] and not any(v.any() for v in results)
+
+
 FORMS = {
     "8": QuantSpec(8, True, granularity=Granularity.TOKEN, dynamic=True),
     "4": QuantSpec(4, True, granularity=Granularity.TOKEN, dynamic=True),

@@ -76,6 +76,12 @@ def test_sums_longer_than_an_accumulator_are_taken_in_parts(monkeypatch: pytest.
     assert torch.equal(int8.sum_products(a, b), a.float() @ b.float().t())  # below 2^24: exact
 
 
+def test_sums_of_one_term() -> None:
+    """torch's own product of such codes leaves what was in memory."""
+    a, b = torch.tensor([[3], [-4]], dtype=torch.int8), torch.tensor([[2], [0], [-5]], dtype=torch.int8)
+    assert int8.sum_products(a, b).tolist() == [[6, 0, -15], [-8, 0, 20]]
+
+
 def test_not_a_number_in_a_gradient_shows() -> None:
     x, w = draw(6, 16).requires_grad_(), draw(8, 16).requires_grad_()
     g = draw(6, 8)
@@ -139,9 +145,16 @@ def test_a_scale_of_an_input_s_channel_has_no_products() -> None:
         assert has_int8(module, module.weight) is has
 
 
-def test_no_rows() -> None:
-    for shape in ((0, 16), (2, 0, 16)):
-        x, w = torch.ones(shape).requires_grad_(), draw(8, 16).requires_grad_()
-        y = int8.linear(x, w, torch.ones(8), (TOKEN, CHANNEL), None)
+@pytest.mark.parametrize("quantized", [False, True], ids=["float gradients", "grad8"])
+@pytest.mark.parametrize("shape", [(0, 16, 8), (2, 0, 16, 8), (3, 5, 0, 8), (3, 5, 16, 0)], ids=str)
+def test_nothing_to_sum(quantized: bool, shape: tuple[int, ...]) -> None:
+    """As the float linear: no rows, no inputs (the bias is all there is), no outputs."""
+    how = gradients.Backward(GRADIENTS, "a.site", 3, 5) if quantized else None
+    *rows, inputs, outputs = shape
+    results = []
+    for ours in (True, False):
+        x, w, b = (torch.ones(part).requires_grad_() for part in ((*rows, inputs), (outputs, inputs), (outputs,)))
+        y = int8.linear(x, w, b, (TOKEN, CHANNEL), how) if ours else torch.nn.functional.linear(x, w, b)
         y.sum().backward()
-        assert y.shape == (*shape[:-1], 8) and x.grad.shape == shape and not w.grad.any()
+        results.append((y, x.grad, w.grad, b.grad))
+    assert all(one.equal(other) for one, other in zip(*results, strict=True))
