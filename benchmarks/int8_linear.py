@@ -16,6 +16,7 @@ from qtx.engines.backend import MissingExtra, need
 from qtx_ref.spec import Gradients, Granularity, Operand, QuantSpec
 from qtx_torch.numerics import FakeQuant
 from qtx_torch.quant import gradients, int8
+from qtx_torch.step import compile_forward
 
 from .harness import Call, Row, Skip, compare, near
 
@@ -29,10 +30,10 @@ BOUND = 1 / 1.3
 def build(way: str, device: str, dtype: str, tokens: int, inputs: int, outputs: int, compiled: bool) -> Call:
     """`way`: int8, fake (the same by values), torchao's int8 training or float. Returns the result and both
     gradients."""
-    made = torch.Generator().manual_seed(0)
+    made = torch.Generator(device).manual_seed(0)
     kind = getattr(torch, dtype)
     shapes = ((tokens, inputs), (outputs, inputs), (tokens, outputs))
-    x, w, g = (torch.randn(shape, generator=made).to(device, kind) for shape in shapes)
+    x, w, g = (torch.randn(shape, generator=made, device=device).to(kind) for shape in shapes)
     x.requires_grad_()
     w.requires_grad_()
     if way == "torchao":
@@ -47,11 +48,11 @@ def build(way: str, device: str, dtype: str, tokens: int, inputs: int, outputs: 
             return gradients.linear(hooks[0](x, None), hooks[1](w, None), None, how)
         return torch.nn.functional.linear(x, w)
 
-    run = torch.compile(multiply) if compiled else multiply
+    run = compile_forward(multiply) if compiled else multiply
 
-    def call() -> torch.Tensor:
+    def call() -> tuple[torch.Tensor, ...]:
         y = run(x, w)
-        return torch.cat([part.flatten() for part in (y.detach(), *torch.autograd.grad(y, (x, w), g))])
+        return y.detach(), *torch.autograd.grad(y, (x, w), g)
 
     return call
 
@@ -80,10 +81,9 @@ def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
         small = (device, dtype, 64, *size[1:], False)
 
         def check(small: tuple = small) -> str:
-            ours, theirs = (build(way, *small)() for way in ("int8", "fake"))
             # the same codes: sums in another order, and in bfloat16 values of codes that are rounded
-            limit = float(theirs.abs().max()) * (0.02 if dtype == "bfloat16" else 1e-5)
-            return near(ours, theirs, limit, "to the values of the codes")
+            limit = 0.02 if dtype == "bfloat16" else 1e-5
+            return compare_results(build("int8", *small), build("fake", *small), limit)
 
         yield compare(
             f"{size[0]} x {size[1]} to {size[2]}, {dtype}, int8", call, f"{dtype} linear", other,
@@ -94,14 +94,14 @@ def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
         except MissingExtra as error:
             yield Skip("torchao int8 training", str(error))
             continue
-        largest = float(other().abs().max())
         yield compare(
             f"{size[0]} x {size[1]} to {size[2]}, {dtype}, int8", call, "torchao int8 training", theirs,
             # each rounds to codes of its own, gradients at random here: as near as int8 is
-            rounds=2 if quick else 9, device=device,
-            check=partial(compare_results, call, theirs, 0.05 * largest),
+            rounds=2 if quick else 9, device=device, check=partial(compare_results, call, theirs, 0.05),
         )  # fmt: skip
 
 
 def compare_results(call: Call, other: Call, limit: float) -> str:
-    return near(call(), other(), limit, "results")
+    """Holds the result and each gradient to `limit` of the largest."""
+    pairs = zip(("result", "dX", "dW"), call(), other(), strict=True)
+    return "; ".join(near(ours, theirs, limit * float(theirs.abs().max()), name) for name, ours, theirs in pairs)
