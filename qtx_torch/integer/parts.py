@@ -109,16 +109,16 @@ class Part:
             if path in self.read or path.suffix:
                 continue
             self.read.add(path)
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != path.name:
-                continue
             try:
-                names = self.function.__globals__
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() != path.name:
+                    continue
+                names, closure = self.function.__globals__, self.list_closure()
                 graph = torch.compiler.load_compiled_function(
-                    io.BytesIO(content), f_globals=names, external_data=self.list_closure()
+                    io.BytesIO(content), f_globals=names, external_data=closure
                 )
                 graph.disable_guard_check()
-            except Exception:  # whatever inductor says of files of its own that are missing or damaged
+            except Exception:  # whatever inductor says, of its own files among them
                 continue
             yield graph
 

@@ -18,7 +18,7 @@ from parity_tests.subjects import integer_models
 from qtx_ref.spec import QTX, Fixed, LeftShift, Nonlinear, QuantSpec, SpecError
 from qtx_torch.backend import IntegerModel
 from qtx_torch.integer import execution
-from qtx_torch.integer.execution import Edge, Execution, find_compiler, smallest_batch
+from qtx_torch.integer.execution import Edge, Execution, find_compiler, pack, smallest_batch
 from qtx_torch.integer.model import Code
 from qtx_torch.integer.proof import Proof
 
@@ -120,20 +120,11 @@ def test_edges_say_what_comes_with_the_codes() -> None:
     value, unit, zero = torch.zeros(2, 3, 4, dtype=torch.int8), torch.ones(()), torch.zeros((), dtype=torch.int32)
     spec = QuantSpec()
     static = Edge.of(Code(value, unit, zero, spec))
-    assert static.pack(Code(value, unit, zero, spec))[1:] == (None, None)
+    assert not static.whole
+    assert pack(Code(value, unit, zero, spec), static.whole)[1:] == (None, None)
     measured = Edge.of(Code(value, torch.ones(2, 3, 1), zero, spec, measured=True))
-    assert measured.unit is None
-    assert all(x is not None for x in measured.pack(Code(value, torch.ones(2, 3, 1), zero, spec, measured=True)))
-
-
-def test_guards_are_kept_where_the_data_are_not_found() -> None:
-    class Entry:
-        def __init__(self, name: str, kind: str) -> None:
-            self.name, self.guard_type = name, kind
-
-    known = [Entry("flow[0]", "TENSOR_MATCH"), Entry("constants['a']", "TENSOR_MATCH"), Entry("", "SHAPE_ENV")]
-    assert execution.keep_guards(known) == [True, False, True]
-    assert execution.keep_guards([Entry("x", "TENSOR_MATCH"), Entry("", "GRAD_MODE")]) == [True, True]
+    assert measured.whole
+    assert all(x is not None for x in pack(Code(value, torch.ones(2, 3, 1), zero, spec, measured=True), measured.whole))
 
 
 def test_without_a_compiler_a_warning_says_why_and_codes_are_the_same(
