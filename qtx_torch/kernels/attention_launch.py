@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ TILES = {
 }
 
 
+@cache
 def choose_tile(kernel: str, width: int, dtype: torch.dtype, queries: int, keys: int) -> Tile:
     """By a table and not by trying out, so that the first step begins at once. Four bytes, whose products the tensor
     cores do not take, have half of a tile's sides."""
@@ -158,7 +160,7 @@ def run_forward(
         attend_forward, triton.cdiv(t, tile.M) * b * h, q.device,
         q, k, v, out, context, passed, logs, gammas, rows, sink, gate, coder, address,
         *strides(q, k, v), *row_strides(rows, gate), h, t, keys, *numbers, *words,
-        **asdict(shape), K=width, TRAIN=train, **asdict(tile),
+        **vars(shape), K=width, TRAIN=train, **vars(tile),
     )  # fmt: skip
     return out, context, passed, logs, gammas
 
@@ -192,18 +194,17 @@ def run_backward(
         slope, passed, context, gate, delta, d_gate, *strides(slope), *row_strides(rows, gate)[1:], h, t,
         GATED=shape.GATED, K=width, BK=tile.BK, M=tile.M, num_warps=tile.num_warps,
     )  # fmt: skip
-    constants = asdict(shape)
-    del constants["SINK"]
+    constants = {name: flag for name, flag in vars(shape).items() if name != "SINK"}
     given = (
         *(logs, delta, gammas, rows, gate, coder, address),
         *strides(q, k, v, slope), *row_strides(rows, gate), h, t, keys, *numbers, *words,
     )  # fmt: skip
     tile = choose_tile("queries", width, q.dtype, t, keys)
     programs = triton.cdiv(t, tile.M) * b * h
-    launch(find_query_slopes, programs, q.device, q, k, v, slope, dq, *given, **constants, K=width, **asdict(tile))
+    launch(find_query_slopes, programs, q.device, q, k, v, slope, dq, *given, **constants, K=width, **vars(tile))
     tile = choose_tile("keys, dropout" if shape.DROP else "keys", width, q.dtype, t, keys)
     programs = triton.cdiv(keys, tile.N) * b * h
-    launch(find_key_slopes, programs, q.device, q, k, v, slope, dk, dv, *given, **constants, K=width, **asdict(tile))
+    launch(find_key_slopes, programs, q.device, q, k, v, slope, dk, dv, *given, **constants, K=width, **vars(tile))
     if sink is not None:  # of a row without keys D is 0
         taken = torch.exp2(sink.float()[:, None] * LOG2E - logs)
         d_sink.copy_(-(taken * delta).sum(dim=(0, 2), dtype=torch.float64))
