@@ -382,9 +382,7 @@ def encode(
     return row_codes, own[:rows, None], column_codes, own[rows:, None]
 
 
-def multiply(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, kind: torch.dtype
-) -> Tensor:
+def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, kind: torch.dtype) -> Tensor:
     """s_a s_b^T (a b^T) + bias: codes (M, K padded) and (N, K padded), scales (M, 1) and (N, 1), bias (N,) -> (M, N) of
     `kind`, computed in float32."""
     (m, k), n = a.shape, b.shape[0]
