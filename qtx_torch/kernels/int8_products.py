@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .fake_quantize import on_device
 
-ROWS, COLUMNS, DEPTH, RING, WARPS = 128, 256, 128, 3, 8  # 144 KiB of operands and 64 of results; 128 sums a thread
+ROWS, COLUMNS, DEPTH, RING, WARPS = 128, 256, 128, 3, 8  # 144 KiB of operands and 32 of results; 128 sums a thread
 
 
 @gluon.jit
@@ -32,11 +32,33 @@ def find_tile(tile, down, across, BM: gl.constexpr, BN: gl.constexpr):  # type: 
 
 
 @gluon.jit
+def load(  # type: ignore[no-untyped-def]
+    a, b, a_ring, b_ring, full, count, tile, k, top, left, tiles, down, across, depth,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Begins to load, as number `count`, part k of a tile's operands, if there is such a tile; the next number, tile,
+    part, row and column."""
+    slot, there = count % RING, tile < tiles
+    bar = full.index(slot)
+    mbarrier.expect(bar, (BM + BN) * BK, pred=there)
+    tma.async_copy_global_to_shared(a, [top, k * BK], bar, a_ring.index(slot), pred=there)
+    tma.async_copy_global_to_shared(b, [left, k * BK], bar, b_ring.index(slot), pred=there)
+    k += 1
+    if k == depth:
+        k = 0
+        tile += gl.num_programs(0)
+        top, left = find_tile(tile, down, across, BM, BN)
+    return count + 1, tile, k, top, left
+
+
+@gluon.jit
 def _multiply(  # type: ignore[no-untyped-def]
     a, b, a_scale, b_scale, bias, out, M, N, K,
     BIAS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, RING: gl.constexpr, SPAN: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
+    """Tiles of s_a s_b^T (a b^T) + bias, of descriptors of codes (M, K) and (N, K), which give 0 outside. SPAN: columns
+    of a wgmma."""
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, SPAN, 32])
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [num_warps, 1], [1, 0])
     a_ring = gl.allocate_shared_memory(gl.int8, [RING, BM, BK], a.layout)
@@ -46,45 +68,30 @@ def _multiply(  # type: ignore[no-untyped-def]
         mbarrier.init(full.index(i), count=1)
 
     down, across, depth = gl.cdiv(M, BM), gl.cdiv(N, BN), gl.cdiv(K, BK)
-    tiles, programs = down * across, gl.num_programs(0)
+    tiles = down * across
     tile = gl.program_id(0)
-    next_tile, next_k = tile, 0  # of the next load
-    loaded, used = 0, 0
     top, left = find_tile(tile, down, across, BM, BN)
-    next_top, next_left = top, left
-    for _ in gl.static_range(RING - 1):
-        there = next_tile < tiles
-        slot = loaded % RING
-        mbarrier.expect(full.index(slot), (BM + BN) * BK, pred=there)
-        tma.async_copy_global_to_shared(a, [next_top, next_k * BK], full.index(slot), a_ring.index(slot), pred=there)
-        tma.async_copy_global_to_shared(b, [next_left, next_k * BK], full.index(slot), b_ring.index(slot), pred=there)
-        loaded += 1
-        next_k += 1
-        if next_k == depth:
-            next_k = 0
-            next_tile += programs
-            next_top, next_left = find_tile(next_tile, down, across, BM, BN)
+    count, later, k, next_top, next_left = 0, tile, 0, top, left
+    for i in gl.static_range(RING - 1):  # noqa: B007
+        count, later, k, next_top, next_left = load(
+            a, b, a_ring, b_ring, full, count, later, k, next_top, next_left, tiles, down, across, depth,
+            BM, BN, BK, RING,
+        )  # fmt: skip
 
+    used = 0
     while tile < tiles:
         top, left = find_tile(tile, down, across, BM, BN)
         sums = gl.zeros((BM, BN), gl.int32, sums_layout)
-        for k in range(depth):
+        for _ in range(depth):
             slot = used % RING
             mbarrier.wait(full.index(slot), used // RING & 1)
             sums = warpgroup_mma(a_ring.index(slot), b_ring.index(slot).permute((1, 0)), sums, is_async=True)
             sums = warpgroup_mma_wait(num_outstanding=1, deps=(sums,))
             used += 1
-            there = next_tile < tiles
-            slot = loaded % RING  # whose product has ended
-            mbarrier.expect(full.index(slot), (BM + BN) * BK, pred=there)
-            tma.async_copy_global_to_shared(a, [next_top, next_k * BK], full.index(slot), a_ring.index(slot), pred=there)
-            tma.async_copy_global_to_shared(b, [next_left, next_k * BK], full.index(slot), b_ring.index(slot), pred=there)
-            loaded += 1
-            next_k += 1
-            if next_k == depth:
-                next_k = 0
-                next_tile += programs
-                next_top, next_left = find_tile(next_tile, down, across, BM, BN)
+            count, later, k, next_top, next_left = load(  # where the product before this one has ended
+                a, b, a_ring, b_ring, full, count, later, k, next_top, next_left, tiles, down, across, depth,
+                BM, BN, BK, RING,
+            )  # fmt: skip
         sums = warpgroup_mma_wait(num_outstanding=0, deps=(sums,))
         row = top + gl.arange(0, BM, gl.SliceLayout(1, sums_layout))
         column = left + gl.arange(0, BN, gl.SliceLayout(0, sums_layout))
@@ -97,7 +104,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         column = left + gl.arange(0, BN, gl.SliceLayout(0, store_layout))
         at = out + row.to(gl.int64)[:, None] * N + column[None, :]
         gl.store(at, y, mask=(row < M)[:, None] & (column < N)[None, :])
-        tile += programs
+        tile += gl.num_programs(0)
 
 
 def multiply(

@@ -107,19 +107,21 @@ def check(ours, theirs, what):
 
 some = (torch.arange(14).reshape(2, 7, 1) % 3 > 0).to(device)
 step = [torch.tensor(n, device=device) for n in (5, 2)]
-for dtype in (torch.float32, torch.float16):
-    for shape, outputs, where in (((2, 7, 40), 24, some), ((1, 1, 5), 3, None), ((33, 20), 35, None)):
-        for seed, numbers, kinds in ((3, (5, 2), GRAD8), (2**63 + 3, step, MIXED), (0, None, None)):
-            how = kinds and gradients.Backward(kinds, "a.site", seed, *numbers)
-            given = (dtype, shape, outputs, how, where)
-            check(train(True, *given), train(False, *given), given)
+single, half = torch.float32, torch.float16
+cases = ((single, (2, 7, 40), 24, some), (single, (1, 1, 5), 3, None), (half, (33, 20), 35, None))
+for dtype, shape, outputs, where in cases:
+    for seed, numbers, kinds in ((3, (5, 2), GRAD8), (2**63 + 3, step, MIXED), (0, None, None)):
+        how = kinds and gradients.Backward(kinds, "a.site", seed, *numbers)
+        given = (dtype, shape, outputs, how, where)
+        check(train(True, *given), train(False, *given), given)
 
 how = gradients.Backward(GRAD8, "a.site", 3, *step)
 run = torch.compile(int8.linear, backend="aot_eager", fullgraph=True)
 given = (torch.float32, (2, 7, 40), 24, how, some)
 check(train(True, *given, run), train(False, *given), ("compiled",))
 
-codes = [torch.randint(-128, 128, (n, 208), dtype=torch.int8, generator=torch.Generator().manual_seed(n)) for n in (40, 50)]
+made = torch.Generator().manual_seed(0)
+codes = [torch.randint(-128, 128, (n, 208), dtype=torch.int8, generator=made) for n in (40, 50)]
 a, b = (each.to(device) for each in codes)
 s, t = torch.rand(40, 1, device=device), torch.rand(50, 1, device=device)
 want = (codes[0].double() @ codes[1].double().t()).float().to(device) * s * t.t()
@@ -151,7 +153,9 @@ def test_a_linear_and_its_gradients_are_the_plain_one_s() -> None:
 
 def test_one_remainder_divides() -> None:
     """A slice of `parity_tests.long.int8_division`, on which `divide` rests."""
-    scales = np.concatenate([np.arange(512), 2**23 - 1 - np.arange(512), np.random.default_rng(0).integers(0, 2**23, 512)])
+    scales = np.concatenate(
+        [np.arange(512), 2**23 - 1 - np.arange(512), np.random.default_rng(0).integers(0, 2**23, 512)]
+    )
     for bits in (8, 11):
         numbers = np.arange(0, 2 ** (bits - 1), 3)
         assert int8_division.count_wrong(numbers, bits, scales) == 0
