@@ -190,8 +190,8 @@ def _find_tops(  # type: ignore[no-untyped-def]
 def draw_tile(  # type: ignore[no-untyped-def]
     row, start, columns, seed, step, place, first, FOURS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr
 ):
-    """`random.bits` of a tile of a matrix whose first element has word `first`, at most 2^32 - 2. FOURS: that, and a row's length, are
-    multiples of 4, so that the four words of each Philox stand side by side."""
+    """`random.bits` of a tile of a matrix whose first element has word `first`, but at most 2^32 - 2. FOURS: that, and
+    a row's length, are multiples of 4, so that the four words of each Philox stand side by side."""
     number, site = step.to(tl.uint32), place.to(tl.uint32)
     line = row.to(tl.int64) * columns + first
     if FOURS:
