@@ -103,6 +103,16 @@ def test_compiled_integers_are_measured_beside_the_others(checkpoint, tmp_path):
     assert [(v.cells["1x8"]["median"], v.profile["matmuls"]) for v in variants] == [(i, i) for i in range(5)]
 
 
+def test_what_could_not_be_compiled_is_not_timed_as_compiled(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    options = ("--batch", 1, "--length", 8, "--rounds", 1, "--engines", "none")
+    said = ran("cost", checkpoint, "--compiled", *options)
+    assert "integers, compiled: not timed: SpecError: integers run without the compiled form, which needs" in said
+    assert sum(line.startswith("| integers ") for line in said.splitlines()) == 2  # times, and kernels
+    assert "| integers, compiled" not in said
+
+
 def test_transforms_are_part_of_what_runs(checkpoint, tmp_path):
     """Weights made for a rotation and run without it would be another model; integers have none, and say so."""
     command = (
