@@ -200,7 +200,19 @@ def check(case: Case, device: str) -> Iterator[Verdict]:
     yield against_truth(f"{case.label}: value", value, truth, eps, c, reason, plain)
     for name, g in grads.items():
         scale = None if true_grads[name].any() else largest
+        if name == "sink":
+            noise = EPS["float32"] * weigh_sink(case, inputs, rows, truth)
+            scale = max(float(np.abs(true_grads[name]).max()), noise / (c * eps))
         yield against_truth(f"{case.label}: d{name}", g, true_grads[name], eps, c, reason, plain_grads[name], scale)
+
+
+def weigh_sink(case: Case, leaves: dict[str, np.ndarray], rows: np.ndarray | None, truth: np.ndarray) -> float:
+    """The magnitudes of the terms of the sink's gradient, added up: they cancel but for a few hundredths, each
+    rounded to float32 by itself. They are -(1 - sum_j p_ij) r_ik O_ik, r O being the cotangent times the result."""
+    ones = {name: const(np.ones_like(x) if name == "v" else x) for name, x in leaves.items()}
+    received = refer(replace(case, rate=0.0, gated=False, probs=False), ones, rows).value  # (B, T, H K): sum_j p_ij
+    terms = np.abs((1 - received) * evaluate_ref.cotangent(truth.shape) * truth)
+    return float(terms.reshape(*terms.shape[:2], -1, case.width).sum(axis=(0, 1, 3)).max())
 
 
 def check_draws(device: str) -> Iterator[Verdict]:
@@ -232,8 +244,8 @@ def check_masked(device: str) -> Iterator[Verdict]:
 
 
 def check_faults(device: str) -> Iterator[Verdict]:
-    """Planted in what the forward kernel is given or keeps, and found."""
-    run = attention.run_forward
+    """Planted in what the forward kernel is given or keeps, and in a gradient, and found."""
+    run, back = attention.run_forward, attention.run_backward
     case = Case("clipped", 20, 36, 32, causal=True, padded=True)
 
     def keep_result(*given: Any) -> tuple[Tensor, ...]:  # D from O, as without a clip
@@ -252,14 +264,19 @@ def check_faults(device: str) -> Iterator[Verdict]:
         codes = given[6] * torch.tensor([1, 1, 2, 1], device=device)
         return run(*given[:6], codes, *given[7:])
 
+    def raise_sink(*given: Any) -> tuple[Tensor, ...]:
+        dq, dk, dv, d_sink, d_gate = back(*given)
+        return dq, dk, dv, d_sink * (1 + 1e-4), d_gate
+
     faults: dict[Callable[..., Any], Case] = {
         keep_result: case,
         shift_words: replace(case, rate=0.1),
         lower_gamma: case,
         coarsen: replace(case, causal=False, probs=True),
+        raise_sink: replace(case, softmax="sink"),
     }
     for fault, where in faults.items():
-        with mock.patch.object(attention, "run_forward", fault):
+        with mock.patch.object(attention, "run_backward" if fault is raise_sink else "run_forward", fault):
             verdicts = list(check(where, device))
         yield equal(f"{fault.__name__} is found", all(verdict.ok for verdict in verdicts), False)
         yield from check(where, device)
