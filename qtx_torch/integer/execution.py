@@ -9,8 +9,8 @@ on data, and `Ready`, under which graphs are traced, asks nothing.
 
 Three kinds of graph: what lies before the layers, a layer, what lies behind them. A layer's graph takes its constants
 as arguments, by names relative to the layer, so that layers of one recipe share it; so do batches of any size and
-length, but for a batch of one, which has a graph of its own. Inductor keeps what it has compiled
-(TORCHINDUCTOR_CACHE_DIR): a second start reads it. On CUDA all launches of a pass are captured as one CUDA graph.
+length, but for a batch of one, which has a graph of its own. What was compiled is kept on disk (`parts`): a second
+start reads it. On CUDA all launches of a pass are captured as one CUDA graph.
 
 A scale that comes from the data (one per token) is a float32, whose sums with others no constant bounds. Each graph
 therefore gives the largest of them beside its result; where it is beyond `LARGEST_SCALE`, or NaN, the eager form runs
@@ -46,9 +46,6 @@ from ..sites import name_sites
 from .model import Code, Constants
 from .parts import KINDS, Part
 from .proof import LARGEST_SCALE, Proof, Ready
-
-# --- parts ------------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Edge:

@@ -12,14 +12,17 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from torch._dynamo.utils import counters
 
 from parity_tests.long.compiled import check_integers
 from parity_tests.subjects import integer_models
+from qtx_ref import backend as ref_backend
 from qtx_ref.spec import QTX, Fixed, LeftShift, Nonlinear, QuantSpec, SpecError
 from qtx_torch.backend import IntegerModel
 from qtx_torch.integer import execution
 from qtx_torch.integer.execution import Edge, Execution, find_compiler, pack, smallest_batch
 from qtx_torch.integer.model import Code
+from qtx_torch.integer.parts import can_keep
 from qtx_torch.integer.proof import Proof
 
 TABLE = Nonlinear.TABLE
@@ -48,6 +51,23 @@ def test_compiled_codes_are_the_references() -> None:
     verdicts = list(check_integers("bert_clipped_alpha", ("w8a8", "qtx", TABLE), ("all", "two")))
     assert len(verdicts) == 8
     assert [verdict.what for verdict in verdicts if not verdict.ok] == []
+
+
+def test_a_second_start_traces_nothing_whatever_the_constants() -> None:
+    """Kept graphs hold no constants: a model of other weights runs by the graphs of the first, with its own codes."""
+    if reason := find_compiler("cpu") or ("" if can_keep() else "this torch keeps no graphs"):
+        pytest.skip(reason)
+    low = integer_models.small("bert_clipped_alpha", "w8a8", "qtx", TABLE)
+    first = low.model(IntegerModel, compiled=True).run(low.batch)
+    changed = {name: low.constants[name][::-1].copy() for name in ("layer.1.ffn.hidden.weight", "embed.norm.weight")}
+    other = replace(low, constants={**low.constants, **changed})
+    counters.clear()
+    second = low.model(IntegerModel, compiled=True).run(low.batch)
+    got = other.model(IntegerModel, compiled=True).run(low.batch)
+    assert counters["stats"]["unique_graphs"] == 0
+    np.testing.assert_array_equal(second.value, first.value)
+    np.testing.assert_array_equal(got.value, other.model(ref_backend.IntegerModel).run(low.batch).value)
+    assert not np.array_equal(got.value, first.value)
 
 
 def test_traced_codes_with_scales_of_the_data_are_the_references() -> None:
