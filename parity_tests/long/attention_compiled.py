@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from parity_tests.long.attention_kernels import Case, call, every_case
+from parity_tests.long.attention_cases import Case, call, every_case
 from parity_tests.subjects.attentions import SOFTMAXES
 from qtx_torch.kernels import attention_launch
 
