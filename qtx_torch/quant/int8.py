@@ -6,7 +6,8 @@ the same.
 
 y = x W^T, dX = dY W and dW = dY^T X are each a sum over one axis, along which no scale varies: so each operand is
 quantized anew with that axis last, symmetrically, to the nearest code or by Philox's words, and a product is
-s_a s_b^T (codes_a codes_b^T). Of x and W their codes are kept, a quarter of the bytes.
+s_a s_b^T (codes_a codes_b^T). Of x and W their codes are kept, a quarter of the bytes. On a GPU all of it is
+`kernels.int8_training`, whose values are the same; there what is not finite comes out as NaN, where here it raises.
 
 Floors of one product (M, K) (K, N): 2 M K N operations at the rate of int8, 2 to 4 times that of bfloat16, and 4 bytes
 in and 1 out for each operand's element, 4 in and 4 out for each of the result's.
