@@ -47,6 +47,7 @@ from .model import Code, Constants
 from .parts import Part
 from .proof import LARGEST_SCALE, Proof, Ready
 
+
 @dataclass(frozen=True)
 class Edge:
     """What is known of the codes between two parts: their meaning, where it is the same in every batch."""
