@@ -23,7 +23,8 @@ vector operations.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,6 +39,7 @@ from qtx_ref.spec import (
     ModelSpec,
     Profile,
     QuantSpec,
+    SpecError,
 )
 
 from ..attention import Mask
@@ -45,7 +47,7 @@ from ..models.block import Block
 from ..sites import name_sites
 from .model import Code, Constants
 from .parts import KINDS, Part
-from .proof import LARGEST_SCALE, Proof, Ready
+from .proof import EAGER, LARGEST_SCALE, Proof, Ready
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,22 @@ def find_compiler(device: str) -> str:
     except Exception as error:  # of inductor's own kind, which differs by version
         return f"{error}".splitlines()[0]
     return ""
+
+
+@contextmanager
+def tell_failure() -> Iterator[None]:
+    """Raises SpecError with the first line of what a compiler says that is there and fails: without Python's headers,
+    or on a full disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import BackendCompilerFailed  # here, where something was compiled
+
+        if not isinstance(error, BackendCompilerFailed):
+            raise
+        said = str(error).partition("\nOutput:\n")
+        line = next(line for part in (said[2], said[0]) for line in part.splitlines() if line.strip())
+        raise SpecError(f"the compiler fails, {line.strip()}: {EAGER}, or mend it") from error
 
 
 def make_execution(

@@ -75,8 +75,8 @@ class Tile:
     num_stages: int
 
 
-# by columns, then M, N, warps, stages: up to 128 the fastest of about ten, with dropout of five, on an H200 (clipped, bfloat16,
-# 4096 tokens); for 256 the largest of which ptxas spills next to nothing for sm_90
+# by columns, then M, N, warps, stages: up to 128 the fastest of ten, with dropout of five, on an H200 (clipped,
+# bfloat16, 4096 tokens); for 256 the largest of which ptxas spills next to nothing for sm_90
 TILES = {
     "forward": {64: (64, 128, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
     "forward, dropout": {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},

@@ -178,3 +178,21 @@ def test_what_only_the_eager_form_can_is_left_to_it(monkeypatch: pytest.MonkeyPa
 def test_strict_and_compiled_do_not_go_together(bert: integer_models.Lowered) -> None:
     with pytest.raises(SpecError, match="compiled is True, and strict"):
         bert.model(IntegerModel, strict=True, compiled=True)
+
+
+def test_a_compiler_that_fails_is_named(bert: integer_models.Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is there and has no headers of Python's, as where only the compiler was installed."""
+    exc = pytest.importorskip("torch._inductor.exc")
+    model = bert.model(IntegerModel)
+
+    def fail(inputs: Mapping) -> None:
+        raise exc.InductorError(exc.CppCompileError(["g++", "x.cpp"], "x.cpp:1: fatal error: Python.h\nmore"), None)
+
+    monkeypatch.setattr(model, "execution", fail)
+    with pytest.raises(SpecError) as caught:
+        model.run(bert.batch)
+    said = "the compiler fails, x.cpp:1: fatal error: Python.h: run it without the compiled form, or mend it"
+    assert str(caught.value) == said
+    monkeypatch.setattr(model, "execution", lambda inputs: {}["no"])
+    with pytest.raises(KeyError):
+        model.run(bert.batch)
