@@ -12,13 +12,13 @@ Whatever a product sums over is the last axis of both its operands, as the tenso
 the other axis is written transposed, through shared memory. A row of codes is padded to 16 bytes by zeros.
 
 Floors, for 4096 x 2048 -> 8192 in bfloat16 at 4.3 TB/s, 29e12 instructions a second (132 x 128 lanes at 1.75 GHz) and
-1.58e15 operations (twice the bfloat16 that was measured):
-    products             3 x 2 x 4096 x 2048 x 8192 operations             0.26 ms
-    x, W to codes        25 M elements, 3 bytes, 15 instructions           0.018 ms
-    dY's maxima          34 M elements, 2 bytes, 5 instructions            0.016 ms
-    dY to both codes     34 M elements, 4 bytes, 65 instructions           0.075 ms (Philox 15 of them, each code 25)
-    x, W to other codes  25 M elements, 1 byte, then 1 and 1; 30           0.026 ms
-    results              y, dX, dW: 117 M elements of 2 bytes              0.054 ms, in part behind the products
+1.58e15 operations (twice the bfloat16 that was measured), instructions as compiled for sm_90:
+    products             3 x 2 x 4096 x 2048 x 8192 operations                0.26 ms
+    x, W to codes        25 M elements, 3 bytes, 24 instructions              0.021 ms
+    dY's maxima          34 M elements, 2 bytes, 8 instructions               0.016 ms
+    dY to both codes     34 M elements, 4 bytes, 60 instructions              0.070 ms (Philox 15 of them, each code 20)
+    x, W to other codes  25 M elements, 1 byte, then 1 and 1, 9 and 26        0.030 ms
+    results              y, dX, dW: 59 M elements of 2 bytes, behind the products but for each tile's own
 """
 
 from __future__ import annotations
