@@ -23,7 +23,7 @@ from qtx_ref.spec import QTX, Granularity, Quant, QuantSpec, range_axes
 from . import affine, rounding
 from .compiled import is_fused, store_rows
 
-RANGED = 2**20  # elements whose ranges are found in one go: they stay in the last cache until they are quantized
+RANGED = 2**21  # elements whose ranges are found in one go: they stay in the last cache until they are quantized
 BLOCK = 2**17  # elements that take every operation in turn: with their values half a megabyte
 
 
@@ -93,12 +93,15 @@ def take(memory: Tensor, x: Tensor) -> Tensor:
     return memory[: x.numel()].view(x.shape)
 
 
-def write_values(x: Tensor, scale: Tensor, zero: Tensor, y: Tensor, spec: QuantSpec) -> None:
-    """Into y, in its dtype, what the codes of x stand for; views as of `as_rows`, zero in float32."""
+def write_values(x: Tensor, scale: Tensor, zero: Tensor, y: Tensor, spec: QuantSpec, whole: bool = False) -> None:
+    """Into y, in its dtype, what the codes of x stand for; views as of `as_rows`, zero in float32. whole: zero is 0,
+    and no level beyond the codes."""
     memory = None if y.dtype is torch.float32 else spare_block(x)
     for part, step, offset, out in split(BLOCK, [x, scale, zero, y]):
         level = find_level(part, step, offset, out if memory is None else take(memory, part))
-        torch.mul(level.clamp_(spec.code_min, spec.code_max).sub_(offset), step, out=out)
+        if not whole:
+            level.clamp_(spec.code_min, spec.code_max).sub_(offset)
+        torch.mul(level, step, out=out)
 
 
 def simulate(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
@@ -167,9 +170,14 @@ def simulate_rows(x: Tensor, spec: QuantSpec, y: Tensor | None = None) -> tuple[
     for part, out in split(RANGED, [rows, values]):
         found = [affine.min_max(block, (1,)) for (block,) in split(BLOCK, [part])]
         low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
-        scale, zero_point = affine.scale_zero(low, high, spec)
-        write_values(part, scale, zero_point.float(), out, spec)
-        if not spec.symmetric:  # no quotient of a largest magnitude rounds to more than the largest code
+        try:
+            scale, zero_point = affine.scale_zero(low, high, spec)
+        except ValueError:  # that of these rows; who called has the tensor
+            affine.scale_zero(*affine.min_max(rows, (1,)), spec)
+            raise
+        # no quotient of a largest magnitude rounds to more than the largest code
+        write_values(part, scale, zero_point.float(), out, spec, whole=spec.symmetric)
+        if not spec.symmetric:
             levels = rounding.round_level(torch.cat((low, high), 1), scale, zero_point)
             clamped |= bool(((levels < spec.code_min) | (levels > spec.code_max)).any())
         scales.append(scale)

@@ -139,6 +139,20 @@ def test_not_a_number_shows_everywhere() -> None:
         assert y.isnan().sum() == math.isnan(bad)
 
 
+@pytest.mark.parametrize("row", [0, 29])
+def test_a_range_that_is_not_finite_is_the_tensor_s(row: int) -> None:
+    """Not that of the rows that lie in the cache together: the message is the reference's."""
+    spec = QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
+    x = draw(np.random.default_rng(7), (30, 12))
+    x[15, 1], x[20, 2], x[row, 4] = -1e9, 1e8, math.inf
+    assert blocks.has_rows(x, spec, False) and x.numel() > 2 * blocks.RANGED
+    with pytest.raises(ValueError, match="not finite") as theirs:
+        ref_quantizer.dynamic_scale(x.numpy(), spec, None, False)
+    with pytest.raises(ValueError, match="not finite") as ours:
+        blocks.simulate_rows(x, spec)
+    assert str(ours.value) == str(theirs.value)
+
+
 def test_spared_rows_stay() -> None:
     spec = QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
     x = draw(np.random.default_rng(3), (3, 4, 12))
