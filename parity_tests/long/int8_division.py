@@ -1,7 +1,7 @@
 """That a number of 8 or 11 bits is divided by a float32 as IEEE asks, by a product and one remainder, which
 `qtx_torch.kernels.int8_training.divide` does: for every mantissa of both.
 
-    python -m parity_tests.long.int8_division                # bfloat16's, in a minute; --bits 11: float16's, in several
+    python -m parity_tests.long.int8_division                # bfloat16's; --bits 11: float16's, eight times as many
 
 Exponents only move all that is computed, where nothing is below the normal numbers: numbers and scales from 1 to 2.
 """

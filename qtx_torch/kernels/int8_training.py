@@ -12,13 +12,13 @@ Whatever a product sums over is the last axis of both its operands, as the tenso
 the other axis is written transposed, through shared memory. A row of codes is padded to 16 bytes by zeros.
 
 Floors, for 4096 x 2048 -> 8192 in bfloat16 at 4.3 TB/s, 29e12 instructions a second (132 x 128 lanes at 1.75 GHz) and
-1.58e15 operations (twice the bfloat16 that was measured):
-    products             3 x 2 x 4096 x 2048 x 8192 operations             0.26 ms
-    x, W to codes        25 M elements, 3 bytes, 15 instructions           0.018 ms
-    dY's maxima          34 M elements, 2 bytes, 5 instructions            0.016 ms
-    dY to both codes     34 M elements, 4 bytes, 65 instructions           0.075 ms (Philox 15 of them, each code 25)
-    x, W to other codes  25 M elements, 1 byte, then 1 and 1; 30           0.026 ms
-    results              y, dX, dW: 117 M elements of 2 bytes              0.054 ms, in part behind the products
+1.58e15 operations (twice the bfloat16 that was measured), instructions as compiled for sm_90:
+    products             3 x 2 x 4096 x 2048 x 8192 operations                0.26 ms
+    x, W to codes        25 M elements, 3 bytes, 24 instructions              0.021 ms
+    dY's maxima          34 M elements, 2 bytes, 8 instructions               0.016 ms
+    dY to both codes     34 M elements, 4 bytes, 60 instructions              0.070 ms (Philox 15 of them, each code 20)
+    x, W to other codes  25 M elements, 1 byte, then 1 and 1, 9 and 26        0.030 ms
+    results              y, dX, dW: 59 M elements of 2 bytes, behind the products but for each tile's own
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def split_ratio(ratio):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def round_code(ratio, words, first, last, DRAWN: tl.constexpr):  # type: ignore[no-untyped-def]
+def round_code(ratio, words, least, last, DRAWN: tl.constexpr):  # type: ignore[no-untyped-def]
     """`rounding.round_integer` of |ratio| < 2^20, clamped; of NaN any code. To the nearest, half to even, or DRAWN, up
     where a word is below 2^32 (ratio - floor(ratio)); words are 2^32 - 2 at most: of thresholds but the last, which is
     above all words, none is above 2^32 - 256."""
@@ -119,23 +119,24 @@ def round_code(ratio, words, first, last, DRAWN: tl.constexpr):  # type: ignore[
         whole += (words < limit).to(tl.int32)
     else:
         whole = (ratio + 12582912.0).to(tl.int32, bitcast=True)
-    return tl.minimum(tl.maximum(whole - 1262485504, first), last)
+    return tl.minimum(tl.maximum(whole - 1262485504, least), last)
 
 
-@triton.jit
+# without a specialization a number that is 1 would be a constant, and each would be compiled
+@triton.jit(do_not_specialize=("least", "last"))
 def _encode_rows(  # type: ignore[no-untyped-def]
-    x_in, codes, scales, columns, padded, first, last, FAST: tl.constexpr, WIDTH: tl.constexpr
+    x_in, codes, scales, columns, padded, least, last, FAST: tl.constexpr, WHOLE: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Codes of a row along it, by its own scale, to the nearest."""
+    """Codes of a row along it, by its own scale, to the nearest. WHOLE: it is held at once."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDTH)
-    if padded <= WIDTH:
+    if WHOLE:
         x = tl.load(x_in + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
         top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
         scale = find_scale(top, last.to(tl.float32))
         lift = lift_scale(scale)
         ratio = divide(x * lift, scale * lift, tl.div_rn(1.0, scale * lift), FAST)
-        code = round_code(ratio, 0, first, last, False)
+        code = round_code(ratio, 0, least, last, False)
         tl.store(codes + row * padded + at, code.to(tl.int8), mask=at < padded)
     else:
         tops = tl.zeros((WIDTH,), tl.int32)
@@ -147,7 +148,7 @@ def _encode_rows(  # type: ignore[no-untyped-def]
         step, inverse = scale * lift, tl.div_rn(1.0, scale * lift)
         for start in range(0, padded, WIDTH):
             x = tl.load(x_in + row * columns + start + at, mask=start + at < columns, other=0.0).to(tl.float32)
-            code = round_code(divide(x * lift, step, inverse, FAST), 0, first, last, False)
+            code = round_code(divide(x * lift, step, inverse, FAST), 0, least, last, False)
             tl.store(codes + row * padded + start + at, code.to(tl.int8), mask=start + at < padded)
     tl.store(scales + row, scale)
 
@@ -211,7 +212,7 @@ def draw_tile(  # type: ignore[no-untyped-def]
     return tl.minimum(words, 4294967294)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("last", "column_last"))
 def _find_scales(  # type: ignore[no-untyped-def]
     tops, scales, inverses, count, kept, last, column_last, KIND: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -224,7 +225,6 @@ def _find_scales(  # type: ignore[no-untyped-def]
     tl.store(inverses + at, tl.div_rn(1.0, scale * lift_scale(scale)), mask=at < count)
 
 
-# without a specialization a step that is 1 would be a constant, and each would be compiled
 @triton.jit(do_not_specialize=("first", "seed", "step", "place"))
 def _encode(  # type: ignore[no-untyped-def]
     x_in, scales, where, row_codes, column_codes, own_scales, inverses, address,
@@ -329,7 +329,8 @@ def encode_rows(x: Tensor, least: int, last: int) -> tuple[Tensor, Tensor]:
     with on_device(x):
         _encode_rows[(rows,)](
             x, codes, scales, columns, padded, least, last,
-            FAST=x.dtype != torch.float32, WIDTH=width, num_warps=min(16, max(1, width // 512)), enable_fp_fusion=False,
+            FAST=x.dtype != torch.float32, WHOLE=padded <= width, WIDTH=width,
+            num_warps=min(16, max(1, width // 512)), enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales
 
@@ -407,8 +408,8 @@ def multiply_library(
     sums = torch._int_mm(a, b.t())
     out = torch.empty(m, n, dtype=kind, device=a.device)
     with on_device(a):
-        _scale[(triton.cdiv(m, 32) * triton.cdiv(n, 256),)](
-            sums, a_scale, b_scale, bias, out, m, n, n, BIAS=bias is not None, TM=32, TN=256, enable_fp_fusion=False
+        _scale[(triton.cdiv(m, 16) * triton.cdiv(n, 256),)](
+            sums, a_scale, b_scale, bias, out, m, n, n, BIAS=bias is not None, TM=16, TN=256, enable_fp_fusion=False
         )
     return out
 
