@@ -147,15 +147,15 @@ def test_what_is_not_proven_is_refused() -> None:
 
 
 def test_bounds_are_those_of_weights_less_their_zero_point() -> None:
-    """200, 10, 0 and 255 less 100 are 100, -90, -100 and 155."""
-    w, zero = torch.tensor([[200], [10], [0], [255]], dtype=torch.uint8), torch.tensor([100], dtype=torch.int32)
-    most = S8.code_max * (100 + 155) - S8.code_min * (90 + 100)
+    """200, 210, 0 and 255 less 100 are 100, 110, -100 and 155."""
+    w, zero = torch.tensor([[200], [210], [0], [255]], dtype=torch.uint8), torch.tensor([100], dtype=torch.int32)
+    most = S8.code_max * (100 + 110 + 155) - S8.code_min * 100
     bias = torch.tensor([2**31 - 1 - most])
     carriers.prepare(w, U8, S8, zero, bias=bias)
     with pytest.raises(ValueError, match=r"accumulators may run from .* to 2147483648, beyond int32"):
         carriers.prepare(w, U8, S8, zero, bias=bias + 1)
     with pytest.raises(ValueError, match=r"accumulators may run from -2147483649 to"):
-        least = S8.code_min * (100 + 155) - S8.code_max * (90 + 100)
+        least = S8.code_min * (100 + 110 + 155) - S8.code_max * 100
         carriers.prepare(w, U8, S8, zero, bias=torch.tensor([-(2**31) - 1 - least]))
 
 
