@@ -16,6 +16,7 @@ from qtx.engines.backend import MissingExtra, need
 from qtx_ref.spec import Gradients, Granularity, Operand, QuantSpec
 from qtx_torch.numerics import FakeQuant
 from qtx_torch.quant import gradients, int8
+from qtx_torch.step import compile_forward
 
 from .harness import Call, Row, Skip, compare, near
 
@@ -47,7 +48,7 @@ def build(way: str, device: str, dtype: str, tokens: int, inputs: int, outputs: 
             return gradients.linear(hooks[0](x, None), hooks[1](w, None), None, how)
         return torch.nn.functional.linear(x, w)
 
-    run = torch.compile(multiply) if compiled else multiply
+    run = compile_forward(multiply) if compiled else multiply  # one graph forward, one backward, as a compiled step has
 
     def call() -> torch.Tensor:
         y = run(x, w)
