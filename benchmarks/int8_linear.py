@@ -48,7 +48,7 @@ def build(way: str, device: str, dtype: str, tokens: int, inputs: int, outputs: 
             return gradients.linear(hooks[0](x, None), hooks[1](w, None), None, how)
         return torch.nn.functional.linear(x, w)
 
-    run = compile_forward(multiply) if compiled else multiply
+    run = compile_forward(multiply) if compiled else multiply  # one graph forward, one backward, as a compiled step has
 
     def call() -> tuple[torch.Tensor, ...]:
         y = run(x, w)

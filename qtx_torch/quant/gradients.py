@@ -45,10 +45,11 @@ class Backward:
 
     def draw_gradient(self, g: Tensor) -> tuple[Tensor | None, ...]:
         """The words of dY in both products, drawn once; None where it is rounded to nearest."""
-        names = ("dgrad_gradient", "wgrad_gradient")
-        rounded = [name for name in names if (one := getattr(self.gradients, name)) is not None and one.stochastic]
-        words = self.draw(rounded[0], "grad", g.shape, g.device) if rounded else None
-        return tuple(words if name in rounded else None for name in names)
+        words = self.draw("dgrad_gradient", "grad", g.shape, g.device)
+        other = self.gradients.wgrad_gradient
+        if other is None or not other.stochastic:
+            return words, None
+        return words, self.draw("wgrad_gradient", "grad", g.shape, g.device) if words is None else words
 
     def quantize(
         self, name: str, x: Tensor, axis: int, words: Tensor | None = None, where: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from qtx_ref.spec import Granularity, Operand, OptimSpec, QuantSpec, SpecError, 
 from qtx_torch import backend
 from qtx_torch.numerics import FakeQuant, has_int8
 from qtx_torch.quant import gradients, int8
+from qtx_torch.step import compile_forward
 
 TOKEN = QuantSpec(symmetric=True, granularity=Granularity.TOKEN, dynamic=True)
 CHANNEL = replace(TOKEN, granularity=Granularity.CHANNEL)
@@ -88,6 +90,25 @@ def test_not_a_number_in_a_gradient_shows() -> None:
     g[2, 3] = float("inf")
     int8.linear(x, w, None, (TOKEN, CHANNEL), gradients.Backward(GRADIENTS, "a.site", 0, 0)).backward(g)
     assert x.grad[2].isnan().all() and not x.grad[1].isnan().any() and w.grad[3].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile makes a Function
+@pytest.mark.parametrize("products", [True, False], ids=["int8", "values"])
+def test_a_backward_pass_is_traced(products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words, scales and products, whole: `torch.compile` alone runs what it cannot trace op by op and says nothing."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    how = gradients.Backward(GRADIENTS, "a.site", 3, 5)
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        return int8.linear(a, b, None, (TOKEN, CHANNEL), how) if products else gradients.linear(a, b, None, how)
+
+    results = []
+    for traced in (True, False):
+        a, b = (draw(*shape).requires_grad_() for shape in ((6, 16), (8, 16)))
+        y = (compile_forward(run) if traced else run)(a, b)
+        y.backward(draw(6, 8))
+        results.append((y, a.grad, b.grad))
+    assert all(one.equal(other) for one, other in zip(*results, strict=True))
 
 
 def make(quant: str, step: StepSpec) -> backend.Trainer:
