@@ -226,7 +226,12 @@ def run(device: str, few: bool) -> bool:
     names = attention_models.NAMES[:1] if few else attention_models.NAMES
     cases = (check(case, device) for case in (few_cases() if few else every_case()))
     others = (check_draws, check_masked, check_faults, check_compiled)
-    for verdicts in (*(other(device) for other in others), attention_models.check_models(device, names), *cases):
+    for verdicts in (
+        *(other(device) for other in others),
+        attention_models.check_models(device, names),
+        attention_models.check_compiled(device),
+        *cases,
+    ):
         for verdict in verdicts:
             count, failed = count + 1, failed + (not verdict.ok)
             if not verdict.ok:

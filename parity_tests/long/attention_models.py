@@ -10,12 +10,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 from parity_tests.proof.verdict import EPS, Verdict, against_truth, equal, holds
 from parity_tests.subjects import small_models
 from qtx.recipes.named import recipe, resolve
 from qtx_ref import backend as ref_backend
-from qtx_ref.spec import Gate, ModelSpec
+from qtx_ref.spec import Gate, ModelSpec, OptimSpec, StepSpec
 from qtx_torch import attention, backend, numerics, random
 from qtx_torch.numerics import Float
 
@@ -56,6 +57,25 @@ def check_models(device: str, names: tuple[str, ...] = NAMES) -> Iterator[Verdic
         for key, g in grads.items():
             given = (EPS["float32"], *BOUND, plain_grads[key], largest)
             yield against_truth(f"{name}: gradient of {key}", g, true_grads[key], *given)
+
+
+def check_compiled(device: str) -> Iterator[Verdict]:
+    """A step with dropout traced with the kernels in it: what it takes from the modules a compiler has to follow."""
+    small = small_models.build("bert_clipped")
+    spec = replace(small.spec, attention_dropout=0.1)
+    optim = OptimSpec(lr=1e-3, steps=10)
+    results = []
+    with (
+        mock.patch.object(random, "has_kernels", lambda device: True),
+        mock.patch.object(attention, "MANY", 0),
+        mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")),
+    ):
+        for compiled in (True, False):
+            model = backend.Model(spec, small.params, device=device)
+            trainer = backend.Trainer(model, optim, seed=1, step=StepSpec(compiled=compiled))
+            results.append([trainer.step(small.batch)[0] for _ in range(2)])
+    for step, (got, want) in enumerate(zip(*results, strict=True)):
+        yield holds(f"compiled: loss of step {step}", abs(got / want - 1), 1e-5, "float noise, through AdamW")
 
 
 def quantize(spec: ModelSpec, small: small_models.SmallModel, device: str) -> backend.Model:

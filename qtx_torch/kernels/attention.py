@@ -82,21 +82,23 @@ def attend(
         signed = drop.seed - (1 << 64) if drop.seed >= 1 << 63 else drop.seed
         words = [signed, step, drop.place, dropped - 1, first]
     by_row = spec.softmax is Softmax.CLIPPED_ROW
-    shape = Shape(
-        CAUSAL=causal and q.shape[2] > 1,
-        PADDED=rows is not None,
-        CLIP=by_row or spec.softmax is Softmax.CLIPPED,
-        TOP=spec.zeta > 1,
-        BY_ROW=by_row,
-        SINK=1 if spec.softmax is Softmax.SINK else 2 if spec.softmax is Softmax.PLUS_ONE else 0,
-        DROP=drops,
-        FOURS=fours,
-        STORED=address is not None,
-        GATED=gate is not None,
-        SCORES=scores is not None,
-        PROBS=probs is not None,
-    )
-    flags = [int(flag) for flag in vars(shape).values()]
+    flags = [  # a `Shape`, of which a compiler of torch 2.11 traces only numbers
+        int(flag)
+        for flag in (
+            causal and q.shape[2] > 1,
+            rows is not None,
+            by_row or spec.softmax is Softmax.CLIPPED,
+            spec.zeta > 1,
+            by_row,
+            1 if spec.softmax is Softmax.SINK else 2 if spec.softmax is Softmax.PLUS_ONE else 0,
+            drops,
+            fours,
+            address is not None,
+            gate is not None,
+            scores is not None,
+            probs is not None,
+        )
+    ]
     limits = [float(x) for codes in (scores, probs) for x in (codes[2:] if codes else (0, 0))]
     factor = q.shape[-1] ** -0.5
     unit = LOG2E if scores is not None else factor * LOG2E
