@@ -27,7 +27,7 @@ from parity_tests import runner
 from qtx.engines.backend import MissingDevice
 from qtx_ref.models.initial import init_params
 
-from .harness import Row, Skip, compare, header, peak, write_json
+from .harness import Row, Skip, build_measured, compare, header, write_json
 from .report import format_header, format_row
 from .steps import Step, compare_logits, make_trainer, make_transformers, random_batch, shape, torch_step
 
@@ -35,10 +35,10 @@ from .steps import Step, compare_logits, make_trainer, make_transformers, random
 PAIRS = {
     "no dropout": (0.0, "qtx", "transformers", 1.05),
     "dropout 0.1": (0.1, "qtx", "transformers", 1.25),
-    "w8a8": (0.0, "qtx w8a8", "qtx", 1.15),
+    "w8a8": (0.0, "qtx w8a8", "qtx", None),
     "no dropout, compiled": (0.0, "qtx compiled", "transformers", 1.05),
     "dropout 0.1, compiled": (0.1, "qtx compiled", "transformers", 1.25),
-    "w8a8, compiled": (0.0, "qtx w8a8 compiled", "qtx compiled", 1.15),
+    "w8a8, compiled": (0.0, "qtx w8a8 compiled", "qtx compiled", 1.1),
 }
 
 
@@ -69,11 +69,11 @@ def time_pair(name: str, size: tuple[str, int, int], rounds: int, device: str, d
     dropout, ours, against, bound = PAIRS[name]
     model, *shaped = size
     given = (model, dropout, *shaped, dtype, device)
-    weights = [peak(build, step, *given, device=device) for step in (ours, against)]
+    call, mib = build_measured(build, ours, *given, device=device)
+    other, against_mib = build_measured(build, against, *given, device=device)
     return compare(
-        f"{name}, {ours}", build(ours, *given), against, build(against, *given),
-        rounds=rounds, device=device, bound=bound, check=lambda: check_logits(*given),
-        mib=weights[0], against_mib=weights[1],
+        f"{name}, {ours}", call, against, other, rounds=rounds, device=device, bound=bound,
+        check=lambda: check_logits(*given), mib=mib, against_mib=against_mib,
     )  # fmt: skip
 
 

@@ -107,11 +107,12 @@ def equal(ours: Any, theirs: Any, what: str = "codes") -> str:
 
 
 def near(ours: Any, theirs: Any, limit: float, what: str = "") -> str:
-    """Says by how much two differ at most. Raises Differ at more than `limit`, or where one is not finite."""
-    a, b = as_array(ours), as_array(theirs)
+    """Says by how much two differ at most, on their device if they have one. Raises Differ at more than `limit`, or
+    where one is not finite."""
+    a, b = (x.detach() if isinstance(x, torch.Tensor) else torch.from_numpy(np.asarray(x)) for x in (ours, theirs))
     if a.shape != b.shape:
-        raise Differ(f"{what or 'results'} have shapes {a.shape} and {b.shape}")
-    gap = float(np.abs(a.astype(np.float64) - b).max())
+        raise Differ(f"{what or 'results'} have shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    gap = float((a.double() - b.to(a.device).double()).abs().max())
     if not gap <= limit:
         raise Differ(f"{what or 'results'} differ by {gap:.3g}, more than {limit}")
     return f"{what} within {gap:.0e}".strip()
@@ -245,7 +246,12 @@ def measure_here(build: Callable[..., Call], given: tuple[Any, ...], held: bool,
     return None if most is None or before is None else most - before
 
 
-def measure_cuda(build: Callable[..., Call], given: tuple[Any, ...], held: bool, device: str) -> float:
+def build_measured(
+    build: Callable[..., Call], *given: Any, device: str, held: bool = True
+) -> tuple[Call, float | None]:
+    """What `build(*given)` gives, and `peak` of it; on a GPU it is built once for both."""
+    if not device.startswith("cuda"):
+        return build(*given), peak(build, *given, device=device, held=held)
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
@@ -255,7 +261,7 @@ def measure_cuda(build: Callable[..., Call], given: tuple[Any, ...], held: bool,
         before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return call, (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 @cache
@@ -268,7 +274,7 @@ def peak(
     On the CPU in a process of its own, with as many threads as here: `build` is a function of a module and `given` is
     what JSON carries. `compiled`: what torch.compile loads for itself does not count."""
     if device.startswith("cuda"):
-        return measure_cuda(build, given, held, device)
+        return build_measured(build, *given, device=device, held=held)[1]
     if not hasattr(os, "fork"):
         return None
     module = sys.modules[build.__module__]

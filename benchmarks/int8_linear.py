@@ -1,7 +1,7 @@
 """A linear trained by int8 products, forward and backward, against the same in float, both compiled.
 
 Forward is one product and backward two; floors are in `qtx_torch.quant.int8`. Gradients are rounded stochastically, as
-under w8a8+grad8.
+under w8a8+grad8. On a GPU each is timed as it is launched, kernel by kernel, and captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ BOUND = 1 / 1.3
 def build(way: str, device: str, dtype: str, tokens: int, inputs: int, outputs: int, compiled: bool) -> Call:
     """`way`: int8, fake (the same by values), torchao's int8 training or float. Returns the result and both
     gradients."""
-    made = torch.Generator().manual_seed(0)
+    made = torch.Generator(device).manual_seed(0)
     kind = getattr(torch, dtype)
     shapes = ((tokens, inputs), (outputs, inputs), (tokens, outputs))
-    x, w, g = (torch.randn(shape, generator=made).to(device, kind) for shape in shapes)
+    x, w, g = (torch.randn(shape, generator=made, device=device).to(kind) for shape in shapes)
     x.requires_grad_()
     w.requires_grad_()
     if way == "torchao":
@@ -50,9 +50,9 @@ def build(way: str, device: str, dtype: str, tokens: int, inputs: int, outputs: 
 
     run = compile_forward(multiply) if compiled else multiply  # one graph forward, one backward, as a compiled step has
 
-    def call() -> torch.Tensor:
+    def call() -> tuple[torch.Tensor, ...]:
         y = run(x, w)
-        return torch.cat([part.flatten() for part in (y.detach(), *torch.autograd.grad(y, (x, w), g))])
+        return y.detach(), *torch.autograd.grad(y, (x, w), g)
 
     return call
 
@@ -65,6 +65,15 @@ def convert(w: torch.Tensor) -> torch.nn.Parameter:
     config = training.Int8MixedPrecisionTrainingConfig(output=True, grad_input=True, grad_weight=True)
     need("torchao.quantization", "bench", "benchmarks").quantize_(layer, training.int8_mixed_precision_training(config))
     return layer[0].weight
+
+
+def capture(call: Call) -> Call:
+    """All its launches as one CUDA graph: the kernels' own time, whatever a host takes to launch them."""
+    call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        call()
+    return graph.replay
 
 
 def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
@@ -81,28 +90,32 @@ def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
         small = (device, dtype, 64, *size[1:], False)
 
         def check(small: tuple = small) -> str:
-            ours, theirs = (build(way, *small)() for way in ("int8", "fake"))
             # the same codes: sums in another order, and in bfloat16 values of codes that are rounded
-            limit = float(theirs.abs().max()) * (0.02 if dtype == "bfloat16" else 1e-5)
-            return near(ours, theirs, limit, "to the values of the codes")
+            limit = 0.02 if dtype == "bfloat16" else 1e-5
+            return compare_results(build("int8", *small), build("fake", *small), limit)
 
+        title = f"{size[0]} x {size[1]} to {size[2]}, {dtype}, int8"
         yield compare(
-            f"{size[0]} x {size[1]} to {size[2]}, {dtype}, int8", call, f"{dtype} linear", other,
-            rounds=2 if quick else 9, check=check, device=device, bound=BOUND if cuda else None,
+            title, call, f"{dtype} linear", other, rounds=2 if quick else 9, check=check, device=device,
         )  # fmt: skip
+        if cuda:
+            yield compare(
+                f"{title}, captured", capture(call), f"{dtype} linear, captured", capture(other),
+                rounds=9, check=lambda: "as above", device=device, bound=BOUND,
+            )  # fmt: skip
         try:
             theirs = build("torchao", *given)
         except MissingExtra as error:
             yield Skip("torchao int8 training", str(error))
             continue
-        largest = float(other().abs().max())
         yield compare(
-            f"{size[0]} x {size[1]} to {size[2]}, {dtype}, int8", call, "torchao int8 training", theirs,
+            title, call, "torchao int8 training", theirs,
             # each rounds to codes of its own, gradients at random here: as near as int8 is
-            rounds=2 if quick else 9, device=device,
-            check=partial(compare_results, call, theirs, 0.05 * largest),
+            rounds=2 if quick else 9, device=device, check=partial(compare_results, call, theirs, 0.05),
         )  # fmt: skip
 
 
 def compare_results(call: Call, other: Call, limit: float) -> str:
-    return near(call(), other(), limit, "results")
+    """Holds the result and each gradient to `limit` of the largest."""
+    pairs = zip(("result", "dX", "dW"), call(), other(), strict=True)
+    return "; ".join(near(ours, theirs, limit * float(theirs.abs().max()), name) for name, ours, theirs in pairs)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -246,7 +245,8 @@ def attend_tiled(
     if random.has_kernels(q.device):
         if not mask.full and not mask.causal and mask.rows is None:
             raise ValueError("attention mask is of no rows and not causal: kernels take what `make_mask` makes")
-        kernels = import_module("qtx_torch.kernels.attention")
+        from .kernels import attention as kernels  # Triton's, where it is; a compiler traces this statement
+
         words = None
         if drop is not None:
             words = kernels.Words(drop.seed, drop.step, random.number_site(drop.site), drop.rate, drop.first)

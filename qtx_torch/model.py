@@ -41,7 +41,7 @@ from qtx_ref.spec import (
 
 from . import distributed, models, stats
 from .arrays import find_device, to_numpy, to_tensors
-from .integer.execution import Execution, make_execution
+from .integer.execution import Execution, make_execution, tell_failure
 from .integer.model import Code, Integer, Whole
 from .numerics import (
     Calibrate,
@@ -430,7 +430,8 @@ class IntegerModel:
             self.execution = make_execution(self.net, spec, self.constants, self.quants, profile, self.device)
 
     def run(self, batch: Batch, record: Callable[[str, np.ndarray], None] | None = None) -> Output:
-        """The model's output. `record(name, value)` is shown every site's codes, and `<site>.accumulator`s."""
+        """The model's output. `record(name, value)` is shown every site's codes, and `<site>.accumulator`s. Raises
+        SpecError where a compiler is there and fails."""
         return self.read_output(self.compute(self.make_numerics(record), self.accept(batch)))
 
     def generate(self, tokens: np.ndarray, count: int, choose: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -462,7 +463,8 @@ class IntegerModel:
     def compute(self, nx: Integer, inputs: Mapping[str, Tensor | None], cache: list | None = None) -> Code:
         """A forward pass of what `accept` gave; cache as `models.opt` takes it."""
         if self.execution is not None and cache is None and nx.record is None:
-            out = self.execution(inputs)
+            with tell_failure():
+                out = self.execution(inputs)
             if out is not None:
                 return out
         if self.strict:

@@ -17,6 +17,7 @@ import torch
 from qtx_ref.spec import SpecError
 
 from . import random
+from .quant import int8
 
 F = TypeVar("F", bound=Callable)
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when it starts, and sums in one order under these values
@@ -51,7 +52,7 @@ def compile_forward(forward: F) -> F:
 
     A numerics whose step and first row are tensors has the same graph in every step and part.
     """
-    for known in (random.number_site, random.has_kernels):
+    for known in (random.number_site, random.has_kernels, int8.has_kernels):
         torch.compiler.assume_constant_result(known)
     return torch.compile(forward, fullgraph=True)
 

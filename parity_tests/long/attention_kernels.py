@@ -2,8 +2,8 @@
 
 Every softmax with causal masks, padding, dropout, gates, quantized scores and probabilities: values and gradients
 against the reference in float64, dropout's masks to the bit. Without a GPU, in the interpreter: TRITON_INTERPRET=1.
-With --arch 90 (or 80, 100) nothing is run: the kernels are compiled for that GPU, which needs none, and registers and
-spilled bytes are printed.
+With --arch 90 (or 80, 100) nothing is run: what the cases launch is compiled for that GPU, which needs none;
+registers and spilled bytes are printed for long sequences.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -21,91 +20,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity_tests.long import attention_models
+from parity_tests.long import attention_compiled, attention_models
+from parity_tests.long.attention_cases import SITE, Case, call, every_case, few_cases, quantizers
 from parity_tests.proof import evaluate_ref
 from parity_tests.proof.case import Context
 from parity_tests.proof.evaluate_torch import array, round_leaves, tensor, value_and_gradients
 from parity_tests.proof.verdict import EPS, Verdict, against_truth, equal, exact
 from parity_tests.subjects import plain_torch
-from parity_tests.subjects.attentions import SOFTMAXES
 from qtx_ref import ops as ref_ops
 from qtx_ref import random as ref_random
 from qtx_ref.attention import attention_mask, probabilities
 from qtx_ref.quant import straight_through
 from qtx_ref.random import stream
-from qtx_ref.spec import AttentionSpec, QuantSpec
+from qtx_ref.spec import QuantSpec
 from qtx_ref.tape import Var, const
 from qtx_torch import random
 from qtx_torch.kernels import attention
 
-SITE = "layer.0.attn.probs"
 BITS8 = QuantSpec(bits=8)
 SPACING = EPS | {"float16": 2.0**-10}
 BOUND = 4.0, "scores of up to 30, in units of log2, are rounded once more; a GPU takes powers to 2 of the last places"
 FLIPS = 4  # codes of scores or probabilities that float noise may turn over
-
-
-@dataclass(frozen=True)
-class Case:
-    softmax: str
-    queries: int
-    keys: int
-    width: int
-    causal: bool = False
-    padded: bool = False
-    rate: float = 0.0
-    first: int = 0
-    stored: bool = False  # step and first word are tensors
-    gated: bool = False
-    scores: bool = False  # quantized
-    probs: bool = False
-    dtype: str = "float32"
-
-    @property
-    def spec(self) -> AttentionSpec:
-        return SOFTMAXES[self.softmax]
-
-    @property
-    def label(self) -> str:
-        flags = [name for name in ("causal", "padded", "stored", "gated", "scores", "probs") if getattr(self, name)]
-        flags += [f"dropout {self.rate} from {self.first}"] if self.rate else []
-        return " ".join([self.softmax, f"{self.queries}x{self.keys}x{self.width}", self.dtype, *flags])
-
-
-SIZES = ((37, 37, 32), (70, 70, 32), (20, 68, 80), (40, 30, 32), (1, 33, 64), (130, 96, 128))
-
-
-def every_case() -> Iterator[Case]:
-    """All softmaxes, sizes, masks, draws and gates in float32; 16 bits, and what is quantized, in fewer sizes."""
-    for softmax, size, causal, padded, drawn, gated in product(SOFTMAXES, SIZES, *[(False, True)] * 4):
-        yield Case(softmax, *size, causal, padded, 0.2 * drawn, 2**33 + 3 * (size[1] % 4), gated=gated)
-    for softmax, dtype, size in product(SOFTMAXES, ("bfloat16", "float16"), SIZES[1:3]):
-        yield Case(softmax, *size, causal=True, padded=True, rate=0.2, gated=True, dtype=dtype)
-        yield Case(softmax, *size, dtype=dtype)
-    for softmax, scores, probs, size in product(SOFTMAXES, (False, True), (False, True), SIZES[1:3]):
-        for drawn in (False, True) if scores or probs else ():
-            yield Case(
-                softmax, *size, causal=drawn, padded=True, rate=0.2 * drawn, gated=drawn, scores=scores, probs=probs
-            )
-    for softmax in SOFTMAXES:
-        yield Case(softmax, 20, 68, 32, rate=0.3, first=2 * 20 * 68 * 5, stored=True)
-
-
-def few_cases() -> Iterator[Case]:
-    """Each softmax and each of the rest at least once."""
-    yield Case("plain", 37, 37, 32, causal=True, rate=0.2, first=2**33 + 3, gated=True)
-    yield Case("plain", 1, 33, 64)
-    yield Case("clipped", 37, 37, 32)
-    yield Case("clipped", 20, 68, 80, causal=True, padded=True, rate=0.2, first=2**33, gated=True)
-    yield Case("clipped", 20, 68, 32, rate=0.3, first=2 * 20 * 68 * 5, stored=True)
-    yield Case("clipped", 40, 30, 32, causal=True, dtype="bfloat16", gated=True)
-    yield Case("clipped", 35, 36, 32, padded=True, scores=True, probs=True, gated=True)
-    yield Case("clipped", 130, 150, 16, causal=True)  # several blocks of both, some of which need no mask
-    yield Case("clipped_row", 40, 30, 32, causal=True, padded=True)
-    yield Case("clipped_row", 37, 37, 80, dtype="float16", rate=0.2, first=1)
-    yield Case("softmax1", 37, 37, 32, padded=True, probs=True, rate=0.2)
-    yield Case("sink", 37, 37, 32, causal=True, padded=True, rate=0.2, gated=True)
-    yield Case("sink", 37, 37, 32, scores=True)
 
 
 def make_leaves(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
@@ -120,12 +55,6 @@ def make_leaves(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         leaves["gate"] = rng.random((b, case.queries, h))
     rows = rng.random((b, case.keys)) < np.array([[0.8], [0.2]]) if case.padded else None
     return leaves, rows
-
-
-def quantizers(case: Case) -> dict[str, tuple[float, int]]:
-    """Scale and zero point of scores and of probabilities, whose ranges clamp a few."""
-    ranges = {"scores": (0.037, 121), "probs": (0.7 / 255, 0)}
-    return {name: ends for name, ends in ranges.items() if getattr(case, name)}
 
 
 def quantize(x: Var, ends: tuple[float, int] | None) -> Var:
@@ -161,27 +90,6 @@ def compose(case: Case, x: dict[str, Tensor], rows: np.ndarray | None) -> Tensor
     return (context * x["gate"][..., None] if case.gated else context).flatten(2)
 
 
-def call(case: Case, x: dict[str, Tensor], rows: np.ndarray | None) -> Tensor:
-    device = x["q"].device
-    step, first = (torch.tensor(n, device=device) if case.stored else n for n in (3, case.first))
-    coded = {
-        name: (torch.tensor(scale, device=device), torch.tensor(zero, device=device), 0, 255)
-        for name, (scale, zero) in quantizers(case).items()
-    }
-    y = attention.attend(
-        *(x[name] for name in "qkv"),
-        None if rows is None else torch.from_numpy(rows).to(device),
-        case.causal,
-        case.spec,
-        x.get("sink"),
-        attention.Words(7, step, random.number_site(SITE), case.rate, first) if case.rate else None,
-        x.get("gate"),
-        coded.get("scores"),
-        coded.get("probs"),
-    )
-    return y.transpose(1, 2).flatten(2)
-
-
 def check(case: Case, device: str) -> Iterator[Verdict]:
     """Value and gradients against the reference in float64."""
     context = Context(device, case.dtype)
@@ -199,7 +107,19 @@ def check(case: Case, device: str) -> Iterator[Verdict]:
     yield against_truth(f"{case.label}: value", value, truth, eps, c, reason, plain)
     for name, g in grads.items():
         scale = None if true_grads[name].any() else largest
+        if name == "sink":
+            noise = EPS["float32"] * weigh_sink(case, inputs, rows, truth)
+            scale = max(float(np.abs(true_grads[name]).max()), noise / (c * eps))
         yield against_truth(f"{case.label}: d{name}", g, true_grads[name], eps, c, reason, plain_grads[name], scale)
+
+
+def weigh_sink(case: Case, leaves: dict[str, np.ndarray], rows: np.ndarray | None, truth: np.ndarray) -> float:
+    """The magnitudes of the terms of the sink's gradient, added up: they cancel but for a few hundredths, each
+    rounded to float32 by itself. They are -(1 - sum_j p_ij) r_ik O_ik, r O being the cotangent times the result."""
+    ones = {name: const(np.ones_like(x) if name == "v" else x) for name, x in leaves.items()}
+    received = refer(replace(case, rate=0.0, gated=False, probs=False), ones, rows).value  # (B, T, H K): sum_j p_ij
+    terms = np.abs((1 - received) * evaluate_ref.cotangent(truth.shape) * truth)
+    return float(terms.reshape(*terms.shape[:2], -1, case.width).sum(axis=(0, 1, 3)).max())
 
 
 def check_draws(device: str) -> Iterator[Verdict]:
@@ -231,8 +151,8 @@ def check_masked(device: str) -> Iterator[Verdict]:
 
 
 def check_faults(device: str) -> Iterator[Verdict]:
-    """Planted in what the forward kernel is given or keeps, and found."""
-    run = attention.run_forward
+    """Planted in what the forward kernel is given or keeps, and in a gradient, and found."""
+    run, back = attention.run_forward, attention.run_backward
     case = Case("clipped", 20, 36, 32, causal=True, padded=True)
 
     def keep_result(*given: Any) -> tuple[Tensor, ...]:  # D from O, as without a clip
@@ -251,14 +171,19 @@ def check_faults(device: str) -> Iterator[Verdict]:
         codes = given[6] * torch.tensor([1, 1, 2, 1], device=device)
         return run(*given[:6], codes, *given[7:])
 
+    def raise_sink(*given: Any) -> tuple[Tensor, ...]:
+        dq, dk, dv, d_sink, d_gate = back(*given)
+        return dq, dk, dv, d_sink * (1 + 1e-4), d_gate
+
     faults: dict[Callable[..., Any], Case] = {
         keep_result: case,
         shift_words: replace(case, rate=0.1),
         lower_gamma: case,
         coarsen: replace(case, causal=False, probs=True),
+        raise_sink: replace(case, softmax="sink"),
     }
     for fault, where in faults.items():
-        with mock.patch.object(attention, "run_forward", fault):
+        with mock.patch.object(attention, "run_backward" if fault is raise_sink else "run_forward", fault):
             verdicts = list(check(where, device))
         yield equal(f"{fault.__name__} is found", all(verdict.ok for verdict in verdicts), False)
         yield from check(where, device)
@@ -320,9 +245,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, help="compile for it instead: 80, 90, 100")
     options = parser.parse_args()
     if options.arch:
-        from parity_tests.long.attention_compiled import report
-
-        return report(options.arch, options.few)
+        return attention_compiled.report(options.arch, options.few)
     if options.device == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             parser.error("on a CPU kernels run in Triton's interpreter: set TRITON_INTERPRET=1")

@@ -10,6 +10,7 @@ import gc
 import importlib
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.numpy import load_file
 from qtx_ref.integer.lifting import real
 from qtx_ref.models.initial import init_params
 from qtx_ref.presets import attention
-from qtx_ref.spec import ModelSpec, OptimSpec, Output, from_dict
+from qtx_ref.spec import ModelSpec, OptimSpec, Output, SpecError, from_dict
 
 from ..engines import ort as onnx_engine
 from ..engines.backend import backend
@@ -65,7 +66,11 @@ def load(task: Task, kind: str, file: str) -> Any:
         artifact = load_artifact(path)
         options: dict[str, Any] = {"compiled": True} if kind == "integer-compiled" else {}
         meaning = artifact.spec, artifact.constants, artifact.quants, artifact.profile
-        integers = module.IntegerModel(*meaning, device=device, **options)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            integers = module.IntegerModel(*meaning, device=device, **options)
+        if options and getattr(integers, "execution", None) is None:  # it would be measured as what it is not
+            raise SpecError("; ".join(str(one.message) for one in said))
         return passes.IntegerRunner(integers) if torch else PlainRunner(integers.run, integers)
     checkpoint = load_checkpoint(path)
     model = module.Model(checkpoint.spec, checkpoint.params, device=device)

@@ -254,7 +254,8 @@ def make_variants(
     save_checkpoint(fake, Checkpoint(spec, params, {}, recipe, ranges, transforms=transforms))
     variants += [Variant("fake quantization", "fake", fake), integers]
     if given.compiled:
-        variants.append(replace(integers, name="integers, compiled", kind="integer-compiled"))
+        file, finding = integers.file, integers.finding
+        variants.append(Variant("integers, compiled", "integer-compiled", file, finding=finding))
     return variants, recipe
 
 

@@ -9,8 +9,8 @@ on data, and `Ready`, under which graphs are traced, asks nothing.
 
 Three kinds of graph: what lies before the layers, a layer, what lies behind them. A layer's graph takes its constants
 as arguments, by names relative to the layer, so that layers of one recipe share it; so do batches of any size and
-length, but for a batch of one, which has a graph of its own. Inductor keeps what it has compiled
-(TORCHINDUCTOR_CACHE_DIR): a second start reads it.
+length, but for a batch of one, which has a graph of its own. What was compiled is kept on disk (`parts`): a second
+start reads it. On CUDA all launches of a pass are captured as one CUDA graph.
 
 A scale that comes from the data (one per token) is a float32, whose sums with others no constant bounds. Each graph
 therefore gives the largest of them beside its result; where it is beyond `LARGEST_SCALE`, or NaN, the eager form runs
@@ -22,9 +22,9 @@ vector operations.
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -39,16 +39,15 @@ from qtx_ref.spec import (
     ModelSpec,
     Profile,
     QuantSpec,
+    SpecError,
 )
 
 from ..attention import Mask
 from ..models.block import Block
 from ..sites import name_sites
-from .batched import hold_settings
 from .model import Code, Constants
-from .proof import LARGEST_SCALE, Proof, Ready
-
-# --- parts ------------------------------------------------------------------------------------------------------------
+from .parts import KINDS, Part
+from .proof import EAGER, LARGEST_SCALE, Proof, Ready
 
 
 @dataclass(frozen=True)
@@ -60,55 +59,34 @@ class Edge:
     unit: Tensor | None  # None where it comes with them
     zero_point: Tensor | None
 
+    @property
+    def whole(self) -> bool:
+        """Whether unit and zero point come with the codes."""
+        return self.unit is None
+
+    @property
+    def meaning(self) -> tuple:
+        """All of it that a graph depends on."""
+        return self.spec, self.measured, self.whole
+
     @staticmethod
     def of(x: Code) -> Edge:
         own = x.unit.numel() > 1 or x.zero_point.numel() > 1 or x.measured
         return Edge(x.spec, x.measured, None if own else x.unit, None if own else x.zero_point)
 
-    def pack(self, x: Code) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What a part gives of its result."""
-        return (x.value, None, None) if self.unit is not None else (x.value, x.unit, x.zero_point)
-
-    def complete(self, parts: tuple[Tensor, Tensor | None, Tensor | None]) -> Flow:
+    def complete(self, parts: Parts) -> dict[str, Tensor]:
         """Value, unit and zero point, those that are constants put in."""
         value, unit, zero = parts
-        return value, self.unit if unit is None else unit, self.zero_point if zero is None else zero
+        unit, zero = self.unit if unit is None else unit, self.zero_point if zero is None else zero
+        return {"value": value, "unit": unit, "zero": zero}
 
 
-Flow = tuple[Tensor, Tensor, Tensor]
-KINDS = 64  # graphs of a part: batch or length of one, masked, either side of each size that decides how to multiply
-DATA = re.compile(r"\b(batch|flow|allowed|rows)\b")  # arguments of a part that differ from call to call
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def keep_guards(entries: list) -> list[bool]:
-    """Which conditions of a graph each call looks at: those on the data, and torch's settings. Constants are alike by
-    construction, and there are a hundred of them. Where the data are not found by their names, all are kept."""
-    data = [bool(DATA.search(entry.name)) for entry in entries]
-    if not any(entry.guard_type == "TENSOR_MATCH" for entry, kept in zip(entries, data, strict=True) if kept):
-        return [True] * len(entries)
-    return [
-        kept or entry.guard_type in ("SHAPE_ENV", "GLOBAL_STATE") for entry, kept in zip(entries, data, strict=True)
-    ]
-
-
-def compile_part(part: Callable, number: int, device: torch.device, backend: str) -> Callable:
-    """A part compiled; on CUDA with graphs of launches. Each has code of its own, of which torch keeps count."""
-    hold_settings()
-    part.__code__ = part.__code__.replace(co_name=f"{part.__name__}_{number}")
-    options: dict[str, Any] = {"guard_filter_fn": keep_guards}
-    if backend == "inductor":
-        options |= {
-            "triton.cudagraphs": device.type == "cuda",
-            "size_asserts": False,
-            "assert_indirect_indexing": False,
-        }
-    return torch.compile(part, fullgraph=True, backend=backend, options=options)
-
-
-def mark(x: Tensor | None, *axes: int) -> None:
-    """Tells the compiler that these sizes, of batch and length, may be others in the next call."""
-    for axis in axes if x is not None else ():
-        torch._dynamo.maybe_mark_dynamic(x, axis)
+def pack(x: Code, whole: bool) -> Parts:
+    """What a part gives of its result; whole: with unit and zero point."""
+    return (x.value, x.unit, x.zero_point) if whole else (x.value, None, None)
 
 
 @cache
@@ -124,6 +102,22 @@ def find_compiler(device: str) -> str:
     except Exception as error:  # of inductor's own kind, which differs by version
         return f"{error}".splitlines()[0]
     return ""
+
+
+@contextmanager
+def tell_failure() -> Iterator[None]:
+    """Raises SpecError with the first line of what a compiler says that is there and fails: without Python's headers,
+    or on a full disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import BackendCompilerFailed  # here, where something was compiled
+
+        if not isinstance(error, BackendCompilerFailed):
+            raise
+        said = str(error).partition("\nOutput:\n")
+        line = next(line for part in (said[2], said[0]) for line in part.splitlines() if line.strip())
+        raise SpecError(f"the compiler fails, {line.strip()}: {EAGER}, or mend it") from error
 
 
 def make_execution(
@@ -169,117 +163,126 @@ class Execution:
                 x, _ = block(proof, x, mask)
                 self.edges.append(Edge.of(x))
             self.last = Edge.of(net.top(proof, x))
-        self.parts: dict[tuple, Callable] = {}  # of layers, by all in which they may differ
-        self.graphs = 0
+        self.parts: dict[str, Part] = {}  # by all in which they may differ
+        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor | None], tuple]] = {}
         constants = proof.constants
         outer = {name: c for name, c in constants.items() if not name.startswith("layer.")}
         self.outer = outer, {site: p for site, p in proof.prepared.items() if not site.startswith("layer.")}
         self.layers = [
             (select(constants, f"layer.{i}."), select(proof.prepared, f"layer.{i}.")) for i in range(spec.layers)
         ]
-        self.bottom = self.compile(self.make_bottom())
-        self.top = self.compile(self.make_top())
+        self.bottom = self.find_part("bottom", self.make_bottom, quants, self.outer, self.edges[0])
+        self.top = self.find_part("top", self.make_top, quants, self.outer, self.edges[-1], self.last)
         self.steps = [self.find_layer(i) for i in range(spec.layers)]
 
-    def compile(self, part: Callable) -> Callable:
-        self.graphs += 1
-        return compile_part(part, self.graphs, self.device, self.backend)
+    def find_part(self, name: str, make: Callable, quants: Mapping[str, QuantSpec], given: tuple, *edges: Edge) -> Part:
+        """A part, which those that mean the same share: layers of one recipe."""
+        constants, prepared = given
+        meaning = repr((
+            name, self.spec, self.profile, sorted(quants.items(), key=lambda item: item[0]),
+            [edge.meaning for edge in edges],
+            [(key, describe(c)) for key, c in constants.items()],
+            [(site, *map(describe, p)) for site, p in prepared.items()],
+        ))  # fmt: skip
+        if meaning not in self.parts:
+            number = len(self.parts)
+            self.parts[meaning] = Part(make(quants, *edges), meaning, number, self.device, self.backend)
+        return self.parts[meaning]
 
-    def make_bottom(self) -> Callable:
-        net, quants, profile, edge = self.net, self.quants, self.profile, self.edges[0]
+    def make_bottom(self, quants: Mapping[str, QuantSpec], after: Edge) -> Callable:
+        net, profile, whole = self.net, self.profile, after.whole
 
-        def bottom(batch: dict[str, Tensor | None], constants: dict, prepared: dict) -> tuple:
+        def bottom(data: dict[str, Tensor | None], constants: dict, prepared: dict) -> tuple:
             nx = Ready(constants, prepared, quants, profile)
-            x, mask = net.bottom(nx, batch)
+            x, mask = net.bottom(nx, data)
             size = x.shape[0], 1, *mask.allowed.shape[-2:]
-            return edge.pack(x), mask.allowed.expand(size).to(torch.uint8), nx.largest
+            return pack(x, whole), mask.allowed.expand(size).to(torch.uint8), nx.largest
 
         return bottom
 
-    def find_layer(self, i: int) -> Callable:
+    def find_layer(self, i: int) -> Part:
         """The part that layer i shares with those that are made alike."""
         quants = select(self.quants, f"layer.{i}.")
-        before, after = self.edges[i], self.edges[i + 1]
-        constants, prepared = self.layers[i]
-        key = (
-            tuple(sorted(quants.items(), key=lambda item: item[0])),
-            (before.spec, before.measured, before.unit is None, after.unit is None),
-            tuple((name, c.shape, c.dtype) for name, c in constants.items()),
-            tuple((site, *(describe(part) for part in p)) for site, p in prepared.items()),
-        )
-        if key not in self.parts:
-            self.parts[key] = self.compile(self.make_layer(quants, before, after))
-        return self.parts[key]
+        return self.find_part("layer", self.make_layer, quants, self.layers[i], self.edges[i], self.edges[i + 1])
 
     def make_layer(self, quants: Mapping[str, QuantSpec], before: Edge, after: Edge) -> Callable:
-        profile = self.profile
+        profile, spec, measured, whole = self.profile, before.spec, before.measured, after.whole
         with torch.device("meta"):
             block = Block(self.spec)
         name_sites(block)  # relative to the layer
 
-        def layer(flow: Flow, allowed: Tensor, rows: Tensor | None, constants: dict, prepared: dict) -> tuple:
+        def layer(data: dict[str, Tensor | None], constants: dict, prepared: dict) -> tuple:
             nx = Ready(constants, prepared, quants, profile)
-            nx.begin(rows)
-            value, unit, zero = flow
-            x, _ = block(nx, Code(value, unit, zero, before.spec, before.measured), Mask(allowed != 0, torch.bool))
-            return after.pack(x), nx.largest
+            nx.begin(data["mask"])
+            x = Code(data["value"], data["unit"], data["zero"], spec, measured)
+            x, _ = block(nx, x, Mask(data["allowed"] != 0, torch.bool))
+            return pack(x, whole), nx.largest
 
         return layer
 
-    def make_top(self) -> Callable:
-        net, quants, profile, before, after = self.net, self.quants, self.profile, self.edges[-1], self.last
+    def make_top(self, quants: Mapping[str, QuantSpec], before: Edge, after: Edge) -> Callable:
+        net, profile, spec, measured, whole = self.net, self.profile, before.spec, before.measured, after.whole
 
-        def top(flow: Flow, rows: Tensor | None, constants: dict, prepared: dict) -> tuple:
+        def top(data: dict[str, Tensor | None], constants: dict, prepared: dict) -> tuple:
             nx = Ready(constants, prepared, quants, profile)
-            nx.begin(rows)
-            value, unit, zero = flow
-            x = net.top(nx, Code(value, unit, zero, before.spec, before.measured))
-            return after.pack(x), nx.largest
+            nx.begin(data["mask"])
+            x = net.top(nx, Code(data["value"], data["unit"], data["zero"], spec, measured))
+            return pack(x, whole), nx.largest
 
         return top
 
-    def __call__(self, inputs: Mapping[str, Tensor | None]) -> Code | None:
-        """What `run` gives, with room for a graph of each kind of batch."""
-        with torch._dynamo.config.patch(recompile_limit=KINDS):
-            return self.run(inputs)
-
     @torch.no_grad()
-    def run(self, inputs: Mapping[str, Tensor | None]) -> Code | None:
+    def __call__(self, inputs: Mapping[str, Tensor | None]) -> Code | None:
         """The output; None where the eager form is to compute it: images that are not finite, scales of the data that
         are too large."""
         batch = {name: inputs.get(name) for name in ("tokens", "mask", "types", "images")}
-        images, rows = batch["images"], batch["mask"]
+        images = batch["images"]
         if images is not None and not torch.isfinite(images).all():
             return None
-        mark(images, 0)
-        for name in ("tokens", "mask", "types"):
-            mark(batch[name], 0, 1)
-        parts, allowed, most = self.bottom(batch, *self.outer)
-        scales = [most]
-        mark(allowed, 0, 2, 3)
-        for run, edge, made in zip(self.steps, self.edges, self.layers, strict=False):
-            parts, most = run(self.enter(edge, parts), allowed, rows, *made)
-            scales.append(most)
-        if self.has_top:
-            parts, most = self.top(self.enter(self.edges[-1], parts), rows, *self.outer)
-            scales.append(most)
-        largest = [scale for scale in scales if scale is not None]
+        parts, largest = self.replay(batch) if self.device.type == "cuda" else self.forward(batch)
         if largest and not bool((torch.stack(largest) < LARGEST_SCALE).all()):
             return None
-        value, unit, zero = self.last.complete(parts)
-        return Code(value, unit, zero, self.last.spec, self.last.measured)
+        out = self.last.complete(parts)
+        return Code(out["value"], out["unit"], out["zero"], self.last.spec, self.last.measured)
+
+    def forward(self, batch: dict[str, Tensor | None]) -> tuple[Parts, list[Tensor]]:
+        """What the last part gives, and the largest scale of the data in each part that has one."""
+        rows = batch["mask"]
+        parts, allowed, most = self.bottom(batch, *self.outer)
+        scales = [most]
+        for run, edge, made in zip(self.steps, self.edges, self.layers, strict=False):
+            parts, most = run({**edge.complete(parts), "allowed": allowed, "mask": rows}, *made)
+            scales.append(most)
+        if self.has_top:
+            parts, most = self.top({**self.edges[-1].complete(parts), "mask": rows}, *self.outer)
+            scales.append(most)
+        return parts, [scale for scale in scales if scale is not None]
+
+    def replay(self, batch: dict[str, Tensor | None]) -> tuple[Parts, list[Tensor]]:
+        """`forward` on CUDA, all launches of it as one graph for each kind of batch, captured at its first call. The
+        graphs share their memory, which is why what they give is copied."""
+        kind = tuple((name, x.shape, x.dtype) for name, x in batch.items() if x is not None)
+        if kind not in self.captured and len(self.captured) == KINDS:
+            return self.forward(batch)
+        with torch.cuda.device(self.device):
+            if kind not in self.captured:
+                given = {name: None if x is None else x.clone() for name, x in batch.items()}
+                self.forward(given)  # compiles
+                pool = next((graph.pool() for graph, *_ in self.captured.values()), None)
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool):
+                    made = self.forward(given)
+                self.captured[kind] = graph, given, made
+            graph, given, (parts, largest) = self.captured[kind]
+            for name, x in batch.items():
+                if x is not None:
+                    given[name].copy_(x)
+            graph.replay()
+            return tuple(None if part is None else part.clone() for part in parts), largest
 
     @property
     def has_top(self) -> bool:
         """Whether anything lies behind the layers."""
         return self.spec.head is not Head.NONE or self.spec.final_norm or self.spec.embed_width is not None
-
-    def enter(self, edge: Edge, parts: tuple[Tensor, Tensor | None, Tensor | None]) -> Flow:
-        """What a part gave, as the next one takes it."""
-        flow = edge.complete(parts)
-        for x in flow:
-            mark(x, *range(min(x.ndim - 1, 2)))
-        return flow
 
 
 def smallest_batch(spec: ModelSpec, device: torch.device) -> dict[str, Tensor | None]:

@@ -2,8 +2,8 @@
 section 4), channels coded wide, a scale per channel; all fixed at calibration.
 
 Differs from the reference: channel_multiplier, joint_unit, varies: constants are made once, there.
-Differs from the reference: Grouped, divide, one_group, prepare, multiply: which instruction multiplies is a matter of
-the machine.
+Differs from the reference: Grouped, carry, divide, one_group, prepare, multiply: which instruction multiplies is a
+matter of the machine.
 
 The reference's module has the formulas: codes less their zero points are multiplied by m_c, float64 carries the
 products with the other factor, exact in blocks, and the sum is rounded once. Compiled models take the groups apart
@@ -62,15 +62,24 @@ def product(
 ) -> Tensor:
     """round(sum_k m_k a_k b_k / 2^shift): a (..., M, K), b (..., K, N), multiplier (K,) or (..., 1, K) -> (..., M, N).
 
-    a_bits, b_bits: the magnitudes are at most 2^bits. integers: multiply in integers, without float carriers. Raises
-    ValueError where 62 bits do not hold the sum.
+    a_bits, b_bits: the magnitudes are at most 2^bits. integers: multiply in integers, without float carriers: slow, the
+    same result, CPU only. Raises ValueError where 62 bits do not hold the sum.
     """
-    scaled = a * multiplier.long()
-    free = FLOAT_BITS - MULTIPLIER_BITS - a_bits - b_bits
-    exact = free >= 0 and not integers
-    carrier, length = (torch.float64, 2**free) if exact else (torch.int64, max(a.shape[-1], 1))
-    total = block_product(scaled.to(carrier), b.to(carrier), length, torch.int64)
+    scaled, wide = a * multiplier.long(), MULTIPLIER_BITS + a_bits
+    if integers:
+        total = block_product(scaled, b.long(), max(a.shape[-1], 1), torch.int64)
+    elif wide + b_bits <= FLOAT_BITS:
+        total = carry(scaled, b, wide + b_bits)
+    else:  # 2^low times what is above, and what is below, each of which float64 carries
+        low = (wide + 1) // 2
+        total = carry(scaled >> low, b, wide - low + b_bits) << low
+        total += carry(scaled & (2**low - 1), b, low + b_bits)
     return shift_right(total, shift, rule.rounding)
+
+
+def carry(a: Tensor, b: Tensor, bits: int) -> Tensor:
+    """a b, integers no product of which is beyond 2^bits, in exact blocks of float64; int64."""
+    return block_product(a.double(), b.double(), 2 ** (FLOAT_BITS - bits), torch.int64)
 
 
 # --- as compiled models run them --------------------------------------------------------------------------------------

@@ -186,7 +186,8 @@ class Proof(Ready):
                     self.width(x, w, inside),
                     self.profile.matmul,
                 )
-        factors = int(w.subtract_zero().abs().sum(-1).max())
+        most = w.spec.code_max - w.spec.code_min
+        factors = int(carriers.add_up(w.subtract_zero().abs().movedim(-1, 0), most).amax())
         self.reaches[site] = factors * self.reach(site, x) + largest(inside)
         if self.width(x, w, inside) == 32 and self.reaches[site] >= INT32 and w.ndim == 3:
             refuse(site, f"its accumulators may reach {self.reaches[site]}")

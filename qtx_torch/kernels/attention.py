@@ -5,7 +5,7 @@ Not in the reference: it has rows whole.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def attend(
         SCORES=scores is not None,
         PROBS=probs is not None,
     )
-    flags = [int(flag) for flag in astuple(shape)]
+    flags = [int(flag) for flag in vars(shape).values()]
     limits = [float(x) for codes in (scores, probs) for x in (codes[2:] if codes else (0, 0))]
     factor = q.shape[-1] ** -0.5
     unit = LOG2E if scores is not None else factor * LOG2E

@@ -47,11 +47,11 @@ def _sum_up(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
-    context, passed, q, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, gamma, span,
+    context, passed, q, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, gamma, zeta,
     coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, begin, end,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, DROP: tl.constexpr,
-    FOURS: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
-    K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, BY_ROW: tl.constexpr,
+    DROP: tl.constexpr, FOURS: tl.constexpr, SCORES: tl.constexpr, PROBS: tl.constexpr, SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """O and, where SPLIT, E / span, with the keys begin to end."""
     for start in range(begin, end, N):
@@ -62,7 +62,8 @@ def _gather(  # type: ignore[no-untyped-def]
         if not WHOLE:
             s = tl.where(find_seen(i[:, None], j[None, :], later, keys, rows, CAUSAL, PADDED), s, float("-inf"))
         p = tl.exp2(s * unit - logs[:, None])
-        y, passes = shape_probability(p, gamma, span, coder, p_low, p_high, CLIP, TOP, PROBS)
+        lower = gamma[:, None] if BY_ROW else gamma  # not before the loop: see where E is stored
+        y, passes = shape_probability(p, lower, zeta - lower, coder, p_low, p_high, CLIP, TOP, PROBS)
         if DROP:
             keep = keep_tile(line, start, seed, step, place, most, FOURS, M, N)
             y, passes = tl.where(keep, y, 0.0), passes & keep
@@ -124,8 +125,7 @@ def attend_forward(  # type: ignore[no-untyped-def]
         top = higher
     none = total == 0.0
     logs = tl.where(none, float("inf"), top + tl.log2(tl.where(none, 1.0, total)))  # no key: no probability
-    lower = (gamma / tl.maximum(count, 1).to(tl.float32))[:, None] if BY_ROW else gamma
-    span = zeta - lower
+    lower = gamma / tl.maximum(count, 1).to(tl.float32) if BY_ROW else gamma
 
     row = pair.to(tl.int64) * queries + i
     if DROP and STORED:
@@ -133,14 +133,14 @@ def attend_forward(  # type: ignore[no-untyped-def]
     line = row * keys + first
     context, passed = tl.zeros((M, BK), tl.float32), tl.zeros((M, BK), tl.float32)
     context, passed = _gather(
-        context, passed, q_tile, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, lower, span,
+        context, passed, q_tile, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, lower, zeta,
         coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, 0, whole,
-        CAUSAL, PADDED, CLIP, TOP, DROP, FOURS, SCORES, PROBS, SPLIT, True, K, BK, M, N,
+        CAUSAL, PADDED, CLIP, TOP, BY_ROW, DROP, FOURS, SCORES, PROBS, SPLIT, True, K, BK, M, N,
     )  # fmt: skip
     context, passed = _gather(
-        context, passed, q_tile, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, lower, span,
+        context, passed, q_tile, k, v, k_line, v_line, i, column, later, keys, rows, factor, unit, logs, lower, zeta,
         coder, s_low, s_high, p_low, p_high, line, seed, step, place, most, whole, end,
-        CAUSAL, PADDED, CLIP, TOP, DROP, FOURS, SCORES, PROBS, SPLIT, False, K, BK, M, N,
+        CAUSAL, PADDED, CLIP, TOP, BY_ROW, DROP, FOURS, SCORES, PROBS, SPLIT, False, K, BK, M, N,
     )  # fmt: skip
 
     there = i < queries
@@ -158,6 +158,8 @@ def attend_forward(  # type: ignore[no-untyped-def]
     if TRAIN:
         tl.store(logs_out + row, logs, mask=there)
         if SPLIT:
+            # by row, one tensor (M, 1) here and in the loop is more than Triton 3.6 sorts out where N is BK
+            span = (zeta - lower)[:, None] if BY_ROW else zeta - lower
             tl.store(passed_out + place_out, (passed * (span * share)).to(out.dtype.element_ty), mask=inside)
         if BY_ROW:
-            tl.store(gammas_out + row[:, None], lower, mask=there[:, None])
+            tl.store(gammas_out + row, lower, mask=there)

@@ -6,7 +6,8 @@ the same.
 
 y = x W^T, dX = dY W and dW = dY^T X are each a sum over one axis, along which no scale varies: so each operand is
 quantized anew with that axis last, symmetrically, to the nearest code or by Philox's words, and a product is
-s_a s_b^T (codes_a codes_b^T). Of x and W their codes are kept, a quarter of the bytes.
+s_a s_b^T (codes_a codes_b^T). Of x and W their codes are kept, a quarter of the bytes. On a GPU all of it is
+`kernels.int8_training`, whose values are the same; there what is not finite comes out as NaN, where here it raises.
 
 Floors of one product (M, K) (K, N): 2 M K N operations at the rate of int8, 2 to 4 times that of bfloat16, and 4 bytes
 in and 1 out for each operand's element, 4 in and 4 out for each of the result's.
@@ -14,16 +15,20 @@ in and 1 out for each operand's element, 4 in and 4 out for each of the result's
 
 from __future__ import annotations
 
+import math
+from importlib import import_module
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qtx_ref.spec import QTX, Gradients, Granularity, Quant, QuantSpec
 
-from .. import ops
+from .. import ops, random
 from . import quantizer, rounding
 from .gradients import Backward, find_scale, flatten, multiply_values
 
+NAMES = ("dgrad_gradient", "dgrad_weight", "wgrad_gradient", "wgrad_input")
 LONGEST = 2**16  # terms of magnitude 2^14 whose sum int32 holds, and half of it to spare
 
 
@@ -38,7 +43,7 @@ def has_products(gradients: Gradients | None) -> bool:
     """Whether both gradient products are of such codes, or neither is quantized."""
     if gradients is None:
         return True
-    operands = (gradients.dgrad_gradient, gradients.dgrad_weight, gradients.wgrad_gradient, gradients.wgrad_input)
+    operands = (getattr(gradients, name) for name in NAMES)
     return all(one is not None and has_codes(one.quant) for one in operands)
 
 
@@ -51,7 +56,8 @@ def encode(x: Tensor, scale: Tensor, spec: QuantSpec, words: Tensor | None = Non
 
 
 def sum_products(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T, codes (M, K) and (N, K) -> (M, N), float32. CUDA multiplies more than 16 rows, and 8 columns at a time."""
+    """a b^T, codes (M, K) and (N, K) -> (M, N), float32. CUDA multiplies more than 16 rows, and 8 columns at a time; of
+    sums of one term a CPU's product writes nothing."""
     if a.shape[1] > LONGEST:
         parts = zip(a.split(LONGEST, 1), b.split(LONGEST, 1), strict=True)
         return torch.stack([sum_products(x.contiguous(), y.contiguous()) for x, y in parts]).sum(0)
@@ -62,12 +68,23 @@ def sum_products(a: Tensor, b: Tensor) -> Tensor:
         inner = -a.shape[1] % 8
         a = torch.nn.functional.pad(a, (0, inner, 0, max(0, 17 - m)))
         b = torch.nn.functional.pad(b, (0, inner, 0, -n % 8))
+    elif a.shape[1] == 1:
+        a, b = (torch.nn.functional.pad(codes, (0, 1)) for codes in (a, b))
     return torch._int_mm(a, b.t())[:m, :n].float()
 
 
 def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """s_a s_b^T (a b^T): codes (M, K) and (N, K), scales (M, 1) and (N, 1) -> (M, N), float32."""
     return sum_products(a, b) * a_scale * b_scale.t()
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether a linear is Triton's three products, `torch.ops.qtx.int8_forward` and `int8_backward`: on a GPU where
+    Triton compiles. `step.compile_forward` tells the compiler that it is a constant."""
+    if not random.has_kernels(device):
+        return False
+    import_module("qtx_torch.kernels.int8_training")
+    return True
 
 
 class Int8Linear(torch.autograd.Function):
@@ -85,41 +102,91 @@ class Int8Linear(torch.autograd.Function):
         where: Tensor | None,
     ) -> Tensor:
         rows = flatten(x)
-        x_scale, _ = quantizer.dynamic_scale(rows, specs[0], None, False)
-        w_scale, _ = quantizer.dynamic_scale(weight, specs[1], None, True)
-        codes, w_codes = encode(rows, x_scale, specs[0]), encode(weight, w_scale, specs[1])
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        floats = torch.float64 not in (x.dtype, weight.dtype) and x.numel() > 0 and weight.numel() > 0
+        ctx.kernels = floats and has_kernels(x.device)
+        if not ctx.kernels:
+            x_scale, _ = quantizer.dynamic_scale(rows, specs[0], None, False)
+            w_scale, _ = quantizer.dynamic_scale(weight, specs[1], None, True)
+            codes, w_codes = encode(rows, x_scale, specs[0]), encode(weight, w_scale, specs[1])
+            y = multiply(codes, x_scale, w_codes, w_scale)
+            y = (y if bias is None else y + bias.float()).to(dtype)
+        else:
+            limits = [end for spec in specs for end in (spec.code_min, spec.code_max)]
+            y, codes, x_scale, w_codes, w_scale = torch.ops.qtx.int8_forward(rows, weight, bias, limits, dtype)
         ctx.save_for_backward(codes, x_scale, w_codes, w_scale, where)
         ctx.how, ctx.bias, ctx.given = how, None if bias is None else bias.shape, (x.shape, x.dtype, weight.dtype)
-        y = multiply(codes, x_scale, w_codes, w_scale)
-        y = (y if bias is None else y + bias.float()).reshape(*x.shape[:-1], len(weight))
-        kind = x.device.type
-        return ops.own(y.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype))
+        return ops.own(y.reshape(*x.shape[:-1], len(weight)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         codes, x_scale, w_codes, w_scale, where = ctx.saved_tensors
         how, (shape, x_dtype, w_dtype) = ctx.how, ctx.given
-        x, w = (codes * x_scale).to(x_dtype), (w_codes * w_scale).to(w_dtype)  # what the codes stand for
-        dy = flatten(g)
+        dy, columns = flatten(g), shape[-1]
+        if where is not None:
+            where = flatten(where.expand(*shape[:-1], 1))[:, 0]
         dx = dw = db = None
-        if how is None:
-            dx = multiply_values(dy, w, g.dtype) if ctx.needs_input_grad[0] else None
-            dw = multiply_values(dy.t(), x, g.dtype) if ctx.needs_input_grad[1] else None
+        if how is not None and ctx.kernels:
+            wanted = list(ctx.needs_input_grad[:2])
+            dx, dw = torch.ops.qtx.int8_backward(
+                dy, codes, x_scale, w_codes, w_scale, where, *describe(how, g.shape, shape, wanted), x_dtype, w_dtype
+            )
+            dx, dw = dx if wanted[0] else None, dw if wanted[1] else None
         else:
-            first, second = (None if words is None else words.reshape(dy.shape) for words in how.draw_gradient(g))
-            if ctx.needs_input_grad[0]:
-                words = how.draw("dgrad_weight", "weight", w.shape, w.device)
-                dx = product(how, "dgrad_gradient", dy, first, "dgrad_weight", turn(w), turn(words))
-            if ctx.needs_input_grad[1]:
-                words = how.draw("wgrad_input", "input", shape, x.device)
-                words = None if words is None else words.reshape(x.shape)
-                x = x if where is None else torch.where(flatten(where.expand(*shape[:-1], 1)), x, 0)
-                dw = product(how, "wgrad_gradient", turn(dy), turn(second), "wgrad_input", turn(x), turn(words))
+            x, w = (codes[:, :columns] * x_scale).to(x_dtype), (w_codes[:, :columns] * w_scale).to(w_dtype)
+            if how is None:
+                dx = multiply_values(dy, w, g.dtype) if ctx.needs_input_grad[0] else None
+                dw = multiply_values(dy.t(), x, g.dtype) if ctx.needs_input_grad[1] else None
+            else:
+                dx, dw = multiply_gradients(how, g, x.reshape(shape), w, where, *ctx.needs_input_grad[:2])
         if ctx.needs_input_grad[2]:
             db = dy.sum(dim=0).reshape(ctx.bias)
         dx = None if dx is None else dx.reshape(shape).to(x_dtype)
         return dx, None if dw is None else dw.to(w_dtype), db, None, None, None
+
+
+def multiply_gradients(
+    how: Backward, g: Tensor, x: Tensor, w: Tensor, where: Tensor | None, for_x: bool, for_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dX (N, I) and dW of dY (..., O), x (..., I) and W, by codes of all four operands; float32. where (N,): rows of x
+    that count."""
+    dy, rows = flatten(g), flatten(x)
+    first, second = (None if words is None else words.reshape(dy.shape) for words in how.draw_gradient(g))
+    dx = dw = None
+    if for_x:
+        words = how.draw("dgrad_weight", "weight", w.shape, w.device)
+        dx = product(how, "dgrad_gradient", dy, first, "dgrad_weight", turn(w), turn(words))
+    if for_w:
+        words = how.draw("wgrad_input", "input", x.shape, x.device)
+        words = None if words is None else words.reshape(rows.shape)
+        rows = rows if where is None else torch.where(where[:, None], rows, 0)
+        dw = product(how, "wgrad_gradient", turn(dy), turn(second), "wgrad_input", turn(rows), turn(words))
+    return dx, dw
+
+
+def describe(
+    how: Backward, g_shape: torch.Size, x_shape: torch.Size, wanted: list[bool]
+) -> tuple[Tensor | None, int, list[bool], list[int], list[int], list[int]]:
+    """What `run_backward` takes between `where` and the dtypes."""
+    operands = [getattr(how.gradients, name) for name in NAMES]
+    firsts = [how.first_row * math.prod(g_shape[1:]), 0, how.first_row * math.prod(x_shape[1:])]
+    sites = [random.number_site(f"{how.site}.{part}") for part in ("grad", "weight", "input")]
+    step, address = how.step, None
+    if isinstance(step, Tensor) or isinstance(firsts[0], Tensor):
+        device = next(one.device for one in (step, firsts[0]) if isinstance(one, Tensor))
+        numbers = [torch.as_tensor(one, device=device) for first in firsts for one in (step, first)]
+        address, step, firsts = torch.stack(numbers).reshape(3, 2), 0, [0, 0, 0]
+    signed = how.seed - (1 << 64) if how.seed >= 1 << 63 else how.seed
+    return (
+        address,
+        x_shape[-1],
+        wanted,
+        [1 + one.stochastic for one in operands],
+        [end for one in operands for end in (one.quant.code_min, one.quant.code_max)],
+        [signed, step, *(number for pair in zip(sites, firsts, strict=True) for number in pair)],
+    )
 
 
 def turn(x: Tensor | None) -> Tensor | None:

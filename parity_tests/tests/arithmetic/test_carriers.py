@@ -146,6 +146,25 @@ def test_what_is_not_proven_is_refused() -> None:
         batched.multiply(deep, deep.mT, U8, U8)
 
 
+def test_bounds_are_those_of_weights_less_their_zero_point() -> None:
+    """200, 210, 0 and 255 less 100 are 100, 110, -100 and 155."""
+    w, zero = torch.tensor([[200], [210], [0], [255]], dtype=torch.uint8), torch.tensor([100], dtype=torch.int32)
+    most = S8.code_max * (100 + 110 + 155) - S8.code_min * 100
+    bias = torch.tensor([2**31 - 1 - most])
+    carriers.prepare(w, U8, S8, zero, bias=bias)
+    with pytest.raises(ValueError, match=r"accumulators may run from .* to 2147483648, beyond int32"):
+        carriers.prepare(w, U8, S8, zero, bias=bias + 1)
+    with pytest.raises(ValueError, match=r"accumulators may run from -2147483649 to"):
+        least = S8.code_min * (100 + 110 + 155) - S8.code_max * 100
+        carriers.prepare(w, U8, S8, zero, bias=torch.tensor([-(2**31) - 1 - least]))
+
+
+def test_sums_that_int32_does_not_hold_are_whole() -> None:
+    x = torch.full((8_421_505, 1), 255, dtype=torch.int32)
+    assert carriers.add_up(x, 255).tolist() == [2_147_483_775]
+    assert carriers.add_up(x[:8_421_504], 255).tolist() == [2_147_483_520]
+
+
 @pytest.mark.parametrize("overflow", [Overflow.WRAP, Overflow.SATURATE])
 def test_sums_beyond_int32_wrap_or_saturate_as_the_references(overflow: Overflow, way: Way) -> None:
     rule = MatmulRule(QTX.matmul.products, 1, overflow)

@@ -78,6 +78,12 @@ def test_sums_longer_than_an_accumulator_are_taken_in_parts(monkeypatch: pytest.
     assert torch.equal(int8.sum_products(a, b), a.float() @ b.float().t())  # below 2^24: exact
 
 
+def test_sums_of_one_term() -> None:
+    """torch's own product of such codes leaves what was in memory."""
+    a, b = torch.tensor([[3], [-4]], dtype=torch.int8), torch.tensor([[2], [0], [-5]], dtype=torch.int8)
+    assert int8.sum_products(a, b).tolist() == [[6, 0, -15], [-8, 0, 20]]
+
+
 def test_not_a_number_in_a_gradient_shows() -> None:
     x, w = draw(6, 16).requires_grad_(), draw(8, 16).requires_grad_()
     g = draw(6, 8)

@@ -76,6 +76,20 @@ for dtype, widest in ((torch.float32, 16384), (torch.float32, 16), (torch.bfloat
             assert bits(k.quantize(x, *given, spec), narrow_to(want, dtype)), (dtype, spec, form)
             passed = k.quantize(x, *given, spec, g)
             assert bits(passed, np.where(inside, g.float().cpu().numpy(), 0)), (dtype, spec, form)
+# beside every tie of a row's own scale, and scales down to the smallest: quotients are IEEE's
+top = (10.0 ** rng.uniform(-44, 37, 96)).astype(np.float32)
+for n, symmetric in product((8, 16), (False, True)):
+    spec = QuantSpec(n, symmetric=symmetric, granularity=Granularity.TOKEN, dynamic=True)
+    x = np.zeros((96, 512), np.float32)
+    x[:, 1] = top
+    s, _ = quantizer.dynamic_scale(x, spec, None, False)
+    x[:, 2:] = (rng.integers(0, spec.code_max, (96, 510)) + 0.5).astype(np.float32) * s
+    for _ in range(3):
+        x[:, 2:] = np.nextafter(x[:, 2:], np.float32(rng.choice((0, np.inf), (96, 510))))
+    x[:, 2:] = np.minimum(x[:, 2:], top[:, None])
+    s, z = quantizer.dynamic_scale(x, spec, None, False)
+    y, scale, zero = k.quantize_rows(torch.tensor(x, device=device), spec, rule.floor, rule.empty)
+    assert bits(scale, s) and bits(zero, z) and bits(y, affine.simulate(x, s, z, spec)[0]), spec
 x = torch.ones(6, 40, device=device)
 x[1, 3], x[2, 5], x[3, 7] = float("nan"), float("inf"), -float("inf")
 y, scale, _ = k.quantize_rows(x, QuantSpec(granularity=Granularity.TOKEN, dynamic=True), rule.floor, rule.empty)

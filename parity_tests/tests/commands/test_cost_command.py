@@ -20,6 +20,7 @@ from qtx.cost import compare as cost
 from qtx.cost import inputs as cost_inputs
 from qtx.engines.machine import Machine
 from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from qtx.jobs.cost import Given, make_variants
 from qtx.prepare.prepare import prepare
 from qtx.recipes.named import recipe, resolve
 from qtx.report import costs
@@ -88,6 +89,28 @@ def test_whole_command(checkpoint, tmp_path):
     assert integers["bytes"] < fake["bytes"] and costs.describe_costs(got) in text
     assert (out / "cost.txt").read_text().strip() in text
     assert "exists: choose another --out" in ran(*command, "--out", out)
+
+
+def test_compiled_integers_are_measured_beside_the_others(checkpoint, tmp_path):
+    """What is measured of one variant is no other's: `probe` and `measure` write into each one's own."""
+    given = Given(None, load_checkpoint(checkpoint), None, None, "no data", "w8a8", None, compiled=True)
+    variants, _ = make_variants(cost.Workers("torch", "cpu", 1), tmp_path, given, cost_inputs.Random(8))
+    assert [v.kind for v in variants] == ["float32", "bfloat16", "fake", "integer", "integer-compiled"]
+    assert variants[3].file == variants[4].file
+    for i, variant in enumerate(variants):
+        variant.cells["1x8"] = {"median": i}
+        variant.profile["matmuls"] = i
+    assert [(v.cells["1x8"]["median"], v.profile["matmuls"]) for v in variants] == [(i, i) for i in range(5)]
+
+
+def test_what_could_not_be_compiled_is_not_timed_as_compiled(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    options = ("--batch", 1, "--length", 8, "--rounds", 1, "--engines", "none")
+    said = ran("cost", checkpoint, "--compiled", *options)
+    assert "integers, compiled: not timed: SpecError: integers run without the compiled form, which needs" in said
+    assert sum(line.startswith("| integers ") for line in said.splitlines()) == 2  # times, and kernels
+    assert "| integers, compiled" not in said
 
 
 def test_transforms_are_part_of_what_runs(checkpoint, tmp_path):

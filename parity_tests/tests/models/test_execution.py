@@ -12,14 +12,17 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from torch._dynamo.utils import counters
 
 from parity_tests.long.compiled import check_integers
 from parity_tests.subjects import integer_models
+from qtx_ref import backend as ref_backend
 from qtx_ref.spec import QTX, Fixed, LeftShift, Nonlinear, QuantSpec, SpecError
 from qtx_torch.backend import IntegerModel
 from qtx_torch.integer import execution
-from qtx_torch.integer.execution import Edge, Execution, find_compiler, smallest_batch
+from qtx_torch.integer.execution import Edge, Execution, find_compiler, pack, smallest_batch
 from qtx_torch.integer.model import Code
+from qtx_torch.integer.parts import can_keep
 from qtx_torch.integer.proof import Proof
 
 TABLE = Nonlinear.TABLE
@@ -48,6 +51,23 @@ def test_compiled_codes_are_the_references() -> None:
     verdicts = list(check_integers("bert_clipped_alpha", ("w8a8", "qtx", TABLE), ("all", "two")))
     assert len(verdicts) == 8
     assert [verdict.what for verdict in verdicts if not verdict.ok] == []
+
+
+def test_a_second_start_traces_nothing_whatever_the_constants() -> None:
+    """Kept graphs hold no constants: a model of other weights runs by the graphs of the first, with its own codes."""
+    if reason := find_compiler("cpu") or ("" if can_keep() else "this torch keeps no graphs"):
+        pytest.skip(reason)
+    low = integer_models.small("bert_clipped_alpha", "w8a8", "qtx", TABLE)
+    first = low.model(IntegerModel, compiled=True).run(low.batch)
+    changed = {name: low.constants[name][::-1].copy() for name in ("layer.1.ffn.hidden.weight", "embed.norm.weight")}
+    other = replace(low, constants={**low.constants, **changed})
+    counters.clear()
+    second = low.model(IntegerModel, compiled=True).run(low.batch)
+    got = other.model(IntegerModel, compiled=True).run(low.batch)
+    assert counters["stats"]["unique_graphs"] == 0
+    np.testing.assert_array_equal(second.value, first.value)
+    np.testing.assert_array_equal(got.value, other.model(ref_backend.IntegerModel).run(low.batch).value)
+    assert not np.array_equal(got.value, first.value)
 
 
 def test_traced_codes_with_scales_of_the_data_are_the_references() -> None:
@@ -120,20 +140,11 @@ def test_edges_say_what_comes_with_the_codes() -> None:
     value, unit, zero = torch.zeros(2, 3, 4, dtype=torch.int8), torch.ones(()), torch.zeros((), dtype=torch.int32)
     spec = QuantSpec()
     static = Edge.of(Code(value, unit, zero, spec))
-    assert static.pack(Code(value, unit, zero, spec))[1:] == (None, None)
+    assert not static.whole
+    assert pack(Code(value, unit, zero, spec), static.whole)[1:] == (None, None)
     measured = Edge.of(Code(value, torch.ones(2, 3, 1), zero, spec, measured=True))
-    assert measured.unit is None
-    assert all(x is not None for x in measured.pack(Code(value, torch.ones(2, 3, 1), zero, spec, measured=True)))
-
-
-def test_guards_are_kept_where_the_data_are_not_found() -> None:
-    class Entry:
-        def __init__(self, name: str, kind: str) -> None:
-            self.name, self.guard_type = name, kind
-
-    known = [Entry("flow[0]", "TENSOR_MATCH"), Entry("constants['a']", "TENSOR_MATCH"), Entry("", "SHAPE_ENV")]
-    assert execution.keep_guards(known) == [True, False, True]
-    assert execution.keep_guards([Entry("x", "TENSOR_MATCH"), Entry("", "GRAD_MODE")]) == [True, True]
+    assert measured.whole
+    assert all(x is not None for x in pack(Code(value, torch.ones(2, 3, 1), zero, spec, measured=True), measured.whole))
 
 
 def test_without_a_compiler_a_warning_says_why_and_codes_are_the_same(
@@ -167,3 +178,21 @@ def test_what_only_the_eager_form_can_is_left_to_it(monkeypatch: pytest.MonkeyPa
 def test_strict_and_compiled_do_not_go_together(bert: integer_models.Lowered) -> None:
     with pytest.raises(SpecError, match="compiled is True, and strict"):
         bert.model(IntegerModel, strict=True, compiled=True)
+
+
+def test_a_compiler_that_fails_is_named(bert: integer_models.Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is there and has no headers of Python's, as where only the compiler was installed."""
+    exc = pytest.importorskip("torch._inductor.exc")
+    model = bert.model(IntegerModel)
+
+    def fail(inputs: Mapping) -> None:
+        raise exc.InductorError(exc.CppCompileError(["g++", "x.cpp"], "x.cpp:1: fatal error: Python.h\nmore"), None)
+
+    monkeypatch.setattr(model, "execution", fail)
+    with pytest.raises(SpecError) as caught:
+        model.run(bert.batch)
+    said = "the compiler fails, x.cpp:1: fatal error: Python.h: run it without the compiled form, or mend it"
+    assert str(caught.value) == said
+    monkeypatch.setattr(model, "execution", lambda inputs: {}["no"])
+    with pytest.raises(KeyError):
+        model.run(bert.batch)

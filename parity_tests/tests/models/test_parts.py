@@ -1,51 +1,194 @@
-"""Recipes are assembled by the roles of their rules; what remedies change does not depend on where a rule stands."""
+"""Graphs that a compiled part keeps: read again by what means the same, and by nothing else."""
 
-from dataclasses import replace
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qtx.recipes import remedies
-from qtx.recipes.named import post_training
-from qtx.recipes.parts import Parts
-from qtx_ref.presets import preset
-from qtx_ref.spec import (
-    FloatFormat,
-    FloatQuantSpec,
-    Granularity,
-    ObserverKind,
-    QuantSpec,
-    Rule,
-    SpecError,
-)
+pytest.importorskip("torch")
 
-WIDE = Rule(("layer.0.ffn.norm", "embed.norm.weight"), QuantSpec(bits=16), "a test")  # names a weight too
+import torch
+
+from qtx_torch.integer import parts
+from qtx_torch.integer.execution import find_compiler
+from qtx_torch.integer.parts import Part, can_keep, keep_guards, make_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler says them of torch
+VALUE = torch.arange(24).reshape(2, 3, 4)
 
 
-def test_a_remedy_changes_a_role_whatever_its_sites_are_called():
-    """`embed.norm.weight` among a special rule's sites makes it no rule of weights."""
-    spec = preset("opt-tiny")
-    made = remedies.apply(post_training(8, 8).add_special(WIDE), spec, ["p99.9", "channel", "peg4"]).recipe()
-    special = made.quant("layer.0.ffn.norm")
-    assert special.granularity is Granularity.GROUP and special.groups == 4  # of the rule for all activations
-    wide = next(rule for rule in made.rules if rule.sites == WIDE.sites).quant
-    assert (wide.bits, wide.observer.kind, wide.granularity) == (16, ObserverKind.PERCENTILE, Granularity.TENSOR)
-    weight = made.quant("layer.0.ffn.hidden.weight")
-    assert weight.granularity is Granularity.CHANNEL and weight.observer.kind is ObserverKind.CURRENT
+class Counted:
+    """What `torch.compile` gave, and how often it made a graph to be kept."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self.made = 0
+
+    def aot_compile(self, given: tuple) -> Any:
+        self.made += 1
+        return self.compiled.aot_compile(given)
 
 
-def test_the_order_of_roles():
-    """A later rule decides: special activations over all, weights over special ones, floats over everything."""
-    quants = [QuantSpec(bits=bits) for bits in (4, 5, 6)]
-    everything, special, weights = (Rule(("*",), quant, "a test") for quant in quants)
-    base = Parts("mine", everything, replace(weights, sites=("*.weight",)))
-    got = base.add_special(replace(special, sites=("a.*",))).add_floats(Rule(("a.b.weight",), None, "a test")).recipe()
-    bits = {
-        site: quant and quant.bits for site in ("b.c", "a.b", "a.c.weight", "a.b.weight") for quant in [got.quant(site)]
-    }
-    assert bits == {"b.c": 4, "a.b": 5, "a.c.weight": 6, "a.b.weight": None}
+def make(meaning: str = "a factor", gain: int = 3) -> tuple[Part, Counted]:
+    """A part that gives value * factor + gain, and a count of the graphs that it makes."""
+
+    def scale(data: dict, constants: dict, prepared: dict) -> torch.Tensor:
+        return data["value"] * constants["factor"] + gain
+
+    part = Part(scale, meaning, 0, torch.device("cpu"), "inductor")
+    counted = Counted(part.compiled)
+    part.compiled = counted
+    return part, counted
 
 
-def test_remedies_know_nothing_of_small_floats():
-    small = Rule(("*",), FloatQuantSpec(FloatFormat.E4M3), "a test")
-    with pytest.raises(SpecError, match="cannot change the small floats of \\*"):
-        remedies.apply(Parts("mine", small, small), preset("opt-tiny"), ["p99.9"])
+def call(part: Part, value: torch.Tensor = VALUE, factor: int = 2) -> list:
+    return part({"value": value, "mask": None}, {"factor": torch.tensor(factor)}, {}).tolist()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's graphs are kept; inductor's own stay where they are."""
+    if reason := find_compiler("cpu") or ("" if can_keep() else "this torch keeps no graphs"):
+        pytest.skip(reason)
+    monkeypatch.setattr("torch._inductor.runtime.cache_dir_utils.cache_dir", lambda: str(tmp_path))
+    return tmp_path / "qtx"
+
+
+def list_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def test_a_second_part_reads_what_the_first_kept(folder: Path) -> None:
+    """For batches of other sizes and other constants too: a graph holds neither."""
+    first, made = make()
+    assert call(first) == (VALUE * 2 + 3).tolist()
+    small = VALUE[:, :2].contiguous()
+    assert call(first, small) == (small * 2 + 3).tolist()
+    second, again = make()
+    assert call(second) == (VALUE * 2 + 3).tolist()
+    wider = torch.arange(5 * 7 * 4).reshape(5, 7, 4)
+    assert call(second, wider, 9) == (wider * 9 + 3).tolist()
+    assert (made.made, again.made, len(list_files(folder))) == (1, 0, 1)
+
+
+def test_other_data_have_a_graph_of_their_own(folder: Path) -> None:
+    """A batch of one, another dtype, another layout: the last call's graph stands first."""
+    kinds = VALUE, VALUE[:1], VALUE.int(), VALUE.mT.contiguous().mT
+    first, made = make()
+    for value in (*kinds, *kinds):
+        assert call(first, value) == (value * 2 + 3).tolist()
+    second, again = make()
+    for value in reversed(kinds):
+        assert call(second, value) == (value * 2 + 3).tolist()
+    assert (made.made, again.made, len(list_files(folder))) == (4, 0, 4)
+
+
+def test_a_graph_is_not_called_under_other_settings(folder: Path) -> None:
+    """A graph has its number of threads in it."""
+    first, made = make()
+    call(first)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert call(first) == (VALUE * 2 + 3).tolist()
+        assert made.made == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert call(first) == (VALUE * 2 + 3).tolist()
+    assert (made.made, len({path.parent for path in list_files(folder)})) == (2, 2)
+
+
+def change(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lie(path: Path) -> None:
+    """Whole by its name, and no graph."""
+    path.unlink()
+    path.with_name("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855").touch()
+
+
+DAMAGE = {
+    "changed": change,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "another": lie,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
+def test_what_is_damaged_is_made_again(folder: Path, damage: Callable[[Path], object]) -> None:
+    call(make()[0])
+    (path,) = list_files(folder)
+    damage(path)
+    second, again = make()
+    assert call(second) == (VALUE * 2 + 3).tolist()
+    assert again.made == 1
+
+
+WORLDS = {
+    "torch": (torch, "__version__", "2.0"),
+    "its source": (torch.version, "git_version", "0"),
+    "python": (parts.sys, "version", "3.0"),
+    "processor": (torch.cpu, "get_capabilities", lambda: {"avx2": False}),
+    "instructions": (torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
+    "threads": (torch, "get_num_threads", lambda: 99),
+    "sources": (parts, "hash_sources", lambda: "0"),
+    "precision": (parts, "plain_float32", lambda device: None),
+    "products": (parts, "multiplies_bytes", lambda device: None),
+}
+
+
+@pytest.mark.parametrize("change", WORLDS.values(), ids=list(WORLDS))
+def test_another_world_keeps_graphs_elsewhere(change: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = make_folder("a part")
+    assert make_folder("a part") == here
+    assert make_folder("another part") != here
+    monkeypatch.setattr(*change)
+    assert make_folder("a part") != here
+
+
+def test_inductors_settings_are_part_of_the_world() -> None:
+    here = make_folder("a part")
+    with torch._inductor.config.patch("cpp.simdlen", 1):
+        assert make_folder("a part") != here
+
+
+def test_another_meaning_is_not_read(folder: Path) -> None:
+    call(make("three", 3)[0])
+    other, made = make("four", 4)
+    assert call(other) == (VALUE * 2 + 4).tolist()
+    assert made.made == 1
+
+
+def test_what_cannot_be_kept_runs_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk; a torch that knows no such thing."""
+
+    def fail(*given: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Part, "save", fail)
+    part, _ = make()
+    assert call(part) == call(part) == (VALUE * 2 + 3).tolist()
+    assert list_files(folder) == []
+    monkeypatch.delattr(torch.compiler, "load_compiled_function")
+    part, made = make()
+    part.compiled = made.compiled
+    assert call(part) == (VALUE * 2 + 3).tolist()
+    assert (part.keeps, part.graphs) == (False, [])
+
+
+def test_guards_are_kept_where_the_data_are_not_found() -> None:
+    class Entry:
+        def __init__(self, name: str, kind: str) -> None:
+            self.name, self.guard_type = name, kind
+
+    known = [Entry("data['value']", "TENSOR_MATCH"), Entry("constants['a']", "TENSOR_MATCH"), Entry("", "SHAPE_ENV")]
+    assert keep_guards(known) == [True, False, True]
+    assert keep_guards([Entry("x", "TENSOR_MATCH"), Entry("", "GRAD_MODE")]) == [True, True]
