@@ -15,6 +15,7 @@ from qtx_ref.models.initial import shapes
 from qtx_ref.quant.affine import code_limits, scale_zero
 from qtx_ref.random import stream
 from qtx_ref.spec import (
+    WIDE_ZERO,
     Granularity,
     ModelSpec,
     Nonlinear,
@@ -28,6 +29,7 @@ from qtx_ref.spec import (
 from ..recipes.named import resolve_integers
 from ..recipes.sites import narrow_widths, shorten_inputs
 
+SHIFTS = 62  # bits that an int64 has to shift out
 Constants = Mapping[str, np.ndarray]
 SPREADS = (1.0, 4.0, 0.1)  # of the small model's parameters: few bits refuse what is large, many what is small
 NOT_NEGATIVE = ("multiplier", "input_multiplier", "channel_multiplier", "channel_shift", "eps", "zeta", "sink_factor")
@@ -68,7 +70,8 @@ def check_constants(
         elif name.endswith(".table") and len(shape) == 2:  # as many rows as combinations of scales
             fits = value.ndim == 2 and value.size > 0 and value.shape[1] == shape[1]
         else:
-            fits = value.ndim == 0 or (  # one number stands for a single channel
+            single = value.ndim == 0 and not name.endswith(".channel_multiplier")  # stands for a single channel
+            fits = single or (
                 value.ndim == len(shape)
                 and all(now == was or now in axes.get(was, ()) for now, was in zip(value.shape, shape, strict=True))
             )
@@ -92,6 +95,10 @@ def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], 
         raise ValueError(f"constant {name} is not positive")
     if (kind in NOT_NEGATIVE or name.endswith(".probs.table")) and not (value >= 0).all():
         raise ValueError(f"constant {name} is negative")
+    if kind == "channel_shift" and value > SHIFTS:
+        raise ValueError(f"constant {name} is {value}: give 0 to {SHIFTS}")
+    if kind == "zero_point" and (own := quants.get(site)) and own.granularity is Granularity.GROUP:
+        check_groups(site, value, constants[f"{site}.scale"], own)
     quant = quants.get(name)  # of a weight
     if quant is None and (kind == "zero_point" or (kind == "table" and not site.endswith(".probs"))):
         quant = quants.get(site)
@@ -105,6 +112,21 @@ def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], 
         low, high = np.min(low), np.max(high)
     if not ((low <= value) & (value <= high)).all():
         raise ValueError(f"constant {name} holds what is no code from {np.min(low)} to {np.max(high)}")
+
+
+def check_groups(site: str, zero_point: np.ndarray, scale: np.ndarray, quant: QuantSpec) -> None:
+    """Raises ValueError where the channels' scales and zero points are not those of as many groups, or wide channels,
+    as the quantizer says."""
+    zero, unit = np.broadcast_arrays(zero_point.reshape(-1), scale.reshape(-1))
+    order = np.lexsort((zero, unit)) if quant.permute else np.arange(zero.size)
+    what = f"{quant.groups} groups"
+    if quant.wide is None:
+        parts = np.split(order, quant.groups or 1)
+    else:
+        parts, what = [order[zero == WIDE_ZERO], order[zero != WIDE_ZERO]], f"{quant.wide} wide channels and the others"
+    counted = quant.wide in (None, parts[0].size)
+    if not counted or any(np.unique(x[part]).size > 1 for part in parts for x in (zero, unit)):
+        raise ValueError(f"constant {site}.zero_point, or its scale, is not that of {what}")
 
 
 @cache

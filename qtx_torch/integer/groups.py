@@ -131,7 +131,7 @@ def prepare(
         multiplier: of each channel, (K,).
         bias: integers, (N,).
 
-    Raises ValueError as `carriers.prepare`.
+    Raises ValueError as `carriers.prepare`, and for channels that are not in groups as `x_spec` says.
     """
     sizes, order = divide(x_spec, x_zero, multiplier)
     channels = torch.arange(w.shape[0], device=w.device) if order is None else order
@@ -141,6 +141,8 @@ def prepare(
         return Grouped((), (), None, multiplier.long(), plain, x_zero, shift, bias, add, bits)
     parts, multipliers = [], []
     for at in channels.split(sizes):
+        if (multiplier[at] != multiplier[at[0]]).any() or (x_zero[at] != x_zero[at[0]]).any():
+            raise ValueError("channels of a group differ in multiplier or zero point: use the eager form")
         own = one_group(x_spec, bool(x_zero[at[0]] == WIDE_ZERO))
         accumulator = 32 if own.bits <= 8 and w_spec.bits <= 8 else 64
         parts.append(carriers.prepare(w[at], w_spec, own, w_zero, x_zero[at[0]], None, accumulator, rule))

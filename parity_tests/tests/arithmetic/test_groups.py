@@ -238,3 +238,14 @@ def test_a_sum_that_could_leave_its_accumulator_is_not_compiled():
         proof = proving.Proof(low.spec, changed.constants, changed.quants, changed.profile)
         with pytest.raises(SpecError, match=f"{site} cannot be compiled: its sum over groups may reach"):
             changed.net(proof, execution.smallest_batch(low.spec, changed.device))
+
+
+def test_channels_that_are_not_in_groups_are_not_compiled():
+    """Their sums would be those of each group's first channel."""
+    spec = QuantSpec(granularity=Granularity.GROUP, groups=2)
+    zero, m = torch.full((64,), 7, dtype=torch.int32), torch.full((64,), 2**24, dtype=torch.int32)
+    w, weights, shift = torch.ones(64, 3, dtype=torch.int8), QuantSpec(symmetric=True), torch.tensor(20)
+    torch_groups.prepare(w, weights, spec, None, zero, m, shift)
+    for given in ((zero + (torch.arange(64) == 40), m), (zero, m - (torch.arange(64) == 40).int())):
+        with pytest.raises(ValueError, match="channels of a group differ in multiplier or zero point"):
+            torch_groups.prepare(w, weights, spec, None, *given, shift)

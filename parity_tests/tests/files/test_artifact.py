@@ -269,6 +269,36 @@ def test_a_constant_that_is_not_the_models_is_named(name, change, said, artifact
         load_artifact(tmp_path / "m.qtx")
 
 
+def move_one(x):
+    """Of the channels, the sixth."""
+    y = x.copy()
+    y.reshape(-1)[5] += 1
+    return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "site", "key", "change", "said"),
+    [
+        ("w8a8-peg2", "embed.norm", "zero_point", move_one, "is not that of 2 groups"),
+        ("w8a8-peg2p", "layer.0.ffn.activation", "scale", move_one, "is not that of 2 groups"),
+        ("w8a8-out2", "embed.norm", "zero_point", lambda x: x * 0, "is not that of 2 wide channels"),
+        ("w8a8-out2", "embed.norm", "zero_point", lambda x: x * 0 + 2**15, "is not that of 2 wide channels"),
+        ("w8a8-peg2", "layer.0.attn.query", "channel_multiplier", lambda x: x.reshape(-1)[0], "has shape"),
+        ("w8a8-peg2", "layer.0.attn.query", "channel_shift", lambda x: x * 0 + 63, "is 63: give 0 to 62"),
+    ],
+)
+def test_groups_that_are_not_the_recipes_are_named(kind, site, key, change, said):
+    spec = replace(preset("bert-tiny"), layers=1, vocab=40)
+    chosen, (short, batch) = recipe(kind, spec), shorten_inputs(spec)
+    quants, params = resolve(chosen, short), init_params(short, 0)
+    ranges = Model(short, params).calibrate([batch], quants)
+    constants = dict(lower(short, params, quants, ranges, profile("qtx"), Nonlinear.TABLE))
+    check_constants(short, chosen, profile("qtx"), Nonlinear.TABLE, constants)
+    constants[f"{site}.{key}"] = np.asarray(change(constants[f"{site}.{key}"]), constants[f"{site}.{key}"].dtype)
+    with pytest.raises(ValueError, match=f"constant {site}.*{said}"):
+        check_constants(short, chosen, profile("qtx"), Nonlinear.TABLE, constants)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
