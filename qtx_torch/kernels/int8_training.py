@@ -19,6 +19,8 @@ Floors, for 4096 x 2048 -> 8192 in bfloat16 at 4.3 TB/s, 29e12 instructions a se
     dY to both codes     34 M elements, 4 bytes, 60 instructions              0.070 ms (Philox 15 of them, each code 20)
     x, W to other codes  25 M elements, 1 byte, then 1 and 1, 9 and 26        0.030 ms
     results              y, dX, dW: 59 M elements of 2 bytes, behind the products but for each tile's own
+On an H200 all kernels together, captured as a CUDA graph, take as long as bfloat16's (benchmarks/int8_linear.py): the
+products two thirds of them, what makes codes the rest. Launched one by one the host takes three times that.
 """
 
 from __future__ import annotations
@@ -269,51 +271,36 @@ def _encode(  # type: ignore[no-untyped-def]
 @triton.jit
 def _multiply(  # type: ignore[no-untyped-def]
     a, b, a_scale, b_scale, bias, out, M, N, K,
-    BIAS: tl.constexpr, LONG: tl.constexpr, PART: tl.constexpr, FLAT: tl.constexpr,
+    BIAS: tl.constexpr, LONG: tl.constexpr, PART: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Tiles of s_a s_b^T (a b^T) + bias, of descriptors of codes (M, K) and (N, K), which give 0 outside. LONG: sums of
     PART terms each, added as floats."""
     down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=FLAT):
-        band = tile // (GROUP * across) * GROUP  # neighbours share rows of a and b, which stay in L2
-        height = tl.minimum(down - band, GROUP)
-        top = (band + tile % (GROUP * across) % height) * BM
-        left = tile % (GROUP * across) // height * BN
-        if LONG:
-            total = tl.zeros((BM, BN), tl.float32)
-            for part in range(0, K, PART):
-                sums = tl.zeros((BM, BN), tl.int32)
-                for k in range(part, tl.minimum(part + PART, K), BK):
-                    sums = tl.dot(a.load([top, k]), b.load([left, k]).T, sums, out_dtype=tl.int32)
-                total += sums.to(tl.float32)
-        else:
+    tile = tl.program_id(0)
+    band = tile // (GROUP * across) * GROUP  # neighbours share rows of a and b, which stay in L2
+    height = tl.minimum(down - band, GROUP)
+    top = (band + tile % (GROUP * across) % height) * BM
+    left = tile % (GROUP * across) // height * BN
+    if LONG:
+        total = tl.zeros((BM, BN), tl.float32)
+        for part in range(0, K, PART):
             sums = tl.zeros((BM, BN), tl.int32)
-            for k in range(0, K, BK):
+            for k in range(part, tl.minimum(part + PART, K), BK):
                 sums = tl.dot(a.load([top, k]), b.load([left, k]).T, sums, out_dtype=tl.int32)
-            total = sums.to(tl.float32)
-        row, column = top + tl.arange(0, BM), left + tl.arange(0, BN)
-        y = total * tl.load(a_scale + row, mask=row < M, other=0.0)[:, None]
-        y = y * tl.load(b_scale + column, mask=column < N, other=0.0)[None, :]
-        if BIAS:
-            y = y + tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        at = out + row.to(tl.int64)[:, None] * N + column[None, :]
-        tl.store(at, y.to(out.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
-
-
-@triton.jit
-def _scale(sums, a_scale, b_scale, bias, out, M, N, line, BIAS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The same of sums that are there, int32."""
-    tiles = tl.cdiv(N, TN)
-    row = tl.program_id(0) // tiles * TM + tl.arange(0, TM)
-    column = tl.program_id(0) % tiles * TN + tl.arange(0, TN)
-    there = (row < M)[:, None] & (column < N)[None, :]
-    y = tl.load(sums + row.to(tl.int64)[:, None] * line + column[None, :], mask=there, other=0).to(tl.float32)
-    y = y * tl.load(a_scale + row, mask=row < M, other=0.0)[:, None]
+            total += sums.to(tl.float32)
+    else:
+        sums = tl.zeros((BM, BN), tl.int32)
+        for k in range(0, K, BK):
+            sums = tl.dot(a.load([top, k]), b.load([left, k]).T, sums, out_dtype=tl.int32)
+        total = sums.to(tl.float32)
+    row, column = top + tl.arange(0, BM), left + tl.arange(0, BN)
+    y = total * tl.load(a_scale + row, mask=row < M, other=0.0)[:, None]
     y = y * tl.load(b_scale + column, mask=column < N, other=0.0)[None, :]
     if BIAS:
         y = y + tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + row.to(tl.int64)[:, None] * N + column[None, :], y.to(out.dtype.element_ty), mask=there)
+    at = out + row.to(tl.int64)[:, None] * N + column[None, :]
+    tl.store(at, y.to(out.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
 
 
 def pad_line(n: int) -> int:
@@ -394,23 +381,9 @@ def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tenso
         _multiply[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
             TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk]),
             a_scale, b_scale, bias, out, m, n, k,
-            BIAS=bias is not None, LONG=long, PART=LONGEST, FLAT=False, BM=bm, BN=bn, BK=bk, GROUP=8,
+            BIAS=bias is not None, LONG=long, PART=LONGEST, BM=bm, BN=bn, BK=bk, GROUP=8,
             num_warps=warps, num_stages=stages, enable_fp_fusion=False,
         )  # fmt: skip
-    return out
-
-
-def multiply_library(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, kind: torch.dtype
-) -> Tensor:
-    """`multiply` by the library's product, which writes its sums."""
-    m, n = a.shape[0], b.shape[0]
-    sums = torch._int_mm(a, b.t())
-    out = torch.empty(m, n, dtype=kind, device=a.device)
-    with on_device(a):
-        _scale[(triton.cdiv(m, 16) * triton.cdiv(n, 256),)](
-            sums, a_scale, b_scale, bias, out, m, n, n, BIAS=bias is not None, TM=16, TN=256, enable_fp_fusion=False
-        )
     return out
 
 
