@@ -6,7 +6,6 @@ done, row by row while it runs. Ctrl-C loses nothing; `--resume` goes on with th
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from qtx.signals import exit_status, handle, interrupt
 
 from .groups import GROUPS, Group
 from .harness import ROOT, Row, header, read_processor, write_json
-from .report import PAGE, RESULTS, draw_results, fill_page, format_results, format_row, read_results
+from .report import PAGE, RESULTS, draw_results, fill_page, format_results, format_row, read_file, read_results
 
 FOUND = {group.name: group for group in GROUPS}
 Groups = click.Choice(list(FOUND))
@@ -39,8 +38,8 @@ def name_place(device: str, isa: str | None) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of results: `groups`, done, and `unfinished`, begun or still to be."""
-    return json.loads(path.read_text()) if path.exists() else {"groups": {}, "unfinished": {}}
+    """What a run has measured so far."""
+    return read_file(path) if path.exists() else {"groups": {}, "unfinished": {}}
 
 
 def run_group(group: Group, device: str, quick: bool, path: Path) -> bool:
@@ -149,11 +148,7 @@ def group(name: str, device: str, quick: bool, out: Path) -> None:
 def show(files: tuple[Path, ...]) -> None:
     """Prints the tables of FILES, or of all results."""
     for path in files or sorted(RESULTS.glob("*.json")):
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SystemExit(f"{path} holds no results: {error}") from None
-        print(format_results(results), end="\n\n")
+        print(format_results(read_file(path)), end="\n\n")
 
 
 @main.command()

@@ -120,9 +120,21 @@ def fill_page(page: str, found: Mapping[str, dict[str, Any]]) -> str:
     return PART.sub(fill, page)
 
 
+def read_file(path: Path) -> dict[str, Any]:
+    """A file of results: `groups`, done, and `unfinished`, begun or still to be. Ends the command for any other."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{path} holds no results: {error}") from None
+    for key in ("groups", "unfinished"):
+        if not isinstance(results, dict) or not isinstance(results.get(key), dict):
+            raise SystemExit(f"{path} holds no results: it has no {key}")
+    return results
+
+
 def read_results() -> dict[str, dict[str, Any]]:
     """All results by the place where they were measured."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    return {path.stem: read_file(path) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def draw_results(results: dict[str, Any], path: Path) -> list[Path]:

@@ -183,6 +183,12 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     (other := tmp_path / "other.md").write_text("# other")
     result = CliRunner().invoke(command.main, ["show", str(other)])
     assert result.exit_code == 1 and f"{other} holds no results: " in str(result.exception)
+    for text in ('{"groups": {', "[]", '{"groups": {}}', '{"groups": [], "unfinished": {}}'):
+        other.write_text(text)
+        for words in (["show", str(other)], ["--only", "plain", "--resume", "--out", str(other)]):
+            result = CliRunner().invoke(command.main, words)
+            assert result.exit_code == 1 and f"{other} holds no results: " in str(result.exception)
+        assert other.read_text() == text
     result = CliRunner().invoke(command.main, ["--only", "everything"])
     assert result.exit_code == 2 and "'everything' is not one of" in result.output
 
