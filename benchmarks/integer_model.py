@@ -44,7 +44,7 @@ from .steps import random_batch
 
 SIZES = {"6 x 384": {"layers": 6, "width": 384, "hidden": 1536}, "bert-base": {}, "tiny": {"layers": 2, "width": 48}}
 CELLS = ((1, 64), (1, 128), (8, 64), (8, 128))
-WITH_BYTES = {"w8a8": 0.6, "w8a8-channel-ffn16": 0.9, "w8a8, rows": 0.9, "w8a8-peg4": 0.9}
+WITH_BYTES = {"w8a8": 0.6, "w8a8-channel-ffn16": 0.9, "w8a8, rows": 0.9, "w8a8-peg4": 0.9, "w8a8-out8": 0.9}
 WITHOUT = {"w8a8": 1.3, "w7a8": 0.9}
 ENGINES = ("onnxruntime dynamic int8", "onnxruntime static int8")
 FIRST, SECOND = 60, 5  # seconds to the first output: nothing compiled yet, and all in inductor's cache

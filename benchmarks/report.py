@@ -62,7 +62,7 @@ def format_group(group: dict[str, Any], title: str) -> str:
         lines.append(
             [row.name, row.against, *times, f"{row.ratio:.3f}", format_spread(row), *bound, *memory, row.notes]
         )
-    skipped = [f"Without {each['name']}: {each['why']}." for each in group["skipped"]]
+    skipped = list(dict.fromkeys(f"Without {each['name']}: {each['why']}." for each in group["skipped"]))
     return "\n\n".join([format_table(head, lines), *skipped])
 
 
