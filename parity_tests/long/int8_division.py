@@ -1,5 +1,5 @@
 """That a number of 8 or 11 bits is divided by a float32 as IEEE asks, by a product and one remainder, which
-`qtx_torch.kernels.int8_training.divide` does: for every mantissa of both.
+`qtx_torch.kernels.int8_codes.divide` does: for every mantissa of both.
 
     python -m parity_tests.long.int8_division                # bfloat16's; --bits 11: float16's, eight times as many
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np, torch
 from triton.runtime import interpreter
 from qtx_ref.spec import Gradients, Granularity, Operand, QuantSpec
-from qtx_torch.kernels import int8_training as k
+from qtx_torch.kernels import int8_codes, int8_training as k
 from qtx_torch.quant import gradients, int8, rounding
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,27 +56,27 @@ def check(codes, scale, x, axis, spec, words, what):
     assert np.array_equal(codes.cpu().numpy()[good, : values.shape[1]], wanted), ("codes", *what)
     assert codes.shape[1] % 16 == 0 and not codes.cpu().numpy()[good, values.shape[1] :].any(), ("padding", *what)
 
-k.SIDES = (32, 32)
-k.WIDEST = 64  # wider rows are read twice
+int8_codes.SIDES = (32, 32)
+int8_codes.WIDEST = 64  # wider rows are read twice
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for m, n in ((1, 5), (20, 36), (33, 67)):
         for spec in (TOKEN,) if m > 20 else (TOKEN, replace(TOKEN, bits=4, narrow=True)):
             x, first, ends = draw((m, n), dtype), 4 * n, [spec.code_min, spec.code_max]
-            codes, scale = k.encode_rows(x.to(device), *ends)
+            codes, scale = int8_codes.encode_rows(x.to(device), *ends)
             check(codes, scale, x, -1, spec, None, (dtype, m, n, spec))
             words = random.bits(2**63 + 5, 7, "a.site.grad", m * n, first).reshape(m, n)
             for ways in ((2, 2), (1, 2), (2, 0), (0, 1)):
                 drawn = [5 - 2**63, 7, place, first]  # the seed as it is signed
-                made = k.encode(x.to(device), None, None, dtype, n, list(ways), ends * 2, drawn, None)
+                made = int8_codes.encode(x.to(device), None, None, dtype, n, list(ways), ends * 2, drawn, None)
                 for axis, way, codes, scale in zip((-1, 0), ways, made[::2], made[1::2], strict=True):
                     if way:
                         check(codes, scale, x, axis, spec, words if way == 2 else None, (dtype, m, n, spec, ways, axis))
         # of codes along rows, whose numbers are rounded to the dtype, and some of whose rows do not count
-        codes, scale = k.encode_rows(x.to(device), -128, 127)
+        codes, scale = int8_codes.encode_rows(x.to(device), -128, 127)
         where = torch.arange(m) % 3 != 1
         values = torch.where(where[:, None], (codes[:, :n].cpu() * scale.cpu()).to(dtype), 0)
         address = torch.tensor([7, first], device=device)
-        made = k.encode(
+        made = int8_codes.encode(
             codes, scale, where.to(device), dtype, n, [0, 2], [-128, 127] * 2, [drawn[0], 0, place, 0], address
         )
         check(*made[2:], values, 0, TOKEN, words, (dtype, m, n, "of codes"))
