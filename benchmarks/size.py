@@ -1,7 +1,7 @@
 """Cost against size: a forward pass of one layer as T, D, the batch and the bits grow, and the exponent of each.
 
 The products of a layer are 12 B T D^2 multiplications, and attention's 2 B T^2 D: T grows as 1, then as 2; D as 2; B as
-1; bits as 0, every code being a byte. `show` fits the exponents.
+1; bits as 0, fake-quantized values being floats. `show` fits the exponents.
 """
 
 from __future__ import annotations

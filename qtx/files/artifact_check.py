@@ -29,7 +29,7 @@ from qtx_ref.spec import (
 from ..recipes.named import resolve_integers
 from ..recipes.sites import narrow_widths, shorten_inputs
 
-SHIFTS = 62  # bits that an int64 has to shift out
+LARGEST = {"channel_multiplier": 2**24, "channel_shift": 62}  # of the largest scale; bits an int64 has to shift out
 Constants = Mapping[str, np.ndarray]
 SPREADS = (1.0, 4.0, 0.1)  # of the small model's parameters: few bits refuse what is large, many what is small
 NOT_NEGATIVE = ("multiplier", "input_multiplier", "channel_multiplier", "channel_shift", "eps", "zeta", "sink_factor")
@@ -95,8 +95,8 @@ def check_values(name: str, value: np.ndarray, quants: Mapping[str, QuantSpec], 
         raise ValueError(f"constant {name} is not positive")
     if (kind in NOT_NEGATIVE or name.endswith(".probs.table")) and not (value >= 0).all():
         raise ValueError(f"constant {name} is negative")
-    if kind == "channel_shift" and value > SHIFTS:
-        raise ValueError(f"constant {name} is {value}: give 0 to {SHIFTS}")
+    if kind in LARGEST and value.max() > LARGEST[kind]:
+        raise ValueError(f"constant {name} is {value.max()}: give 0 to {LARGEST[kind]}")
     if kind == "zero_point" and (own := quants.get(site)) and own.granularity is Granularity.GROUP:
         check_groups(site, value, constants[f"{site}.scale"], own)
     quant = quants.get(name)  # of a weight

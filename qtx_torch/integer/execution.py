@@ -99,6 +99,8 @@ def find_compiler(device: str) -> str:
             cpp_builder.get_cpp_compiler()
         elif not has_triton():
             return "Triton is not installed"
+    except OSError as error:  # importing inductor makes its folder
+        return f"inductor's caches have no folder (TORCHINDUCTOR_CACHE_DIR), {error}"
     except Exception as error:  # of inductor's own kind, which differs by version
         return f"{error}".splitlines()[0]
     return ""
@@ -131,7 +133,7 @@ def make_execution(
     """The execution form; None, with a warning that says why, where nothing can be compiled. Raises SpecError as
     `Execution`."""
     if reason := find_compiler(device.type):
-        warnings.warn(f"integers run without the compiled form, which needs a compiler: {reason}", stacklevel=3)
+        warnings.warn(f"integers run without the compiled form: {reason}", stacklevel=3)
         return None
     return Execution(net, spec, constants, quants, profile, device)
 

@@ -100,7 +100,7 @@ def test_what_could_not_be_compiled_is_not_called_compiled(
     execution = pytest.importorskip("qtx_torch.integer.execution")
     monkeypatch.setattr(execution, "find_compiler", lambda device: "no C++ compiler")
     _, words = evaluate(EvaluateRequest(integers, batches=1, machine=Machine("torch"), compiled=True))
-    assert "note: integers run without the compiled form, which needs a compiler: no C++" in capsys.readouterr().err
+    assert "note: integers run without the compiled form: no C++" in capsys.readouterr().err
     assert words.numerics.startswith("integer, w8a8")
 
 

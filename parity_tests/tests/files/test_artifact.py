@@ -284,6 +284,7 @@ def move_one(x):
         ("w8a8-out2", "embed.norm", "zero_point", lambda x: x * 0, "is not that of 2 wide channels"),
         ("w8a8-out2", "embed.norm", "zero_point", lambda x: x * 0 + 2**15, "is not that of 2 wide channels"),
         ("w8a8-peg2", "layer.0.attn.query", "channel_multiplier", lambda x: x.reshape(-1)[0], "has shape"),
+        ("w8a8-peg2", "embed.norm", "channel_multiplier", lambda x: x * 0 + 2**30, "is 1073741824: give 0 to 16777216"),
         ("w8a8-peg2", "layer.0.attn.query", "channel_shift", lambda x: x * 0 + 63, "is 63: give 0 to 62"),
     ],
 )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,10 +155,20 @@ def test_without_a_compiler_a_warning_says_why_and_codes_are_the_same(
     bert: integer_models.Lowered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "find_compiler", lambda device: "no C++ compiler")
-    with pytest.warns(UserWarning, match="without the compiled form, which needs a compiler: no C"):
+    with pytest.warns(UserWarning, match="without the compiled form: no C"):
         model = bert.model(IntegerModel, compiled=True)
     assert model.execution is None
     np.testing.assert_array_equal(model.run(bert.batch).value, bert.model(IntegerModel).run(bert.batch).value)
+
+
+def test_a_folder_for_caches_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """Importing inductor makes it, once in a process."""
+    (tmp_path / "taken").write_text("")
+    ask = "from qtx_torch.integer.execution import find_compiler; print(find_compiler('cpu'))"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "taken")}
+    said = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.startswith("inductor's caches have no folder (TORCHINDUCTOR_CACHE_DIR), ")
+    assert str(tmp_path / "taken") in said.stdout
 
 
 def test_what_only_the_eager_form_can_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
