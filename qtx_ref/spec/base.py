@@ -93,7 +93,7 @@ def settle(kind: Any, value: Any, what: str, otherwise: str = "") -> Any:
         refuse(what, value, "half a surrogate pair is no character")
     if kind not in (int, float) and isinstance(value, kind) and not isinstance(value, Enum):
         return value
-    accepted = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string"}
+    accepted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
     refuse(what, value, f"expected {accepted.get(kind, kind.__name__)}{otherwise}")
 
 

@@ -158,7 +158,7 @@ def test_the_nearest_key(name, near):
         ('[optim]\nschedule = "liner"', "optim.schedule is 'liner': known values are constant, linear, cosine"),
         ("[optim]\nsteps = 1e3", "optim.steps is 1000.0: expected a whole number"),
         ('[saving]\nseconds = "10 days"', "saving.seconds is '10 days': expected seconds, or a text such as \"30 s\""),
-        ('[step]\nrecompute = "yes"', "step.recompute is 'yes': expected True or False"),
+        ('[step]\nrecompute = "yes"', "step.recompute is 'yes': expected true or false"),
         ("[colour]\nred = 1", "x.toml: unknown table [colour]: did you mean ["),
         ("optim = 3", "x.toml: optim is 3: expected a table, [optim]"),
         ("seed = -1", "x.toml: seed is -1: give a whole number, at least 0"),
