@@ -31,7 +31,7 @@ from torch import Tensor
 from triton import language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .fake_quantize import on_device
+from .host import on_device
 from .int8_codes import encode, encode_rows, pad_line
 
 LONGEST = 2**16  # as in `quant.int8`
@@ -81,22 +81,13 @@ def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tenso
     out = torch.empty(m, n, dtype=kind, device=a.device)
     long = k > LONGEST
     bm, bn, bk, warps, stages = LONG_TILE if long else TILE
-    with on_device(a):
-        _multiply[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
-            TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk]),
-            a_scale, b_scale, bias, out, m, n, k,
-            BIAS=bias is not None, LONG=long, PART=LONGEST, BM=bm, BN=bn, BK=bk, GROUP=8,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=False,
-        )  # fmt: skip
+    operands = TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk])
+    given = (*operands, a_scale, b_scale, bias, out, m, n, k)
+    constants = {"BIAS": bias is not None, "LONG": long, "PART": LONGEST, "BM": bm, "BN": bn, "BK": bk, "GROUP": 8}
+    how = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    with on_device(a.device):
+        _multiply[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](*given, **constants, **how)
     return out
-
-
-def make_codes(x: Tensor, weight: Tensor, bias: Tensor | None, limits: list[int], kind: torch.dtype) -> list[Tensor]:
-    """What `run_forward` returns, not filled."""
-    (m, k), n = x.shape, weight.shape[0]
-    codes = [x.new_empty(rows, pad_line(k), dtype=torch.int8) for rows in (m, n)]
-    scales = [x.new_empty(rows, 1, dtype=torch.float32) for rows in (m, n)]
-    return [x.new_empty(m, n, dtype=kind), codes[0], scales[0], codes[1], scales[1]]
 
 
 def run_forward(
@@ -155,8 +146,11 @@ backward_op = torch.library.custom_op("qtx::int8_backward", run_backward, mutate
 
 
 @forward_op.register_fake
-def _(*given):  # type: ignore[no-untyped-def]
-    return tuple(make_codes(*given))
+def _(x, weight, bias, limits, kind):  # type: ignore[no-untyped-def]
+    (m, k), n = x.shape, weight.shape[0]
+    codes, w_codes = (x.new_empty(rows, pad_line(k), dtype=torch.int8) for rows in (m, n))
+    x_scale, w_scale = (x.new_empty(rows, 1, dtype=torch.float32) for rows in (m, n))
+    return x.new_empty(m, n, dtype=kind), codes, x_scale, w_codes, w_scale
 
 
 @backward_op.register_fake
