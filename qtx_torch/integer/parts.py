@@ -32,6 +32,7 @@ from torch import Tensor
 
 import qtx_ref.spec
 
+from ..quant.compiled import ask_division
 from .batched import hold_settings, multiplies_bytes
 from .products import plain_float32
 
@@ -64,6 +65,7 @@ class Part:
         options: dict[str, Any] = {"guard_filter_fn": keep_guards}
         if backend == "inductor":
             options |= {"size_asserts": False, "assert_indirect_indexing": False}
+            options |= ask_division() if device.type == "cuda" else {}
         self.function, self.meaning = function, meaning
         self.compiled = torch.compile(function, fullgraph=True, backend=backend, options=options)
         self.keeps = device.type == "cpu" and backend == "inductor" and can_keep()
