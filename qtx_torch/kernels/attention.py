@@ -132,7 +132,7 @@ class Attend(torch.autograd.Function):
         address: Tensor | None,
         *how: list[int] | list[float],
     ) -> Tensor:
-        q, k, v, rows, gate = (align(x) for x in (q, k, v, rows, gate))
+        q, k, v, sink, gate, rows = (align(x) for x in (q, k, v, sink, gate, rows))
         ctx.how, ctx.split = how, Shape(*how[0]).split
         given = (q, k, v, sink, gate, rows, coder, address)
         run = forward_op if torch.compiler.is_compiling() else run_forward

@@ -279,9 +279,9 @@ def encode(
     (M, 1) and (N, 1); of what is not wanted, codes (0, 0).
 
     x, contiguous: numbers of `kind`, or with scales (M, 1) codes (M, N padded) whose numbers are code times scale,
-    rounded to it. where (M,): rows that count, others are 0. ways: along rows and columns, 0: none, 1: to the nearest,
-    2 by words. limits: least and last code of each. words: seed, step, the site's number and the first word; step and
-    first from `address`, int64 (2,), if there is one."""
+    rounded to it. where (M,), contiguous: rows that count, others are 0. ways: along rows and columns, 0: none, 1: to
+    the nearest, 2 by words. limits: least and last code of each. words: seed, step, the site's number and the first
+    word; step and first from `address`, int64 (2,), if there is one."""
     rows, line = x.shape
     by_row, by_column = ways
     row_line, column_line = pad_line(columns), pad_line(rows)

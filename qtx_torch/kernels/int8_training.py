@@ -76,7 +76,7 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, kind: torch.dtype) -> Tensor:
     """s_a s_b^T (a b^T) + bias: codes (M, K padded) and (N, K padded), scales (M, 1) and (N, 1), bias (N,) -> (M, N) of
-    `kind`, computed in float32."""
+    `kind`, computed in float32. All are contiguous."""
     (m, k), n = a.shape, b.shape[0]
     out = torch.empty(m, n, dtype=kind, device=a.device)
     long = k > LONGEST
@@ -97,6 +97,7 @@ def run_forward(
     codes (N, K padded), scales (N, 1). limits: least and last code of x and of W."""
     codes, x_scale = encode_rows(x.contiguous(), *limits[:2])
     w_codes, w_scale = encode_rows(weight.contiguous(), *limits[2:])
+    bias = None if bias is None else bias.contiguous()
     return multiply(codes, x_scale, w_codes, w_scale, bias, kind), codes, x_scale, w_codes, w_scale
 
 
@@ -123,6 +124,7 @@ def run_backward(
     seed and step, then the site's number and the first word of dY, W and x; address (3, 2): step and first word of
     each, in their place."""
     dx, dw = (dy.new_empty(0, columns, dtype=kind) for kind in (x_kind, w_kind))
+    where = None if where is None else where.contiguous()
     seeds = [[*words[:2], *words[at : at + 2]] for at in (2, 4, 6)]
     stored = [None] * 3 if address is None else address.unbind(0)
     along = [way * want for way, want in zip(ways[::2], wanted, strict=True)]
