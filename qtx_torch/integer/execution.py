@@ -22,6 +22,7 @@ vector operations.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -167,6 +168,7 @@ class Execution:
             self.last = Edge.of(net.top(proof, x))
         self.parts: dict[str, Part] = {}  # by all in which they may differ
         self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor | None], tuple]] = {}
+        self.replaying = threading.Lock()  # what a captured graph takes and gives lies in one place
         constants = proof.constants
         outer = {name: c for name, c in constants.items() if not name.startswith("layer.")}
         self.outer = outer, {site: p for site, p in proof.prepared.items() if not site.startswith("layer.")}
@@ -266,7 +268,7 @@ class Execution:
         kind = tuple((name, x.shape, x.dtype) for name, x in batch.items() if x is not None)
         if kind not in self.captured and len(self.captured) == KINDS:
             return self.forward(batch)
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), self.replaying:
             if kind not in self.captured:
                 given = {name: None if x is None else x.clone() for name, x in batch.items()}
                 self.forward(given)  # compiles
@@ -279,7 +281,7 @@ class Execution:
                 if x is not None:
                     given[name].copy_(x)
             graph.replay()
-            return tuple(None if part is None else part.clone() for part in parts), largest
+            return tuple(None if part is None else part.clone() for part in parts), [scale.clone() for scale in largest]
 
     @property
     def has_top(self) -> bool:
