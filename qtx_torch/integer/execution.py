@@ -34,14 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
-from qtx_ref.spec import (
-    Family,
-    Head,
-    ModelSpec,
-    Profile,
-    QuantSpec,
-    SpecError,
-)
+from qtx_ref.spec import Family, Head, ModelSpec, Profile, QuantSpec, SpecError
 
 from ..attention import Mask
 from ..models.block import Block
@@ -181,13 +174,8 @@ class Execution:
 
     def find_part(self, name: str, make: Callable, quants: Mapping[str, QuantSpec], given: tuple, *edges: Edge) -> Part:
         """A part, which those that mean the same share: layers of one recipe."""
-        constants, prepared = given
-        meaning = repr((
-            name, self.spec, self.profile, sorted(quants.items(), key=lambda item: item[0]),
-            [edge.meaning for edge in edges],
-            [(key, describe(c)) for key, c in constants.items()],
-            [(site, *map(describe, p)) for site, p in prepared.items()],
-        ))  # fmt: skip
+        shapes = [(key, describe(part)) for parts in given for key, part in parts.items()]  # constants, products
+        meaning = repr((name, self.spec, self.profile, sorted(quants.items()), [e.meaning for e in edges], shapes))
         if meaning not in self.parts:
             number = len(self.parts)
             self.parts[meaning] = Part(make(quants, *edges), meaning, number, self.device, self.backend)
@@ -303,7 +291,7 @@ def select(by_name: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def describe(part: Any) -> Any:
-    """What of a prepared product is in the graph: of a tensor its shape and dtype."""
+    """What of a constant or a prepared product is in the graph: of a tensor its shape, strides and dtype."""
     if isinstance(part, tuple):
         return tuple(map(describe, part))
     return (part.shape, part.stride(), part.dtype) if isinstance(part, Tensor) else part
