@@ -65,7 +65,7 @@ def attend(
         dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
         raise ValueError(f"attention of {dtypes}: give q, k and v one of float32, bfloat16 and float16")
     if q.shape[-1] > WIDEST:
-        raise ValueError(f"attention heads of {q.shape[-1]} columns: a tile holds {WIDEST}")
+        raise ValueError(f"attention heads of {q.shape[-1]} columns: a tile holds {WIDEST}, give no more")
     if (sink is None) is (spec.softmax is Softmax.SINK):
         raise ValueError(
             f"attention {spec.softmax} {'without' if sink is None else 'with'} a sink: {Softmax.SINK} has one"
