@@ -17,7 +17,6 @@ MODULES = {
     "integer": "integer.products",
     "formats": "quant.formats",
     "groups": "integer.groups",
-    "rounding": "quant.rounding",
 }
 DRAWS = {
     "affine": draw_affine,
