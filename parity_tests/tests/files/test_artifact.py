@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from parity_tests.runner import check_integers
-from parity_tests.tests.commands.test_cli import TRAIN, call, good
+from parity_tests.tests.shell import TRAIN, call, good
 from qtx.files.artifact import Artifact, list_differences, load_artifact, measure_size, save_artifact
 from qtx.files.artifact_check import check_constants, check_size, widen_to_one
 from qtx.files.checkpoint import load_checkpoint, save_checkpoint
