@@ -39,7 +39,6 @@ from qtx_ref.spec import (
 )
 
 EIGHT = ("uint8", "int8")  # dtypes that quick boxes take
-UINT8 = QuantSpec(8, symmetric=False)
 CANDIDATES = {op: list_candidates(op) for op in ("quantize", "dequantize", "fake_quantize", "linear")}
 
 
