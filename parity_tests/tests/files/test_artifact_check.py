@@ -18,6 +18,7 @@ from qtx_ref.models.initial import init_params
 from qtx_ref.presets import attention, preset
 from qtx_ref.profiles import profile
 from qtx_ref.spec import (
+    QTX,
     Granularity,
     Nonlinear,
     QuantSpec,
@@ -82,6 +83,14 @@ def test_a_constant_that_is_not_the_models_is_named(name, change, said, artifact
         load_artifact(tmp_path / "m.qtx")
 
 
+def lower_short(kind):
+    """A short model of one layer, its recipe, and its constants."""
+    spec = replace(preset("bert-tiny"), layers=1, vocab=40)
+    chosen, (short, batch) = recipe(kind, spec), shorten_inputs(spec)
+    quants, params = resolve(chosen, short), init_params(short, 0)
+    return short, chosen, dict(lower(short, params, quants, Model(short, params).calibrate([batch], quants)))
+
+
 def move_one(x):
     """Of the channels, the sixth."""
     y = x.copy()
@@ -102,15 +111,11 @@ def move_one(x):
     ],
 )
 def test_groups_that_are_not_the_recipes_are_named(kind, site, key, change, said):
-    spec = replace(preset("bert-tiny"), layers=1, vocab=40)
-    chosen, (short, batch) = recipe(kind, spec), shorten_inputs(spec)
-    quants, params = resolve(chosen, short), init_params(short, 0)
-    ranges = Model(short, params).calibrate([batch], quants)
-    constants = dict(lower(short, params, quants, ranges, profile("qtx"), Nonlinear.TABLE))
-    check_constants(short, chosen, profile("qtx"), Nonlinear.TABLE, constants)
+    short, chosen, constants = lower_short(kind)
+    check_constants(short, chosen, QTX, Nonlinear.TABLE, constants)
     constants[f"{site}.{key}"] = np.asarray(change(constants[f"{site}.{key}"]), constants[f"{site}.{key}"].dtype)
     with pytest.raises(ValueError, match=f"constant {site}.*{said}"):
-        check_constants(short, chosen, profile("qtx"), Nonlinear.TABLE, constants)
+        check_constants(short, chosen, QTX, Nonlinear.TABLE, constants)
 
 
 @pytest.mark.parametrize(
@@ -163,3 +168,12 @@ def test_another_of_our_files_is_named(artifact, checkpoint, tmp_path):
     assert "it is an artifact" in call("evaluate", tmp_path / "m.safetensors", *REF).output
     (tmp_path / "m.qtx").write_bytes(checkpoint.read_bytes())
     assert "it is a checkpoint: make integers of it" in call("show", tmp_path / "m.qtx").output
+
+
+def test_one_scale_for_all_groups_is_named():
+    """Shapes let it pass, as they do for a single channel."""
+    short, chosen, constants = lower_short("w8a8-peg2")
+    for name in ("embed.norm.scale", "embed.norm.zero_point"):
+        constants[name] = constants[name].reshape(-1)[0]
+    with pytest.raises(ValueError, match="constant embed.norm.zero_point, or its scale, is not that of 2 groups"):
+        check_constants(short, chosen, QTX, Nonlinear.TABLE, constants)
