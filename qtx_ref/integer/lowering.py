@@ -1,7 +1,8 @@
 """From float parameters and calibrated ranges to the constants that `Integer` computes with.
 
 `lower` runs the model once under `Lowering`, an `Integer` that makes each op's constants, in float64, just before the
-op needs them. What cannot run in integers is refused, naming the site and the reason. `lifting` goes back.
+op needs them, those of a site as `constants` does. What cannot run in integers is refused, naming the site and the
+reason. `lifting` goes back.
 
 Arrays: parameters float32 in the shapes of `models.initial.shapes`, constants as `model` lists them: codes in the
 narrowest dtype that holds them, multipliers and shifts int32 (a sum's shift int64); scales and multipliers one number,
