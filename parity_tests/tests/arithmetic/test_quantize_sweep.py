@@ -87,7 +87,7 @@ SPECS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     RULES,
     SPECS,

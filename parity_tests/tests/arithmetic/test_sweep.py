@@ -73,7 +73,7 @@ def test_compiled_slice(module):
     assert result.codes > 0 and result.graphs >= count
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(AXES)), st.integers(1000, 10**6))
 def test_drawn_configurations(module, index):
     """Any configuration, by hypothesis, which shrinks to the first index that fails."""
