@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from qtx.cli import main
+from parity_tests.tests.shell import call
 from qtx.cost import compare as cost
 from qtx.cost import inputs as cost_inputs
 from qtx.engines.machine import Machine
@@ -32,7 +31,7 @@ ROOT = Path(cost.__file__).parents[2]
 
 def ran(*arguments: object) -> str:
     """What a command prints, or the line in which it fails."""
-    done = CliRunner().invoke(main, list(map(str, arguments)))
+    done = call(*arguments)
     assert done.exit_code == 0 or done.output.count("Error: ") == 1, done.output
     return done.output
 

@@ -3,14 +3,14 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from parity_tests.subjects.integer_models import lower_model, make_recipe
 from parity_tests.tests.files.test_onnx_export import FEW, STEPS, make, make_under
-from qtx.cli import main
+from parity_tests.tests.shell import call
 from qtx.files.artifact import Artifact, save_artifact
 from qtx.files.container import FileError, sha_of
 from qtx.graphs.export import export_artifact, make_model
@@ -118,9 +118,7 @@ def test_what_cannot_be_exported_is_refused_by_its_site(tmp_path):
 
 
 def test_the_command(tmp_path):
-    def run(*words):
-        return CliRunner().invoke(main, ["export", *map(str, words)])
-
+    run = partial(call, "export")
     source, out = tmp_path / "m.qtx", tmp_path / "m.onnx"
     save(source, "vit_gate_elementwise")
     got = run(source, "--format", "onnx", "--out", out, "--check", "--json", tmp_path / "said.json")
@@ -140,8 +138,7 @@ def test_the_command(tmp_path):
 def test_without_onnx_the_command_says_what_to_install(tmp_path, monkeypatch):
     save(tmp_path / "m.qtx", "vit_plain")
     monkeypatch.setitem(sys.modules, "onnx", None)
-    words = ["export", str(tmp_path / "m.qtx"), "--format", "onnx", "--out", str(tmp_path / "m.onnx")]
-    got = CliRunner().invoke(main, words)
+    got = call("export", tmp_path / "m.qtx", "--format", "onnx", "--out", tmp_path / "m.onnx")
     assert got.exit_code != 0 and 'pip install "qtx[engines]"' in got.output and not (tmp_path / "m.onnx").exists()
 
 
