@@ -108,14 +108,15 @@ class Mask:
 
         return None if self.full else self._once("bias", make)
 
+    @property
+    def keys(self) -> Tensor:
+        """How many keys each query may attend to, at least 1, float64 (B or 1, 1, Tq, 1)."""
+        return self._once("keys", lambda: self.allowed.sum(dim=-1, keepdim=True).clamp(min=1).double())
+
     def find_gamma(self, spec: AttentionSpec) -> Tensor | float:
         """The clipped softmax's gamma: the spec's, or each row's own, -alpha / number of keys, float64 (B or 1, 1, Tq,
         1)."""
-
-        def count() -> Tensor:
-            return self.allowed.sum(dim=-1, keepdim=True).clamp(min=1).double()
-
-        return -spec.alpha / self._once("keys", count) if spec.softmax is Softmax.CLIPPED_ROW else spec.gamma
+        return -spec.alpha / self.keys if spec.softmax is Softmax.CLIPPED_ROW else spec.gamma
 
     def _once(self, name: str, make: Callable[[], Tensor | None]) -> Tensor | None:
         """What `make` gives, at the first call. Not `functools.cached_property`, whose lock (before Python 3.12)
@@ -141,7 +142,7 @@ def make_mask(rows: Tensor | None, queries: int, keys: int, causal: bool, like: 
     mask = Mask(allowed, like.dtype, full=full, triangle=triangle, rows=rows, causal=causal)
     # now: a block that is computed again may not add to what lies outside it
     if torch.compiler.is_compiling() and like.dtype.is_floating_point:
-        _ = mask.empty, mask.hidden, mask.bias
+        _ = mask.empty, mask.hidden, mask.bias, mask.keys
     return mask
 
 

@@ -12,9 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import qtx.cost.worker
-from parity_tests.tests.commands.test_cli import STUDY, TRAIN
 from parity_tests.tests.files.test_writing import RUN, wait_for
-from parity_tests.tests.shell import call, good
+from parity_tests.tests.shell import STUDY, TRAIN, call, good
 from qtx.files.locks import SCRATCH, make_scratch
 from qtx.jobs import analyze, cost, finetune, ptq
 from qtx_ref.backend import Trainer
