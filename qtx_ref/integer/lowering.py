@@ -222,7 +222,7 @@ class Lowering(ConstantMaker):
         self.put_weight(f"{site}.weight", self.params[f"{site}.weight"])
         gain = self.weight(f"{site}.weight")
         if x.measured:
-            refuse_integer(site, "its input has a scale per token, so its eps no unit: use a static range there")
+            refuse_integer(site, "its input has a scale per token, so its eps has no unit: use a static range there")
         own = self.put_norm_channels(site, x) if groups.varies(x.unit) else self.unit(x.unit)
         code = np.rint(eps * np.square(x.shape[-1] / own))
         if code >= 2.0**EPS_BITS:

@@ -110,6 +110,21 @@ def test_vectors(artifact, tmp_path):
     assert "0 differ" in good("vectors", artifact, *REF, "--strict", "--check", file).output
 
 
+def test_a_checkpoint_is_no_artifact(checkpoint, tmp_path):
+    """Nor is its folder: one line, and nothing written. Vectors of one ended in a traceback."""
+    out = tmp_path / "out.safetensors"
+    folder = checkpoint.parent
+    for model in (folder, checkpoint):
+        result = call("vectors", model, *REF, "--out", out)
+        assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
+        assert f"{model} is a checkpoint, and vectors are of integers: make a MODEL.qtx with qtx qu" in result.output
+    for words in (("show", folder), ("export", folder, "--format", "onnx", "--out", tmp_path / "x.onnx")):
+        result = call(*words)
+        assert result.exit_code == 1
+        assert f"{folder} is a folder, and no artifact; make one with qtx quantize {folder} --out" in result.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_vectors_find_the_first_site_that_differs(artifact, tmp_path):
     file, other = tmp_path / "vectors.safetensors", tmp_path / "model.qtx"
     changed = load_artifact(artifact)
