@@ -24,24 +24,22 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
 
-from qtx_ref.spec import Family, Head, ModelSpec, Profile, QuantSpec, SpecError
+from qtx_ref.spec import Family, Head, ModelSpec, Profile, QuantSpec
 
 from ..attention import Mask
+from ..compiler import find_compiler
 from ..models.block import Block
 from ..sites import name_sites
 from .model import Code, Constants
 from .parts import KINDS, Part
-from .proof import EAGER, LARGEST_SCALE, Proof, Ready
+from .proof import LARGEST_SCALE, Proof, Ready
 
 
 @dataclass(frozen=True)
@@ -81,39 +79,6 @@ Parts = tuple[Tensor, Tensor | None, Tensor | None]
 def pack(x: Code, whole: bool) -> Parts:
     """What a part gives of its result; whole: with unit and zero point."""
     return (x.value, x.unit, x.zero_point) if whole else (x.value, None, None)
-
-
-@cache
-def find_compiler(device: str) -> str:
-    """Why nothing can be compiled for a kind of device; empty where it can."""
-    try:
-        if device == "cpu":
-            from torch._inductor import cpp_builder  # here, for it takes a second to import
-
-            cpp_builder.get_cpp_compiler()
-        elif not has_triton():
-            return "Triton is not installed"
-    except OSError as error:  # importing inductor makes its folder
-        return f"inductor's caches have no folder (TORCHINDUCTOR_CACHE_DIR), {error}"
-    except Exception as error:  # of inductor's own kind, which differs by version
-        return f"{error}".splitlines()[0]
-    return ""
-
-
-@contextmanager
-def tell_failure() -> Iterator[None]:
-    """Raises SpecError with the first line of what a compiler says that is there and fails: without Python's headers,
-    or on a full disk."""
-    try:
-        yield
-    except RuntimeError as error:
-        from torch._dynamo.exc import BackendCompilerFailed  # here, where something was compiled
-
-        if not isinstance(error, BackendCompilerFailed):
-            raise
-        said = str(error).partition("\nOutput:\n")
-        line = next(line for part in (said[2], said[0]) for line in part.splitlines() if line.strip())
-        raise SpecError(f"the compiler fails, {line.strip()}: {EAGER}, or mend it") from error
 
 
 def make_execution(

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from qtx_ref.spec import FloatFormat, FloatQuantSpec, Granularity, QuantSpec, SharedScale  # noqa: E402
 from qtx_torch import step  # noqa: E402
-from qtx_torch.integer.execution import find_compiler  # noqa: E402
+from qtx_torch.compiler import find_compiler  # noqa: E402
 from qtx_torch.integer.parts import Part  # noqa: E402
 from qtx_torch.quant import formats, gradients, quantizer  # noqa: E402
 from qtx_torch.quant.compiled import ask_division  # noqa: E402

@@ -13,8 +13,8 @@ pytest.importorskip("torch")
 
 import torch
 
+from qtx_torch.compiler import find_compiler
 from qtx_torch.integer import parts
-from qtx_torch.integer.execution import find_compiler
 from qtx_torch.integer.parts import Part, can_keep, keep_guards, make_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler says them of torch
