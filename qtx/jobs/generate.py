@@ -49,8 +49,8 @@ def generate(request: GenerateRequest) -> Generated:
     """Goes on with a text, with cached keys and values, in float, under a recipe or in integers.
 
     Raises:
-        SpecError: the model is not causal, the text would outgrow it, the prompt has no token, or a temperature beyond
-            its ends.
+        SpecError: the model is not causal, the text would outgrow it, the prompt has no token or is no UTF-8, or a
+            temperature beyond its ends.
         DataError, FileError, MissingExtra: see `evaluate`.
     """
 
@@ -62,6 +62,10 @@ def generate(request: GenerateRequest) -> Generated:
         raise SpecError(f"temperature is {request.temperature}: give a number from 0 to {HOTTEST:g}")
     if request.tokens < 1:
         raise SpecError(f"tokens is {request.tokens}: give at least 1")
+    try:
+        request.prompt.encode()
+    except UnicodeEncodeError:  # what a shell gives of bytes that are none
+        raise SpecError(f"prompt {request.prompt!r} is no UTF-8: give text") from None
     request.machine.check()
     opened = open_model(
         request.model, request.machine, request.data, request.tokenizer, recipe_name=request.recipe, check=check

@@ -126,7 +126,8 @@ def check_generation(spec: ModelSpec, quants: Mapping[str, Quant], length: int) 
     if spec.family is not Family.OPT:
         raise SpecError(f"model family is {spec.family}: only a causal model (opt) generates")
     if length > spec.length:
-        raise SpecError(f"text of {length} tokens: the model's length is {spec.length}; ask for fewer tokens")
+        have = f"text of {length} tokens, given and new: the model's length is {spec.length}"
+        raise SpecError(f"{have}; ask for fewer tokens, or give a shorter text")
     for site, quant in quants.items():
         local = is_local(quant) and quant.outliers is None  # a channel of outliers is one for all tokens
         if quant.dynamic and not local and not site.endswith(".weight"):

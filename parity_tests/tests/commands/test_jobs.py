@@ -147,8 +147,14 @@ def test_generate(opt: Path) -> None:
     pytest.importorskip("tokenizers", reason="the extra text is not installed")
     text = generate(GenerateRequest(opt, "It was the best", tokens=3, machine=HERE))
     assert len(text.tokens) == text.prompt_tokens + 3 and text.text.startswith("it was the best")
-    for name, value in (("temperature", float("nan")), ("temperature", -1.0), ("tokens", 0)):
-        with pytest.raises(SpecError, match=f"{name} is"):
+    for name, value, said in (
+        ("temperature", float("nan"), "temperature is"),
+        ("temperature", -1.0, "temperature is"),
+        ("tokens", 0, "tokens is"),
+        ("prompt", "\udcff", "is no UTF-8"),  # what Python makes of a byte on the command line that is no text
+        ("prompt", "the " * 1000, "give a shorter text"),
+    ):
+        with pytest.raises(SpecError, match=said):
             generate(replace(GenerateRequest(opt, "It was", machine=HERE), **{name: value}))
 
 
