@@ -129,5 +129,5 @@ CHANGES = options(
 PLACE = options(
     run_option("--backend", "machine.backend", help="torch, or ref (NumPy); default torch."),
     run_option("--device", "machine.device", help="cpu; cuda, or auto, with --backend torch; default cpu."),
-    run_option("--dtype", "machine.dtype", help="float32, float64; bfloat16 with torch; default float32."),
+    run_option("--dtype", "machine.dtype", help="float32, float64; with torch bfloat16 or float16; default float32."),
 )
