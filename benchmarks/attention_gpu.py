@@ -31,7 +31,7 @@ BOUNDS = {"flash": 2.0, "matrix": 1 / 3}
 
 
 def clip(length: int) -> AttentionSpec:
-    """Of rows of any length as much: below their mean."""
+    """Clips as much of rows of any length: what is below their mean."""
     return attention(f"clipped:gamma={-1 / length}")
 
 

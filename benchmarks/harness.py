@@ -49,9 +49,7 @@ ROOT = Path(__file__).parent.parent
 LEAST = 0.005  # seconds that one reading of the clock takes at least: a shorter call is repeated
 SHORT = 0.2  # seconds; a shorter call is made once more before its reading, so that it follows its own kind
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-PACKAGES = (
-    "numpy", "scipy", "torch", "triton", "transformers", "torchao", "onnxruntime", "brevitas", "optimum-quanto",
-)  # fmt: skip
+PACKAGES = ("numpy", "scipy", "torch", "triton", "transformers", "torchao", "onnxruntime", "brevitas", "optimum-quanto")
 LIBRARIES = ("transformers", "torchao", "onnxruntime", "brevitas", "optimum", "onnx", "onnxscript")
 
 

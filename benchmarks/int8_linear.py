@@ -84,6 +84,7 @@ def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
         return
     dtype = "bfloat16" if cuda else "float32"
     sizes = ((4096, 2048, 8192), (4096, 8192, 2048)) if cuda else ((512, 384, 1536), (1024, 768, 3072))
+    rounds = 2 if quick else 9
     for size in ((32, 64, 128),) if quick else sizes:
         given = (device, dtype, *size, not quick)
         call, other = build("int8", *given), build("float", *given)
@@ -95,9 +96,7 @@ def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
             return compare_results(build("int8", *small), build("fake", *small), limit)
 
         title = f"{size[0]} x {size[1]} to {size[2]}, {dtype}, int8"
-        yield compare(
-            title, call, f"{dtype} linear", other, rounds=2 if quick else 9, check=check, device=device,
-        )  # fmt: skip
+        yield compare(title, call, f"{dtype} linear", other, rounds=rounds, check=check, device=device)
         if cuda:
             yield compare(
                 f"{title}, captured", capture(call), f"{dtype} linear, captured", capture(other),
@@ -108,11 +107,9 @@ def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
         except MissingExtra as error:
             yield Skip("torchao int8 training", str(error))
             continue
-        yield compare(
-            title, call, "torchao int8 training", theirs,
-            # each rounds to codes of its own, gradients at random here: as near as int8 is
-            rounds=2 if quick else 9, device=device, check=partial(compare_results, call, theirs, 0.05),
-        )  # fmt: skip
+        # each rounds to codes of its own, gradients at random here: as near as int8 is
+        agree = partial(compare_results, call, theirs, 0.05)
+        yield compare(title, call, "torchao int8 training", theirs, rounds=rounds, check=agree, device=device)
 
 
 def compare_results(call: Call, other: Call, limit: float) -> str:

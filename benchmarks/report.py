@@ -28,7 +28,7 @@ def format_spread(row: Row) -> str:
 
 def format_row(row: Row) -> str:
     """One line for a terminal."""
-    bound = f", at most {row.bound}" if row.bound is not None else ""
+    bound = f", at most {row.bound:.3g}" if row.bound is not None else ""
     return f"{row.name} against {row.against}: {row.ratio:.3f} ({format_spread(row)}{bound}); {row.notes}"
 
 
@@ -57,7 +57,7 @@ def format_group(group: dict[str, Any], title: str) -> str:
     lines = []
     for row in rows:
         times = [format_number(row.ms, 2), format_number(row.against_ms, 2)]
-        bound = ["" if row.bound is None else f"{row.bound}"] * bounded
+        bound = ["" if row.bound is None else f"{row.bound:.3g}"] * bounded
         memory = [format_number(mib, 0) for mib in (row.mib, row.against_mib)] * weighed
         lines.append(
             [row.name, row.against, *times, f"{row.ratio:.3f}", format_spread(row), *bound, *memory, row.notes]

@@ -43,26 +43,21 @@ def check(call: Call, x: Tensor) -> str:
 def rows(device: str, quick: bool) -> Iterator[Row | Skip]:
     """On a GPU one kernel, eager; its result is new memory, which the allocator has. Where a copy takes less than a
     launch, as of 67 MB, it is the launch that is timed."""
-    cuda = device.startswith("cuda")
+    kind = device.partition(":")[0]
+    cuda = kind == "cuda"
     if cuda and blocks.find_kernels(torch.zeros(1, 1, device=device)) is None:
         yield Skip("fake quantization in one kernel", "Triton is not installed, or does not run here")
         return
-    sizes = (
-        ((64, 256),)
-        if quick
-        else ((65536, 2048), (16384, 2048), (16384, 8192))
-        if cuda
-        else ((2048, 768), (4096, 3072))
-    )
+    sizes = ((64, 256),) if quick else SIZES[kind]
     for shape in sizes:
         for dtype in (torch.bfloat16, torch.float32) if cuda else (torch.float32,):
             x = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
             out, copied = torch.empty_like(x), torch.empty_like(x)
             for way in ("eager",) if cuda or quick else ("compiled", "eager"):
                 call = make_call(way, x, out)
-                bound = BOUNDS[device.partition(":")[0]] if cuda or way == "compiled" else None
+                bound = BOUNDS[kind] if cuda or way == "compiled" else None
+                title = f"{shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')}, {way}"
                 yield compare(
-                    f"{shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')}, {way}",
-                    call, "copy", make_call("copy", x, copied),
+                    title, call, "copy", make_call("copy", x, copied),
                     rounds=2 if quick else 21, check=lambda call=call, x=x: check(call, x), device=device, bound=bound,
                 )  # fmt: skip

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = 0.1  # seconds
 
 
 class Terminated(KeyboardInterrupt):
@@ -43,8 +45,25 @@ def exit_status(stop: KeyboardInterrupt | Interrupted) -> int:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises Terminated for SIGTERM, KeyboardInterrupt for SIGINT."""
+    """Raises Terminated for SIGTERM, KeyboardInterrupt for SIGINT. While a command imports a module the signal comes
+    again, until that has ended: compiled modules that call Python abort the process where it raises, as Triton's do."""
+    if is_importing(frame):
+        again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether what runs was called by an import, and not by a function of qtx since."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        if frame.f_globals.get("__name__", "").startswith("qtx") and frame.f_code.co_name != "<module>":
+            return False
+        frame = frame.f_back
+    return False
 
 
 def leave(number: int, frame: FrameType | None) -> None:

@@ -41,8 +41,10 @@ from qtx_ref.spec import (
 
 from . import distributed, models, stats
 from .arrays import find_device, to_numpy, to_tensors
-from .integer.execution import Execution, make_execution, tell_failure
+from .compiler import tell_failure
+from .integer.execution import Execution, make_execution
 from .integer.model import Code, Integer, Whole
+from .integer.proof import EAGER
 from .numerics import (
     Calibrate,
     FakeQuant,
@@ -463,7 +465,7 @@ class IntegerModel:
     def compute(self, nx: Integer, inputs: Mapping[str, Tensor | None], cache: list | None = None) -> Code:
         """A forward pass of what `accept` gave; cache as `models.opt` takes it."""
         if self.execution is not None and cache is None and nx.record is None:
-            with tell_failure():
+            with tell_failure(EAGER):
                 out = self.execution(inputs)
             if out is not None:
                 return out

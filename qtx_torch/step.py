@@ -18,13 +18,10 @@ from qtx_ref.spec import SpecError
 
 from . import random
 from .quant import int8
+from .quant.compiled import ask_division
 
 F = TypeVar("F", bound=Callable)
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when it starts, and sums in one order under these values
-DIVISION = (
-    "eager_numerics.division_rounding",
-    "emulate_divison_rounding",
-)  # inductor's names for it, of now and before
 FIRST, LEAST, PATIENCE = 2.0**16, 1.0, 2000
 
 
@@ -54,7 +51,7 @@ def compile_forward(forward: F) -> F:
     """
     for known in (random.number_site, random.has_kernels, int8.has_kernels):
         torch.compiler.assume_constant_result(known)
-    return torch.compile(forward, fullgraph=True)
+    return torch.compile(forward, fullgraph=True, options=ask_division() if torch.cuda.is_available() else None)
 
 
 def check_deterministic(device: torch.device) -> None:

@@ -111,13 +111,14 @@ class Space:
 
     def __init__(self, count: int, like: Tensor) -> None:
         self.dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        self.device = like.device
         self.parts: list[Tensor | None] = [None] * count
 
     def take(self, place: int, size: tuple[int, ...]) -> Tensor:
         needed = torch.Size(size).numel()
         part = self.parts[place]
         if part is None or len(part) < needed:
-            part = self.parts[place] = torch.empty(needed, dtype=self.dtype)
+            part = self.parts[place] = torch.empty(needed, dtype=self.dtype, device=self.device)
         return part[:needed].view(size)
 
 
@@ -147,7 +148,7 @@ def find_probs(
         scores.masked_fill_(tile.of(rule.hidden)[:, :width], -torch.inf)
     elif rule.causal:
         count = p.shape[1]
-        later = torch.ones(count, count, dtype=torch.bool).triu_(1)
+        later = p.new_ones(count, count, dtype=torch.bool).triu_(1)
         scores[..., width - count :].masked_fill_(later, -torch.inf)
     softmax_into(p, -1, False, out=p)
     return scores
@@ -220,7 +221,7 @@ class Attend(torch.autograd.Function):
         row_span = rule.span if isinstance(rule.span, Tensor) else None
         factor = width**-0.5 * (1 if rule.span is None or row_span is not None else rule.span)
         dq, dk, dv = (empty_heads(x) for x in (q, k, v))
-        ds = torch.zeros(len(sink), dtype=torch.float64) if ctx.needs_input_grad[3] else None
+        ds = q.new_zeros(len(sink), dtype=torch.float64) if ctx.needs_input_grad[3] else None
         space = Space(7, q)
         limits = torch.finfo(space.dtype)  # hardtanh's kernel excludes its limits: they lie one step beyond [0, 1]
         for group in cut_heads(q, k, ctx.block):
@@ -270,7 +271,7 @@ class Attend(torch.autograd.Function):
 def empty_heads(x: Tensor) -> Tensor:
     """Memory in x's shape (B, H, T, K), in the order of (B, T, H, K), which merging heads leaves as it is."""
     batch, heads, tokens, width = x.shape
-    return torch.empty(batch, tokens, heads, width, dtype=x.dtype).transpose(1, 2)
+    return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 def find_kept(rule: RowRule, kept: Tensor | None, tile: Tile, q: Tensor, k: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from qtx_ref.spec import (
 
 from . import distributed, models, sites
 from .arrays import to_numpy
+from .compiler import find_compiler, tell_failure
 from .model import Arrays, Batch, Model
 from .numerics import Float, has_int8
 from .optim import AdamW
@@ -52,7 +53,7 @@ class Trainer:
 
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
         """Raises SpecError where the optimizer's `only` names no parameter, and where the device gives no deterministic
-        step as things are."""
+        step as things are, or nothing can be compiled."""
         if step.deterministic:
             check_deterministic(model.device)
         self.model = model
@@ -67,6 +68,8 @@ class Trainer:
         for block in model.net.layer:
             block.recompute = step.recompute
         if step.compiled:
+            if reason := find_compiler(model.device.type):
+                raise SpecError(f"step compiled is True: {reason}; leave it out")
             model.forward_pass = compile_forward(model.compute)
         if distributed.processes()[1] > 1:
             for name, x in model.leaves().items():
@@ -82,14 +85,14 @@ class Trainer:
         which of a skipped step is not finite.
 
         batch: rows `first` on of one of `total` rows (None: all of it). Raises SpecError where it is not the whole, or
-        has no `accumulate` equal parts.
+        has no `accumulate` equal parts, and where a compiler is there and fails.
         """
         inputs = self.model.accept(batch)
         if distributed.processes()[1] == 1:
             check_rows(len(models.asked(inputs)), first, total)
         count = int(distributed.add(torch.tensor(models.count_targets(inputs))))
         scale = self.scale.value if self.scale else 1.0
-        with fixed_order(self.spec.deterministic):
+        with tell_failure("leave step compiled out"), fixed_order(self.spec.deterministic):
             loss, grads = self.model.backward(
                 inputs,
                 self._numerics,

@@ -23,8 +23,12 @@ from parity_tests.subjects.attentions import SOFTMAXES
 from qtx_torch.kernels import attention_launch
 
 TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1", torch.int64: "*i64",
-}  # fmt: skip
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.bool: "*i1",
+    torch.int64: "*i64",
+}
 WIDTHS = 32, 64, 80, 128, 256
 LONG = Case("clipped", 4096, 4096, 64, dtype="bfloat16")
 ALL = {"causal": True, "padded": True, "rate": 0.1, "stored": True, "gated": True, "scores": True, "probs": True}

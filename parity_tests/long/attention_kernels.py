@@ -150,6 +150,15 @@ def check_masked(device: str) -> Iterator[Verdict]:
     yield exact("a sequence without keys", np.abs(before[1]), np.zeros_like(before[1]))
 
 
+def check_strides(device: str) -> Iterator[Verdict]:
+    """Where numbers lie in memory changes no bit: here every second place is another's."""
+    case = Case("sink", 5, 9, 16, padded=True, gated=True)
+    leaves, rows = make_leaves(case)
+    held = {name: tensor(value, Context(device)) for name, value in leaves.items()}
+    apart = {name: torch.stack([x, x + 1], -1)[..., 0] for name, x in held.items()}
+    yield exact("every second place", array(call(case, apart, rows)), array(call(case, held, rows)))
+
+
 def check_faults(device: str) -> Iterator[Verdict]:
     """Planted in what the forward kernel is given or keeps, and in a gradient, and found."""
     run, back = attention.run_forward, attention.run_backward
@@ -225,7 +234,7 @@ def run(device: str, few: bool) -> bool:
     count, failed, worst = 0, 0, None
     names = attention_models.NAMES[:1] if few else attention_models.NAMES
     cases = (check(case, device) for case in (few_cases() if few else every_case()))
-    others = (check_draws, check_masked, check_faults, check_compiled)
+    others = (check_draws, check_masked, check_strides, check_faults, check_compiled)
     for verdicts in (
         *(other(device) for other in others),
         attention_models.check_models(device, names),

@@ -45,7 +45,6 @@ from qtx_ref.quant import affine
 from qtx_ref.spec import AttentionSpec, Family, ModelSpec
 from qtx_ref.tape import Var, const
 
-SPLITS = ("calibration", "evaluation")
 SPANS = {"0": (0, 0), "1": (1, 1), "2": (2, 2), "more": (3, None)}
 
 

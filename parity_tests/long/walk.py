@@ -7,8 +7,8 @@ Runs `qtx quantize CHECKPOINT --out MODEL.qtx` and `qtx evaluate MODEL.qtx` in t
 watches every call and every return of a function of the project. Words, as they are counted:
 
 - The weight's arrays are the one that `quantize` first has under the weight's name, what a function of the project
-makes
-  of one of them in the same shape (its codes), and whatever is equal to one of these, after the file is read again too.
+  makes of one of them in the same shape (its codes), and whatever is equal to one of these, after the file is read
+  again too.
 - A function holds the weight while one of its arguments or local variables, or what was just returned to it, is one of
   these arrays, a view of one, a variable of the tape around one, or a mapping that has one under the weight's name. An
   object that keeps such a mapping (a checkpoint, a model) does not count until somebody takes the mapping out.

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch._dynamo.utils import counters
 
-from parity_tests.sweep.cases import DRAWS, MODULES, Configuration
+from parity_tests.sweep.cases import DRAWS, MODULES
+from parity_tests.sweep.configuration import Configuration
 from qtx_torch.integer import products
 
 

@@ -1,4 +1,5 @@
-"""A fixture that runs a function of the pure modules in each backend; and Ctrl-C, which tests send to themselves."""
+"""A fixture that runs a function of the pure modules in each backend; Ctrl-C, which tests send to themselves; and how
+properties are drawn."""
 
 from __future__ import annotations
 
@@ -8,9 +9,13 @@ import signal
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 # a shell's & turns it off
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# the same examples each time, however long they take
+settings.register_profile("qtx", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("qtx")
 
 
 def tensors(value):

@@ -6,6 +6,10 @@ from click.testing import CliRunner, Result
 
 from qtx.cli import main
 
+REF = ("--backend", "ref")
+TRAIN = ["train", "--backend", "ref", "--model", "vit-tiny", "--batch", "8", "--steps", "8"]
+STUDY = ["study", *TRAIN[1:-1], "4", "--attention", "vanilla,gated"]
+
 
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])

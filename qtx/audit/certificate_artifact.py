@@ -1,7 +1,7 @@
 """The integer products of an artifact, found by running it, and their operands on real data.
 
 Where scales vary along a sum there is a product for each of them, `<site>[0]`, `<site>[1]`, ...: a group's channels and
-its own accumulator. The sum over groups is bounded where it is made, in lowering.
+its own accumulator. The sum over groups is bounded where its multipliers are made, in `qtx_ref.integer.constants`.
 """
 
 from __future__ import annotations

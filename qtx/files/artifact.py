@@ -159,6 +159,8 @@ def load_artifact(path: Path) -> Artifact:
     Raises:
         FileError: missing, empty, truncated, changed, of another format, or not what `lower` makes.
     """
+    if path.is_dir():
+        raise FileError(f"{path} is a folder, and no artifact; make one with qtx quantize {path} --out MODEL{SUFFIX}")
     check_file(path, f"no such artifact; make one with qtx quantize CHECKPOINT --out MODEL{SUFFIX}")
     header, tensors = read_sealed(path, ARTIFACT)
     try:

@@ -119,12 +119,12 @@ def check_groups(site: str, zero_point: np.ndarray, scale: np.ndarray, quant: Qu
     as the quantizer says."""
     zero, unit = np.broadcast_arrays(zero_point.reshape(-1), scale.reshape(-1))
     order = np.lexsort((zero, unit)) if quant.permute else np.arange(zero.size)
-    what = f"{quant.groups} groups"
     if quant.wide is None:
-        parts = np.split(order, quant.groups or 1)
+        count = quant.groups or 1
+        parts, what, counted = np.array_split(order, count), f"{count} groups", zero.size % count == 0
     else:
         parts, what = [order[zero == WIDE_ZERO], order[zero != WIDE_ZERO]], f"{quant.wide} wide channels and the others"
-    counted = quant.wide in (None, parts[0].size)
+        counted = parts[0].size == quant.wide
     if not counted or any(np.unique(x[part]).size > 1 for part in parts for x in (zero, unit)):
         raise ValueError(f"constant {site}.zero_point, or its scale, is not that of {what}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +11,8 @@ from qtx_ref.spec import SpecError
 
 from ..engines.machine import Machine
 from ..engines.protocols import IntegerModel
-from ..files.artifact import SUFFIX, load_artifact
+from ..files.artifact import SUFFIX, Artifact, load_artifact
+from ..files.checkpoint import Checkpoint
 from ..files.container import FileError, check_writable
 from ..files.vectors import list_differing, load_vectors, run_vectors, save_vectors, take_inputs
 from .opening import make_artifact_model, open_model
@@ -58,11 +60,20 @@ def write_vectors(request: VectorsRequest) -> tuple[list[str], int]:
         raise FileError(f"{out} exists: choose another --out")
     check_writable(out)
     request.machine.check()
-    opened = open_model(request.model, request.machine, request.data, request.tokenizer, strict=request.strict)
+    check = partial(refuse_float, request.model)
+    opened = open_model(
+        request.model, request.machine, request.data, request.tokenizer, strict=request.strict, check=check
+    )
     batch = next(iter(opened.data.split_batches("evaluation", opened.stored.spec, request.count, 0, limit=1)))
     tensors = run_vectors(cast(IntegerModel, opened.model), dict(batch))
     save_vectors(out, request.model, tensors)
     return list(tensors), len(next(iter(batch.values())))
+
+
+def refuse_float(path: Path, stored: Checkpoint | Artifact) -> None:
+    """Raises SpecError for a checkpoint, which has no codes."""
+    if not isinstance(stored, Artifact):
+        raise SpecError(f"{path} is a checkpoint, and vectors are of integers: make a MODEL{SUFFIX} with qtx quantize")
 
 
 def check_vectors(request: CheckRequest) -> tuple[int, list[str]]:

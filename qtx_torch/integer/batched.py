@@ -34,9 +34,8 @@ def multiply_heads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """int8 a (..., M, K) by b (..., K, N), the same leading axes, matrix by matrix: torch has no such product. Also
     the sums over K of a (..., M, 1) and of b (..., 1, N); int32, contiguous: inductor would lay them out as a and b
     are, heads innermost, and what is fused with them would go through memory in that order."""
-    total = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32)
-    rows = torch.empty(*a.shape[:-1], 1, dtype=torch.int32)
-    ones = torch.ones(a.shape[-1], 1, dtype=torch.int8) if a.shape[-1] > LONG else None
+    total, rows = (a.new_empty(*a.shape[:-1], width, dtype=torch.int32) for width in (b.shape[-1], 1))
+    ones = a.new_ones(a.shape[-1], 1) if a.shape[-1] > LONG else None
 
     def fill(a: Tensor, b: Tensor, total: Tensor, rows: Tensor) -> None:
         if a.ndim > 2:

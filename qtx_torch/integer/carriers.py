@@ -30,15 +30,7 @@ from qtx_ref.spec import ONE_ROUNDING, QTX, Fixed, FloatProduct, MatmulRule, Ove
 
 from . import machine
 from .machine import Way, recentre_bytes
-from .products import (
-    FLOAT_BITS,
-    byte_product,
-    centre,
-    check_bias,
-    check_codes,
-    plain_float32,
-    saturates,
-)
+from .products import FLOAT_BITS, byte_product, centre, check_bias, check_codes, plain_float32, saturates
 
 CARRIERS = {Way.FLOAT32: torch.float32, Way.FLOAT64: torch.float64}  # int8 else
 
@@ -105,13 +97,13 @@ def prepare(
     absolute = add_up(sizes, most)
     away = add_up((codes - zw.to(codes.dtype)).abs(), most) if zw.any() else absolute
     check_accumulators((columns, away), offset, (low, high), (x_spec, zx), accumulator, rule)
-    sums = (absolute + depth * zw.abs()).double() * max(-low, high)  # of X W and zw rowsum(X)
+    reach = (absolute + depth * zw.abs()).double() * max(-low, high)  # of X W and zw rowsum(X)
     if zx is not None:
         offset = offset - zx * columns
     way, pieces = choose(sizes, w_spec, x_spec, device)
     if pieces == 2:
         offset = offset + 128 * total
-    ends = sums + offset.double().abs() + (columns.double().abs() * (high - low) if given else 0)
+    ends = reach + offset.double().abs() + (columns.double().abs() * (high - low) if given else 0)
     narrow = accumulator == 32 and pieces == 1 and bool((ends < 2**31).all())
     wide = torch.int32 if narrow else torch.int64
     weight = codes.to(CARRIERS.get(way, torch.int8))
@@ -158,8 +150,11 @@ def check_accumulators(
     accumulator: int,
     rule: MatmulRule,
 ) -> None:
-    """Raises ValueError where sums over x - zx in its range, times factors (K, N), whose sums over K are given and
-    those of their magnitudes, may leave the accumulator and the rule reports it; for sums beyond int64 whatever it."""
+    """Raises ValueError where sum_k (x - zx) (W - zw) + bias may leave the accumulator for some codes x and the rule
+    reports it; beyond 2^62 whatever the rule.
+
+    factors: of W - zw (K, N) the sums over K, and those of its magnitudes, int64 (N,). ends: of x, recentred. zero: of
+    x, its spec and its zero point, recentred; None is any."""
     spec, zx = zero
     zeros = (spec.code_min - centre(spec), spec.code_max - centre(spec)) if zx is None else (int(zx), int(zx))
     low, high = ends[0] - zeros[1], ends[1] - zeros[0]
@@ -202,8 +197,8 @@ def exact_length(sizes: Tensor, absolute: Tensor, way: Way, pieces: int, x_spec:
     if kind is None:
         return depth
     largest = 2 ** (7 if pieces == 2 else x_spec.bits - 1)
-    sums = largest * int(absolute.max()) if sizes.numel() else 0
-    return depth if sums <= 2 ** FLOAT_BITS[kind] else 2 ** FLOAT_BITS[kind] // (largest * int(sizes.amax()))
+    reach = largest * int(absolute.max()) if sizes.numel() else 0
+    return depth if reach <= 2 ** FLOAT_BITS[kind] else 2 ** FLOAT_BITS[kind] // (largest * int(sizes.amax()))
 
 
 def multiply(x: Tensor, prepared: Prepared, x_zero: Tensor | None = None) -> Tensor:

@@ -22,32 +22,24 @@ vector operations.
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
 
-from qtx_ref.spec import (
-    Family,
-    Head,
-    ModelSpec,
-    Profile,
-    QuantSpec,
-    SpecError,
-)
+from qtx_ref.spec import Family, Head, ModelSpec, Profile, QuantSpec
 
 from ..attention import Mask
+from ..compiler import find_compiler
 from ..models.block import Block
 from ..sites import name_sites
 from .model import Code, Constants
 from .parts import KINDS, Part
-from .proof import EAGER, LARGEST_SCALE, Proof, Ready
+from .proof import LARGEST_SCALE, Proof, Ready
 
 
 @dataclass(frozen=True)
@@ -87,39 +79,6 @@ Parts = tuple[Tensor, Tensor | None, Tensor | None]
 def pack(x: Code, whole: bool) -> Parts:
     """What a part gives of its result; whole: with unit and zero point."""
     return (x.value, x.unit, x.zero_point) if whole else (x.value, None, None)
-
-
-@cache
-def find_compiler(device: str) -> str:
-    """Why nothing can be compiled for a kind of device; empty where it can."""
-    try:
-        if device == "cpu":
-            from torch._inductor import cpp_builder  # here, for it takes a second to import
-
-            cpp_builder.get_cpp_compiler()
-        elif not has_triton():
-            return "Triton is not installed"
-    except OSError as error:  # importing inductor makes its folder
-        return f"inductor's caches have no folder (TORCHINDUCTOR_CACHE_DIR), {error}"
-    except Exception as error:  # of inductor's own kind, which differs by version
-        return f"{error}".splitlines()[0]
-    return ""
-
-
-@contextmanager
-def tell_failure() -> Iterator[None]:
-    """Raises SpecError with the first line of what a compiler says that is there and fails: without Python's headers,
-    or on a full disk."""
-    try:
-        yield
-    except RuntimeError as error:
-        from torch._dynamo.exc import BackendCompilerFailed  # here, where something was compiled
-
-        if not isinstance(error, BackendCompilerFailed):
-            raise
-        said = str(error).partition("\nOutput:\n")
-        line = next(line for part in (said[2], said[0]) for line in part.splitlines() if line.strip())
-        raise SpecError(f"the compiler fails, {line.strip()}: {EAGER}, or mend it") from error
 
 
 def make_execution(
@@ -167,6 +126,7 @@ class Execution:
             self.last = Edge.of(net.top(proof, x))
         self.parts: dict[str, Part] = {}  # by all in which they may differ
         self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor | None], tuple]] = {}
+        self.replaying = threading.Lock()  # what a captured graph takes and gives lies in one place
         constants = proof.constants
         outer = {name: c for name, c in constants.items() if not name.startswith("layer.")}
         self.outer = outer, {site: p for site, p in proof.prepared.items() if not site.startswith("layer.")}
@@ -179,13 +139,8 @@ class Execution:
 
     def find_part(self, name: str, make: Callable, quants: Mapping[str, QuantSpec], given: tuple, *edges: Edge) -> Part:
         """A part, which those that mean the same share: layers of one recipe."""
-        constants, prepared = given
-        meaning = repr((
-            name, self.spec, self.profile, sorted(quants.items(), key=lambda item: item[0]),
-            [edge.meaning for edge in edges],
-            [(key, describe(c)) for key, c in constants.items()],
-            [(site, *map(describe, p)) for site, p in prepared.items()],
-        ))  # fmt: skip
+        shapes = [(key, describe(part)) for parts in given for key, part in parts.items()]  # constants, products
+        meaning = repr((name, self.spec, self.profile, sorted(quants.items()), [e.meaning for e in edges], shapes))
         if meaning not in self.parts:
             number = len(self.parts)
             self.parts[meaning] = Part(make(quants, *edges), meaning, number, self.device, self.backend)
@@ -266,7 +221,7 @@ class Execution:
         kind = tuple((name, x.shape, x.dtype) for name, x in batch.items() if x is not None)
         if kind not in self.captured and len(self.captured) == KINDS:
             return self.forward(batch)
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), self.replaying:
             if kind not in self.captured:
                 given = {name: None if x is None else x.clone() for name, x in batch.items()}
                 self.forward(given)  # compiles
@@ -279,7 +234,7 @@ class Execution:
                 if x is not None:
                     given[name].copy_(x)
             graph.replay()
-            return tuple(None if part is None else part.clone() for part in parts), largest
+            return tuple(None if part is None else part.clone() for part in parts), [scale.clone() for scale in largest]
 
     @property
     def has_top(self) -> bool:
@@ -301,7 +256,7 @@ def select(by_name: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def describe(part: Any) -> Any:
-    """What of a prepared product is in the graph: of a tensor its shape and dtype."""
+    """What of a constant or a prepared product is in the graph: of a tensor its shape, strides and dtype."""
     if isinstance(part, tuple):
         return tuple(map(describe, part))
     return (part.shape, part.stride(), part.dtype) if isinstance(part, Tensor) else part

@@ -98,7 +98,7 @@ class Grouped(NamedTuple):
     shift: Tensor  # (), int64
     bias: Tensor | None  # (N,), in the dtype of the accumulators
     rule: AddRule
-    bits: int  # without parts: of an exact block, 2^bits channels
+    bits: tuple[int, int]  # without parts: of x and of the weights, as `product` has them
 
 
 def divide(spec: QuantSpec, zero: Tensor, multiplier: Tensor) -> tuple[list[int], Tensor | None]:
@@ -129,13 +129,14 @@ def prepare(
     Args:
         x_zero: zero points of x, (K,).
         multiplier: of each channel, (K,).
+        shift: of the sum over groups, as in `product`.
         bias: integers, (N,).
 
     Raises ValueError as `carriers.prepare`, and for channels that are not in groups as `x_spec` says.
     """
     sizes, order = divide(x_spec, x_zero, multiplier)
     channels = torch.arange(w.shape[0], device=w.device) if order is None else order
-    bits = max(FLOAT_BITS - MULTIPLIER_BITS - bits_below(x_spec) - bits_below(w_spec), 0)
+    bits = bits_below(x_spec), bits_below(w_spec)
     if min(sizes) < SMALLEST and x_spec.wide is None:
         plain = (w.int() if w_zero is None else w.int() - w_zero).double()
         return Grouped((), (), None, multiplier.long(), plain, x_zero, shift, bias, add, bits)
@@ -173,14 +174,14 @@ def _(x: Tensor, order: Tensor | None) -> Tensor:
 
 def multiply(x: Tensor, grouped: Grouped) -> Tensor:
     """Codes x (..., K) by a prepared operand -> accumulators (..., N): int32, or int64 where the bias is."""
+    shift, rule = grouped.shift, grouped.rule
     if not grouped.parts:
-        scaled = ((x.int() - grouped.zero) * grouped.multipliers).double()
-        total = block_product(scaled, grouped.weight, 2**grouped.bits, torch.int64)
+        acc = product(x.int() - grouped.zero, grouped.weight, grouped.multipliers, shift, rule, *grouped.bits)
     else:
         x = take_channels(x, grouped.order)
         total = sum(
             carriers.multiply(part, ready).long() * m
             for part, ready, m in zip(x.split(grouped.sizes, -1), grouped.parts, grouped.multipliers, strict=True)
         )
-    acc = shift_right(total, grouped.shift, grouped.rule.rounding)
+        acc = shift_right(total, shift, rule.rounding)
     return acc.int() if grouped.bias is None else (acc.to(grouped.bias.dtype) + grouped.bias)

@@ -21,6 +21,7 @@ import platform
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
@@ -32,11 +33,13 @@ from torch import Tensor
 
 import qtx_ref.spec
 
+from ..quant.compiled import ask_division
 from .batched import hold_settings, multiplies_bytes
 from .products import plain_float32
 
 KINDS = 64  # graphs of a part: batch or length of one, masked, either side of each size that decides how to multiply
 DATA = re.compile(r"\bdata\b")  # the argument of a part that differs from call to call
+TRACING = threading.RLock()  # of the process: while one thread traces, what another calls compiled raises
 
 Data = Mapping[str, Tensor | None]
 
@@ -53,7 +56,8 @@ def keep_guards(entries: list) -> list[bool]:
 
 
 class Part:
-    """A function of data, constants and prepared products, compiled. A call gives what the function would."""
+    """A function of data, constants and prepared products, compiled. A call gives what the function would, in any
+    thread."""
 
     def __init__(self, function: Callable, meaning: str, number: int, device: torch.device, backend: str) -> None:
         """meaning: all that the graphs depend on and the arguments' data do not show: shapes and dtypes of constants,
@@ -64,6 +68,7 @@ class Part:
         options: dict[str, Any] = {"guard_filter_fn": keep_guards}
         if backend == "inductor":
             options |= {"size_asserts": False, "assert_indirect_indexing": False}
+            options |= ask_division() if device.type == "cuda" else {}
         self.function, self.meaning = function, meaning
         self.compiled = torch.compile(function, fullgraph=True, backend=backend, options=options)
         self.keeps = device.type == "cpu" and backend == "inductor" and can_keep()
@@ -71,20 +76,27 @@ class Part:
         self.read: set[Path] = set()
 
     def __call__(self, data: Data, constants: Mapping, prepared: Mapping) -> Any:
-        for i, graph in enumerate(self.graphs):
-            if graph.guard_check(data, constants, prepared):
-                if i:
-                    self.graphs.insert(0, self.graphs.pop(i))
-                return graph(data, constants, prepared)
-        graph = self.find(data, constants, prepared) if self.keeps else None
-        if graph is None:
-            with torch._dynamo.config.patch(recompile_limit=KINDS):
-                return self.compiled(mark(data), constants, prepared)
-        self.graphs.insert(0, graph)
+        with TRACING:
+            graph = self.choose(data, constants, prepared)
+            if graph is None:
+                with torch._dynamo.config.patch(recompile_limit=KINDS):
+                    return self.compiled(mark(data), constants, prepared)
         return graph(data, constants, prepared)
 
+    def choose(self, *given: Any) -> Any:
+        """A graph for these arguments, which is put first; None where this torch cannot keep them."""
+        for i, graph in enumerate(self.graphs):
+            if graph.guard_check(*given):
+                if i:
+                    self.graphs.insert(0, self.graphs.pop(i))
+                return graph
+        graph = self.find(*given) if self.keeps else None
+        if graph is not None:
+            self.graphs.insert(0, graph)
+        return graph
+
     def find(self, *given: Any) -> Any:
-        """A graph for these arguments: a kept one, or one that is made and kept. None where this torch cannot."""
+        """A kept graph for these arguments, or one that is made and kept. None where this torch cannot."""
         try:
             folder = make_folder(self.meaning)
             for graph in self.load(folder):

@@ -29,6 +29,7 @@ from torch import Tensor
 from qtx_ref.spec import QTX, MatmulRule, Overflow, Products, QuantSpec
 
 from ..quant.checks import check_integers, check_range, check_shape
+from . import machine
 
 FLOAT_BITS = {torch.float32: 24, torch.float64: 53}
 SHORTEST = 256  # float32 blocks shorter than this cost more in additions than float64 does
@@ -38,17 +39,9 @@ SHORTEST = 256  # float32 blocks shorter than this cost more in additions than f
 def byte_instructions(device: str) -> bool:
     """Whether `torch._int_mm` is fast and exact: with VNNI it took a tenth of the time of a float32 product of 512 x
     768 x 3072 (benchmarks/integer_matmul.py); without, torch's own loop took 50 times as much, and oneDNN told to use
-    AVX2 (ONEDNN_MAX_CPU_ISA) saturates pairs in int16. So extreme codes are multiplied once, to see."""
-    if device != "cpu" or not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
-        return False
-    ends = torch.tensor([-128, 127], dtype=torch.int8)
-    a, b = (
-        ends.repeat_interleave(32)[:, None].expand(64, 256).contiguous(),
-        ends.repeat(32).expand(256, 64).contiguous(),
-    )
-    return torch.equal(
-        torch._int_mm(a, b).long(), 256 * ends.long().repeat_interleave(32)[:, None] * ends.long().repeat(32)
-    )
+    AVX2 (ONEDNN_MAX_CPU_ISA) saturates pairs in int16, wherefore it is tried."""
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    return device == "cpu" and has_vnni() and machine.exact_bytes(device, 127)
 
 
 def plain_float32(device: str) -> bool:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from qtx_ref.spec import AttentionSpec, Softmax
 
 from .attention_launch import LOG2E, Shape, backward_op, forward_op, run_backward, run_forward
+from .host import sign_seed
 
 WIDEST = 256  # columns of a head
 FARTHEST = 2**31  # elements that a head's lines span, which are addressed in 32 bits
@@ -64,7 +65,7 @@ def attend(
         dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
         raise ValueError(f"attention of {dtypes}: give q, k and v one of float32, bfloat16 and float16")
     if q.shape[-1] > WIDEST:
-        raise ValueError(f"attention heads of {q.shape[-1]} columns: a tile holds {WIDEST}")
+        raise ValueError(f"attention heads of {q.shape[-1]} columns: a tile holds {WIDEST}, give no more")
     if (sink is None) is (spec.softmax is Softmax.SINK):
         raise ValueError(
             f"attention {spec.softmax} {'without' if sink is None else 'with'} a sink: {Softmax.SINK} has one"
@@ -79,8 +80,7 @@ def attend(
             step = first = 0
         else:
             fours = fours and first % 4 == 0
-        signed = drop.seed - (1 << 64) if drop.seed >= 1 << 63 else drop.seed
-        words = [signed, step, drop.place, dropped - 1, first]
+        words = [sign_seed(drop.seed), step, drop.place, dropped - 1, first]
     by_row = spec.softmax is Softmax.CLIPPED_ROW
     flags = [  # a `Shape`, of which a compiler of torch 2.11 traces only numbers
         int(flag)
@@ -132,7 +132,7 @@ class Attend(torch.autograd.Function):
         address: Tensor | None,
         *how: list[int] | list[float],
     ) -> Tensor:
-        q, k, v, rows, gate = (align(x) for x in (q, k, v, rows, gate))
+        q, k, v, sink, gate, rows = (align(x) for x in (q, k, v, sink, gate, rows))
         ctx.how, ctx.split = how, Shape(*how[0]).split
         given = (q, k, v, sink, gate, rows, coder, address)
         run = forward_op if torch.compiler.is_compiling() else run_forward

@@ -82,8 +82,9 @@ def attend_forward(  # type: ignore[no-untyped-def]
     seed, step, place, most, first,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, CLIP: tl.constexpr, TOP: tl.constexpr, BY_ROW: tl.constexpr,
     SINK: tl.constexpr, DROP: tl.constexpr, FOURS: tl.constexpr, STORED: tl.constexpr, GATED: tl.constexpr,
-    SCORES: tl.constexpr, PROBS: tl.constexpr, TRAIN: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, ):  # fmt: skip
+    SCORES: tl.constexpr, PROBS: tl.constexpr, TRAIN: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """One block of M queries of a head. out, context_out, passed_out (B, Tq, H, K); logs_out, gammas_out (B, H, Tq)."""
     SPLIT: tl.constexpr = TRAIN and (CLIP or PROBS)
     block, pair = find_place(queries, M)

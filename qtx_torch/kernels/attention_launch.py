@@ -6,7 +6,6 @@ Not in the reference: it has rows whole.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .attention_backward import find_key_slopes, find_query_slopes, weigh_rows
 from .attention_forward import attend_forward
+from .host import on_device
 
 LOG2E = math.log2(math.e)
 
@@ -100,7 +100,7 @@ def choose_tile(kernel: str, width: int, dtype: torch.dtype, queries: int, keys:
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *given: Any, **constants: Any) -> None:
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         kernel[(programs,)](*given, **constants)
 
 
@@ -156,12 +156,10 @@ def run_forward(
     shape, (b, h, t, width), keys = Shape(*flags), q.shape, k.shape[2]
     out, context, passed, logs, gammas = make_results(q, shape, train)
     tile = choose_tile("forward, dropout" if shape.DROP else "forward", width, q.dtype, t, keys)
-    launch(
-        attend_forward, triton.cdiv(t, tile.M) * b * h, q.device,
-        q, k, v, out, context, passed, logs, gammas, rows, sink, gate, coder, address,
-        *strides(q, k, v), *row_strides(rows, gate), h, t, keys, *numbers, *words,
-        **vars(shape), K=width, TRAIN=train, **vars(tile),
-    )  # fmt: skip
+    given = (q, k, v, out, context, passed, logs, gammas, rows, sink, gate, coder, address)
+    steps = (*strides(q, k, v), *row_strides(rows, gate), h, t, keys)
+    constants = {**vars(shape), "K": width, "TRAIN": train, **vars(tile)}
+    launch(attend_forward, triton.cdiv(t, tile.M) * b * h, q.device, *given, *steps, *numbers, *words, **constants)
     return out, context, passed, logs, gammas
 
 
@@ -189,16 +187,12 @@ def run_backward(
     delta = torch.empty_like(logs)
     dq, dk, dv, d_sink, d_gate = make_slopes(q, k, v, sink, gate)
     tile = choose_tile("rows", width, q.dtype, t, keys)
-    launch(
-        weigh_rows, triton.cdiv(t, tile.M) * b * h, q.device,
-        slope, passed, context, gate, delta, d_gate, *strides(slope), *row_strides(rows, gate)[1:], h, t,
-        GATED=shape.GATED, K=width, BK=tile.BK, M=tile.M, num_warps=tile.num_warps,
-    )  # fmt: skip
+    given = (slope, passed, context, gate, delta, d_gate, *strides(slope), *row_strides(rows, gate)[1:], h, t)
+    own = {"GATED": shape.GATED, "K": width, "BK": tile.BK, "M": tile.M, "num_warps": tile.num_warps}
+    launch(weigh_rows, triton.cdiv(t, tile.M) * b * h, q.device, *given, **own)
     constants = {name: flag for name, flag in vars(shape).items() if name != "SINK"}
-    given = (
-        *(logs, delta, gammas, rows, gate, coder, address),
-        *strides(q, k, v, slope), *row_strides(rows, gate), h, t, keys, *numbers, *words,
-    )  # fmt: skip
+    steps = (*strides(q, k, v, slope), *row_strides(rows, gate), h, t, keys)
+    given = (logs, delta, gammas, rows, gate, coder, address, *steps, *numbers, *words)
     tile = choose_tile("queries", width, q.dtype, t, keys)
     programs = triton.cdiv(t, tile.M) * b * h
     launch(find_query_slopes, programs, q.device, q, k, v, slope, dq, *given, **constants, K=width, **vars(tile))

@@ -10,14 +10,14 @@ speed is the aim. Backward reads x and g and writes one: 1.8 ps. x is read in it
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 from torch import Tensor
 from triton import language as tl
 
 from qtx_ref.spec import QuantSpec
+
+from .host import on_device
 
 WIDEST = 16384  # elements of a row that a program holds at once; a wider row is read twice
 WARPS = 4  # of a program: measured best, on an H200, for rows of 2048 and of 8192 elements
@@ -154,10 +154,6 @@ def _quantize(  # type: ignore[no-untyped-def]
     tl.store(out + at, y.to(out.dtype.element_ty), mask=there)
 
 
-def on_device(x: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-
-
 def quantize_rows(x: Tensor, spec: QuantSpec, floor: float, empty: float) -> tuple[Tensor, Tensor, Tensor]:
     """What the codes of x (..., C), contiguous, stand for, in its dtype, each row by its own range; scales and zero
     points (..., 1), float32. A row whose range is not finite is NaN throughout, and so is its scale. floor, empty: of
@@ -167,19 +163,11 @@ def quantize_rows(x: Tensor, spec: QuantSpec, floor: float, empty: float) -> tup
     scale, zero = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
     width = min(triton.next_power_of_2(max(columns, 1)), WIDEST)
     if x.numel():
-        given = (columns, float(spec.code_min), float(spec.code_max), floor, empty)
-        with on_device(x):
-            _quantize_rows[(scale.numel(),)](
-                x,
-                y,
-                scale,
-                zero,
-                *given,
-                SYMMETRIC=spec.symmetric,
-                WHOLE=columns <= width,
-                WIDTH=width,
-                num_warps=max(min(WARPS, max(1, width // 512)), width // 2048),
-            )
+        given = (x, y, scale, zero, columns, float(spec.code_min), float(spec.code_max), floor, empty)
+        constants = {"SYMMETRIC": spec.symmetric, "WHOLE": columns <= width, "WIDTH": width}
+        warps = max(min(WARPS, max(1, width // 512)), width // 2048)
+        with on_device(x.device):
+            _quantize_rows[(scale.numel(),)](*given, **constants, num_warps=warps)
     return y, scale, zero
 
 
@@ -190,9 +178,8 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, g: Tensor 
     out = torch.empty_like(x if g is None else g)
     steps = (scale.shape[1] if scale.shape[0] > 1 else 0, int(scale.shape[1] > 1))
     if x.numel():
-        given = (x.numel(), x.shape[1], *steps, float(spec.code_min), float(spec.code_max))
-        with on_device(x):
-            _quantize[(triton.cdiv(x.numel(), FLAT),)](
-                x, x if g is None else g, scale, zero, out, *given, GRADIENT=g is not None, WIDTH=FLAT
-            )
+        given = (x, x if g is None else g, scale, zero, out)
+        numbers = (x.numel(), x.shape[1], *steps, float(spec.code_min), float(spec.code_max))
+        with on_device(x.device):
+            _quantize[(triton.cdiv(x.numel(), FLAT),)](*given, *numbers, GRADIENT=g is not None, WIDTH=FLAT)
     return out

@@ -13,9 +13,9 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from .fake_quantize import on_device
+from .fake_quantize import WIDEST
+from .host import on_device
 
-WIDEST = 16384  # elements of a row that a program holds at once; a wider row is read twice
 LINE = 16  # bytes to which a row of codes is padded, as a tensor's descriptor asks
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIDES = (64, 64)  # rows and columns of a tile that is coded, by 4 warps: measured best on an H200
@@ -246,6 +246,7 @@ def _encode(  # type: ignore[no-untyped-def]
 
 
 def pad_line(n: int) -> int:
+    """Bytes of a row of n codes."""
     return n + -n % LINE
 
 
@@ -255,12 +256,11 @@ def encode_rows(x: Tensor, least: int, last: int) -> tuple[Tensor, Tensor]:
     codes = torch.empty(rows, padded, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     width = min(triton.next_power_of_2(padded), WIDEST)
-    with on_device(x):
-        _encode_rows[(rows,)](
-            x, codes, scales, columns, padded, least, last,
-            FAST=x.dtype != torch.float32, WHOLE=padded <= width, WIDTH=width,
-            num_warps=min(16, max(1, width // 512)), enable_fp_fusion=False,
-        )  # fmt: skip
+    given = (x, codes, scales, columns, padded, least, last)
+    constants = {"FAST": x.dtype != torch.float32, "WHOLE": padded <= width, "WIDTH": width}
+    warps = min(16, max(1, width // 512))
+    with on_device(x.device):
+        _encode_rows[(rows,)](*given, **constants, num_warps=warps, enable_fp_fusion=False)
     return codes, scales
 
 
@@ -279,9 +279,9 @@ def encode(
     (M, 1) and (N, 1); of what is not wanted, codes (0, 0).
 
     x, contiguous: numbers of `kind`, or with scales (M, 1) codes (M, N padded) whose numbers are code times scale,
-    rounded to it. where (M,): rows that count, others are 0. ways: along rows and columns, 0: none, 1: to the nearest,
-    2 by words. limits: least and last code of each. words: seed, step, the site's number and the first word; step and
-    first from `address`, int64 (2,), if there is one."""
+    rounded to it. where (M,), contiguous: rows that count, others are 0. ways: along rows and columns, 0: none, 1: to
+    the nearest, 2 by words. limits: least and last code of each. words: seed, step, the site's number and the first
+    word; step and first from `address`, int64 (2,), if there is one."""
     rows, line = x.shape
     by_row, by_column = ways
     row_line, column_line = pad_line(columns), pad_line(rows)
@@ -291,22 +291,20 @@ def encode(
     )
     tops = torch.zeros(rows + columns, dtype=torch.int32, device=x.device)
     own, inverses = (torch.empty(rows + columns, dtype=torch.float32, device=x.device) for _ in range(2))
-    constants = {"CODED": scales is not None, "WHERE": where is not None, "enable_fp_fusion": False}
     fours = columns % 4 == 0 and (address is not None or words[3] % 4 == 0)
-    down, across = SIDES
-    with on_device(x):
-        _find_tops[(triton.cdiv(rows, 128) * triton.cdiv(columns, 128),)](
-            x, scales, where, tops, rows, columns, line,
-            BY_ROW=by_row > 0, BY_COLUMN=by_column > 0, TM=128, TN=128, num_warps=8, **constants,
-        )  # fmt: skip
-        _find_scales[(triton.cdiv(rows + columns, 256),)](
-            tops, own, inverses, rows + columns, rows, limits[1], limits[3],
-            KIND=KINDS[kind], WIDTH=256, enable_fp_fusion=False,
-        )  # fmt: skip
-        _encode[(triton.cdiv(column_line, down) * triton.cdiv(row_line, across),)](
-            x, scales, where, row_codes, column_codes, own, inverses, address,
-            rows, columns, line, row_line, column_line, *limits, *words,
-            KIND=KINDS[kind], BY_ROW=by_row, BY_COLUMN=by_column, STORED=address is not None, FOURS=fours,
-            TM=down, TN=across, num_warps=4, **constants,
-        )  # fmt: skip
+    given, ends = (x, scales, where), (rows, columns, line)
+    flags = {"CODED": scales is not None, "WHERE": where is not None, "enable_fp_fusion": False}
+    with on_device(x.device):
+        tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
+        by = {"BY_ROW": by_row > 0, "BY_COLUMN": by_column > 0}
+        _find_tops[(tiles,)](*given, tops, *ends, **by, TM=128, TN=128, num_warps=8, **flags)
+        made = (tops, own, inverses, rows + columns, rows, limits[1], limits[3])
+        blocks = triton.cdiv(rows + columns, 256)
+        _find_scales[(blocks,)](*made, KIND=KINDS[kind], WIDTH=256, enable_fp_fusion=False)
+        down, across = SIDES
+        tiles = triton.cdiv(column_line, down) * triton.cdiv(row_line, across)
+        made = (row_codes, column_codes, own, inverses, address)
+        by = {"BY_ROW": by_row, "BY_COLUMN": by_column, "STORED": address is not None, "FOURS": fours}
+        flags |= {"KIND": KINDS[kind], **by, "TM": down, "TN": across, "num_warps": 4}
+        _encode[(tiles,)](*given, *made, *ends, row_line, column_line, *limits, *words, **flags)
     return row_codes, own[:rows, None], column_codes, own[rows:, None]

@@ -31,7 +31,7 @@ from torch import Tensor
 from triton import language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .fake_quantize import on_device
+from .host import on_device
 from .int8_codes import encode, encode_rows, pad_line
 
 LONGEST = 2**16  # as in `quant.int8`
@@ -76,27 +76,18 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, kind: torch.dtype) -> Tensor:
     """s_a s_b^T (a b^T) + bias: codes (M, K padded) and (N, K padded), scales (M, 1) and (N, 1), bias (N,) -> (M, N) of
-    `kind`, computed in float32."""
+    `kind`, computed in float32. All are contiguous."""
     (m, k), n = a.shape, b.shape[0]
     out = torch.empty(m, n, dtype=kind, device=a.device)
     long = k > LONGEST
     bm, bn, bk, warps, stages = LONG_TILE if long else TILE
-    with on_device(a):
-        _multiply[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
-            TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk]),
-            a_scale, b_scale, bias, out, m, n, k,
-            BIAS=bias is not None, LONG=long, PART=LONGEST, BM=bm, BN=bn, BK=bk, GROUP=8,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=False,
-        )  # fmt: skip
+    operands = TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk])
+    given = (*operands, a_scale, b_scale, bias, out, m, n, k)
+    constants = {"BIAS": bias is not None, "LONG": long, "PART": LONGEST, "BM": bm, "BN": bn, "BK": bk, "GROUP": 8}
+    how = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    with on_device(a.device):
+        _multiply[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](*given, **constants, **how)
     return out
-
-
-def make_codes(x: Tensor, weight: Tensor, bias: Tensor | None, limits: list[int], kind: torch.dtype) -> list[Tensor]:
-    """What `run_forward` returns, not filled."""
-    (m, k), n = x.shape, weight.shape[0]
-    codes = [x.new_empty(rows, pad_line(k), dtype=torch.int8) for rows in (m, n)]
-    scales = [x.new_empty(rows, 1, dtype=torch.float32) for rows in (m, n)]
-    return [x.new_empty(m, n, dtype=kind), codes[0], scales[0], codes[1], scales[1]]
 
 
 def run_forward(
@@ -106,6 +97,7 @@ def run_forward(
     codes (N, K padded), scales (N, 1). limits: least and last code of x and of W."""
     codes, x_scale = encode_rows(x.contiguous(), *limits[:2])
     w_codes, w_scale = encode_rows(weight.contiguous(), *limits[2:])
+    bias = None if bias is None else bias.contiguous()
     return multiply(codes, x_scale, w_codes, w_scale, bias, kind), codes, x_scale, w_codes, w_scale
 
 
@@ -132,6 +124,7 @@ def run_backward(
     seed and step, then the site's number and the first word of dY, W and x; address (3, 2): step and first word of
     each, in their place."""
     dx, dw = (dy.new_empty(0, columns, dtype=kind) for kind in (x_kind, w_kind))
+    where = None if where is None else where.contiguous()
     seeds = [[*words[:2], *words[at : at + 2]] for at in (2, 4, 6)]
     stored = [None] * 3 if address is None else address.unbind(0)
     along = [way * want for way, want in zip(ways[::2], wanted, strict=True)]
@@ -155,8 +148,11 @@ backward_op = torch.library.custom_op("qtx::int8_backward", run_backward, mutate
 
 
 @forward_op.register_fake
-def _(*given):  # type: ignore[no-untyped-def]
-    return tuple(make_codes(*given))
+def _(x, weight, bias, limits, kind):  # type: ignore[no-untyped-def]
+    (m, k), n = x.shape, weight.shape[0]
+    codes, w_codes = (x.new_empty(rows, pad_line(k), dtype=torch.int8) for rows in (m, n))
+    x_scale, w_scale = (x.new_empty(rows, 1, dtype=torch.float32) for rows in (m, n))
+    return x.new_empty(m, n, dtype=kind), codes, x_scale, w_codes, w_scale
 
 
 @backward_op.register_fake

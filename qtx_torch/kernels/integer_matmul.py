@@ -15,12 +15,12 @@ codes come out, 4 M N for accumulators. With few rows the weights' bytes decide,
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 from torch import Tensor
 from triton import language as tl
+
+from .host import on_device
 
 FEW = 32  # rows, up to which a narrow tile wastes least
 
@@ -86,14 +86,13 @@ def multiply_rows(
         multiplier, shift = (t.expand(n).contiguous() for t in (multiplier.reshape(-1), shift.reshape(-1)))
         several = True
     rows, columns, depth, warps = (16, 64, 128, 4) if m <= FEW else (128, 128, 64, 8)
-    grid = (-(-m // rows), -(-n // columns))
-    with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
-        _multiply[grid](
-            x, weight, bias, multiplier, shift, zero, out, m, n, k,
-            x.stride(0), *weight.stride(), int(several), low, high,
-            CENTRE=centre, PIECES=pieces, CODES=multiplier is not None,
-            ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=warps,
-        )  # fmt: skip
+    grid = (triton.cdiv(m, rows), triton.cdiv(n, columns))
+    given = (x, weight, bias, multiplier, shift, zero, out, m, n, k)
+    steps = (x.stride(0), *weight.stride(), int(several), low, high)
+    constants = {"CENTRE": centre, "PIECES": pieces, "CODES": multiplier is not None}
+    tile = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "num_warps": warps}
+    with on_device(x.device):
+        _multiply[grid](*given, *steps, **constants, **tile)
     return out
 
 

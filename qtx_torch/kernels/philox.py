@@ -7,12 +7,12 @@ In torch operations a word takes about sixty of them; here each is computed in r
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 from torch import Tensor
 from triton import language as tl
+
+from .host import on_device, sign_seed
 
 BLOCK = 256  # counters, of four words each, that a program takes
 
@@ -44,8 +44,7 @@ def write_words(
     shift = first & 3
     programs = -(-(count + shift) // (4 * BLOCK))
     if programs:
-        signed = seed - (1 << 64) if seed >= 1 << 63 else seed
-        given = (count, first >> 2, shift, step, place, signed, least or 0)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        given = (count, first >> 2, shift, step, place, sign_seed(seed), least or 0)
+        with on_device(device):
             _write[(programs,)](out, *given, BLOCK=BLOCK, MASK=least is not None)
     return out

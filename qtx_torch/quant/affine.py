@@ -42,7 +42,7 @@ from qtx_ref.spec import (
 )
 
 from .checks import check_range, check_shape
-from .compiled import find_ends
+from .compiled import find_ends, hide
 from .rounding import decode, nan_code, round_dtype, round_integer, round_level, working_dtype
 
 WIDE = QuantSpec(WIDE_BITS, symmetric=True)  # of a channel that is coded wide: the scale; its codes are moved up
@@ -212,6 +212,9 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX
     def constant(value: float) -> Tensor:
         return number(torch.full_like(low, value))
 
+    def divide(x: Tensor, value: float) -> Tensor:
+        return number(x / hide(constant(value), x))
+
     span = torch.maximum(-low, high) if spec.symmetric or spec.mirrored else number(high - low)
     # both at once: asking waits for the device; a compiled graph asks nothing, and NaN comes out as NaN
     if not torch.compiler.is_compiling() and not (torch.isfinite(span) & ~reversed_ends).all():
@@ -223,13 +226,13 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX
     if spec.mirrored:
         step = number(span / torch.where(low < 0, constant(middle - 1), constant(spec.code_max)))
     elif not spec.symmetric:
-        step = number(span / constant(spec.code_max - spec.code_min))
+        step = divide(span, spec.code_max - spec.code_min)
     elif rule.symmetric is SymmetricScale.ABSMAX:
-        step = number(span / constant(spec.code_max))
+        step = divide(span, spec.code_max)
     elif rule.symmetric is SymmetricScale.ABSMAX_HALF:
-        step = number(span / constant((2**spec.bits - 1) / 2))
+        step = divide(span, (2**spec.bits - 1) / 2)
     else:
-        step = torch.maximum(number(-low / constant(-spec.code_min)), number(high / constant(spec.code_max)))
+        step = torch.maximum(divide(-low, -spec.code_min), divide(high, spec.code_max))
     step = torch.where(span == 0, constant(rule.empty), torch.maximum(step, constant(rule.floor)))
     scale = round_dtype(step, rule.dtype)
     divisor = number(scale)

@@ -86,7 +86,7 @@ def find_level(x: Tensor, scale: Tensor, zero: Tensor, memory: Tensor) -> Tensor
 
 def spare_block(x: Tensor) -> Tensor:
     """Memory for the levels of a block of x (N, C)."""
-    return torch.empty(max(BLOCK, x.shape[1]))
+    return x.new_empty(max(BLOCK, x.shape[1]), dtype=torch.float32)
 
 
 def take(memory: Tensor, x: Tensor) -> Tensor:

@@ -1,8 +1,13 @@
-"""What a graph compiled for a CPU is told, so that its loops over rows are as fast as they can be.
+"""What a compiler is told: for a GPU, so that quotients are IEEE's, and for a CPU, so that loops over rows are as fast
+as they can be.
 
 Not in the reference: its values are the same.
 
-The compiler takes a maximum of floats one vector after another, each waiting for the one before it to be compared with
+For a GPU the compiler multiplies by the reciprocal of a divisor that is a constant, and Triton's own quotient of two
+float32 may be off by 2 in the last place (4.6875 / 0.9375 is 5.0000005): scales, and codes of numbers near a tie, would
+be others.
+
+For a CPU it takes a maximum of floats one vector after another, each waiting for the one before it to be compared with
 NaN: 10 cycles. A maximum of integers takes one. So the ends of a range are those of the floats' bits, in their order.
 What follows from them, the scale, would be computed again for every vector of a row, unless it is written to memory.
 """
@@ -13,6 +18,23 @@ import torch
 from torch import Tensor
 
 LANES = 16  # floats of the widest vector; a maximum across the lanes of one is quick of floats alone
+DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")  # inductor's names for it: now, and before
+
+
+def ask_division() -> dict[str, bool]:
+    """The compiler's options under which quotients of float32 are IEEE's on a GPU. Before torch 2.10 it has none."""
+    from torch._inductor import config  # here, for it takes a second to import
+
+    known = config.get_config_copy()
+    return {name: True for name in DIVISION if name in known}
+
+
+def hide(constant: Tensor, x: Tensor) -> Tensor:
+    """A constant that x is to be divided by, in the same dtype and shape, as a graph for a GPU does not see it to be
+    one; of NaN it is NaN."""
+    if x.device.type == "cpu" or not torch.compiler.is_compiling():
+        return constant
+    return torch.where(torch.isnan(x), x, constant)
 
 
 def is_fused(x: Tensor) -> bool:

@@ -20,6 +20,7 @@ from qtx_ref.spec import QTX, CastRule, FloatFormat, FloatQuantSpec, Rounding, S
 
 from .affine import check_order, check_scale
 from .checks import check_range, check_shape
+from .compiled import hide
 from .rounding import round_integer
 
 
@@ -148,7 +149,8 @@ def scale_zero(low: Tensor, high: Tensor, spec: FloatQuantSpec) -> tuple[Tensor,
         raise ValueError(
             f"range {low.min().item()} to {high.max().item()} is not finite; look for NaN or infinity upstream"
         )
-    step = (span / torch.full_like(span, LAYOUTS[spec.format].maximum)).clamp(min=TINY)
+    largest = torch.full_like(span, LAYOUTS[spec.format].maximum)
+    step = (span / hide(largest, span)).clamp(min=TINY)
     return step.masked_fill(span == 0, 1), torch.zeros_like(span, dtype=torch.int32)
 
 
@@ -198,7 +200,7 @@ def mx_exponent(x: Tensor, kind: FloatFormat, rule: SharedScale, block: int) -> 
     if rule is SharedScale.CEIL:
         bits = bits + 0x7FFFFF  # carries into the exponent unless the mantissa is 0
     elif rule is SharedScale.RCEIL:
-        bits = (largest / torch.full_like(largest, f.maximum)).view(torch.int32)
+        bits = (largest / hide(torch.full_like(largest, f.maximum), largest)).view(torch.int32)
         exponent = (((bits + 0x7FFFFF) >> 23) & 0xFF) - 127
         return exponent.masked_fill(bits <= 0x400000, -127).clamp(-127, 127), ~torch.isfinite(largest)  # subnormal
     elif rule is SharedScale.EVEN:

@@ -20,7 +20,7 @@ from qtx_ref.spec import FloatQuantSpec, Gradients, Granularity, Quant
 
 from .. import distributed, ops, random
 from . import affine, formats, quantizer
-from .compiled import store_rows
+from .compiled import hide, store_rows
 
 
 class Backward:
@@ -73,7 +73,7 @@ def find_scale(x: Tensor, quant: Quant) -> Tensor:
         low, high = distributed.share_range(low, high)
     top = torch.maximum(-low, high)
     largest = formats.LAYOUTS[quant.format].maximum if isinstance(quant, FloatQuantSpec) else quant.code_max
-    scale = (top / torch.full_like(top, largest)).clamp(min=affine.TINY).masked_fill(top == 0, 1)
+    scale = (top / hide(torch.full_like(top, largest), top)).clamp(min=affine.TINY).masked_fill(top == 0, 1)
     return store_rows(scale.masked_fill(~torch.isfinite(top), math.nan), x)
 
 

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from qtx_ref.spec import QTX, Gradients, Granularity, Quant, QuantSpec
 
 from .. import ops, random
+from ..kernels.host import sign_seed
 from . import quantizer, rounding
 from .gradients import Backward, find_scale, flatten, multiply_values
 
@@ -104,17 +105,17 @@ class Int8Linear(torch.autograd.Function):
         rows = flatten(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        floats = torch.float64 not in (x.dtype, weight.dtype) and x.numel() > 0 and weight.numel() > 0
-        ctx.kernels = floats and has_kernels(x.device)
-        if not ctx.kernels:
+        taken = torch.float64 not in (x.dtype, weight.dtype) and x.numel() > 0 and weight.numel() > 0
+        ctx.kernels = taken and has_kernels(x.device)
+        if ctx.kernels:
+            limits = [end for spec in specs for end in (spec.code_min, spec.code_max)]
+            y, codes, x_scale, w_codes, w_scale = torch.ops.qtx.int8_forward(rows, weight, bias, limits, dtype)
+        else:
             x_scale, _ = quantizer.dynamic_scale(rows, specs[0], None, False)
             w_scale, _ = quantizer.dynamic_scale(weight, specs[1], None, True)
             codes, w_codes = encode(rows, x_scale, specs[0]), encode(weight, w_scale, specs[1])
             y = multiply(codes, x_scale, w_codes, w_scale)
             y = (y if bias is None else y + bias.float()).to(dtype)
-        else:
-            limits = [end for spec in specs for end in (spec.code_min, spec.code_max)]
-            y, codes, x_scale, w_codes, w_scale = torch.ops.qtx.int8_forward(rows, weight, bias, limits, dtype)
         ctx.save_for_backward(codes, x_scale, w_codes, w_scale, where)
         ctx.how, ctx.bias, ctx.given = how, None if bias is None else bias.shape, (x.shape, x.dtype, weight.dtype)
         return ops.own(y.reshape(*x.shape[:-1], len(weight)))
@@ -169,7 +170,7 @@ def multiply_gradients(
 def describe(
     how: Backward, g_shape: torch.Size, x_shape: torch.Size, wanted: list[bool]
 ) -> tuple[Tensor | None, int, list[bool], list[int], list[int], list[int]]:
-    """What `run_backward` takes between `where` and the dtypes."""
+    """What `kernels.int8_training.run_backward` takes between `where` and the dtypes."""
     operands = [getattr(how.gradients, name) for name in NAMES]
     firsts = [how.first_row * math.prod(g_shape[1:]), 0, how.first_row * math.prod(x_shape[1:])]
     sites = [random.number_site(f"{how.site}.{part}") for part in ("grad", "weight", "input")]
@@ -178,14 +179,13 @@ def describe(
         device = next(one.device for one in (step, firsts[0]) if isinstance(one, Tensor))
         numbers = [torch.as_tensor(one, device=device) for first in firsts for one in (step, first)]
         address, step, firsts = torch.stack(numbers).reshape(3, 2), 0, [0, 0, 0]
-    signed = how.seed - (1 << 64) if how.seed >= 1 << 63 else how.seed
     return (
         address,
         x_shape[-1],
         wanted,
         [1 + one.stochastic for one in operands],
         [end for one in operands for end in (one.quant.code_min, one.quant.code_max)],
-        [signed, step, *(number for pair in zip(sites, firsts, strict=True) for number in pair)],
+        [sign_seed(how.seed), step, *(number for pair in zip(sites, firsts, strict=True) for number in pair)],
     )
 
 

@@ -132,3 +132,18 @@ def test_who_refuses_an_axis():
     with pytest.raises(SpecError, match="would see the future"):
         check_generation(preset("opt-tiny"), {"layer.0.ffn.hidden": replace(BLOCKS, axis=1)}, 8)
     check_generation(preset("opt-tiny"), {"layer.0.ffn.hidden": replace(BLOCKS, axis=-1)}, 8)
+
+
+def test_percentiles_without_a_sort_are_those_of_a_sort(call):
+    """Of long rows with ties, at both tails, and of rows of one and two values."""
+    rng = np.random.default_rng(0)
+    short = rng.normal(size=(2, 1)), rng.normal(size=(2, 2))
+    for rows in (rng.standard_t(2, (3, 100_003)), rng.integers(-3, 4, (2, 5000)), *short):
+        values = rows.astype(np.float32)
+        for q in (0.001, 0.1, 30.0, 50.0, 99.999, 100.0):
+            ordered = np.sort(values, axis=-1).astype(np.float64)
+            position = (ordered.shape[-1] - 1) * (q / 100)
+            below = int(position)
+            a, b = ordered[:, below], ordered[:, min(below + 1, ordered.shape[-1] - 1)]
+            want = (a + (b - a) * (position - below))[:, None].astype(np.float32)
+            np.testing.assert_array_equal(call("quant.observers.percentile", values, q), want)

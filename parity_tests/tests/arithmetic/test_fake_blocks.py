@@ -129,6 +129,15 @@ def test_given_ranges_in_blocks(dtype: torch.dtype) -> None:
             assert np.array_equal(leaf.grad.float().numpy(), np.where(inside, g.float().numpy(), 0)), name
 
 
+def test_blocks_lie_where_their_tensor_does() -> None:
+    """And not on the default device."""
+    x, spec = draw(np.random.default_rng(0), (9, 12), torch.bfloat16), SPECS[0]
+    values, scale, zero, _ = blocks.simulate_rows(x, spec)
+    with torch.device("meta"):
+        assert torch.equal(blocks.simulate_rows(x, spec)[0], values)
+        assert blocks.pass_gradient(x.float(), x, scale, zero, spec).device.type == "cpu"
+
+
 def test_not_a_number_shows_everywhere() -> None:
     spec = QuantSpec(granularity=Granularity.TOKEN, dynamic=True)
     for bad in (math.nan, math.inf):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests.sweep.cases import neighbours, powers_of_two
+from parity_tests.sweep.quantizers import neighbours, powers_of_two
 from qtx_ref.quant import formats
 from qtx_ref.random import stream
 from qtx_ref.spec import FloatFormat, SharedScale

@@ -213,6 +213,16 @@ def test_groups_taken_apart_are_the_same_sum(kind, weights):
     assert np.array_equal(got.numpy(), want)
 
 
+def test_channels_of_16_bits_by_weights_of_16_bits_are_exact():
+    """Products of 2^55, which float64 does not hold, in Python's integers."""
+    rng, spec, weights = stream(0, "channels"), QuantSpec(16, granularity=Granularity.CHANNEL), QuantSpec(16, True)
+    x, zero = (rng.integers(spec.code_min, spec.code_max + 1, shape).astype(I32) for shape in ((5, 24), 24))
+    w, m = rng.integers(-32767, 32768, (24, 4)).astype(I32), rng.integers(2**23, 2**24, 24).astype(I32)
+    want = ((x - zero).astype(object) * m) @ w.astype(object)
+    ready = torch_groups.prepare(*tensors((w, weights, spec, None, zero, m, I64(0), np.zeros(4, I64))))
+    assert torch_groups.multiply(torch.from_numpy(x), ready).tolist() == want.tolist()
+
+
 @pytest.mark.parametrize("kind", ["bert_gate_linear", "opt_post_norm_projected", "vit_gate_mlp"])
 @pytest.mark.parametrize("name", ["w8a8-peg4p", "w8a8-out3", "w4a8-channel-peg8", "channels along sums"])
 def test_what_compiled_models_are_traced_from_gives_the_same_codes(kind, name):

@@ -97,6 +97,7 @@ def train(by_kernels, dtype, shape, outputs, how, where, run=None):
     made = torch.Generator().manual_seed(1)
     shapes = (shape, (outputs, shape[-1]), (outputs,), (*shape[:-1], outputs))
     x, w, b, g = (torch.randn(each, generator=made).to(device, dtype) for each in shapes)
+    b = torch.stack([b, -b], 1)[:, 0]  # every second one in memory
     leaves = [each.requires_grad_() for each in (x, w, b)]
     y = (run or int8.linear)(x, w, b, (TOKEN, CHANNEL), how, where)
     return [y.detach(), *torch.autograd.grad(y, leaves, g)]
@@ -106,9 +107,12 @@ def check(ours, theirs, what):
         assert a.dtype == b.dtype and torch.equal(a, b), (name, *what)
 
 some = (torch.arange(14).reshape(2, 7, 1) % 3 > 0).to(device)
+apart = torch.stack([some[0], ~some[0]], 1)[None, :, 0]
+assert apart.stride(1) == 2
 step = [torch.tensor(n, device=device) for n in (5, 2)]
 single, half = torch.float32, torch.float16
-cases = ((single, (2, 7, 40), 24, some), (single, (1, 1, 5), 3, None), (half, (33, 20), 35, None))
+masked = (single, (2, 7, 40), 24, some), (single, (1, 7, 5), 3, apart)
+cases = (*masked, (single, (1, 1, 5), 3, None), (half, (33, 20), 35, None))
 for dtype, shape, outputs, where in cases:
     for seed, numbers, kinds in ((3, (5, 2), GRAD8), (2**63 + 3, step, MIXED), (0, None, None)):
         how = kinds and gradients.Backward(kinds, "a.site", seed, *numbers)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qtx_ref import profiles
@@ -223,7 +223,6 @@ def test_profiles_name_their_sources():
         profiles.profile("tensorrt")
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20),
     st.sampled_from([Dtype.FLOAT16, Dtype.BFLOAT16]),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qtx_ref import ops, random
@@ -32,9 +32,6 @@ from qtx_ref.spec import (
     to_dict,
 )
 from qtx_ref.tape import const
-
-settings.register_profile("qtx", deadline=None, max_examples=60, derandomize=True)
-settings.load_profile("qtx")
 
 SEEDS = st.integers(0, 2**32 - 1)
 OBSERVERS = st.builds(

@@ -68,7 +68,7 @@ def floats(exponents: st.SearchStrategy[int]) -> st.SearchStrategy[float]:
     return st.builds(lambda m, e: float(np.ldexp(float(m), e)), mantissa, exponents)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(floats(st.integers(-60, 20)), floats(st.integers(-60, 20)), st.integers(-(2**16), 2**16))
 def test_fused_multiply_add_is_the_nearest_to_the_fraction(x, y, z):
     want = nearest(Fraction(x) * Fraction(y) + z)

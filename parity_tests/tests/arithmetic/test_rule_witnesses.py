@@ -23,7 +23,7 @@ from qtx_ref.spec import (
 
 I32, I64, F32, F64 = np.int32, np.int64, np.float32, np.float64
 S8, U8, I8 = QuantSpec(symmetric=True), QuantSpec(), QuantSpec(symmetric=False, signed=True)
-INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+INT_MAX = 2**31 - 1
 AWAY = replace(rules.ONE, rounding=Rounding.HALF_AWAY)
 OPTIMISED = replace(rules.TWO, rounding=Rounding.HALF_UP)
 

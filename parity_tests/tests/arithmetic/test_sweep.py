@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity_tests.sweep import cases
+from parity_tests.sweep import cases, configuration, integers, quantizers
 from parity_tests.sweep.__main__ import (
     SweepResult,
     compare,
@@ -23,11 +23,11 @@ from qtx_torch.integer import fixed_point, products
 from qtx_torch.quant import affine, formats
 
 AXES = {
-    "affine": cases.AFFINE,
-    "fixed_point": cases.FIXED,
-    "integer": cases.INTEGER,
-    "formats": cases.FORMATS,
-    "groups": cases.GROUPS,
+    "affine": quantizers.AFFINE,
+    "fixed_point": integers.FIXED,
+    "integer": integers.INTEGER,
+    "formats": quantizers.FORMATS,
+    "groups": integers.GROUPS,
 }
 
 
@@ -58,7 +58,7 @@ def test_eager_slice(module):
 @pytest.mark.parametrize("module", AXES)
 def test_every_value_of_every_axis_is_drawn(module):
     axes = AXES[module]
-    drawn = [cases.pick(axes, i) for i in range(1000)]
+    drawn = [configuration.pick(axes, i) for i in range(1000)]
     for name, values in axes.items():
         assert {str(d[name]) for d in drawn} == {str(v) for v in values}, name
 
@@ -73,7 +73,7 @@ def test_compiled_slice(module):
     assert result.codes > 0 and result.graphs >= count
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(AXES)), st.integers(1000, 10**6))
 def test_drawn_configurations(module, index):
     """Any configuration, by hypothesis, which shrinks to the first index that fails."""

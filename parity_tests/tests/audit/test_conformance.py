@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
+from parity_tests.tests.shell import call
 from qtx.audit import conformance, golden_vectors, node_cases
 from qtx.audit.conformance import choose_paths, conform
 from qtx.audit.findings import FINDINGS
@@ -21,7 +21,6 @@ from qtx.audit.node_cases import run_cases
 from qtx.audit.reference import evaluate
 from qtx.audit.tallies import Tally, check_path, compare, expect, prepare
 from qtx.audit.vectors import DRAWN, draw_batches
-from qtx.cli import main
 from qtx.engines.paths import EngineCrash, EngineRefusal, Path, engine_names, load_engine
 from qtx.files.container import FileError
 from qtx_ref.profiles import profile
@@ -172,7 +171,7 @@ def test_unknown_names_are_refused() -> None:
         choose_paths(["tensorrt"])
     with pytest.raises(SpecError, match="choose from quantize"):
         choose_paths([], ["convolve"])
-    result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "tensorrt"])
+    result = call("audit", "conformance", "--engine", "tensorrt")
     assert result.exit_code == 2 and "engine is 'tensorrt'" in result.stderr
 
 
@@ -186,7 +185,7 @@ def test_unknown_names_are_refused() -> None:
     ],
 )
 def test_a_line_that_would_do_nothing_is_refused(line: list[str], said: str) -> None:
-    result = CliRunner().invoke(main, ["audit", "conformance", "--engine", *line])
+    result = call("audit", "conformance", "--engine", *line)
     assert result.exit_code == 2 and said in result.stderr
 
 
@@ -248,7 +247,7 @@ def test_a_wrong_profile_fails_node_cases() -> None:
 
 def test_the_command_counts_node_cases() -> None:
     pytest.importorskip("onnx", reason="onnx is not installed")
-    result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "onnx-node-cases", "--json", "-"])
+    result = call("audit", "conformance", "--engine", "onnx-node-cases", "--json", "-")
     content = json.loads(result.stdout)
     assert result.exit_code == 0
     assert len(content["cases"]) > 190 and content["rows"] == []
@@ -279,10 +278,10 @@ def test_an_absent_engine_is_held_to_by_its_golden_vectors(monkeypatch: pytest.M
     monkeypatch.setattr(conformance, "missing", lambda name: f"engine {name} needs a package")
     report = conform(["litert"], ["linear"], known=read_known())
     assert not report.failed and report.rows and "ai-edge-litert" in report.golden["litert"]
-    result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "litert", "--op", "linear"])
+    result = call("audit", "conformance", "--engine", "litert", "--op", "linear")
     assert result.exit_code == 0 and "litert is absent: golden vectors of ai-edge-litert" in result.stdout
     monkeypatch.setattr(conformance, "read_golden", lambda name: None)
-    result = CliRunner().invoke(main, ["audit", "conformance", "--engine", "litert"])
+    result = call("audit", "conformance", "--engine", "litert")
     assert result.exit_code == 3 and "engine litert needs a package" in result.stderr
 
 
@@ -290,8 +289,8 @@ def test_the_status_is_1_where_nothing_explains_a_row(tmp_path: File) -> None:
     pytest.importorskip("onnx", reason="onnx is not installed")
     (tmp_path / "none.json").write_text("{}")
     line = ["audit", "conformance", "--engine", "onnx-reference", "--op", "scale", "--vectors", "300"]
-    assert CliRunner().invoke(main, line).exit_code == 0
-    result = CliRunner().invoke(main, [*line, "--known", str(tmp_path / "none.json"), "--json", "-"])
+    assert call(*line).exit_code == 0
+    result = call(*line, "--known", tmp_path / "none.json", "--json", "-")
     assert result.exit_code == 1 and "1 unexplained" in result.stderr
     (row,) = [row for row in json.loads(result.stdout)["rows"] if row["unexplained"]]
     assert row["family"] == "vanishing" and row["witness"]["got"]["scale"] == 0

@@ -12,11 +12,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 import qtx_ref
+from parity_tests.tests.shell import call
 from qtx.audit.findings import FINDINGS, LIST, list_printed
-from qtx.cli import main
 
 NEEDS = {
     "torch": "torch",
@@ -61,17 +60,17 @@ def test_names_are_unique_and_by_area() -> None:
 
 
 def test_the_page_is_what_the_command_prints() -> None:
-    result = CliRunner().invoke(main, ["audit", "findings"])
+    result = call("audit", "findings")
     assert result.exit_code == 0
     assert (ROOT / "docs" / "findings.md").read_text(encoding="utf-8") == result.stdout
 
 
 def test_one_by_name_as_text_and_json() -> None:
-    one = CliRunner().invoke(main, ["audit", "findings", "QTX-QUA-001"])
+    one = call("audit", "findings", "QTX-QUA-001")
     assert one.exit_code == 0 and one.stdout.startswith("## QTX-QUA-001") and "QTX-QUA-002" not in one.stdout
-    same = CliRunner().invoke(main, ["audit", "findings", "QTX-QUA-001", "--json", "-"])
+    same = call("audit", "findings", "QTX-QUA-001", "--json", "-")
     assert '"id": "QTX-QUA-001"' in same.stdout and same.stderr == one.stdout
-    wrong = CliRunner().invoke(main, ["audit", "findings", "QTX-QUA-000"])
+    wrong = call("audit", "findings", "QTX-QUA-000")
     assert wrong.exit_code == 2 and "known findings are QTX-QUA-001" in wrong.stderr
 
 

@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from parity_tests.long import fingerprints
 from parity_tests.long.fingerprints import list_candidates, plant
+from parity_tests.tests.shell import call
 from qtx.audit.fingerprint.boxes import choose_path
 from qtx.audit.fingerprint.finding import find_rules
 from qtx.audit.fingerprint.questions import Arrays, Function, Values
 from qtx.audit.fingerprint.report import list_sources, make_profile, tell
-from qtx.cli import main
 from qtx.files.profiles import read_profile
 from qtx_ref.quant import affine
 from qtx_ref.spec import (
@@ -39,7 +38,6 @@ from qtx_ref.spec import (
 )
 
 EIGHT = ("uint8", "int8")  # dtypes that quick boxes take
-UINT8 = QuantSpec(8, symmetric=False)
 CANDIDATES = {op: list_candidates(op) for op in ("quantize", "dequantize", "fake_quantize", "linear")}
 
 
@@ -292,9 +290,8 @@ def test_the_command_names_the_rules_of_a_function(tmp_path: Path, monkeypatch: 
     (tmp_path / "stranger_box.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    run = CliRunner().invoke
     line = ["audit", "fingerprint", "--callable", "stranger_box:quantize", "--codes", "uint8,int8"]
-    result = run(main, [*line, "--out", "box.json", "--json", "result.json"])
+    result = call(*line, "--out", "box.json", "--json", "result.json")
     # floor(x + 1/2) in float32 is half_up but where x + 1/2 is rounded up to the next whole number
     assert result.exit_code == 1 and "no combination of rules explains" in result.output
     assert not (tmp_path / "box.json").exists()
@@ -302,16 +299,16 @@ def test_the_command_names_the_rules_of_a_function(tmp_path: Path, monkeypatch: 
         MODULE.replace("np.float32(x) /", "np.float64(x) /").replace("np.float32(0.5)", "0.5")
     )
     sys.modules.pop("stranger_box")
-    result = run(main, [*line, "--out", "box.json", "--json", "result.json"])
+    result = call(*line, "--out", "box.json", "--json", "result.json")
     assert result.exit_code == 0, result.output
     written = read_profile(str(tmp_path / "box.json"))
     assert (str(written.quantize.rounding), str(written.quantize.arithmetic)) == ("half_up", "float64")
     rules = {one["axis"]: one for one in json.loads((tmp_path / "result.json").read_text())["rules"]}
     assert rules["nan"]["value"] == "raise" and rules["rounding"]["inputs"]
-    result = run(main, ["audit", "fingerprint", "--callable", "stranger_box:broken", "--codes", "uint8,int8"])
+    result = call("audit", "fingerprint", "--callable", "stranger_box:broken", "--codes", "uint8,int8")
     assert result.exit_code == 1 and "gives 43" in result.output
     (tmp_path / "broken_box.py").write_text("raise RuntimeError('no device')")
-    result = run(main, ["audit", "fingerprint", "--callable", "broken_box:quantize"])
+    result = call("audit", "fingerprint", "--callable", "broken_box:quantize")
     assert result.exit_code == 2 and "--callable broken_box:quantize: RuntimeError: no device" in result.output
 
 
@@ -326,7 +323,7 @@ def test_the_command_names_the_rules_of_a_function(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_what_the_command_refuses(line: list[str], said: str) -> None:
-    result = CliRunner().invoke(main, ["audit", "fingerprint", *line])
+    result = call("audit", "fingerprint", *line)
     assert result.exit_code == 2 and said in result.output
 
 

@@ -9,7 +9,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +208,15 @@ def test_a_table_has_only_columns_that_a_row_has() -> None:
     table = report.format_group(found, "Question").splitlines()
     assert table[0].count("|") == 8 and "at most" not in table[0] and "MiB" not in table[0]
     assert table[2].split("|")[1].strip() == "a" and table[-1] == "Without c: not installed."
+
+
+def test_a_bound_has_three_digits() -> None:
+    """30 % of a copy's speed is 3.33 of its time, not 3.3333333333333335."""
+    row = replace(ROW, bound=1 / 0.3)
+    table = report.format_group({"header": {"threads": 1}, "rows": [asdict(row)], "skipped": []}, "Question")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert cells[2][cells[0].index("at most")] == "3.33"
+    assert ", at most 3.33);" in report.format_row(row)
 
 
 def test_the_tables_of_the_page_are_those_of_the_results() -> None:

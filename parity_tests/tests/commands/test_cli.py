@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from parity_tests.tests.shell import call, good
+from parity_tests.tests.shell import STUDY, TRAIN, call, good
 from qtx.files.checkpoint import load_checkpoint
 from qtx.progress import Progress
 from qtx.recipes.named import recipe
 from qtx_ref.backend import Trainer
-from qtx_ref.presets import attention, preset
 from qtx_ref.spec import Rewrite, Transform, TransformKind, to_dict
-
-TRAIN = ["train", "--backend", "ref", "--model", "vit-tiny", "--batch", "8", "--steps", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -131,131 +128,11 @@ def test_an_interrupt_after_the_last_step_is_not_swallowed(tmp_path, monkeypatch
     assert "8 steps" in good(*TRAIN, "--out", tmp_path, "--resume").output  # all of it was saved
 
 
-STUDY = [
-    "study",
-    "--backend",
-    "ref",
-    "--model",
-    "vit-tiny",
-    "--batch",
-    "8",
-    "--steps",
-    "4",
-    "--attention",
-    "vanilla,gated",
-]
-
-
-def test_study(tmp_path):
-    out = tmp_path / "study"
-    command = [*STUDY, "--bits", "w8a8,w4a8", "--train-quant", "w8a8", "--seeds", 2, "--out", out]
-    table = good(*command).stdout
-    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
-    assert rows == ["vanilla", "gated", "vanilla-FQ", "gated-FQ"]
-    result = json.loads((out / "study.json").read_text())
-    assert len(result["runs"]) == 8  # two attentions, with and without quantized training, two seeds
-    for run in result["runs"].values():
-        assert (out / run["checkpoint"]).is_file()
-        assert run["recipes"].keys() == {"w8a8", "w4a8"}
-        assert (run["trained"] is None) == (run["train_quant"] is None)
-    assert good(*command, "--resume").stdout == table  # finished runs are not trained again
-    refused = call(*command)
-    assert refused.exit_code == 1
-    assert "go on with --resume, or choose another --out" in refused.output
-    other = call(*STUDY, "--bits", "w6a6", "--out", out, "--resume")
-    assert other.exit_code == 1
-    assert "is another study" in other.output
-    assert json.loads((out / "study.json").read_text()) == result
-
-
-def test_a_study_of_any_seed_calibrates_as_every_command_and_keeps_what_it_found(tmp_path):
-    """BERT's calibration masks are drawn from one seed: study.json has the ranges that `qtx quantize` finds."""
-    pytest.importorskip("tokenizers", reason="the extra text is not installed")
-    from qtx.data.corpus import BUNDLED
-
-    book, out = tmp_path / "book.txt", tmp_path / "s"
-    book.write_text((BUNDLED / "text" / "alice.txt").read_text(encoding="utf-8")[:40_000], encoding="utf-8")
-    command = [
-        "study",
-        "--backend",
-        "ref",
-        "--model",
-        "bert-tiny",
-        "--seed",
-        1,
-        "--steps",
-        1,
-        "--batch",
-        1,
-        "--data",
-        book,
-    ]
-    good(*command, "--vocab", 300, "--attention", "vanilla", "--bits", "w4a8", "--out", out)
-    result = json.loads((out / "study.json").read_text())
-    assert result["calibration_seed"] == 0
-    run = result["runs"]["vanilla-seed1"]
-    file = tmp_path / "q.safetensors"
-    good("quantize", out / "vanilla-seed1", "--backend", "ref", "--recipe", "w4a8", "--out", file)
-    got = load_checkpoint(file)
-    kept = run["recipes"]["w4a8"]["ranges"]
-    assert kept.keys() == got.ranges.keys()
-    for site, known in got.ranges.items():
-        assert kept[site] == {key: value.ravel().tolist() for key, value in known._asdict().items()}, site
-    count = sum(value.size for value in got.params.values())
-    codes = sum(value.size for name, value in got.params.items() if name in kept)
-    assert run["float_bytes"] == 4 * count
-    assert run["recipes"]["w4a8"]["bytes"] == 4 * (count - codes) + codes / 2 + 8 * len(kept)  # two codes to a byte
-
-
-def test_a_diverged_run_is_marked_and_does_not_stop_the_others(tmp_path, monkeypatch):
-    step = Trainer.step
-
-    def broken(self, batch, **rows):
-        loss, norm = step(self, batch, **rows)
-        gated = "layer.0.attn.gate_logit.weight" in self.model.weights
-        return (float("nan") if gated and self.adam.count == 3 else loss), norm
-
-    monkeypatch.setattr(Trainer, "step", broken)
-    out = tmp_path / "study"
-    table = good(*STUDY[:-1], "gated,vanilla", "--out", out).stdout
-    assert "gated (diverged)" in table
-    runs = json.loads((out / "study.json").read_text())["runs"]
-    assert runs["gated-seed0"]["diverged"] and runs["gated-seed0"]["float"] is None
-    assert not runs["vanilla-seed0"]["diverged"] and runs["vanilla-seed0"]["float"] is not None
-
-
-@pytest.mark.parametrize("rate", ["1e3", "1e39"])
-def test_a_rate_that_breaks_everything_stops_nothing(tmp_path, rate):
-    table = good(*STUDY[:-1], "vanilla", "--lr", rate, "--out", tmp_path / "s").stdout
-    assert "vanilla" in table
-    if "diverged_at" in (tmp_path / "s/vanilla-seed0/model.safetensors").read_bytes()[:20000].decode("utf-8", "ignore"):
-        refused = call("evaluate", tmp_path / "s/vanilla-seed0", "--backend", "ref")
-        assert refused.exit_code == 1
-        assert "no model is left to use" in refused.output
-
-
 def test_float64_is_trained_evaluated_and_resumed(tmp_path):
     wide = [*TRAIN[:-1], "2", "--dtype", "float64", "--out", tmp_path]
     good(*wide)
     good("evaluate", tmp_path, "--backend", "ref", "--dtype", "float64")
     good(*wide, "--resume")
-
-
-def test_a_changed_text_is_another_study(tmp_path):
-    pytest.importorskip("tokenizers", reason="the extra text is not installed")
-    from qtx.data.corpus import BUNDLED
-
-    book = tmp_path / "book.txt"
-    text = (BUNDLED / "text" / "alice.txt").read_bytes().decode()
-    book.write_text(text, encoding="utf-8")
-    command = ["study", "--backend", "ref", "--steps", 1, "--batch", 1, "--attention", "vanilla", "--data", book]
-    command += ["--vocab", 300, "--out", tmp_path / "s"]
-    good(*command)
-    assert good("evaluate", tmp_path / "s/vanilla-seed0", "--backend", "ref", "--batches", 1)  # with its own tokenizer
-    book.write_text(text.replace("Alice", "Anna"), encoding="utf-8")
-    result = call(*command, "--resume")
-    assert result.exit_code == 1
-    assert "is another study" in result.output
 
 
 def test_places_are_tried_before_the_work(trained, tmp_path):
@@ -272,13 +149,6 @@ def test_places_are_tried_before_the_work(trained, tmp_path):
         assert result.exit_code == 1, command
         assert result.output.startswith("Error: ") and result.output.count("\n") == 1, result.output
     assert file.read_text() == "mine"
-
-
-def test_a_recipe_is_printed_and_written(tmp_path):
-    printed = json.loads(good("recipes", "paper-opt", "--model", "opt-tiny").stdout)
-    good("recipes", "paper-opt", "--model", "opt-tiny", "--json", tmp_path / "mine.json")
-    assert json.loads((tmp_path / "mine.json").read_text()) == printed
-    assert all(rule["source"] for rule in printed["recipe"]["rules"])
 
 
 def test_a_printed_recipe_is_a_recipe(trained, tmp_path):
@@ -308,65 +178,6 @@ def test_a_printed_recipe_is_a_recipe(trained, tmp_path):
         "--out",
         tmp_path / "p",
     )
-
-
-KINDS = (
-    "w8a8",
-    "w6a16",
-    "w8a8-p99.9",
-    "w8a8-mse",
-    "w4a8-wmse",
-    "w8a8-channel",
-    "w8a8-token",
-    "w8a8-r16",
-    "w8a8-ffn16",
-    "w8a8-ffnfloat",
-    "w8a8-float[layer.*.ffn.output+layer.0.attn.probs]",
-    "w8a8-peg4",
-    "w8a8-peg4p",
-    "w8a8-out3",
-    "w8a8-bias",
-    "w4a16-channel-gptq",
-    "w4a16-adaround",
-    "linear-w8a8",
-    "linear-w8a8-llmint8",
-    "linear-w8a8-smooth0.5",
-    "linear-w4a4-hadamard",
-    "token-w8a8",
-    "token-w8a8-r16",
-    "lsq-w4a6",
-    "train-w8a8",
-    "fp8-e4m3",
-    "fp8-e5m2",
-    "mxfp8",
-    "mxfp8-e5m2",
-    "mxfp4",
-    "paper",
-)
-
-
-@pytest.mark.parametrize(
-    "text", ["[" * 100_000, "9" * 5000, '{"recipe": 1, "sites": 2}', '{"name": "x"}', "\\xff", "[]"]
-)
-def test_a_file_that_is_no_recipe_is_one_line(tmp_path, text):
-    file = tmp_path / "r.json"
-    file.write_text(text)
-    result = call("recipes", file)
-    assert result.exit_code == 1
-    assert result.output.startswith(f"Error: recipe file {file}: ") and result.output.count("\n") == 1
-
-
-@pytest.mark.parametrize("model", ["bert-tiny", "opt-tiny", "vit-tiny"])
-def test_every_kind_of_recipe_comes_back_as_it_was_printed(model, tmp_path):
-    for kind in KINDS:
-        name = f"paper-{model[: model.index('-')]}" if kind == "paper" else kind
-        for given in ("vanilla", "clipped+gated"):
-            file = tmp_path / f"{given}.{name}.json"
-            command = ("--model", model, "--attention", given)
-            good("recipes", name, *command, "--json", file)
-            spec = replace(preset(model), attention=attention(given))
-            assert recipe(str(file), spec) == recipe(name, spec), (name, given)
-            assert good("recipes", file, *command).stdout == file.read_text()
 
 
 @pytest.mark.parametrize(

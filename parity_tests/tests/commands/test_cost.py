@@ -21,9 +21,7 @@ from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
 from qtx_ref.spec import SpecError
 
-ROOT = Path(cost.__file__).parents[2]
 POPEN = subprocess.Popen
-EXPORTED = ("bert_gate_head_conditional", "opt_clipped_row", "vit_plain", "opt_plain")  # the last without a mask
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from qtx.cli import main
+from parity_tests.tests.shell import call
 from qtx.cost import compare as cost
 from qtx.cost import inputs as cost_inputs
 from qtx.engines.machine import Machine
@@ -28,13 +27,11 @@ from qtx_ref.models.initial import init_params
 from qtx_ref.presets import preset
 
 ROOT = Path(cost.__file__).parents[2]
-POPEN = subprocess.Popen
-EXPORTED = ("bert_gate_head_conditional", "opt_clipped_row", "vit_plain", "opt_plain")  # the last without a mask
 
 
 def ran(*arguments: object) -> str:
     """What a command prints, or the line in which it fails."""
-    done = CliRunner().invoke(main, list(map(str, arguments)))
+    done = call(*arguments)
     assert done.exit_code == 0 or done.output.count("Error: ") == 1, done.output
     return done.output
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from qtx.files.checkpoint import Checkpoint
 from qtx.recipes.named import recipe, resolve
 from qtx_ref.spec import QTX, Nonlinear, SpecError
 
-ROOT = Path(cost.__file__).parents[2]
-POPEN = subprocess.Popen
 EXPORTED = ("bert_gate_head_conditional", "opt_clipped_row", "vit_plain", "opt_plain")  # the last without a mask
 
 

@@ -5,18 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 from parity_tests.tests.hub_models import BERT_SIZE, make, transformers
-from qtx.cli import main
+from parity_tests.tests.shell import call
 from qtx.data import DataSpec
 from qtx.data.corpus import load_bundled_books
 from qtx.files.checkpoint import load_checkpoint, save_checkpoint
 from qtx.hub import import_model
-
-
-def run(*words):
-    return CliRunner().invoke(main, [str(word) for word in words])
 
 
 def test_commands(tmp_path):
@@ -24,29 +19,29 @@ def test_commands(tmp_path):
     words = '{"model": {"vocab": {"[PAD]": 0, "a": 1}}}\n'
     (tmp_path / "theirs/tokenizer.json").write_text(words)
     ours, out = tmp_path / "m.safetensors", tmp_path / "out"
-    got = run("import", tmp_path / "theirs", "--out", ours, "--json", tmp_path / "found.json")
+    got = call("import", tmp_path / "theirs", "--out", ours, "--json", tmp_path / "found.json")
     assert got.exit_code == 0
     said = json.loads((tmp_path / "found.json").read_bytes())
     assert (said["family"], said["head"], said["layers"], said["width"], said["heads"]) == ("bert", "mlm", 2, 16, 2)
     assert said["parameters"] == sum(value.size for value in load_checkpoint(ours).params.values())
     assert (said["dtype"], said["tokenizer"], said["apart"]) == (["float32"], True, [])
-    again = run("import", tmp_path / "theirs", "--out", ours)
+    again = call("import", tmp_path / "theirs", "--out", ours)
     assert (again.exit_code, f"{ours} exists" in again.output) == (1, True)
-    assert run("export", ours, "--format", "hf", "--out", out).exit_code == 0
+    assert call("export", ours, "--format", "hf", "--out", out).exit_code == 0
     assert (out / "tokenizer.json").read_text() == words
     before = sorted((path.name, path.read_bytes()) for path in out.iterdir())
-    assert "exists and is not an empty folder" in run("export", ours, "--out", out).output
+    assert "exists and is not an empty folder" in call("export", ours, "--out", out).output
     assert (
         "make integers of it with qtx quantize"
-        in run("export", ours, "--format", "onnx", "--out", tmp_path / "x.onnx").output
+        in call("export", ours, "--format", "onnx", "--out", tmp_path / "x.onnx").output
     )
     assert not (tmp_path / "x.onnx").exists()
-    json_there = run("export", ours, "--out", tmp_path / "y", "--json", tmp_path / "y/config.json")
+    json_there = call("export", ours, "--out", tmp_path / "y", "--json", tmp_path / "y/config.json")
     assert "a file that the command writes" in json_there.output
     for command, name in (("ptq", "ptq.json"), ("cost", "cost.json")):  # else --resume would find something else there
-        json_there = run(command, ours, "--out", tmp_path / "z", "--json", tmp_path / "z" / name)
+        json_there = call(command, ours, "--out", tmp_path / "z", "--json", tmp_path / "z" / name)
         assert "a file that the command writes" in json_there.output and not (tmp_path / "z").exists()
-    over = run(
+    over = call(
         "import", tmp_path / "theirs", "--out", tmp_path / "z.safetensors", "--json", tmp_path / "theirs/config.json"
     )
     assert "choose another" in over.output
@@ -65,7 +60,7 @@ def test_other_commands_say_what_an_imported_model_lacks(tmp_path):
             "was not made by qtx train",
         ),
     ]:
-        got = run(*words)
+        got = call(*words)
         assert (got.exit_code, got.output.count("\n")) == (1, 1), got.output
         assert message in got.output
 
@@ -77,14 +72,14 @@ def test_other_commands_take_an_imported_model(tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs/tokenizer.json").write_bytes(words.tokenizer_json.encode())
     ours, integers = tmp_path / "m.safetensors", tmp_path / "m.qtx"
-    assert run("import", tmp_path / "theirs", "--out", ours).exit_code == 0
+    assert call("import", tmp_path / "theirs", "--out", ours).exit_code == 0
     for command in [
         ("evaluate", ours, "--batches", 1, "--json", tmp_path / "score.json"),
         ("analyze", ours, "--data", "books", "--batches", 1),
         ("quantize", ours, "--out", integers),
         ("evaluate", integers, "--batches", 1),
     ]:
-        got = run(*command)
+        got = call(*command)
         assert got.exit_code == 0, got.output
     batch = next(iter(words.split_batches("evaluation", load_checkpoint(ours).spec, 16, 0)))
     given = {

@@ -5,8 +5,7 @@ import os
 
 import pytest
 
-from parity_tests.tests.commands.test_cli import TRAIN
-from parity_tests.tests.shell import call, good
+from parity_tests.tests.shell import TRAIN, call, good
 from qtx.jobs import finetune, opening
 from qtx_ref.spec import SpecError
 

@@ -86,11 +86,14 @@ def test_no_flag_of_a_script_is_missing(name):
     assert told >= {*FLAGS[name].split()}
 
 
-@pytest.mark.parametrize(("name", "text", "gamma"), [
-    ("paper-bert-base", "clipped:gamma=-0.025", -0.025),
-    ("paper-opt-125m", "clipped:alpha=12", -12 / 512),
-    ("paper-opt-1.3b", "clipped:alpha=12", -12 / 512),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "gamma"),
+    [
+        ("paper-bert-base", "clipped:gamma=-0.025", -0.025),
+        ("paper-opt-125m", "clipped:alpha=12", -12 / 512),
+        ("paper-opt-1.3b", "clipped:alpha=12", -12 / 512),
+    ],
+)
 def test_alpha_divides_by_the_window(name, text, gamma):
     """theirs: gamma = -alpha / block_size, 512, where the 1.3b has 1,024 positions."""
     assert text.split(":")[0] == str(attention(text).softmax)

@@ -1,5 +1,6 @@
 """SIGTERM is to every command what Ctrl-C is, also while it is imported; and a worker dies with who started it."""
 
+import importlib
 import json
 import os
 import signal
@@ -12,9 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import qtx.cost.worker
-from parity_tests.tests.commands.test_cli import STUDY, TRAIN
 from parity_tests.tests.files.test_writing import RUN, wait_for
-from parity_tests.tests.shell import call, good
+from parity_tests.tests.shell import STUDY, TRAIN, call, good
 from qtx.files.locks import SCRATCH, make_scratch
 from qtx.jobs import analyze, cost, finetune, ptq
 from qtx_ref.backend import Trainer
@@ -90,6 +90,24 @@ main()
     )
     assert done.returncode == STATUS[number] and done.stderr == "\nstopped\n"
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_waits_for_what_a_command_imports(tmp_path, monkeypatch, number):
+    """A module that is compiled may abort where Python raises in the midst of it."""
+    (tmp_path / "sends.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = []
+
+    def work(*_):
+        imported.append(importlib.import_module("sends").whole)
+        time.sleep(60)
+
+    monkeypatch.setattr(analyze, "open_checkpoint", work)
+    monkeypatch.delitem(sys.modules, "sends", raising=False)
+    result = call("analyze", "nowhere", "--out", tmp_path / "out")
+    assert result.exit_code == STATUS[number] and "stopped" in result.stderr
+    assert imported == [True]
 
 
 def test_python_m_qtx():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from parity_tests.tests.commands.test_cli import TRAIN, call, good
+from parity_tests.tests.shell import TRAIN, call, good
 from qtx.jobs import watch
 from qtx.measure.history import WATCH, History
 from qtx.measure.outliers import Outliers

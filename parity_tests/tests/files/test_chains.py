@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import qtx_ref
-from parity_tests.tests.commands.test_cli import call, good
+from parity_tests.tests.shell import call, good
 from qtx.data import SPLITS, ChainData, DataError, DataSpec, load
 from qtx.data.chains import BOS, CHAINS, HELD, TRIGGERS, VOCAB, Chain, make_tokenizer, read_bytes
 from qtx.data.spec import Begin, Order, Packing, Source

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qtx.data import (
@@ -144,7 +144,6 @@ def test_digits():
 SIZES = st.tuples(*[st.lists(st.integers(0, 40), min_size=1, max_size=6)] * 3).map(list)
 
 
-@settings(max_examples=60, deadline=None)
 @given(SIZES, st.integers(3, 20), st.integers(0, 3), st.sampled_from([OPT, BERT]))
 def test_windows_stay_in_their_section(sizes, length, step, spec):
     for row in sizes:
@@ -188,7 +187,6 @@ def test_train_windows_are_equally_likely():
     assert np.array_equal(full, first < 15)
 
 
-@settings(max_examples=60, deadline=None)
 @given(SIZES, st.integers(3, 20), st.integers(1, 9), st.sampled_from([OPT, BERT]))
 def test_split_batches_cover_the_split_once(sizes, length, size, spec):
     sizes[2].append(20 * 9 + 1)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from parity_tests.tests.shell import good
+from parity_tests.tests.shell import REF, good
 from qtx.files.artifact import load_artifact
 from qtx.files.checkpoint import load_checkpoint
 from qtx.jobs.opening import make_artifact_model
@@ -27,7 +27,6 @@ from qtx_ref.spec import Family
 
 WRITTEN = next(folder for above in Path(__file__).parents if (folder := above / "fixtures" / "v0.1").is_dir())
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text(encoding="utf-8"))
-REF = ("--backend", "ref")
 ARTIFACTS = ("opt", "opt-int4", "bert", "bert-int4", "vit", "vit-int4")
 FLOAT = "study/vanilla-seed0/model.safetensors"
 KINDS = ("half", "learned", "ranges", "rotated", "smooth", "imported")

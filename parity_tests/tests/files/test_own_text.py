@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qtx.data import SPLITS, DataError, load
@@ -61,7 +61,6 @@ def test_splits_are_runs(count):
     assert names.count("evaluation") == names.count("calibration") == max(1, round(count / 10))
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("ab \n", min_size=1, max_size=30), min_size=1, max_size=200))
 def test_blocks_lose_nothing(lines):
     text = "\n".join(lines)

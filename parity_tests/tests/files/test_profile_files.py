@@ -11,7 +11,7 @@ import pytest
 
 from parity_tests.subjects import integer_models, rules
 from parity_tests.subjects.integer_models import record_run, same
-from parity_tests.tests.shell import call, good
+from parity_tests.tests.shell import REF, call, good
 from qtx.files.artifact import Artifact, list_differences, load_artifact, save_artifact
 from qtx.files.container import ARTIFACT, VECTORS, FileError, digest, read_sealed, write_sealed, write_tensors
 from qtx.files.formats import VERSIONS
@@ -38,7 +38,6 @@ from qtx_ref.spec import (
 from qtx_torch.backend import IntegerModel as TorchModel
 
 WRITTEN = next(folder for above in Path(__file__).parents if (folder := above / "fixtures" / "v0.1").is_dir())
-REF = ("--backend", "ref")
 OWN = {"scale": "a", "quantize": "b", "fake_quantize": "c", "dequantize": "d", "matmul": "e", "bias": "f"}
 OWN |= {"requantize": "g", "requantize.rounding": "h", "add": "i", "cast": "j", "unseen": "k"}
 STEPS = replace(QTX, name="steps", bias=Bias.FLOAT_AFTER, requantize=replace(rules.RINT, order=Order.STEPS))

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from parity_tests.tests.commands.test_cli import TRAIN
-from parity_tests.tests.shell import call, good
+from parity_tests.tests.shell import TRAIN, call, good
 from qtx.files import locks, writing
 from qtx.files.locks import hold, make_scratch
 from qtx.files.writing import UNDER_WAY, WriteError, check_space, write_whole

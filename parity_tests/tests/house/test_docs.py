@@ -7,12 +7,15 @@ import importlib
 import importlib.util
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import qtx_ref
+from parity_tests.table import list_cases
 from qtx.cli import main
 
 ROOT = Path(qtx_ref.__file__).parent.parent
@@ -97,6 +100,33 @@ def test_a_wrong_option_is_seen() -> None:
     for line in ("study --colour", "quantise x", "parity --only", "diff a.qtx"):
         with pytest.raises(click.ClickException):
             parse(line)
+
+
+def test_the_guide_counts_the_parity_cases() -> None:
+    table = re.compile(r"^\| ([a-z, ]+) \| *(\d*) *\| *(\d*) *\|", re.MULTILINE)
+    page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").partition("\n## Parity\n")[2]
+    shown = {frozenset(names.split(", ")): tuple(map(int, (a or "0", b or "0"))) for names, a, b in table.findall(page)}
+    counts = [Counter(case.group for case in list_cases(backend)) for backend in ("torch", "ref")]
+    assert {group for groups in shown for group in groups} == {group for each in counts for group in each}
+    for groups, numbers in shown.items():
+        assert tuple(sum(each[group] for group in groups) for each in counts) == numbers, groups
+
+
+RUNS = re.compile(r"^```toml\n(base = .*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def test_a_run_that_a_page_shows_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any machine, with text of its own, and goes to its first step."""
+    (example,) = RUNS.findall((ROOT / "docs" / "guide.md").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    Path("my_texts").mkdir()
+    for name in ("README", "CHANGELOG", "CONTRIBUTING"):
+        Path("my_texts", f"{name}.txt").write_bytes((ROOT / f"{name}.md").read_bytes())
+    Path("run.toml").write_text(example, encoding="utf-8")
+    small = ["--set", "data.batch=2", "--set", "step.accumulate=1", "--set", "evaluation.every=none", "--stop", "1"]
+    result = CliRunner().invoke(main, ["train", "run.toml", "--out", "out", *small])
+    assert result.exit_code == 0, result.output
+    assert Path("out", "model.safetensors").exists()
 
 
 def test_files_that_the_pages_name_are_there() -> None:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
@@ -15,7 +14,7 @@ from scipy import stats as scipy_stats
 import qtx_ref.backend
 import qtx_torch.backend
 from parity_tests.subjects import small_models
-from qtx.cli import main
+from parity_tests.tests.shell import good
 from qtx.data import load
 from qtx.data.tokenizing import read_vocabulary
 from qtx.files.checkpoint import Checkpoint, save_checkpoint
@@ -301,9 +300,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("name", ["bert-tiny", "opt-tiny", "vit-tiny"])
 def test_the_command_writes_tables_and_pictures(files, tmp_path, name):
     pytest.importorskip("matplotlib", reason="the extra report is not installed")
-    command = ["analyze", str(files / f"{name}.safetensors"), "--batches", "1", "--out", str(tmp_path), "--json", "-"]
-    done = CliRunner().invoke(main, command)
-    assert done.exit_code == 0, done.output
+    done = good("analyze", files / f"{name}.safetensors", "--batches", 1, "--out", tmp_path, "--json", "-")
     result = json.loads(done.stdout)
     kept = json.loads((tmp_path / "analysis.json").read_text())
     assert (result.pop("format"), kept.pop("format"), len(kept.pop("sha256"))) == ("qtx-result", "qtx-analysis", 64)
@@ -332,17 +329,8 @@ def test_the_command_writes_tables_and_pictures(files, tmp_path, name):
 def test_both_backends_say_the_same(files):
     results = []
     for backend in ("ref", "torch"):
-        command = [
-            "analyze",
-            str(files / "vit-tiny.safetensors"),
-            "--batches",
-            "2",
-            "--backend",
-            backend,
-            "--json",
-            "-",
-        ]
-        results.append(json.loads(CliRunner().invoke(main, command).stdout))
+        command = ("analyze", files / "vit-tiny.safetensors", "--batches", 2, "--backend", backend, "--json", "-")
+        results.append(json.loads(good(*command).stdout))
     for ours, theirs in zip(results[0]["sites"], results[1]["sites"], strict=True):
         assert ours["site"] == theirs["site"]
         assert ours["inf_norm"] == pytest.approx(theirs["inf_norm"], rel=1e-4)  # two float32 forward passes

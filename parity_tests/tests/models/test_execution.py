@@ -23,8 +23,9 @@ from parity_tests.subjects import integer_models
 from qtx_ref import backend as ref_backend
 from qtx_ref.spec import QTX, Fixed, LeftShift, Nonlinear, QuantSpec, SpecError
 from qtx_torch.backend import IntegerModel
+from qtx_torch.compiler import find_compiler
 from qtx_torch.integer import execution
-from qtx_torch.integer.execution import Edge, Execution, find_compiler, pack, smallest_batch
+from qtx_torch.integer.execution import Edge, Execution, pack, smallest_batch
 from qtx_torch.integer.model import Code
 from qtx_torch.integer.parts import can_keep
 from qtx_torch.integer.proof import Proof
@@ -161,10 +162,11 @@ def test_without_a_compiler_a_warning_says_why_and_codes_are_the_same(
     np.testing.assert_array_equal(model.run(bert.batch).value, bert.model(IntegerModel).run(bert.batch).value)
 
 
-def test_a_folder_for_caches_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_folder_for_caches_that_cannot_be_made_is_named(device: str, tmp_path: Path) -> None:
     """Importing inductor makes it, once in a process."""
     (tmp_path / "taken").write_text("")
-    ask = "from qtx_torch.integer.execution import find_compiler; print(find_compiler('cpu'))"
+    ask = f"from qtx_torch.compiler import find_compiler; print(find_compiler('{device}'))"
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "taken")}
     said = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.startswith("inductor's caches have no folder (TORCHINDUCTOR_CACHE_DIR), ")
@@ -207,6 +209,14 @@ def test_a_compiler_that_fails_is_named(bert: integer_models.Lowered, monkeypatc
         model.run(bert.batch)
     said = "the compiler fails, x.cpp:1: fatal error: Python.h: run it without the compiled form, or mend it"
     assert str(caught.value) == said
+
+    def fill(inputs: Mapping) -> None:
+        raise exc.InductorError(OSError(30, "Read-only file system", "/a"), None)
+
+    monkeypatch.setattr(model, "execution", fill)
+    said = r"system: '/a', with its caches in TORCHINDUCTOR_CACHE_DIR: run it without the compiled form, or mend it$"
+    with pytest.raises(SpecError, match=said):
+        model.run(bert.batch)
     monkeypatch.setattr(model, "execution", lambda inputs: {}["no"])
     with pytest.raises(KeyError):
         model.run(bert.batch)

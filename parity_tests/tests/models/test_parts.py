@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ pytest.importorskip("torch")
 
 import torch
 
+from qtx_torch.compiler import find_compiler
 from qtx_torch.integer import parts
-from qtx_torch.integer.execution import find_compiler
 from qtx_torch.integer.parts import Part, can_keep, keep_guards, make_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler says them of torch
@@ -72,6 +73,15 @@ def test_a_second_part_reads_what_the_first_kept(folder: Path) -> None:
     wider = torch.arange(5 * 7 * 4).reshape(5, 7, 4)
     assert call(second, wider, 9) == (wider * 9 + 3).tolist()
     assert (made.made, again.made, len(list_files(folder))) == (1, 0, 1)
+
+
+def test_a_second_thread_waits_for_the_first_to_trace(folder: Path) -> None:
+    """While one thread traces, torch refuses what another calls compiled: a server's first two calls."""
+    part, made = make()
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda value: call(part, value), (VALUE, VALUE + 1)))
+    assert results == [(VALUE * 2 + 3).tolist(), (VALUE * 2 + 5).tolist()]
+    assert made.made == 1
 
 
 def test_other_data_have_a_graph_of_their_own(folder: Path) -> None:

@@ -22,7 +22,7 @@ from qtx.measure.sinks import measure_sinks
 from qtx.runs.spec import EvaluationSpec
 from qtx_ref.models.initial import init_params, shapes
 
-WIDTH, LENGTH, TIMES = 16, 7, 100.0
+LENGTH, TIMES = 7, 100.0
 DATA = SimpleNamespace(specials=SPECIALS, tokenizer_json=TOKENIZER)
 EVEN = np.mean([1 / (1 + others) for others in range(LENGTH)])  # on one key of all that a causal query sees
 MASS = np.mean([TIMES / (TIMES + others) for others in range(LENGTH)])  # where that key weighs TIMES as much: 0.971

@@ -246,13 +246,18 @@ def test_the_device_auto_is_kept_by_the_name_of_the_one_chosen(monkeypatch):
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
+def trace(monkeypatch):
+    """Traced and differentiated as for the compiler, and run op by op, where no compiler is too."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("qtx_torch.trainer.find_compiler", lambda device: "")
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's tracer says them of torch
 @pytest.mark.parametrize("name", ["bert_clipped_alpha", "opt_plain", "opt_clipped_row"])
 def test_a_compiled_step_is_one_graph_with_the_same_draws(name, monkeypatch):
-    """Traced and differentiated as for the compiler, and run op by op: what code is generated for it,
-    `python -m parity_tests.long.compiled` compares."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()
+    """What code is generated for it, `python -m parity_tests.long.compiled` compares."""
+    trace(monkeypatch)
     counters.clear()
     again = name.startswith("opt")  # a block that is computed again may make nothing that lies outside it
     step = StepSpec(accumulate=2, compiled=True, recompute=again)
@@ -268,8 +273,7 @@ def test_a_compiled_step_is_one_graph_with_the_same_draws(name, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["bert_plain", "opt_plain"])
 def test_quantized_gradients_are_compiled(name, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()
+    trace(monkeypatch)
     models = [make_trainer(name, layers=1).model for _ in range(2)]
     for model in models:
         bind(model, training_recipe("w8a8+grad8", model.spec), {})
@@ -301,6 +305,26 @@ def test_quantized_gradients_of_heads_are_the_same_compiled_under_autocast():
 
     for eager, traced in zip(run(False), run(True), strict=True):
         np.testing.assert_array_equal(traced, eager)
+
+
+def test_without_a_compiler_a_compiled_step_is_refused(monkeypatch):
+    monkeypatch.setattr("qtx_torch.trainer.find_compiler", lambda device: f"nothing for {device}")
+    with pytest.raises(SpecError, match="^step compiled is True: nothing for cpu; leave it out$"):
+        make_trainer("opt_plain", StepSpec(compiled=True))
+
+
+def test_a_step_names_what_its_compiler_says(monkeypatch):
+    exc = pytest.importorskip("torch._inductor.exc")
+    monkeypatch.setattr("qtx_torch.trainer.find_compiler", lambda device: "")
+    made = make_trainer("opt_plain", StepSpec(compiled=True))
+
+    def fail(*given):
+        raise exc.InductorError(OSError(28, "No space left on device"), None)
+
+    monkeypatch.setattr(made.model, "run", fail)
+    said = r"^the compiler fails, OSError: \[Errno 28\] No space left on device, with its caches in "
+    with pytest.raises(SpecError, match=said + "TORCHINDUCTOR_CACHE_DIR: leave step compiled out, or mend it$"):
+        made.step(small_models.make_batch(made.model.spec, 4))
 
 
 def test_what_is_not_compiled():

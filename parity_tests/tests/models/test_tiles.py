@@ -121,6 +121,22 @@ def test_no_queries_and_no_keys(name: str, queries: int, keys: int) -> None:
     assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, leaves, strict=True))
 
 
+def test_tiles_lie_where_their_tensors_do() -> None:
+    """And not on the default device."""
+    x = {part: torch.randn(2, 3, 24, 8).requires_grad_() for part in "qkv"}
+    sink = torch.randn(3).requires_grad_()
+    mask = attention.make_mask(None, 24, 24, True, x["q"])
+
+    def differentiate() -> list[Tensor]:
+        y = attention.attend_tiled(*x.values(), mask, SOFTMAXES["sink"], sink, None)
+        return [y, *torch.autograd.grad(y, [*x.values(), sink], y.detach())]
+
+    want = differentiate()
+    with torch.device("meta"):
+        got = differentiate()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_where_tiles_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 2, 8, 4)
     assert not attention.can_tile(q, q)

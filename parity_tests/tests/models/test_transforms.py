@@ -1,4 +1,4 @@
-"""Transforms and rewritten weights in whole models: in float nothing changes, files keep them, integers refuse."""
+"""Transforms of inputs and weights in whole models: in float nothing changes, files keep them, integers refuse."""
 
 from __future__ import annotations
 
@@ -16,18 +16,12 @@ from qtx.files.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qtx.files.container import CheckpointError
 from qtx.jobs.training import Machine
 from qtx.prepare import calibration, prepare
-from qtx.prepare import rewriting as preparation
-from qtx.recipes import named as recipes
 from qtx.recipes.named import resolve
 from qtx.recipes.sites import linears
 from qtx.recipes.transforms import list_left_transforms
-from qtx_ref.integer.lowering import lower
-from qtx_ref.quant import affine, rewriting
-from qtx_ref.quant.rounding_choice import row_errors
+from qtx_ref.quant import rewriting
 from qtx_ref.spec import (
     QTX,
-    FloatFormat,
-    FloatQuantSpec,
     Gate,
     Granularity,
     InputTransform,
@@ -75,8 +69,7 @@ def prepared(name: str, recipe: Recipe, machine: Machine, **given: Any) -> prepa
     return prepare.prepare(machine, small.spec, small.params, lambda n: batches_of(name)[:n], recipe, **given)
 
 
-# transforms
-# ---------------------------------------------------------------------------------------------------------------
+# --- transforms -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.backend)
@@ -169,8 +162,7 @@ def test_recipes_travel_as_json_and_old_ones_still_do() -> None:
     assert from_dict(Recipe, old) == weights(4)
 
 
-# inputs of linears
-# --------------------------------------------------------------------------------------------------------
+# --- inputs of linears ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.backend)
@@ -211,105 +203,7 @@ def test_ranges_are_those_of_the_transformed_input() -> None:
             np.testing.assert_allclose([got.low.item(), got.high.item()], [want.min(), want.max()], rtol=1e-5)
 
 
-# preparing
-# ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.backend)
-def test_a_recipe_without_remedies_takes_the_steps_it_always_took(machine: Machine) -> None:
-    small, recipe = small_models.build("opt_plain"), weights(8)
-    recipe = replace(recipe, rules=(Rule(("*",), QuantSpec(), "a test"), *recipe.rules))
-    found = prepared("opt_plain", recipe, machine)
-    model = machine.model(small.spec, small.params)
-    want = model.calibrate(batches_of("opt_plain"), resolve(recipe, small.spec))
-    assert set(found.ranges) == set(want) and not found.transforms
-    for site, range in want.items():
-        for got, part in zip(found.ranges[site], range, strict=True):
-            np.testing.assert_array_equal(got, part)
-    assert all(
-        found.params[key] is not None and (found.params[key] == value).all() for key, value in small.params.items()
-    )
-    calibration.bind(model, recipe, want)
-    np.testing.assert_array_equal(
-        found.model(machine, small.spec, recipe).forward(small.batch), model.forward(small.batch)
-    )
-
-
-@pytest.mark.parametrize("how", [Rewrite.GPTQ, Rewrite.ADAROUND])
-@pytest.mark.parametrize("name", ["bert_gate_mlp", "opt_gate_linear"])
-def test_rewritten_weights_stand_on_the_grid_of_the_ranges_before(name: str, how: Rewrite) -> None:
-    """And every linear errs less on its inputs, those after its transform, than rounding to nearest does."""
-    plain, recipe = weights(3, hadamard("*.ffn.hidden")), weights(3, hadamard("*.ffn.hidden"), how=how)
-    before, after = (prepared(name, one, MACHINES[1]) for one in (plain, recipe))
-    given = prepared(name, recipe, MACHINES[1], ranges=before.ranges)
-    spec = small_models.specs()[name]
-    model = MACHINES[1].model(spec, before.params)
-    model.bind({}, {}, transforms=before.transforms)
-    sites = [site for site in linears(spec) if site.startswith("layer.")]
-    seen = [model.input_moments(batch, sites) for batch in batches_of(name)]
-    lower = 0
-    for site in sites:
-        key, quant = f"{site}.weight", resolve(recipe, spec)[f"{site}.weight"]
-        for got, want in zip(after.ranges[key], before.ranges[key], strict=True):
-            np.testing.assert_array_equal(got, want)
-        made, _ = affine.fake_quantize(after.params[key], after.ranges[key].scale, after.ranges[key].zero_point, quant)
-        np.testing.assert_array_equal(made, after.params[key])
-        np.testing.assert_array_equal(given.params[key], after.params[key])
-        nearest = rewriting.simulate_weight(before.params[key], quant, before.ranges[key])
-        if made.ndim == 2:
-            gram = sum(moments[site]["gram"] for moments in seen)
-            errors = [row_errors(w - before.params[key].astype(np.float64), gram) for w in (made, nearest)]
-            assert (errors[0] <= errors[1]).all()
-            lower += errors[0].sum() < 0.95 * errors[1].sum()
-    assert lower > 8  # of 12
-    others = {key for key in before.params if key.removesuffix(".weight") not in sites}
-    assert all((before.params[key] == after.params[key]).all() for key in others)
-
-
-def test_the_gram_matrices_are_made_in_runs_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = weights(4, how=Rewrite.GPTQ)
-    whole = prepared("bert_plain", recipe, MACHINES[0])
-    monkeypatch.setattr(preparation, "GRAM_ELEMENTS", 600)
-    parts = prepared("bert_plain", recipe, MACHINES[0])
-    assert all((whole.params[key] == value).all() for key, value in parts.params.items())
-
-
-def test_bias_correction_takes_the_mean_error_away() -> None:
-    """Layer by layer, on the calibration inputs: E[Q(W) x + b'] = E[W x + b] (Nagel et al. 2019, section 4.2)."""
-    name, recipe = "opt_plain", weights(3, how=Rewrite.BIAS)
-    small, got = small_models.build(name), prepared(name, recipe, MACHINES[0])
-    model, quants = MACHINES[0].model(small.spec, small.params), resolve(recipe, small.spec)
-    site = "layer.1.ffn.hidden"
-    x = [model.record(batch, ["layer.1.ffn.norm"])["layer.1.ffn.norm"][0][batch["mask"]] for batch in batches_of(name)]
-    mean = np.concatenate(x).astype(np.float64).mean(0)
-    w, b = (small.params[f"{site}.{key}"].astype(np.float64) for key in ("weight", "bias"))
-    coarse = rewriting.simulate_weight(
-        small.params[f"{site}.weight"], quants[f"{site}.weight"], got.ranges[f"{site}.weight"]
-    )
-    error = (coarse - w) @ mean
-    assert np.abs(error).max() > 0.01
-    np.testing.assert_allclose(coarse @ mean + got.params[f"{site}.bias"], w @ mean + b, atol=1e-6)  # float32 biases
-    assert (got.params[f"{site}.weight"] == small.params[f"{site}.weight"]).all()
-
-
-@pytest.mark.parametrize(
-    ("quant", "message"),
-    [
-        (QuantSpec(4, True, dynamic=True), "layer.0.attn.query.weight is dynamic"),
-        (FloatQuantSpec(FloatFormat.E4M3), "layer.0.attn.query.weight is a small float"),
-    ],
-)
-def test_what_has_no_grid_is_not_rounded_otherwise(quant: Any, message: str) -> None:
-    recipe = Recipe("mine", (Rule(("layer.*.weight",), quant, "a test"),), batches=1, rewrite=Rewrite.GPTQ)
-    with pytest.raises(SpecError, match=message):
-        prepared("bert_plain", recipe, MACHINES[0])
-    nothing = Recipe("mine", (Rule(("*.residual",), QuantSpec(), "a test"),), batches=1, rewrite=Rewrite.BIAS)
-    with pytest.raises(SpecError, match="quantizes no linear's weight"):
-        prepared("bert_plain", nothing, MACHINES[0])
-
-
-# files and integers
-# -------------------------------------------------------------------------------------------------------
+# --- files and integers -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -365,18 +259,6 @@ def test_integers_refuse_what_is_left_in_float() -> None:
         check_integer({"embed.norm": rows}, QTX)
 
 
-def test_integers_have_the_codes_that_were_chosen() -> None:
-    """Folded smoothing and GPTQ go into an integer model: its weight codes are those of the rewritten weights."""
-    spec = small_models.specs()["opt_plain"]
-    recipe = replace(recipes.recipe("w4a8", spec), batches=2, transforms=(smooth(*FOLDED),), rewrite=Rewrite.GPTQ)
-    got, quants = prepared("opt_plain", recipe, MACHINES[0]), resolve(recipe, spec)
-    assert not got.transforms
-    constants = lower(spec, got.params, quants, got.ranges)
-    for site in ("layer.0.attn.query", "layer.1.ffn.hidden"):
-        key = f"{site}.weight"
-        np.testing.assert_array_equal(constants[key] * constants[f"{key}.scale"], got.params[key])
-
-
 def test_outlier_channels_would_see_the_future() -> None:
     spec = small_models.specs()["opt_plain"]
     rows = QuantSpec(granularity=Granularity.TOKEN, dynamic=True, outliers=6.0)
@@ -387,26 +269,3 @@ def test_outlier_channels_would_see_the_future() -> None:
         model.bind({"layer.0.attn.query.input": rows}, {})
         with pytest.raises(SpecError, match="see the future"):
             model.generate(np.zeros((1, 2), np.int64), 1, lambda logits: logits.argmax(-1))
-
-
-def test_percentiles_without_a_sort_are_those_of_a_sort(call: Any) -> None:
-    """Of long rows with ties, at both tails, and of rows of one and two values."""
-    rng = np.random.default_rng(0)
-    short = rng.normal(size=(2, 1)), rng.normal(size=(2, 2))
-    for rows in (rng.standard_t(2, (3, 100_003)), rng.integers(-3, 4, (2, 5000)), *short):
-        values = rows.astype(np.float32)
-        for q in (0.001, 0.1, 30.0, 50.0, 99.999, 100.0):
-            ordered = np.sort(values, axis=-1).astype(np.float64)
-            position = (ordered.shape[-1] - 1) * (q / 100)
-            below = int(position)
-            a, b = ordered[:, below], ordered[:, min(below + 1, ordered.shape[-1] - 1)]
-            want = (a + (b - a) * (position - below))[:, None].astype(np.float32)
-            np.testing.assert_array_equal(call("quant.observers.percentile", values, q), want)
-
-
-def test_weights_alone_by_least_squares_are_those_of_the_published_simulator() -> None:
-    spec = small_models.build("opt_plain").spec
-    plain, given, published = (recipes.recipe(name, spec) for name in ("w4a8", "w4a8-wmse", "paper-opt"))
-    weight, tensor = "layer.0.ffn.output.weight", "layer.0.ffn.output"
-    assert given.quant(weight) == replace(plain.quant(weight), observer=published.quant(weight).observer)
-    assert given.quant(tensor) == plain.quant(tensor) != given.quant(weight)
