@@ -107,8 +107,12 @@ class Part:
                     return graph
                 self.graphs.append(graph)
             data, constants, prepared = given
+            for_data = (mark(data), constants, prepared), {}
             with torch._dynamo.config.patch(ALONE):
-                graph = self.compiled.aot_compile(((mark(data), constants, prepared), {}))
+                try:
+                    graph = self.compiled.aot_compile(for_data)
+                except torch._dynamo.exc.RestartAnalysis:  # of a float64 constant; `torch.compile` too begins anew
+                    graph = self.compiled.aot_compile(for_data)
             if not graph.guard_check(*given):
                 raise RuntimeError("a graph does not take what it was made of")
             graph.disable_guard_check()
