@@ -38,6 +38,9 @@ from .batched import hold_settings, multiplies_bytes
 from .products import plain_float32
 
 KINDS = 64  # graphs of a part: batch or length of one, masked, either side of each size that decides how to multiply
+# torch notes, on disk too, which numbers differed between models, and would make variables of them: of constants'
+# shapes, and of floats, for which it may start anew, and `aot_compile` does not
+ALONE = {"automatic_dynamic_shapes": False, "specialize_float": True}
 DATA = re.compile(r"\bdata\b")  # the argument of a part that differs from call to call
 TRACING = threading.RLock()  # of the process: while one thread traces, what another calls compiled raises
 
@@ -79,7 +82,7 @@ class Part:
         with TRACING:
             graph = self.choose(data, constants, prepared)
             if graph is None:
-                with torch._dynamo.config.patch(recompile_limit=KINDS):
+                with torch._dynamo.config.patch(recompile_limit=KINDS, **ALONE):
                     return self.compiled(mark(data), constants, prepared)
         return graph(data, constants, prepared)
 
@@ -104,7 +107,12 @@ class Part:
                     return graph
                 self.graphs.append(graph)
             data, constants, prepared = given
-            graph = self.compiled.aot_compile(((mark(data), constants, prepared), {}))
+            for_data = (mark(data), constants, prepared), {}
+            with torch._dynamo.config.patch(ALONE):
+                try:
+                    graph = self.compiled.aot_compile(for_data)
+                except torch._dynamo.exc.RestartAnalysis:  # of a float64 constant; `torch.compile` too begins anew
+                    graph = self.compiled.aot_compile(for_data)
             if not graph.guard_check(*given):
                 raise RuntimeError("a graph does not take what it was made of")
             graph.disable_guard_check()

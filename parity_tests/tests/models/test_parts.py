@@ -177,6 +177,25 @@ def test_another_meaning_is_not_read(folder: Path) -> None:
     assert made.made == 1
 
 
+def test_models_that_differ_in_a_number_are_kept_each(folder: Path) -> None:
+    """torch makes a variable of a float that another model had otherwise, and then cannot keep the graph."""
+
+    def make_gain(gain: float) -> Part:
+        module = torch.nn.Module()
+        module.gain = gain
+
+        def scale(data: dict, constants: dict, prepared: dict) -> torch.Tensor:
+            return data["value"] * torch.full((), module.gain)
+
+        return Part(scale, f"a gain of {gain}", 0, torch.device("cpu"), "inductor")
+
+    for gain in (0.5, 0.25):
+        part = make_gain(gain)
+        assert part({"value": VALUE.float(), "mask": None}, {}, {}).tolist() == (VALUE * gain).tolist()
+        assert part.keeps
+    assert len(list_files(folder)) == 2
+
+
 def test_what_cannot_be_kept_runs_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk; a torch that knows no such thing."""
 
