@@ -39,10 +39,12 @@ def check_int8(model: Model) -> None:
     linears = sites.linears(model.net).values()
     if not any(not module.tied and has_int8(module, module.weight) for module in linears):
         raise SpecError(
-            "step int8 is True: no linear has symmetric 8-bit ranges per token and weight channel; train under w8a8"
+            "step int8 is True: no linear has symmetric codes of 8 bits at most per token and channel; train under w8a8"
         )
     if not int8.has_products(model.gradient_quants):
-        raise SpecError("step int8 is True: gradients are not all symmetric 8-bit per token; use +grad8, or none")
+        raise SpecError(
+            "step int8 is True: gradients have no symmetric codes, 8 bits at most, per token; use +grad8, or none"
+        )
     if model.device.type == "cpu" and not torch.cpu._is_vnni_supported():
         raise SpecError("step int8 is True: this CPU has no VNNI, and float products are faster; leave it out")
 

@@ -118,7 +118,7 @@ TOLD = {
     "data.augment.contrast": "the same",
     "data.augment.saturation": "the same",
     "step.accumulate": "parts of a batch, one after another, whose gradients are summed",
-    "step.int8": "linears under w8a8, w8a8+grad8 by int8 products; on a CPU with VNNI, on CUDA; sums in another order",
+    "step.int8": "linears of w8a8, w4a4, +grad8 by int8 products; on a CPU with VNNI, on CUDA; sums in another order",
     "step.sharding": "what each of several processes holds: the whole model, or its share",
     "log.tensorboard": "also in files for TensorBoard",
     "machine.backend": "torch, or ref (NumPy)",

@@ -25,7 +25,7 @@ class StepSpec(Spec):
     accumulate: int = 1
     recompute: bool = False  # a block's activations are not kept, but computed again for the gradient
     compiled: bool = False  # torch.compile; sums in another order
-    # linears under symmetric 8-bit quantizers, per token and weight channel, by int8 products; sums in another order
+    # linears of symmetric codes, 8 bits at most, per token and channel, by int8 products; sums in another order
     int8: bool = False
     deterministic: bool = False  # refuse kernels whose sums have no fixed order
     sharding: Sharding = Sharding.NONE

@@ -74,9 +74,7 @@ def multiply(
     most 2^bits - 1. Raises ValueError where the specs do not prove the sums to fit, or pairs may saturate.
     """
     if saturates(a_spec, b_spec, rule):
-        raise ValueError(
-            "pairs of these operands may saturate: the compiled form multiplies exactly, use the eager one"
-        )
+        raise ValueError("pairs of these operands may saturate: the compiled form is exact; leave compiled out")
     product, depth = magnitude(a_spec) * magnitude(b_spec), a.shape[-1]
     if accumulator == 32 and depth * product >= 2**31:
         raise ValueError(

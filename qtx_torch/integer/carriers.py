@@ -93,7 +93,7 @@ def prepare(
     total = add_up(codes, most)
     columns = total - depth * zw
     if saturates(x_spec, w_spec, rule) and not pairs_fit(w, x_spec, rule.run):
-        raise ValueError("pairs of these weights may saturate: the compiled form multiplies exactly, use the eager one")
+        raise ValueError("pairs of these weights may saturate: the compiled form is exact; leave compiled out")
     absolute = add_up(sizes, most)
     away = add_up((codes - zw.to(codes.dtype)).abs(), most) if zw.any() else absolute
     check_accumulators((columns, away), offset, (low, high), (x_spec, zx), accumulator, rule)

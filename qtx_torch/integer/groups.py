@@ -143,7 +143,7 @@ def prepare(
     parts, multipliers = [], []
     for at in channels.split(sizes):
         if (multiplier[at] != multiplier[at[0]]).any() or (x_zero[at] != x_zero[at[0]]).any():
-            raise ValueError("channels of a group differ in multiplier or zero point: use the eager form")
+            raise ValueError("channels of a group differ in multiplier or zero point: leave compiled out")
         own = one_group(x_spec, bool(x_zero[at[0]] == WIDE_ZERO))
         accumulator = 32 if own.bits <= 8 and w_spec.bits <= 8 else 64
         parts.append(carriers.prepare(w[at], w_spec, own, w_zero, x_zero[at[0]], None, accumulator, rule))
