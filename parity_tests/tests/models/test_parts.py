@@ -196,6 +196,23 @@ def test_models_that_differ_in_a_number_are_kept_each(folder: Path) -> None:
     assert len(list_files(folder)) == 2
 
 
+def test_a_graph_that_torch_begins_anew_is_kept(folder: Path) -> None:
+    """torch asks for that once, of a float64 constant among others; `torch.compile` itself goes on."""
+    part, made = make()
+    asked: list[tuple] = []
+
+    class Anew:
+        def aot_compile(self, given: tuple) -> Any:
+            asked.append(given)
+            if len(asked) == 1:
+                raise torch._dynamo.exc.RestartAnalysis
+            return made.aot_compile(given)
+
+    part.compiled = Anew()
+    assert call(part) == (VALUE * 2 + 3).tolist()
+    assert (part.keeps, made.made, len(list_files(folder))) == (True, 1, 1)
+
+
 def test_what_cannot_be_kept_runs_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk; a torch that knows no such thing."""
 
