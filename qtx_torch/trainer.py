@@ -43,7 +43,7 @@ def check_int8(model: Model) -> None:
         )
     if not int8.has_products(model.gradient_quants):
         raise SpecError(
-            "step int8 is True: gradients have no symmetric codes, 8 bits at most, per token; use +grad8, or none"
+            "step int8 is True: not all gradients have symmetric codes, 8 bits at most, per token; use +grad8, or none"
         )
     if model.device.type == "cpu" and not torch.cpu._is_vnni_supported():
         raise SpecError("step int8 is True: this CPU has no VNNI, and float products are faster; leave it out")
