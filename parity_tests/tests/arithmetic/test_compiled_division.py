@@ -44,7 +44,7 @@ def lower(function: Callable, *shape: int) -> str:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with mode:
         x = torch.empty(shape, device="cuda")
-        graph = make_fx(function, decomposition_table=decompositions)(x)
+        graph = make_fx(torch.func.functionalize(function), decomposition_table=decompositions)(x)
     lowered = GraphLowering(graph, shape_env=mode.shape_env)
     with V.set_graph_handler(lowered), V.set_fake_mode(mode):
         lowered.run(x)
