@@ -196,7 +196,7 @@ def print_tables(path: Path) -> set[str]:
     return whole | {TOOL["tabulate_curves"](found, step) for step in steps}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=[path.parent.name + "/" + path.name for path in PAGES])
+@pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(FOLDER.parents[2])) for path in PAGES])
 def test_a_page_has_no_figure_in_a_table_that_its_files_have_not(path):
     """Each table of the tool's kind is, whole, one of a file that the page names."""
     text = path.read_text()
