@@ -19,8 +19,8 @@ from .opening import check_tokenizer, make_model, need_tokenizer
 from .resolving import (
     change_dropout,
     change_optim,
-    check_evaluation,
     check_lr,
+    check_needs,
     list_changes,
     make_data,
     make_machine,
@@ -80,7 +80,7 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         raise SpecError(f"--head-only and optim.only {', '.join(only)}: give one of them")
     refuse_model(run, str(request.checkpoint), REFUSED)
     check_lr(run)
-    check_evaluation(run)
+    check_needs(run)
     about, machine = make_data(run), make_machine(run)
     if not about.sources:
         raise SpecError("data.sources is not said: name the labelled data with --data")

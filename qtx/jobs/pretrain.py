@@ -14,7 +14,7 @@ from ..runs.reading import RunSpec, write_run
 from ..signals import Interrupted
 from .opening import load_data
 from .resolving import (
-    check_evaluation,
+    check_needs,
     list_changes,
     make_data,
     make_machine,
@@ -69,7 +69,7 @@ def pretrain(request: PretrainRequest) -> Checkpoint:
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
-    check_evaluation(request.run)
+    check_needs(request.run)
     machine = make_machine(request.run)
     machine.check()
     with machine.join(), claim(request.path, request.resume, machine):
