@@ -24,6 +24,7 @@ from .resolving import (
     list_changes,
     make_data,
     make_machine,
+    make_step,
     make_train,
     refuse_model,
 )
@@ -89,7 +90,8 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         origin = open_origin(request.checkpoint)
         rate = run.get("optim.lr", HEAD_LR if request.head_only else FULL_LR)
         optim = OptimSpec(lr=rate, only=("head.",) if request.head_only else run.get("optim.only", ()))
-        check_run(path, origin.checkpoint.spec, optim, machine, run.get("quant.train"), request.changes)
+        train_quant, step = run.get("quant.train"), make_step(run)
+        check_run(path, origin.checkpoint.spec, optim, machine, train_quant, step, request.changes)
         data = load_labelled(origin, about)
         spec, params = make_classifier(origin.checkpoint, data.classes, run.get("seed", 0))
         spec, batch = change_dropout(spec, run), run.get("data.batch", PER_STEP)

@@ -20,6 +20,7 @@ from .resolving import (
     make_machine,
     make_model,
     make_optim,
+    make_step,
     make_train,
     resolve,
 )
@@ -82,7 +83,7 @@ def begin(request: PretrainRequest) -> Checkpoint:
     run = request.run
     spec, machine = make_model(run), make_machine(run)
     optim = make_optim(run, spec)
-    check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
+    check_run(request.path, spec, optim, machine, run.get("quant.train"), make_step(run), request.changes)
     data = load_data(make_data(run), spec)
     return complete(request, make_train(run, fit_vocabulary(spec, data), optim), data, machine)
 
@@ -92,7 +93,7 @@ def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
     run, machine, origin = request.run, make_machine(request.run), open_origin(init)
     spec, params, about = continue_run(origin, run)
     optim = make_optim(run, spec)
-    check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
+    check_run(request.path, spec, optim, machine, run.get("quant.train"), make_step(run), request.changes)
     data = load_continued(origin, spec, about)
     whole = make_train(run, spec, optim, origin.sha256)
     return complete(request, whole, data, machine, Start(params, origin.describe()))

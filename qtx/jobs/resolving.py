@@ -90,6 +90,11 @@ def check_lr(run: RunSpec) -> None:
             raise SpecError(f"{said.origin}: optim.lr: {error}") from None
 
 
+def make_step(run: RunSpec) -> StepSpec:
+    """How a run says that a step is computed."""
+    return fill(StepSpec(), run, "step")
+
+
 def check_needs(run: RunSpec) -> None:
     """Raises SpecError where a run that is not a study's has a key without the one that it needs."""
     if run.get("step.int8") and run.get("quant.train") is None:
@@ -110,7 +115,7 @@ def make_train(
         run.get("seed", 0),
         run.get("quant.train"),
         init,
-        fill(StepSpec(), run, "step"),
+        make_step(run),
         run.get("stop"),
         fill(EvaluationSpec(), run, "evaluation"),
         fill(SavingSpec(), run, "saving"),

@@ -208,6 +208,12 @@ def test_a_key_without_the_one_it_needs_is_refused_before_data_are_read(command,
     assert said.exit_code == 1 and message in said.output
 
 
+def test_a_step_that_the_machine_has_not_is_refused_before_data_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr("qtx_torch.trainer.find_compiler", lambda device: f"nothing for {device}")
+    said = call("train", "--data", "nowhere.txt", "--set", "step.compiled=true", "--out", tmp_path / "s")
+    assert said.exit_code == 1 and "step compiled is True: nothing for cpu; leave it out" in said.output
+
+
 def test_a_recipe_that_does_not_exist_is_refused_before_training(tmp_path):
     said = call("study", *TINY, *SMALL, "--set", "evaluation.integers=nonsense", "--out", tmp_path / "s")
     assert said.exit_code == 1 and "nonsense" in said.output and not (tmp_path / "s" / "vanilla-seed0").exists()
