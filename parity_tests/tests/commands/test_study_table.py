@@ -195,10 +195,23 @@ def test_a_model_that_cannot_be_calibrated_stops_no_other(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("command", ["train", "finetune"])
-def test_integers_that_nobody_runs_are_refused(command, tmp_path):
-    named = {"train": (), "finetune": (tmp_path / "a.safetensors", "--data", "digits")}[command]
-    said = call(command, *named, "--set", "evaluation.integers=w8a8", "--out", tmp_path / "s")
-    assert said.exit_code == 1 and "evaluation integers is ('w8a8',): give evaluation every too" in said.output
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluation.integers=w8a8", "evaluation integers is ('w8a8',): give evaluation every too"),
+        ("step.int8=true", "step int8 is True: give quant train too"),
+    ],
+)
+def test_a_key_without_the_one_it_needs_is_refused_before_data_are_read(command, setting, message, tmp_path):
+    named = {"train": ("--data", "nowhere.txt"), "finetune": (tmp_path / "a.safetensors", "--data", "digits")}[command]
+    said = call(command, *named, "--set", setting, "--out", tmp_path / "s")
+    assert said.exit_code == 1 and message in said.output
+
+
+def test_a_step_that_the_machine_has_not_is_refused_before_data_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr("qtx_torch.trainer.find_compiler", lambda device: f"nothing for {device}")
+    said = call("train", "--data", "nowhere.txt", "--set", "step.compiled=true", "--out", tmp_path / "s")
+    assert said.exit_code == 1 and "step compiled is True: nothing for cpu; leave it out" in said.output
 
 
 def test_a_recipe_that_does_not_exist_is_refused_before_training(tmp_path):
