@@ -244,7 +244,7 @@ def test_a_picture_of_growth_has_what_was_watched():
         "float.loss": [(0, 3.0), (5, 2.0)],
         "trained.loss": [(0, 3.0)],
         "integer.w8a8.loss": [(5, 2.5)],
-        "sink.first": [(0, 0.1), (5, 0.4)],
+        "sink.first": [(0, 0.01), (5, 0.4)],  # a share, though it spans more than a decade and a half
     }
     figure = make_growth_figure({"vanilla-seed0": curves, "gated-seed0": {"inf_norm": [(0, 5.0)]}}, "growth")
     figure.draw_without_rendering()
@@ -253,6 +253,7 @@ def test_a_picture_of_growth_has_what_was_watched():
         "nats that W8A8 in integers adds",
         "max inf norm",
     ]
+    assert (figure.axes[0].get_yscale(), figure.axes[0].get_ylim()[0]) == ("linear", 0.0)
     assert figure.axes[1].get_lines()[0].get_ydata().tolist() == [0.5]
     assert subtract_curve([(0, 1.0), (1, 5.0)], [(1, 2.0), (2, 9.0)]) == ([1], [3.0])
 
