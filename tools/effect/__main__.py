@@ -4,7 +4,8 @@ python tools/effect collect FOLDER --json FILE [--skip PATTERN ...] [--chains]  
 python tools/effect show FILE [--step N] [--picture FILE.png]                     print them as tables
 
 FOLDER holds what there is of: study.json and ROW/log.jsonl (the OUT of `qtx study`), ROW/ptq.json (an OUT of
-`qtx ptq`), ROW.analyze.json and ROW.ptq.json (their --json). ROW-seedN and ROW-N are one row of several seeds.
+`qtx ptq`), ROW.analyze.json and ROW.ptq.json (their --json), ROW.sensitivity.json (that of `qtx ptq --sensitivity`).
+ROW-seedN and ROW-N are one row of several seeds.
 --chains: of ROW/model.safetensors, a model on `backcopy`, what its heads do with [BOS], and its peaks.
 """
 

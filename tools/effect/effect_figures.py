@@ -50,6 +50,15 @@ def read_rows(path: Path) -> dict:
     return {name: {key: row[key] for key in keep if key in row} for name, row in rows.items()}
 
 
+def read_sensitivity(path: Path) -> dict:
+    """By recipe the nats that each site adds when it alone is quantized, the dearest first."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    start = found["rows"]["float"]["loss"]
+    return {
+        name: {site["site"]: site["loss"] - start for site in sites} for name, sites in found["sensitivity"].items()
+    }
+
+
 def read_study(path: Path) -> dict[str, dict]:
     """By run what a study says of its trained model."""
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
@@ -73,6 +82,7 @@ PARTS: tuple[tuple[str, str, Callable[[Path], list | dict]], ...] = (
     ("recipes", "/ptq.json", read_rows),
     ("recipes", ".ptq.json", read_rows),
     ("analysis", ".analyze.json", read_analysis),
+    ("sensitivity", ".sensitivity.json", read_sensitivity),
 )
 
 

@@ -12,6 +12,7 @@ from effect_figures import MARKS
 from qtx.report.tables import format_range, format_table
 
 BITS = ("w8a8", "w6a6", "w4a8")
+DEAREST = 8  # sites that are shown
 
 
 def group(found: dict[str, dict], part: str) -> Iterator[tuple[str, list]]:
@@ -120,6 +121,17 @@ def tabulate_recipes(found: dict[str, dict]) -> str:
     return format_table(header, [line[: len(header)] for line in cells])
 
 
+def tabulate_sensitivity(found: dict[str, dict]) -> str:
+    """The dearest sites of each run and recipe, a line each, and the nats that each adds alone."""
+    lines = [
+        [name, recipe, site, f"{nats:.3f}"]
+        for name, parts in found.items()
+        for recipe, sites in parts.get("sensitivity", {}).items()
+        for site, nats in list(sites.items())[:DEAREST]
+    ]
+    return format_table(["run", "recipe", "site quantized alone", "nats"], lines)
+
+
 def tabulate_studies(found: dict[str, dict]) -> str:
     """A line for each row of a study: what its models are after training, and the nats that each recipe adds, in
     integers where the study has them."""
@@ -174,4 +186,5 @@ TABLES = {
     "curves": (tabulate_curves, tabulate_heads),
     "analysis": (tabulate_analysis,),
     "recipes": (tabulate_recipes,),
+    "sensitivity": (tabulate_sensitivity,),
 }

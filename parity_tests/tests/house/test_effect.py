@@ -136,6 +136,14 @@ def test_a_spared_part_and_a_model_that_is_destroyed(tmp_path):
     assert rows[2][-1] == "+1.0000 (+0.5000..+1.5000)"
 
 
+def test_the_dearest_sites_of_a_run(tmp_path):
+    sites = [{"site": "layer.0.ffn.output", "loss": 2.5}, *({"site": f"s{n}", "loss": 2.0} for n in range(8))]
+    write(tmp_path / "m-seed0.sensitivity.json", {"rows": {"float": {"loss": 2.0}}, "sensitivity": {"w6a6": sites}})
+    rows = cells(TOOL["tabulate_sensitivity"](TOOL["collect"](tmp_path, [])))
+    assert rows[:2] == [["m-seed0", "w6a6", "layer.0.ffn.output", "0.500"], ["m-seed0", "w6a6", "s0", "0.000"]]
+    assert len(rows) == 8
+
+
 def test_a_study_has_integers_where_it_can_and_counts_what_diverged(tmp_path):
     run = {
         "diverged": False,
