@@ -21,12 +21,14 @@ def find_compiler(device: str) -> str:
     """Why nothing can be compiled for a kind of device; empty where it can."""
     try:
         from torch._inductor import cpp_builder  # here, for it takes a second to import
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+        cache_dir()  # makes it, as importing inductor does in some versions
         if device == "cpu":
             cpp_builder.get_cpp_compiler()
         elif not has_triton():
             return "Triton is not installed"
-    except OSError as error:  # importing inductor makes its folder
+    except OSError as error:
         return f"inductor's caches have no folder ({FOLDER}), {error}"
     except Exception as error:  # of inductor's own kind, which differs by version
         return f"{error}".splitlines()[0]
