@@ -5,6 +5,7 @@ Not in the reference: nothing is compiled there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -42,9 +43,8 @@ def tell_failure(instead: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        from torch._dynamo.exc import BackendCompilerFailed  # here, where something was compiled
-
-        if not isinstance(error, BackendCompilerFailed):
+        exc = sys.modules.get("torch._dynamo.exc")  # not there where nothing was compiled; importing it may fail
+        if exc is None or not isinstance(error, exc.BackendCompilerFailed):
             raise
         said = str(error).partition("\nOutput:\n")
         line = next(line for part in (said[2], said[0]) for line in part.splitlines() if line.strip())
