@@ -57,6 +57,9 @@ def test_training_saves_and_ends(tmp_path, monkeypatch, command, number):
     ids=["finetune", "ptq", "analyze", "cost"],
 )
 def test_long_commands_end(tmp_path, monkeypatch, module, name, arguments, number):
+    if module is analyze:
+        pytest.importorskip("matplotlib", reason="the extra report is not installed")
+
     def work(*_):
         os.kill(os.getpid(), number)
         time.sleep(60)
@@ -104,9 +107,9 @@ def test_a_signal_waits_for_what_a_command_imports(tmp_path, monkeypatch, number
         imported.append(importlib.import_module("sends").whole)
         time.sleep(60)
 
-    monkeypatch.setattr(analyze, "open_checkpoint", work)
+    monkeypatch.setattr(ptq, "open_checkpoint", work)
     monkeypatch.delitem(sys.modules, "sends", raising=False)
-    result = call("analyze", "nowhere", "--out", tmp_path / "out")
+    result = call("ptq", "nowhere", "--out", tmp_path / "out")
     assert result.exit_code == STATUS[number] and "stopped" in result.stderr
     assert imported == [True]
 

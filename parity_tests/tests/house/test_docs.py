@@ -123,6 +123,7 @@ RUNS = re.compile(r"^```toml\n(base = .*?)^```", re.MULTILINE | re.DOTALL)
 
 def test_a_run_that_a_page_shows_begins() -> None:
     """On any machine, with text of its own, and goes to its first step."""
+    pytest.importorskip("tokenizers", reason="the extra text is not installed")
     (example,) = RUNS.findall((ROOT / "docs" / "guide.md").read_text(encoding="utf-8"))
     Path("my_texts").mkdir()
     for name in ("README", "CHANGELOG", "CONTRIBUTING"):
