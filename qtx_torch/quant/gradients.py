@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from qtx_ref.spec import FloatQuantSpec, Gradients, Granularity, Quant
 
 from .. import distributed, ops, random
+from ..tracing import is_traced
 from . import affine, formats, quantizer
 from .compiled import hide, store_rows
 
@@ -38,7 +39,7 @@ class Backward:
     def place(self, step: int | Tensor, first_row: int | Tensor) -> Backward:
         """The same of these tensors, which a compiled Function was given: torch 2.9 takes the size of a batch for one
         that its backward pass finds in an object."""
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             return self
         return Backward(self.gradients, self.site, self.seed, step, first_row)
 

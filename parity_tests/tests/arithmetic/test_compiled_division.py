@@ -58,7 +58,7 @@ def test_a_scale_is_a_quotient(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert repr(1 / 255) in lower(
         lambda x: x / torch.full_like(x, 255), 64, 1
     )  # what it does, unless it is kept from it
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
     found = lower(SCALES[name], 64, 1)
     assert " / " in found
     assert not any(repr(1 / last) in found for last in (127, 255, 448))
