@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from .model import DTYPES, Arrays, Batch, IntegerModel, Model, check_bound, check_device, check_machine, to_arrays
 from .models.initial import init_params, shapes
-from .trainer import Trainer
+from .trainer import Trainer, check_step
 
 __all__ = [
     "Arrays",
@@ -25,6 +25,7 @@ __all__ = [
     "check_bound",
     "check_device",
     "check_machine",
+    "check_step",
     "choose_device",
     "init_params",
     "join",

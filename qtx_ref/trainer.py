@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from . import models
-from .model import Arrays, Batch, Model, quiet
+from .model import Arrays, Batch, Model, check_device, quiet
 from .optim import AdamW
 from .spec import (
     PLAIN_STEP,
@@ -18,7 +18,15 @@ from .spec import (
     trains,
 )
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "check_step"]
+
+
+def check_step(step: StepSpec, device: str) -> None:
+    """Raises SpecError for a way to compute a step that the reference does not have."""
+    check_device(device)
+    for key in ("recompute", "compiled", "int8", "sharding"):
+        if getattr(step, key) != getattr(PLAIN_STEP, key):
+            raise SpecError(f"step {key} is {getattr(step, key)}: the reference has none; use --backend torch")
 
 
 class Trainer:
@@ -29,9 +37,7 @@ class Trainer:
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
         """Raises SpecError where the optimizer's `only` names no parameter, and for a way to compute a step that the
         reference does not have."""
-        for key in ("recompute", "compiled", "int8", "sharding"):
-            if getattr(step, key) != getattr(PLAIN_STEP, key):
-                raise SpecError(f"step {key} is {getattr(step, key)}: the reference has none; use --backend torch")
+        check_step(step, "cpu")
         self.model = model
         self.seed = seed
         self.spec = step

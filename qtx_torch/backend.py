@@ -13,7 +13,7 @@ import torch
 from . import distributed
 from .arrays import find_device
 from .model import DTYPES, Batch, IntegerModel, Model, check_machine
-from .trainer import Trainer
+from .trainer import Trainer, check_step
 
 
 def choose_device(name: str) -> str:
@@ -57,6 +57,7 @@ __all__ = [
     "Trainer",
     "agree",
     "check_machine",
+    "check_step",
     "choose_device",
     "join",
     "peak_memory",

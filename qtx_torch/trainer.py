@@ -34,6 +34,18 @@ from .quant import int8
 from .step import LossScale, check_deterministic, compile_forward, fixed_order
 
 
+def check_step(step: StepSpec, device: str) -> None:
+    """Raises SpecError where a device gives no deterministic step as things are, nothing can be compiled for it, or its
+    int8 products are slower than floats."""
+    kind = torch.device(device).type
+    if step.deterministic:
+        check_deterministic(torch.device(device))
+    if step.compiled and (reason := find_compiler(kind)):
+        raise SpecError(f"step compiled is True: {reason}; leave it out")
+    if step.int8 and kind == "cpu" and not torch.cpu._is_vnni_supported():
+        raise SpecError("step int8 is True: this CPU has no VNNI, and float products are faster; leave it out")
+
+
 def check_int8(model: Model) -> None:
     """Raises SpecError where no linear of a model is trained by int8 products, or the gradients' quantizers are not."""
     linears = sites.linears(model.net).values()
@@ -45,8 +57,6 @@ def check_int8(model: Model) -> None:
         raise SpecError(
             "step int8 is True: not all gradients have symmetric codes, 8 bits at most, per token; use +grad8, or none"
         )
-    if model.device.type == "cpu" and not torch.cpu._is_vnni_supported():
-        raise SpecError("step int8 is True: this CPU has no VNNI, and float products are faster; leave it out")
 
 
 class Trainer:
@@ -55,9 +65,8 @@ class Trainer:
 
     def __init__(self, model: Model, optim: OptimSpec, *, seed: int = 0, step: StepSpec = PLAIN_STEP) -> None:
         """Raises SpecError where the optimizer's `only` names no parameter, and where the device gives no deterministic
-        step as things are, or nothing can be compiled."""
-        if step.deterministic:
-            check_deterministic(model.device)
+        step as things are, or nothing can be compiled, or multiplied in int8."""
+        check_step(step, str(model.device))
         self.model = model
         self.seed = seed
         self.spec = step
@@ -70,8 +79,6 @@ class Trainer:
         for block in model.net.layer:
             block.recompute = step.recompute
         if step.compiled:
-            if reason := find_compiler(model.device.type):
-                raise SpecError(f"step compiled is True: {reason}; leave it out")
             model.forward_pass = compile_forward(model.compute)
         if distributed.processes()[1] > 1:
             for name, x in model.leaves().items():

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from qtx_ref.spec import ModelSpec, to_dict
+from qtx_ref.spec import ModelSpec, StepSpec, to_dict
 
 from .backend import backend
 from .protocols import Model
@@ -31,6 +31,10 @@ class Machine:
     def check(self) -> None:
         """Raises SpecError or MissingExtra where it is not to be had: a backend, a device, a dtype of it."""
         backend(self.backend).check_machine(self.device, self.dtype)
+
+    def check_step(self, step: StepSpec) -> None:
+        """Raises SpecError where it has no such training step."""
+        backend(self.backend).check_step(step, self.device)
 
     @property
     def processes(self) -> tuple[int, int]:

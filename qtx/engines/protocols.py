@@ -185,6 +185,9 @@ class Backend(Protocol):
     def check_machine(self, device: str, dtype: str) -> None:
         """Raises SpecError for a device or dtype that is not to be had."""
 
+    def check_step(self, step: StepSpec, device: str) -> None:
+        """Raises SpecError for a way to compute a training step that is not to be had on a device."""
+
     def threads(self) -> int:
         """How many threads its sums are divided among: the last bits depend on it."""
 

@@ -19,11 +19,12 @@ from .opening import check_tokenizer, make_model, need_tokenizer
 from .resolving import (
     change_dropout,
     change_optim,
-    check_evaluation,
     check_lr,
+    check_needs,
     list_changes,
     make_data,
     make_machine,
+    make_step,
     make_train,
     refuse_model,
 )
@@ -80,7 +81,7 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         raise SpecError(f"--head-only and optim.only {', '.join(only)}: give one of them")
     refuse_model(run, str(request.checkpoint), REFUSED)
     check_lr(run)
-    check_evaluation(run)
+    check_needs(run)
     about, machine = make_data(run), make_machine(run)
     if not about.sources:
         raise SpecError("data.sources is not said: name the labelled data with --data")
@@ -89,7 +90,8 @@ def finetune(request: FinetuneRequest) -> tuple[Checkpoint, Score]:
         origin = open_origin(request.checkpoint)
         rate = run.get("optim.lr", HEAD_LR if request.head_only else FULL_LR)
         optim = OptimSpec(lr=rate, only=("head.",) if request.head_only else run.get("optim.only", ()))
-        check_run(path, origin.checkpoint.spec, optim, machine, run.get("quant.train"), request.changes)
+        train_quant, step = run.get("quant.train"), make_step(run)
+        check_run(path, origin.checkpoint.spec, optim, machine, train_quant, step, request.changes)
         data = load_labelled(origin, about)
         spec, params = make_classifier(origin.checkpoint, data.classes, run.get("seed", 0))
         spec, batch = change_dropout(spec, run), run.get("data.batch", PER_STEP)

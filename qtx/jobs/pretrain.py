@@ -14,12 +14,13 @@ from ..runs.reading import RunSpec, write_run
 from ..signals import Interrupted
 from .opening import load_data
 from .resolving import (
-    check_evaluation,
+    check_needs,
     list_changes,
     make_data,
     make_machine,
     make_model,
     make_optim,
+    make_step,
     make_train,
     resolve,
 )
@@ -69,7 +70,7 @@ def pretrain(request: PretrainRequest) -> Checkpoint:
         FileError: `path` exists without `resume`, holds another run, or its folder is held by another process.
         MissingExtra, WriteError, Interrupted: see `training.train`.
     """
-    check_evaluation(request.run)
+    check_needs(request.run)
     machine = make_machine(request.run)
     machine.check()
     with machine.join(), claim(request.path, request.resume, machine):
@@ -82,7 +83,7 @@ def begin(request: PretrainRequest) -> Checkpoint:
     run = request.run
     spec, machine = make_model(run), make_machine(run)
     optim = make_optim(run, spec)
-    check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
+    check_run(request.path, spec, optim, machine, run.get("quant.train"), make_step(run), request.changes)
     data = load_data(make_data(run), spec)
     return complete(request, make_train(run, fit_vocabulary(spec, data), optim), data, machine)
 
@@ -92,7 +93,7 @@ def go_on(request: PretrainRequest, init: Path) -> Checkpoint:
     run, machine, origin = request.run, make_machine(request.run), open_origin(init)
     spec, params, about = continue_run(origin, run)
     optim = make_optim(run, spec)
-    check_run(request.path, spec, optim, machine, run.get("quant.train"), request.changes)
+    check_run(request.path, spec, optim, machine, run.get("quant.train"), make_step(run), request.changes)
     data = load_continued(origin, spec, about)
     whole = make_train(run, spec, optim, origin.sha256)
     return complete(request, whole, data, machine, Start(params, origin.describe()))

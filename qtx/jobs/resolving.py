@@ -90,8 +90,15 @@ def check_lr(run: RunSpec) -> None:
             raise SpecError(f"{said.origin}: optim.lr: {error}") from None
 
 
-def check_evaluation(run: RunSpec) -> None:
-    """Raises SpecError where a run that is not a study's names integers that it would never be run in."""
+def make_step(run: RunSpec) -> StepSpec:
+    """How a run says that a step is computed."""
+    return fill(StepSpec(), run, "step")
+
+
+def check_needs(run: RunSpec) -> None:
+    """Raises SpecError where a run that is not a study's has a key without the one that it needs."""
+    if run.get("step.int8") and run.get("quant.train") is None:
+        refuse("step int8", True, "give quant train too, w8a8 or another of 8 bits at most: its codes are multiplied")
     if (names := run.get("evaluation.integers")) and run.get("evaluation.every") is None:
         refuse("evaluation integers", names, "give evaluation every too: then they are measured")
 
@@ -108,7 +115,7 @@ def make_train(
         run.get("seed", 0),
         run.get("quant.train"),
         init,
-        fill(StepSpec(), run, "step"),
+        make_step(run),
         run.get("stop"),
         fill(EvaluationSpec(), run, "evaluation"),
         fill(SavingSpec(), run, "saving"),

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtx_ref.spec import ModelSpec, OptimSpec
+from qtx_ref.spec import ModelSpec, OptimSpec, StepSpec
 
 from ..engines.backend import backend
 from ..engines.machine import Machine, identify_machine
@@ -37,12 +37,13 @@ def check_run(
     optim: OptimSpec,
     machine: Machine,
     train_quant: str | None,
+    step: StepSpec,
     change: Collection[str] = (),
 ) -> None:
     """What can be known of a run before its data are read; change: as `training.train` takes it.
 
     Raises:
-        SpecError, MissingExtra: no such recipe, machine or backend.
+        SpecError, MissingExtra: no such recipe, machine, backend or step.
         FileError: what is at `path` is no run, or one of another machine.
         WriteError: there is no room for its checkpoint.
     """
@@ -55,6 +56,7 @@ def check_run(
         find_changes(path, checkpoint.meta, identify_machine(machine), change)
         if checkpoint.meta.get("done"):
             return
+    machine.check_step(step)
     check_space(path, checkpoint_bytes(spec, optim, machine.dtype))
 
 

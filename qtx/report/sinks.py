@@ -91,7 +91,7 @@ def make_growth_figure(runs: Mapping[str, Mapping[str, Curve]], title: str) -> F
         draw_lines(axis, lines, looks)
         axis.set(xlabel="step", ylabel=label)
         if label in SHARES.values():
-            axis.set_ylim(bottom=0)
+            axis.set(yscale="linear", ylim=(0, None))
     add_legend(figure, [make_legend_line(looks[name]) for name in runs], list(runs))
     set_title(figure, title, "on held-out data")
     return figure

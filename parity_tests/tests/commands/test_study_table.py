@@ -195,10 +195,23 @@ def test_a_model_that_cannot_be_calibrated_stops_no_other(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("command", ["train", "finetune"])
-def test_integers_that_nobody_runs_are_refused(command, tmp_path):
-    named = {"train": (), "finetune": (tmp_path / "a.safetensors", "--data", "digits")}[command]
-    said = call(command, *named, "--set", "evaluation.integers=w8a8", "--out", tmp_path / "s")
-    assert said.exit_code == 1 and "evaluation integers is ('w8a8',): give evaluation every too" in said.output
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluation.integers=w8a8", "evaluation integers is ('w8a8',): give evaluation every too"),
+        ("step.int8=true", "step int8 is True: give quant train too"),
+    ],
+)
+def test_a_key_without_the_one_it_needs_is_refused_before_data_are_read(command, setting, message, tmp_path):
+    named = {"train": ("--data", "nowhere.txt"), "finetune": (tmp_path / "a.safetensors", "--data", "digits")}[command]
+    said = call(command, *named, "--set", setting, "--out", tmp_path / "s")
+    assert said.exit_code == 1 and message in said.output
+
+
+def test_a_step_that_the_machine_has_not_is_refused_before_data_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr("qtx_torch.trainer.find_compiler", lambda device: f"nothing for {device}")
+    said = call("train", "--data", "nowhere.txt", "--set", "step.compiled=true", "--out", tmp_path / "s")
+    assert said.exit_code == 1 and "step compiled is True: nothing for cpu; leave it out" in said.output
 
 
 def test_a_recipe_that_does_not_exist_is_refused_before_training(tmp_path):
@@ -231,7 +244,7 @@ def test_a_picture_of_growth_has_what_was_watched():
         "float.loss": [(0, 3.0), (5, 2.0)],
         "trained.loss": [(0, 3.0)],
         "integer.w8a8.loss": [(5, 2.5)],
-        "sink.first": [(0, 0.1), (5, 0.4)],
+        "sink.first": [(0, 0.01), (5, 0.4)],  # a share, though it spans more than a decade and a half
     }
     figure = make_growth_figure({"vanilla-seed0": curves, "gated-seed0": {"inf_norm": [(0, 5.0)]}}, "growth")
     figure.draw_without_rendering()
@@ -240,6 +253,7 @@ def test_a_picture_of_growth_has_what_was_watched():
         "nats that W8A8 in integers adds",
         "max inf norm",
     ]
+    assert (figure.axes[0].get_yscale(), figure.axes[0].get_ylim()[0]) == ("linear", 0.0)
     assert figure.axes[1].get_lines()[0].get_ydata().tolist() == [0.5]
     assert subtract_curve([(0, 1.0), (1, 5.0)], [(1, 2.0), (2, 9.0)]) == ([1], [3.0])
 

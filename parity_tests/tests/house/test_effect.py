@@ -71,6 +71,8 @@ def test_the_index_names_every_file():
 
 TOOL = runpy.run_path(str(FOLDER.parents[2] / "tools" / "effect")) | vars(sys.modules["effect_tables"])
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
+PAGES = [FOLDER.parents[2] / "README.md", *sorted(FOLDER.glob("*.md"))]
+HEADERS = ("| row ", "| run ", "| first-token mass of each head ")  # of the tool's tables
 
 
 def write(path: Path, *values: object) -> None:
@@ -183,3 +185,24 @@ def test_the_tables_of_the_pages_are_those_of_the_results(path):
         if any(part in each for each in found.values()):
             for line in (line for table in tables for line in table(found).splitlines()):
                 assert any(line in page for page in pages), line
+
+
+def print_tables(path: Path) -> set[str]:
+    """What `show` prints of a file: each of its tables, and with --step that of one step."""
+    found = json.loads(path.read_text())
+    parts = [tables for part, tables in TOOL["TABLES"].items() if any(part in each for each in found.values())]
+    steps = {line["step"] for each in found.values() for line in each.get("curves", [])}
+    whole = {table(found) for tables in parts for table in tables}
+    return whole | {TOOL["tabulate_curves"](found, step) for step in steps}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(FOLDER.parents[2])) for path in PAGES])
+def test_a_page_has_no_figure_in_a_table_that_its_files_have_not(path):
+    """Each table of the tool's kind is, whole, one of a file that the page names."""
+    text = path.read_text()
+    printed = set().union(
+        *(print_tables(FOLDER / "results" / name) for name in re.findall(r"results/([\w-]+\.json)", text))
+    )
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        if table.startswith(HEADERS):
+            assert table.rstrip("\n") in printed
