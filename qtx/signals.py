@@ -105,8 +105,9 @@ def postpone() -> Iterator[Stop]:
     def note(number: int, frame: FrameType | None) -> None:
         if stop.number is not None:
             interrupt(number, frame)
-        stop.number = number
-        sys.stderr.write("\nstopping after this step\n")
+        else:
+            stop.number = number
+            sys.stderr.write("\nstopping after this step\n")
 
     with handle(note):
         yield stop

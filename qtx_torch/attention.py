@@ -20,6 +20,7 @@ from torch import Tensor
 from qtx_ref.spec import MASKS, AttentionSpec, Softmax
 
 from . import ops, random, tiles
+from .tracing import is_traced
 
 WIDEST = 256  # columns of a head that the kernels take
 MANY = 2**20  # scores of a head
@@ -86,7 +87,7 @@ class Mask:
 
         def find() -> Tensor | None:
             empty = ~self.allowed.any(dim=-1, keepdim=True)
-            return empty if torch.compiler.is_compiling() or empty.any() else None
+            return empty if is_traced() or empty.any() else None
 
         return None if self.full or self.triangle else self._once("empty", find)
 
@@ -141,7 +142,7 @@ def make_mask(rows: Tensor | None, queries: int, keys: int, causal: bool, like: 
     full = rows is None and (not causal or queries == 1)
     mask = Mask(allowed, like.dtype, full=full, triangle=triangle, rows=rows, causal=causal)
     # now: a block that is computed again may not add to what lies outside it
-    if torch.compiler.is_compiling() and like.dtype.is_floating_point:
+    if is_traced() and like.dtype.is_floating_point:
         _ = mask.empty, mask.hidden, mask.bias, mask.keys
     return mask
 
@@ -204,7 +205,7 @@ def can_tile(q: Tensor, k: Tensor) -> bool:
     if random.has_kernels(q.device):
         few = q.dtype == torch.float32 and q.shape[2] * k.shape[2] < MANY
         return q.dtype != torch.float64 and not few and q.shape[-1] <= WIDEST
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced() or torch.jit.is_tracing():
         return False
     return q.device.type == "cpu" and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] >= LEAST
 

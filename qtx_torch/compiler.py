@@ -5,6 +5,7 @@ Not in the reference: nothing is compiled there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,12 +22,14 @@ def find_compiler(device: str) -> str:
     """Why nothing can be compiled for a kind of device; empty where it can."""
     try:
         from torch._inductor import cpp_builder  # here, for it takes a second to import
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+        cache_dir()  # makes it, as importing inductor does in some versions
         if device == "cpu":
             cpp_builder.get_cpp_compiler()
         elif not has_triton():
             return "Triton is not installed"
-    except OSError as error:  # importing inductor makes its folder
+    except OSError as error:
         return f"inductor's caches have no folder ({FOLDER}), {error}"
     except Exception as error:  # of inductor's own kind, which differs by version
         return f"{error}".splitlines()[0]
@@ -40,9 +43,8 @@ def tell_failure(instead: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        from torch._dynamo.exc import BackendCompilerFailed  # here, where something was compiled
-
-        if not isinstance(error, BackendCompilerFailed):
+        exc = sys.modules.get("torch._dynamo.exc")  # not there where nothing was compiled; importing it may fail
+        if exc is None or not isinstance(error, exc.BackendCompilerFailed):
             raise
         said = str(error).partition("\nOutput:\n")
         line = next(line for part in (said[2], said[0]) for line in part.splitlines() if line.strip())

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .tracing import is_traced
+
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
@@ -46,7 +48,7 @@ def scores(q: Tensor, k: Tensor, factor: float) -> Tensor:
     """y = factor q k^T, q (B, H, Tq, K) and k (B, H, Tk, K) -> (B, H, Tq, Tk); the factor is taken in by the
     product. Compiled, a power of two is not: it rounds nothing, and inductor writes what beta = 0 multiplies, as large
     as the scores."""
-    if torch.compiler.is_compiling() and math.frexp(factor)[0] == 0.5:
+    if is_traced() and math.frexp(factor)[0] == 0.5:
         return (q @ k.transpose(-1, -2)) * factor
     unused = q.new_zeros(1, 1, 1)  # times beta = 0
     y = torch.baddbmm(unused, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=factor)
@@ -153,7 +155,7 @@ def stretch(gamma: Tensor | float, zeta: float, dtype: torch.dtype) -> tuple[Ten
 def own(y: Tensor) -> Tensor:
     """y as a Function's result. Compiled, a tensor that is new: of one that was changed in place, or converted to the
     dtype that it has, torch 2.11 loses the gradient and says nothing."""
-    return y.clone() if torch.compiler.is_compiling() else y
+    return y.clone() if is_traced() else y
 
 
 class ClippedSoftmax(torch.autograd.Function):

@@ -21,6 +21,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from .tracing import is_traced
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
@@ -72,7 +74,7 @@ def _draw(
         block = torch.arange(start, stop, device=device) + begin
         return _mix([block & LOW, block >> 32, torch.zeros_like(block) + step, torch.full_like(block, place)], key)
 
-    if torch.compiler.is_compiling() or device.type != "cpu":
+    if is_traced() or device.type != "cpu":
         results = torch.stack([read(word) for word in words(0, counters)], dim=1)
     else:
         results = torch.empty(counters, 4, dtype=dtype, device=device)
@@ -88,7 +90,7 @@ def _draw(
 def _find_kernel(step: int | Tensor, first: int | Tensor, device: torch.device) -> Callable[..., Tensor] | None:
     """What writes a site's words in one pass: on a GPU, where Triton is installed. A compiled graph fuses its own."""
     tensors = isinstance(step, Tensor) or isinstance(first, Tensor)
-    if tensors or torch.compiler.is_compiling() or device.type != "cuda":
+    if tensors or is_traced() or device.type != "cuda":
         return None
     return _load_kernel(device)
 

@@ -68,7 +68,9 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def plain(text: str, longest: int = LONGEST) -> str:
     """A text as the font can write it, in one line: a character that it lacks is a question mark, a $ begins no
-    formula, and the middle of what is longer than `longest` characters is left out."""
+    formula, and the middle of what is longer than `longest` characters is left out. Raises MissingExtra without
+    matplotlib."""
+    need("matplotlib", "report", "a picture")
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))

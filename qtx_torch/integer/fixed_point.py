@@ -31,6 +31,7 @@ from qtx_ref.spec import QTX, Bias, Fixed, FloatProduct, HighProduct, LeftShift,
 
 from ..quant.checks import check_range, check_shape
 from ..quant.rounding import round_dtype
+from ..tracing import is_traced
 from . import float_product
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
@@ -41,7 +42,7 @@ INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 def check_real(real: Tensor) -> None:
     """Raises ValueError where M (float64 or float32) is not a number in [0, 2^30)."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return
     if not ((real >= 0) & (real < 2**30)).all():
         raise ValueError(

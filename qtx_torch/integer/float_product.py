@@ -31,6 +31,7 @@ from qtx_ref.spec import QTX, Beyond, Bias, Dtype, FloatProduct, Order, ZeroPoin
 
 from ..quant.checks import check_integers, check_range, check_shape
 from ..quant.rounding import fused_multiply_add, round_dtype, round_integer, to_integer
+from ..tracing import is_traced
 
 FACTORS = 3  # of an order in steps; before the last, the accumulator is scaled to real numbers
 REACH = 2.0**64  # of one factor: its product with an accumulator stays finite in float32
@@ -69,7 +70,7 @@ def list_factors(real: Tensor, rule: FloatProduct) -> list[Tensor]:
 def check_factors(real: Tensor, rule: FloatProduct) -> None:
     """Raises ValueError where M (float64 or float32), or the product of its factors, is not a number in [0, 2^30), or a
     factor of several is not in (0, 2^64)."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return
     steps = list_factors(real, rule)
     total = torch.ones((), dtype=torch.float64, device=real.device)
@@ -142,7 +143,7 @@ def multiply(
         x = to(x + bias)
     for factor in factors[2:]:
         x = to(x / carried(factor) if rule.order.divides else x * carried(factor))
-    looking = not torch.compiler.is_compiling()
+    looking = not is_traced()
     if looking and rule.dtype is Dtype.FLOAT16 and x.isnan().any():  # others have the range
         raise ValueError("infinity times 0, in float16: look at the scales, or take float32")
     return round_level(x, rule, zero_point)

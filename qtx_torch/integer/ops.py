@@ -15,6 +15,7 @@ from torch import Tensor
 from qtx_ref.spec import ONE_ROUNDING, AddRule
 
 from ..quant.checks import check_range, check_shape
+from ..tracing import is_traced
 from . import vectorized
 from .fixed_point import INT32_MAX, INT32_MIN, multiply_exact, rounding_shift_right, shift_right
 
@@ -37,7 +38,7 @@ def half_up(numerator: Tensor, denominator: Tensor | int) -> Tensor:
 
 def half_up_shifted(numerator: Tensor, shift: Tensor | int, denominator: Tensor) -> Tensor:
     """floor(numerator 2^shift / denominator + 1/2) of one denominator > 0 per row; no more than int64 holds."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return vectorized.half_up_shifted(numerator, shift, denominator)
     return half_up(numerator.long() << shift, denominator)
 
@@ -139,7 +140,7 @@ def row_gamma(alpha: Tensor, mask: Tensor) -> Tensor:
 
 def square_root(x: Tensor) -> Tensor:
     """floor(sqrt(x)) for x in [2^60, 2^62): Newton's method from above (I-BERT, algorithm 4)."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return vectorized.square_root(x)
     root = torch.full_like(x, 2**31)
     for _ in range(6):  # the error, at most 1 at first, is squared and halved each time
@@ -149,7 +150,7 @@ def square_root(x: Tensor) -> Tensor:
 
 def bit_length(x: Tensor) -> Tensor:
     """The number of bits of x, int64 in [1, 2^62)."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return vectorized.bit_length(x)
     length = torch.ones_like(x)
     for step in (32, 16, 8, 4, 2, 1):
@@ -168,7 +169,7 @@ def normalize(code: Tensor, eps: Tensor) -> Tensor:
     width, limits = code.shape[-1], torch.iinfo(code.dtype)
     check_range("eps", eps, 0, 2**60, "values are too small beside it")
     fits = (width * (limits.max - limits.min)) ** 2 + 2**60 < 2**62
-    if not fits and not torch.compiler.is_compiling():  # the dtype alone does not say that it fits
+    if not fits and not is_traced():  # the dtype alone does not say that it fits
         span = max(int(code.max()), 0) - min(int(code.min()), 0) if code.numel() else 0
         if (width * span) ** 2 + 2**60 >= 2**62:
             raise ValueError(f"{width} codes that span {span}: their variance would leave int64; use fewer bits")

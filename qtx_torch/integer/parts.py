@@ -38,9 +38,9 @@ from .batched import hold_settings, multiplies_bytes
 from .products import plain_float32
 
 KINDS = 64  # graphs of a part: batch or length of one, masked, either side of each size that decides how to multiply
-# torch notes, on disk too, which numbers differed between models, and would make variables of them: of constants'
-# shapes, and of floats, for which it may start anew, and `aot_compile` does not
-ALONE = {"automatic_dynamic_shapes": False, "specialize_float": True}
+# torch notes, on disk too, which numbers differed between models, floats and sizes of constants, and would make
+# variables of them
+ALONE = {"automatic_dynamic_shapes": False}
 DATA = re.compile(r"\bdata\b")  # the argument of a part that differs from call to call
 TRACING = threading.RLock()  # of the process: while one thread traces, what another calls compiled raises
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from qtx_ref.spec import QTX, MatmulRule, Overflow, Products, QuantSpec
 
 from ..quant.checks import check_integers, check_range, check_shape
+from ..tracing import is_traced
 from . import machine
 
 FLOAT_BITS = {torch.float32: 24, torch.float64: 53}
@@ -132,7 +133,7 @@ def fit(total: Tensor, bits: int, rule: MatmulRule) -> Tensor:
         return total
     if rule.overflow is Overflow.SATURATE:
         total = total.clamp(-(2**31), 2**31 - 1)
-    if rule.overflow is Overflow.REPORT and not torch.compiler.is_compiling():
+    if rule.overflow is Overflow.REPORT and not is_traced():
         low, high = (min(int(total.min()), 0), max(int(total.max()), 0)) if total.numel() else (0, 0)
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"accumulators run from {low} to {high}, beyond int32: use 64 bits, or smaller scales")

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from qtx_ref.spec import AttentionSpec, Softmax
 
+from ..tracing import is_traced
 from .attention_launch import LOG2E, Shape, backward_op, forward_op, run_backward, run_forward
 from .host import sign_seed
 
@@ -135,7 +136,7 @@ class Attend(torch.autograd.Function):
         q, k, v, sink, gate, rows = (align(x) for x in (q, k, v, sink, gate, rows))
         ctx.how, ctx.split = how, Shape(*how[0]).split
         given = (q, k, v, sink, gate, rows, coder, address)
-        run = forward_op if torch.compiler.is_compiling() else run_forward
+        run = forward_op if is_traced() else run_forward
         out, context, passed, logs, gammas = run(*given, *how, any(ctx.needs_input_grad))
         if not ctx.split:
             passed = out if gate is None else context
@@ -146,7 +147,7 @@ class Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:
         sink, gate = ctx.saved_tensors[3:5]
-        run = backward_op if torch.compiler.is_compiling() else run_backward
+        run = backward_op if is_traced() else run_backward
         dq, dk, dv, d_sink, d_gate = run(align(slope), *ctx.saved_tensors, *ctx.how)
         given = None if sink is None else d_sink, None if gate is None else d_gate
         return dq, dk, dv, *given, None, None, None, None, None, None

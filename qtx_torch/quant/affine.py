@@ -41,6 +41,7 @@ from qtx_ref.spec import (
     range_axes,
 )
 
+from ..tracing import is_traced
 from .checks import check_range, check_shape
 from .compiled import find_ends, hide
 from .rounding import decode, nan_code, round_dtype, round_integer, round_level, working_dtype
@@ -217,7 +218,7 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX
 
     span = torch.maximum(-low, high) if spec.symmetric or spec.mirrored else number(high - low)
     # both at once: asking waits for the device; a compiled graph asks nothing, and NaN comes out as NaN
-    if not torch.compiler.is_compiling() and not (torch.isfinite(span) & ~reversed_ends).all():
+    if not is_traced() and not (torch.isfinite(span) & ~reversed_ends).all():
         check_order(*ends)
         raise ValueError(
             f"range {low.min().item()} to {high.max().item()} is not finite; look for NaN or infinity upstream"
@@ -236,7 +237,7 @@ def scale_zero(low: Tensor, high: Tensor, spec: QuantSpec, rule: ScaleRule = QTX
     step = torch.where(span == 0, constant(rule.empty), torch.maximum(step, constant(rule.floor)))
     scale = round_dtype(step, rule.dtype)
     divisor = number(scale)
-    if not torch.compiler.is_compiling() and not (torch.isfinite(divisor) & (divisor > 0)).all():
+    if not is_traced() and not (torch.isfinite(divisor) & (divisor > 0)).all():
         raise ValueError(
             f"scale {step.max().item()} does not fit {rule.dtype} in {rule.arithmetic}; "
             "choose a wider dtype, or a higher floor"
@@ -272,7 +273,7 @@ def quantize(
     Raises ValueError on NaN and on infinity where the rule says so, and for a scale or zero point that no quantizer
     has (`check_quantizer`) or that does not fit the shape of x.
     """
-    looking = not torch.compiler.is_compiling()  # a compiled graph has no branch on data
+    looking = not is_traced()  # a compiled graph has no branch on data
     if looking and rule.nan is NanPolicy.RAISE and torch.isnan(x).any():
         raise ValueError("cannot quantize NaN; look upstream for the first tensor that holds one")
     if looking and rule.infinity is InfinityPolicy.RAISE and torch.isinf(x).any():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qtx_ref.spec import QTX, Granularity, Quant, QuantSpec, range_axes
 
+from ..tracing import is_traced
 from . import affine, rounding
 from .compiled import is_fused, store_rows
 
@@ -29,12 +30,12 @@ BLOCK = 2**17  # elements that take every operation in turn: with their values h
 
 def is_large(x: Tensor) -> bool:
     """Whether x is worth dividing: on a CPU, not compiled, more than a block."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > BLOCK
+    return x.device.type == "cpu" and not is_traced() and x.numel() > BLOCK
 
 
 def find_kernels(x: Tensor) -> ModuleType | None:
     """Triton's, on a GPU where it is installed; a compiled graph fuses its own."""
-    if x.device.type != "cuda" or torch.compiler.is_compiling() or x.dtype is torch.float64 or x.numel() > 2**30:
+    if x.device.type != "cuda" or is_traced() or x.dtype is torch.float64 or x.numel() > 2**30:
         return None
     return _load_kernels(x.device)
 

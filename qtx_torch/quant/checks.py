@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..tracing import is_traced
+
 
 def check_integers(what: str, dtype: torch.dtype) -> None:
     """Raises ValueError where a dtype is not an integer's."""
@@ -22,7 +24,7 @@ def check_range(what: str, value: Tensor | int, low: int, high: int, remedy: str
     value = torch.as_tensor(value)
     check_integers(what, value.dtype)
     limits = torch.iinfo(value.dtype)
-    if torch.compiler.is_compiling() or (limits.min >= low and limits.max <= high):
+    if is_traced() or (limits.min >= low and limits.max <= high):
         return
     wide = value.long()  # a bound beyond int32 would wrap, and of unsigned integers torch compares bytes alone
     bad = (wide < low) | (wide > high)
@@ -35,7 +37,7 @@ def check_range(what: str, value: Tensor | int, low: int, high: int, remedy: str
 
 def check_shape(what: str, value: Tensor, shape: tuple[int, ...], remedy: str) -> None:
     """Raises ValueError where `value`, broadcast against `shape`, would not leave it as it is."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return
     try:
         fits = torch.broadcast_shapes(value.shape, shape) == tuple(shape)

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..tracing import is_traced
+
 LANES = 16  # floats of the widest vector; a maximum across the lanes of one is quick of floats alone
 DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")  # inductor's names for it: now, and before
 
@@ -32,14 +34,14 @@ def ask_division() -> dict[str, bool]:
 def hide(constant: Tensor, x: Tensor) -> Tensor:
     """A constant that x is to be divided by, in the same dtype and shape, as a graph for a GPU does not see it to be
     one; of NaN it is NaN."""
-    if x.device.type == "cpu" or not torch.compiler.is_compiling():
+    if x.device.type == "cpu" or not is_traced():
         return constant
     return torch.where(torch.isnan(x), x, constant)
 
 
 def is_fused(x: Tensor) -> bool:
     """Whether x is in a graph that is being compiled for a CPU."""
-    return x.device.type == "cpu" and torch.compiler.is_compiling()
+    return x.device.type == "cpu" and is_traced()
 
 
 def store_rows(value: Tensor, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qtx_ref.spec import QTX, CastRule, FloatFormat, FloatQuantSpec, Rounding, SharedScale
 
+from ..tracing import is_traced
 from .affine import check_order, check_scale
 from .checks import check_range, check_shape
 from .compiled import hide
@@ -85,7 +86,7 @@ def encode(
     """
     x = x.float().contiguous()
     nan = torch.isnan(x)
-    if kind is FloatFormat.E2M1 and rule.e2m1_nan is None and not torch.compiler.is_compiling() and nan.any():
+    if kind is FloatFormat.E2M1 and rule.e2m1_nan is None and not is_traced() and nan.any():
         raise ValueError("e2m1 has no NaN; look upstream for the first tensor that holds one")
     f = LAYOUTS[kind]
     e = floor_log2(x).clamp(min=f.emin)
@@ -144,7 +145,7 @@ def scale_zero(low: Tensor, high: Tensor, spec: FloatQuantSpec) -> tuple[Tensor,
     """
     span = torch.maximum(-low.float().clamp(max=0), high.float().clamp(min=0))
     # both at once: asking waits for the device; a compiled graph asks nothing, and NaN comes out as NaN
-    if not torch.compiler.is_compiling() and not (torch.isfinite(span) & (low <= high)).all():
+    if not is_traced() and not (torch.isfinite(span) & (low <= high)).all():
         check_order(low, high)
         raise ValueError(
             f"range {low.min().item()} to {high.max().item()} is not finite; look for NaN or infinity upstream"

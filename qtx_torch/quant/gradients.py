@@ -5,6 +5,7 @@ product. Products are computed in the dtype of dY.
 
 Differs from the reference: device: where words are drawn; None: torch's default device.
 Differs from the reference: Backward.draw_gradient: one draw for both products.
+Differs from the reference: Backward.place: so that what is compiled may change from call to call.
 Differs from the reference: multiply_values, flatten: shared with linears by int8 products.
 """
 
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from qtx_ref.spec import FloatQuantSpec, Gradients, Granularity, Quant
 
 from .. import distributed, ops, random
+from ..tracing import is_traced
 from . import affine, formats, quantizer
 from .compiled import hide, store_rows
 
@@ -33,6 +35,13 @@ class Backward:
         self.gradients = gradients
         self.site = site
         self.seed, self.step, self.first_row = seed, step, first_row
+
+    def place(self, step: int | Tensor, first_row: int | Tensor) -> Backward:
+        """The same of these tensors, which a compiled Function was given: torch 2.9 takes the size of a batch for one
+        that its backward pass finds in an object."""
+        if not is_traced():
+            return self
+        return Backward(self.gradients, self.site, self.seed, step, first_row)
 
     def draw(self, name: str, part: str, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor | None:
         """The random words of an operand, a field of `Gradients`, in `shape`; None where it is rounded to nearest."""
@@ -107,14 +116,16 @@ class Linear(torch.autograd.Function):
     """`ops.linear` with the reference's vector-Jacobian products."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, how: Backward, where: Tensor | None) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, how: Backward, where: Tensor | None, *place: int | Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, where)
-        ctx.how, ctx.bias = how, None if bias is None else bias.shape
+        ctx.how, ctx.bias = how.place(*place), None if bias is None else bias.shape
         return ops.own(ops.linear(x, weight, bias))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, where = ctx.saved_tensors
         how, heads = ctx.how, weight.shape[0] if weight.ndim == 3 else 0
 
@@ -141,21 +152,23 @@ class Linear(torch.autograd.Function):
             dw = multiply_values(dy.transpose(-1, -2), xs, g.dtype).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             db = flatten(g).sum(dim=0).reshape(ctx.bias)
-        return dx, dw, db, None, None
+        return dx, dw, db, *[None] * 4
 
 
 class Matmul(torch.autograd.Function):
     """`ops.matmul` with the reference's vector-Jacobian products."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, how: Backward, where_a: Tensor | None, where_b: Tensor | None) -> Tensor:
+    def forward(
+        ctx, a: Tensor, b: Tensor, how: Backward, where_a: Tensor | None, where_b: Tensor | None, *place: int | Tensor
+    ) -> Tensor:
         ctx.save_for_backward(a, b, where_a, where_b)
-        ctx.how = how
+        ctx.how = how.place(*place)
         return ops.own(ops.matmul(a, b))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b, where_a, where_b = ctx.saved_tensors
         how = ctx.how
         first, second = how.draw_gradient(g)
@@ -168,16 +181,16 @@ class Matmul(torch.autograd.Function):
             words = how.draw("wgrad_input", "lhs", a.shape, a.device)
             lhs = how.quantize("wgrad_input", a, -2, words, where_a).transpose(-1, -2)
             db = multiply_values(lhs, how.quantize("wgrad_gradient", g, -2, second), g.dtype).to(b.dtype)
-        return da, db, None, None, None
+        return da, db, *[None] * 5
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, how: Backward, where: Tensor | None = None) -> Tensor:
     """`ops.linear`, x (..., I) and W (O, I), or per head (H, O, I), whose gradient products are quantized as `how`
     says. where (..., 1): rows of x that count."""
-    return Linear.apply(x, weight, bias, how, where)
+    return Linear.apply(x, weight, bias, how, where, how.step, how.first_row)
 
 
 def matmul(a: Tensor, b: Tensor, how: Backward, where_a: Tensor | None = None, where_b: Tensor | None = None) -> Tensor:
     """`ops.matmul`, a (..., M, I) and b (..., I, N), whose gradient products are quantized as `how` says. where_a and
     where_b broadcast: elements that count."""
-    return Matmul.apply(a, b, how, where_a, where_b)
+    return Matmul.apply(a, b, how, where_a, where_b, how.step, how.first_row)

@@ -101,6 +101,7 @@ class Int8Linear(torch.autograd.Function):
         specs: tuple[QuantSpec, QuantSpec],
         how: Backward | None,
         where: Tensor | None,
+        *place: int | Tensor | None,
     ) -> Tensor:
         rows = flatten(x)
         device = x.device.type
@@ -117,12 +118,13 @@ class Int8Linear(torch.autograd.Function):
             y = multiply(codes, x_scale, w_codes, w_scale)
             y = (y if bias is None else y + bias.float()).to(dtype)
         ctx.save_for_backward(codes, x_scale, w_codes, w_scale, where)
-        ctx.how, ctx.bias, ctx.given = how, None if bias is None else bias.shape, (x.shape, x.dtype, weight.dtype)
+        ctx.how = None if how is None else how.place(*place)
+        ctx.bias, ctx.given = None if bias is None else bias.shape, (x.shape, x.dtype, weight.dtype)
         return ops.own(y.reshape(*x.shape[:-1], len(weight)))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         codes, x_scale, w_codes, w_scale, where = ctx.saved_tensors
         how, (shape, x_dtype, w_dtype) = ctx.how, ctx.given
         dy, columns = flatten(g), shape[-1]
@@ -145,7 +147,7 @@ class Int8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = dy.sum(dim=0).reshape(ctx.bias)
         dx = None if dx is None else dx.reshape(shape).to(x_dtype)
-        return dx, None if dw is None else dw.to(w_dtype), db, None, None, None
+        return dx, None if dw is None else dw.to(w_dtype), db, *[None] * 5
 
 
 def multiply_gradients(
@@ -215,4 +217,5 @@ def linear(
 ) -> Tensor:
     """x W^T + b of x (..., I) and W (O, I) as their dynamic quantizers `specs` have them, and its gradients as `how`
     says. where (..., 1): rows of x that count for the gradient of W."""
-    return Int8Linear.apply(x, weight, bias, specs, how, where)
+    place = (None, None) if how is None else (how.step, how.first_row)
+    return Int8Linear.apply(x, weight, bias, specs, how, where, *place)

@@ -14,7 +14,7 @@ def test_compiled_scores_have_the_bits_of_eager_ones(width: int) -> None:
     q, k = (torch.randn(2, 3, 33, width, generator=generator) for _ in range(2))
     eager = ops.scores(q, k, width**-0.5)
     with (
-        mock.patch.object(torch.compiler, "is_compiling", return_value=True),
+        mock.patch.object(torch.compiler, "is_dynamo_compiling", return_value=True),
         mock.patch.object(torch, "baddbmm", side_effect=torch.baddbmm) as product,
     ):
         compiled = ops.scores(q, k, width**-0.5)

@@ -183,6 +183,17 @@ def test_compare_recipes(vit: Path, tmp_path: Path) -> None:
         compare_recipes(PtqRequest(vit, tmp_path / "a", here, skip=("w4a4",), sensitivity="w8a8"))
 
 
+def test_recipes_are_compared_without_a_picture(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where matplotlib is not installed; it was a traceback at the end of the work."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = make_run({"machine.backend": "ref"}).under(make_run({"quant.recipes": ["w8a8"]}))
+    _, written = compare_recipes(PtqRequest(vit, tmp_path, run, sequences=4, calibration=1))
+    assert written == ["ptq.json"]
+    assert "no picture: a picture needs matplotlib, which is not installed" in capsys.readouterr().err
+
+
 def test_study(tmp_path: Path) -> None:
     run = say("vit-small", steps=1, batch=2).under(make_run({"model.attention": "vanilla"}))
     study = run_study(run, tmp_path)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 import qtx.cost.worker
 from parity_tests.tests.files.test_writing import RUN, wait_for
 from parity_tests.tests.shell import STUDY, TRAIN, call, good
+from qtx import signals
 from qtx.files.locks import SCRATCH, make_scratch
 from qtx.jobs import analyze, cost, finetune, ptq
 from qtx_ref.backend import Trainer
@@ -56,6 +57,9 @@ def test_training_saves_and_ends(tmp_path, monkeypatch, command, number):
     ids=["finetune", "ptq", "analyze", "cost"],
 )
 def test_long_commands_end(tmp_path, monkeypatch, module, name, arguments, number):
+    if module is analyze:
+        pytest.importorskip("matplotlib", reason="the extra report is not installed")
+
     def work(*_):
         os.kill(os.getpid(), number)
         time.sleep(60)
@@ -103,11 +107,24 @@ def test_a_signal_waits_for_what_a_command_imports(tmp_path, monkeypatch, number
         imported.append(importlib.import_module("sends").whole)
         time.sleep(60)
 
-    monkeypatch.setattr(analyze, "open_checkpoint", work)
+    monkeypatch.setattr(ptq, "open_checkpoint", work)
     monkeypatch.delitem(sys.modules, "sends", raising=False)
-    result = call("analyze", "nowhere", "--out", tmp_path / "out")
+    result = call("ptq", "nowhere", "--out", tmp_path / "out")
     assert result.exit_code == STATUS[number] and "stopped" in result.stderr
     assert imported == [True]
+
+
+def test_a_second_signal_during_an_import_is_told_once(tmp_path, monkeypatch, capsys):
+    """It comes again until the import has ended, and is the first no less for that."""
+    twice = "for number in (signal.SIGINT, signal.SIGTERM):\n    os.kill(os.getpid(), number)\n"
+    (tmp_path / "sends_two.py").write_text(f"import os, signal, time\n{twice}time.sleep({3 * signals.AGAIN})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sends_two", raising=False)
+    with pytest.raises(signals.Terminated), signals.postpone() as stop:
+        importlib.import_module("sends_two")
+        time.sleep(60)
+    assert "sends_two" in sys.modules and stop.number == signal.SIGINT
+    assert capsys.readouterr().err == "\nstopping after this step\n"
 
 
 def test_python_m_qtx():

@@ -196,6 +196,14 @@ def test_strict_and_compiled_do_not_go_together(bert: integer_models.Lowered) ->
         bert.model(IntegerModel, strict=True, compiled=True)
 
 
+def test_a_constant_laid_out_otherwise_means_another_graph() -> None:
+    """Generated code has its strides, and no condition on them is asked again."""
+    x = torch.zeros(3, 4)
+    others = x.double(), torch.zeros(4, 3), x.mT.contiguous().mT
+    assert all(execution.describe((x, 1)) != execution.describe((other, 1)) for other in others)
+    assert execution.describe((x, 1)) == execution.describe((x + 1, 1)) != execution.describe((x, 2))
+
+
 def test_a_compiler_that_fails_is_named(bert: integer_models.Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is there and has no headers of Python's, as where only the compiler was installed."""
     exc = pytest.importorskip("torch._inductor.exc")

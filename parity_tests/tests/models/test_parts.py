@@ -177,23 +177,25 @@ def test_another_meaning_is_not_read(folder: Path) -> None:
     assert made.made == 1
 
 
-def test_models_that_differ_in_a_number_are_kept_each(folder: Path) -> None:
-    """torch makes a variable of a float that another model had otherwise, and then cannot keep the graph."""
+def test_numbers_in_which_models_differ_are_no_variables(folder: Path) -> None:
+    """A float and the size of a constant: torch makes variables of what another model had otherwise."""
+    counts = []
 
-    def make_gain(gain: float) -> Part:
+    def note(graph: Any, given: list) -> Any:
+        counts.append(len(given))
+        return graph
+
+    for gain, size in ((0.5, 8), (0.25, 8), (0.25, 5)):
         module = torch.nn.Module()
         module.gain = gain
 
-        def scale(data: dict, constants: dict, prepared: dict) -> torch.Tensor:
-            return data["value"] * torch.full((), module.gain)
+        def scale(data: dict, constants: dict, prepared: dict, module: torch.nn.Module = module) -> torch.Tensor:
+            return data["value"] * constants["factor"][:4] * torch.full((), module.gain)
 
-        return Part(scale, f"a gain of {gain}", 0, torch.device("cpu"), "inductor")
-
-    for gain in (0.5, 0.25):
-        part = make_gain(gain)
-        assert part({"value": VALUE.float(), "mask": None}, {}, {}).tolist() == (VALUE * gain).tolist()
-        assert part.keeps
-    assert len(list_files(folder)) == 2
+        part, factor = Part(scale, "a gain", 0, torch.device("cpu"), note), torch.arange(size)
+        got = part({"value": VALUE, "mask": None}, {"factor": factor}, {})
+        assert torch.equal(got, VALUE * factor[:4] * gain)
+    assert counts == [4, 4, 4]  # the data, its two sizes that may be others, the factor
 
 
 def test_a_graph_that_torch_begins_anew_is_kept(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -324,6 +325,19 @@ def test_a_step_names_what_its_compiler_says(monkeypatch):
     monkeypatch.setattr(made.model, "run", fail)
     said = r"^the compiler fails, OSError: \[Errno 28\] No space left on device, with its caches in "
     with pytest.raises(SpecError, match=said + "TORCHINDUCTOR_CACHE_DIR: leave step compiled out, or mend it$"):
+        made.step(small_models.make_batch(made.model.spec, 4))
+
+
+def test_a_step_that_fails_uncompiled_says_why(monkeypatch):
+    """Whatever keeps torch's compiler from being imported: its caches have no folder."""
+    made = make_trainer("opt_plain")
+
+    def fail(*given):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(made.model, "run", fail)
+    monkeypatch.setitem(sys.modules, "torch._dynamo.exc", None)
+    with pytest.raises(RuntimeError, match="^out of memory$"):
         made.step(small_models.make_batch(made.model.spec, 4))
 
 
