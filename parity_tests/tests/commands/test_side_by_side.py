@@ -19,9 +19,12 @@ from safetensors.numpy import load_file
 from parity_tests.tests.commands.test_signals import ENVIRONMENT
 from parity_tests.tests.files.test_writing import RUN, wait_for
 from parity_tests.tests.shell import call, good
+from qtx.disk import open_beside
 from qtx.engines.machine import Machine
 from qtx.jobs import side_by_side
 from qtx.jobs.side_by_side import share_threads
+from qtx.jobs.study import Study
+from qtx.runs.reading import open_run
 
 RUN_FILE = """
 [model]
@@ -105,6 +108,13 @@ def test_a_row_that_fails_stops_no_other(tmp_path, monkeypatch):
     (out / "vanilla-seed0" / "model.safetensors").unlink()
     good(*command)
     assert [*read(out)["runs"]] == ["vanilla-seed0", "clipped-seed0", "gated-seed0"]
+
+
+def test_a_row_leaves_the_study_file_alone(tmp_path):
+    """Rows that begin at once, or while a result is kept, do not meet there."""
+    with open_beside(tmp_path / "study.json"):
+        study = Study(open_run(str(write(tmp_path))), tmp_path, resume=False, only="gated-seed0")
+        assert study.complete("gated-seed0")["attention"] == "gated"
 
 
 def test_all_rows_fail(tmp_path, monkeypatch):
