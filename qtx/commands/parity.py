@@ -135,9 +135,11 @@ def parity_command(
     if checkpoint is None and (given := data or tokenizer):
         raise SpecError(f"{given}: the table of cases has its own data; give a CHECKPOINT, or leave it out")
     runner.check_place(backend_name, device)
-    with Progress("parity", 0) as bar:
+    rows: list[Any] = []
+    with tell_stopped(rows), Progress("parity", 0) as bar:
 
         def advance(done: int, total: int, row: Any) -> None:
+            rows.append(row)
             bar.total = total
             bar.advance(note=row.name)
 
@@ -159,6 +161,18 @@ def parity_command(
         write_beside(junit_path, junit.document(report))
     if not report.ok:
         sys.exit(DIFFERS)
+
+
+@contextmanager
+def tell_stopped(rows: Sequence[Any]) -> Iterator[None]:
+    """Says, where a signal ends what compares, what the cases so far came to."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        failed = [f"{row.group}/{row.name}" for row in rows if not row.ok]
+        names = f": {', '.join(failed)}" if failed else ""
+        click.echo(f"{len(rows)} cases were compared, {len(failed)} failed{names}", err=True)
+        raise
 
 
 def list_others(checkpoint: Path | None, json_path: str | None) -> set[Path]:

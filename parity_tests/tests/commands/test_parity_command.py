@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,12 @@ def test_agreement_is_0_and_difference_1(cases: Callable[..., None]) -> None:
     cases(fine=lambda context: [exact("x", 1, 1)], bad=differ)
     result = call("parity", "--backend", "ref")
     assert result.exit_code == 1 and "1 failed" in result.stdout
+
+
+def test_what_was_compared_is_said_where_a_signal_ends_it(cases: Callable[..., None]) -> None:
+    cases(bad=differ, fine=lambda context: [exact("x", 1, 1)], last=lambda context: signal.raise_signal(signal.SIGINT))
+    result = call("parity", "--backend", "ref")
+    assert result.exit_code == 130 and "2 cases were compared, 1 failed: planted/bad\n" in result.stderr
 
 
 @pytest.mark.parametrize(
