@@ -64,8 +64,9 @@ class Study:
             if row.quant:
                 training_recipe(row.quant, row.model)
         self.path = out / "study.json"
-        known = self._find_known() if only is None else None
+        known = None
         if only is None:
+            known = self._find_known()
             check_writable(self.path)
         for machine in {row.machine for row in self.rows.values()}:
             machine.check()
